@@ -1,0 +1,41 @@
+#include "accumulate.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace fastvq {
+
+RowsByCode::RowsByCode(const int64_t* indices, int64_t rows, int64_t size) : start_(size + 1) {
+  for (int64_t n = 0; n < rows; ++n) {
+    const int64_t k = indices[n];
+    if (k < -1 || k >= size)
+      throw std::out_of_range("indices: must lie in [-1, " + std::to_string(size) + "), got " + std::to_string(k));
+    if (k >= 0) ++start_[k + 1];
+  }
+  for (int64_t k = 0; k < size; ++k) start_[k + 1] += start_[k];
+  order_.resize(start_[size]);
+  std::vector<int64_t> next(start_.begin(), start_.end() - 1);
+  for (int64_t n = 0; n < rows; ++n)
+    if (indices[n] >= 0) order_[next[indices[n]]++] = n;
+}
+
+void RowsByCode::sum(const Matrix& x, int64_t begin, int64_t end, float* counts, float* sums) const {
+  std::vector<double> total(x.dim);
+  int64_t k = std::lower_bound(start_.begin(), start_.end(), begin) - start_.begin();
+  for (; k + 1 < static_cast<int64_t>(start_.size()) && start_[k] < end; ++k) {
+    const int64_t count = start_[k + 1] - start_[k];
+    if (count == 0) continue;
+    std::fill(total.begin(), total.end(), 0.0);
+    with_elements(x.dtype, x.data, [&](const auto* elements) {
+      for (int64_t i = start_[k]; i < start_[k + 1]; ++i) {
+        const auto* row = elements + order_[i] * x.dim;
+        for (int64_t j = 0; j < x.dim; ++j) total[j] += detail::widen(row[j]);
+      }
+    });
+    counts[k] = static_cast<float>(count);
+    for (int64_t j = 0; j < x.dim; ++j) sums[k * x.dim + j] = static_cast<float>(total[j]);
+  }
+}
+
+}  // namespace fastvq

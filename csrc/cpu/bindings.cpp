@@ -1,0 +1,119 @@
+// The native CPU backend's ops, on the LibTorch stable ABI: one binary for every torch from 2.10 on. Schemas, argument
+// checks and documentation are in fastvq/ops.py; arguments arrive checked and contiguous.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <string>
+#include <tuple>
+
+#include "accumulate.h"
+#include "ema_update.h"
+#include "search.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+
+// Work below this many multiply-adds isn't worth handing to another thread.
+constexpr int64_t GRAIN = 1 << 16;
+
+fastvq::DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return fastvq::DType::f32;
+    case ScalarType::Double:
+      return fastvq::DType::f64;
+    case ScalarType::Half:
+      return fastvq::DType::f16;
+    case ScalarType::BFloat16:
+      return fastvq::DType::bf16;
+    default:
+      STD_TORCH_CHECK(false, "expected float32, float64, float16 or bfloat16");
+  }
+}
+
+// Matrix `head` of a contiguous [rows, dim] or [heads, rows, dim] tensor.
+fastvq::Matrix matrix_of(const Tensor& tensor, int64_t head = 0) {
+  const int64_t rows = tensor.size(-2), dim = tensor.size(-1);
+  const fastvq::DType dtype = dtype_of(tensor);
+  const char* data = static_cast<const char*>(tensor.const_data_ptr());
+  return {dtype, data + head * rows * dim * fastvq::size_of(dtype), rows, dim};
+}
+
+int64_t grain(int64_t work_per_item) {
+  return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, work_per_item));
+}
+
+void search_head(const fastvq::Matrix& x, const fastvq::Matrix& codebook, fastvq::Metric metric, int64_t* indices) {
+  const fastvq::Scan& scan = fastvq::active_scan();
+  fastvq::PackedCodebook packed(scan, codebook, metric);
+  parallel_for(0, packed.panel_count(), grain(scan.width * codebook.dim * 8),
+               [&](int64_t begin, int64_t end) { packed.pack(begin, end); });
+  packed.finish();
+  const int64_t tiles = (x.rows + scan.rows - 1) / scan.rows;
+  parallel_for(0, tiles, grain(scan.rows * codebook.rows * codebook.dim / 8), [&](int64_t begin, int64_t end) {
+    packed.search(x, begin * scan.rows, std::min(end * scan.rows, x.rows), indices);
+  });
+}
+
+Tensor search(const Tensor& x, const Tensor& codebook, std::string metric) {
+  const bool heads = x.dim() == 3;
+  const int64_t rows = x.size(-2);
+  Tensor indices = heads ? torch::stable::new_empty(x, {x.size(0), rows}, ScalarType::Long)
+                         : torch::stable::new_empty(x, {rows}, ScalarType::Long);
+  int64_t* out = static_cast<int64_t*>(indices.mutable_data_ptr());
+  const auto kind = metric == "dot" ? fastvq::Metric::dot : fastvq::Metric::l2;
+  for (int64_t h = 0; h < (heads ? x.size(0) : 1); ++h)
+    search_head(matrix_of(x, h), matrix_of(codebook, h), kind, out + h * rows);
+  return indices;
+}
+
+std::tuple<Tensor, Tensor> accumulate(const Tensor& x, const Tensor& indices, int64_t codebook_size) {
+  const fastvq::Matrix rows = matrix_of(x);
+  Tensor counts = torch::stable::new_zeros(x, {codebook_size}, ScalarType::Float);
+  Tensor sums = torch::stable::new_zeros(x, {codebook_size, rows.dim}, ScalarType::Float);
+  const fastvq::RowsByCode sorted(static_cast<const int64_t*>(indices.const_data_ptr()), rows.rows, codebook_size);
+  float* count = static_cast<float*>(counts.mutable_data_ptr());
+  float* sum = static_cast<float*>(sums.mutable_data_ptr());
+  parallel_for(0, sorted.row_count(), grain(rows.dim),
+               [&](int64_t begin, int64_t end) { sorted.sum(rows, begin, end, count, sum); });
+  return {counts, sums};
+}
+
+void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_avg, const Tensor& counts, const Tensor& sums,
+                 double decay, double eps) {
+  const auto mutable_floats = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
+  const auto floats = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
+  const fastvq::EmaState state{mutable_floats(codebook), mutable_floats(cluster_size), mutable_floats(embed_avg),
+                               floats(counts),           floats(sums),                 codebook.size(0),
+                               codebook.size(1)};
+  const double total = fastvq::update_cluster_size(state, decay);
+  parallel_for(0, state.size, grain(state.dim), [&](int64_t begin, int64_t end) {
+    fastvq::update_codes(state, decay, eps, total, begin, end);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastvq, CPU, m) {
+  m.impl("native_search", TORCH_BOX(&search));
+  m.impl("native_accumulate", TORCH_BOX(&accumulate));
+  m.impl("native_ema_update_", TORCH_BOX(&ema_update_));
+}
+
+// Read by fastvq/native.py: the instruction set in use. Throws as active_scan does.
+extern "C" __attribute__((visibility("default"))) const char* fastvq_native_isa(const char** error) {
+  static std::string message;
+  try {
+    return fastvq::active_scan().name;
+  } catch (const std::exception& e) {
+    message = e.what();
+    *error = message.c_str();
+    return nullptr;
+  }
+}

@@ -1,0 +1,300 @@
+// Compiled with -ffp-contract=off: the float64 tier rounds every subtraction, product and sum separately, by definition.
+#include "search.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace fastvq {
+namespace {
+
+constexpr double INF = std::numeric_limits<double>::infinity();
+constexpr int64_t TILES_PER_BLOCK = 16;            // row tiles that share a pass over a block of panels
+constexpr int64_t PANEL_BLOCK_BYTES = 256 * 1024;  // the packed codes of that pass: half of a small L2 cache
+constexpr int GROUP = 8;                           // codes that the float64 tier scores side by side
+
+bool all_finite(const double* values, int64_t count) {
+  double poison = 0.0;
+  for (int64_t j = 0; j < count; ++j) poison += values[j] * 0.0;
+  return poison == 0.0;
+}
+
+}  // namespace
+
+struct PackedCodebook::Workspace {
+  Workspace(const Scan& scan, int64_t dim)
+      : rows(scan.rows * TILES_PER_BLOCK),
+        x(rows * dim),
+        narrow(dim),
+        wide(dim),
+        codes(GROUP * dim),
+        norms(rows),
+        best(rows * scan.lanes),
+        second(rows * scan.lanes),
+        vector(rows * scan.lanes) {}
+
+  const int64_t rows;
+  std::vector<float> x;              // [rows, dim] as the scan sees them
+  std::vector<float> narrow;         // [dim] one half-precision row widened to float32
+  std::vector<double> wide;          // [dim] one row for the float64 tier
+  std::vector<double> codes;         // [dim, GROUP] codes for the float64 tier
+  std::vector<RowNorms> norms;       // [rows]
+  std::vector<float> best, second;   // [rows, lanes]
+  std::vector<int32_t> vector;       // [rows, lanes]
+  std::vector<int64_t> candidates;
+};
+
+PackedCodebook::PackedCodebook(const Scan& scan, Matrix codes, Metric metric)
+    : scan_(scan), codes_(codes), metric_(metric), finite_(codes.rows) {
+  choose_frame();
+  const int64_t panels = (codes.rows + scan.width - 1) / scan.width;
+  values_.reset(new float[panels * scan.width * codes.dim]);
+  half_norms_.reset(new float[panels * scan.width]);
+  panel_norms_.resize(panels);
+}
+
+// Centring on the mean code leaves every difference x - e as it is and shrinks the norms that the bound multiplies. It
+// pays where the codes share an offset that is large against their spread; scaling keeps float32 from overflowing.
+void PackedCodebook::choose_frame() {
+  const int64_t dim = codes_.dim;
+  std::vector<double> code(dim), mean(dim);
+  double largest2 = 0.0, largest_element = 0.0;
+  int64_t finite_count = 0;
+  for (int64_t k = 0; k < codes_.rows; ++k) {
+    codes_.load(k, code.data());
+    finite_[k] = all_finite(code.data(), dim);
+    if (!finite_[k]) continue;
+    ++finite_count;
+    double norm2 = 0.0;
+    for (int64_t j = 0; j < dim; ++j) {
+      mean[j] += code[j];
+      norm2 += code[j] * code[j];
+      largest_element = std::max(largest_element, std::fabs(code[j]));
+    }
+    largest2 = std::max(largest2, norm2);
+  }
+  any_finite_ = finite_count > 0;
+  double mean2 = 0.0;
+  for (int64_t j = 0; j < dim; ++j) {
+    mean[j] /= std::max<int64_t>(finite_count, 1);
+    mean2 += mean[j] * mean[j];
+  }
+  // |e - mean| >= |e| - |mean|: below this size of the mean the norms can't halve.
+  if (metric_ == Metric::l2 && std::isfinite(largest2) && mean2 > 0.25 * largest2) {
+    double centred2 = 0.0, centred_element = 0.0;
+    for (int64_t k = 0; k < codes_.rows; ++k) {
+      if (!finite_[k]) continue;
+      codes_.load(k, code.data());
+      double norm2 = 0.0;
+      for (int64_t j = 0; j < dim; ++j) {
+        const double value = code[j] - mean[j];
+        norm2 += value * value;
+        centred_element = std::max(centred_element, std::fabs(value));
+      }
+      centred2 = std::max(centred2, norm2);
+    }
+    if (centred2 < 0.25 * largest2) {
+      centred_ = true;
+      centre_ = std::move(mean);
+      largest_element = centred_element;
+    }
+  }
+  // 2^1000 is the largest power whose use in `bound` stays finite; a smaller codebook than that is left to float64.
+  if (largest_element > 0.0) exponent_ = std::min(-std::ilogb(largest_element), 1000);
+}
+
+void PackedCodebook::pack(int64_t begin, int64_t end) {
+  const int64_t dim = codes_.dim, width = scan_.width;
+  const double scale = std::ldexp(1.0, exponent_);
+  std::vector<double> code(dim);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    CodeNorms& largest = panel_norms_[panel];
+    for (int64_t lane = 0; lane < width; ++lane) {
+      const int64_t k = panel * width + lane;
+      float* out = values_.get() + panel * dim * width + lane;
+      float& half_norm = half_norms_[panel * width + lane];
+      if (k >= codes_.rows || !finite_[k]) {
+        for (int64_t j = 0; j < dim; ++j) out[j * width] = 0.0f;
+        half_norm = std::numeric_limits<float>::infinity();
+        continue;
+      }
+      codes_.load(k, code.data());
+      double norm2 = 0.0, rounded2 = 0.0, residual2 = 0.0;
+      for (int64_t j = 0; j < dim; ++j) {
+        const double value = (centred_ ? code[j] - centre_[j] : code[j]) * scale;
+        const float near = static_cast<float>(value);
+        const double residual = value - near;
+        out[j * width] = near;
+        norm2 += value * value;
+        rounded2 += static_cast<double>(near) * near;
+        residual2 += residual * residual;
+      }
+      const double half = metric_ == Metric::l2 ? 0.5 * norm2 : 0.0;
+      half_norm = static_cast<float>(half);
+      largest.rounded = std::max(largest.rounded, std::sqrt(rounded2));
+      largest.residual = std::max(largest.residual, std::sqrt(residual2));
+      largest.half = std::max(largest.half, half);
+    }
+  }
+}
+
+void PackedCodebook::finish() {
+  for (const CodeNorms& panel : panel_norms_) {
+    norms_.rounded = std::max(norms_.rounded, panel.rounded);
+    norms_.residual = std::max(norms_.residual, panel.residual);
+    norms_.half = std::max(norms_.half, panel.half);
+  }
+}
+
+RowNorms PackedCodebook::prepare(const Matrix& x, int64_t row, Workspace& work, float* out) const {
+  const double scale = std::ldexp(1.0, exponent_);
+  const double* centre = centred_ ? centre_.data() : nullptr;
+  return with_elements(x.dtype, x.data, [&](const auto* elements) {
+    const auto* source = elements + row * x.dim;
+    using Element = std::decay_t<decltype(*source)>;
+    if constexpr (std::is_same_v<Element, float>) {
+      return scan_.prepare_f32(source, centre, scale, x.dim, out);
+    } else if constexpr (std::is_same_v<Element, double>) {
+      return scan_.prepare_f64(source, centre, scale, x.dim, out);
+    } else {
+      for (int64_t j = 0; j < x.dim; ++j) work.narrow[j] = static_cast<float>(detail::widen(source[j]));
+      return scan_.prepare_f32(work.narrow.data(), centre, scale, x.dim, out);
+    }
+  });
+}
+
+// B(x): no score of this row, as the scan computed it, is further than this from half of what the definition computes
+// (less |x|^2 / 2, the same for every code). Infinity where that can't be promised. Terms as in docs/exactness.md.
+double PackedCodebook::bound(const RowNorms& row) const {
+  const double u = 0x1p-24, v = 0x1p-53;
+  const double dim = static_cast<double>(codes_.dim);
+  const double x = row.rounded, e = norms_.rounded;
+  if (!(x < 0x1p60) || (dim + 2) * u > 0.25) return INF;
+  const double x_residual = row.residual * (1 + 1e-9) + 2 * v * (x + row.residual);
+  const double e_residual = norms_.residual * (1 + 1e-9) + 2 * v * (e + norms_.residual);
+  const double extent = x + x_residual + e + e_residual;
+  // Beyond this the float64 definition itself may overflow.
+  if (!(std::ldexp(extent, -exponent_) < 1e150)) return INF;
+
+  const double operands = x_residual * (e + e_residual) + x * e_residual;
+  const double gamma = (dim + 2) * u / (1 - (dim + 2) * u);
+  const double accumulation = gamma * x * e;
+  const double half_norms = (2 * u + dim * 4 * v) * norms_.half + u * (1 + gamma) * x * e;
+  const double definition = (dim + 3) * v * 0.5 * extent * extent;
+  const double underflow = dim * dim * 0x1p-118 + std::ldexp(dim, 2 * exponent_ - 1074);
+  const double total = (operands + accumulation + half_norms + definition + underflow) * (1 + 1e-6);
+  return total < INF ? total : INF;
+}
+
+// The index of the smallest float64 score among work.candidates, for the row in work.wide; the lowest on a tie.
+int64_t PackedCodebook::rescore(Workspace& work) const {
+  const int64_t dim = codes_.dim, count = static_cast<int64_t>(work.candidates.size());
+  int64_t winner = std::numeric_limits<int64_t>::max();
+  double smallest = INF;
+  for (int64_t first = 0; first < count; first += GROUP) {
+    const int live = static_cast<int>(std::min<int64_t>(GROUP, count - first));
+    for (int g = 0; g < live; ++g) codes_.load(work.candidates[first + g], work.codes.data() + g, GROUP);
+    double sums[GROUP] = {};
+    const double* codes = work.codes.data();
+    if (metric_ == Metric::l2) {
+      for (int64_t j = 0; j < dim; ++j, codes += GROUP)
+        for (int g = 0; g < GROUP; ++g) {
+          const double difference = work.wide[j] - codes[g];
+          sums[g] += difference * difference;
+        }
+    } else {
+      for (int64_t j = 0; j < dim; ++j, codes += GROUP)
+        for (int g = 0; g < GROUP; ++g) sums[g] -= work.wide[j] * codes[g];
+    }
+    for (int g = 0; g < live; ++g) {
+      // Only float64 input of more than 1e154 can overflow into a NaN; it then counts as infinitely far.
+      const double score = std::isnan(sums[g]) ? INF : sums[g];
+      const int64_t k = work.candidates[first + g];
+      if (score < smallest || (score == smallest && k < winner)) {
+        smallest = score;
+        winner = k;
+      }
+    }
+  }
+  return winner;
+}
+
+int64_t PackedCodebook::settle(const Matrix& x, int64_t row, const RowNorms& norms, const LaneMinima& minima,
+                               Workspace& work) const {
+  if (!norms.finite || !any_finite_) return -1;
+  const int lanes = scan_.lanes;
+  const auto code = [&](int lane) { return static_cast<int64_t>(minima.vector[lane]) * lanes + lane; };
+  const double error = bound(norms);
+  work.candidates.clear();
+  if (error < INF) {
+    int winner = 0;
+    for (int lane = 1; lane < lanes; ++lane)
+      if (minima.best[lane] < minima.best[winner]) winner = lane;
+    const double limit = minima.best[winner] + 2 * error;
+    for (int lane = 0; lane < lanes; ++lane) {
+      if (!(minima.best[lane] <= limit)) continue;
+      if (!(minima.second[lane] <= limit)) {
+        work.candidates.push_back(code(lane));
+      } else {
+        for (int64_t k = lane; k < codes_.rows; k += lanes)
+          if (finite_[k]) work.candidates.push_back(k);
+      }
+    }
+    if (work.candidates.size() == 1) return work.candidates[0];
+  } else {
+    for (int64_t k = 0; k < codes_.rows; ++k)
+      if (finite_[k]) work.candidates.push_back(k);
+  }
+  x.load(row, work.wide.data());
+  return rescore(work);
+}
+
+void PackedCodebook::search(const Matrix& x, int64_t begin, int64_t end, int64_t* indices) const {
+  const int64_t dim = codes_.dim, lanes = scan_.lanes;
+  const Panels panels{values_.get(), half_norms_.get(), dim};
+  const int64_t pass = std::max<int64_t>(1, PANEL_BLOCK_BYTES / (4 * scan_.width * dim));
+  Workspace work(scan_, dim);
+  const LaneMinima minima{work.best.data(), work.second.data(), work.vector.data()};
+  for (int64_t first = begin; first < end; first += work.rows) {
+    const int64_t count = std::min(work.rows, end - first);
+    for (int64_t r = 0; r < count; ++r) work.norms[r] = prepare(x, first + r, work, work.x.data() + r * dim);
+    std::fill_n(work.best.begin(), count * lanes, std::numeric_limits<float>::infinity());
+    std::fill_n(work.second.begin(), count * lanes, std::numeric_limits<float>::infinity());
+    std::fill_n(work.vector.begin(), count * lanes, 0);
+    for (int64_t p = 0; p < panel_count(); p += pass)
+      scan_.scan(work.x.data(), count, panels, p, std::min(p + pass, panel_count()), minima);
+    for (int64_t r = 0; r < count; ++r) {
+      const LaneMinima own{minima.best + r * lanes, minima.second + r * lanes, minima.vector + r * lanes};
+      indices[first + r] = settle(x, first + r, work.norms[r], own, work);
+    }
+  }
+}
+
+const Scan& active_scan() {
+  static const Scan& chosen = []() -> const Scan& {
+    const Scan* const scans[] = {
+#if defined(__x86_64__)
+        &avx512_scan(),
+        &avx2_scan(),
+#endif
+        &portable_scan(),
+    };
+    const char* wanted = std::getenv("FASTVQ_ISA");
+    for (const Scan* scan : scans) {
+      if (wanted && std::string(wanted) != scan->name) continue;
+      if (scan->supported()) return *scan;
+      if (wanted) throw std::runtime_error("FASTVQ_ISA=" + std::string(wanted) + ": this processor lacks it");
+    }
+    throw std::runtime_error("FASTVQ_ISA=" + std::string(wanted) + ": unknown; portable" +
+#if defined(__x86_64__)
+                             ", avx2, avx512"
+#endif
+                             " may stand there");
+  }();
+  return chosen;
+}
+
+}  // namespace fastvq

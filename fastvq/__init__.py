@@ -1,0 +1,32 @@
+"""fastvq: exact, memory-lean vector quantization for PyTorch.
+
+    x -- search --> indices -- lookup --> codes -- straight-through or rotation --> output
+                       |                     '-- commitment and codebook losses --> scalar
+                       '-- accumulate(x, indices) --> counts, sums -- ema_update_ --> codebook
+
+Layers: `VectorQuantize`. The same as functions: `quantize`, `search`, `residual_search`, `accumulate`, `ema_update_`.
+Health of a codebook: `usage`, `perplexity`. Which code runs: `use_backend`, and `fastvq info` on the command line.
+"""
+
+from __future__ import annotations
+
+from .backends import use_backend
+from .codebook import perplexity, usage
+from .functional import Quantized, quantize
+from .ops import accumulate, ema_update_, residual_search, search
+from .quantizers import VectorQuantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Quantized",
+    "VectorQuantize",
+    "accumulate",
+    "ema_update_",
+    "perplexity",
+    "quantize",
+    "residual_search",
+    "search",
+    "usage",
+    "use_backend",
+]

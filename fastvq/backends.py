@@ -1,0 +1,139 @@
+"""Which backend serves a call, and why not the others.
+
+    native     C++, on the CPU
+    torch      certified search in chunked torch operations, on any device with float64
+    reference  the specification; never chosen by itself
+
+By itself, the first of native and torch that can serve the device is taken. A request, by `use_backend` or by
+FASTVQ_BACKEND in the environment, is met or fails with the reason: it never falls back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import eager, native, reference
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of all ops. `unavailable(device)` is the reason why it can't serve a device, else empty."""
+
+    name: str
+    ops: dict[str, Callable[..., Any]]
+    unavailable: Callable[[torch.device], str]
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("native", native.OPS, native.unavailable),
+        Backend("torch", eager.OPS, eager.unavailable),
+        Backend("reference", reference.OPS, eager.unavailable),
+    )
+}
+AUTOMATIC = ("native", "torch")
+
+_requested: str | None = None
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+if "FASTVQ_BACKEND" in os.environ:
+    _requested = _checked(os.environ["FASTVQ_BACKEND"], "FASTVQ_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every op by the backend `name`, in all threads, until the context ends.
+
+    Args:
+        name: "native", "torch" or "reference".
+
+    Raises:
+        ValueError: no backend has this name.
+        RuntimeError: at the call of an op, where the backend can't serve the device of its tensors.
+    """
+    global _requested
+    previous, _requested = _requested, _checked(name, "name")
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+def select(op: str, device: torch.device) -> Callable[..., Any]:
+    """The implementation of `op` that serves `device` now."""
+    if _requested is not None:
+        backend = BACKENDS[_requested]
+        if reason := backend.unavailable(device):
+            raise RuntimeError(f"backend {backend.name!r} was requested for {op} but can't serve it: {reason}")
+        return backend.ops[op]
+    for name in AUTOMATIC:
+        backend = BACKENDS[name]
+        if not (reason := backend.unavailable(device)):
+            return backend.ops[op]
+        if device.type == "cpu":
+            _say_once(name, reason)
+    reasons = "; ".join(f"{name}: {BACKENDS[name].unavailable(device)}" for name in AUTOMATIC)
+    raise RuntimeError(f"no backend can serve {op} on {device}: {reasons}")
+
+
+_said: set[str] = set()
+
+
+def _say_once(name: str, reason: str) -> None:
+    if name not in _said:
+        _said.add(name)
+        warnings.warn(f"fastvq runs without its {name} backend, exact but slower: {reason}", stacklevel=2)
+
+
+def info() -> dict[str, Any]:
+    """Backends with the reason why one is unavailable, instruction set, threads and versions, as JSON-ready values."""
+    from . import __version__
+
+    devices = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        devices.append(torch.accelerator.current_accelerator() or devices[0])
+    return {
+        "fastvq": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "requested": _requested,
+        "instruction_set": native.instruction_set() or None,
+        "native_build": native.build_record(),
+        "devices": {
+            str(device): {name: backend.unavailable(device) or None for name, backend in BACKENDS.items()}
+            for device in devices
+        },
+    }
+
+
+def format_info(info: dict[str, Any]) -> str:
+    """`info()` for a person."""
+    lines = [f"{name:10} {info[name]}" for name in ("fastvq", "torch", "python", "machine", "threads")]
+    lines.append(f"{'cpu code':10} {info['instruction_set'] or 'none'}")
+    if info["native_build"]["built"]:
+        lines.append(f"{'built by':10} {info['native_build']['compiler']}")
+    for device, reasons in info["devices"].items():
+        chosen = info["requested"] or next((n for n in AUTOMATIC if reasons[n] is None), None)
+        how = "requested" if info["requested"] else "chosen automatically"
+        lines.append(f"backends on {device}:")
+        for name, reason in reasons.items():
+            note = reason or ("available" + (f", {how}" if name == chosen else ""))
+            lines.append(f"  {name:10} {note}")
+    return "\n".join(lines)

@@ -1,0 +1,221 @@
+"""Codebook state: initialisation, moving averages, revival of dead codes, usage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .functional import unit_norm
+from .ops import accumulate, ema_update_, search
+
+
+def usage(counts: Tensor) -> Tensor:
+    """Share of codes with a nonzero count, in [0, 1]. counts (..., K) of any dtype; returns (...) float32."""
+    return (counts > 0).float().mean(-1)
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp of the entropy of the codes, in [1, K]: how many codes, used equally often, would carry as much.
+
+        perplexity = exp(-sum_k p_k ln p_k),   p = counts / sum of counts
+
+    counts (..., K) of any dtype; returns (...) float32, and 0 where nothing was counted.
+
+    Source: Sonnet's VectorQuantizer; van den Oord et al. 2017.
+    """
+    total = counts.double().sum(-1, keepdim=True)
+    p = counts / total.clamp_min(1)
+    return (torch.special.entr(p).sum(-1).exp() * (total.squeeze(-1) > 0)).float()
+
+
+def sample_rows(x: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(indices of `count` random rows of x among the `valid` ones, how many valid rows there are), on the device.
+
+    The rows are distinct as long as there are enough; then they repeat. Without a valid row they are arbitrary.
+    """
+    keys = torch.rand(len(x), device=x.device).masked_fill_(~valid, 2.0)
+    shuffled = keys.topk(min(count, len(x)), largest=False, sorted=True).indices
+    available = valid.sum()
+    distinct = torch.minimum(available, available.new_full((), len(shuffled))).clamp_min(1)
+    return shuffled[torch.arange(count, device=x.device) % distinct], available
+
+
+def kmeans(x: Tensor, size: int, *, iterations: int, valid: Tensor, metric: str = "l2") -> tuple[Tensor, Tensor]:
+    """Lloyd's algorithm from random rows, by `search` and `accumulate`: no N x K matrix, no host synchronisation.
+
+    Args:
+        x: vectors (N, D) with N >= 1; unit vectors for metric "dot", whose means are normalised (spherical k-means).
+        size: K.
+        iterations: rounds of assignment and averaging.
+        valid: bool (N,), the rows that count; rows that are not finite must be False.
+        metric: "l2" or "dot".
+
+    Returns:
+        means (K, D) and how many rows each had in the last round (K,), float32. A mean without rows keeps its place.
+
+    Source: Lloyd, Least Squares Quantization in PCM, 1982; Dhillon and Modha, 2001, for the spherical form.
+    """
+    seeds, _ = sample_rows(x, valid, size)
+    means = x[seeds].float()
+    counts = means.new_zeros(size)
+    for _ in range(iterations):
+        indices = search(x, means, metric=metric).masked_fill(~valid, -1)
+        counts, sums = accumulate(x, indices, size)
+        new = sums / counts.clamp_min(1)[:, None]
+        if metric == "dot":
+            new = unit_norm(new)
+        means = torch.where(counts[:, None] > 0, new, means)
+    return means, counts
+
+
+class Codebook(nn.Module):
+    """K codes of D dimensions with what their learning needs. The state is float32 whatever the module is cast to.
+
+    State: embed (1, K, D), a parameter if learnable; cluster_size (1, K); embed_avg (1, K, D); initted (), false until
+    k-means has run. Names and the leading axis are those of vector_quantize_pytorch, whose checkpoints load. code_counts
+    (K,) int64 counts the codes chosen in training since `reset_code_counts`; it isn't saved.
+
+    Args: see `fastvq.VectorQuantize`.
+    """
+
+    initted: Tensor
+    cluster_size: Tensor
+    embed_avg: Tensor
+    code_counts: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        size: int,
+        *,
+        decay: float = 0.8,
+        eps: float = 1e-5,
+        kmeans_init: bool = False,
+        kmeans_iters: int = 10,
+        dead_code_threshold: float = 0.0,
+        cosine: bool = False,
+        learnable: bool = False,
+        ema_update: bool = True,
+    ) -> None:
+        super().__init__()
+        self.size, self.dim = size, dim
+        self.decay, self.eps = decay, eps
+        self.kmeans_iters = kmeans_iters
+        self.dead_code_threshold = dead_code_threshold
+        self.cosine = cosine
+        self.metric = "dot" if cosine else "l2"
+        self.ema_update = ema_update
+
+        embed = torch.zeros(1, size, dim)
+        if not kmeans_init:
+            # He's uniform initialisation of a (1, K, D) tensor, whose fan-in is K D.
+            embed.uniform_(-math.sqrt(6 / (size * dim)), math.sqrt(6 / (size * dim)))
+            embed = unit_norm(embed) if cosine else embed
+        self.register_buffer("initted", torch.tensor(not kmeans_init))
+        self.register_buffer("cluster_size", torch.ones(1, size))
+        self.register_buffer("embed_avg", embed.clone())
+        if learnable:
+            self.embed = nn.Parameter(embed)
+        else:
+            self.register_buffer("embed", embed)
+        self.register_buffer("code_counts", torch.zeros(size, dtype=torch.int64), persistent=False)
+        # The host's copy of `initted`: asking the tensor would wait for the device at every step.
+        self._ready = not kmeans_init
+
+    @property
+    def codes(self) -> Tensor:
+        """(K, D)."""
+        return self.embed[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Indices (N,) of x (N, D)."""
+        return search(x, self.codes.detach(), metric=self.metric)
+
+    @torch.no_grad()
+    def initialise_(self, x: Tensor, mask: Tensor | None) -> None:
+        """k-means on the rows of x (N, D) that are finite and in the mask (N,), unless it has run already."""
+        if self._ready:
+            return
+        valid = x.isfinite().all(1)
+        if mask is not None:
+            valid = valid & mask
+        # Once in a model's life, so waiting for the device is no matter; a traced graph takes it on trust.
+        if len(x) == 0 or (not torch.compiler.is_compiling() and not bool(valid.any())):
+            return
+        means, counts = kmeans(
+            x, self.size, iterations=self.kmeans_iters, valid=valid, metric=self.metric
+        )
+        # A code without rows starts as if it had one: with none, the first update would send it to the origin.
+        counts = counts.clamp_min(1)
+        self.embed[0].copy_(means)
+        self.cluster_size[0].copy_(counts)
+        self.embed_avg[0].copy_(means * counts[:, None])
+        self.initted.fill_(True)
+        self._ready = True
+
+    @torch.no_grad()
+    def learn_(self, x: Tensor, indices: Tensor, *, ema_update: bool | None = None) -> None:
+        """Updates the moving averages and revives dead codes from x (N, D) with its indices (N,), -1 for what doesn't
+        count. Nothing here waits for the device."""
+        ema_update = self.ema_update if ema_update is None else ema_update
+        if not ema_update and self.dead_code_threshold <= 0:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_world_size() > 1:
+                raise RuntimeError(
+                    "codebook learning is not synchronised across processes yet: every rank would drift to a codebook "
+                    "of its own. Use learnable_codebook=True, or freeze_codebook=True"
+                )
+        counts, sums = accumulate(x, indices, self.size)
+        if ema_update:
+            ema_update_(
+                self.codes, self.cluster_size[0], self.embed_avg[0], counts, sums, decay=self.decay, eps=self.eps
+            )
+            if self.cosine:
+                self.embed.copy_(unit_norm(self.embed))
+        else:
+            self.cluster_size[0].lerp_(counts, 1 - self.decay)
+        if self.dead_code_threshold > 0:
+            self._revive_(x, indices >= 0)
+
+    def _revive_(self, x: Tensor, valid: Tensor) -> None:
+        """Puts every code whose cluster size fell below the threshold on a random row of its own, as far as there are
+        rows, and gives it the threshold as its size."""
+        if len(x) == 0:
+            return
+        dead = self.cluster_size[0] < self.dead_code_threshold
+        rows, available = sample_rows(x, valid, self.size)
+        rank = dead.cumsum(0) - 1
+        dead = dead & (rank < available)
+        fresh = x[rows[rank.clamp_min(0)]].to(self.embed.dtype)
+        self.embed[0].copy_(torch.where(dead[:, None], fresh, self.codes))
+        self.cluster_size.masked_fill_(dead[None], self.dead_code_threshold)
+        self.embed_avg[0].copy_(torch.where(dead[:, None], fresh * self.dead_code_threshold, self.embed_avg[0]))
+
+    @torch.no_grad()
+    def count_(self, indices: Tensor) -> None:
+        """Adds indices (N,) to code_counts; -1 counts for nothing."""
+        self.code_counts.index_add_(0, indices.clamp_min(0), (indices >= 0).long())
+
+    def reset_code_counts(self) -> None:
+        self.code_counts.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
+        """Follows the module to another device, never to another dtype: rounding a moving average would end it."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._ready = bool(self.initted)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, dim={self.dim}, metric={self.metric}"

@@ -1,0 +1,24 @@
+"""Optional dependencies, imported where they are used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+class MissingExtraError(ImportError):
+    """A package of the extra `train` isn't installed; the message says how to install it."""
+
+
+def require(module: str) -> Any:
+    """Import and return `module`, one that `pip install "fastvq-torch[train]"` brings.
+
+    Raises:
+        MissingExtraError: it isn't installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f'{module.partition(".")[0]} is missing: pip install "fastvq-torch[train]"', name=error.name
+        ) from error

@@ -1,0 +1,174 @@
+"""Quantization as a differentiable function: search, lookup, gradient estimator and losses."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .ops import accumulate, search
+
+GRADIENTS = ("ste", "rotation")
+SHORTEST = 1e-6
+"""Length under which a vector has no direction to rotate from; also the floor of `unit_norm`."""
+
+
+def unit_norm(x: Tensor) -> Tensor:
+    """x / max(|x|, 1e-6) along the last dimension: what metric="dot" searches for cosine similarity."""
+    return F.normalize(x, dim=-1, eps=SHORTEST)
+
+
+def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
+    """The codes of `indices` (...,) from `codebook` (K, D), as (..., D); index -1 gives zeros. Differentiable."""
+    codes = F.embedding(indices.clamp_min(0), codebook)
+    return codes.masked_fill((indices < 0).unsqueeze(-1), 0)
+
+
+class Quantized(NamedTuple):
+    """What `quantize` returns."""
+
+    quantized: Tensor  # (..., D), dtype of x
+    indices: Tensor  # (...) int64
+    loss: Tensor  # () float32, or float64
+
+
+def quantize(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = "l2",
+    gradient: str = "ste",
+    commitment_weight: float = 1.0,
+    codebook_weight: float = 0.0,
+    mask: Tensor | None = None,
+) -> Quantized:
+    """The nearest code of each vector, with a gradient for the encoder and the losses of VQ-VAE.
+
+        quantized_n = e_{index_n}
+        loss = mean over counted n, j of  commitment_weight (x_nj - sg[e_nj])^2 + codebook_weight (sg[x_nj] - e_nj)^2
+
+    A row counts if it is finite and not masked out. The others have index -1, a zero output, a zero gradient and no part
+    in the loss.
+
+    Args:
+        x: vectors (..., D), any floating dtype, any leading shape.
+        codebook: codes (K, D). It receives a gradient from the loss where codebook_weight isn't zero, never from
+            `quantized`.
+        metric: "l2" or "dot", as in `search`.
+        gradient: how the gradient g of `quantized` reaches x. "ste", straight-through: g itself. "rotation": as if
+            `quantized` were lambda R x with R the rotation that takes x's direction to e's and lambda = |e| / |x|, both
+            held constant, so lambda R^T g; where x or e is shorter than 1e-6, g itself.
+        commitment_weight, codebook_weight: factors of the two losses; beta of the paper is commitment_weight beside
+            codebook_weight = 1.
+        mask: bool (...), True for the rows that count.
+
+    Returns:
+        quantized (..., D), exactly the codes, rounded to x's dtype; indices (...) int64; loss ().
+
+    Raises:
+        TypeError, ValueError: as `search`; also for a mask that isn't bool or doesn't fit, a negative weight and an
+        unknown gradient.
+
+    Numerics: losses are computed in float32 for x in half precision, and in float64 for x or codebook in float64. Memory is O(N D + K D), forward and backward.
+
+    Source: van den Oord et al. 2017, equation 3 (losses, straight-through); Fifty et al., Restructuring Vector
+    Quantization with the Rotation Trick, 2024, section 4.2 (rotation).
+    """
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient: must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+    for name, weight in (("commitment_weight", commitment_weight), ("codebook_weight", codebook_weight)):
+        if not weight >= 0:
+            raise ValueError(f"{name}: must not be negative, got {weight}")
+    if x.dim() == 0:
+        raise ValueError("x: must have shape (..., D), got a scalar")
+    rows = x.reshape(-1, x.shape[-1])
+    indices = search(rows.detach(), codebook.detach(), metric=metric)
+    if mask is not None:
+        indices = indices.masked_fill(~rows_of_mask(mask, x.shape[:-1]), -1)
+    quantized, loss = _Quantize.apply(rows, codebook, indices, gradient, commitment_weight, codebook_weight)
+    return Quantized(quantized.reshape(x.shape), indices.reshape(x.shape[:-1]), loss)
+
+
+def rows_of_mask(mask: Tensor, shape: torch.Size) -> Tensor:
+    """`mask` flattened to (N,), checked against the leading shape of the vectors."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: must be bool, got {mask.dtype}")
+    if mask.shape != shape:
+        raise ValueError(f"mask: must have shape {tuple(shape)}, got {tuple(mask.shape)}")
+    return mask.reshape(-1)
+
+
+class _Quantize(torch.autograd.Function):
+    """(quantized, loss) of rows whose indices are known. The backward is written out: no graph of the forward is kept,
+    and neither pass holds more than N x D."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codebook: Tensor,
+        indices: Tensor,
+        gradient: str,
+        commitment_weight: float,
+        codebook_weight: float,
+    ) -> tuple[Tensor, Tensor]:
+        codes = lookup(codebook.to(_compute_dtype(x, codebook)), indices)
+        counted = (indices >= 0)[:, None]
+        elements = (counted.sum() * x.shape[1]).clamp_min(1)
+        weight = commitment_weight + codebook_weight
+        if weight:
+            loss = _difference(x, codes, counted).square_().sum() / elements * weight
+        else:
+            loss = codes.new_zeros(())
+        ctx.save_for_backward(x, codes, indices, elements)
+        ctx.gradient, ctx.codebook_shape, ctx.codebook_dtype = gradient, codebook.shape, codebook.dtype
+        ctx.commitment_weight, ctx.codebook_weight = commitment_weight, codebook_weight
+        return codes.to(x.dtype, copy=True), loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, quantized_grad: Tensor, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, codes, indices, elements = ctx.saved_tensors
+        counted = (indices >= 0)[:, None]
+        need_x, need_codebook = ctx.needs_input_grad[:2]
+        x_grad = codebook_grad = pull = None
+        if (need_x and ctx.commitment_weight) or (need_codebook and ctx.codebook_weight):
+            pull = _difference(x, codes, counted) * (2 * loss_grad / elements)
+        if need_x:
+            x_grad = quantized_grad.to(codes.dtype).masked_fill(~counted, 0)
+            if ctx.gradient == "rotation":
+                x_grad = _rotate_back(x_grad, x.to(codes.dtype), codes)
+            if pull is not None and ctx.commitment_weight:
+                x_grad = x_grad + ctx.commitment_weight * pull
+            x_grad = x_grad.to(x.dtype)
+        if need_codebook:
+            size, dim = ctx.codebook_shape
+            if pull is None or not ctx.codebook_weight:
+                codebook_grad = codes.new_zeros(size, dim, dtype=ctx.codebook_dtype)
+            else:
+                _, sums = accumulate(pull, indices, size)
+                codebook_grad = (-ctx.codebook_weight * sums).to(ctx.codebook_dtype)
+        return x_grad, codebook_grad, None, None, None, None
+
+
+def _compute_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:
+    """float32, or float64 where either argument is."""
+    return torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+
+
+def _difference(x: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
+    return (x.to(codes.dtype) - codes).masked_fill_(~counted, 0)
+
+
+def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor) -> Tensor:
+    """lambda R^T grad for the rotation R = I - 2 w w^T + 2 v u^T that takes u = x/|x| to v = e/|e|, w = (u+v)/|u+v|."""
+    x_length, code_length = x.norm(dim=1, keepdim=True), codes.norm(dim=1, keepdim=True)
+    u, v = x / x_length.clamp_min(SHORTEST), codes / code_length.clamp_min(SHORTEST)
+    w = unit_norm(u + v)
+    along_w, along_v = ((direction * grad).sum(1, keepdim=True) for direction in (w, v))
+    rotated = (grad - 2 * along_w * w + 2 * along_v * u) * (code_length / x_length.clamp_min(SHORTEST))
+    directed = (x_length >= SHORTEST) & (code_length >= SHORTEST)
+    return torch.where(directed, rotated, grad)

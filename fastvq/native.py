@@ -1,0 +1,91 @@
+"""The native backend: loads the compiled library and calls the ops that it implements."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_PACKAGE = Path(__file__).parent
+_REBUILD = "install a C++17 compiler (Debian: apt install g++) and run `pip install --force-reinstall --no-deps` again"
+
+
+@functools.cache
+def build_record() -> dict[str, Any]:
+    """What setup.py wrote about the build: whether there is a library, by which compiler, or why not."""
+    path = _PACKAGE / "native_build.json"
+    if not path.exists():
+        return {"built": False, "reason": "the package was not installed by pip"}
+    return json.loads(path.read_text())
+
+
+@functools.cache
+def _load() -> tuple[str, str]:
+    """(instruction set, "") after loading the library, or ("", why it can't be used)."""
+    record = build_record()
+    if not record["built"]:
+        return "", f"not built: {record['reason']}. To have it, {_REBUILD}"
+    path = _PACKAGE / "_native.so"
+    try:
+        torch.ops.load_library(str(path))
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return "", f"{path} doesn't load: {error}"
+    library.fastvq_native_isa.restype = ctypes.c_char_p
+    error_text = ctypes.c_char_p()
+    isa = library.fastvq_native_isa(ctypes.byref(error_text))
+    return (isa.decode(), "") if isa else ("", (error_text.value or b"").decode())
+
+
+def instruction_set() -> str:
+    """The instruction set in use, or "" where the backend is unavailable."""
+    return _load()[0]
+
+
+def unavailable(device: torch.device) -> str:
+    """Why this backend can't serve `device`; empty where it can."""
+    if device.type != "cpu":
+        return f"the native kernels of this release run on cpu, not on {device.type}"
+    return _load()[1]
+
+
+def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
+    return torch.ops.fastvq.native_search(x.contiguous(), codebook.contiguous(), metric=metric)
+
+
+def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    return torch.ops.fastvq.native_accumulate(x.contiguous(), indices.contiguous(), codebook_size)
+
+
+def ema_update_(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_avg: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    *,
+    decay: float,
+    eps: float,
+) -> None:
+    state = [codebook, cluster_size, embed_avg]
+    # The kernel writes through plain pointers: what isn't contiguous is updated in a copy and written back.
+    work = [t.contiguous() for t in state]
+    torch.ops.fastvq.native_ema_update_(*work, counts.contiguous(), sums.contiguous(), decay=decay, eps=eps)
+    for target, result in zip(state, work, strict=True):
+        if target is not result:
+            target.copy_(result)
+
+
+OPS = {
+    "search": search,
+    "residual_search": functools.partial(reference.residual_search, search=search),
+    "accumulate": accumulate,
+    "ema_update_": ema_update_,
+}

@@ -1,0 +1,263 @@
+"""The single-codebook vector quantizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..codebook import Codebook, perplexity, usage
+from ..functional import lookup, quantize, rows_of_mask, unit_norm
+
+
+class VectorQuantize(nn.Module):
+    """Replaces each vector by its nearest code and learns the codebook, with the API of vector_quantize_pytorch.
+
+        quantized = project_out(e_index),   index = argmin_k |project_in(x) - e_k|^2
+        loss = commitment_weight * mean (project_in(x) - sg[e_index])^2     (zero in eval)
+
+    In training the codebook follows the exponential moving averages of its vectors (`fastvq.ema_update_`), or the
+    gradient if it is learnable; the output is always that of the codebook from before the update. Vectors that are not
+    finite get index -1 and a zero output, and touch neither loss nor codebook.
+
+    Args:
+        dim: dimension of the vectors that come in and go out.
+        codebook_size: K.
+        codebook_dim: D, the dimension of the codes; linear projections stand around the codebook where it isn't dim.
+        decay: of the moving averages, in [0, 1].
+        eps: Laplace smoothing of the cluster sizes.
+        commitment_weight: beta; 0 for no loss.
+        kmeans_init: set the codebook by k-means on the first training batch; until then it is zero.
+        kmeans_iters: rounds of that k-means.
+        use_cosine_sim: compare directions: x and the codes are normalised and the largest product wins.
+        threshold_ema_dead_code: codes whose moving cluster size falls below it are put on random vectors of the batch;
+            0 for never.
+        freeze_codebook: leave the codebook as it is, bit for bit, in training too.
+        learnable_codebook: the codebook is a parameter and the loss pulls it to the vectors by the same weight.
+        ema_update: use the moving averages; by default wherever the codebook isn't learnable.
+        rotation_trick: estimate the gradient by the rotation trick, else straight through; by default where dim > 1.
+        channel_last: vectors are (B, N, dim); if False, (B, dim, N).
+        accept_image_fmap: x is (B, dim, H, W).
+
+    Raises:
+        ValueError: an argument, or a pair of arguments, that can't be; it is named.
+        TypeError: an argument that doesn't exist, or doesn't yet.
+
+    Numerics: search is exact (`fastvq.search`); codebook and statistics are float32 whatever dtype the module, x or
+    autocast has.
+
+    Source: van den Oord et al. 2017; rotation trick: Fifty et al. 2024; revival: Dhariwal et al., Jukebox, 2020.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        codebook_dim: int | None = None,
+        *,
+        decay: float = 0.8,
+        eps: float = 1e-5,
+        commitment_weight: float = 1.0,
+        kmeans_init: bool = False,
+        kmeans_iters: int = 10,
+        use_cosine_sim: bool = False,
+        threshold_ema_dead_code: float = 0,
+        freeze_codebook: bool = False,
+        learnable_codebook: bool = False,
+        ema_update: bool | None = None,
+        rotation_trick: bool | None = None,
+        channel_last: bool = True,
+        accept_image_fmap: bool = False,
+    ) -> None:
+        super().__init__()
+        ema_update = not learnable_codebook if ema_update is None else ema_update
+        codebook_dim = dim if codebook_dim is None else codebook_dim
+        for name, value in (("dim", dim), ("codebook_size", codebook_size), ("codebook_dim", codebook_dim)):
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+        for name, number in (
+            ("eps", eps),
+            ("commitment_weight", commitment_weight),
+            ("kmeans_iters", kmeans_iters),
+            ("threshold_ema_dead_code", threshold_ema_dead_code),
+        ):
+            if not number >= 0:
+                raise ValueError(f"{name}: must not be negative, got {number}")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay: must lie in [0, 1], got {decay}")
+        if learnable_codebook and ema_update:
+            raise ValueError("ema_update: must be False beside learnable_codebook=True: one of them moves the codebook")
+        if learnable_codebook and use_cosine_sim:
+            raise ValueError("learnable_codebook: must be False beside use_cosine_sim=True")
+
+        self.dim, self.codebook_size, self.codebook_dim = dim, codebook_size, codebook_dim
+        self.commitment_weight = commitment_weight
+        self.freeze_codebook = freeze_codebook
+        self.learnable_codebook = learnable_codebook
+        self.rotation_trick = dim > 1 if rotation_trick is None else rotation_trick
+        self.use_cosine_sim = use_cosine_sim
+        self.channel_last, self.accept_image_fmap = channel_last, accept_image_fmap
+
+        projects = codebook_dim != dim
+        self.project_in = nn.Linear(dim, codebook_dim) if projects else nn.Identity()
+        self.project_out = nn.Linear(codebook_dim, dim) if projects else nn.Identity()
+        self._codebook = Codebook(
+            codebook_dim,
+            codebook_size,
+            decay=decay,
+            eps=eps,
+            kmeans_init=kmeans_init,
+            kmeans_iters=kmeans_iters,
+            dead_code_threshold=threshold_ema_dead_code,
+            cosine=use_cosine_sim,
+            learnable=learnable_codebook,
+            ema_update=ema_update,
+        )
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes (K, D), float32. Assigning copies into them."""
+        return self._codebook.codes
+
+    @codebook.setter
+    def codebook(self, codes: Tensor) -> None:
+        with torch.no_grad():
+            self._codebook.codes.copy_(codes)
+
+    @property
+    def code_counts(self) -> Tensor:
+        """How often each code was chosen in training since `reset_code_counts`, (K,) int64, on the device."""
+        return self._codebook.code_counts
+
+    def reset_code_counts(self) -> None:
+        """Starts `code_counts`, and with it `usage` and `perplexity`, afresh."""
+        self._codebook.reset_code_counts()
+
+    def usage(self) -> Tensor:
+        """Share of the codes in `code_counts` that were chosen at all, () float32."""
+        return usage(self.code_counts)
+
+    def perplexity(self) -> Tensor:
+        """`fastvq.perplexity` of `code_counts`, () float32."""
+        return perplexity(self.code_counts)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        freeze_codebook: bool | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(quantized, indices, loss) of x.
+
+        Args:
+            x: (B, N, dim) or (B, dim); (B, dim, N) if not channel_last; (B, dim, H, W) if accept_image_fmap. Any
+                floating dtype.
+            mask: bool (B, N), True for the vectors that count. The others cost nothing in the loss, touch no codebook
+                and come back as index -1 and zero.
+            lens: int (B,), the same for sequences: the first lens[b] vectors count.
+            freeze_codebook: for this call, instead of the layer's own.
+
+        Returns:
+            quantized, shaped and typed as x; indices int64 (B, N), (B,) or (B, H, W); loss () float32.
+
+        Raises:
+            ValueError, TypeError: x, mask or lens that don't fit.
+        """
+        frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
+        rows = self._to_rows(x)
+        rows_mask = self._rows_mask(mask, lens, rows)
+        projected = self.project_in(rows)
+        if self.use_cosine_sim:
+            projected = unit_norm(projected)
+        learning = self.training and not frozen
+        if learning:
+            self._codebook.initialise_(
+                projected.detach().flatten(0, -2), None if rows_mask is None else rows_mask.flatten()
+            )
+        quantized, indices, loss = self._quantize(projected, rows_mask, learning)
+        if self.training:
+            flat = indices.flatten()
+            self._codebook.count_(flat)
+            if learning:
+                self._codebook.learn_(projected.detach().flatten(0, -2), flat)
+        quantized = self.project_out(quantized).to(x.dtype)
+        if isinstance(self.project_out, nn.Linear):  # its bias would stand where nothing was coded
+            quantized = quantized.masked_fill((indices < 0).unsqueeze(-1), 0)
+        return self._from_rows(quantized, x), self._indices_from_rows(indices, x), loss
+
+    def _quantize(self, x: Tensor, mask: Tensor | None, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
+        pulled = self.learnable_codebook and learning
+        # In eval nothing flows back, as in vector_quantize_pytorch.
+        quantized, indices, loss = quantize(
+            x if self.training else x.detach(),
+            self.codebook if pulled else self.codebook.detach(),
+            metric=self._codebook.metric,
+            gradient="rotation" if self.rotation_trick else "ste",
+            commitment_weight=self.commitment_weight if self.training else 0.0,
+            codebook_weight=self.commitment_weight if pulled else 0.0,
+            mask=mask,
+        )
+        if pulled and not x.requires_grad:  # no encoder to pass the gradient to: the codes take it
+            quantized = lookup(self.codebook, indices).to(x.dtype)
+        return quantized, indices, loss
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The indices alone, shaped as `forward` returns them. Touches no state, in training neither."""
+        projected = self.project_in(self._to_rows(x))
+        if self.use_cosine_sim:
+            projected = unit_norm(projected)
+        indices = self._codebook(projected.flatten(0, -2)).reshape(projected.shape[:-1])
+        return self._indices_from_rows(indices, x)
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """The codes (..., D) of indices (...), zeros for -1; channels first, (B, D, ...), where the layer is."""
+        codes = lookup(self.codebook, indices)
+        return codes if self._channel_axis() == -1 else codes.movedim(-1, 1)
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What `forward` gives as quantized for these indices, in float32 or the projection's dtype."""
+        codes = lookup(self.codebook, indices)
+        if isinstance(self.project_out, nn.Linear):
+            codes = self.project_out(codes.to(self.project_out.weight.dtype))
+            codes = codes.masked_fill((indices < 0).unsqueeze(-1), 0)
+        return codes if self._channel_axis() == -1 else codes.movedim(-1, 1)
+
+    def _channel_axis(self) -> int:
+        return 1 if self.accept_image_fmap or not self.channel_last else -1
+
+    def _to_rows(self, x: Tensor) -> Tensor:
+        """x as (B, N, dim), or (B, dim) if it came as such."""
+        if self.accept_image_fmap:
+            fits, shape = x.dim() == 4 and x.shape[1] == self.dim, "(B, dim, H, W)"
+        elif self.channel_last or x.dim() == 2:
+            fits, shape = x.dim() in (2, 3) and x.shape[-1] == self.dim, "(B, N, dim) or (B, dim)"
+        else:
+            fits, shape = x.dim() == 3 and x.shape[1] == self.dim, "(B, dim, N)"
+        if not fits:
+            raise ValueError(f"x: must have shape {shape} with dim={self.dim}, got {tuple(x.shape)}")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"x: must be floating point, got {x.dtype}")
+        return x if x.dim() == 2 or self._channel_axis() == -1 else x.flatten(2).transpose(1, 2)
+
+    def _from_rows(self, rows: Tensor, x: Tensor) -> Tensor:
+        if x.dim() == 2 or self._channel_axis() == -1:
+            return rows
+        return rows.transpose(1, 2).reshape(x.shape)
+
+    def _indices_from_rows(self, indices: Tensor, x: Tensor) -> Tensor:
+        return indices.reshape(x.shape[0], *x.shape[2:]) if self.accept_image_fmap else indices
+
+    def _rows_mask(self, mask: Tensor | None, lens: Tensor | None, rows: Tensor) -> Tensor | None:
+        if mask is None and lens is None:
+            return None
+        if mask is not None and lens is not None:
+            raise ValueError("mask, lens: only one of them may be given")
+        if self.accept_image_fmap or rows.dim() == 2:
+            raise ValueError("mask, lens: are for sequences (B, N, dim), not for images or single vectors")
+        if mask is None:
+            assert lens is not None
+            if lens.shape != rows.shape[:1]:
+                raise ValueError(f"lens: must have shape ({rows.shape[0]},), got {tuple(lens.shape)}")
+            return torch.arange(rows.shape[1], device=rows.device) < lens[:, None]
+        return rows_of_mask(mask, rows.shape[:-1]).reshape(mask.shape)

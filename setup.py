@@ -1,0 +1,145 @@
+"""Builds the native library: csrc/ compiled by ninja, once for each instruction set where it says so.
+
+The library has no Python in it and stands on the LibTorch stable ABI, so one build serves every Python and every torch
+from 2.10 on. Metadata is in pyproject.toml.
+
+    FASTVQ_NATIVE=0   leave it out          FASTVQ_NATIVE=1   fail where it can't be built
+    (unset)           build it where a C++ compiler is, go without it where none is
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc" / "cpu"
+BUILD_RECORD = "native_build.json"
+STABLE_ABI = "0x020a000000000000"  # torch 2.10
+
+# No contraction: the float64 tier rounds each operation by definition. The scan is free to fuse.
+COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+SOURCES = ["search.cpp", "accumulate.cpp", "bindings.cpp"]
+SCAN_FLAGS = {"portable": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    SCAN_FLAGS |= {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mprefer-vector-width=512"]}
+
+
+def torch_root() -> Path | None:
+    """The torch to build against: the build environment's, else the one of the environment that we install into.
+
+    With build isolation the second is out of reach of `import`, but its headers are all that the build needs; so
+    nothing is downloaded where torch is installed already.
+    """
+    spec = importlib.util.find_spec("torch")
+    candidates = [Path(spec.origin).parent] if spec and spec.origin else []
+    candidates += [Path(sysconfig.get_path(scheme)) / "torch" for scheme in ("platlib", "purelib")]
+    for root in candidates:
+        if (root / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+            return root
+    return None
+
+
+class BuildNative(build_ext):
+    """Builds the native library, or records why the package goes without it."""
+
+    def run(self) -> None:
+        wanted = os.environ.get("FASTVQ_NATIVE", "")
+        record: dict[str, object]
+        try:
+            if wanted == "0":
+                raise RuntimeError("left out by FASTVQ_NATIVE=0 at build time")
+            record = {"built": True} | self.build_native()
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            if wanted == "1":
+                raise
+            reason = getattr(error, "stdout", None) or str(error)
+            record = {"built": False, "reason": reason.strip()[-2000:]}
+            print(f"fastvq: going without the native backend: {record['reason']}", file=sys.stderr)
+            for stale in self.package_dir().glob("_native.*"):
+                stale.unlink()
+        target = self.package_dir() / BUILD_RECORD
+        target.write_text(json.dumps(record, indent=2) + "\n")
+
+    def package_dir(self) -> Path:
+        path = ROOT / "fastvq" if self.inplace or self.editable_mode else Path(self.build_lib) / "fastvq"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def get_outputs(self) -> list[str]:
+        return [str(p) for p in self.package_dir().glob("_native.*")] + [str(self.package_dir() / BUILD_RECORD)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def build_native(self) -> dict[str, object]:
+        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+        if compiler is None or shutil.which(compiler) is None:
+            raise RuntimeError(f"no C++ compiler found ({compiler or 'c++, g++, clang++'})")
+        torch = torch_root()
+        if torch is None:
+            raise RuntimeError("no torch 2.10 or newer found to build against")
+        objects = Path(self.build_temp).resolve()
+        objects.mkdir(parents=True, exist_ok=True)
+        library = objects / "_native.so"
+        self.write_ninja(objects / "build.ninja", compiler, torch, library)
+        from ninja import BIN_DIR
+
+        command = [str(Path(BIN_DIR) / "ninja"), "-C", str(objects)]
+        try:
+            subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        except subprocess.CalledProcessError as error:
+            print(error.stdout, file=sys.stderr)
+            raise
+        self.copy_file(str(library), str(self.package_dir() / library.name))
+        version = subprocess.run([compiler, "--version"], check=True, text=True, stdout=subprocess.PIPE).stdout
+        return {"compiler": version.splitlines()[0], "instruction_sets": list(SCAN_FLAGS)}
+
+    def write_ninja(self, path: Path, compiler: str, torch: Path, library: Path) -> None:
+        from ninja.ninja_syntax import Writer, escape_path
+
+        def quoted(path: Path) -> str:
+            return escape_path(str(path))
+
+        include = [f"-isystem {quoted(torch / 'include')}", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+        link = ["-Wl,--no-as-needed"] if sys.platform == "linux" else []
+        link += [f"-L{quoted(torch / 'lib')}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        with path.open("w") as stream:
+            ninja = Writer(stream)
+            ninja.rule("cxx", f"{compiler} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+            ninja.rule("link", f"{compiler} -shared $in -o $out {' '.join(link)}")
+            outputs = []
+            for source in SOURCES:
+                flags = COMMON + ["-ffp-contract=off"] + include
+                outputs += ninja.build(source + ".o", "cxx", quoted(CSRC / source), variables={"flags": flags})
+            for isa, isa_flags in SCAN_FLAGS.items():
+                flags = COMMON + ["-ffp-contract=fast", f"-DFASTVQ_ISA={isa}"] + isa_flags
+                outputs += ninja.build(f"scan_{isa}.o", "cxx", quoted(CSRC / "scan.cpp"), variables={"flags": flags})
+            ninja.build(quoted(library), "link", outputs)
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel by platform alone: the library has no Python ABI."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, plat = super().get_tag()
+        return "py3", "none", plat
+
+
+setup(
+    ext_modules=[Extension("fastvq._native", sources=[])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+    # Read by pip as a build requirement; only where there is no torch to build against.
+    setup_requires=[] if os.environ.get("FASTVQ_NATIVE") == "0" or torch_root() else ["torch>=2.10"],
+)
