@@ -121,10 +121,10 @@ class BuildNative(build_ext):
             ninja.rule("link", f"{compiler} -shared $in -o $out {' '.join(link)}")
             outputs = []
             for source in SOURCES:
-                flags = COMMON + ["-ffp-contract=off"] + include
+                flags = [*COMMON, "-ffp-contract=off", *include]
                 outputs += ninja.build(source + ".o", "cxx", quoted(CSRC / source), variables={"flags": flags})
             for isa, isa_flags in SCAN_FLAGS.items():
-                flags = COMMON + ["-ffp-contract=fast", f"-DFASTVQ_ISA={isa}"] + isa_flags
+                flags = [*COMMON, "-ffp-contract=fast", f"-DFASTVQ_ISA={isa}", *isa_flags]
                 outputs += ninja.build(f"scan_{isa}.o", "cxx", quoted(CSRC / "scan.cpp"), variables={"flags": flags})
             ninja.build(quoted(library), "link", outputs)
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from . import eager, native, reference
+from .reference import Ops
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Backend:
     """One implementation of all ops. `unavailable(device)` is the reason why it can't serve a device, else empty."""
 
     name: str
-    ops: dict[str, Callable[..., Any]]
+    ops: Ops
     unavailable: Callable[[torch.device], str]
 
 

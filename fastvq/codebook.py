@@ -72,12 +72,21 @@ def kmeans(x: Tensor, size: int, *, iterations: int, valid: Tensor, metric: str 
     return means, counts
 
 
+def _refuse_many_processes() -> None:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "the codebook isn't synchronised across processes yet: every rank would drift to one of its own. Use "
+            "learnable_codebook=True, whose gradients DDP averages, without revival, or freeze_codebook=True"
+        )
+
+
 class Codebook(nn.Module):
     """K codes of D dimensions with what their learning needs. The state is float32 whatever the module is cast to.
 
-    State: embed (1, K, D), a parameter if learnable; cluster_size (1, K); embed_avg (1, K, D); initted (), false until
-    k-means has run. Names and the leading axis are those of vector_quantize_pytorch, whose checkpoints load. code_counts
-    (K,) int64 counts the codes chosen in training since `reset_code_counts`; it isn't saved.
+    State: embed (1, K, D), a parameter if learnable; cluster_size (1, K); embed_avg (1, K, D); initted (), false
+    until k-means has run. Names and the leading axis are those of vector_quantize_pytorch, whose checkpoints load.
+    code_counts (K,) int64 counts the codes chosen in training since `reset_code_counts`; it isn't saved.
 
     Args: see `fastvq.VectorQuantize`.
     """
@@ -144,11 +153,10 @@ class Codebook(nn.Module):
         if mask is not None:
             valid = valid & mask
         # Once in a model's life, so waiting for the device is no matter; a traced graph takes it on trust.
+        _refuse_many_processes()
         if len(x) == 0 or (not torch.compiler.is_compiling() and not bool(valid.any())):
             return
-        means, counts = kmeans(
-            x, self.size, iterations=self.kmeans_iters, valid=valid, metric=self.metric
-        )
+        means, counts = kmeans(x, self.size, iterations=self.kmeans_iters, valid=valid, metric=self.metric)
         # A code without rows starts as if it had one: with none, the first update would send it to the origin.
         counts = counts.clamp_min(1)
         self.embed[0].copy_(means)
@@ -164,12 +172,7 @@ class Codebook(nn.Module):
         ema_update = self.ema_update if ema_update is None else ema_update
         if not ema_update and self.dead_code_threshold <= 0:
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise RuntimeError(
-                    "codebook learning is not synchronised across processes yet: every rank would drift to a codebook "
-                    "of its own. Use learnable_codebook=True, or freeze_codebook=True"
-                )
+        _refuse_many_processes()
         counts, sums = accumulate(x, indices, self.size)
         if ema_update:
             ema_update_(

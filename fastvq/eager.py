@@ -1,7 +1,8 @@
 """The torch backend: certified search in chunked torch operations.
 
-It needs no compiler and no Triton and serves every device that has float64. The cheap pass is one float32 matrix product
-a tile; a row is settled where the bound of docs/exactness.md leaves one code, and else by the definition in float64.
+It needs no compiler and no Triton and serves every device that has float64. The cheap pass is one float32 matrix
+product a tile; a row is settled where the bound of docs/exactness.md leaves one code, and else by the definition in
+float64.
 Reading how many are left waits for the device, once a chunk.
 """
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .reference import Ops
 
 TILE_CODES = 8192
 """Codes of one score tile; more are taken in several."""
@@ -39,7 +41,8 @@ def _operand_unit() -> float:
 
     Both settings count for every device: one that is read needlessly costs certificates, never exactness.
     """
-    settings = {torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision}
+    libraries = (torch.backends.mkldnn, torch.backends.cuda)
+    settings = {library.matmul.fp32_precision for library in libraries}
     settings -= {"none", "ieee"}
     if not settings:
         return 0.0
@@ -187,7 +190,7 @@ def _definition(x: Tensor, row: Tensor, codebook: Tensor, code: Tensor, metric: 
     return torch.cat(scores) if scores else x.new_empty(0)
 
 
-OPS = {
+OPS: Ops = {
     "search": search,
     "residual_search": functools.partial(reference.residual_search, search=search),
     "accumulate": reference.accumulate,

@@ -47,8 +47,8 @@ def quantize(
 ) -> Quantized:
     """The nearest code of each vector, with a gradient for the encoder and the losses of VQ-VAE.
 
-        quantized_n = e_{index_n}
-        loss = mean over counted n, j of  commitment_weight (x_nj - sg[e_nj])^2 + codebook_weight (sg[x_nj] - e_nj)^2
+        quantized_n = q_n = e_{index_n}
+        loss = mean over counted n and j of  commitment_weight (x_nj - sg[q_nj])^2 + codebook_weight (sg[x_nj] - q_nj)^2
 
     A row counts if it is finite and not masked out. The others have index -1, a zero output, a zero gradient and no part
     in the loss.
@@ -72,7 +72,8 @@ def quantize(
         TypeError, ValueError: as `search`; also for a mask that isn't bool or doesn't fit, a negative weight and an
         unknown gradient.
 
-    Numerics: losses are computed in float32 for x in half precision, and in float64 for x or codebook in float64. Memory is O(N D + K D), forward and backward.
+    Numerics: losses are computed in float32 for x in half precision, in float64 for x or codebook in float64.
+    Memory is O(N D + K D), forward and backward.
 
     Source: van den Oord et al. 2017, equation 3 (losses, straight-through); Fifty et al., Restructuring Vector
     Quantization with the Rotation Trick, 2024, section 4.2 (rotation).

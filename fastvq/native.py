@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .reference import Ops
 
 _PACKAGE = Path(__file__).parent
 _REBUILD = "install a C++17 compiler (Debian: apt install g++) and run `pip install --force-reinstall --no-deps` again"
@@ -83,7 +84,7 @@ def ema_update_(
             target.copy_(result)
 
 
-OPS = {
+OPS: Ops = {
     "search": search,
     "residual_search": functools.partial(reference.residual_search, search=search),
     "accumulate": accumulate,

@@ -186,8 +186,8 @@ def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, 
         of n, so that the result doesn't depend on the number of threads. Memory is O(N + K D): there is no one-hot.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices that don't fit. An index out of range is an IndexError on the CPU
-        and a device-side assertion elsewhere, where looking would wait for the device.
+        TypeError, ValueError: dtypes, shapes or devices that don't fit. IndexError: an index out of range, on
+        the CPU; elsewhere the device asserts, since looking would mean waiting for it.
 
     Source: van den Oord et al. 2017, appendix A.1, equations 6 and 7.
     """
@@ -257,7 +257,7 @@ def ema_update_(
     Raises:
         TypeError, ValueError: what doesn't fit, by name.
 
-    Source: van den Oord et al. 2017, appendix A.1, equations 6 to 8; the smoothing is that of Sonnet's VectorQuantizerEMA.
+    Source: van den Oord et al. 2017, appendix A.1, equations 6 to 8; smoothing as in Sonnet's VectorQuantizerEMA.
     """
     _check_ema_update(codebook, cluster_size, embed_avg, counts, sums, decay, eps)
     backends.select("ema_update_", codebook.device)(

@@ -7,13 +7,18 @@ rows are taken in chunks.
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 20
 """Elements of the largest temporary tensor."""
+
+
+Ops = dict[str, Callable[..., Any]]
+"""A backend's implementations, by the name of the op."""
 
 
 class Search(Protocol):
@@ -62,8 +67,10 @@ def residual_search(x: Tensor, codebooks: Tensor, *, search: Search = search) ->
 
 def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     """`fastvq.accumulate`: float64 sums over the rows in ascending order, rounded to float32 once."""
-    if indices.numel() and not bool(((indices >= -1) & (indices < codebook_size)).all()):
-        raise IndexError(f"indices: must lie in [-1, {codebook_size}), got {_first_outside(indices, codebook_size)}")
+    if indices.device.type == "cpu":  # index_add_ asserts elsewhere; looking here would wait for the device
+        outside = indices[(indices < -1) | (indices >= codebook_size)]
+        if len(outside):
+            raise IndexError(f"indices: must lie in [-1, {codebook_size}), got {int(outside[0])}")
     # Row `codebook_size` takes what is skipped.
     counts = x.new_zeros(codebook_size + 1, dtype=torch.float64)
     sums = x.new_zeros(codebook_size + 1, x.shape[1], dtype=torch.float64)
@@ -73,10 +80,6 @@ def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, 
         counts.index_add_(0, slot, counts.new_ones(slot.shape))
         sums.index_add_(0, slot, chunk.double())
     return counts[:-1].float(), sums[:-1].float()
-
-
-def _first_outside(indices: Tensor, codebook_size: int) -> int:
-    return int(indices[(indices < -1) | (indices >= codebook_size)][0])
 
 
 def ema_update_(
@@ -97,7 +100,7 @@ def ema_update_(
     codebook.copy_(torch.where(smoothed > 0, embed_avg / smoothed, codebook))
 
 
-OPS = {
+OPS: Ops = {
     "search": search,
     "residual_search": functools.partial(residual_search, search=search),
     "accumulate": accumulate,

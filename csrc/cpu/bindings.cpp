@@ -89,13 +89,16 @@ void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_avg, const T
                  double decay, double eps) {
   const auto mutable_floats = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
   const auto floats = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
-  const fastvq::EmaState state{mutable_floats(codebook), mutable_floats(cluster_size), mutable_floats(embed_avg),
-                               floats(counts),           floats(sums),                 codebook.size(0),
+  const fastvq::EmaState state{mutable_floats(codebook),
+                               mutable_floats(cluster_size),
+                               mutable_floats(embed_avg),
+                               floats(counts),
+                               floats(sums),
+                               codebook.size(0),
                                codebook.size(1)};
   const double total = fastvq::update_cluster_size(state, decay);
-  parallel_for(0, state.size, grain(state.dim), [&](int64_t begin, int64_t end) {
-    fastvq::update_codes(state, decay, eps, total, begin, end);
-  });
+  parallel_for(0, state.size, grain(state.dim),
+               [&](int64_t begin, int64_t end) { fastvq::update_codes(state, decay, eps, total, begin, end); });
 }
 
 }  // namespace

@@ -29,8 +29,8 @@ inline double update_cluster_size(const EmaState& state, double decay) {
 }
 
 // Step 2, for the codes [begin, end): embed_avg <- lerp(embed_avg, sums, 1 - decay), then
-// codebook <- embed_avg / smoothed with smoothed = (cluster_size + eps) / (total + size eps) total; a code whose smoothed
-// size isn't positive stays as it is.
+// codebook <- embed_avg / smoothed with smoothed = (cluster_size + eps) / (total + size eps) total; a code whose
+// smoothed size isn't positive stays as it is.
 inline void update_codes(const EmaState& state, double decay, double eps, double total, int64_t begin, int64_t end) {
   const float weight = static_cast<float>(1.0 - decay);
   for (int64_t k = begin; k < end; ++k) {

@@ -76,7 +76,8 @@ inline void tile(const float* x, const Panels& panels, int64_t panel, const Lane
   }
 }
 
-void scan(const float* rows, int64_t count, const Panels& panels, int64_t begin, int64_t end, const LaneMinima& minima) {
+void scan(const float* rows, int64_t count, const Panels& panels, int64_t begin, int64_t end,
+          const LaneMinima& minima) {
   int64_t r = 0;
   const auto rest = [&](int64_t row) {
     return LaneMinima{minima.best + row * LANES, minima.second + row * LANES, minima.vector + row * LANES};
@@ -137,7 +138,8 @@ bool supported() {
 }  // namespace
 
 const Scan& FASTVQ_NAME(FASTVQ_ISA, _scan)() {
-  static const Scan self{FASTVQ_STRING(FASTVQ_ISA), LANES, WIDTH, ROWS, supported, scan, prepare<float>, prepare<double>};
+  static const Scan self{
+      FASTVQ_STRING(FASTVQ_ISA), LANES, WIDTH, ROWS, supported, scan, prepare<float>, prepare<double>};
   return self;
 }
 

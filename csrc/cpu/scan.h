@@ -1,8 +1,8 @@
 // The cheap tier of certified search: fp32 scores of a block of rows against the packed codebook.
 //
-// scan.cpp is compiled once for each instruction set, with that set's flags. What it defines stands in a namespace of its
-// own and it instantiates nothing from the standard library: a weak symbol compiled with AVX-512 could otherwise be the
-// one that the linker keeps for everybody.
+// scan.cpp is compiled once for each instruction set, with that set's flags. What it defines stands in a namespace of
+// its own and it instantiates nothing from the standard library: a weak symbol compiled with AVX-512 could otherwise be
+// the one that the linker keeps for everybody.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@ namespace fastvq {
 
 // The codebook as the scan reads it: panels of `width` codes, panel p stored as [dim][width].
 struct Panels {
-  const float* values;        // [panels, dim, width]
-  const float* half_norms;    // [panels, width], |e_k|^2 / 2; zero for metric "dot"; infinity for a code that can't win
+  const float* values;      // [panels, dim, width]
+  const float* half_norms;  // [panels, width], |e_k|^2 / 2; zero for metric "dot"; infinity for a code that can't win
   int64_t dim;
 };
 
@@ -38,7 +38,8 @@ struct Scan {
   int rows;   // rows of the register tile
   bool (*supported)();
   // t[r, k] = half_norms[k] - <rows[r], e_k> for the panels [begin, end), folded into `minima`.
-  void (*scan)(const float* rows, int64_t count, const Panels& panels, int64_t begin, int64_t end, const LaneMinima& minima);
+  void (*scan)(const float* rows, int64_t count, const Panels& panels, int64_t begin, int64_t end,
+               const LaneMinima& minima);
   // out = float((x - centre) * scale), with its norms. centre may be null; scale is a power of two.
   RowNorms (*prepare_f32)(const float* x, const double* centre, double scale, int64_t dim, float* out);
   RowNorms (*prepare_f64)(const double* x, const double* centre, double scale, int64_t dim, float* out);

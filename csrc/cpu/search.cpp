@@ -1,4 +1,5 @@
-// Compiled with -ffp-contract=off: the float64 tier rounds every subtraction, product and sum separately, by definition.
+// Compiled with -ffp-contract=off: the float64 tier rounds every subtraction, product and sum separately, by
+// definition.
 #include "search.h"
 
 #include <algorithm>
@@ -37,13 +38,13 @@ struct PackedCodebook::Workspace {
         vector(rows * scan.lanes) {}
 
   const int64_t rows;
-  std::vector<float> x;              // [rows, dim] as the scan sees them
-  std::vector<float> narrow;         // [dim] one half-precision row widened to float32
-  std::vector<double> wide;          // [dim] one row for the float64 tier
-  std::vector<double> codes;         // [dim, GROUP] codes for the float64 tier
-  std::vector<RowNorms> norms;       // [rows]
-  std::vector<float> best, second;   // [rows, lanes]
-  std::vector<int32_t> vector;       // [rows, lanes]
+  std::vector<float> x;             // [rows, dim] as the scan sees them
+  std::vector<float> narrow;        // [dim] one half-precision row widened to float32
+  std::vector<double> wide;         // [dim] one row for the float64 tier
+  std::vector<double> codes;        // [dim, GROUP] codes for the float64 tier
+  std::vector<RowNorms> norms;      // [rows]
+  std::vector<float> best, second;  // [rows, lanes]
+  std::vector<int32_t> vector;      // [rows, lanes]
   std::vector<int64_t> candidates;
 };
 

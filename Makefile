@@ -1,0 +1,57 @@
+# The two commands are `make demo` and `make test`; each sets up what it needs in .venv first.
+#   make lint       ruff, mypy, clang-format
+#   make bench      the benchmark suite
+#   make gpu-check  what can be shown about other devices on a machine without one
+#   make format     rewrites the sources as `make lint` wants them
+# PYTHON chooses the interpreter of .venv, TORCH the torch that goes into it.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
+
+.PHONY: demo test lint bench gpu-check format clean
+
+demo: $(VENV)/train.stamp
+	$(BIN)/fastvq demo --out runs/demo
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/lint.stamp $(VENV)/train.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES))
+
+format: $(VENV)/lint.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
+
+gpu-check: $(VENV)/test.stamp
+	@echo "This release has no GPU kernels: on a GPU the torch backend serves. Checked here, with fake CUDA tensors:"
+	@echo "no device is mixed and nothing waits for the device in a training step."
+	$(BIN)/python -m pytest tests/test_devices.py
+
+clean:
+	rm -rf build $(VENV) fastvq/_native.* fastvq/native_build.json
+
+# The package is installed in place; a change in csrc/ or in the metadata installs it again.
+$(VENV)/build.stamp:
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "fastvq needs Python 3.10 or newer"'
+	@$(PYTHON) -c 'import ensurepip' || { echo "Python has no venv: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "$(TORCH)" numpy "setuptools>=77" wheel ninja
+	@touch $@
+
+$(VENV)/%.stamp: $(VENV)/build.stamp $(SOURCES)
+	@test -n "$(CXX_FOUND)" || echo "No C++ compiler found: the native backend is left out. Debian: apt install g++"
+	$(PIP) install --no-build-isolation -e ".[$*]"
+	@touch $@
