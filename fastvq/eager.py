@@ -78,7 +78,8 @@ class _Frame:
         extent = norm + x_residual + self.norm + e_residual
         gamma = (dim + 2) * _U / (1 - (dim + 2) * _U) if (dim + 2) * _U < 0.25 else math.inf
         operands = x_residual * (self.norm + e_residual) + norm * e_residual
-        accumulation = gamma * norm * self.norm
+        # The library may add |e|^2 / 2 at any place of the sum.
+        accumulation = gamma * (norm * self.norm + self.half)
         half_norms = (2 * _U + dim * 4 * _V) * self.half + _U * (1 + gamma) * norm * self.norm
         definition = (dim + 3) * _V * 0.5 * extent * extent
         tiny = torch.ldexp(torch.full_like(self.norm, float(dim)), 2 * self.exponent - 1074)

@@ -48,7 +48,7 @@ def quantize(
     """The nearest code of each vector, with a gradient for the encoder and the losses of VQ-VAE.
 
         quantized_n = q_n = e_{index_n}
-        loss = mean over counted n and j of  commitment_weight (x_nj - sg[q_nj])^2 + codebook_weight (sg[x_nj] - q_nj)^2
+        loss = mean over counted n, j of  commitment_weight (x_nj - sg[q_nj])^2 + codebook_weight (sg[x_nj] - q_nj)^2
 
     A row counts if it is finite and not masked out. The others have index -1, a zero output, a zero gradient and no part
     in the loss.
