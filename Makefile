@@ -10,7 +10,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+CXX_SOURCES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h')
+SOURCES := $(filter csrc/%,$(CXX_SOURCES)) setup.py pyproject.toml
 CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
 
 .PHONY: demo test lint bench gpu-check format clean
@@ -25,12 +26,12 @@ lint: $(VENV)/lint.stamp $(VENV)/train.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES))
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: $(VENV)/lint.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,iqr,rounds --benchmark-group-by=group

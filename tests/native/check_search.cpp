@@ -1,0 +1,133 @@
+// The torch-free search and accumulate of csrc/cpu against the definition, written as a loop. Built by
+// tests/test_native_builds.py under sanitizers and for other processors; exits with the number of wrong answers.
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "accumulate.h"
+#include "search.h"
+
+namespace {
+
+using fastvq::DType;
+using fastvq::Matrix;
+using fastvq::Metric;
+
+std::mt19937 generator(0);
+
+double normal() {
+  static std::normal_distribution<double> distribution;
+  return distribution(generator);
+}
+
+struct Case {
+  const char* name;
+  double offset, scale;  // of everything
+  double spread;         // of the rows around their codes; 0 puts them on midpoints of two codes
+  bool duplicates, poison;
+};
+
+constexpr Case CASES[] = {
+    {"gaussian", 0, 1, 1, false, false},   {"clustered", 0, 1, 0.1, false, false},
+    {"midpoints", 0, 1, 0, false, false},  {"duplicates", 0, 1, 0.5, true, false},
+    {"offset", 1e4, 1, 0.1, false, false}, {"tiny", 0, 1e-38, 1, false, false},
+    {"huge", 0, 1e18, 1, false, false},    {"poisoned", 0, 1, 1, true, true},
+};
+
+template <class T>
+void fill(const Case& c, int64_t n, int64_t k, int64_t d, std::vector<T>& x, std::vector<T>& codes) {
+  for (auto& value : codes) value = static_cast<T>(c.offset + c.scale * normal());
+  if (c.duplicates)
+    for (int64_t i = 0; i < (k / 2) * d; ++i) codes[(k - k / 2) * d + i] = codes[i];
+  for (int64_t i = 0; i < n; ++i) {
+    const T* a = codes.data() + (generator() % k) * d;
+    const T* b = codes.data() + (generator() % k) * d;
+    for (int64_t j = 0; j < d; ++j)
+      x[i * d + j] = static_cast<T>(c.spread > 0 ? a[j] + c.scale * c.spread * normal() : (a[j] + b[j]) / 2);
+  }
+  if (c.poison) {
+    x[generator() % x.size()] = std::numeric_limits<T>::quiet_NaN();
+    codes[generator() % codes.size()] = std::numeric_limits<T>::infinity();
+  }
+}
+
+template <class T>
+int64_t definition(const T* x, const std::vector<T>& codes, int64_t k, int64_t d, Metric metric) {
+  int64_t winner = -1;
+  double smallest = 0;
+  for (int64_t j = 0; j < d; ++j)
+    if (!std::isfinite(x[j])) return -1;
+  for (int64_t i = 0; i < k; ++i) {
+    double sum = 0;
+    bool usable = true;
+    for (int64_t j = 0; j < d; ++j) {
+      const double e = codes[i * d + j];
+      usable = usable && std::isfinite(e);
+      const double difference = x[j] - e;
+      if (metric == Metric::l2)
+        sum += difference * difference;
+      else
+        sum -= x[j] * e;
+    }
+    if (usable && (winner < 0 || sum < smallest)) winner = i, smallest = sum;
+  }
+  return winner;
+}
+
+template <class T>
+int64_t check(const fastvq::Scan& scan, const Case& c, DType dtype, Metric metric, int64_t n, int64_t k, int64_t d) {
+  std::vector<T> x(n * d), codes(k * d);
+  fill(c, n, k, d, x, codes);
+  fastvq::PackedCodebook packed(scan, {dtype, codes.data(), k, d}, metric);
+  packed.pack(0, packed.panel_count());
+  packed.finish();
+  const Matrix rows{dtype, x.data(), n, d};
+  std::vector<int64_t> indices(n, -7);
+  packed.search(rows, 0, n / 3, indices.data());
+  packed.search(rows, n / 3, n, indices.data());
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < n; ++i) wrong += indices[i] != definition(x.data() + i * d, codes, k, d, metric);
+
+  const fastvq::RowsByCode sorted(indices.data(), n, k);
+  std::vector<float> counts(k), sums(k * d), expected(k);
+  sorted.sum(rows, 0, sorted.row_count() / 2, counts.data(), sums.data());
+  sorted.sum(rows, sorted.row_count() / 2, sorted.row_count(), counts.data(), sums.data());
+  for (int64_t index : indices)
+    if (index >= 0) ++expected[index];
+  wrong += counts != expected;
+  if (wrong)
+    std::printf("%s: %s, metric %s, N=%d K=%d D=%d: %d wrong\n", scan.name, c.name, metric == Metric::l2 ? "l2" : "dot",
+                static_cast<int>(n), static_cast<int>(k), static_cast<int>(d), static_cast<int>(wrong));
+  return wrong;
+}
+
+}  // namespace
+
+int main() {
+  const fastvq::Scan* scans[] = {
+      &fastvq::portable_scan(),
+#if defined(__x86_64__)
+      &fastvq::avx2_scan(),
+      &fastvq::avx512_scan(),
+#endif
+  };
+  constexpr int64_t SHAPES[][3] = {{1, 1, 1}, {63, 100, 33}, {257, 300, 96}, {200, 31, 3}, {20, 33, 513}};
+  int64_t wrong = 0, checked = 0;
+  for (const fastvq::Scan* scan : scans) {
+    if (!scan->supported()) {
+      std::printf("%s: not run, this processor lacks it\n", scan->name);
+      continue;
+    }
+    for (const Case& c : CASES)
+      for (const auto& [n, k, d] : SHAPES)
+        for (Metric metric : {Metric::l2, Metric::dot}) {
+          wrong += check<float>(*scan, c, DType::f32, metric, n, k, d);
+          wrong += check<double>(*scan, c, DType::f64, metric, n, k, d);
+          checked += 2;
+        }
+  }
+  std::printf("%d cases, %d wrong\n", static_cast<int>(checked), static_cast<int>(wrong));
+  return wrong != 0;
+}
