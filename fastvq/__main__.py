@@ -1,0 +1,9 @@
+"""`python -m fastvq` is the command `fastvq`."""
+
+from __future__ import annotations
+
+import sys
+
+from fastvq.cli import main
+
+sys.exit(main())

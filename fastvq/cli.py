@@ -1,0 +1,155 @@
+"""The command line: `fastvq info`, `train`, `reconstruct` and `demo`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastvq.extras import MissingExtraError
+
+if TYPE_CHECKING:
+    from fastvq.training import TrainConfig
+
+# What a shell reports for a program that Ctrl-C ended.
+_INTERRUPTED = 130
+_FAILED = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 2 for an error in what was asked for, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    from fastvq.data import DataError
+    from fastvq.training import CheckpointError, ConfigError
+
+    try:
+        return options.run(options)
+    except (CheckpointError, ConfigError, DataError, FloatingPointError, MissingExtraError) as error:
+        print(f"fastvq: {error}", file=sys.stderr)
+        return _FAILED
+    except KeyboardInterrupt:
+        print("\nfastvq: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastvq", description="Exact vector quantization for PyTorch.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="which backends work here, and why the others don't")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(run=_info)
+
+    train = commands.add_parser("train", help="train a VQ-VAE on images")
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --out")
+    _add_settings(train)
+    train.set_defaults(run=_train)
+
+    reconstruct = commands.add_parser("reconstruct", help="send images through a trained model's codes")
+    reconstruct.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
+    reconstruct.add_argument(
+        "images", type=Path, nargs="*", metavar="IMAGE", help="image files; default: held-out ones"
+    )
+    reconstruct.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
+    reconstruct.set_defaults(run=_reconstruct)
+
+    demo = commands.add_parser("demo", help="train on the shipped images and show what came of it")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    demo.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
+    demo.add_argument("--steps", type=int, help="train for fewer or more steps than usual")
+    demo.add_argument("--ceiling-steps", type=int, help="the same for the network without a bottleneck")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Make one option of each field of TrainConfig; options not given leave no attribute behind."""
+    from fastvq.training import TrainConfig
+
+    group = parser.add_argument_group("settings")
+    types = typing.get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        kind: dict[str, Any] = {"type": types[field.name]}
+        if types[field.name] is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            help=f"{field.metadata['help']} (default: {field.default})".replace("%", "%%"),
+            **kind,
+        )
+
+
+def _info(options: argparse.Namespace) -> int:
+    from fastvq import backends
+
+    info = backends.info()
+    print(json.dumps(info, indent=2) if options.json else backends.format_info(info))
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> TrainConfig:
+    """Return the settings asked for; a resumed run's own settings stand in for those not given."""
+    from fastvq.training import TrainConfig
+    from fastvq.training.checkpoint import load_latest
+
+    given = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(TrainConfig)
+        if hasattr(options, field.name)
+    }
+    if options.resume:
+        return dataclasses.replace(load_latest(options.out).config, **given)
+    return TrainConfig(**given)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from fastvq.training import Trainer, evaluate, load_images
+    from fastvq.training.report import picture_reconstructions, picture_run
+
+    config = _settings(options)
+    images = load_images(config)
+    trainer = Trainer(config, images, options.out, resume=options.resume)
+    print(f"{images.name}: {len(images.train)} images to learn from, {len(images.test)} held out")
+    finished = trainer.fit(
+        on_evaluation=lambda trainer, evaluation: picture_reconstructions(
+            options.out, trainer.model, images, evaluation, step=trainer.step
+        )
+    )
+    if not finished:
+        print(f"stopped at step {trainer.step}, saved; go on with: fastvq train --out {options.out} --resume")
+        return _INTERRUPTED
+    evaluation = evaluate(trainer.model, images.test)
+    pictures = picture_run(trainer, evaluation)
+    perplexity = "" if evaluation.perplexity is None else f", perplexity {evaluation.perplexity:.0f}"
+    print(f"{len(images.test)} held-out images: {evaluation.psnr_db:.2f} dB{perplexity}")
+    print("pictures: " + ", ".join(str(path) for path in pictures))
+    return 0
+
+
+def _reconstruct(options: argparse.Namespace) -> int:
+    from fastvq.training.report import reconstruct_files, reconstruct_held_out
+
+    if options.images:
+        lines = reconstruct_files(options.run_folder, options.images, options.out)
+    else:
+        lines = reconstruct_held_out(options.run_folder, options.out)
+    print("\n".join([*lines, f"picture: {options.out}"]))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from fastvq.training.demo import CEILING_STEPS, DEMO, run_demo
+
+    config = DEMO if options.steps is None else dataclasses.replace(DEMO, steps=options.steps)
+    ceiling_steps = CEILING_STEPS if options.ceiling_steps is None else options.ceiling_steps
+    if run_demo(options.out, config=config, ceiling_steps=ceiling_steps, resume=options.resume) is None:
+        print(f"stopped, saved; go on with: fastvq demo --out {options.out} --resume")
+        return _INTERRUPTED
+    return 0

@@ -1,0 +1,87 @@
+"""Any folder of images as a data set."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvq.data.images import DataError, Images
+from fastvq.extras import require
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+def load_folder(root: Path, *, image_size: int, grayscale: bool = False, test_fraction: float = 0.1) -> Images:
+    """Return every image under `root`, scaled so that its shorter side fits and cropped to the central square.
+
+    A file is held out when the hash of its path inside the folder falls under `test_fraction`: the split is the same on
+    every machine, and adding files never moves others to the other side. Pixels of one file never stand on both sides.
+
+    Args:
+        root: searched with all its subfolders for files that end in one of `SUFFIXES`.
+        image_size: side of the square images, in pixels.
+        grayscale: one channel instead of three.
+        test_fraction: share of the files to hold out, between 0 and 1.
+
+    Raises:
+        DataError: no such folder, no images in it, one image only, or a file that is no readable image.
+        MissingExtraError: Pillow isn't installed.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder" if root.exists() else f"{root} doesn't exist")
+    paths = sorted(
+        (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()),
+        key=lambda path: path.relative_to(root).as_posix(),
+    )
+    if not paths:
+        raise DataError(f"{root} holds no images (files that end in {', '.join(sorted(SUFFIXES))})")
+    if len(paths) == 1:
+        raise DataError(f"{root} holds one image: at least two are needed, one to learn from and one to hold out")
+    train, test = split_by_file([path.relative_to(root).as_posix() for path in paths], test_fraction)
+    images = {name: read_image(root / name, image_size=image_size, grayscale=grayscale) for name in train + test}
+    return Images(
+        name=root.name,
+        train=torch.stack([images[name] for name in train]),
+        test=torch.stack([images[name] for name in test]),
+        test_names=tuple(test),
+    )
+
+
+def split_by_file(names: list[str], test_fraction: float) -> tuple[list[str], list[str]]:
+    """Return the names to learn from and the names to hold out, in the order given; neither side is empty.
+
+    Raises:
+        DataError: `test_fraction` isn't between 0 and 1, or there are fewer than two names.
+    """
+    if not 0 < test_fraction < 1:
+        raise DataError(f"test_fraction must lie between 0 and 1, got {test_fraction}")
+    if len(names) < 2:
+        raise DataError(f"a split needs at least two files, got {len(names)}")
+    position = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 for name in names}
+    # A small folder may fall on one side altogether: then the file nearest to the border changes sides.
+    lowest, highest = min(names, key=position.__getitem__), max(names, key=position.__getitem__)
+    test = [name for name in names if name != highest and (name == lowest or position[name] < test_fraction)]
+    return [name for name in names if name not in set(test)], test
+
+
+def read_image(path: Path, *, image_size: int, grayscale: bool) -> Tensor:
+    """Return one image file as uint8 (C, image_size, image_size).
+
+    Raises:
+        DataError: the file is no readable image; the message names it.
+    """
+    pillow = require("PIL.Image")
+    ops = require("PIL.ImageOps")
+    try:
+        with pillow.open(path) as file:
+            # Cameras store the sensor's orientation beside the pixels.
+            upright = ops.exif_transpose(file).convert("L" if grayscale else "RGB")
+            square = ops.fit(upright, (image_size, image_size), method=pillow.Resampling.BICUBIC)
+    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
+        raise DataError(f"{path} is no readable image: {error}") from error
+    pixels = np.atleast_3d(np.asarray(square, dtype=np.uint8))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -1,0 +1,184 @@
+"""Pictures of a VQ-VAE: each with a title, labels, and a caption that says what to see in it.
+
+Figures are made without pyplot, so that nothing here touches a display or matplotlib's global state.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvq.extras import require
+
+_BLUE, _ORANGE, _GREY = "#2166ac", "#d6604d", "#777777"
+_DPI = 130
+
+
+def _figure(width: float, height: float, title: str, caption: str) -> Any:
+    """Return an empty figure of a size in inches with a title above and a wrapped caption below."""
+    figure = require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.supxlabel(textwrap.fill(caption, int(width * 15)), fontsize=9, color="#444444")
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A viewer that watches the file must never see half of it.
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=_DPI, format="png")
+    partial.replace(path)
+
+
+def _show(axes: Any, image: Tensor) -> None:
+    """Draw an image (C, H, W) in [0, 1] without ticks."""
+    axes.imshow(image.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def save_reconstructions(
+    path: Path, originals: Tensor, restored: Tensor, names: Sequence[str], *, title: str, caption: str
+) -> None:
+    """Draw pairs of original and reconstruction, each with its own PSNR.
+
+    Args:
+        path: PNG file to write.
+        originals, restored: (N, C, H, W), float in [0, 1].
+        names: one for each image.
+    """
+    columns = min(8, len(originals))
+    rows = math.ceil(len(originals) / columns)
+    figure = _figure(1.2 * columns + 1.0, 2.75 * rows + 1.0, title, caption)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for spare in panels.flat[len(originals) :]:
+        spare.set_axis_off()
+    for axes, original, output, name in zip(panels.flat, originals, restored, names, strict=False):
+        gap = torch.ones_like(original[:, : max(1, original.shape[1] // 28)])
+        _show(axes, torch.cat([original, gap, output], dim=1))
+        axes.set_title(textwrap.shorten(name, 14, placeholder="..."), fontsize=9)
+        error = (original - output).square().mean().item()
+        axes.set_xlabel(f"{-10 * math.log10(max(error, 1e-12)):.1f} dB", fontsize=9)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("from codes     |     original", fontsize=9)
+    _save(figure, path)
+
+
+def save_curves(path: Path, records: Sequence[dict[str, Any]], *, codebook_size: int, title: str) -> None:
+    """Draw loss, PSNR and perplexity over the steps.
+
+    Args:
+        path: PNG file to write.
+        records: the lines of metrics.jsonl; those of split "test" are drawn as dots.
+        codebook_size: K, the highest possible perplexity.
+    """
+    caption = (
+        "Loss should fall and PSNR rise until the learning rate reaches zero; dots (images never trained on) far below"
+        f" the line mean overfitting. Perplexity is the number of codes in effective use, at most {codebook_size}."
+    )
+    figure = _figure(11, 4.2, title, caption)
+    panels = (
+        ("loss", "training loss", True),
+        ("psnr_db", "PSNR (dB)", False),
+        ("perplexity", "perplexity (codes)", False),
+    )
+    for axes, (key, label, logarithmic) in zip(figure.subplots(1, 3), panels, strict=True):
+        for split, style, text in (("train", "-", "training batches"), ("test", "o", "held-out images")):
+            points = [(r["step"], r[key]) for r in records if r["split"] == split and r.get(key) is not None]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    style,
+                    color=_BLUE if split == "train" else _ORANGE,
+                    label=text,
+                )
+        if logarithmic:
+            axes.set_yscale("log")
+        if key == "perplexity":
+            axes.axhline(codebook_size, color=_GREY, linestyle=":", label=f"all {codebook_size} codes equally")
+            axes.set_ylim(0, codebook_size * 1.08)
+        axes.set_xlabel("step")
+        axes.set_title(label, fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, loc="lower right" if key != "loss" else "upper right")
+    _save(figure, path)
+
+
+def save_usage(path: Path, counts: Tensor, *, perplexity: float, title: str) -> None:
+    """Draw how often each code was chosen, most used first.
+
+    Args:
+        path: PNG file to write.
+        counts: (K,), int64.
+        perplexity: exp of the entropy of `counts`.
+    """
+    ordered = counts.sort(descending=True).values.tolist()
+    unused = sum(count == 0 for count in ordered)
+    caption = (
+        "One bar a code. A flat profile near the dotted line uses the whole codebook; a cliff means that it has"
+        f" collapsed onto few codes. Here {unused} of {len(ordered)} codes are unused; the perplexity is {perplexity:.0f}."
+    )
+    figure = _figure(9, 4, title, caption)
+    axes = figure.subplots()
+    axes.bar(range(len(ordered)), ordered, width=1.0, color=_BLUE)
+    mean = sum(ordered) / max(1, len(ordered))
+    axes.axhline(mean, color=_ORANGE, linestyle=":", label=f"all codes equally: {mean:.0f} times each")
+    axes.set_xlim(-0.5, len(ordered) - 0.5)
+    axes.set_xlabel("code, by rank")
+    axes.set_ylabel("times chosen")
+    axes.legend(fontsize=9)
+    _save(figure, path)
+
+
+def code_colours(codebook: Tensor) -> Tensor:
+    """Return an RGB colour in [0, 1] for each code, (K, 3): similar codes get similar colours.
+
+    The codes' first three principal components, each spread evenly over the range by rank.
+    """
+    centred = codebook.detach().float().cpu() - codebook.detach().float().cpu().mean(0)
+    rank = min(3, *centred.shape)
+    components = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:rank].T
+    spread = components.argsort(0).argsort(0) / max(1, len(components) - 1)
+    # Dark numbers are printed on these colours.
+    return torch.nn.functional.pad(0.35 + 0.65 * spread, (0, 3 - rank), value=0.7)
+
+
+def save_codes(
+    path: Path, originals: Tensor, indices: Tensor, restored: Tensor, codebook: Tensor, *, title: str
+) -> None:
+    """Draw images, their codes as coloured grids, and what the decoder makes of these codes.
+
+    Args:
+        path: PNG file to write.
+        originals, restored: (N, C, H, W), float in [0, 1].
+        indices: (N, h, w), int64.
+        codebook: (K, D), for the colours.
+    """
+    colours = code_colours(codebook)
+    count, height, width = indices.shape
+    caption = (
+        f"Each image becomes {height} x {width} integers below {len(codebook)}, and the right picture is made from"
+        " these alone. Cells of one colour hold similar codes: background, edges and cloth textures stand out."
+    )
+    figure = _figure(7.5, 2.4 * count + 1.0, title, caption)
+    for row, panels in enumerate(figure.subplots(count, 3, squeeze=False)):
+        _show(panels[0], originals[row])
+        panels[1].imshow(colours[indices[row].cpu()].numpy())
+        panels[1].set_xticks([])
+        panels[1].set_yticks([])
+        if height * width <= 256:
+            size = min(7.5, 50.0 / width)
+            for y in range(height):
+                for x in range(width):
+                    panels[1].text(x, y, str(int(indices[row, y, x])), ha="center", va="center", fontsize=size)
+        _show(panels[2], restored[row])
+        if row == 0:
+            for panel, text in zip(panels, ("original", "codes", "decoded from the codes"), strict=True):
+                panel.set_title(text, fontsize=10)
+    _save(figure, path)

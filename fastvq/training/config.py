@@ -1,0 +1,125 @@
+"""The settings of a training run, as one frozen record that turns into JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+SHIPPED_DATA = "fashion-mnist"
+FULL_DATA = "fashion-mnist-full"
+
+
+class ConfigError(ValueError):
+    """Settings that can't be used; the message names the setting."""
+
+
+def _setting(default: Any, description: str) -> Any:
+    """A field whose description is also its help text on the command line."""
+    return dataclasses.field(default=default, metadata={"help": description})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the weights of a run: equal settings and equal data give equal weights.
+
+    Each field carries its description as metadata, from which the command line makes its options.
+
+    Raises:
+        ConfigError: a value is out of its range; the message names the field.
+    """
+
+    data: str = _setting(
+        SHIPPED_DATA, f"'{SHIPPED_DATA}' (shipped subset), '{FULL_DATA}' (Debian's) or a folder of images"
+    )
+    image_size: int = _setting(28, "side of the square images in pixels, a multiple of 2**downsamples")
+    grayscale: bool = _setting(True, "one channel instead of three")
+    test_fraction: float = _setting(0.1, "share of a folder's files to hold out")
+
+    bottleneck: str = _setting("vq", "'vq', or 'none' for the same network without quantization")
+    codebook_size: int = _setting(512, "number of codes K")
+    dim: int = _setting(64, "length of a code vector D")
+    decay: float = _setting(0.99, "decay of the codebook's moving averages")
+    commitment_weight: float = _setting(0.25, "weight of the commitment loss")
+    revival_threshold: float = _setting(1.0, "a code used less often in a batch, on average, is replaced")
+
+    width: int = _setting(96, "channels at the coarsest grid")
+    residual_width: int = _setting(32, "channels inside a residual block")
+    encoder_blocks: int = _setting(2, "residual blocks in the encoder")
+    decoder_blocks: int = _setting(4, "residual blocks in the decoder")
+    downsamples: int = _setting(2, "strided convolutions: each halves the image's sides")
+
+    steps: int = _setting(4000, "optimizer steps")
+    batch_size: int = _setting(32, "images a step")
+    learning_rate: float = _setting(1.5e-3, "peak learning rate of Adam")
+    warmup_steps: int = _setting(100, "steps of linear warm-up, before a cosine decay to zero")
+    reconstruction_variance: float = _setting(0.08, "the squared error is divided by this, about the data's variance")
+    flip: bool = _setting(True, "mirror each training image with probability 1/2")
+    seed: int = _setting(0, "seed of weights, data order and code revival")
+    device: str = _setting("cpu", "torch device to train on")
+
+    log_every: int = _setting(20, "steps between training records in metrics.jsonl")
+    evaluate_every: int = _setting(500, "steps between evaluations on the held-out images")
+    checkpoint_every: int = _setting(500, "steps between checkpoints")
+
+    def __post_init__(self) -> None:
+        if self.bottleneck not in ("vq", "none"):
+            raise ConfigError(f"bottleneck must be 'vq' or 'none', got {self.bottleneck!r}")
+        if self.data in (SHIPPED_DATA, FULL_DATA) and (self.image_size != 28 or not self.grayscale):
+            raise ConfigError(f"{self.data} is 28x28 grayscale: image_size and grayscale can't be changed")
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"{name} must be {_describe_range(low, high)}, got {value}")
+        if self.image_size % 2**self.downsamples:
+            raise ConfigError(f"image_size {self.image_size} is no multiple of 2**downsamples = {2**self.downsamples}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as a JSON object."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, settings: dict[str, Any]) -> TrainConfig:
+        """Return the settings of a JSON object made by `to_json`.
+
+        Raises:
+            ConfigError: a setting is missing, unknown or out of range.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if names != settings.keys():
+            raise ConfigError(
+                f"settings of another version: missing {sorted(names - settings.keys())},"
+                f" unknown {sorted(settings.keys() - names)}"
+            )
+        return cls(**settings)
+
+    def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """Return {name: (value here, value there)} of all settings that differ."""
+        here, there = self.to_json(), other.to_json()
+        return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return `peak * min(1, (step + 1) / warmup) * (1 + cos(pi step / steps)) / 2` for step 0, 1, ..."""
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        return self.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+_SMALLEST = 1e-30
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    *((name, 1, math.inf) for name in ("image_size", "codebook_size", "dim", "width", "residual_width")),
+    *((name, 1, math.inf) for name in ("downsamples", "steps", "batch_size")),
+    *((name, 1, math.inf) for name in ("log_every", "evaluate_every", "checkpoint_every")),
+    *((name, 0, math.inf) for name in ("encoder_blocks", "decoder_blocks", "warmup_steps")),
+    *((name, 0, math.inf) for name in ("commitment_weight", "revival_threshold")),
+    *((name, _SMALLEST, math.inf) for name in ("learning_rate", "reconstruction_variance")),
+    ("test_fraction", _SMALLEST, 1 - 1e-9),
+    ("decay", 0, 1),
+    ("seed", 0, 2**63 - 1),
+)
+
+
+def _describe_range(low: float, high: float) -> str:
+    if low == _SMALLEST:
+        return "positive" if high == math.inf else "between 0 and 1"
+    return f"at least {low}" if high == math.inf else f"between {low} and {high}"

@@ -1,0 +1,114 @@
+"""The main job: a VQ-VAE on the shipped images, its ceiling without a bottleneck, pictures and a short table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastvq
+from fastvq.training.build import load_images
+from fastvq.training.checkpoint import checkpoint_folders
+from fastvq.training.config import TrainConfig
+from fastvq.training.evaluation import Evaluation, evaluate
+from fastvq.training.report import picture_reconstructions, picture_run
+from fastvq.training.trainer import Trainer, forget_run
+
+DEMO = TrainConfig(evaluate_every=250)
+CEILING_STEPS = 1000
+
+
+def run_demo(
+    folder: Path, *, config: TrainConfig = DEMO, ceiling_steps: int = CEILING_STEPS, resume: bool = False
+) -> dict[str, Any] | None:
+    """Train, measure and draw; return what metrics.json holds, or None if the run was interrupted.
+
+    Args:
+        folder: gets the pictures, `metrics.json`, `metrics.jsonl`, `checkpoints/`, and the same of the ceiling run in
+            `ceiling/`. An earlier demo there is replaced.
+        config: settings of the run with a codebook; the ceiling run differs in `bottleneck` and `steps` alone.
+        ceiling_steps: how long the network without a bottleneck trains. A longer run would end higher: the ceiling is
+            a lower bound.
+        resume: go on with an interrupted demo.
+    """
+    started = time.monotonic()
+    images = load_images(config)
+    ceiling_config = dataclasses.replace(config, bottleneck="none", steps=ceiling_steps)
+    if not resume:
+        forget_run(folder)
+        forget_run(folder / "ceiling")
+    print(f"{images.name}: {len(images.train)} images to learn from, {len(images.test)} held out", flush=True)
+
+    def show(trainer: Trainer, evaluation: Evaluation) -> None:
+        path = picture_reconstructions(trainer.folder, trainer.model, images, evaluation, step=trainer.step)
+        first = trainer.step <= config.evaluate_every
+        if first:
+            print(f"\nfirst reconstructions after {trainer.seconds:.0f} s: {path}", flush=True)
+
+    trainer = Trainer(config, images, folder, resume=resume)
+    if not trainer.fit(on_evaluation=show):
+        return None
+    evaluation = evaluate(trainer.model, images.test)
+    pictures = picture_run(trainer, evaluation)
+
+    print("the same network without a bottleneck, as the ceiling:", flush=True)
+    began = bool(checkpoint_folders(folder / "ceiling"))
+    ceiling_trainer = Trainer(ceiling_config, images, folder / "ceiling", resume=resume and began)
+    if not ceiling_trainer.fit():
+        return None
+    ceiling = evaluate(ceiling_trainer.model, images.test)
+
+    height, width = (size // 2**config.downsamples for size in images.test.shape[-2:])
+    metrics = {
+        "psnr_db": evaluation.psnr_db,
+        "perplexity": evaluation.perplexity,
+        "usage": evaluation.usage,
+        "ceiling_psnr_db": ceiling.psnr_db,
+        "codes_per_image": height * width,
+        "codebook_size": config.codebook_size,
+        "steps": trainer.step,
+        "seconds": round(trainer.seconds, 1),
+        "ceiling_steps": ceiling_trainer.step,
+        "ceiling_seconds": round(ceiling_trainer.seconds, 1),
+        "total_seconds": round(time.monotonic() - started, 1),
+        "train_images": len(images.train),
+        "test_images": len(images.test),
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "settings": config.to_json(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "fastvq": fastvq.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    partial = folder / ".metrics.json"
+    partial.write_text(json.dumps(metrics, indent=2) + "\n")
+    os.replace(partial, folder / "metrics.json")
+    print(_table(metrics))
+    print("pictures: " + ", ".join(str(path) for path in pictures))
+    return metrics
+
+
+def _table(metrics: dict[str, Any]) -> str:
+    bits = metrics["codes_per_image"] * (metrics["codebook_size"] - 1).bit_length()
+    rows = [
+        ("held-out images", f"{metrics['test_images']}"),
+        ("PSNR, decoded from the codes", f"{metrics['psnr_db']:.2f} dB"),
+        (
+            "PSNR without a bottleneck",
+            f"{metrics['ceiling_psnr_db']:.2f} dB ({metrics['ceiling_steps']} steps)",
+        ),
+        ("codes an image", f"{metrics['codes_per_image']} of {metrics['codebook_size']}, {bits} bits"),
+        ("perplexity of the codes", f"{metrics['perplexity']:.0f} of {metrics['codebook_size']}"),
+        ("training", f"{metrics['steps']} steps, {metrics['seconds']:.0f} s"),
+        ("all of this", f"{metrics['total_seconds']:.0f} s"),
+    ]
+    widest = max(len(name) for name, _ in rows)
+    return "\n".join(["", *(f"  {name:<{widest}}  {value}" for name, value in rows), ""])

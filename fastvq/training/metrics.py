@@ -1,0 +1,69 @@
+"""metrics.jsonl: one JSON object a line, in step order, that survives a kill and a resume without a gap or a double."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """Return all complete records of a metrics.jsonl; a last line cut off by a kill is left out."""
+    with path.open("rb") as file:
+        return [json.loads(line) for line in file if line.endswith(b"\n")]
+
+
+class MetricsLog:
+    """Append records to metrics.jsonl, and scalars for TensorBoard where it is installed.
+
+    Args:
+        folder: gets `metrics.jsonl` and, with TensorBoard, `tensorboard/`.
+        step: records of later steps are dropped first: those steps are about to be done again.
+    """
+
+    def __init__(self, folder: Path, *, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        path.touch()
+        keep = 0
+        with path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+                keep += len(line)
+        os.truncate(path, keep)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard: Any = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, split: str, **values: float | None) -> None:
+        """Append `{"step": step, "split": split, **values}`."""
+        # A line leaves the process at once, so that a kill can't take it along.
+        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+
+    def flush_to_disk(self) -> None:
+        """Return once all records are on disk."""
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
