@@ -167,9 +167,7 @@ class VectorQuantize(nn.Module):
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         rows = self._to_rows(x)
         rows_mask = self._rows_mask(mask, lens, rows)
-        projected = self.project_in(rows)
-        if self.use_cosine_sim:
-            projected = unit_norm(projected)
+        projected = self._project_in(rows)
         learning = self.training and not frozen
         if learning:
             self._codebook.initialise_(
@@ -181,9 +179,7 @@ class VectorQuantize(nn.Module):
             self._codebook.count_(flat)
             if learning:
                 self._codebook.learn_(projected.detach().flatten(0, -2), flat)
-        quantized = self.project_out(quantized).to(x.dtype)
-        if isinstance(self.project_out, nn.Linear):  # its bias would stand where nothing was coded
-            quantized = quantized.masked_fill((indices < 0).unsqueeze(-1), 0)
+        quantized = self._project_out(quantized, indices).to(x.dtype)
         return self._from_rows(quantized, x), self._indices_from_rows(indices, x), loss
 
     def _quantize(self, x: Tensor, mask: Tensor | None, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,9 +200,7 @@ class VectorQuantize(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """The indices alone, shaped as `forward` returns them. Touches no state, in training neither."""
-        projected = self.project_in(self._to_rows(x))
-        if self.use_cosine_sim:
-            projected = unit_norm(projected)
+        projected = self._project_in(self._to_rows(x))
         indices = self._codebook(projected.flatten(0, -2)).reshape(projected.shape[:-1])
         return self._indices_from_rows(indices, x)
 
@@ -217,11 +211,18 @@ class VectorQuantize(nn.Module):
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` gives as quantized for these indices, in float32 or the projection's dtype."""
-        codes = lookup(self.codebook, indices)
-        if isinstance(self.project_out, nn.Linear):
-            codes = self.project_out(codes.to(self.project_out.weight.dtype))
-            codes = codes.masked_fill((indices < 0).unsqueeze(-1), 0)
+        codes = self._project_out(lookup(self.codebook, indices), indices)
         return codes if self._channel_axis() == -1 else codes.movedim(-1, 1)
+
+    def _project_in(self, rows: Tensor) -> Tensor:
+        projected = self.project_in(rows)
+        return unit_norm(projected.float()) if self.use_cosine_sim else projected
+
+    def _project_out(self, codes: Tensor, indices: Tensor) -> Tensor:
+        if not isinstance(self.project_out, nn.Linear):
+            return codes
+        projected = self.project_out(codes.to(self.project_out.weight.dtype))
+        return projected.masked_fill((indices < 0).unsqueeze(-1), 0)  # else the bias would stand where no code does
 
     def _channel_axis(self) -> int:
         return 1 if self.accept_image_fmap or not self.channel_last else -1
