@@ -70,43 +70,46 @@ def save_reconstructions(
     _save(figure, path)
 
 
+def _points(records: Sequence[dict[str, Any]], split: str, key: str) -> list[tuple[int, float]]:
+    return [(r["step"], r[key]) for r in records if r["split"] == split and r.get(key) is not None]
+
+
 def save_curves(path: Path, records: Sequence[dict[str, Any]], *, codebook_size: int, title: str) -> None:
-    """Draw loss, PSNR and perplexity over the steps.
+    """Draw loss, PSNR and perplexity over the steps, those of them that were recorded.
 
     Args:
         path: PNG file to write.
-        records: the lines of metrics.jsonl; those of split "test" are drawn as dots.
+        records: the lines of metrics.jsonl, at least one; those of split "test" are drawn as dots.
         codebook_size: K, the highest possible perplexity.
     """
+    panels = [
+        (label, key, lines)
+        for label, key in (("loss", "loss"), ("PSNR (dB)", "psnr_db"), ("perplexity (codes)", "perplexity"))
+        if (lines := {split: _points(records, split, key) for split in ("train", "test")}) != {"train": [], "test": []}
+    ]
     caption = (
         "Loss should fall and PSNR rise until the learning rate reaches zero; dots (images never trained on) far below"
-        f" the line mean overfitting. Perplexity is the number of codes in effective use, at most {codebook_size}."
+        " the line mean overfitting."
     )
-    figure = _figure(11, 4.2, title, caption)
-    panels = (
-        ("loss", "training loss", True),
-        ("psnr_db", "PSNR (dB)", False),
-        ("perplexity", "perplexity (codes)", False),
-    )
-    for axes, (key, label, logarithmic) in zip(figure.subplots(1, 3), panels, strict=True):
-        for split, style, text in (("train", "-", "training batches"), ("test", "o", "held-out images")):
-            points = [(r["step"], r[key]) for r in records if r["split"] == split and r.get(key) is not None]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    style,
-                    color=_BLUE if split == "train" else _ORANGE,
-                    label=text,
-                )
-        if logarithmic:
+    if any(key == "perplexity" for _, key, _ in panels):
+        caption += f" Perplexity is the number of codes in effective use, at most {codebook_size}."
+    figure = _figure(3.7 * len(panels), 4.2, title, caption)
+    for axes, (label, key, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+        for split, style, colour, text in (
+            ("train", "-", _BLUE, "training batches"),
+            ("test", "o", _ORANGE, "held-out images"),
+        ):
+            if lines[split]:
+                axes.plot(*zip(*lines[split], strict=True), style, color=colour, markersize=4, label=text)
+        if key == "loss":
             axes.set_yscale("log")
         if key == "perplexity":
             axes.axhline(codebook_size, color=_GREY, linestyle=":", label=f"all {codebook_size} codes equally")
             axes.set_ylim(0, codebook_size * 1.08)
         axes.set_xlabel("step")
-        axes.set_title(label, fontsize=10)
+        axes.set_ylabel(label)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, loc="lower right" if key != "loss" else "upper right")
+        axes.legend(fontsize=8, loc="upper right" if key == "loss" else "lower right")
     _save(figure, path)
 
 
@@ -122,7 +125,7 @@ def save_usage(path: Path, counts: Tensor, *, perplexity: float, title: str) -> 
     unused = sum(count == 0 for count in ordered)
     caption = (
         "One bar a code. A flat profile near the dotted line uses the whole codebook; a cliff means that it has"
-        f" collapsed onto few codes. Here {unused} of {len(ordered)} codes are unused; the perplexity is {perplexity:.0f}."
+        f" collapsed onto few. Here {unused} of {len(ordered)} codes are unused; the perplexity is {perplexity:.0f}."
     )
     figure = _figure(9, 4, title, caption)
     axes = figure.subplots()

@@ -57,9 +57,12 @@ def _as_images(name: str, train: Array, train_labels: Array, test: Array, test_l
     )
 
 
-def load_fashion_mnist() -> Images:
-    """Return the shipped subset: 5,700 training and 1,000 held-out images of 28x28, all ten classes equally often."""
-    with lzma.open(SHIPPED) as file, np.load(io.BytesIO(file.read())) as arrays:
+def load_fashion_mnist(path: Path = SHIPPED) -> Images:
+    """Return the subset that `build_subset` wrote to `path`.
+
+    The shipped one has 5,700 training and 1,000 held-out images of 28x28, of all ten classes equally many.
+    """
+    with lzma.open(path) as file, np.load(io.BytesIO(file.read())) as arrays:
         train = arrays["train"] * np.uint8(_GREY_STEP)
         return _as_images("Fashion-MNIST subset", train, arrays["train_labels"], arrays["test"], arrays["test_labels"])
 

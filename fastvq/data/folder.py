@@ -83,5 +83,5 @@ def read_image(path: Path, *, image_size: int, grayscale: bool) -> Tensor:
             square = ops.fit(upright, (image_size, image_size), method=pillow.Resampling.BICUBIC)
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise DataError(f"{path} is no readable image: {error}") from error
-    pixels = np.atleast_3d(np.asarray(square, dtype=np.uint8))
+    pixels = np.atleast_3d(np.array(square, dtype=np.uint8))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

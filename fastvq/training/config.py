@@ -52,7 +52,7 @@ class TrainConfig:
 
     steps: int = _setting(4000, "optimizer steps")
     batch_size: int = _setting(32, "images a step")
-    learning_rate: float = _setting(1.5e-3, "peak learning rate of Adam")
+    learning_rate: float = _setting(2e-3, "peak learning rate of Adam")
     warmup_steps: int = _setting(100, "steps of linear warm-up, before a cosine decay to zero")
     reconstruction_variance: float = _setting(0.08, "the squared error is divided by this, about the data's variance")
     flip: bool = _setting(True, "mirror each training image with probability 1/2")

@@ -51,7 +51,7 @@ class Trainer:
         DataError: the images don't fit the settings.
         CheckpointError: `resume` and there is no checkpoint, it is damaged, or the data are others; not `resume` and
             the folder already holds a run.
-        ConfigError: `resume` and the settings differ from the checkpoint's.
+        ConfigError: `resume` and the settings differ from the checkpoint's; the device isn't there.
     """
 
     def __init__(self, config: TrainConfig, images: Images, folder: Path, *, resume: bool = False) -> None:
@@ -59,7 +59,7 @@ class Trainer:
             raise DataError(f"batch_size {config.batch_size} is more than the {len(images.train)} training images")
         self.config, self.images, self.folder = config, images, folder
         self.step, self.seconds = 0, 0.0
-        self.device = torch.device(config.device)
+        self.device = _usable_device(config.device)
         self._data_fingerprint = images.fingerprint()
         torch.manual_seed(config.seed)
         self.model = build_model(config).to(self.device)
@@ -188,6 +188,13 @@ class Trainer:
     def _place(self, key: str, value: Tensor) -> Tensor:
         # Adam counts its steps in a CPU tensor on purpose: reading it never waits for the device.
         return value if key == "step" else value.to(self.device)
+
+
+def _usable_device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device '{name}' can't be used here: {str(error).splitlines()[0]}") from error
 
 
 def forget_run(folder: Path) -> None:

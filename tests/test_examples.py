@@ -1,0 +1,28 @@
+"""The examples run as a user would run them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_train_vqvae(tmp_path: Path) -> None:
+    picture = tmp_path / "out.png"
+    command = [sys.executable, str(EXAMPLES / "train_vqvae.py"), "--steps", "3", "--out", str(picture)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "step 3: " in done.stdout
+    assert "an image as 49 integers: [" in done.stdout
+    with Image.open(picture) as image:
+        assert image.width > 500
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_every_example_is_tested_here(path: Path) -> None:
+    assert f"test_{path.stem}" in globals()

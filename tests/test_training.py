@@ -1,0 +1,409 @@
+"""Training: data order, checkpoints that are whole or absent, resuming bit for bit, metrics, evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastvq
+from fastvq.data import DataError, Images
+from fastvq.training import (
+    CheckpointError,
+    ConfigError,
+    TrainConfig,
+    Trainer,
+    build_model,
+    checkpoint,
+    evaluate,
+    load_model,
+    psnr_db,
+)
+from fastvq.training.batches import batch_rows, flip_some
+from fastvq.training.evaluation import reconstruct
+from fastvq.training.metrics import MetricsLog, read_metrics
+from fastvq.training.trainer import forget_run
+
+TINY = TrainConfig(
+    codebook_size=16, dim=8, width=8, residual_width=4, encoder_blocks=1, decoder_blocks=1, steps=12, batch_size=8,
+    warmup_steps=2, log_every=2, evaluate_every=6, checkpoint_every=4,
+)  # fmt: skip
+
+
+def tiny_images(seed: int = 0) -> Images:
+    pixels = torch.randint(0, 256, (60, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Images("noise", pixels[:40], pixels[40:], tuple(f"image {n}" for n in range(20)))
+
+
+def assert_same_state(a: Trainer, b: Trainer) -> None:
+    """Every tensor that a checkpoint holds is equal to the last bit."""
+    first, second = a._checkpoint().tensors, b._checkpoint().tensors
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def stop_after(trainer: Trainer, steps: int) -> None:
+    """Train, and send this process the signal of Ctrl-C in step number `steps`."""
+    original = trainer.train_step
+
+    def step_and_interrupt() -> None:
+        original()
+        if trainer.step == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.train_step = step_and_interrupt
+    assert not trainer.fit(progress=False)
+    assert trainer.step == steps
+
+
+# Settings
+
+
+def test_settings_survive_json() -> None:
+    assert TrainConfig.from_json(json.loads(json.dumps(TINY.to_json()))) == TINY
+    with pytest.raises(ConfigError, match=r"missing \['seed'\], unknown \['sede'\]"):
+        TrainConfig.from_json({("sede" if name == "seed" else name): value for name, value in TINY.to_json().items()})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("codebook_size", 0), ("dim", 0), ("steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("decay", 1.5),
+     ("seed", -1), ("test_fraction", 1.0), ("bottleneck", "fsq"), ("image_size", 30), ("learning_rate", math.nan)],
+)  # fmt: skip
+def test_a_setting_out_of_range_is_named(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=name):
+        TrainConfig(**{name: value})
+
+
+def test_an_image_size_that_the_strides_do_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigError, match="image_size 30 is no multiple"):
+        TrainConfig(data="folder", image_size=30)
+
+
+def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
+    rates = [TINY.learning_rate_at(step) for step in range(TINY.steps + 1)]
+    assert rates[0] == pytest.approx(TINY.learning_rate / 2)
+    assert max(rates) < TINY.learning_rate
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+# Data order
+
+
+@given(st.integers(1, 50), st.integers(1, 50), st.integers(0, 9))
+def test_an_epoch_shows_no_image_twice(count: int, batch_size: int, seed: int) -> None:
+    if batch_size > count:
+        with pytest.raises(ValueError, match="batch_size"):
+            batch_rows(0, count=count, batch_size=batch_size, seed=seed)
+        return
+    steps = count // batch_size
+    rows = [batch_rows(step, count=count, batch_size=batch_size, seed=seed) for step in range(2 * steps)]
+    for epoch in (rows[:steps], rows[steps:]):
+        seen = torch.cat(epoch)
+        assert len(seen.unique()) == len(seen) == steps * batch_size
+        assert 0 <= seen.min() <= seen.max() < count
+
+
+def test_order_and_flips_depend_on_seed_and_step_alone() -> None:
+    def rows(step: int, seed: int) -> torch.Tensor:
+        return batch_rows(step, count=100, batch_size=10, seed=seed)
+
+    first = rows(13, 5)
+    torch.manual_seed(99)
+    rows(2, 5)
+    assert torch.equal(rows(13, 5), first)
+    assert not torch.equal(rows(13, 6), first)
+    assert not torch.equal(rows(3, 5), first)
+
+    images = torch.rand(400, 1, 4, 4)
+    flipped = flip_some(images, 3, seed=1)
+    assert torch.equal(flip_some(images, 3, seed=1), flipped)
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
+    assert torch.equal(flipped[~mirrored], images[~mirrored])
+    assert 140 < mirrored.sum() < 260
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("bottleneck", ["vq", "none"])
+@pytest.mark.parametrize("interrupted_at", [4, 7, 11])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, bottleneck: str, interrupted_at: int) -> None:
+    config = dataclasses.replace(TINY, bottleneck=bottleneck)
+    whole = Trainer(config, tiny_images(), tmp_path / "whole")
+    assert whole.fit(progress=False)
+
+    stop_after(Trainer(config, tiny_images(), tmp_path / "parts"), interrupted_at)
+    torch.rand(1000)
+    resumed = Trainer(config, tiny_images(), tmp_path / "parts", resume=True)
+    assert resumed.step == interrupted_at
+    assert resumed.fit(progress=False)
+
+    assert_same_state(whole, resumed)
+    assert read_metrics(tmp_path / "parts" / "metrics.jsonl") == read_metrics(tmp_path / "whole" / "metrics.jsonl")
+
+
+def test_a_run_is_reproduced_by_its_seed(tmp_path: Path) -> None:
+    states = []
+    for n, seed in enumerate([3, 3, 4]):
+        trainer = Trainer(dataclasses.replace(TINY, seed=seed), tiny_images(), tmp_path / f"run{n}")
+        trainer.fit(progress=False)
+        states.append(trainer)
+    assert_same_state(states[0], states[1])
+    with pytest.raises(AssertionError):
+        assert_same_state(states[0], states[2])
+
+
+def test_steps_after_the_last_checkpoint_are_done_again(tmp_path: Path) -> None:
+    whole = Trainer(TINY, tiny_images(), tmp_path / "whole")
+    whole.fit(progress=False)
+    # A process that dies leaves records beyond its last checkpoint, the last of them cut off.
+    killed = Trainer(TINY, tiny_images(), tmp_path / "killed")
+    stop_after(killed, 8)
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "split": "train", "loss": 99.0}\n{"step": 12, "spl')
+    resumed = Trainer(TINY, tiny_images(), tmp_path / "killed", resume=True)
+    resumed.fit(progress=False)
+    assert_same_state(whole, resumed)
+    assert read_metrics(tmp_path / "killed" / "metrics.jsonl") == read_metrics(tmp_path / "whole" / "metrics.jsonl")
+
+
+def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
+    Trainer(TINY, tiny_images(), tmp_path).fit(progress=False)
+    records = (tmp_path / "metrics.jsonl").read_bytes()
+    assert Trainer(TINY, tiny_images(), tmp_path, resume=True).fit(progress=False)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == records
+
+
+def test_resuming_with_other_settings_or_images_is_refused(tmp_path: Path) -> None:
+    stop_after(Trainer(TINY, tiny_images(), tmp_path), 4)
+    with pytest.raises(ConfigError, match="batch_size from 8 to 10, seed from 0 to 1"):
+        Trainer(dataclasses.replace(TINY, batch_size=10, seed=1), tiny_images(), tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="not those that the run"):
+        Trainer(TINY, tiny_images(seed=5), tmp_path, resume=True)
+
+
+def test_a_run_is_not_begun_on_top_of_another(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        Trainer(TINY, tiny_images(), tmp_path, resume=True)
+    stop_after(Trainer(TINY, tiny_images(), tmp_path), 4)
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        Trainer(TINY, tiny_images(), tmp_path)
+    (tmp_path / "mine.txt").touch()
+    forget_run(tmp_path)
+    assert Trainer(TINY, tiny_images(), tmp_path).step == 0
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_too_few_images_for_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="batch_size 41 is more than the 40 training images"):
+        Trainer(dataclasses.replace(TINY, batch_size=41), tiny_images(), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    trainer = Trainer(TINY, tiny_images(), tmp_path)
+    with torch.no_grad():
+        next(trainer.model.decoder.parameters()).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="at step 2"):
+        trainer.fit(progress=False)
+    assert not checkpoint.checkpoint_folders(tmp_path)
+
+
+def test_the_second_ctrl_c_acts_as_usual(tmp_path: Path) -> None:
+    trainer = Trainer(TINY, tiny_images(), tmp_path)
+    original = trainer.train_step
+
+    def interrupt_twice() -> None:
+        original()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.train_step = interrupt_twice
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(progress=False)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# Checkpoints
+
+
+def small_checkpoint(step: int) -> checkpoint.Checkpoint:
+    return checkpoint.Checkpoint(step, 1.5, TINY, "data", {"a.b": torch.arange(5), "a.c": torch.ones(2, 3).T})
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, small_checkpoint(3))
+    loaded = checkpoint.load_latest(tmp_path)
+    assert (loaded.step, loaded.seconds, loaded.config, loaded.data_fingerprint) == (3, 1.5, TINY, "data")
+    assert torch.equal(loaded.part("a")["b"], torch.arange(5))
+    assert torch.equal(loaded.part("a")["c"], torch.ones(3, 2))
+
+
+def test_only_the_latest_two_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 30, 100):
+        checkpoint.save(tmp_path, small_checkpoint(step))
+    assert [path.name for path in checkpoint.checkpoint_folders(tmp_path)] == ["step-00000030", "step-00000100"]
+    assert checkpoint.load_latest(tmp_path).step == 100
+
+
+@pytest.mark.parametrize("crash_in", ["_write_to_disk", "_flush_folder", "rename", "discard"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_crash_while_saving_never_leaves_half_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_in: str, call: int
+) -> None:
+    class Crash(BaseException):
+        pass
+
+    for step in (1, 2):
+        checkpoint.save(tmp_path, small_checkpoint(step))
+    owner, name = (Path, "rename") if crash_in == "rename" else (checkpoint, crash_in)
+    original = getattr(owner, name)
+    calls = 0
+
+    def crash_at_call(*args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Crash
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, crash_at_call)
+        if (crash_in, call) == ("discard", 2):
+            checkpoint.save(tmp_path, small_checkpoint(3))
+        else:
+            with pytest.raises(Crash):
+                checkpoint.save(tmp_path, small_checkpoint(3))
+    survivor = checkpoint.load_latest(tmp_path)
+    renamed = crash_in == "discard" or (crash_in, call) in (("_flush_folder", 2), ("rename", 2))
+    assert survivor.step == (3 if renamed else 2)
+    for folder in checkpoint.checkpoint_folders(tmp_path):
+        assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.json", "state.safetensors"]
+    # The next save clears what the crash left behind.
+    checkpoint.save(tmp_path, small_checkpoint(4))
+    assert checkpoint.load_latest(tmp_path).step == 4
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "no state", "no json", "other version"])
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path: Path, damage: str) -> None:
+    checkpoint.save(tmp_path, small_checkpoint(1))
+    latest = checkpoint.save(tmp_path, small_checkpoint(2))
+    state, description = latest / "state.safetensors", latest / "checkpoint.json"
+    content = bytearray(state.read_bytes())
+    if damage == "cut":
+        state.write_bytes(content[:-9])
+    elif damage == "flip":
+        content[-1] ^= 1
+        state.write_bytes(content)
+    elif damage == "no state":
+        state.unlink()
+    elif damage == "no json":
+        description.write_text("{")
+    else:
+        description.write_text(description.read_text().replace('"format": 1', '"format": 7'))
+    with pytest.raises(CheckpointError, match=r"step-00000002 is damaged .* delete it to go on from step-00000001"):
+        checkpoint.load_latest(tmp_path)
+    checkpoint.discard(latest)
+    assert checkpoint.load_latest(tmp_path).step == 1
+
+
+# Metrics
+
+
+def test_metrics_reach_tensorboard_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[object, ...]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+        def close(self) -> None:
+            written.append(("closed",))
+
+    tensorboard = types.ModuleType("tensorboard")
+    tensorboard.__spec__ = types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "tensorboard", tensorboard)
+    writers = types.ModuleType("torch.utils.tensorboard")
+    writers.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writers)
+    with MetricsLog(tmp_path, step=4) as log:
+        log.write(6, "train", loss=0.5, perplexity=None)
+    assert written == [(str(tmp_path / "tensorboard"), 5), ("train/loss", 0.5, 6), ("closed",)]
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 6, "split": "train", "loss": 0.5, "perplexity": None}]
+
+
+# Evaluation
+
+
+def test_psnr() -> None:
+    assert psnr_db(0.01) == pytest.approx(20)
+    assert psnr_db(1.0) == 0
+    assert psnr_db(0.0) == math.inf
+
+
+def test_evaluation_is_of_all_pixels_and_all_codes_whatever_the_batches() -> None:
+    torch.manual_seed(1)
+    model = build_model(TINY)
+    images = tiny_images().train
+    x = images.float() / 255
+    model(x)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    result = evaluate(model, images, batch_size=7)
+
+    assert model.training
+    assert model.bottleneck.training
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    restored, indices = reconstruct(model, x)
+    assert result.psnr_db == pytest.approx(psnr_db((restored - x).square().mean().item()), abs=1e-4)
+    assert torch.equal(result.counts, torch.bincount(indices.flatten(), minlength=16))
+    share = result.counts[result.counts > 0] / result.counts.sum()
+    assert result.perplexity == pytest.approx(math.exp(-(share * share.log()).sum()), rel=1e-5)
+    assert result.usage == pytest.approx((result.counts > 0).float().mean().item())
+    assert restored.min() >= 0
+    assert restored.max() <= 1
+
+
+def test_the_ceiling_has_no_codes() -> None:
+    result = evaluate(build_model(dataclasses.replace(TINY, bottleneck="none")), tiny_images().test)
+    assert (result.perplexity, result.usage, result.counts.numel()) == (None, None, 0)
+    assert 0 < result.psnr_db < 20
+
+
+def test_a_trained_model_loads_from_its_folder(tmp_path: Path) -> None:
+    trainer = Trainer(TINY, tiny_images(), tmp_path)
+    trainer.fit(progress=False)
+    model, config = load_model(tmp_path)
+    assert config == TINY
+    assert not model.training
+    assert isinstance(model.bottleneck, fastvq.VectorQuantize)
+    x = tiny_images().test.float() / 255
+    assert torch.equal(model.encode(x), trainer.model.eval().encode(x))
+
+
+def test_training_lowers_the_error_on_held_out_images(tmp_path: Path) -> None:
+    ramps = (torch.rand(120, 1, 1, 28, generator=torch.Generator().manual_seed(0)).cumsum(-1) * 18).expand(
+        -1, 1, 28, 28
+    )
+    pixels = ramps.to(torch.uint8).contiguous()
+    images = Images("ramps", pixels[:100], pixels[100:], ("ramp",) * 20)
+    trainer = Trainer(dataclasses.replace(TINY, steps=150, evaluate_every=150, checkpoint_every=150), images, tmp_path)
+    before = evaluate(trainer.model, images.test).psnr_db
+    trainer.fit(progress=False)
+    assert evaluate(trainer.model, images.test).psnr_db > before + 6
