@@ -119,13 +119,13 @@ class Codebook(nn.Module):
         self.metric = "dot" if cosine else "l2"
         self.ema_update = ema_update
 
-        embed = torch.zeros(1, size, dim)
+        embed = torch.zeros(1, size, dim, dtype=torch.float32)
         if not kmeans_init:
             # He's uniform initialisation of a (1, K, D) tensor, whose fan-in is K D.
             embed.uniform_(-math.sqrt(6 / (size * dim)), math.sqrt(6 / (size * dim)))
             embed = unit_norm(embed) if cosine else embed
         self.register_buffer("initted", torch.tensor(not kmeans_init))
-        self.register_buffer("cluster_size", torch.ones(1, size))
+        self.register_buffer("cluster_size", torch.ones(1, size, dtype=torch.float32))
         self.register_buffer("embed_avg", embed.clone())
         if learnable:
             self.embed = nn.Parameter(embed)

@@ -91,7 +91,7 @@ class _Frame:
 
 
 def _frame(codebook: Tensor, metric: str) -> _Frame:
-    exact = codebook.double()
+    exact = reference.widen(codebook)
     usable = exact.isfinite().all(1)
     finite = exact.masked_fill(~usable[:, None], 0)
     centre = torch.zeros_like(finite[0])
@@ -121,9 +121,11 @@ def _frame(codebook: Tensor, metric: str) -> _Frame:
 
 def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
     """Exact nearest codes: `fastvq.search` defines what this computes."""
+    indices = x.new_full(x.shape[:-1], -1, dtype=torch.int64)
     if x.dim() == 3:
-        return torch.stack([search(xh, eh, metric=metric) for xh, eh in zip(x, codebook, strict=True)])
-    indices = x.new_full(x.shape[:1], -1, dtype=torch.int64)
+        for xh, eh, out in zip(x, codebook, indices, strict=True):
+            out.copy_(search(xh, eh, metric=metric))
+        return indices
     frame = _frame(codebook, metric)
     rows = max(1, _tile_elements(x.device) // min(len(codebook), TILE_CODES))
     for part, out in zip(x.split(rows), indices.split(rows), strict=True):
@@ -132,7 +134,7 @@ def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
 
 
 def _search_rows(x: Tensor, frame: _Frame, metric: str, out: Tensor) -> None:
-    wide = x.double()
+    wide = reference.widen(x)
     finite = (wide * 0).sum(1) == 0
     wide = wide.masked_fill(~finite[:, None], 0)
     near, bound = frame.rows(wide)
@@ -155,7 +157,10 @@ def _candidates(near: Tensor, bound: Tensor, finite: Tensor, frame: _Frame) -> t
     found = []
     for first in range(0, len(frame.codes), TILE_CODES):
         tile = slice(first, first + TILE_CODES)
-        scores = torch.addmm(frame.half_norms[tile], near, frame.codes[tile].T, alpha=-1)  # [n, tile]
+        codes, half_norms = frame.codes[tile], frame.half_norms[tile]
+        # With out= autocast leaves the product in float32.
+        scores = near.new_empty(len(near), len(codes))  # [n, tile]
+        torch.addmm(half_norms, near, codes.T, alpha=-1, out=scores)
         best = torch.minimum(best, scores.amin(1))
         row, code = (scores <= _limit(best, bound, finite)[:, None]).nonzero(as_tuple=True)
         found.append((row, code + first, scores[row, code]))

@@ -29,7 +29,8 @@ def _op(*, fake: Callable[..., Any], mutates: tuple[str, ...] = (), native: bool
         schema = torch.library.infer_schema(function, mutates_args=mutates)
         for op_name in [name, f"native_{name}"] if native else [name]:
             _library.define(op_name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, function, "CompositeExplicitAutograd")
+        # Without a graph, which would hold every temporary tensor of a search that nothing differentiates.
+        _library.impl(name, torch.no_grad()(function), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastvq::{name}", fake, lib=_library)
         overload = getattr(torch.ops.fastvq, name).default
 

@@ -27,11 +27,32 @@ class Search(Protocol):
 
 def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
     """Exact nearest codes: `fastvq.search` defines what this computes."""
+    indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
     if x.dim() == 3:
-        return torch.stack([search(xh, eh, metric=metric) for xh, eh in zip(x, codebook, strict=True)])
+        for xh, eh, out in zip(x, codebook, indices, strict=True):
+            out.copy_(search(xh, eh, metric=metric))
+        return indices
     rows = max(1, CHUNK_ELEMENTS // codebook.shape[0])
-    chunks = [_search_rows(chunk.double(), codebook.double(), metric) for chunk in x.split(rows)]
-    return torch.cat(chunks) if chunks else x.new_empty(0, dtype=torch.int64)
+    for chunk, out in zip(x.split(rows), indices.split(rows), strict=True):
+        out.copy_(_search_rows(widen(chunk), widen(codebook), metric))
+    return indices
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in float64, exactly: `double()` except where the user had torch.set_flush_denormal(True), which makes the
+    processor read denormals as zero. Those are then read as the integers that they are, in units of 2^-149."""
+    wide = x.double()
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or not _flushes_denormals():
+        return wide
+    bits = x.view(torch.int32) if x.dtype == torch.float32 else x.view(torch.int16).int() << 16
+    magnitude = bits & 0x7FFFFFFF
+    denormal = magnitude * bits.sign() * torch.full((), 2.0**-149, dtype=torch.float64)
+    return torch.where(magnitude < 0x00800000, denormal, wide)
+
+
+def _flushes_denormals() -> bool:
+    smallest = torch.ones((), dtype=torch.int32).view(torch.float32)
+    return smallest.double().item() == 0
 
 
 def _search_rows(x: Tensor, codebook: Tensor, metric: str) -> Tensor:

@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cfenv>
 #include <string>
 #include <tuple>
 
@@ -49,14 +50,40 @@ int64_t grain(int64_t work_per_item) {
   return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, work_per_item));
 }
 
+// While it lives, this thread rounds to nearest and keeps denormals, whatever torch.set_flush_denormal has set: the
+// definition is IEEE arithmetic, and half precision is widened by way of float32 denormals.
+class IeeeArithmetic {
+ public:
+  IeeeArithmetic() {
+    std::fegetenv(&saved_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~IeeeArithmetic() { std::fesetenv(&saved_); }
+  IeeeArithmetic(const IeeeArithmetic&) = delete;
+  IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
+
+ private:
+  std::fenv_t saved_;
+};
+
+// torch's parallel_for, in IEEE arithmetic on every thread.
+template <class F>
+void in_parallel(int64_t end, int64_t grain, const F& f) {
+  parallel_for(0, end, grain, [&](int64_t first, int64_t last) {
+    const IeeeArithmetic arithmetic;
+    f(first, last);
+  });
+}
+
 void search_head(const fastvq::Matrix& x, const fastvq::Matrix& codebook, fastvq::Metric metric, int64_t* indices) {
+  const IeeeArithmetic arithmetic;
   const fastvq::Scan& scan = fastvq::active_scan();
   fastvq::PackedCodebook packed(scan, codebook, metric);
-  parallel_for(0, packed.panel_count(), grain(scan.width * codebook.dim * 8),
-               [&](int64_t begin, int64_t end) { packed.pack(begin, end); });
+  in_parallel(packed.panel_count(), grain(scan.width * codebook.dim * 8),
+              [&](int64_t begin, int64_t end) { packed.pack(begin, end); });
   packed.finish();
   const int64_t tiles = (x.rows + scan.rows - 1) / scan.rows;
-  parallel_for(0, tiles, grain(scan.rows * codebook.rows * codebook.dim / 8), [&](int64_t begin, int64_t end) {
+  in_parallel(tiles, grain(scan.rows * codebook.rows * codebook.dim / 8), [&](int64_t begin, int64_t end) {
     packed.search(x, begin * scan.rows, std::min(end * scan.rows, x.rows), indices);
   });
 }
@@ -80,8 +107,8 @@ std::tuple<Tensor, Tensor> accumulate(const Tensor& x, const Tensor& indices, in
   const fastvq::RowsByCode sorted(static_cast<const int64_t*>(indices.const_data_ptr()), rows.rows, codebook_size);
   float* count = static_cast<float*>(counts.mutable_data_ptr());
   float* sum = static_cast<float*>(sums.mutable_data_ptr());
-  parallel_for(0, sorted.row_count(), grain(rows.dim),
-               [&](int64_t begin, int64_t end) { sorted.sum(rows, begin, end, count, sum); });
+  in_parallel(sorted.row_count(), grain(rows.dim),
+              [&](int64_t begin, int64_t end) { sorted.sum(rows, begin, end, count, sum); });
   return {counts, sums};
 }
 
@@ -96,9 +123,10 @@ void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_avg, const T
                                floats(sums),
                                codebook.size(0),
                                codebook.size(1)};
+  const IeeeArithmetic arithmetic;
   const double total = fastvq::update_cluster_size(state, decay);
-  parallel_for(0, state.size, grain(state.dim),
-               [&](int64_t begin, int64_t end) { fastvq::update_codes(state, decay, eps, total, begin, end); });
+  in_parallel(state.size, grain(state.dim),
+              [&](int64_t begin, int64_t end) { fastvq::update_codes(state, decay, eps, total, begin, end); });
 }
 
 }  // namespace
