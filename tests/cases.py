@@ -1,0 +1,289 @@
+"""What the tests share: dtypes, shapes, tolerances, and data made to break a nearest-code search.
+
+As a script it checks the native backend on all of this data, on the instruction set that FASTVQ_ISA names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import fastvq
+from fastvq import reference
+
+BACKENDS = ("native", "torch")
+METRICS = ("l2", "dot")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+HALF = (torch.float16, torch.bfloat16)
+
+# N, K, D: all ones, odd sizes around vector widths and tiles, and as long as a test may take.
+SHAPES = [(1, 1, 1), (17, 31, 3), (63, 100, 33), (26, 257, 8)]
+LARGE_SHAPES = [(257, 1000, 96), (41, 5000, 2), (30, 70, 513), (200, 1, 16), (0, 5, 3)]
+
+# Relative and absolute, where a result may depend on the order of operations. Indices never may.
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-10, "atol": 1e-12},
+    torch.float32: {"rtol": 2e-5, "atol": 1e-6},
+    torch.float16: {"rtol": 2e-3, "atol": 1e-3},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 1e-2},
+}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    torch.testing.assert_close(actual, expected, **TOLERANCE[dtype or actual.dtype], equal_nan=True)
+
+
+Data = Callable[[int, int, int, torch.Generator], tuple[Tensor, Tensor]]
+ADVERSARIAL: dict[str, Data] = {}
+"""Each maps (N, K, D, generator) to x (N, D) and a codebook (K, D)."""
+
+
+def adversarial(data: Data) -> Data:
+    ADVERSARIAL[data.__name__] = data
+    return data
+
+
+def around(codes: Tensor, n: int, spread: float, g: torch.Generator) -> Tensor:
+    """Vectors that each lie near one of the codes."""
+    owner = torch.randint(len(codes), (n,), generator=g)
+    return codes[owner] + spread * torch.randn(n, codes.shape[1], generator=g)
+
+
+@adversarial
+def gaussian(n, k, d, g):
+    return torch.randn(n, d, generator=g), torch.randn(k, d, generator=g)
+
+
+@adversarial
+def clustered(n, k, d, g):
+    codes = torch.randn(k, d, generator=g)
+    return around(codes, n, 0.1, g), codes
+
+
+@adversarial
+def codes_themselves(n, k, d, g):
+    codes = torch.randn(k, d, generator=g)
+    return around(codes, n, 0.0, g), codes
+
+
+@adversarial
+def duplicate_codes(n, k, d, g):
+    distinct = torch.randn(max(1, k // 7), d, generator=g)
+    codes = distinct[torch.randint(len(distinct), (k,), generator=g)]
+    return around(codes, n, 0.5, g), codes
+
+
+@adversarial
+def all_codes_equal(n, k, d, g):
+    return torch.randn(n, d, generator=g), torch.randn(1, d, generator=g).repeat(k, 1)
+
+
+@adversarial
+def codes_one_ulp_apart(n, k, d, g):
+    codes = torch.randn(1, d, generator=g).repeat(k, 1)
+    rows, column = torch.arange(k), torch.randint(d, (k,), generator=g)
+    towards = torch.where(torch.rand(k, generator=g) < 0.5, -torch.inf, torch.inf)
+    codes[rows, column] = torch.nextafter(codes[rows, column], towards)
+    return around(codes, n, 1e-3, g), codes
+
+
+@adversarial
+def exact_midpoints(n, k, d, g):
+    """Codes with few bits: the midpoint of two of them, and its distances to both, are exact and equal."""
+    codes = torch.randint(-8, 9, (k, d), generator=g) / 4.0
+    first, second = torch.randint(k, (2, n), generator=g)
+    return (codes[first] + codes[second]) / 2, codes
+
+
+@adversarial
+def rounded_midpoints(n, k, d, g):
+    codes = torch.randn(k, d, generator=g)
+    first, second = torch.randint(k, (2, n), generator=g)
+    return (codes[first] + codes[second]) / 2, codes
+
+
+@adversarial
+def lattice(n, k, d, g):
+    """Ties everywhere."""
+    return torch.randint(-1, 2, (n, d), generator=g).float(), torch.randint(-1, 2, (k, d), generator=g).float()
+
+
+@adversarial
+def opposite_codes(n, k, d, g):
+    """For x = 0 each code ties with its opposite, in float64 too."""
+    codes = torch.randn(k, d, generator=g)
+    codes[k // 2 : k // 2 * 2] = -codes[: k // 2]
+    return torch.randn(n, d, generator=g) * (torch.rand(n, 1, generator=g) < 0.5), codes
+
+
+@adversarial
+def equidistant_codes(n, k, d, g):
+    """Codes on a sphere around every vector: distances differ in the last digits of float32, or beyond."""
+    centre = torch.randn(d, generator=g)
+    directions = torch.nn.functional.normalize(torch.randn(k, d, generator=g, dtype=torch.float64), dim=1)
+    codes = (centre + 3 * directions).float()
+    return centre + 1e-7 * torch.randn(n, d, generator=g), codes
+
+
+@adversarial
+def offset(n, k, d, g):
+    x, codes = gaussian(n, k, d, g)
+    return x + 1e4, codes + 1e4
+
+
+@adversarial
+def offset_with_outlier(n, k, d, g):
+    """The outlier keeps centring from paying."""
+    x, codes = offset(n, k, d, g)
+    codes[-1] = -1e4
+    return x, codes
+
+
+@adversarial
+def vectors_far_from_codes(n, k, d, g):
+    x, codes = gaussian(n, k, d, g)
+    return x + 1e4, codes
+
+
+@adversarial
+def one_giant_code(n, k, d, g):
+    """Scaled by the giant, all other codes are next to zero."""
+    x, codes = gaussian(n, k, d, g)
+    codes[0] *= 1e18
+    return x, codes
+
+
+@adversarial
+def mixed_magnitudes(n, k, d, g):
+    scale = 10.0 ** (12 * torch.rand(d, generator=g) - 6)
+    x, codes = gaussian(n, k, d, g)
+    return x * scale * 10 ** torch.randn(n, 1, generator=g), codes * scale * 10 ** torch.randn(k, 1, generator=g)
+
+
+@adversarial
+def values_of_1e_38(n, k, d, g):
+    x, codes = gaussian(n, k, d, g)
+    return x * 1e-38, codes * 1e-38
+
+
+@adversarial
+def denormals(n, k, d, g):
+    x, codes = gaussian(n, k, d, g)
+    return x * 2.0**-140, codes * 2.0**-140
+
+
+@adversarial
+def half_denormals(n, k, d, g):
+    x, codes = gaussian(n, k, d, g)
+    return x * 2.0**-20, codes * 2.0**-20
+
+
+@adversarial
+def values_of_1e18(n, k, d, g):
+    x, codes = gaussian(n, k, d, g)
+    return x * 1e18, codes * 1e18
+
+
+@adversarial
+def values_of_1e38(n, k, d, g):
+    x, codes = gaussian(n, k, d, g)
+    return x.clamp(-3, 3) * 1e38, codes.clamp(-3, 3) * 1e38
+
+
+@adversarial
+def huge_vectors_tiny_codes(n, k, d, g):
+    """All distances of a row tie in float64."""
+    x, codes = gaussian(n, k, d, g)
+    return x * 1e18, codes * 1e-3
+
+
+@adversarial
+def tiny_vectors_huge_codes(n, k, d, g):
+    x, codes = gaussian(n, k, d, g)
+    return x * 1e-18, codes * 1e18
+
+
+@adversarial
+def zeros(n, k, d, g):
+    return torch.zeros(n, d), torch.zeros(k, d)
+
+
+@adversarial
+def bad_vectors(n, k, d, g):
+    x, codes = gaussian(n, k, d, g)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x[torch.rand(n, generator=g) < 0.2, torch.randint(d, (), generator=g)] = bad
+    return x, codes
+
+
+@adversarial
+def bad_codes(n, k, d, g):
+    x, codes = gaussian(n, k, d, g)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        codes[torch.rand(k, generator=g) < 0.3, torch.randint(d, (), generator=g)] = bad
+    return x, codes
+
+
+@adversarial
+def only_bad_codes(n, k, d, g):
+    x, codes = gaussian(n, k, d, g)
+    codes[:, d // 2] = torch.tensor([torch.nan, torch.inf]).repeat(k)[:k]
+    return x, codes
+
+
+FLOAT64_ONLY: dict[str, Data] = {
+    "float64_overflow": lambda n, k, d, g: tuple(t.double() * 1e200 for t in gaussian(n, k, d, g)),
+    "float64_underflow": lambda n, k, d, g: tuple(t.double() * 1e-170 for t in gaussian(n, k, d, g)),
+    "float64_denormals": lambda n, k, d, g: tuple(t.double() * 2.0**-1060 for t in gaussian(n, k, d, g)),
+    "float64_giant_offset": lambda n, k, d, g: tuple(t.double() + 1e150 for t in gaussian(n, k, d, g)),
+    "float64_one_ulp_apart": lambda n, k, d, g: tuple(1 + 2.0**-52 * t.double().round() for t in lattice(n, k, d, g)),
+}
+
+
+def layouts(t: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same matrix with other strides."""
+    yield "transposed", t.T.contiguous().T
+    yield "strided", torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+    yield "sliced", torch.cat([torch.full_like(t, torch.nan), t], 1)[:, t.shape[1] :]
+    yield "offset", torch.cat([torch.zeros(1, dtype=t.dtype), t.flatten()])[1:].view(t.shape)
+
+
+def mismatch(x: Tensor, codebook: Tensor, backend: str, metric: str = "l2", expected: Tensor | None = None) -> str:
+    """What the backend's indices differ in from the specification's; empty if in nothing."""
+    if expected is None:
+        expected = reference.search(x, codebook, metric=metric)
+    with fastvq.use_backend(backend):
+        actual = fastvq.search(x, codebook, metric=metric)
+    if actual.dtype != torch.int64 or actual.shape != expected.shape:
+        return f"{actual.dtype} {tuple(actual.shape)}, not int64 {tuple(expected.shape)}"
+    wrong = actual != expected
+    if not wrong.any():
+        return ""
+    where = tuple(wrong.nonzero()[0].tolist())
+    return f"{int(wrong.sum())} of {wrong.numel()} indices, first at {where}: {actual[where]} for {expected[where]}"
+
+
+def main() -> int:
+    failures, checked = [], 0
+    for (name, data), (n, k, d), metric in itertools.product(ADVERSARIAL.items(), SHAPES, METRICS):
+        x, codebook = data(n, k, d, generator())
+        expected = reference.search(x, codebook, metric=metric)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            checked += 1
+            if wrong := mismatch(x, codebook, "native", metric, expected):
+                failures.append(f"{name} {(n, k, d)} {metric}, {threads} threads: {wrong}")
+    print(f"{fastvq.backends.native.instruction_set()}: {checked} searches checked", *failures, sep="\n")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
