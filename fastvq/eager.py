@@ -67,7 +67,7 @@ class _Frame:
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(x' [n, D] float32, bound B(x) [n] float64) of the rows x, float64; where B is infinite, x' is zero, so that
         no score is a NaN. See docs/exactness.md for the terms."""
-        scaled = torch.ldexp(x - self.centre, self.exponent)
+        scaled = (x - self.centre) * torch.ldexp(torch.ones_like(self.norm), self.exponent)
         near = scaled.float()
         norm = near.double().norm(dim=1)
         residual = (scaled - near).norm(dim=1)

@@ -165,11 +165,17 @@ def _difference(x: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
 
 
 def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor) -> Tensor:
-    """lambda R^T grad for the rotation R = I - 2 w w^T + 2 v u^T that takes u = x/|x| to v = e/|e|, w = (u+v)/|u+v|."""
+    """lambda R^T grad for the rotation R = I - 2 w w^T + 2 v u^T that takes u = x/|x| to v = e/|e|, w = (u+v)/|u+v|.
+
+    Written as  lambda (grad + 2 <v, grad> u - 2 <u + v, grad> / |u + v|^2 (u + v)): a factor a row for each of grad, x, e.
+    """
     x_length, code_length = x.norm(dim=1, keepdim=True), codes.norm(dim=1, keepdim=True)
-    u, v = x / x_length.clamp_min(SHORTEST), codes / code_length.clamp_min(SHORTEST)
-    w = unit_norm(u + v)
-    along_w, along_v = ((direction * grad).sum(1, keepdim=True) for direction in (w, v))
-    rotated = (grad - 2 * along_w * w + 2 * along_v * u) * (code_length / x_length.clamp_min(SHORTEST))
     directed = (x_length >= SHORTEST) & (code_length >= SHORTEST)
-    return torch.where(directed, rotated, grad)
+    u = (x / x_length).masked_fill_(~directed, 0)
+    v = (codes / code_length).masked_fill_(~directed, 0)
+    along_u, along_v = (u * grad).sum(1, keepdim=True), (v * grad).sum(1, keepdim=True)
+    bisector = (along_u + along_v) / (u + v).square_().sum(1, keepdim=True).clamp_min(SHORTEST**2)
+    stretch = torch.where(directed, code_length / x_length, 1)
+    rotated = grad * stretch
+    rotated.addcmul_(u, 2 * stretch * (along_v - bisector))
+    return rotated.addcmul_(v, -2 * stretch * bisector)

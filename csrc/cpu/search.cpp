@@ -13,9 +13,11 @@ namespace fastvq {
 namespace {
 
 constexpr double INF = std::numeric_limits<double>::infinity();
-constexpr int64_t TILES_PER_BLOCK = 16;            // row tiles that share a pass over a block of panels
-constexpr int64_t PANEL_BLOCK_BYTES = 256 * 1024;  // the packed codes of that pass: half of a small L2 cache
-constexpr int GROUP = 8;                           // codes that the float64 tier scores side by side
+// A block of row tiles shares each pass over a block of panels; both stay in a small L2 cache.
+constexpr int64_t TILES_PER_BLOCK = 16;
+constexpr int64_t ROW_BLOCK_BYTES = 256 * 1024;
+constexpr int64_t PANEL_BLOCK_BYTES = 256 * 1024;
+constexpr int GROUP = 8;  // codes that the float64 tier scores side by side
 
 bool all_finite(const double* values, int64_t count) {
   double poison = 0.0;
@@ -27,7 +29,7 @@ bool all_finite(const double* values, int64_t count) {
 
 struct PackedCodebook::Workspace {
   Workspace(const Scan& scan, int64_t dim)
-      : rows(scan.rows * TILES_PER_BLOCK),
+      : rows(scan.rows * std::clamp<int64_t>(ROW_BLOCK_BYTES / (4 * scan.rows * dim), 1, TILES_PER_BLOCK)),
         x(rows * dim),
         narrow(dim),
         wide(dim),
