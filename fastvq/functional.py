@@ -47,11 +47,11 @@ def quantize(
 ) -> Quantized:
     """The nearest code of each vector, with a gradient for the encoder and the losses of VQ-VAE.
 
-        quantized_n = q_n = e_{index_n}
-        loss = mean over counted n, j of  commitment_weight (x_nj - sg[q_nj])^2 + codebook_weight (sg[x_nj] - q_nj)^2
+        quantized_n = e_{index_n}
+        loss = commitment_weight mean (x - sg[quantized])^2 + codebook_weight mean (sg[x] - quantized)^2
 
-    A row counts if it is finite and not masked out. The others have index -1, a zero output, a zero gradient and no part
-    in the loss.
+    with means over the D elements of the rows that count, those that are finite and not masked out. The others have
+    index -1, a zero output, a zero gradient and no part in the loss.
 
     Args:
         x: vectors (..., D), any floating dtype, any leading shape.
@@ -167,7 +167,8 @@ def _difference(x: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
 def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor) -> Tensor:
     """lambda R^T grad for the rotation R = I - 2 w w^T + 2 v u^T that takes u = x/|x| to v = e/|e|, w = (u+v)/|u+v|.
 
-    Written as  lambda (grad + 2 <v, grad> u - 2 <u + v, grad> / |u + v|^2 (u + v)): a factor a row for each of grad, x, e.
+    Written as  lambda (grad + 2 <v, grad> u - 2 <u + v, grad> / |u + v|^2 (u + v)): one factor a row for each of
+    grad, u and v.
     """
     x_length, code_length = x.norm(dim=1, keepdim=True), codes.norm(dim=1, keepdim=True)
     directed = (x_length >= SHORTEST) & (code_length >= SHORTEST)

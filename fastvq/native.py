@@ -15,7 +15,9 @@ from . import reference
 from .reference import Ops
 
 _PACKAGE = Path(__file__).parent
-_REBUILD = "install a C++17 compiler (Debian: apt install g++), then fastvq again: pip install --force-reinstall --no-deps"
+_REBUILD = (
+    "install a C++17 compiler (Debian: apt install g++), then fastvq again: pip install --force-reinstall --no-deps"
+)
 
 
 @functools.cache
