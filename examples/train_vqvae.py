@@ -26,7 +26,13 @@ def main() -> None:
     torch.manual_seed(0)
     data = load_fashion_mnist()
     quantizer = fastvq.VectorQuantize(
-        dim=64, codebook_size=512, decay=0.99, commitment_weight=0.25, kmeans_init=True, threshold_ema_dead_code=1.0
+        dim=64,
+        codebook_size=512,
+        decay=0.99,
+        commitment_weight=0.25,
+        kmeans_init=True,
+        threshold_ema_dead_code=1.0,
+        rotation_trick=False,
     )
     model = VQVAE(Encoder(1, 64, width=96), quantizer, Decoder(64, 1, width=96))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

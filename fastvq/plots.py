@@ -66,7 +66,9 @@ def save_reconstructions(
         error = (original - output).square().mean().item()
         axes.set_xlabel(f"{-10 * math.log10(max(error, 1e-12)):.1f} dB", fontsize=9)
     for axes in panels[:, 0]:
-        axes.set_ylabel("from codes     |     original", fontsize=9)
+        height = originals.shape[2]
+        axes.set_yticks([0.5 * height, 1.5 * height], ["original", "from codes"], rotation=90, va="center", fontsize=9)
+        axes.tick_params(length=0)
     _save(figure, path)
 
 

@@ -65,7 +65,7 @@ def test_no_held_out_image_is_also_trained_on() -> None:
 
 
 def test_the_licence_of_the_images_ships_beside_them() -> None:
-    notice = fashion_mnist.SHIPPED.with_name("fashion_mnist.NOTICE").read_text()
+    notice = fashion_mnist.SHIPPED.with_name("fashion_mnist.LICENSE").read_text()
     assert "Zalando" in notice
     assert "Permission is hereby granted" in notice
 

@@ -59,7 +59,7 @@ def test_reconstructions(tmp_path: Path, figures: list[Figure], count: int, chan
     assert len(figure.axes) == panels
     assert "A title" in texts(figure)
     assert "A caption." in texts(figure)
-    assert "original" in texts(figure)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["original", "from codes"]
     assert "image 0" in texts(figure)
     assert "20.0 dB" in texts(figure)
     # Original above, reconstruction below, one line between.

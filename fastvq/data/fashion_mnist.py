@@ -6,7 +6,7 @@ held-out ones in 2 MB. To rebuild the file, byte for byte, from Debian's package
 
     python -c "from fastvq.data import fashion_mnist; fashion_mnist.build_subset()"
 
-Source: Xiao, Rasul, Vollgraf 2017, Fashion-MNIST (MIT licence, see fashion_mnist.NOTICE).
+Source: Xiao, Rasul, Vollgraf 2017, Fashion-MNIST (MIT licence, see fashion_mnist.LICENSE).
 """
 
 from __future__ import annotations

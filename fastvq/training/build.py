@@ -42,6 +42,7 @@ def build_model(config: TrainConfig) -> VQVAE:
             commitment_weight=config.commitment_weight,
             threshold_ema_dead_code=config.revival_threshold,
             kmeans_init=True,
+            rotation_trick=config.rotation_trick,
         )
     return VQVAE(
         Encoder(channels, config.dim, residual_blocks=config.encoder_blocks, downsamples=config.downsamples, **sizes),

@@ -44,13 +44,15 @@ class TrainConfig:
     commitment_weight: float = _setting(0.25, "weight of the commitment loss")
     revival_threshold: float = _setting(1.0, "a code used less often in a batch, on average, is replaced")
 
+    rotation_trick: bool = _setting(False, "rotate gradients past the bottleneck instead of copying them")
+
     width: int = _setting(96, "channels at the coarsest grid")
     residual_width: int = _setting(32, "channels inside a residual block")
     encoder_blocks: int = _setting(2, "residual blocks in the encoder")
     decoder_blocks: int = _setting(4, "residual blocks in the decoder")
     downsamples: int = _setting(2, "strided convolutions: each halves the image's sides")
 
-    steps: int = _setting(4000, "optimizer steps")
+    steps: int = _setting(3000, "optimizer steps")
     batch_size: int = _setting(32, "images a step")
     learning_rate: float = _setting(2e-3, "peak learning rate of Adam")
     warmup_steps: int = _setting(100, "steps of linear warm-up, before a cosine decay to zero")

@@ -20,8 +20,8 @@ from fastvq.training.evaluation import Evaluation, evaluate
 from fastvq.training.report import picture_reconstructions, picture_run
 from fastvq.training.trainer import Trainer, forget_run
 
-DEMO = TrainConfig(evaluate_every=250)
-CEILING_STEPS = 1000
+DEMO = TrainConfig(evaluate_every=400)
+CEILING_STEPS = 600
 
 
 def run_demo(
@@ -47,8 +47,7 @@ def run_demo(
 
     def show(trainer: Trainer, evaluation: Evaluation) -> None:
         path = picture_reconstructions(trainer.folder, trainer.model, images, evaluation, step=trainer.step)
-        first = trainer.step <= config.evaluate_every
-        if first:
+        if trainer.step <= config.evaluate_every:
             print(f"\nfirst reconstructions after {trainer.seconds:.0f} s: {path}", flush=True)
 
     trainer = Trainer(config, images, folder, resume=resume)
