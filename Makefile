@@ -14,6 +14,9 @@ CXX_SOURCES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h')
 SOURCES := $(filter csrc/%,$(CXX_SOURCES)) setup.py pyproject.toml
 CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
 
+# Threads that spin while they wait bring a machine that runs anything else to a crawl.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test lint bench gpu-check format clean
 
 demo: $(VENV)/train.stamp
