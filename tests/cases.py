@@ -130,7 +130,7 @@ def equidistant_codes(n, k, d, g):
     centre = torch.randn(d, generator=g)
     directions = torch.nn.functional.normalize(torch.randn(k, d, generator=g, dtype=torch.float64), dim=1)
     codes = (centre + 3 * directions).float()
-    return centre + 1e-7 * torch.randn(n, d, generator=g), codes
+    return centre + 1e-6 * torch.randn(n, d, generator=g), codes
 
 
 @adversarial
