@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 import typing
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 # What a shell reports for a program that Ctrl-C ended.
 _INTERRUPTED = 130
 _FAILED = 2
+# Photographs rather than the small gray pictures that the defaults are for.
+_FOLDER_SETTINGS: dict[str, Any] = {"image_size": 64, "grayscale": False}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,15 +101,20 @@ def _settings(options: argparse.Namespace) -> TrainConfig:
     """Return the settings asked for; a resumed run's own settings stand in for those not given."""
     from fastvq.training import TrainConfig
     from fastvq.training.checkpoint import load_latest
+    from fastvq.training.config import FULL_DATA, SHIPPED_DATA
 
     given = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(TrainConfig)
         if hasattr(options, field.name)
     }
+    data = given.get("data", SHIPPED_DATA)
+    if data not in (SHIPPED_DATA, FULL_DATA):
+        # Resuming from another working directory must find the same folder.
+        given["data"] = str(Path(data).resolve())
     if options.resume:
         return dataclasses.replace(load_latest(options.out).config, **given)
-    return TrainConfig(**given)
+    return TrainConfig(**(given if data in (SHIPPED_DATA, FULL_DATA) else _FOLDER_SETTINGS | given))
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -123,7 +131,9 @@ def _train(options: argparse.Namespace) -> int:
         )
     )
     if not finished:
-        print(f"stopped at step {trainer.step}, saved; go on with: fastvq train --out {options.out} --resume")
+        print(
+            f"stopped at step {trainer.step}, saved; go on with: fastvq train --out {shlex.quote(str(options.out))} --resume"
+        )
         return _INTERRUPTED
     evaluation = evaluate(trainer.model, images.test)
     pictures = picture_run(trainer, evaluation)
@@ -150,6 +160,6 @@ def _demo(options: argparse.Namespace) -> int:
     config = DEMO if options.steps is None else dataclasses.replace(DEMO, steps=options.steps)
     ceiling_steps = CEILING_STEPS if options.ceiling_steps is None else options.ceiling_steps
     if run_demo(options.out, config=config, ceiling_steps=ceiling_steps, resume=options.resume) is None:
-        print(f"stopped, saved; go on with: fastvq demo --out {options.out} --resume")
+        print(f"stopped, saved; go on with: fastvq demo --out {shlex.quote(str(options.out))} --resume")
         return _INTERRUPTED
     return 0

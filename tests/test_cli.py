@@ -116,6 +116,18 @@ def test_train_without_a_bottleneck(tmp_path: Path, images: Path, capsys: pytest
     assert not (run / "codes.png").exists()
 
 
+def test_a_folder_is_colour_by_default_and_resumes_from_anywhere(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--out=run", "--data=images", *TINY, "--steps=2"]) == 0
+    config = json.loads((checkpoint_folders(Path("run"))[-1] / "checkpoint.json").read_text())["config"]
+    assert (config["image_size"], config["grayscale"]) == (64, False)
+    monkeypatch.chdir(images)
+    assert main(["train", "--out=../run", "--resume"]) == 0
+    assert main(["train", "--out=../run", "--resume", "--data=../images"]) == 0
+
+
 def test_demo_writes_pictures_metrics_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "demo"
     for _ in range(2):

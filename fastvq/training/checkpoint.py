@@ -60,7 +60,7 @@ class Checkpoint:
 
 def checkpoint_folders(run: Path) -> list[Path]:
     """Return the run's checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    return sorted((run / "checkpoints").glob("step-*"), key=lambda folder: (len(folder.name), folder.name))
 
 
 def save(run: Path, checkpoint: Checkpoint) -> Path:

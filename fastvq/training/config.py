@@ -33,8 +33,8 @@ class TrainConfig:
     data: str = _setting(
         SHIPPED_DATA, f"'{SHIPPED_DATA}' (shipped subset), '{FULL_DATA}' (Debian's) or a folder of images"
     )
-    image_size: int = _setting(28, "side of the square images in pixels, a multiple of 2**downsamples")
-    grayscale: bool = _setting(True, "one channel instead of three")
+    image_size: int = _setting(28, "side of the square images in pixels, a multiple of 2**downsamples; 64 for a folder")
+    grayscale: bool = _setting(True, "one channel instead of three; off for a folder")
     test_fraction: float = _setting(0.1, "share of a folder's files to hold out")
 
     bottleneck: str = _setting("vq", "'vq', or 'none' for the same network without quantization")
