@@ -131,9 +131,8 @@ def _train(options: argparse.Namespace) -> int:
         )
     )
     if not finished:
-        print(
-            f"stopped at step {trainer.step}, saved; go on with: fastvq train --out {shlex.quote(str(options.out))} --resume"
-        )
+        again = f"fastvq train --out {shlex.quote(str(options.out))} --resume"
+        print(f"stopped at step {trainer.step}, saved; go on with: {again}")
         return _INTERRUPTED
     evaluation = evaluate(trainer.model, images.test)
     pictures = picture_run(trainer, evaluation)

@@ -1,4 +1,4 @@
-"""Training: data order, checkpoints that are whole or absent, resuming bit for bit, metrics, evaluation."""
+"""Training: settings, data order, resuming bit for bit, evaluation."""
 
 from __future__ import annotations
 
