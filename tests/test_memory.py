@@ -1,0 +1,65 @@
+"""No N x K matrix: the peak memory of a training step, measured in a process that has done nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+N = K = 8192
+D = 64
+LIMIT_MB = 40
+
+if not Path("/proc/self/clear_refs").exists():
+    pytest.skip("needs Linux's /proc/self/clear_refs to restart the peak", allow_module_level=True)
+
+MEASURE = """
+import re, sys
+import torch, fastvq
+
+n, k, d = map(int, sys.argv[1:4])
+
+def status(field):
+    return int(re.search(field + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1e3
+
+def step(layer, x):
+    quantized, _, loss = layer(x)
+    (quantized.square().mean() + loss).backward()
+
+def layer(k):
+    return fastvq.VectorQuantize(d, k, threshold_ema_dead_code=2, {options})
+
+step(layer(16), torch.randn(16, d, requires_grad=True))
+measured, x = layer(k), torch.randn(n, d, requires_grad=True)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+step(measured, x)
+{also}
+print(status("VmHWM") - before)
+"""
+
+
+def peak_mb(backend, options="", also=""):
+    code = MEASURE.format(options=options, also=also)
+    command = [sys.executable, "-c", f"import os; os.environ['FASTVQ_BACKEND'] = {backend!r}\n{code}"]
+    run = subprocess.run([*command, *map(str, (N, K, D))], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return float(run.stdout)
+
+
+@pytest.mark.parametrize("options", ["", "use_cosine_sim=True", "learnable_codebook=True"])
+def test_training_step(backend, options):
+    assert peak_mb(backend, options) < LIMIT_MB
+
+
+def test_kmeans(backend):
+    """Its rounds leave holes between the allocations, up to some 60 MB however many rounds there are."""
+    assert peak_mb(backend, "kmeans_init=True") < 80
+
+
+def test_the_measurement_sees_a_matrix():
+    matrix_mb = N * K * 4 / 1e6
+    assert matrix_mb > 6 * LIMIT_MB
+    assert peak_mb("torch", also="distances = x.detach() @ measured.codebook.T") > matrix_mb
