@@ -40,8 +40,8 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
 
 gpu-check: $(VENV)/test.stamp
-	@echo "This release has no GPU kernels: on a GPU the torch backend serves. Checked here, with fake CUDA tensors:"
-	@echo "no device is mixed and nothing waits for the device in a training step."
+	@echo "This release has no GPU kernels: on a GPU the torch backend serves. Checked here, on the meta device:"
+	@echo "a training step mixes no devices and never waits for one."
 	$(BIN)/python -m pytest tests/test_devices.py
 
 clean:
