@@ -34,7 +34,7 @@ def _stage_widths(width: int, downsamples: int) -> list[int]:
 
 
 class ResidualBlock(nn.Module):
-    """`x + conv1(relu(conv3(relu(x))))`: a 3-wide convolution into `hidden` channels, a 1-wide one back.
+    """`x + conv1(gelu(conv3(gelu(x))))`: a 3-wide convolution into `hidden` channels, a 1-wide one back.
 
     Args:
         width: channels of the input and the output.
@@ -96,7 +96,7 @@ class Encoder(nn.Module):
         for stage_width in _stage_widths(width, downsamples):
             layers += [conv(channels, stage_width, 4, stride=2, padding=1), nn.GELU()]
             channels = stage_width
-        # The first residual block starts with its own ReLU.
+        # The first residual block starts with its own nonlinearity.
         layers.pop()
         layers += [ResidualBlock(width, residual_width, ndim=ndim) for _ in range(residual_blocks)]
         layers += [nn.GELU(), conv(width, dim, 1)]
