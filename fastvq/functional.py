@@ -116,7 +116,7 @@ class _Quantize(torch.autograd.Function):
         commitment_weight: float,
         codebook_weight: float,
     ) -> tuple[Tensor, Tensor]:
-        codes = lookup(codebook.to(_compute_dtype(x, codebook)), indices)
+        codes = F.embedding(indices.clamp_min(0), codebook.to(_compute_dtype(x, codebook)))
         counted = (indices >= 0)[:, None]
         elements = (counted.sum() * x.shape[1]).clamp_min(1)
         weight = commitment_weight + codebook_weight
@@ -127,7 +127,9 @@ class _Quantize(torch.autograd.Function):
         ctx.save_for_backward(x, codes, indices, elements)
         ctx.gradient, ctx.codebook_shape, ctx.codebook_dtype = gradient, codebook.shape, codebook.dtype
         ctx.commitment_weight, ctx.codebook_weight = commitment_weight, codebook_weight
-        return codes.to(x.dtype, copy=True), loss
+        # Not the tensor that is saved, nor a plain copy of it: inductor drops the copy, and its backward overwrites
+        # what the user was given.
+        return codes.masked_fill(~counted, 0).to(x.dtype), loss
 
     @staticmethod
     @once_differentiable
@@ -141,7 +143,7 @@ class _Quantize(torch.autograd.Function):
         if need_x:
             x_grad = quantized_grad.to(codes.dtype).masked_fill(~counted, 0)
             if ctx.gradient == "rotation":
-                x_grad = _rotate_back(x_grad, x.to(codes.dtype), codes)
+                x_grad = _rotate_back(x_grad, x.to(codes.dtype), codes, counted)
             if pull is not None and ctx.commitment_weight:
                 x_grad = x_grad + ctx.commitment_weight * pull
             x_grad = x_grad.to(x.dtype)
@@ -164,14 +166,14 @@ def _difference(x: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
     return (x.to(codes.dtype) - codes).masked_fill_(~counted, 0)
 
 
-def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor) -> Tensor:
+def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
     """lambda R^T grad for the rotation R = I - 2 w w^T + 2 v u^T that takes u = x/|x| to v = e/|e|, w = (u+v)/|u+v|.
 
     Written as  lambda (grad + 2 <v, grad> u - 2 <u + v, grad> / |u + v|^2 (u + v)): one factor a row for each of
     grad, u and v.
     """
     x_length, code_length = x.norm(dim=1, keepdim=True), codes.norm(dim=1, keepdim=True)
-    directed = (x_length >= SHORTEST) & (code_length >= SHORTEST)
+    directed = counted & (x_length >= SHORTEST) & (code_length >= SHORTEST)
     u = (x / x_length).masked_fill_(~directed, 0)
     v = (codes / code_length).masked_fill_(~directed, 0)
     along_u, along_v = (u * grad).sum(1, keepdim=True), (v * grad).sum(1, keepdim=True)
