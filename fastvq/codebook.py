@@ -60,7 +60,7 @@ def kmeans(x: Tensor, size: int, *, iterations: int, valid: Tensor, metric: str 
     Source: Lloyd, Least Squares Quantization in PCM, 1982; Dhillon and Modha, 2001, for the spherical form.
     """
     seeds, _ = sample_rows(x, valid, size)
-    means = x[seeds].float()
+    means = torch.where(valid[seeds][:, None], x[seeds].float(), 0)
     counts = means.new_zeros(size)
     for _ in range(iterations):
         indices = search(x, means, metric=metric).masked_fill(~valid, -1)
