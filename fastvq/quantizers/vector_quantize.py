@@ -194,6 +194,8 @@ class VectorQuantize(nn.Module):
             codebook_weight=self.commitment_weight if pulled else 0.0,
             mask=mask,
         )
+        if pulled:  # both losses are one mean with both sides free: its value is counted once
+            loss = loss - loss.detach() / 2
         if pulled and not x.requires_grad:  # no encoder to pass the gradient to: the codes take it
             quantized = lookup(self.codebook, indices).to(x.dtype)
         return quantized, indices, loss
