@@ -67,21 +67,11 @@ def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, 
     return torch.ops.fastvq.native_accumulate(x.contiguous(), indices.contiguous(), codebook_size)
 
 
-def ema_update_(
-    codebook: Tensor,
-    cluster_size: Tensor,
-    embed_avg: Tensor,
-    counts: Tensor,
-    sums: Tensor,
-    *,
-    decay: float,
-    eps: float,
-) -> None:
-    state = [codebook, cluster_size, embed_avg]
+def ema_update_(*tensors: Tensor, decay: float, eps: float) -> None:
     # The kernel writes through plain pointers: what isn't contiguous is updated in a copy and written back.
-    work = [t.contiguous() for t in state]
-    torch.ops.fastvq.native_ema_update_(*work, counts.contiguous(), sums.contiguous(), decay=decay, eps=eps)
-    for target, result in zip(state, work, strict=True):
+    work = [t.contiguous() for t in tensors]
+    torch.ops.fastvq.native_ema_update_(*work, decay=decay, eps=eps)
+    for target, result in zip(tensors[:3], work, strict=False):
         if target is not result:
             target.copy_(result)
 

@@ -197,7 +197,7 @@ def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, 
 
 
 def _check_ema_update(
-    codebook: Tensor, cluster_size: Tensor, embed_avg: Tensor, counts: Tensor, sums: Tensor, decay: float, eps: float
+    codebook: Tensor, cluster_size: Tensor, embed_avg: Tensor, counts: Tensor, sums: Tensor, *, decay: float, eps: float
 ) -> None:
     if codebook.dim() != 2:
         raise ValueError(f"codebook: must have shape (K, D), got {tuple(codebook.shape)}")
@@ -215,17 +215,8 @@ def _check_ema_update(
         raise ValueError(f"eps: must not be negative, got {eps}")
 
 
-def _ema_update_fake(
-    codebook: Tensor,
-    cluster_size: Tensor,
-    embed_avg: Tensor,
-    counts: Tensor,
-    sums: Tensor,
-    *,
-    decay: float,
-    eps: float,
-) -> None:
-    _check_ema_update(codebook, cluster_size, embed_avg, counts, sums, decay, eps)
+def _ema_update_fake(*tensors: Tensor, decay: float, eps: float) -> None:
+    _check_ema_update(*tensors, decay=decay, eps=eps)
 
 
 @_op(fake=_ema_update_fake, mutates=("codebook", "cluster_size", "embed_avg"))
@@ -260,7 +251,7 @@ def ema_update_(
 
     Source: van den Oord et al. 2017, appendix A.1, equations 6 to 8; smoothing as in Sonnet's VectorQuantizerEMA.
     """
-    _check_ema_update(codebook, cluster_size, embed_avg, counts, sums, decay, eps)
+    _check_ema_update(codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps)
     backends.select("ema_update_", codebook.device)(
         codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps
     )
