@@ -206,6 +206,27 @@ def huge_vectors_tiny_codes(n, k, d, g):
 
 
 @adversarial
+def large_vectors(n, k, d, g):
+    """Most distances of a row tie in float64, though their products with the codes differ in float32."""
+    x, codes = gaussian(n, k, d, g)
+    return x * 1e15, codes
+
+
+@adversarial
+def largest_vectors(n, k, d, g):
+    """Their products with the codes overflow float32, both ways."""
+    x, codes = gaussian(n, k, d, g)
+    return x.sign() * 3e38, codes
+
+
+@adversarial
+def nearly_equal_norms(n, k, d, g):
+    """Near the origin the norms of the codes decide as much as the products do, and both differ beyond float32."""
+    x, codes = gaussian(n, k, d, g)
+    return x * 1e-8, torch.nn.functional.normalize(codes.double(), dim=1).float()
+
+
+@adversarial
 def tiny_vectors_huge_codes(n, k, d, g):
     x, codes = gaussian(n, k, d, g)
     return x * 1e-18, codes * 1e18
@@ -241,6 +262,7 @@ def only_bad_codes(n, k, d, g):
 
 FLOAT64_ONLY: dict[str, Data] = {
     "float64_overflow": lambda n, k, d, g: tuple(t.double() * 1e200 for t in gaussian(n, k, d, g)),
+    "float64_overflow_bad_codes": lambda n, k, d, g: tuple(t.double() * 1e200 for t in bad_codes(n, k, d, g)),
     "float64_underflow": lambda n, k, d, g: tuple(t.double() * 1e-170 for t in gaussian(n, k, d, g)),
     "float64_denormals": lambda n, k, d, g: tuple(t.double() * 2.0**-1060 for t in gaussian(n, k, d, g)),
     "float64_giant_offset": lambda n, k, d, g: tuple(t.double() + 1e150 for t in gaussian(n, k, d, g)),

@@ -19,7 +19,7 @@ from .cases import ADVERSARIAL, METRICS, generator, mismatch
 
 FINITE = [name for name in ADVERSARIAL if "bad" not in name]
 # So far apart that nothing is promised: the definition decides among all codes.
-UNBOUNDED = {"huge_vectors_tiny_codes"}
+UNBOUNDED = {"huge_vectors_tiny_codes", "largest_vectors"}
 
 
 def defined_score(row, code, metric):
@@ -121,17 +121,26 @@ def test_no_score_is_further_off_than_the_bound(data, cheap_pass, metric):
 
 
 def test_a_long_chain_from_a_large_half_norm():
-    """Each of many small products loses half an ulp of the half norm, always the same way."""
-    dim = 513
-    codebook = torch.full((2, dim), 2.0**-14)
-    codebook[:, 0] = 1.0
-    x = torch.full((1, dim), 2.0**-11)
-    x[0, 0] = 2.0**-24
+    """Each of many products, just over half an ulp of the half norm, is rounded to a whole one."""
+    code = torch.full((513,), 2.0**-14)
+    code[0] = 1.8**0.5
+    x = torch.full((1, 513), 1.01 * 2.0**-11)
+    x[0, 0] = 0
+    codebook = torch.stack([code, -code])
     frame = eager._frame(codebook, "l2")
     near, bound = frame.rows(x.double())
     t = chained_from_the_half_norm(near, frame.codes, frame.half_norms)[0].tolist()
     s = exact_scores(x, codebook, frame, "l2")[0]
-    assert all(abs(Fraction(a) - b) <= Fraction(bound.item()) for a, b in zip(t, s, strict=True))
+    assert all(bound.item() / 10 < abs(Fraction(a) - b) <= Fraction(bound.item()) for a, b in zip(t, s, strict=True))
+
+
+@pytest.mark.parametrize("best", [0.0, 1.0, -1.0, 1e30, -1e-40, 0.1])
+@pytest.mark.parametrize("bound", [0.0, 1e-9, 0.3, 1e30, math.inf])
+def test_the_limit_lies_two_bounds_above_the_best(best, bound):
+    best, bound = torch.tensor([best] * 2), torch.tensor([bound] * 2, dtype=torch.float64)
+    limit = eager._limit(best, bound, torch.tensor([True, False])).double()
+    assert limit[0] >= best[0].double() + 2 * bound[0]
+    assert limit[1] == -math.inf
 
 
 def candidates_a_row(x, codebook):
