@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,21 +43,19 @@ print(status("VmHWM") - before)
 
 
 def peak_mb(backend, options="", also=""):
-    code = MEASURE.format(options=options, also=also)
-    command = [sys.executable, "-c", f"import os; os.environ['FASTVQ_BACKEND'] = {backend!r}\n{code}"]
-    run = subprocess.run([*command, *map(str, (N, K, D))], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", MEASURE.format(options=options, also=also), str(N), str(K), str(D)]
+    # glibc then returns every larger block at once: what is measured is what is alive, not the holes in between.
+    environment = os.environ | {"FASTVQ_BACKEND": backend, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     return float(run.stdout)
 
 
-@pytest.mark.parametrize("options", ["", "use_cosine_sim=True", "learnable_codebook=True"])
+@pytest.mark.parametrize(
+    "options", ["", "use_cosine_sim=True", "learnable_codebook=True", "kmeans_init=True, kmeans_iters=4"]
+)
 def test_training_step(backend, options):
     assert peak_mb(backend, options) < LIMIT_MB
-
-
-def test_kmeans(backend):
-    """Its rounds leave holes between the allocations, up to some 60 MB however many rounds there are."""
-    assert peak_mb(backend, "kmeans_init=True, kmeans_iters=4") < 80
 
 
 def test_the_measurement_sees_a_matrix():
