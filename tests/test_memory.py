@@ -52,7 +52,7 @@ def peak_mb(backend, options="", also=""):
 
 
 @pytest.mark.parametrize(
-    "options", ["", "use_cosine_sim=True", "learnable_codebook=True", "kmeans_init=True, kmeans_iters=4"]
+    "options", ["", "use_cosine_sim=True", "learnable_codebook=True", "kmeans_init=True, kmeans_iters=1"]
 )
 def test_training_step(backend, options):
     assert peak_mb(backend, options) < LIMIT_MB
