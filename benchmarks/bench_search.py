@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DATA, SEARCHES, SHAPES, mismatches
+
+from .cases import DATA, SEARCHES, SHAPES, mismatches
 
 
 @pytest.mark.parametrize("data", DATA)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import vector_quantize_pytorch
-from cases import clustered
 
 import fastvq
+
+from .cases import clustered
 
 LAYERS = {"fastvq": fastvq.VectorQuantize, "vector_quantize_pytorch": vector_quantize_pytorch.VectorQuantize}
 SHAPES = [(16384, 512, 64), (16384, 8192, 64), (16384, 1024, 8)]
