@@ -52,7 +52,7 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-if "FASTVQ_BACKEND" in os.environ:
+if os.environ.get("FASTVQ_BACKEND"):
     _requested = _checked(os.environ["FASTVQ_BACKEND"], "FASTVQ_BACKEND")
 
 
@@ -86,6 +86,8 @@ def select(op: str, device: torch.device) -> Callable[..., Any]:
         backend = BACKENDS[name]
         if not (reason := backend.unavailable(device)):
             return backend.ops[op]
+        if reason.startswith("FASTVQ_ISA"):  # a choice that can't be met
+            raise RuntimeError(reason)
         if device.type == "cpu":
             _say_once(name, reason)
     reasons = "; ".join(f"{name}: {BACKENDS[name].unavailable(device)}" for name in AUTOMATIC)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fastvq
 from fastvq.extras import MissingExtraError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return options.run(options)
-    except (CheckpointError, ConfigError, DataError, FloatingPointError, MissingExtraError) as error:
+    except (CheckpointError, ConfigError, DataError, FloatingPointError, MissingExtraError, OSError) as error:
         print(f"fastvq: {error}", file=sys.stderr)
         return _FAILED
     except KeyboardInterrupt:
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastvq", description="Exact vector quantization for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {fastvq.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="which backends work here, and why the others don't")

@@ -152,16 +152,28 @@ class Codebook(nn.Module):
         valid = x.isfinite().all(1)
         if mask is not None:
             valid = valid & mask
-        # Once in a model's life, so waiting for the device is no matter; a traced graph takes it on trust.
         _refuse_many_processes()
-        if len(x) == 0 or (not torch.compiler.is_compiling() and not bool(valid.any())):
+        if len(x) == 0:
             return
+        # Before the first batch alone, so waiting for the device is no matter; a traced graph takes it on trust.
+        if not torch.compiler.is_compiling():
+            self._ready = bool(self.initted)  # the state may have been written to behind our back
+            if self._ready or not bool(valid.any()):
+                return
         means, counts = kmeans(x, self.size, iterations=self.kmeans_iters, valid=valid, metric=self.metric)
         # A code without rows starts as if it had one: with none, the first update would send it to the origin.
-        counts = counts.clamp_min(1)
-        self.embed[0].copy_(means)
-        self.cluster_size[0].copy_(counts)
-        self.embed_avg[0].copy_(means * counts[:, None])
+        self.set_(means, counts.clamp_min(1))
+
+    @torch.no_grad()
+    def set_(self, codes: Tensor, cluster_size: Tensor | None = None) -> None:
+        """Sets the codes (K, D) and, if given, the cluster sizes (K,), with averages that agree."""
+        codes = codes.to(self.embed)
+        if self.cosine:
+            codes = unit_norm(codes)
+        if cluster_size is not None:
+            self.cluster_size[0].copy_(cluster_size)
+        self.embed[0].copy_(codes)
+        self.embed_avg[0].copy_(codes * self.cluster_size[0, :, None])
         self.initted.fill_(True)
         self._ready = True
 
@@ -218,7 +230,12 @@ class Codebook(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._ready = bool(self.initted)
+        with torch.no_grad():
+            for state in (self.embed, self.embed_avg, self.cluster_size):
+                state.data = state.data.float()  # assign=True puts in what the checkpoint has
+        if self.code_counts.device != self.embed.device:
+            self.code_counts = torch.zeros_like(self.code_counts, device=self.embed.device)
+        self._ready = not self.initted.is_meta and bool(self.initted)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}, metric={self.metric}"

@@ -138,7 +138,12 @@ def _search_rows(x: Tensor, frame: _Frame, metric: str, out: Tensor) -> None:
     finite = (wide * 0).sum(1) == 0
     wide = wide.masked_fill(~finite[:, None], 0)
     near, bound = frame.rows(wide)
-    row, code = _candidates(near, bound, finite, frame)
+    candidates = _candidates(near, bound, finite, frame)
+    if candidates is None:
+        for part, part_out in zip(x.tensor_split(2), out.tensor_split(2), strict=True):
+            _search_rows(part, frame, metric, part_out)
+        return
+    row, code = candidates
     out[row] = code  # final where a row has one candidate; the others are settled below
     several = torch.bincount(row, minlength=len(x))[row] > 1
     row, code = row[several], code[several]
@@ -151,8 +156,9 @@ def _search_rows(x: Tensor, frame: _Frame, metric: str, out: Tensor) -> None:
     out.copy_(torch.where(lowest < len(frame.codes), lowest, out))
 
 
-def _candidates(near: Tensor, bound: Tensor, finite: Tensor, frame: _Frame) -> tuple[Tensor, Tensor]:
-    """The pairs (row, code) that the cheap pass can't rule out: for each finite row, its nearest code at least."""
+def _candidates(near: Tensor, bound: Tensor, finite: Tensor, frame: _Frame) -> tuple[Tensor, Tensor] | None:
+    """The pairs (row, code) that the cheap pass can't rule out: for each finite row, its nearest code at least. None
+    where several rows have more of them, on ties everywhere, than an eighth of a tile's scores: fewer rows must be taken."""
     best = near.new_full((len(near),), math.inf)
     found = []
     for first in range(0, len(frame.codes), TILE_CODES):
@@ -164,6 +170,8 @@ def _candidates(near: Tensor, bound: Tensor, finite: Tensor, frame: _Frame) -> t
         best = torch.minimum(best, scores.amin(1))
         row, code = (scores <= _limit(best, bound, finite)[:, None]).nonzero(as_tuple=True)
         found.append((row, code + first, scores[row, code]))
+        if len(near) > 1 and sum(len(row) for row, _, _ in found) > _tile_elements(near.device) // 8:
+            return None
     row, code, score = (torch.cat(parts) for parts in zip(*found, strict=True))
     # Only after the last tile is the best score known; an unusable code scores infinity, which only a row without a
     # bound lets through.

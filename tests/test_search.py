@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
 
 import fastvq
-from fastvq import native, reference
+from fastvq import eager, native, reference
 
 from . import cases
 from .cases import ADVERSARIAL, DTYPES, FLOAT64_ONLY, METRICS, generator, mismatch
@@ -144,6 +144,12 @@ def test_heads(backend):
         with fastvq.use_backend(backend):
             assert fastvq.search(torch.zeros(shape), codebook[: shape[0]]).shape == shape[:2]
         assert reference.search(torch.zeros(shape), codebook[: shape[0]]).shape == shape[:2]
+
+
+def test_ties_over_more_codes_than_a_tile(backend):
+    """So many candidates that the torch backend has to take fewer rows at once."""
+    x, codebook = ADVERSARIAL["lattice"](40, 3 * eager.TILE_CODES + 5, 3, generator())
+    assert not mismatch(x, codebook, backend)
 
 
 def test_a_batch_may_be_split_anywhere(backend):

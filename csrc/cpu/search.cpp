@@ -286,6 +286,7 @@ const Scan& active_scan() {
         &portable_scan(),
     };
     const char* wanted = std::getenv("FASTVQ_ISA");
+    if (wanted && !*wanted) wanted = nullptr;
     for (const Scan* scan : scans) {
       if (wanted && std::string(wanted) != scan->name) continue;
       if (scan->supported()) return *scan;

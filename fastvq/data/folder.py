@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,11 @@ def load_folder(root: Path, *, image_size: int, grayscale: bool = False, test_fr
     if not root.is_dir():
         raise DataError(f"{root} is no folder" if root.exists() else f"{root} doesn't exist")
     paths = sorted(
-        (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()),
+        (
+            path
+            for path in root.rglob("*")
+            if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+        ),
         key=lambda path: path.relative_to(root).as_posix(),
     )
     if not paths:
@@ -69,7 +74,8 @@ def split_by_file(names: list[str], test_fraction: float) -> tuple[list[str], li
 
 
 def read_image(path: Path, *, image_size: int, grayscale: bool) -> Tensor:
-    """Return one image file as uint8 (C, image_size, image_size).
+    """Return one image file as uint8 (C, image_size, image_size): the largest centred square, resized. 16-bit grey is
+    scaled to 8 bits; what is transparent shows white.
 
     Raises:
         DataError: the file is no readable image; the message names it.
@@ -79,9 +85,26 @@ def read_image(path: Path, *, image_size: int, grayscale: bool) -> Tensor:
     try:
         with pillow.open(path) as file:
             # Cameras store the sensor's orientation beside the pixels.
-            upright = ops.exif_transpose(file).convert("L" if grayscale else "RGB")
+            upright = _eight_bit(ops.exif_transpose(file)).convert("L" if grayscale else "RGB")
             square = ops.fit(upright, (image_size, image_size), method=pillow.Resampling.BICUBIC)
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise DataError(f"{path} is no readable image: {error}") from error
     pixels = np.atleast_3d(np.array(square, dtype=np.uint8))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _eight_bit(image: Any) -> Any:
+    """The image in a mode that Pillow converts to grey or colour without clipping.
+
+    Raises:
+        ValueError: its pixels have no known range.
+    """
+    pillow = require("PIL.Image")
+    if image.mode.startswith("I;16"):
+        return pillow.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode!r} have no known range: convert it to 8 or 16 bits")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)
+    return image

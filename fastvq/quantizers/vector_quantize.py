@@ -115,13 +115,16 @@ class VectorQuantize(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """The codes (K, D), float32. Assigning copies into them."""
+        """The codes (K, D), float32. Assigning sets them, as unit vectors for cosine similarity, with moving averages
+        that agree; k-means then has nothing to do."""
         return self._codebook.codes
 
     @codebook.setter
     def codebook(self, codes: Tensor) -> None:
-        with torch.no_grad():
-            self._codebook.codes.copy_(codes)
+        shape = (self.codebook_size, self.codebook_dim)
+        if codes.shape != shape:
+            raise ValueError(f"codebook: must have shape (K, D) = {shape}, got {tuple(codes.shape)}")
+        self._codebook.set_(codes)
 
     @property
     def code_counts(self) -> Tensor:

@@ -71,7 +71,7 @@ def save(run: Path, checkpoint: Checkpoint) -> Path:
         # Interrupted right after saving: the same step of the same run has the same state.
         return final
     root.mkdir(parents=True, exist_ok=True)
-    for remains in root.glob(".*"):
+    for remains in [*root.glob(".partial-step-*"), *root.glob(".discarded-step-*")]:
         shutil.rmtree(remains)
     partial = root / f".partial-{final.name}"
     partial.mkdir()

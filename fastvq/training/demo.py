@@ -14,13 +14,14 @@ import torch
 
 import fastvq
 from fastvq.training.build import load_images
-from fastvq.training.checkpoint import checkpoint_folders
+from fastvq.training.checkpoint import CheckpointError, checkpoint_folders
 from fastvq.training.config import TrainConfig
 from fastvq.training.evaluation import Evaluation, evaluate
 from fastvq.training.report import picture_reconstructions, picture_run
 from fastvq.training.trainer import Trainer, forget_run
 
 DEMO = TrainConfig(evaluate_every=400)
+_MARKER = ".demo"
 CEILING_STEPS = 600
 
 
@@ -41,8 +42,13 @@ def run_demo(
     images = load_images(config)
     ceiling_config = dataclasses.replace(config, bottleneck="none", steps=ceiling_steps)
     if not resume:
+        if checkpoint_folders(folder) and not (folder / _MARKER).exists():
+            raise CheckpointError(f"{folder} holds a run that is no demo: choose another folder")
+        (folder / "metrics.json").unlink(missing_ok=True)
         forget_run(folder)
         forget_run(folder / "ceiling")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _MARKER).touch()
     print(f"{images.name}: {len(images.train)} images to learn from, {len(images.test)} held out", flush=True)
 
     def show(trainer: Trainer, evaluation: Evaluation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -119,12 +120,14 @@ class Trainer:
                 if last or self.step % config.log_every == 0:
                     bar.set_postfix_str(self._log_training(log))
                 if last or self.step % config.evaluate_every == 0:
+                    self._check_finite()
                     evaluation = evaluate(self.model, self.images.test)
                     log.write(self.step, "test", **_measures(evaluation))
                     if on_evaluation is not None:
                         on_evaluation(self, evaluation)
                 stop = interrupt.requested
                 if last or self.step % config.checkpoint_every == 0 or stop:
+                    self._check_finite()
                     # Records first: those up to the checkpoint's step must be there whenever the checkpoint is.
                     log.flush_to_disk()
                     save(self.folder, self._checkpoint())
@@ -134,10 +137,9 @@ class Trainer:
 
     def _log_training(self, log: MetricsLog) -> str:
         """Write the record of the steps since the last one, and return it for the progress bar."""
+        self._check_finite()
         loss, squared_error = (self._window[:2] / self._window[2]).tolist()
         self._window.zero_()
-        if not loss < float("inf"):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step}: try a lower learning_rate")
         values = {
             "loss": loss,
             "psnr_db": psnr_db(squared_error),
@@ -151,6 +153,12 @@ class Trainer:
             text += f", perplexity {values['perplexity']:.0f}"
         log.write(self.step, "train", **values)
         return text
+
+    def _check_finite(self) -> None:
+        """Raise before a loss that isn't finite is evaluated, or saved over a checkpoint that is good."""
+        total = float(self._window[0])
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the loss is {total} before step {self.step}: try a lower learning_rate")
 
     def _checkpoint(self) -> Checkpoint:
         tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self.model.state_dict().items()}
