@@ -158,7 +158,7 @@ def _search_rows(x: Tensor, frame: _Frame, metric: str, out: Tensor) -> None:
 
 def _candidates(near: Tensor, bound: Tensor, finite: Tensor, frame: _Frame) -> tuple[Tensor, Tensor] | None:
     """The pairs (row, code) that the cheap pass can't rule out: for each finite row, its nearest code at least. None
-    where several rows have more of them, on ties everywhere, than an eighth of a tile's scores: fewer rows must be taken."""
+    where they are too many to hold, on ties everywhere: fewer rows must be taken at once."""
     best = near.new_full((len(near),), math.inf)
     found = []
     for first in range(0, len(frame.codes), TILE_CODES):

@@ -130,14 +130,19 @@ def test_the_environment_names_an_unknown_backend():
 
 @needs_native
 def test_an_unknown_instruction_set():
-    code = (
-        "import torch, fastvq; x = torch.eye(3); print(fastvq.search(x, x).tolist())\n"
-        "with fastvq.use_backend('native'): fastvq.search(x, x)"
-    )
+    """A choice that can't be met is an error, asked for by name or not; the torch backend has nothing to do with it."""
+    code = "import torch, fastvq; x = torch.eye(3); print(fastvq.search(x, x).tolist())"
     run = python(code, FASTVQ_ISA="sse9")
-    assert run.stdout == "[0, 1, 2]\n"
-    assert "UserWarning: fastvq runs without its native backend" in run.stderr
+    assert "RuntimeError: FASTVQ_ISA=sse9: unknown; portable" in run.stderr
+    run = python(code, FASTVQ_ISA="sse9", FASTVQ_BACKEND="native")
     assert "RuntimeError: backend 'native' was requested for search but can't serve it: FASTVQ_ISA=sse9" in run.stderr
+    assert python(code, FASTVQ_ISA="sse9", FASTVQ_BACKEND="torch").stdout == "[0, 1, 2]\n"
+
+
+def test_empty_environment_variables_ask_for_nothing():
+    code = "import torch, fastvq; x = torch.eye(3); print(fastvq.search(x, x).tolist())"
+    run = python(code, FASTVQ_ISA="", FASTVQ_BACKEND="")
+    assert (run.stdout, run.stderr) == ("[0, 1, 2]\n", "")
 
 
 def test_info_is_json_and_readable():

@@ -273,3 +273,17 @@ def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for option in ("--codebook-size", "--no-flip", "--resume", "--data", "--seed"):
         assert option in text
+
+
+def test_demo_leaves_other_runs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = tmp_path / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    assert main(["demo", f"--out={tmp_path}", "--steps=1", "--ceiling-steps=1"]) == 2
+    assert "holds a run that is no demo" in capsys.readouterr().err
+    assert checkpoint.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["demo", f"--out={tmp_path / 'file' / 'run'}", "--steps=1", "--ceiling-steps=1"]) == 2
+    assert "Not a directory" in capsys.readouterr().err

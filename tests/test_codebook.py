@@ -179,3 +179,45 @@ def test_more_than_one_process_is_refused(monkeypatch):
     codebook = Codebook(2, 4)
     with pytest.raises(RuntimeError, match="synchronised across processes"):
         codebook.learn_(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_codes_that_are_set_stay(cosine):
+    """Averages that agree keep them where they are, and k-means doesn't take their place."""
+    codebook = Codebook(4, 8, kmeans_init=True, cosine=cosine, decay=0.99)
+    codes = 5 * torch.randn(8, 4)
+    codebook.set_(codes)
+    codes = unit_norm(codes) if cosine else codes
+    codebook.initialise_(torch.randn(20, 4), None)
+    codebook.learn_(torch.zeros(3, 4), torch.full((3,), -1))
+    torch.testing.assert_close(codebook.codes, codes, rtol=1e-4, atol=1e-5)  # the smoothing's eps moves them a little
+
+
+def test_state_written_behind_its_back_is_kept():
+    """Some loaders copy into the buffers themselves."""
+    trained, fresh = Codebook(4, 8), Codebook(4, 8, kmeans_init=True)
+    for target, source in zip(fresh.buffers(), trained.buffers(), strict=True):
+        target.copy_(source)
+    fresh.initialise_(torch.randn(20, 4), None)
+    assert torch.equal(fresh.codes, trained.codes)
+
+
+def test_loading_in_place_of_meta_and_half_state():
+    state = {name: t.half() if t.is_floating_point() else t for name, t in Codebook(4, 8).state_dict().items()}
+    with torch.device("meta"):
+        codebook = Codebook(4, 8)
+        codebook.load_state_dict({}, strict=False)
+    codebook.load_state_dict(state, assign=True)
+    assert all(t.device.type == "cpu" for t in codebook.buffers())
+    assert {t.dtype for t in codebook.buffers() if t.is_floating_point()} == {torch.float32}
+    assert int(codebook.code_counts.sum()) == 0
+
+
+def test_sizes_follow_the_use_without_moving_averages():
+    """As beside a learnable codebook, where revival has nothing else to go by."""
+    codebook = Codebook(4, 3, decay=0.5, ema_update=False, dead_code_threshold=0.3)
+    before, x = codebook.codes.clone(), torch.randn(2, 4)
+    for _ in range(2):  # the sizes of the unused codes: 1/2, then 1/4
+        codebook.learn_(x, torch.tensor([1, 1]))
+    assert torch.equal(codebook.codes[1], before[1])
+    assert {tuple(code) for code in codebook.codes[[0, 2]].tolist()} == {tuple(row) for row in x.tolist()}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastvq.data import DataError, fashion_mnist, load_fashion_mnist, load_folder, load_full_fashion_mnist
-from fastvq.data.folder import split_by_file
+from fastvq.data.folder import read_image, split_by_file
 from fastvq.data.images import to_float
 
 
@@ -182,3 +182,20 @@ def test_a_file_cut_short_is_named(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match=r"00\.png is no readable image"):
         load_folder(folder, image_size=8)
+
+
+def test_sixteen_bit_and_transparent_images_keep_what_is_seen(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(64, 0)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    pixels = read_image(tmp_path / "deep.png", image_size=64, grayscale=True)[0, 0]
+    assert torch.equal(pixels, (torch.from_numpy(ramp[0].astype(np.float64)) / 257).round().to(torch.uint8))
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert int(read_image(tmp_path / "clear.png", image_size=8, grayscale=False).min()) == 255
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(DataError, match=r"float\.tiff.*mode 'F'"):
+        read_image(tmp_path / "float.tiff", image_size=8, grayscale=True)
+
+
+def test_hidden_files_are_no_images(folder: Path) -> None:
+    (folder / "._hidden.png").write_bytes(b"not an image")
+    assert len(load_folder(folder, image_size=8, grayscale=True, test_fraction=0.5).train) > 0

@@ -520,3 +520,10 @@ def test_refuses_by_name(options, error, message):
 def test_forward_refuses_by_name(options, x, forward, error, message):
     with pytest.raises(error, match=message):
         layer(**options)(x, **forward)
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (8, 1), (), (1, 8, 4), (8, 5)])
+def test_a_codebook_of_another_shape_is_refused(shape):
+    layer = fastvq.VectorQuantize(4, 8)
+    with pytest.raises(ValueError, match=r"codebook: must have shape \(K, D\) = \(8, 4\)"):
+        layer.codebook = torch.zeros(shape)

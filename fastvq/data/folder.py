@@ -35,11 +35,7 @@ def load_folder(root: Path, *, image_size: int, grayscale: bool = False, test_fr
     if not root.is_dir():
         raise DataError(f"{root} is no folder" if root.exists() else f"{root} doesn't exist")
     paths = sorted(
-        (
-            path
-            for path in root.rglob("*")
-            if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
-        ),
+        (path for path in root.rglob("[!.]*") if path.suffix.lower() in SUFFIXES and path.is_file()),
         key=lambda path: path.relative_to(root).as_posix(),
     )
     if not paths:

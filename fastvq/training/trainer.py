@@ -158,7 +158,7 @@ class Trainer:
         """Raise before a loss that isn't finite is evaluated, or saved over a checkpoint that is good."""
         total = float(self._window[0])
         if not math.isfinite(total):
-            raise FloatingPointError(f"the loss is {total} before step {self.step}: try a lower learning_rate")
+            raise FloatingPointError(f"the loss is {total} at step {self.step}: try a lower learning_rate")
 
     def _checkpoint(self) -> Checkpoint:
         tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self.model.state_dict().items()}
