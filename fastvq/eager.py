@@ -21,6 +21,11 @@ from .reference import Ops
 TILE_CODES = 8192
 """Codes of one score tile; more are taken in several."""
 
+FAR = 8.0
+"""Times the median norm, and a code counts as far from the others."""
+FAR_SHARE = 64
+"""At most one code in so many counts as far."""
+
 _U = 2.0**-23
 """Error of one float32 operation. Tensor cores truncate, which is twice the rounding of IEEE."""
 _V = 2.0**-53
@@ -55,6 +60,8 @@ class _Frame:
 
     exact: Tensor  # [K, D] float64, for the definition
     usable: Tensor  # [K] finite
+    far: Tensor  # [K] far from all others: they would make the bound useless, and the cheap pass passes them over
+    far_norm: Tensor  # [] the smallest of their |e|
     centre: Tensor  # [D] float64, zero where centring doesn't pay
     exponent: Tensor  # [] int32
     codes: Tensor  # [K, D] float32
@@ -63,6 +70,10 @@ class _Frame:
     residual: Tensor  # [] max |e - e'|
     half: Tensor  # [] max |e|^2 / 2
     operand_unit: float
+
+    @functools.cached_property
+    def far_codes(self) -> Tensor:
+        return self.far.nonzero().squeeze(1)
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(x' [n, D] float32, bound B(x) [n] float64) of the rows x, float64; where B is infinite, x' is zero, so that
@@ -90,17 +101,31 @@ class _Frame:
         return near.masked_fill(~tame[:, None], 0), torch.where(tame, bound, math.inf)
 
 
+def _far_codes(norms: Tensor, usable: Tensor) -> Tensor:
+    """Which usable codes, of these norms, are FAR times longer than the median; none where they are more than a few."""
+    median = norms.masked_fill(~usable, math.nan).nanmedian()
+    far = usable & (norms > FAR * median) & (median > 0)
+    return far & (far.sum() <= len(norms) // FAR_SHARE)
+
+
 def _frame(codebook: Tensor, metric: str) -> _Frame:
     exact = reference.widen(codebook)
     usable = exact.isfinite().all(1)
     finite = exact.masked_fill(~usable[:, None], 0)
     centre = torch.zeros_like(finite[0])
+    norms, far = finite.norm(dim=1), torch.zeros_like(usable)
     if metric == "l2":
-        mean = finite.sum(0) / usable.sum().clamp_min(1)
-        centred = (finite - mean).masked_fill(~usable[:, None], 0).norm(dim=1).amax()
-        pays = centred < 0.5 * finite.norm(dim=1).amax()  # false for an overflow too
-        centre = torch.where(pays, mean, centre)
-    moved = (finite - centre).masked_fill(~usable[:, None], 0)
+        far = _far_codes(norms, usable)
+        near = usable & ~far
+        mean = finite.masked_fill(far[:, None], 0).sum(0) / near.sum().clamp_min(1)
+        centred = (finite - mean).norm(dim=1)
+        centred_far = _far_codes(centred, usable)
+        largest = centred.masked_fill(centred_far | ~usable, 0).amax()
+        pays = largest < 0.5 * norms.masked_fill(~near, 0).amax()  # false for an overflow too
+        centre, far = torch.where(pays, mean, centre), torch.where(pays, centred_far, far)
+        norms = torch.where(pays, centred, norms)
+    scanned = usable & ~far
+    moved = (finite - centre).masked_fill(~scanned[:, None], 0)
     exponent = (1 - torch.frexp(moved.abs().amax()).exponent).clamp_max(1000)
     moved = torch.ldexp(moved, exponent)
     codes = moved.float()
@@ -108,10 +133,12 @@ def _frame(codebook: Tensor, metric: str) -> _Frame:
     return _Frame(
         exact=exact,
         usable=usable,
+        far=far,
+        far_norm=torch.ldexp(norms.masked_fill(~far, math.inf).amin(), exponent),
         centre=centre,
         exponent=exponent,
         codes=codes,
-        half_norms=half.float().masked_fill(~usable, math.inf),
+        half_norms=half.float().masked_fill(~scanned, math.inf),
         norm=codes.double().norm(dim=1).amax(),
         residual=(moved - codes).norm(dim=1).amax(),
         half=half.amax(),
@@ -175,8 +202,17 @@ def _candidates(near: Tensor, bound: Tensor, finite: Tensor, frame: _Frame) -> t
     row, code, score = (torch.cat(parts) for parts in zip(*found, strict=True))
     # Only after the last tile is the best score known; an unusable code scores infinity, which only a row without a
     # bound lets through.
-    still = (score <= _limit(best, bound, finite)[row]) & frame.usable[code]
-    return row[still], code[still]
+    limit = _limit(best, bound, finite)
+    still = (score <= limit[row]) & frame.usable[code]
+    row, code = row[still], code[still]
+    if len(frame.far_codes):
+        # For |f| >= 4 |y|,  |f|^2 / 2 - <y, f> >= |f|^2 / 4, and the definition rounds that by less than a millionth.
+        length = near.double().norm(dim=1) * (1 + 1e-6) + 1e-30
+        too_far = (frame.far_norm >= 4 * length) & (0.25 * frame.far_norm.square() * (1 - 1e-6) > limit)
+        also = (~too_far).nonzero().squeeze(1)
+        row = torch.cat([row, also.repeat_interleave(len(frame.far_codes))])
+        code = torch.cat([code, frame.far_codes.repeat(len(also))])
+    return row, code
 
 
 def _limit(best: Tensor, bound: Tensor, finite: Tensor) -> Tensor:

@@ -148,6 +148,17 @@ def offset_with_outlier(n, k, d, g):
 
 
 @adversarial
+def far_codes(n, k, d, g):
+    """A few codes 9 to 1000 times as long as the others, and rows from the others out to them and beyond."""
+    codes = torch.randn(k, d, generator=g)
+    far = torch.randperm(k, generator=g)[: max(1, k // 64)]
+    codes[far] *= 10 ** (0.95 + 2 * torch.rand(len(far), 1, generator=g))
+    towards = codes[far[torch.randint(len(far), (n,), generator=g)]]
+    fraction = torch.tensor([0.0, 0.125, 0.25, 0.5, 1.0, 1.5])[torch.randint(6, (n, 1), generator=g)]
+    return towards * fraction + torch.randn(n, d, generator=g), codes
+
+
+@adversarial
 def vectors_far_from_codes(n, k, d, g):
     x, codes = gaussian(n, k, d, g)
     return x + 1e4, codes

@@ -161,6 +161,14 @@ def test_the_bound_settles_clustered_data(data, scale, shift):
     assert (count == 1).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("length", [10.0, 1e4, 1e30])
+def test_one_far_code_costs_no_certificate(length):
+    x, codebook = ADVERSARIAL["clustered"](2000, 512, 64, generator())
+    x[x.sub(codebook[7]).norm(dim=1) < 4] = 0
+    codebook[7] *= length
+    assert (candidates_a_row(x, codebook) == 1).float().mean() > 0.99
+
+
 def test_the_bound_leaves_few_candidates_on_gaussian_data():
     count = candidates_a_row(*ADVERSARIAL["gaussian"](2000, 512, 64, generator()))
     assert (count == 1).float().mean() > 0.98
@@ -169,7 +177,10 @@ def test_the_bound_leaves_few_candidates_on_gaussian_data():
 
 @pytest.mark.parametrize(
     ("share", "noticed_on"),
-    [(0.0, {"rounded_midpoints", "equidistant_codes", "offset_with_outlier"}), (0.03, {"offset_with_outlier"})],
+    [
+        (0.0, {"rounded_midpoints", "equidistant_codes", "offset_with_outlier"}),
+        (0.03, {"offset_with_outlier", "large_vectors"}),
+    ],
 )
 def test_a_wrong_bound_is_noticed(share, noticed_on, monkeypatch):
     """With a share of the bound the data of these tests do find wrong indices."""
@@ -180,6 +191,7 @@ def test_a_wrong_bound_is_noticed(share, noticed_on, monkeypatch):
         return near, torch.where(bound < math.inf, share * bound, bound)
 
     monkeypatch.setattr(eager._Frame, "rows", too_small)
-    shapes = [(63, 100, 33), (300, 400, 64), (200, 70, 513)]
+    # With fewer codes than FAR_SHARE none is taken out of the cheap pass, and the outlier stays in the bound.
+    shapes = [(63, 60, 33), (300, 400, 64), (200, 70, 513)]
     for name in noticed_on:
         assert any(mismatch(*ADVERSARIAL[name](*shape, generator()), "torch") for shape in shapes), name

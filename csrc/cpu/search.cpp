@@ -17,7 +17,9 @@ constexpr double INF = std::numeric_limits<double>::infinity();
 constexpr int64_t TILES_PER_BLOCK = 16;
 constexpr int64_t ROW_BLOCK_BYTES = 256 * 1024;
 constexpr int64_t PANEL_BLOCK_BYTES = 256 * 1024;
-constexpr int GROUP = 8;  // codes that the float64 tier scores side by side
+constexpr double FAR = 8.0;       // times the median norm, and a code counts as far from the others
+constexpr size_t FAR_SHARE = 64;  // at most one code in so many
+constexpr int GROUP = 8;          // codes that the float64 tier scores side by side
 
 bool all_finite(const double* values, int64_t count) {
   double poison = 0.0;
@@ -59,67 +61,101 @@ PackedCodebook::PackedCodebook(const Scan& scan, Matrix codes, Metric metric)
   panel_norms_.resize(panels);
 }
 
+// Which finite codes, of these squared norms, are FAR times longer than the median; none where they are more than a
+// few.
+std::vector<char> PackedCodebook::far_codes(const std::vector<double>& norms2) const {
+  std::vector<char> far(norms2.size());
+  std::vector<double> sorted;
+  for (size_t k = 0; k < norms2.size(); ++k)
+    if (finite_[k]) sorted.push_back(norms2[k]);
+  if (metric_ != Metric::l2 || sorted.empty()) return far;
+  const auto middle = sorted.begin() + static_cast<int64_t>(sorted.size() / 2);
+  std::nth_element(sorted.begin(), middle, sorted.end());
+  const double limit = FAR * FAR * *middle;
+  size_t count = 0;
+  for (size_t k = 0; k < norms2.size(); ++k) count += far[k] = finite_[k] && limit > 0.0 && norms2[k] > limit;
+  return count <= norms2.size() / FAR_SHARE ? far : std::vector<char>(norms2.size());
+}
+
 // Centring on the mean code leaves every difference x - e as it is and shrinks the norms that the bound multiplies. It
 // pays where the codes share an offset that is large against their spread; scaling keeps float32 from overflowing.
 void PackedCodebook::choose_frame() {
-  const int64_t dim = codes_.dim;
-  std::vector<double> code(dim), mean(dim);
-  double largest2 = 0.0, largest_element = 0.0;
-  int64_t finite_count = 0;
-  for (int64_t k = 0; k < codes_.rows; ++k) {
-    codes_.load(k, code.data());
-    finite_[k] = all_finite(code.data(), dim);
-    if (!finite_[k]) continue;
-    ++finite_count;
-    double norm2 = 0.0;
-    for (int64_t j = 0; j < dim; ++j) {
-      mean[j] += code[j];
-      norm2 += code[j] * code[j];
-      largest_element = std::max(largest_element, std::fabs(code[j]));
+  const int64_t dim = codes_.dim, size = codes_.rows;
+  std::vector<double> code(dim), mean(dim), norms2(size), elements(size);
+  // Squared norms and largest elements of the finite codes less `centre`.
+  const auto measure = [&](const double* centre, std::vector<double>& squares, std::vector<double>& largest) {
+    for (int64_t k = 0; k < size; ++k) {
+      codes_.load(k, code.data());
+      if (!centre) finite_[k] = all_finite(code.data(), dim);
+      if (!finite_[k]) continue;
+      for (int64_t j = 0; j < dim; ++j) {
+        const double value = centre ? code[j] - centre[j] : code[j];
+        squares[k] += value * value;
+        largest[k] = std::max(largest[k], std::fabs(value));
+      }
     }
-    largest2 = std::max(largest2, norm2);
+  };
+  const auto largest_near = [&](const std::vector<double>& values, const std::vector<char>& far) {
+    double largest = 0.0;
+    for (int64_t k = 0; k < size; ++k)
+      if (finite_[k] && !far[k]) largest = std::max(largest, values[k]);
+    return largest;
+  };
+
+  measure(nullptr, norms2, elements);
+  std::vector<char> far = far_codes(norms2);
+  int64_t near_count = 0;
+  for (int64_t k = 0; k < size; ++k) {
+    if (!finite_[k] || far[k]) continue;
+    ++near_count;
+    codes_.load(k, code.data());
+    for (int64_t j = 0; j < dim; ++j) mean[j] += code[j];
   }
-  any_finite_ = finite_count > 0;
+  any_finite_ = near_count > 0;
   double mean2 = 0.0;
   for (int64_t j = 0; j < dim; ++j) {
-    mean[j] /= std::max<int64_t>(finite_count, 1);
+    mean[j] /= static_cast<double>(std::max<int64_t>(near_count, 1));
     mean2 += mean[j] * mean[j];
   }
   // |e - mean| >= |e| - |mean|: below this size of the mean the norms can't halve.
+  const double largest2 = largest_near(norms2, far);
   if (metric_ == Metric::l2 && std::isfinite(largest2) && mean2 > 0.25 * largest2) {
-    double centred2 = 0.0, centred_element = 0.0;
-    for (int64_t k = 0; k < codes_.rows; ++k) {
-      if (!finite_[k]) continue;
-      codes_.load(k, code.data());
-      double norm2 = 0.0;
-      for (int64_t j = 0; j < dim; ++j) {
-        const double value = code[j] - mean[j];
-        norm2 += value * value;
-        centred_element = std::max(centred_element, std::fabs(value));
-      }
-      centred2 = std::max(centred2, norm2);
-    }
-    if (centred2 < 0.25 * largest2) {
+    std::vector<double> centred2(size), centred_elements(size);
+    measure(mean.data(), centred2, centred_elements);
+    std::vector<char> centred_far = far_codes(centred2);
+    if (largest_near(centred2, centred_far) < 0.25 * largest2) {
       centred_ = true;
       centre_ = std::move(mean);
-      largest_element = centred_element;
+      norms2 = std::move(centred2);
+      elements = std::move(centred_elements);
+      far = std::move(centred_far);
     }
   }
   // 2^1000 is the largest power whose use in `bound` stays finite; a smaller codebook than that is left to float64.
+  const double largest_element = largest_near(elements, far);
   if (largest_element > 0.0) exponent_ = std::min(-std::ilogb(largest_element), 1000);
+  far_norm_ = INF;
+  for (int64_t k = 0; k < size; ++k) {
+    if (!far[k]) continue;
+    far_.push_back(k);
+    far_norm_ = std::min(far_norm_, std::ldexp(std::sqrt(norms2[k]), exponent_));
+  }
 }
 
 void PackedCodebook::pack(int64_t begin, int64_t end) {
   const int64_t dim = codes_.dim, width = scan_.width;
   const double scale = std::ldexp(1.0, exponent_);
   std::vector<double> code(dim);
+  const auto scanned = [&](int64_t k) {
+    return k < codes_.rows && finite_[k] && !std::binary_search(far_.begin(), far_.end(), k);
+  };
   for (int64_t panel = begin; panel < end; ++panel) {
     CodeNorms& largest = panel_norms_[panel];
     for (int64_t lane = 0; lane < width; ++lane) {
       const int64_t k = panel * width + lane;
       float* out = values_.get() + panel * dim * width + lane;
       float& half_norm = half_norms_[panel * width + lane];
-      if (k >= codes_.rows || !finite_[k]) {
+      if (!scanned(k)) {
         for (int64_t j = 0; j < dim; ++j) out[j * width] = 0.0f;
         half_norm = std::numeric_limits<float>::infinity();
         continue;
@@ -246,6 +282,10 @@ int64_t PackedCodebook::settle(const Matrix& x, int64_t row, const RowNorms& nor
           if (finite_[k]) work.candidates.push_back(k);
       }
     }
+    // For |f| >= 4 |y|,  |f|^2 / 2 - <y, f> >= |f|^2 / 4, and the definition rounds that by less than a millionth.
+    const bool too_far = far_norm_ >= 4 * (norms.rounded + norms.residual) * (1 + 1e-6) &&
+                         0.25 * far_norm_ * far_norm_ * (1 - 1e-6) > limit;
+    if (!too_far) work.candidates.insert(work.candidates.end(), far_.begin(), far_.end());
     if (work.candidates.size() == 1) return work.candidates[0];
   } else {
     for (int64_t k = 0; k < codes_.rows; ++k)

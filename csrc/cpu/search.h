@@ -45,6 +45,7 @@ class PackedCodebook {
   struct Workspace;
 
   void choose_frame();
+  std::vector<char> far_codes(const std::vector<double>& norms2) const;
   RowNorms prepare(const Matrix& x, int64_t row, Workspace& work, float* out) const;
   double bound(const RowNorms& row) const;
   int64_t settle(const Matrix& x, int64_t row, const RowNorms& norms, const LaneMinima& minima, Workspace& work) const;
@@ -60,6 +61,10 @@ class PackedCodebook {
   int exponent_ = 0;
 
   std::vector<char> finite_;  // [codes]
+  // A few codes far from all others would make the bound useless for every row. The scan passes them over; `settle`
+  // shows for a row that none of them can win, by the smallest of their norms in the frame, or scores them too.
+  std::vector<int64_t> far_;
+  double far_norm_ = 0.0;
   bool any_finite_ = false;
   std::unique_ptr<float[]> values_, half_norms_;  // see Panels
   std::vector<CodeNorms> panel_norms_;
