@@ -209,7 +209,7 @@ def _candidates(near: Tensor, bound: Tensor, finite: Tensor, frame: _Frame) -> t
         # For |f| >= 4 |y|,  |f|^2 / 2 - <y, f> >= |f|^2 / 4, and the definition rounds that by less than a millionth.
         length = near.double().norm(dim=1) * (1 + 1e-6) + 1e-30
         too_far = (frame.far_norm >= 4 * length) & (0.25 * frame.far_norm.square() * (1 - 1e-6) > limit)
-        also = (~too_far).nonzero().squeeze(1)
+        also = (~too_far & (limit > -math.inf)).nonzero().squeeze(1)
         row = torch.cat([row, also.repeat_interleave(len(frame.far_codes))])
         code = torch.cat([code, frame.far_codes.repeat(len(also))])
     return row, code

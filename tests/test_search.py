@@ -152,6 +152,13 @@ def test_ties_over_more_codes_than_a_tile(backend):
     assert not mismatch(x, codebook, backend)
 
 
+def test_bad_rows_beside_far_codes(backend):
+    """At an offset, so that a row that stands in for a bad one lies far from the codes, as the far codes do."""
+    x, codebook = (t + 300 for t in ADVERSARIAL["far_codes"](50, 200, 8, generator()))
+    x[::3, 2] = math.nan
+    assert not mismatch(x, codebook, backend)
+
+
 def test_a_batch_may_be_split_anywhere(backend):
     x, codebook = ADVERSARIAL["rounded_midpoints"](100, 64, 24, generator())
     with fastvq.use_backend(backend):
