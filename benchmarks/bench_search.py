@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -16,12 +18,11 @@ def bench_search(benchmark, name, shape, data):
     n, k, d = shape
     benchmark.group = f"search N={n} K={k} D={d} {data}"
     if name == "torch.mm alone":
-        out = torch.empty(n, k)
-        run = lambda: torch.mm(x, codebook.T, out=out)  # noqa: E731
+        run = functools.partial(torch.mm, x, codebook.T, out=torch.empty(n, k))
     else:
         wrong = mismatches(SEARCHES[name], x, codebook)
         assert not (name.startswith("fastvq") and wrong)
         benchmark.extra_info["wrong indices of 256"] = wrong
-        run = lambda: SEARCHES[name](x, codebook)  # noqa: E731
+        run = functools.partial(SEARCHES[name], x, codebook)
     benchmark.pedantic(run, rounds=7, warmup_rounds=1)
     benchmark.extra_info["GFLOP/s"] = round(2e-9 * n * k * d / benchmark.stats.stats.median, 1)
