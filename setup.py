@@ -28,12 +28,26 @@ CSRC = ROOT / "csrc" / "cpu"
 BUILD_RECORD = "native_build.json"
 STABLE_ABI = "0x020a000000000000"  # torch 2.10
 
-# No contraction: the float64 tier rounds each operation by definition. The scan is free to fuse.
+# No contraction: the float64 tier rounds each operation by definition. The cheap tiers are free to fuse.
 COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-SOURCES = ["search.cpp", "accumulate.cpp", "bindings.cpp"]
-SCAN_FLAGS = {"portable": []}
+SOURCES = [
+    "search.cpp",
+    "frame.cpp",
+    "packed.cpp",
+    "tier_pass.cpp",
+    "direct_pass.cpp",
+    "definition.cpp",
+    "accumulate.cpp",
+    "bindings.cpp",
+]
+ISA_FLAGS: dict[str, list[str]] = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    SCAN_FLAGS |= {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mprefer-vector-width=512"]}
+    AVX512 = ["-mavx512f", "-mprefer-vector-width=512"]
+    ISA_FLAGS |= {
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": AVX512,
+        "avx512_vnni": [*AVX512, "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
+    }
 
 
 def torch_root() -> Path | None:
@@ -104,7 +118,7 @@ class BuildNative(build_ext):
             raise
         self.copy_file(str(library), str(self.package_dir() / library.name))
         version = subprocess.run([compiler, "--version"], check=True, text=True, stdout=subprocess.PIPE).stdout
-        return {"compiler": version.splitlines()[0], "instruction_sets": list(SCAN_FLAGS)}
+        return {"compiler": version.splitlines()[0], "instruction_sets": list(ISA_FLAGS)}
 
     def write_ninja(self, path: Path, compiler: str, torch: Path, library: Path) -> None:
         from ninja.ninja_syntax import Writer, escape_path
@@ -123,9 +137,9 @@ class BuildNative(build_ext):
             for source in SOURCES:
                 flags = [*COMMON, "-ffp-contract=off", *include]
                 outputs += ninja.build(source + ".o", "cxx", quoted(CSRC / source), variables={"flags": flags})
-            for isa, isa_flags in SCAN_FLAGS.items():
+            for isa, isa_flags in ISA_FLAGS.items():
                 flags = [*COMMON, "-ffp-contract=fast", f"-DFASTVQ_ISA={isa}", *isa_flags]
-                outputs += ninja.build(f"scan_{isa}.o", "cxx", quoted(CSRC / "scan.cpp"), variables={"flags": flags})
+                outputs += ninja.build(f"isa_{isa}.o", "cxx", quoted(CSRC / "isa.cpp"), variables={"flags": flags})
             ninja.build(quoted(library), "link", outputs)
 
 

@@ -11,7 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc" / "cpu"
-SCANS = {"portable": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f"]}
+ISAS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f"],
+    "avx512_vnni": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
+}
 X86 = platform.machine() == "x86_64"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
 
@@ -23,12 +28,12 @@ def compiler(*names: str) -> str:
     pytest.skip(f"needs one of {', '.join(names)}")
 
 
-def build_scans(cxx: str, out: Path, isas: list[str], *flags: str) -> list[str]:
+def build_isas(cxx: str, out: Path, isas: list[str], *flags: str) -> list[str]:
     objects = []
     for isa in isas:
-        objects.append(str(out / f"scan_{isa}.o"))
-        options = ["-std=c++17", "-fPIC", "-ffp-contract=fast", f"-DFASTVQ_ISA={isa}", *SCANS[isa], *flags]
-        subprocess.run([cxx, *options, "-c", str(CSRC / "scan.cpp"), "-o", objects[-1]], check=True)
+        objects.append(str(out / f"isa_{isa}.o"))
+        options = ["-std=c++17", "-fPIC", "-ffp-contract=fast", f"-DFASTVQ_ISA={isa}", *ISAS[isa], *flags]
+        subprocess.run([cxx, *options, "-c", str(CSRC / "isa.cpp"), "-o", objects[-1]], check=True)
     return objects
 
 
@@ -36,18 +41,17 @@ def build_check(cxx: str, out: Path, isas: list[str], *flags: str) -> Path:
     program = out / "check_search"
     sources = [
         str(ROOT / "tests" / "native" / "check_search.cpp"),
-        str(CSRC / "search.cpp"),
-        str(CSRC / "accumulate.cpp"),
+        *(str(path) for path in sorted(CSRC.glob("*.cpp")) if path.name not in ("isa.cpp", "bindings.cpp")),
     ]
     options = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}", *flags]
-    objects = build_scans(cxx, out, isas, "-Wall", "-Wextra", "-Werror", *flags)
+    objects = build_isas(cxx, out, isas, "-Wall", "-Wextra", "-Werror", *flags)
     subprocess.run([cxx, *options, *sources, *objects, "-o", str(program)], check=True)
     return program
 
 
 def test_exact_and_clean_under_sanitizers(tmp_path):
     cxx = compiler("g++", "clang++")
-    program = build_check(cxx, tmp_path, list(SCANS) if X86 else ["portable"], *SANITIZE)
+    program = build_check(cxx, tmp_path, list(ISAS) if X86 else ["portable"], *SANITIZE)
     done = subprocess.run([program], text=True, capture_output=True)
     print(done.stdout, done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -66,12 +70,12 @@ def test_exact_on_aarch64(tmp_path):
 
 
 @pytest.mark.skipif(not X86, reason="one instruction set on this processor: nothing can be mixed up")
-def test_scans_define_no_symbol_that_another_file_could_pick_up(tmp_path):
+def test_instruction_sets_define_no_symbol_that_another_file_could_pick_up(tmp_path):
     """A weak or common symbol compiled for AVX-512 could replace the portable one at link time."""
     nm = compiler("nm")
-    for scan in build_scans(compiler("g++", "clang++"), tmp_path, list(SCANS), "-O3"):
-        lines = subprocess.run([nm, "-C", scan], check=True, text=True, capture_output=True).stdout.splitlines()
+    for built in build_isas(compiler("g++", "clang++"), tmp_path, list(ISAS), "-O3"):
+        lines = subprocess.run([nm, "-C", built], check=True, text=True, capture_output=True).stdout.splitlines()
         defined = [line for line in lines if " T " in line]
         assert not [line for line in lines if any(f" {kind} " in line for kind in "WVuC")]
         assert len(defined) == 1
-        assert "_scan()" in defined[0]
+        assert "_isa()" in defined[0]

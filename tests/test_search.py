@@ -231,19 +231,34 @@ def test_grad_modes(backend):
 
 
 def processor_has(isa):
-    words = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f"}}.get(isa, set())
+    words = {
+        "avx2": {"avx2", "fma"},
+        "avx512": {"avx512f"},
+        "avx512_vnni": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"},
+    }.get(isa, set())
     return words <= set(Path("/proc/cpuinfo").read_text().split())
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_instruction_sets(isa):
+TIERS = {
+    "portable": ["", "direct", "float32"],
+    "avx2": ["", "direct", "float32", "int16"],
+    "avx512": ["", "direct", "float32"],
+    "avx512_vnni": ["", "direct", "float32", "int16"],
+}
+
+
+@pytest.mark.parametrize(("isa", "tier"), [(isa, tier) for isa in TIERS for tier in TIERS[isa]])
+def test_instruction_sets_and_tiers(isa, tier):
     record = native.build_record()
     if not record["built"] or isa not in record["instruction_sets"]:
         pytest.skip(f"{isa}: not in this build of the native library")
     if not processor_has(isa):
         pytest.skip(f"{isa}: this processor lacks it")
     run = subprocess.run(
-        [sys.executable, cases.__file__], env=os.environ | {"FASTVQ_ISA": isa}, capture_output=True, text=True
+        [sys.executable, cases.__file__],
+        env=os.environ | {"FASTVQ_ISA": isa, "FASTVQ_TIER": tier},
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.startswith(f"{isa}: ")

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "search.h"
+#include "matrix.h"
 
 namespace fastvq {
 

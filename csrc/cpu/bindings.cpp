@@ -75,18 +75,7 @@ void in_parallel(int64_t end, int64_t grain, const F& f) {
   });
 }
 
-void search_head(const fastvq::Matrix& x, const fastvq::Matrix& codebook, fastvq::Metric metric, int64_t* indices) {
-  const IeeeArithmetic arithmetic;
-  const fastvq::Scan& scan = fastvq::active_scan();
-  fastvq::PackedCodebook packed(scan, codebook, metric);
-  in_parallel(packed.panel_count(), grain(scan.width * codebook.dim * 8),
-              [&](int64_t begin, int64_t end) { packed.pack(begin, end); });
-  packed.finish();
-  const int64_t tiles = (x.rows + scan.rows - 1) / scan.rows;
-  in_parallel(tiles, grain(scan.rows * codebook.rows * codebook.dim / 8), [&](int64_t begin, int64_t end) {
-    packed.search(x, begin * scan.rows, std::min(end * scan.rows, x.rows), indices);
-  });
-}
+const fastvq::Parallel PARALLEL = [](int64_t count, int64_t grain, const auto& f) { in_parallel(count, grain, f); };
 
 Tensor search(const Tensor& x, const Tensor& codebook, std::string metric) {
   const bool heads = x.dim() == 3;
@@ -95,8 +84,10 @@ Tensor search(const Tensor& x, const Tensor& codebook, std::string metric) {
                          : torch::stable::new_empty(x, {rows}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(indices.mutable_data_ptr());
   const auto kind = metric == "dot" ? fastvq::Metric::dot : fastvq::Metric::l2;
+  const IeeeArithmetic arithmetic;
   for (int64_t h = 0; h < (heads ? x.size(0) : 1); ++h)
-    search_head(matrix_of(x, h), matrix_of(codebook, h), kind, out + h * rows);
+    fastvq::search(fastvq::active_isa(), fastvq::active_precision(), matrix_of(x, h), matrix_of(codebook, h), kind,
+                   out + h * rows, PARALLEL);
   return indices;
 }
 
@@ -137,11 +128,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastvq, CPU, m) {
   m.impl("native_ema_update_", TORCH_BOX(&ema_update_));
 }
 
-// Read by fastvq/native.py: the instruction set in use. Throws as active_scan does.
+// Read by fastvq/native.py: the instruction set in use, or why FASTVQ_ISA or FASTVQ_TIER can't be met.
 extern "C" __attribute__((visibility("default"))) const char* fastvq_native_isa(const char** error) {
   static std::string message;
   try {
-    return fastvq::active_scan().name;
+    fastvq::active_precision();
+    return fastvq::active_isa().name;
   } catch (const std::exception& e) {
     message = e.what();
     *error = message.c_str();

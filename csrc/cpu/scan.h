@@ -1,54 +1,170 @@
-// The cheap tier of certified search: fp32 scores of a block of rows against the packed codebook.
-//
-// scan.cpp is compiled once for each instruction set, with that set's flags. What it defines stands in a namespace of
-// its own and it instantiates nothing from the standard library: a weak symbol compiled with AVX-512 could otherwise be
-// the one that the linker keeps for everybody.
+// The cheap tiers: scores of a block of rows against the packed codes, and the codes that they leave open. Included by
+// isa.cpp alone.
 #pragma once
 
-#include <cstdint>
+#include "isa.h"
+#include "vector.h"
 
 namespace fastvq {
+namespace {
 
-// The codebook as the scan reads it: panels of `width` codes, panel p stored as [dim][width].
-struct Panels {
-  const float* values;      // [panels, dim, width]
-  const float* half_norms;  // [panels, width], |e_k|^2 / 2; zero for metric "dot"; infinity for a code that can't win
-  int64_t dim;
+constexpr int WIDTH = 2 * LANES;         // codes of a panel
+constexpr int GROUP_PANELS = LANES / 2;  // panels of a group
+
+// A policy says what a unit and a score are: mac(t, x, e) is t - x e for Float32 rows, t + x e for Int16 rows, which
+// are stored negated.
+struct Float32 {
+  using Scores = FloatVec;
+  using Score = float;
+  static constexpr int PER_UNIT = 1;
+  static Scores largest() { return Scores{} + __builtin_inff(); }
+  static Scores mac(Scores t, uint32_t x, UnitVec e) {
+    float value;
+    __builtin_memcpy(&value, &x, sizeof(value));
+    return t - value * (FloatVec)e;
+  }
+  // The halves as scores of a code whose product with the row is zero.
+  static Scores halves(FloatVec halves, float) { return halves; }
+  // The largest score that is at most smallest + slack, or the next one; never a score that stands for no code.
+  static Score limit(Score smallest, double slack) {
+    const double limit = static_cast<double>(smallest) + slack;
+    return limit < 0x1p126 ? static_cast<float>(limit + (limit < 0 ? -limit : limit) * 0x1p-23) : 0x1p127f;
+  }
 };
 
-// Per row, for each lane l of the vector unit, over the codes k with k % lanes == l that were scanned so far: the
-// smallest score, the second smallest, and which vector of codes held the smallest (code = vector * lanes + l).
-struct LaneMinima {
-  float* best;      // [rows, lanes]
-  float* second;    // [rows, lanes]
-  int32_t* vector;  // [rows, lanes]
-};
-
-// What the scan knows of a row besides its fp32 values.
-struct RowNorms {
-  double rounded;   // |x'|, the row as the scan sees it
-  double residual;  // |x - x'|
-  bool finite;
-};
-
-struct Scan {
-  const char* name;
-  int lanes;
-  int width;  // codes a panel
-  int rows;   // rows of the register tile
-  bool (*supported)();
-  // t[r, k] = half_norms[k] - <rows[r], e_k> for the panels [begin, end), folded into `minima`.
-  void (*scan)(const float* rows, int64_t count, const Panels& panels, int64_t begin, int64_t end,
-               const LaneMinima& minima);
-  // out = float((x - centre) * scale), with its norms. centre may be null; scale is a power of two.
-  RowNorms (*prepare_f32)(const float* x, const double* centre, double scale, int64_t dim, float* out);
-  RowNorms (*prepare_f64)(const double* x, const double* centre, double scale, int64_t dim, float* out);
-};
-
-const Scan& portable_scan();
-#if defined(__x86_64__)
-const Scan& avx2_scan();
-const Scan& avx512_scan();
+struct Int16 {
+  using Scores = IntVec;
+  using Score = int32_t;
+  static constexpr int PER_UNIT = 2;
+  static constexpr Score LARGEST = INT32_MAX;
+  static Scores largest() { return Scores{} + LARGEST; }
+  static Scores mac(Scores t, uint32_t x, UnitVec e) {
+#if defined(__AVX512VNNI__)
+    return (IntVec)_mm512_dpwssd_epi32((__m512i)t, _mm512_set1_epi32(static_cast<int>(x)), (__m512i)e);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return t + (IntVec)_mm256_madd_epi16(_mm256_set1_epi32(static_cast<int>(x)), (__m256i)e);
+#else
+    typedef int16_t Pairs __attribute__((vector_size(LANES * 4)));
+    const Pairs products = (Pairs)(UnitVec{} + x);
+    Scores sums = t;
+    for (int i = 0; i < 2 * LANES; ++i) sums[i / 2] += static_cast<int32_t>(products[i]) * ((Pairs)e)[i];
+    return sums;
 #endif
+  }
+  static Scores halves(FloatVec halves, float step) {
+    const IntVec excluded = halves > 0x1p126f;
+    return excluded ? largest() : __builtin_convertvector((excluded ? FloatVec{} : halves) * (1.0f / step), IntVec);
+  }
+  static Score limit(Score smallest, double slack) {
+    const double limit = static_cast<double>(smallest) + slack + 1;
+    return limit < LARGEST - 1 ? static_cast<Score>(limit) : LARGEST - 1;
+  }
+};
 
+// One group of codes against one tile of rows: the minimum of the group, per row and lane, stays in registers.
+template <class P>
+inline void tile(const uint32_t* rows, const uint32_t* codes, const uint32_t* halves, int64_t units, int64_t panels,
+                 int32_t group, const GroupMinima& minima) {
+  using Scores = typename P::Scores;
+  Scores minimum[TILE];
+#pragma GCC unroll 16
+  for (int r = 0; r < TILE; ++r) minimum[r] = P::largest();
+#pragma GCC unroll 1
+  for (int64_t p = 0; p < panels; ++p, halves += WIDTH) {
+    const Scores h0 = load<Scores>(halves), h1 = load<Scores>(halves + LANES);
+    Scores low[TILE], high[TILE];
+#pragma GCC unroll 16
+    for (int r = 0; r < TILE; ++r) low[r] = h0, high[r] = h1;
+#pragma GCC unroll 1
+    for (int64_t j = 0; j < units; ++j, codes += WIDTH) {
+      const UnitVec e0 = load<UnitVec>(codes), e1 = load<UnitVec>(codes + LANES);
+#pragma GCC unroll 16
+      for (int r = 0; r < TILE; ++r) {
+        const uint32_t x = rows[r * units + j];
+        low[r] = P::mac(low[r], x, e0);
+        high[r] = P::mac(high[r], x, e1);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < TILE; ++r) minimum[r] = lower(minimum[r], lower(low[r], high[r]));
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < TILE; ++r) {
+    const Scores best = load<Scores>(minima.best + r * LANES), second = load<Scores>(minima.second + r * LANES);
+    const IntVec owner = load<IntVec>(minima.group + r * LANES);
+    store(minima.second + r * LANES, lower(second, higher(best, minimum[r])));
+    store(minima.group + r * LANES, minimum[r] < best ? IntVec{} + group : owner);
+    store(minima.best + r * LANES, lower(best, minimum[r]));
+  }
+}
+
+template <class P>
+void clear(int64_t rows, const GroupMinima& minima) {
+  for (int64_t i = 0; i < rows * LANES; i += LANES) {
+    store(minima.best + i, P::largest());
+    store(minima.second + i, P::largest());
+    store(minima.group + i, IntVec{});
+  }
+}
+
+template <class P>
+void scan(const uint32_t* rows, int64_t count, const PackedCodes& codes, int64_t begin, int64_t end, float step,
+          uint32_t* scratch, const GroupMinima& minima) {
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t first = group * GROUP_PANELS;
+    const int64_t panels = codes.panels - first < GROUP_PANELS ? codes.panels - first : GROUP_PANELS;
+    const float* halves = codes.halves + first * WIDTH;
+    for (int64_t i = 0; i < panels * WIDTH; i += LANES) store(scratch + i, P::halves(load<FloatVec>(halves + i), step));
+    for (int64_t r = 0; r < count; r += TILE)
+      tile<P>(rows + r * codes.unit_count, codes.units + first * codes.unit_count * WIDTH, scratch, codes.unit_count,
+              panels, static_cast<int32_t>(group),
+              {minima.best + r * LANES, minima.second + r * LANES, minima.group + r * LANES});
+  }
+}
+
+// The scores of the members of one group in one lane.
+template <class P>
+inline typename P::Scores members(const uint32_t* row, const PackedCodes& codes, int64_t group, int lane, float step) {
+  const int64_t column = group * LANES + lane, units = codes.unit_count;
+  const uint32_t* e = codes.across + column * units * LANES;
+  using Scores = typename P::Scores;
+  // Four sums: one alone would wait for itself. The bound holds for any order.
+  Scores sums[4] = {P::halves(load<FloatVec>(codes.across_halves + column * LANES), step), {}, {}, {}};
+  int64_t j = 0;
+  for (; j + 4 <= units; j += 4)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sums[i] = P::mac(sums[i], row[j + i], load<UnitVec>(e + (j + i) * LANES));
+  for (; j < units; ++j) sums[0] = P::mac(sums[0], row[j], load<UnitVec>(e + j * LANES));
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+template <class P>
+Candidates candidates(const uint32_t* row, const PackedCodes& codes, float step, double slack,
+                      const GroupMinima& minima, int64_t* out, int64_t capacity) {
+  using Scores = typename P::Scores;
+  const Scores best = load<Scores>(minima.best), second = load<Scores>(minima.second);
+  const auto smallest = smallest_lane(best);
+  Candidates found{static_cast<double>(smallest), 0};
+  if (smallest == P::largest()[0]) return found;
+  const Scores limit = Scores{} + P::limit(smallest, slack);
+  const uint32_t deep = mask_of((IntVec)(second <= limit));
+  for (uint32_t lanes = mask_of((IntVec)(best <= limit)); lanes; lanes &= lanes - 1) {
+    const int lane = __builtin_ctz(lanes);
+    const bool all = deep >> lane & 1;  // the second smallest is one group's; a third may stand below the limit
+    const int32_t owner = reinterpret_cast<const int32_t*>(minima.group)[lane];
+    for (int64_t group = all ? 0 : owner; group < (all ? codes.groups : owner + 1); ++group) {
+      const Scores scores = members<P>(row, codes, group, lane, step);
+      for (uint32_t below = mask_of((IntVec)(scores <= limit)); below; below &= below - 1) {
+        if (found.count < capacity) out[found.count] = (group * LANES + __builtin_ctz(below)) * LANES + lane;
+        ++found.count;
+      }
+    }
+  }
+  return found;
+}
+
+template <class P>
+inline constexpr Tier TIER{P::PER_UNIT, clear<P>, scan<P>, candidates<P>};
+
+}  // namespace
 }  // namespace fastvq

@@ -1,5 +1,6 @@
 // The torch-free search and accumulate of csrc/cpu against the definition, written as a loop. Built by
 // tests/test_native_builds.py under sanitizers and for other processors; exits with the number of wrong answers.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -12,8 +13,10 @@
 namespace {
 
 using fastvq::DType;
+using fastvq::Isa;
 using fastvq::Matrix;
 using fastvq::Metric;
+using fastvq::Precision;
 
 std::mt19937 generator(0);
 
@@ -76,17 +79,33 @@ int64_t definition(const T* x, const std::vector<T>& codes, int64_t k, int64_t d
   return winner;
 }
 
+// Several uneven pieces, whatever the grain: every split must give the same answer.
+void in_pieces(int64_t count, int64_t, const std::function<void(int64_t, int64_t)>& f) {
+  for (int64_t begin = 0, size = 1; begin < count; begin += size, size = 3 * size + 1)
+    f(begin, std::min(begin + size, count));
+}
+
+const char* name_of(Precision precision) {
+  switch (precision) {
+    case Precision::automatic:
+      return "automatic";
+    case Precision::direct:
+      return "direct";
+    case Precision::float32:
+      return "float32";
+    default:
+      return "int16";
+  }
+}
+
 template <class T>
-int64_t check(const fastvq::Scan& scan, const Case& c, DType dtype, Metric metric, int64_t n, int64_t k, int64_t d) {
+int64_t check(const Isa& isa, Precision precision, const Case& c, DType dtype, Metric metric, int64_t n, int64_t k,
+              int64_t d) {
   std::vector<T> x(n * d), codes(k * d);
   fill(c, n, k, d, x, codes);
-  fastvq::PackedCodebook packed(scan, {dtype, codes.data(), k, d}, metric);
-  packed.pack(0, packed.panel_count());
-  packed.finish();
   const Matrix rows{dtype, x.data(), n, d};
   std::vector<int64_t> indices(n, -7);
-  packed.search(rows, 0, n / 3, indices.data());
-  packed.search(rows, n / 3, n, indices.data());
+  fastvq::search(isa, precision, rows, {dtype, codes.data(), k, d}, metric, indices.data(), in_pieces);
   int64_t wrong = 0;
   for (int64_t i = 0; i < n; ++i) wrong += indices[i] != definition(x.data() + i * d, codes, k, d, metric);
 
@@ -98,35 +117,39 @@ int64_t check(const fastvq::Scan& scan, const Case& c, DType dtype, Metric metri
     if (index >= 0) ++expected[index];
   wrong += counts != expected;
   if (wrong)
-    std::printf("%s: %s, metric %s, N=%d K=%d D=%d: %d wrong\n", scan.name, c.name, metric == Metric::l2 ? "l2" : "dot",
-                static_cast<int>(n), static_cast<int>(k), static_cast<int>(d), static_cast<int>(wrong));
+    std::printf("%s, %s: %s, metric %s, N=%d K=%d D=%d: %d wrong\n", isa.name, name_of(precision), c.name,
+                metric == Metric::l2 ? "l2" : "dot", static_cast<int>(n), static_cast<int>(k), static_cast<int>(d),
+                static_cast<int>(wrong));
   return wrong;
 }
 
 }  // namespace
 
 int main() {
-  const fastvq::Scan* scans[] = {
-      &fastvq::portable_scan(),
+  const Isa* isas[] = {
+      &fastvq::portable_isa(),
 #if defined(__x86_64__)
-      &fastvq::avx2_scan(),
-      &fastvq::avx512_scan(),
+      &fastvq::avx2_isa(),
+      &fastvq::avx512_isa(),
+      &fastvq::avx512_vnni_isa(),
 #endif
   };
   constexpr int64_t SHAPES[][3] = {{1, 1, 1}, {63, 100, 33}, {257, 300, 96}, {200, 31, 3}, {20, 33, 513}};
+  constexpr Precision PRECISIONS[] = {Precision::automatic, Precision::direct, Precision::float32, Precision::int16};
   int64_t wrong = 0, checked = 0;
-  for (const fastvq::Scan* scan : scans) {
-    if (!scan->supported()) {
-      std::printf("%s: not run, this processor lacks it\n", scan->name);
+  for (const Isa* isa : isas) {
+    if (!isa->supported()) {
+      std::printf("%s: not run, this processor lacks it\n", isa->name);
       continue;
     }
-    for (const Case& c : CASES)
-      for (const auto& [n, k, d] : SHAPES)
-        for (Metric metric : {Metric::l2, Metric::dot}) {
-          wrong += check<float>(*scan, c, DType::f32, metric, n, k, d);
-          wrong += check<double>(*scan, c, DType::f64, metric, n, k, d);
-          checked += 2;
-        }
+    for (Precision precision : PRECISIONS)
+      for (const Case& c : CASES)
+        for (const auto& [n, k, d] : SHAPES)
+          for (Metric metric : {Metric::l2, Metric::dot}) {
+            wrong += check<float>(*isa, precision, c, DType::f32, metric, n, k, d);
+            wrong += check<double>(*isa, precision, c, DType::f64, metric, n, k, d);
+            checked += 2;
+          }
   }
   std::printf("%d cases, %d wrong\n", static_cast<int>(checked), static_cast<int>(wrong));
   return wrong != 0;

@@ -1,0 +1,135 @@
+// Rows against codes as they lie in memory, in float32 and without any set-up: what a handful of rows needs. Included
+// by isa.cpp alone.
+#pragma once
+
+#include <type_traits>
+
+#include "isa.h"
+#include "vector.h"
+
+namespace fastvq {
+namespace {
+
+// LANES elements of a code from j on; those at `dim` and beyond are zero. Reads beyond the code where `inside`.
+template <class T>
+inline FloatVec code_elements(const T* code, int64_t j, int64_t dim, bool inside) {
+  if (j + LANES <= dim) return widen(code + j);
+  IntVec lane{};
+#pragma GCC unroll 16
+  for (int l = 0; l < LANES; ++l) lane[l] = l;
+  if (inside) return lane < static_cast<int32_t>(dim - j) ? widen(code + j) : FloatVec{};
+  T rest[LANES] = {};
+  for (int l = 0; j + l < dim; ++l) rest[l] = code[j + l];
+  return widen(rest);
+}
+
+// Adds codes whose lower end is at most the limit; forgets those that a new limit excludes only when room runs out.
+inline void take(DirectMinimum& minimum, int64_t code, float lower_end) {
+  if (minimum.count == DIRECT_CAPACITY) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < minimum.count; ++i)
+      if (minimum.lower_ends[i] <= minimum.limit) {
+        minimum.codes[kept] = minimum.codes[i];
+        minimum.lower_ends[kept++] = minimum.lower_ends[i];
+      }
+    minimum.count = kept;
+    if (kept == DIRECT_CAPACITY) {
+      minimum.overflow = true;
+      return;
+    }
+  }
+  minimum.codes[minimum.count] = code;
+  minimum.lower_ends[minimum.count++] = lower_end;
+}
+
+// value = sum (x - e)^2, in error by less than `relative` of itself; or -sum x e, in error by less than `relative` of
+// sum |x e|. `floor` covers underflow.
+template <class T, bool DOT, int ROWS>
+void direct_rows(const float* rows, int64_t row_stride, const T* data, int64_t dim, int64_t begin, int64_t end,
+                 int64_t code_count, DirectMinimum* minima) {
+  const float relative = static_cast<float>(dim + 8) * 0x1p-24f * 1.01f, floor = static_cast<float>(dim) * 0x1p-140f;
+  for (int64_t first = begin; first < end; first += LANES) {
+    const int live = end - first < LANES ? static_cast<int>(end - first) : LANES;
+    FloatVec values[ROWS][LANES], sizes[ROWS][DOT ? LANES : 1];
+    for (int l = 0; l < live; ++l) {
+      const T* code = data + (first + l) * dim;
+      const bool inside = (code_count - first - l) * dim >= dim + LANES;
+      FloatVec sum[ROWS] = {}, size[ROWS] = {};
+      for (int64_t j = 0; j < dim; j += LANES) {
+        const FloatVec e = code_elements(code, j, dim, inside);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+          const FloatVec x = load<FloatVec>(rows + r * row_stride + j);
+          if constexpr (DOT) {
+            const FloatVec product = x * e;
+            sum[r] -= product;
+            size[r] += product < 0.0f ? -product : product;
+          } else {
+            const FloatVec difference = x - e;
+            sum[r] += difference * difference;
+          }
+        }
+      }
+      for (int r = 0; r < ROWS; ++r) {
+        values[r][l] = sum[r];
+        if constexpr (DOT) sizes[r][l] = size[r];
+      }
+    }
+    for (int l = live; l < LANES; ++l)
+      for (int r = 0; r < ROWS; ++r) {
+        values[r][l] = FloatVec{};
+        if constexpr (DOT) sizes[r][l] = FloatVec{};
+      }
+    const uint32_t present = live == 32 ? ~0u : (1u << live) - 1;
+    for (int r = 0; r < ROWS; ++r) {
+      DirectMinimum& minimum = minima[r];
+      const FloatVec value = sums_across(values[r]);
+      FloatVec error;
+      if constexpr (DOT)
+        error = relative * sums_across(sizes[r]) + floor;
+      else
+        error = relative * value + floor;
+      const FloatVec low = value - error, high = value + error;
+      // What isn't finite, be it the code or the sum, is left to the definition.
+      uint32_t open = mask_of((IntVec) !(high - high == 0.0f)) & present;
+      const uint32_t sound = present & ~open;
+      open |= mask_of((IntVec)(low <= minimum.limit)) & sound;
+      for (; open; open &= open - 1) {
+        const int l = __builtin_ctz(open);
+        const bool finite = sound >> l & 1;
+        if (finite && high[l] < minimum.limit) minimum.limit = high[l];
+        if (!finite || low[l] <= minimum.limit) take(minimum, first + l, finite ? low[l] : -__builtin_inff());
+      }
+    }
+  }
+}
+
+template <class T, bool DOT>
+void direct_as(const float* rows, int64_t row_stride, int count, const T* data, int64_t dim, int64_t begin, int64_t end,
+               int64_t code_count, DirectMinimum* minima) {
+  const auto next = [&](int rows_done) { rows += rows_done * row_stride, minima += rows_done, count -= rows_done; };
+  for (; count >= 4; next(4)) direct_rows<T, DOT, 4>(rows, row_stride, data, dim, begin, end, code_count, minima);
+  for (; count >= 2; next(2)) direct_rows<T, DOT, 2>(rows, row_stride, data, dim, begin, end, code_count, minima);
+  for (; count >= 1; next(1)) direct_rows<T, DOT, 1>(rows, row_stride, data, dim, begin, end, code_count, minima);
+}
+
+void direct(const float* rows, int64_t row_stride, int count, const DirectCodes& codes, int64_t begin, int64_t end,
+            int64_t code_count, DirectMinimum* minima) {
+  const auto with = [&](const auto* data) {
+    if (codes.dot)
+      direct_as<std::decay_t<decltype(*data)>, true>(rows, row_stride, count, data, codes.dim, begin, end, code_count,
+                                                     minima);
+    else
+      direct_as<std::decay_t<decltype(*data)>, false>(rows, row_stride, count, data, codes.dim, begin, end, code_count,
+                                                      minima);
+  };
+  if (codes.dtype == DType::f16)
+    with(static_cast<const detail::Half*>(codes.data));
+  else if (codes.dtype == DType::bf16)
+    with(static_cast<const detail::BFloat16*>(codes.data));
+  else
+    with(static_cast<const float*>(codes.data));
+}
+
+}  // namespace
+}  // namespace fastvq

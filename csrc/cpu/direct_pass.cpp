@@ -1,0 +1,91 @@
+#include "direct_pass.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <mutex>
+
+#include "definition.h"
+
+namespace fastvq {
+namespace {
+
+constexpr int64_t GRAIN = 1 << 16;        // multiply-adds that a thread should have
+constexpr int64_t LARGEST_DIM = 1 << 20;  // for which the bound of isa.direct is small
+
+bool all_finite(const double* values, int64_t count) {
+  double poison = 0.0;
+  for (int64_t j = 0; j < count; ++j) poison += values[j] * 0.0;
+  return poison == 0.0;
+}
+
+// What all threads found for a row.
+struct Open {
+  float limit = std::numeric_limits<float>::infinity();
+  bool overflow = false;
+  std::vector<int64_t> codes;
+  std::vector<float> lower_ends;
+};
+
+void search_rows(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, const int64_t* rows, int count,
+                 int64_t* indices, const Parallel& parallel) {
+  const int64_t dim = x.dim, stride = (dim + isa.lanes - 1) / isa.lanes * isa.lanes;
+  std::vector<float> values(count * stride);
+  bool finite[DIRECT_ROWS];
+  for (int r = 0; r < count; ++r)
+    finite[r] = isa.load(x.dtype, x.row(rows[r]), nullptr, 1.0, dim, values.data() + r * stride).finite;
+  Open open[DIRECT_ROWS];
+  std::mutex merging;
+  const DirectCodes direct_codes{codes.dtype, codes.data, dim, metric == Metric::dot};
+  parallel(codes.rows, std::max<int64_t>(isa.lanes, GRAIN / (dim * count)), [&](int64_t begin, int64_t end) {
+    int64_t found[DIRECT_ROWS][DIRECT_CAPACITY];
+    float lower_ends[DIRECT_ROWS][DIRECT_CAPACITY];
+    DirectMinimum minima[DIRECT_ROWS];
+    for (int r = 0; r < count; ++r)
+      minima[r] = {std::numeric_limits<float>::infinity(), 0, false, found[r], lower_ends[r]};
+    isa.direct(values.data(), stride, count, direct_codes, begin, end, codes.rows, minima);
+    const std::lock_guard<std::mutex> lock(merging);
+    for (int r = 0; r < count; ++r) {
+      open[r].limit = std::min(open[r].limit, minima[r].limit);
+      open[r].overflow |= minima[r].overflow;
+      open[r].codes.insert(open[r].codes.end(), found[r], found[r] + minima[r].count);
+      open[r].lower_ends.insert(open[r].lower_ends.end(), lower_ends[r], lower_ends[r] + minima[r].count);
+    }
+  });
+  Definition definition(x, codes, metric);
+  std::vector<double> code(dim);
+  for (int r = 0; r < count; ++r) {
+    indices[rows[r]] = -1;
+    if (!finite[r]) continue;
+    std::vector<int64_t> candidates;
+    const auto consider = [&](int64_t k, bool certain) {
+      if (!certain) codes.load(k, code.data());
+      if (certain || all_finite(code.data(), dim)) candidates.push_back(k);
+    };
+    if (open[r].overflow) {
+      for (int64_t k = 0; k < codes.rows; ++k) consider(k, false);
+    } else {
+      for (size_t i = 0; i < open[r].codes.size(); ++i)
+        if (open[r].lower_ends[i] <= open[r].limit) consider(open[r].codes[i], std::isfinite(open[r].lower_ends[i]));
+    }
+    if (candidates.size() == 1)
+      indices[rows[r]] = candidates[0];
+    else if (!candidates.empty())
+      indices[rows[r]] = definition.nearest(rows[r], candidates);
+  }
+}
+
+}  // namespace
+
+bool direct_serves(const Matrix& x, const Matrix& codes) {
+  return x.dtype != DType::f64 && codes.dtype != DType::f64 && x.dim <= LARGEST_DIM;
+}
+
+void direct_pass(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, const std::vector<int64_t>& rows,
+                 int64_t* indices, const Parallel& parallel) {
+  for (size_t first = 0; first < rows.size(); first += DIRECT_ROWS)
+    search_rows(isa, x, codes, metric, rows.data() + first,
+                static_cast<int>(std::min<size_t>(DIRECT_ROWS, rows.size() - first)), indices, parallel);
+}
+
+}  // namespace fastvq

@@ -1,0 +1,35 @@
+// The frame in which the cheap tiers see rows and codes: (v - centre) * 2^exponent, and which codes they see at all.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "isa.h"
+#include "matrix.h"
+
+namespace fastvq {
+
+enum class Metric { l2, dot };
+
+struct Frame {
+  Frame(const Isa& isa, const Matrix& codes, Metric metric, const Parallel& parallel);
+
+  // A code that the scan reads: finite, and not far from the others.
+  bool scanned(int64_t k) const { return near[k] != 0; }
+  const float* shift() const { return centre.empty() ? nullptr : centre.data(); }
+
+  const Metric metric;
+  std::vector<float> centre;  // empty where centring doesn't pay
+  int exponent = 0;
+  std::vector<char> finite, near;  // [codes]
+  // A few codes far from all others would make the bound useless for every row. The scan passes them over; for each
+  // row, the smallest of their norms in the frame shows that none of them can win, or they are candidates.
+  std::vector<int64_t> far;
+  double far_norm;
+  bool any_finite = false;
+  bool usable = false;  // false where float32 can't hold the codes in any frame
+  // Over the scanned codes, in the frame: max |f|, max |f_j| and max |f|^2 / 2 (zero for metric "dot").
+  double norm = 0.0, largest = 0.0, half = 0.0;
+};
+
+}  // namespace fastvq

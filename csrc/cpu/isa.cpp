@@ -1,0 +1,58 @@
+// Compiled once for each instruction set; FASTVQ_ISA names it. See isa.h.
+#include "isa.h"
+
+#include "direct.h"
+#include "rows.h"
+#include "scan.h"
+#include "vector.h"
+
+#ifndef FASTVQ_ISA
+#error "setup.py defines FASTVQ_ISA: portable, avx2, avx512 or avx512_vnni"
+#endif
+#define FASTVQ_CONCATENATE(a, b) a##b
+#define FASTVQ_NAME(isa, suffix) FASTVQ_CONCATENATE(isa, suffix)
+#define FASTVQ_STRING(isa) FASTVQ_QUOTE(isa)
+#define FASTVQ_QUOTE(isa) #isa
+
+namespace fastvq {
+namespace {
+
+bool supported() {
+#if defined(__AVX512VNNI__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#elif defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return true;
+#endif
+}
+
+// Without an instruction that multiplies and adds pairs of int16, integers are no faster than floats.
+#if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
+constexpr const Tier* INT16 = &TIER<Int16>;
+#else
+constexpr const Tier* INT16 = nullptr;
+#endif
+
+}  // namespace
+
+const Isa& FASTVQ_NAME(FASTVQ_ISA, _isa)() {
+  static constexpr Isa self{FASTVQ_STRING(FASTVQ_ISA),
+                            LANES,
+                            TILE,
+                            supported,
+                            &TIER<Float32>,
+                            INT16,
+                            load_values,
+                            measure,
+                            add,
+                            quantize,
+                            interleave,
+                            direct};
+  return self;
+}
+
+}  // namespace fastvq

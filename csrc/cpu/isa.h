@@ -1,0 +1,121 @@
+// What csrc/cpu/isa.cpp offers for each instruction set: everything in a search that runs over vectors of numbers.
+//
+// isa.cpp is compiled once for each instruction set, with that set's flags. What it defines stands in a namespace of
+// its own and it instantiates nothing from the standard library: a weak symbol compiled with AVX-512 could otherwise be
+// the one that the linker keeps for everybody.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace fastvq {
+
+// The codes of one search as a cheap tier reads them. A vector unit of `lanes` lanes sees them in groups of lanes x
+// lanes: code k = (group * lanes + member) * lanes + lane. Operands are 32-bit units: one float, or two int16.
+//   units   [panels, units, 2 lanes]         panel p holds the members 2p and 2p + 1 of the groups, counted through
+//   across  [groups, lanes, units, lanes]    the members of one group in one lane, side by side
+// and for both orders |f_k|^2 / 2 in float32, zero for metric "dot", infinity for a code that can't win.
+struct PackedCodes {
+  const uint32_t* units;
+  const float* halves;  // [panels, 2 lanes]
+  const uint32_t* across;
+  const float* across_halves;  // [groups, lanes, lanes]
+  int64_t unit_count;
+  int64_t panels, groups;
+};
+
+// Per row and lane, over the groups scanned so far: the smallest score of a group, the second smallest of another
+// group, and which group held the smallest. Scores are float or int32, by the tier.
+struct GroupMinima {
+  uint32_t* best;    // [rows, lanes]
+  uint32_t* second;  // [rows, lanes]
+  int32_t* group;    // [rows, lanes]
+};
+
+// The smallest score of a row in units of `step`, and how many codes may hold the row's answer.
+struct Candidates {
+  double smallest;
+  int64_t count;
+};
+
+// One precision of the cheap scores t = |f|^2 / 2 - <y, f>. `step` is the size of one unit in the last place of an
+// integer tier's score, 1 for a float tier.
+struct Tier {
+  int per_unit;  // elements in a unit
+  // Starts the minima of `rows` rows.
+  void (*clear)(int64_t rows, const GroupMinima& minima);
+  // Folds the groups [begin, end) into the minima of `rows` rows, a multiple of Isa::tile_rows; row r is at
+  // rows + r * unit_count. `scratch` holds as many halves as the groups have codes.
+  void (*scan)(const uint32_t* rows, int64_t count, const PackedCodes& codes, int64_t begin, int64_t end, float step,
+               uint32_t* scratch, const GroupMinima& minima);
+  // Writes the codes whose score is at most smallest + slack to `out`, the first `capacity` of them; slack is in
+  // steps. minima are those of this row.
+  Candidates (*candidates)(const uint32_t* row, const PackedCodes& codes, float step, double slack,
+                           const GroupMinima& minima, int64_t* out, int64_t capacity);
+};
+
+// A row or a code in the frame of the scan: out = float((v - centre) * scale).
+struct Loaded {
+  float norm2;    // |out|^2, in float32
+  float largest;  // max |out_j|
+  bool finite;    // every element of v is
+};
+
+// A code less the centre, in float64.
+struct Measured {
+  double norm2, largest;
+  bool finite;
+};
+
+// The codes that may be nearest to one row, found without packing: of the codes seen so far, those whose distance,
+// less its error, is at most `limit`, the smallest distance plus its error. limit starts as infinity, count as 0.
+struct DirectMinimum {
+  float limit;
+  int64_t count;
+  bool overflow;  // there were more than DIRECT_CAPACITY
+  int64_t* codes;
+  float* lower_ends;
+};
+constexpr int DIRECT_ROWS = 8;
+constexpr int64_t DIRECT_CAPACITY = 64;
+
+struct DirectCodes {
+  DType dtype;  // not f64
+  const void* data;
+  int64_t dim;
+  bool dot;
+};
+
+struct Isa {
+  const char* name;
+  int lanes;
+  int tile_rows;
+  bool (*supported)();
+  const Tier* float32;
+  const Tier* int16;  // null where it gains nothing
+
+  // centre may be null.
+  Loaded (*load)(DType dtype, const void* v, const float* centre, double scale, int64_t dim, float* out);
+  // centre may be null.
+  Measured (*measure)(DType dtype, const void* v, const double* centre, int64_t dim);
+  // sums += v, in float64.
+  void (*add)(DType dtype, const void* v, int64_t dim, double* sums);
+  // out = the int16 nearest to y * inverse, or its negative, in pairs; returns |y * inverse - out|^2.
+  float (*quantize)(const float* y, float inverse, bool negate, int64_t dim, uint32_t* out);
+  // out[j * stride + l] = rows[l * row_stride + j] for the lanes l < live, zero for the other lanes.
+  void (*interleave)(const uint32_t* rows, int64_t row_stride, int live, int64_t count, uint32_t* out, int64_t stride);
+  // Up to DIRECT_ROWS rows against the codes [begin, end). Rows are float32, padded with zeros to a multiple of
+  // lanes, row r at rows + r * row_stride.
+  void (*direct)(const float* rows, int64_t row_stride, int count, const DirectCodes& codes, int64_t begin, int64_t end,
+                 int64_t code_count, DirectMinimum* minima);
+};
+
+const Isa& portable_isa();
+#if defined(__x86_64__)
+const Isa& avx2_isa();
+const Isa& avx512_isa();
+const Isa& avx512_vnni_isa();
+#endif
+
+}  // namespace fastvq

@@ -1,0 +1,26 @@
+// What the kernels are given: arrays of any element type, and a way to use several threads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "dtype.h"
+
+namespace fastvq {
+
+// A contiguous [rows, dim] array of one of the element types.
+struct Matrix {
+  DType dtype;
+  const void* data;
+  int64_t rows, dim;
+
+  const void* row(int64_t index) const { return static_cast<const char*>(data) + index * dim * size_of(dtype); }
+  void load(int64_t index, double* out, int64_t stride = 1) const { load_row(dtype, data, index, dim, out, stride); }
+};
+
+// Calls f(begin, end) on pieces that cover [0, count), of at least `grain` each where there is more than one, in any
+// order and on any threads.
+using Parallel =
+    std::function<void(int64_t count, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& f)>;
+
+}  // namespace fastvq

@@ -1,0 +1,92 @@
+#include "packed.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <mutex>
+#include <vector>
+
+namespace fastvq {
+namespace {
+
+constexpr int64_t GRAIN = 1 << 16;  // elements that a thread should have to pack
+
+int64_t divided_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Integers of about this norm: with rows of the same norm, products and half norms together stay below 2^31, as
+// INTEGER_NORM^2 * 3 / 2 = 2^31.
+constexpr double INTEGER_NORM = 37837.0;
+constexpr double LARGEST_INTEGER = 32766.0;
+
+}  // namespace
+
+PackedTier::PackedTier(const Isa& isa, const Tier& tier, const Matrix& codes, const Frame& frame,
+                       const Parallel& parallel)
+    : tier(tier),
+      unit_count_(divided_up(codes.dim, tier.per_unit)),
+      panels_(divided_up(codes.rows, 2 * isa.lanes)),
+      groups_(divided_up(codes.rows, isa.lanes * isa.lanes)) {
+  const int64_t lanes = isa.lanes;
+  if (integer()) {
+    inverse_ = static_cast<float>(1.0 / std::max(frame.norm / INTEGER_NORM, frame.largest / LARGEST_INTEGER));
+    code_step = 1.0 / static_cast<double>(inverse_);
+  }
+  units_.reset(new uint32_t[panels_ * unit_count_ * 2 * lanes]);
+  halves_.reset(new float[panels_ * 2 * lanes]);
+  across_.reset(new uint32_t[groups_ * lanes * unit_count_ * lanes]);
+  across_halves_.reset(new float[groups_ * lanes * lanes]);
+  std::mutex merging;
+  parallel(groups_, std::max<int64_t>(1, GRAIN / (lanes * lanes * codes.dim)), [&](int64_t begin, int64_t end) {
+    double largest2 = 0.0;
+    for (int64_t group = begin; group < end; ++group)
+      largest2 = std::max(largest2, pack_group(isa, codes, frame, group));
+    const std::lock_guard<std::mutex> lock(merging);
+    code_error = std::max(code_error, std::sqrt(largest2) * code_step);
+  });
+}
+
+// Returns the largest squared rounding error of a code, in integers.
+double PackedTier::pack_group(const Isa& isa, const Matrix& codes, const Frame& frame, int64_t group) const {
+  const int64_t lanes = isa.lanes, size = lanes * lanes, first = group * size;
+  const int64_t live = std::min(size, codes.rows - first);
+  const int live_members = static_cast<int>(divided_up(live, lanes));
+  const double scale = std::ldexp(1.0, frame.exponent);
+  std::vector<float> values(codes.dim);
+  std::vector<float> halves(size, std::numeric_limits<float>::infinity());
+  const std::unique_ptr<uint32_t[]> rows(new uint32_t[live * unit_count_]);
+  double largest2 = 0.0;
+  for (int64_t i = 0; i < live; ++i) {
+    uint32_t* row = rows.get() + i * unit_count_;
+    if (!frame.scanned(first + i)) {
+      std::fill_n(row, unit_count_, 0u);
+      continue;
+    }
+    float* out = integer() ? values.data() : reinterpret_cast<float*>(row);
+    const Loaded code = isa.load(codes.dtype, codes.row(first + i), frame.shift(), scale, codes.dim, out);
+    halves[i] = frame.metric == Metric::l2 ? 0.5f * code.norm2 : 0.0f;
+    if (integer()) {
+      const float error2 = isa.quantize(out, inverse_, false, codes.dim, row);
+      largest2 = std::max(largest2, static_cast<double>(error2));
+    }
+  }
+  for (int64_t member = 0; member < (live_members + 1) / 2 * 2; ++member) {
+    const int64_t panel = group * lanes / 2 + member / 2, from = member * lanes;
+    const int present = static_cast<int>(std::clamp<int64_t>(live - from, 0, lanes));
+    isa.interleave(rows.get() + from * unit_count_, unit_count_, present, unit_count_,
+                   units_.get() + panel * unit_count_ * 2 * lanes + member % 2 * lanes, 2 * lanes);
+    std::copy_n(halves.begin() + from, lanes, halves_.get() + (panel * 2 + member % 2) * lanes);
+  }
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const int present = static_cast<int>(divided_up(std::max<int64_t>(0, live - lane), lanes));
+    const int64_t column = group * lanes + lane;
+    isa.interleave(rows.get() + lane * unit_count_, lanes * unit_count_, present, unit_count_,
+                   across_.get() + column * unit_count_ * lanes, lanes);
+    for (int64_t member = 0; member < lanes; ++member)
+      across_halves_[column * lanes + member] = halves[member * lanes + lane];
+  }
+  return largest2;
+}
+
+}  // namespace fastvq

@@ -1,0 +1,190 @@
+// Rows and codes on their way to a cheap tier: read, centred, scaled, rounded and laid out. Included by isa.cpp alone.
+#pragma once
+
+#include "isa.h"
+#include "vector.h"
+
+namespace fastvq {
+namespace {
+
+constexpr int DOUBLES = LANES / 2;
+typedef float HalfFloatVec __attribute__((vector_size(DOUBLES * 4)));
+typedef double DoubleVec __attribute__((vector_size(DOUBLES * 8)));
+
+// Zero times anything but a finite number is NaN: one multiplication an element instead of a classification.
+inline bool all_zero(FloatVec v) {
+  return mask_of((IntVec)(v == 0.0f)) == (LANES == 32 ? ~0u : (1u << LANES) - 1);
+}
+
+struct LoadSums {
+  FloatVec squares{}, largest{}, poison{};
+
+  void add(FloatVec source, FloatVec out) {
+    poison += source * 0.0f;
+    squares += out * out;
+    largest = higher(largest, out < 0.0f ? -out : out);
+  }
+  Loaded result() const { return {sum_of_lanes(squares), -smallest_lane(-largest), all_zero(poison)}; }
+};
+
+template <class T>
+Loaded load_as(const T* v, const float* centre, double scale, int64_t dim, float* out) {
+  LoadSums sums;
+  const float factor = static_cast<float>(scale);
+  const auto take = [&](const T* from, const float* shift, float* to) {
+    const FloatVec source = widen(from);
+    const FloatVec result = (shift ? source - load<FloatVec>(shift) : source) * factor;
+    sums.add(source, result);
+    store(to, result);
+  };
+  int64_t j = 0;
+  for (; j + LANES <= dim; j += LANES) take(v + j, centre ? centre + j : nullptr, out + j);
+  if (j < dim) {  // the rest by way of padded copies
+    T from[LANES] = {};
+    float shift[LANES] = {}, to[LANES];
+    for (int l = 0; j + l < dim; ++l) {
+      from[l] = v[j + l];
+      if (centre) shift[l] = centre[j + l];
+    }
+    take(from, centre ? shift : nullptr, to);
+    for (int l = 0; j + l < dim; ++l) out[j + l] = to[l];
+  }
+  return sums.result();
+}
+
+// float64: the difference and its scaling are rounded once, at the end.
+Loaded load_double(const double* v, const float* centre, double scale, int64_t dim, float* out) {
+  float norm2 = 0.0f, largest = 0.0f;
+  double poison = 0.0;
+  for (int64_t j = 0; j < dim; ++j) {
+    const float value = static_cast<float>((v[j] - (centre ? centre[j] : 0.0)) * scale);
+    const float size = value < 0.0f ? -value : value;
+    poison += v[j] * 0.0;
+    norm2 += value * value;
+    largest = largest < size ? size : largest;
+    out[j] = value;
+  }
+  return {norm2, largest, poison == 0.0};
+}
+
+Loaded load_values(DType dtype, const void* v, const float* centre, double scale, int64_t dim, float* out) {
+  switch (dtype) {
+    case DType::f32:
+      return load_as(static_cast<const float*>(v), centre, scale, dim, out);
+    case DType::f16:
+      return load_as(static_cast<const detail::Half*>(v), centre, scale, dim, out);
+    case DType::bf16:
+      return load_as(static_cast<const detail::BFloat16*>(v), centre, scale, dim, out);
+    default:
+      return load_double(static_cast<const double*>(v), centre, scale, dim, out);
+  }
+}
+
+// DOUBLES elements as float64, exactly.
+inline DoubleVec wide(const double* p) {
+  return load<DoubleVec>(p);
+}
+
+inline DoubleVec wide(const float* p) {
+  return __builtin_convertvector(load<HalfFloatVec>(p), DoubleVec);
+}
+
+template <class T>
+inline DoubleVec wide(const T* p) {
+  DoubleVec values;
+  for (int l = 0; l < DOUBLES; ++l) values[l] = detail::widen(p[l]);
+  return values;
+}
+
+// Calls f(j, values) for DOUBLES elements of v at a time, the last of them filled up with zeros.
+template <class T, class F>
+inline void for_wide(const T* v, int64_t dim, const F& f) {
+  int64_t j = 0;
+  for (; j + DOUBLES <= dim; j += DOUBLES) f(j, wide(v + j));
+  if (j == dim) return;
+  T rest[DOUBLES] = {};
+  for (int l = 0; j + l < dim; ++l) rest[l] = v[j + l];
+  f(j, wide(rest));
+}
+
+template <class T>
+Measured measure_as(const T* v, const double* centre, int64_t dim) {
+  DoubleVec squares{}, largest{}, poison{};
+  for_wide(v, dim, [&](int64_t j, DoubleVec value) {
+    poison += value * 0.0;
+    if (centre) {
+      if (j + DOUBLES <= dim)
+        value -= load<DoubleVec>(centre + j);
+      else
+        for (int l = 0; j + l < dim; ++l) value[l] -= centre[j + l];
+    }
+    squares += value * value;
+    largest = higher(largest, value < 0.0 ? -value : value);
+  });
+  Measured found{0.0, 0.0, true};
+  for (int l = 0; l < DOUBLES; ++l) {
+    found.norm2 += squares[l];
+    if (found.largest < largest[l]) found.largest = largest[l];
+    found.finite = found.finite && poison[l] == 0.0;
+  }
+  return found;
+}
+
+template <class T>
+void add_as(const T* v, int64_t dim, double* sums) {
+  for_wide(v, dim, [&](int64_t j, DoubleVec value) {
+    if (j + DOUBLES <= dim)
+      store(sums + j, load<DoubleVec>(sums + j) + value);
+    else
+      for (int l = 0; j + l < dim; ++l) sums[j + l] += value[l];
+  });
+}
+
+Measured measure(DType dtype, const void* v, const double* centre, int64_t dim) {
+  return with_elements(dtype, v, [&](const auto* elements) { return measure_as(elements, centre, dim); });
+}
+
+void add(DType dtype, const void* v, int64_t dim, double* sums) {
+  with_elements(dtype, v, [&](const auto* elements) { add_as(elements, dim, sums); });
+}
+
+float quantize(const float* y, float inverse, bool negate, int64_t dim, uint32_t* out) {
+  constexpr float ROUND = 0x1.8p23f;  // adding and subtracting it rounds to an integer, for |value| <= 2^22
+  const float factor = negate ? -inverse : inverse;
+  int16_t* integers = reinterpret_cast<int16_t*>(out);
+  FloatVec residual2{};
+  const auto take = [&](const float* from, int16_t* to) {
+    const FloatVec value = load<FloatVec>(from) * factor;
+    const FloatVec integer = (value + ROUND) - ROUND;
+    const FloatVec residual = value - integer;
+    residual2 += residual * residual;
+    store(to, __builtin_convertvector(__builtin_convertvector(integer, IntVec), ShortVec));
+  };
+  int64_t j = 0;
+  for (; j + LANES <= dim; j += LANES) take(y + j, integers + j);
+  if (j < dim) {
+    float from[LANES] = {};
+    int16_t to[LANES];
+    for (int l = 0; j + l < dim; ++l) from[l] = y[j + l];
+    take(from, to);
+    for (int64_t l = 0; j + l < (dim + 1) / 2 * 2; ++l) integers[j + l] = to[l];
+  }
+  return sum_of_lanes(residual2);
+}
+
+void interleave(const uint32_t* rows, int64_t row_stride, int live, int64_t count, uint32_t* out, int64_t stride) {
+  int64_t j = 0;
+  for (; j + LANES <= count; j += LANES) {
+    UnitVec block[LANES];
+#pragma GCC unroll 16
+    for (int l = 0; l < LANES; ++l) block[l] = l < live ? load<UnitVec>(rows + l * row_stride + j) : UnitVec{};
+    transpose(block);
+#pragma GCC unroll 16
+    for (int l = 0; l < LANES; ++l) store(out + (j + l) * stride, block[l]);
+  }
+  for (; j < count; ++j)
+    for (int l = 0; l < LANES; ++l) out[j * stride + l] = l < live ? rows[l * row_stride + j] : 0;
+}
+
+}  // namespace
+}  // namespace fastvq

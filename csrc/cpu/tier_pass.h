@@ -1,0 +1,47 @@
+// One cheap tier over many rows: scores, the bound, and either the answer or the row handed on.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "bound.h"
+#include "definition.h"
+#include "frame.h"
+#include "packed.h"
+
+namespace fastvq {
+
+// Positions [begin, end) of a list of rows; without a list, the rows themselves.
+struct RowRange {
+  const int64_t* list;
+  int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
+  int64_t operator[](int64_t i) const { return list ? list[begin + i] : begin + i; }
+};
+
+class TierPass {
+ public:
+  TierPass(const Isa& isa, const Frame& frame, const PackedTier& packed, const Matrix& x, const Matrix& codes)
+      : isa_(isa), frame_(frame), packed_(packed), x_(x), codes_(codes), bound_(frame, packed, codes.dim) {}
+
+  // Writes the indices of the rows. With `left`, rows that a finer tier serves better are appended to it instead;
+  // where these become many, all that remain.
+  void run(const RowRange& rows, int64_t* indices, std::vector<int64_t>* left) const;
+
+ private:
+  struct Workspace;
+
+  void load_block(const RowRange& rows, int64_t first, int64_t count, Workspace& work) const;
+  void choose_steps(int64_t count, Workspace& work) const;
+  int64_t settle(int64_t row, int64_t slot, Workspace& work, bool hand_on) const;
+  bool far_codes_lose(double norm, double limit) const;
+
+  const Isa& isa_;
+  const Frame& frame_;
+  const PackedTier& packed_;
+  const Matrix x_, codes_;
+  const Bound bound_;
+};
+
+}  // namespace fastvq

@@ -1,0 +1,155 @@
+// The vector unit that this translation unit is compiled for, in GCC's vector types. Included by isa.cpp alone.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastvq {
+namespace {
+
+// A register tile is TILE rows x 2 vectors of accumulators and TILE vectors of minima, beside two vectors of codes and
+// one broadcast value.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE = 8;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, TILE = 4;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, TILE = 8;
+#else
+constexpr int LANES = 4, TILE = 4;
+#endif
+
+typedef float FloatVec __attribute__((vector_size(LANES * 4)));
+typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t UnitVec __attribute__((vector_size(LANES * 4)));
+
+// From and to any address.
+template <class V>
+inline V load(const void* p) {
+  V value;
+  __builtin_memcpy(&value, p, sizeof(value));
+  return value;
+}
+
+template <class V>
+inline void store(void* p, V value) {
+  __builtin_memcpy(p, &value, sizeof(value));
+}
+
+template <class V>
+inline V lower(V a, V b) {
+  return a < b ? a : b;
+}
+
+template <class V>
+inline V higher(V a, V b) {
+  return a < b ? b : a;
+}
+
+// Bit l of the result is set where lane l of `condition` is.
+inline uint32_t mask_of(IntVec condition) {
+#if defined(__AVX512F__)
+  return _mm512_cmplt_epi32_mask((__m512i)condition, _mm512_setzero_si512());
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)condition));
+#elif defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)condition));
+#else
+  uint32_t mask = 0;
+  for (int l = 0; l < LANES; ++l) mask |= static_cast<uint32_t>(condition[l] != 0) << l;
+  return mask;
+#endif
+}
+
+template <int... L>
+struct Lanes {};
+template <int COUNT, int... L>
+struct LanesTo : LanesTo<COUNT - 1, COUNT - 1, L...> {};
+template <int... L>
+struct LanesTo<0, L...> {
+  using All = Lanes<L...>;
+};
+using AllLanes = LanesTo<LANES>::All;
+
+template <int STEP, class V, int... L>
+inline V crossed(V v, Lanes<L...>) {
+  return __builtin_shufflevector(v, v, (L ^ STEP)...);
+}
+
+template <int STEP = LANES / 2, class V>
+inline auto smallest_lane(V v) {
+  v = lower(v, crossed<STEP>(v, AllLanes{}));
+  if constexpr (STEP > 1)
+    return smallest_lane<STEP / 2>(v);
+  else
+    return v[0];
+}
+
+template <class V>
+inline auto sum_of_lanes(V v) {
+  auto sum = v[0];
+  for (int l = 1; l < LANES; ++l) sum += v[l];
+  return sum;
+}
+
+// Of two vectors seen as blocks of STEP lanes: the even blocks of both, alternating, and the odd ones.
+template <int STEP, class V, int... L>
+inline V even_blocks(V a, V b, Lanes<L...>) {
+  return __builtin_shufflevector(a, b, (L & STEP ? LANES + L - STEP : L)...);
+}
+
+template <int STEP, class V, int... L>
+inline V odd_blocks(V a, V b, Lanes<L...>) {
+  return __builtin_shufflevector(a, b, (L & STEP ? LANES + L : L + STEP)...);
+}
+
+template <int STEP = 1>
+inline void transpose(UnitVec (&v)[LANES]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) {
+    if (i & STEP) continue;
+    const UnitVec a = v[i], b = v[i + STEP];
+    v[i] = even_blocks<STEP>(a, b, AllLanes{});
+    v[i + STEP] = odd_blocks<STEP>(a, b, AllLanes{});
+  }
+  if constexpr (2 * STEP < LANES) transpose<2 * STEP>(v);
+}
+
+// Lane l of the result is the sum of the lanes of v[l].
+template <int STEP = 1>
+inline FloatVec sums_across(FloatVec (&v)[LANES]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i += 2 * STEP) {
+    const FloatVec a = v[i], b = v[i + STEP];
+    v[i] = even_blocks<STEP>(a, b, AllLanes{}) + odd_blocks<STEP>(a, b, AllLanes{});
+  }
+  if constexpr (2 * STEP < LANES)
+    return sums_across<2 * STEP>(v);
+  else
+    return v[0];
+}
+
+// Element types as float32, exactly; float64 is rounded by the caller, after it has taken the centre off.
+typedef uint16_t ShortVec __attribute__((vector_size(LANES * 2)));
+
+inline FloatVec widen(const float* p) {
+  return load<FloatVec>(p);
+}
+
+inline FloatVec widen(const detail::BFloat16* p) {
+  return (FloatVec)(__builtin_convertvector(load<ShortVec>(p), UnitVec) << 16);
+}
+
+// As detail::widen, lane by lane.
+inline FloatVec widen(const detail::Half* p) {
+  const UnitVec bits = __builtin_convertvector(load<ShortVec>(p), UnitVec);
+  const UnitVec sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13;
+  const UnitVec scaled = (UnitVec)((FloatVec)magnitude * 0x1p112f);
+  return (FloatVec)((magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled) | sign);
+}
+
+}  // namespace
+}  // namespace fastvq
