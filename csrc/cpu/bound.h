@@ -13,13 +13,14 @@ namespace fastvq {
 class Bound {
  public:
   Bound(const Frame& frame, const PackedTier& packed, int64_t dim)
-      : dim_(static_cast<double>(dim)), exponent_(frame.exponent), integer_(packed.integer()), half_(frame.half) {
+      : dim_(static_cast<double>(dim)), integer_(packed.integer()), half_(frame.half) {
     narrow_ = std::sqrt(dim_) * 0x1p-62;
     code_ = frame.norm;
     code_error_ = packed.code_error * (1 + 1e-3) + 2 * U * (1 + 1e-6) * code_ + narrow_ * 0x1p-80;
     const double roundings = (dim_ + 4) * U;
     gamma_ = roundings < 0.25 ? roundings / (1 - roundings) : std::numeric_limits<double>::infinity();
-    underflow_ = dim_ * dim_ * 0x1p-118 + std::ldexp(dim_, std::max(2 * exponent_ - 1074, -1074));
+    underflow_ = dim_ * dim_ * 0x1p-118 + std::ldexp(dim_, std::max(2 * frame.exponent - 1074, -1074));
+    longest_ = std::ldexp(1e150, frame.exponent);
     usable_ = frame.usable && gamma_ < 1.0;
   }
 
@@ -35,7 +36,7 @@ class Bound {
     const double row_error = error + 2 * U * (1 + 1e-6) * norm + narrow_ * 0x1p-80;
     const double row = norm + error, extent = norm + row_error + code_;
     // Beyond this the float64 definition itself may overflow.
-    if (!(std::ldexp(extent, -exponent_) < 1e150)) return std::numeric_limits<double>::infinity();
+    if (!(extent < longest_)) return std::numeric_limits<double>::infinity();
     const double operands = row_error * code_ + row * code_error_;
     const double arithmetic =
         integer_ ? 2 * step + 4 * U * half_ : gamma_ * (row * (code_ + code_error_) + half_ * (1 + gamma_));
@@ -48,9 +49,8 @@ class Bound {
   static constexpr double U = 0x1p-24, V = 0x1p-53;
 
   double dim_;
-  int exponent_;
   bool integer_, usable_;
-  double half_, narrow_, code_, code_error_, gamma_, underflow_;
+  double half_, narrow_, code_, code_error_, gamma_, underflow_, longest_;
 };
 
 }  // namespace fastvq

@@ -10,19 +10,6 @@
 namespace fastvq {
 namespace {
 
-// LANES elements of a code from j on; those at `dim` and beyond are zero. Reads beyond the code where `inside`.
-template <class T>
-inline FloatVec code_elements(const T* code, int64_t j, int64_t dim, bool inside) {
-  if (j + LANES <= dim) return widen(code + j);
-  IntVec lane{};
-#pragma GCC unroll 16
-  for (int l = 0; l < LANES; ++l) lane[l] = l;
-  if (inside) return lane < static_cast<int32_t>(dim - j) ? widen(code + j) : FloatVec{};
-  T rest[LANES] = {};
-  for (int l = 0; j + l < dim; ++l) rest[l] = code[j + l];
-  return widen(rest);
-}
-
 // Adds codes whose lower end is at most the limit; forgets those that a new limit excludes only when room runs out.
 inline void take(DirectMinimum& minimum, int64_t code, float lower_end) {
   if (minimum.count == DIRECT_CAPACITY) {
@@ -46,17 +33,16 @@ inline void take(DirectMinimum& minimum, int64_t code, float lower_end) {
 // sum |x e|. `floor` covers underflow.
 template <class T, bool DOT, int ROWS>
 void direct_rows(const float* rows, int64_t row_stride, const T* data, int64_t dim, int64_t begin, int64_t end,
-                 int64_t code_count, DirectMinimum* minima) {
+                 DirectMinimum* minima) {
   const float relative = static_cast<float>(dim + 8) * 0x1p-24f * 1.01f, floor = static_cast<float>(dim) * 0x1p-140f;
   for (int64_t first = begin; first < end; first += LANES) {
     const int live = end - first < LANES ? static_cast<int>(end - first) : LANES;
     FloatVec values[ROWS][LANES], sizes[ROWS][DOT ? LANES : 1];
     for (int l = 0; l < live; ++l) {
       const T* code = data + (first + l) * dim;
-      const bool inside = (code_count - first - l) * dim >= dim + LANES;
       FloatVec sum[ROWS] = {}, size[ROWS] = {};
       for (int64_t j = 0; j < dim; j += LANES) {
-        const FloatVec e = code_elements(code, j, dim, inside);
+        const FloatVec e = j + LANES <= dim ? widen(code + j) : widen_first(code + j, dim - j);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
           const FloatVec x = load<FloatVec>(rows + r * row_stride + j);
@@ -106,22 +92,20 @@ void direct_rows(const float* rows, int64_t row_stride, const T* data, int64_t d
 
 template <class T, bool DOT>
 void direct_as(const float* rows, int64_t row_stride, int count, const T* data, int64_t dim, int64_t begin, int64_t end,
-               int64_t code_count, DirectMinimum* minima) {
+               DirectMinimum* minima) {
   const auto next = [&](int rows_done) { rows += rows_done * row_stride, minima += rows_done, count -= rows_done; };
-  for (; count >= 4; next(4)) direct_rows<T, DOT, 4>(rows, row_stride, data, dim, begin, end, code_count, minima);
-  for (; count >= 2; next(2)) direct_rows<T, DOT, 2>(rows, row_stride, data, dim, begin, end, code_count, minima);
-  for (; count >= 1; next(1)) direct_rows<T, DOT, 1>(rows, row_stride, data, dim, begin, end, code_count, minima);
+  for (; count >= 4; next(4)) direct_rows<T, DOT, 4>(rows, row_stride, data, dim, begin, end, minima);
+  for (; count >= 2; next(2)) direct_rows<T, DOT, 2>(rows, row_stride, data, dim, begin, end, minima);
+  for (; count >= 1; next(1)) direct_rows<T, DOT, 1>(rows, row_stride, data, dim, begin, end, minima);
 }
 
 void direct(const float* rows, int64_t row_stride, int count, const DirectCodes& codes, int64_t begin, int64_t end,
-            int64_t code_count, DirectMinimum* minima) {
+            DirectMinimum* minima) {
   const auto with = [&](const auto* data) {
     if (codes.dot)
-      direct_as<std::decay_t<decltype(*data)>, true>(rows, row_stride, count, data, codes.dim, begin, end, code_count,
-                                                     minima);
+      direct_as<std::decay_t<decltype(*data)>, true>(rows, row_stride, count, data, codes.dim, begin, end, minima);
     else
-      direct_as<std::decay_t<decltype(*data)>, false>(rows, row_stride, count, data, codes.dim, begin, end, code_count,
-                                                      minima);
+      direct_as<std::decay_t<decltype(*data)>, false>(rows, row_stride, count, data, codes.dim, begin, end, minima);
   };
   if (codes.dtype == DType::f16)
     with(static_cast<const detail::Half*>(codes.data));

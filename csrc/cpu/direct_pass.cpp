@@ -43,7 +43,7 @@ void search_rows(const Isa& isa, const Matrix& x, const Matrix& codes, Metric me
     DirectMinimum minima[DIRECT_ROWS];
     for (int r = 0; r < count; ++r)
       minima[r] = {std::numeric_limits<float>::infinity(), 0, false, found[r], lower_ends[r]};
-    isa.direct(values.data(), stride, count, direct_codes, begin, end, codes.rows, minima);
+    isa.direct(values.data(), stride, count, direct_codes, begin, end, minima);
     const std::lock_guard<std::mutex> lock(merging);
     for (int r = 0; r < count; ++r) {
       open[r].limit = std::min(open[r].limit, minima[r].limit);

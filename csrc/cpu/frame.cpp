@@ -10,7 +10,8 @@ namespace {
 
 constexpr double FAR = 8.0;         // times the median norm, and a code counts as far from the others
 constexpr int64_t FAR_SHARE = 64;   // at most one code in so many
-constexpr int64_t GRAIN = 1 << 17;  // elements that a thread should have to measure
+constexpr int64_t SAMPLE = 64;      // codes that tell whether to centre
+constexpr int64_t GRAIN = 1 << 15;  // elements that a thread should have to measure
 
 struct Sizes {
   std::vector<double> norms2, largest;  // [codes]
@@ -28,25 +29,65 @@ struct Sizes {
   }
 };
 
-// Norms of the codes less `centre`, and the sum of the codes that `counted` lets through (all finite ones if null).
-std::vector<double> measure(const Isa& isa, const Matrix& codes, const double* centre, const std::vector<char>* counted,
-                            Sizes& sizes, std::vector<char>& finite, const Parallel& parallel) {
-  const int64_t dim = codes.dim;
-  std::vector<double> sums(dim);
-  std::mutex merging;
-  parallel(codes.rows, std::max<int64_t>(1, GRAIN / dim), [&](int64_t begin, int64_t end) {
-    std::vector<double> own(dim);
+// |code - centre|^2 and its largest element, where float32 can't hold the first.
+Loaded measure_in_double(const Matrix& codes, int64_t k, const float* centre, double& norm2, double& largest) {
+  std::vector<double> code(codes.dim);
+  codes.load(k, code.data());
+  norm2 = largest = 0.0;
+  double poison = 0.0;
+  for (int64_t j = 0; j < codes.dim; ++j) {
+    poison += code[j] * 0.0;
+    const double value = centre ? code[j] - static_cast<double>(centre[j]) : code[j];
+    norm2 += value * value;
+    largest = std::max(largest, std::fabs(value));
+  }
+  return {0.0f, 0.0f, poison == 0.0};
+}
+
+// Sizes of the codes less `centre`, which may be null.
+void measure(const Isa& isa, const Matrix& codes, const float* centre, Sizes& sizes, std::vector<char>& finite,
+             const Parallel& parallel) {
+  parallel(codes.rows, std::max<int64_t>(1, GRAIN / codes.dim), [&](int64_t begin, int64_t end) {
+    std::vector<float> values(codes.dim);
     for (int64_t k = begin; k < end; ++k) {
-      const Measured code = isa.measure(codes.dtype, codes.row(k), centre, dim);
-      finite[k] = code.finite;
+      Loaded code = isa.load(codes.dtype, codes.row(k), centre, 1.0, codes.dim, values.data());
       sizes.norms2[k] = code.norm2;
       sizes.largest[k] = code.largest;
-      if (code.finite && (!counted || (*counted)[k])) isa.add(codes.dtype, codes.row(k), dim, own.data());
+      if (!(code.norm2 > 0x1p-60f && code.norm2 < 0x1p120f))
+        code = measure_in_double(codes, k, centre, sizes.norms2[k], sizes.largest[k]);
+      finite[k] = code.finite;
+    }
+  });
+}
+
+// The mean of every `step`-th code among the near ones, in float32.
+std::vector<float> mean_of(const Isa& isa, const Matrix& codes, const std::vector<char>& near, int64_t step,
+                           const Parallel& parallel) {
+  std::vector<double> sums(codes.dim);
+  int64_t count = 0;
+  std::mutex merging;
+  parallel((codes.rows + step - 1) / step, std::max<int64_t>(1, GRAIN / codes.dim), [&](int64_t begin, int64_t end) {
+    std::vector<double> own(codes.dim);
+    int64_t own_count = 0;
+    for (int64_t k = begin * step; k < std::min(end * step, codes.rows); k += step) {
+      if (!near[k]) continue;
+      isa.add(codes.dtype, codes.row(k), codes.dim, own.data());
+      ++own_count;
     }
     const std::lock_guard<std::mutex> lock(merging);
-    for (int64_t j = 0; j < dim; ++j) sums[j] += own[j];
+    count += own_count;
+    for (int64_t j = 0; j < codes.dim; ++j) sums[j] += own[j];
   });
-  return sums;
+  std::vector<float> mean(codes.dim);
+  for (int64_t j = 0; j < codes.dim; ++j)
+    mean[j] = static_cast<float>(sums[j] / static_cast<double>(std::max<int64_t>(1, count)));
+  return mean;
+}
+
+double squared_norm(const std::vector<float>& v) {
+  double sum = 0.0;
+  for (const double value : v) sum += value * value;
+  return sum;
 }
 
 // Which finite codes are near the others: not FAR times longer than the median. All, where more than a few are not.
@@ -84,41 +125,44 @@ Frame::Frame(const Isa& isa, const Matrix& codes, Metric metric, const Parallel&
     : metric(metric), finite(codes.rows), far_norm(std::numeric_limits<double>::infinity()) {
   const int64_t size = codes.rows;
   Sizes sizes(size);
-  std::vector<double> mean = measure(isa, codes, nullptr, nullptr, sizes, finite, parallel);
+  measure(isa, codes, nullptr, sizes, finite, parallel);
   near = near_codes(sizes, finite, metric);
-  if (near != finite) mean = measure(isa, codes, nullptr, &near, sizes, finite, parallel);
   sizes.find_maxima(near);
   any_finite = std::count(finite.begin(), finite.end(), 1) > 0;
 
-  const auto count = static_cast<double>(std::max<int64_t>(1, std::count(near.begin(), near.end(), 1)));
-  double mean2 = 0.0;
-  for (double& value : mean) {
-    value = static_cast<float>(value / count);  // so that the float32 tiers subtract the same centre
-    mean2 += value * value;
-  }
-  // |f - mean| >= |f| - |mean|: below this size of the mean the norms can't halve.
-  if (metric == Metric::l2 && std::isfinite(sizes.max_norm2) && std::isfinite(mean2) &&
-      mean2 > 0.25 * sizes.max_norm2) {
-    Sizes centred(size);
-    measure(isa, codes, mean.data(), nullptr, centred, finite, parallel);
-    std::vector<char> centred_near = near_codes(centred, finite, metric);
-    centred.find_maxima(centred_near);
-    if (centred.max_norm2 < 0.25 * sizes.max_norm2) {
-      centre.assign(mean.begin(), mean.end());
-      sizes = std::move(centred);
-      near = std::move(centred_near);
+  // |f - mean| >= |f| - |mean|: below half of the largest norm the mean can't halve it. A sample's mean says whether
+  // that may be.
+  if (metric == Metric::l2 && std::isfinite(sizes.max_norm2)) {
+    const auto long_enough = [&](const std::vector<float>& mean, double share) {
+      return squared_norm(mean) > share * sizes.max_norm2;
+    };
+    std::vector<float> mean;
+    if (long_enough(mean_of(isa, codes, near, size / SAMPLE + 1, parallel), 0.125))
+      mean = mean_of(isa, codes, near, 1, parallel);
+    if (!mean.empty() && std::isfinite(squared_norm(mean)) && long_enough(mean, 0.25)) {
+      Sizes centred(size);
+      measure(isa, codes, mean.data(), centred, finite, parallel);
+      std::vector<char> centred_near = near_codes(centred, finite, metric);
+      centred.find_maxima(centred_near);
+      if (centred.max_norm2 < 0.25 * sizes.max_norm2) {
+        centre = std::move(mean);
+        sizes = std::move(centred);
+        near = std::move(centred_near);
+      }
     }
   }
   // In float32 powers of two end here. float64 codes beyond them are left to the definition.
   if (sizes.max_largest > 0.0) exponent = std::clamp(-std::ilogb(sizes.max_largest), -126, 126);
-  norm = std::ldexp(std::sqrt(sizes.max_norm2), exponent);
+  // The factor covers squared norms computed in float32.
+  const double rounding = 1.0 + (static_cast<double>(codes.dim) + 4.0) * 0x1p-23;
+  norm = std::ldexp(std::sqrt(sizes.max_norm2), exponent) * rounding;
   largest = std::ldexp(sizes.max_largest, exponent);
   half = metric == Metric::l2 ? 0.5 * norm * norm : 0.0;
   usable = norm < 0x1p60 && largest < 4.0;
   for (int64_t k = 0; k < size; ++k) {
     if (!finite[k] || near[k]) continue;
     far.push_back(k);
-    far_norm = std::min(far_norm, std::ldexp(std::sqrt(sizes.norms2[k]), exponent));
+    far_norm = std::min(far_norm, std::ldexp(std::sqrt(sizes.norms2[k]), exponent) / rounding);
   }
 }
 

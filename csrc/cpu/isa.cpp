@@ -47,7 +47,6 @@ const Isa& FASTVQ_NAME(FASTVQ_ISA, _isa)() {
                             &TIER<Float32>,
                             INT16,
                             load_values,
-                            measure,
                             add,
                             quantize,
                             interleave,

@@ -28,9 +28,10 @@ struct PackedCodes {
 // Per row and lane, over the groups scanned so far: the smallest score of a group, the second smallest of another
 // group, and which group held the smallest. Scores are float or int32, by the tier.
 struct GroupMinima {
-  uint32_t* best;    // [rows, lanes]
-  uint32_t* second;  // [rows, lanes]
-  int32_t* group;    // [rows, lanes]
+  uint32_t* best;     // [rows, lanes]
+  uint32_t* second;   // [rows, lanes]
+  int32_t* group;     // [rows, lanes]
+  uint32_t* current;  // [rows, lanes], of a group that isn't finished
 };
 
 // The smallest score of a row in units of `step`, and how many codes may hold the row's answer.
@@ -45,13 +46,15 @@ struct Tier {
   int per_unit;  // elements in a unit
   // Starts the minima of `rows` rows.
   void (*clear)(int64_t rows, const GroupMinima& minima);
-  // Folds the groups [begin, end) into the minima of `rows` rows, a multiple of Isa::tile_rows; row r is at
-  // rows + r * unit_count. `scratch` holds as many halves as the groups have codes.
-  void (*scan)(const uint32_t* rows, int64_t count, const PackedCodes& codes, int64_t begin, int64_t end, float step,
-               uint32_t* scratch, const GroupMinima& minima);
+  // Folds all codes into the minima of `count` rows, a multiple of Isa::tile_rows; row r is at rows + r * unit_count.
+  void (*scan)(const uint32_t* rows, int64_t count, const PackedCodes& codes, float step, const GroupMinima& minima);
+  // For each of `count` rows, the one code whose score is at most smallest + slack[r], or -1 where there are several,
+  // or where it takes longer to tell; and the smallest score. slack is in steps.
+  void (*certify)(const uint32_t* rows, int64_t count, const PackedCodes& codes, float step, const float* slack,
+                  const GroupMinima& minima, int64_t* out, float* smallest);
   // Writes the codes whose score is at most smallest + slack to `out`, the first `capacity` of them; slack is in
-  // steps. minima are those of this row.
-  Candidates (*candidates)(const uint32_t* row, const PackedCodes& codes, float step, double slack,
+  // steps, minima are those of this row.
+  Candidates (*candidates)(const uint32_t* row, const PackedCodes& codes, float step, float slack,
                            const GroupMinima& minima, int64_t* out, int64_t capacity);
 };
 
@@ -60,12 +63,6 @@ struct Loaded {
   float norm2;    // |out|^2, in float32
   float largest;  // max |out_j|
   bool finite;    // every element of v is
-};
-
-// A code less the centre, in float64.
-struct Measured {
-  double norm2, largest;
-  bool finite;
 };
 
 // The codes that may be nearest to one row, found without packing: of the codes seen so far, those whose distance,
@@ -97,8 +94,6 @@ struct Isa {
 
   // centre may be null.
   Loaded (*load)(DType dtype, const void* v, const float* centre, double scale, int64_t dim, float* out);
-  // centre may be null.
-  Measured (*measure)(DType dtype, const void* v, const double* centre, int64_t dim);
   // sums += v, in float64.
   void (*add)(DType dtype, const void* v, int64_t dim, double* sums);
   // out = the int16 nearest to y * inverse, or its negative, in pairs; returns |y * inverse - out|^2.
@@ -108,7 +103,7 @@ struct Isa {
   // Up to DIRECT_ROWS rows against the codes [begin, end). Rows are float32, padded with zeros to a multiple of
   // lanes, row r at rows + r * row_stride.
   void (*direct)(const float* rows, int64_t row_stride, int count, const DirectCodes& codes, int64_t begin, int64_t end,
-                 int64_t code_count, DirectMinimum* minima);
+                 DirectMinimum* minima);
 };
 
 const Isa& portable_isa();

@@ -33,10 +33,10 @@ PackedTier::PackedTier(const Isa& isa, const Tier& tier, const Matrix& codes, co
     inverse_ = static_cast<float>(1.0 / std::max(frame.norm / INTEGER_NORM, frame.largest / LARGEST_INTEGER));
     code_step = 1.0 / static_cast<double>(inverse_);
   }
-  units_.reset(new uint32_t[panels_ * unit_count_ * 2 * lanes]);
-  halves_.reset(new float[panels_ * 2 * lanes]);
-  across_.reset(new uint32_t[groups_ * lanes * unit_count_ * lanes]);
-  across_halves_.reset(new float[groups_ * lanes * lanes]);
+  units_ = Scratch<uint32_t>(panels_ * unit_count_ * 2 * lanes);
+  halves_ = Scratch<float>(panels_ * 2 * lanes);
+  across_ = Scratch<uint32_t>(groups_ * lanes * unit_count_ * lanes);
+  across_halves_ = Scratch<float>(groups_ * lanes * lanes);
   std::mutex merging;
   parallel(groups_, std::max<int64_t>(1, GRAIN / (lanes * lanes * codes.dim)), [&](int64_t begin, int64_t end) {
     double largest2 = 0.0;
@@ -53,17 +53,19 @@ double PackedTier::pack_group(const Isa& isa, const Matrix& codes, const Frame& 
   const int64_t live = std::min(size, codes.rows - first);
   const int live_members = static_cast<int>(divided_up(live, lanes));
   const double scale = std::ldexp(1.0, frame.exponent);
-  std::vector<float> values(codes.dim);
+  const Scratch<float> values(codes.dim);
   std::vector<float> halves(size, std::numeric_limits<float>::infinity());
-  const std::unique_ptr<uint32_t[]> rows(new uint32_t[live * unit_count_]);
+  // An odd number of cache lines, so that codes `lanes` apart don't compete for the same places in the cache.
+  const int64_t stride = (unit_count_ + 15) / 16 / 2 * 32 + 16;
+  const Scratch<uint32_t> rows(live * stride);
   double largest2 = 0.0;
   for (int64_t i = 0; i < live; ++i) {
-    uint32_t* row = rows.get() + i * unit_count_;
+    uint32_t* row = rows.get() + i * stride;
     if (!frame.scanned(first + i)) {
       std::fill_n(row, unit_count_, 0u);
       continue;
     }
-    float* out = integer() ? values.data() : reinterpret_cast<float*>(row);
+    float* out = integer() ? values.get() : reinterpret_cast<float*>(row);
     const Loaded code = isa.load(codes.dtype, codes.row(first + i), frame.shift(), scale, codes.dim, out);
     halves[i] = frame.metric == Metric::l2 ? 0.5f * code.norm2 : 0.0f;
     if (integer()) {
@@ -74,14 +76,14 @@ double PackedTier::pack_group(const Isa& isa, const Matrix& codes, const Frame& 
   for (int64_t member = 0; member < (live_members + 1) / 2 * 2; ++member) {
     const int64_t panel = group * lanes / 2 + member / 2, from = member * lanes;
     const int present = static_cast<int>(std::clamp<int64_t>(live - from, 0, lanes));
-    isa.interleave(rows.get() + from * unit_count_, unit_count_, present, unit_count_,
+    isa.interleave(rows.get() + from * stride, stride, present, unit_count_,
                    units_.get() + panel * unit_count_ * 2 * lanes + member % 2 * lanes, 2 * lanes);
     std::copy_n(halves.begin() + from, lanes, halves_.get() + (panel * 2 + member % 2) * lanes);
   }
   for (int64_t lane = 0; lane < lanes; ++lane) {
     const int present = static_cast<int>(divided_up(std::max<int64_t>(0, live - lane), lanes));
     const int64_t column = group * lanes + lane;
-    isa.interleave(rows.get() + lane * unit_count_, lanes * unit_count_, present, unit_count_,
+    isa.interleave(rows.get() + lane * stride, lanes * stride, present, unit_count_,
                    across_.get() + column * unit_count_ * lanes, lanes);
     for (int64_t member = 0; member < lanes; ++member)
       across_halves_[column * lanes + member] = halves[member * lanes + lane];

@@ -2,11 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 
 #include "frame.h"
 #include "isa.h"
 #include "matrix.h"
+#include "scratch.h"
 
 namespace fastvq {
 
@@ -28,8 +28,8 @@ class PackedTier {
 
   const int64_t unit_count_, panels_, groups_;
   float inverse_ = 1.0f;  // 1 / code_step
-  std::unique_ptr<uint32_t[]> units_, across_;
-  std::unique_ptr<float[]> halves_, across_halves_;
+  Scratch<uint32_t> units_, across_;
+  Scratch<float> halves_, across_halves_;
 };
 
 }  // namespace fastvq

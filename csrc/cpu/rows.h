@@ -16,40 +16,24 @@ inline bool all_zero(FloatVec v) {
   return mask_of((IntVec)(v == 0.0f)) == (LANES == 32 ? ~0u : (1u << LANES) - 1);
 }
 
-struct LoadSums {
-  FloatVec squares{}, largest{}, poison{};
-
-  void add(FloatVec source, FloatVec out) {
-    poison += source * 0.0f;
-    squares += out * out;
-    largest = higher(largest, out < 0.0f ? -out : out);
-  }
-  Loaded result() const { return {sum_of_lanes(squares), -smallest_lane(-largest), all_zero(poison)}; }
-};
-
 template <class T>
 Loaded load_as(const T* v, const float* centre, double scale, int64_t dim, float* out) {
-  LoadSums sums;
   const float factor = static_cast<float>(scale);
-  const auto take = [&](const T* from, const float* shift, float* to) {
-    const FloatVec source = widen(from);
-    const FloatVec result = (shift ? source - load<FloatVec>(shift) : source) * factor;
-    sums.add(source, result);
-    store(to, result);
+  FloatVec squares{}, largest{}, poison{};
+  const auto take = [&](FloatVec source, FloatVec shift) {
+    const FloatVec value = (source - shift) * factor;
+    poison += source * 0.0f;
+    squares += value * value;
+    largest = higher(largest, value < 0.0f ? -value : value);
+    return value;
   };
   int64_t j = 0;
-  for (; j + LANES <= dim; j += LANES) take(v + j, centre ? centre + j : nullptr, out + j);
-  if (j < dim) {  // the rest by way of padded copies
-    T from[LANES] = {};
-    float shift[LANES] = {}, to[LANES];
-    for (int l = 0; j + l < dim; ++l) {
-      from[l] = v[j + l];
-      if (centre) shift[l] = centre[j + l];
-    }
-    take(from, centre ? shift : nullptr, to);
-    for (int l = 0; j + l < dim; ++l) out[j + l] = to[l];
-  }
-  return sums.result();
+  for (; j + LANES <= dim; j += LANES)
+    store(out + j, take(widen(v + j), centre ? load<FloatVec>(centre + j) : FloatVec{}));
+  if (j < dim)
+    store_first(out + j, take(widen_first(v + j, dim - j), centre ? widen_first(centre + j, dim - j) : FloatVec{}),
+                dim - j);
+  return {sum_of_lanes(squares), -smallest_lane(-largest), all_zero(poison)};
 }
 
 // float64: the difference and its scaling are rounded once, at the end.
@@ -108,29 +92,6 @@ inline void for_wide(const T* v, int64_t dim, const F& f) {
 }
 
 template <class T>
-Measured measure_as(const T* v, const double* centre, int64_t dim) {
-  DoubleVec squares{}, largest{}, poison{};
-  for_wide(v, dim, [&](int64_t j, DoubleVec value) {
-    poison += value * 0.0;
-    if (centre) {
-      if (j + DOUBLES <= dim)
-        value -= load<DoubleVec>(centre + j);
-      else
-        for (int l = 0; j + l < dim; ++l) value[l] -= centre[j + l];
-    }
-    squares += value * value;
-    largest = higher(largest, value < 0.0 ? -value : value);
-  });
-  Measured found{0.0, 0.0, true};
-  for (int l = 0; l < DOUBLES; ++l) {
-    found.norm2 += squares[l];
-    if (found.largest < largest[l]) found.largest = largest[l];
-    found.finite = found.finite && poison[l] == 0.0;
-  }
-  return found;
-}
-
-template <class T>
 void add_as(const T* v, int64_t dim, double* sums) {
   for_wide(v, dim, [&](int64_t j, DoubleVec value) {
     if (j + DOUBLES <= dim)
@@ -140,10 +101,6 @@ void add_as(const T* v, int64_t dim, double* sums) {
   });
 }
 
-Measured measure(DType dtype, const void* v, const double* centre, int64_t dim) {
-  return with_elements(dtype, v, [&](const auto* elements) { return measure_as(elements, centre, dim); });
-}
-
 void add(DType dtype, const void* v, int64_t dim, double* sums) {
   with_elements(dtype, v, [&](const auto* elements) { add_as(elements, dim, sums); });
 }
@@ -151,39 +108,39 @@ void add(DType dtype, const void* v, int64_t dim, double* sums) {
 float quantize(const float* y, float inverse, bool negate, int64_t dim, uint32_t* out) {
   constexpr float ROUND = 0x1.8p23f;  // adding and subtracting it rounds to an integer, for |value| <= 2^22
   const float factor = negate ? -inverse : inverse;
-  int16_t* integers = reinterpret_cast<int16_t*>(out);
+  uint16_t* integers = reinterpret_cast<uint16_t*>(out);
   FloatVec residual2{};
-  const auto take = [&](const float* from, int16_t* to) {
-    const FloatVec value = load<FloatVec>(from) * factor;
-    const FloatVec integer = (value + ROUND) - ROUND;
-    const FloatVec residual = value - integer;
+  const auto take = [&](FloatVec from) {
+    const FloatVec value = from * factor, integer = (value + ROUND) - ROUND, residual = value - integer;
     residual2 += residual * residual;
-    store(to, __builtin_convertvector(__builtin_convertvector(integer, IntVec), ShortVec));
+    return __builtin_convertvector(__builtin_convertvector(integer, IntVec), ShortVec);
   };
   int64_t j = 0;
-  for (; j + LANES <= dim; j += LANES) take(y + j, integers + j);
-  if (j < dim) {
-    float from[LANES] = {};
-    int16_t to[LANES];
-    for (int l = 0; j + l < dim; ++l) from[l] = y[j + l];
-    take(from, to);
-    for (int64_t l = 0; j + l < (dim + 1) / 2 * 2; ++l) integers[j + l] = to[l];
-  }
+  for (; j + LANES <= dim; j += LANES) store(integers + j, take(load<FloatVec>(y + j)));
+  if (j < dim) store_first(integers + j, take(widen_first(y + j, dim - j)), (dim + 1) / 2 * 2 - j);
   return sum_of_lanes(residual2);
 }
 
+// Missing lanes are read from a row of zeros, so that the loop has no branches.
 void interleave(const uint32_t* rows, int64_t row_stride, int live, int64_t count, uint32_t* out, int64_t stride) {
+  static constexpr uint32_t ZEROS[LANES] = {};
+  const uint32_t* row[LANES];
+  int64_t step[LANES];
+  for (int l = 0; l < LANES; ++l) {
+    row[l] = l < live ? rows + l * row_stride : ZEROS;
+    step[l] = l < live ? 1 : 0;
+  }
   int64_t j = 0;
   for (; j + LANES <= count; j += LANES) {
     UnitVec block[LANES];
 #pragma GCC unroll 16
-    for (int l = 0; l < LANES; ++l) block[l] = l < live ? load<UnitVec>(rows + l * row_stride + j) : UnitVec{};
+    for (int l = 0; l < LANES; ++l) block[l] = load<UnitVec>(row[l] + step[l] * j);
     transpose(block);
 #pragma GCC unroll 16
     for (int l = 0; l < LANES; ++l) store(out + (j + l) * stride, block[l]);
   }
   for (; j < count; ++j)
-    for (int l = 0; l < LANES; ++l) out[j * stride + l] = l < live ? rows[l * row_stride + j] : 0;
+    for (int l = 0; l < LANES; ++l) out[j * stride + l] = row[l][step[l] * j];
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int WIDTH = 2 * LANES;         // codes of a panel
 constexpr int GROUP_PANELS = LANES / 2;  // panels of a group
+constexpr int64_t CACHED_BYTES = 16 * 1024;
 
 // A policy says what a unit and a score are: mac(t, x, e) is t - x e for Float32 rows, t + x e for Int16 rows, which
 // are stored negated.
@@ -26,9 +27,9 @@ struct Float32 {
   // The halves as scores of a code whose product with the row is zero.
   static Scores halves(FloatVec halves, float) { return halves; }
   // The largest score that is at most smallest + slack, or the next one; never a score that stands for no code.
-  static Score limit(Score smallest, double slack) {
-    const double limit = static_cast<double>(smallest) + slack;
-    return limit < 0x1p126 ? static_cast<float>(limit + (limit < 0 ? -limit : limit) * 0x1p-23) : 0x1p127f;
+  static Score limit(Score smallest, float slack) {
+    const float limit = smallest + slack;
+    return limit < 0x1p126f ? limit + (limit < 0.0f ? -limit : limit) * 0x1p-22f : 0x1p127f;
   }
 };
 
@@ -55,20 +56,21 @@ struct Int16 {
     const IntVec excluded = halves > 0x1p126f;
     return excluded ? largest() : __builtin_convertvector((excluded ? FloatVec{} : halves) * (1.0f / step), IntVec);
   }
-  static Score limit(Score smallest, double slack) {
-    const double limit = static_cast<double>(smallest) + slack + 1;
+  static Score limit(Score smallest, float slack) {
+    const int64_t limit = smallest + static_cast<int64_t>(slack < 0x1p31f ? slack : 0x1p31f) + 1;
     return limit < LARGEST - 1 ? static_cast<Score>(limit) : LARGEST - 1;
   }
 };
 
-// One group of codes against one tile of rows: the minimum of the group, per row and lane, stays in registers.
+// Panels of one group against one tile of rows. Their minimum, per row and lane, stays in registers; `first` and `last`
+// say whether these are the first and the last panels of the group.
 template <class P>
 inline void tile(const uint32_t* rows, const uint32_t* codes, const uint32_t* halves, int64_t units, int64_t panels,
-                 int32_t group, const GroupMinima& minima) {
+                 int32_t group, bool first, bool last, const GroupMinima& minima) {
   using Scores = typename P::Scores;
   Scores minimum[TILE];
 #pragma GCC unroll 16
-  for (int r = 0; r < TILE; ++r) minimum[r] = P::largest();
+  for (int r = 0; r < TILE; ++r) minimum[r] = first ? P::largest() : load<Scores>(minima.current + r * LANES);
 #pragma GCC unroll 1
   for (int64_t p = 0; p < panels; ++p, halves += WIDTH) {
     const Scores h0 = load<Scores>(halves), h1 = load<Scores>(halves + LANES);
@@ -87,6 +89,11 @@ inline void tile(const uint32_t* rows, const uint32_t* codes, const uint32_t* ha
     }
 #pragma GCC unroll 16
     for (int r = 0; r < TILE; ++r) minimum[r] = lower(minimum[r], lower(low[r], high[r]));
+  }
+  if (!last) {
+#pragma GCC unroll 16
+    for (int r = 0; r < TILE; ++r) store(minima.current + r * LANES, minimum[r]);
+    return;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < TILE; ++r) {
@@ -107,18 +114,26 @@ void clear(int64_t rows, const GroupMinima& minima) {
   }
 }
 
+// All codes against a block of rows: the panels that fit into the first-level cache are met by all tiles of the block
+// before the next ones.
 template <class P>
-void scan(const uint32_t* rows, int64_t count, const PackedCodes& codes, int64_t begin, int64_t end, float step,
-          uint32_t* scratch, const GroupMinima& minima) {
-  for (int64_t group = begin; group < end; ++group) {
-    const int64_t first = group * GROUP_PANELS;
-    const int64_t panels = codes.panels - first < GROUP_PANELS ? codes.panels - first : GROUP_PANELS;
-    const float* halves = codes.halves + first * WIDTH;
-    for (int64_t i = 0; i < panels * WIDTH; i += LANES) store(scratch + i, P::halves(load<FloatVec>(halves + i), step));
-    for (int64_t r = 0; r < count; r += TILE)
-      tile<P>(rows + r * codes.unit_count, codes.units + first * codes.unit_count * WIDTH, scratch, codes.unit_count,
-              panels, static_cast<int32_t>(group),
-              {minima.best + r * LANES, minima.second + r * LANES, minima.group + r * LANES});
+void scan(const uint32_t* rows, int64_t count, const PackedCodes& codes, float step, const GroupMinima& minima) {
+  const int64_t panel_units = codes.unit_count * WIDTH;
+  const int64_t most = CACHED_BYTES / (4 * panel_units), piece = most < 1 ? 1 : most;
+  uint32_t halves[GROUP_PANELS * WIDTH];
+  for (int64_t panel = 0; panel < codes.panels;) {
+    const int64_t group = panel / GROUP_PANELS, start = group * GROUP_PANELS;
+    const int64_t end = codes.panels - start < GROUP_PANELS ? codes.panels : start + GROUP_PANELS;
+    const int64_t panels = end - panel < piece ? end - panel : piece;
+    for (int64_t i = 0; i < panels * WIDTH; i += LANES)
+      store(halves + i, P::halves(load<FloatVec>(codes.halves + panel * WIDTH + i), step));
+    for (int64_t r = 0; r < count; r += TILE) {
+      const int64_t at = r * LANES;
+      tile<P>(rows + r * codes.unit_count, codes.units + panel * panel_units, halves, codes.unit_count, panels,
+              static_cast<int32_t>(group), panel == start, panel + panels == end,
+              {minima.best + at, minima.second + at, minima.group + at, minima.current + at});
+    }
+    panel += panels;
   }
 }
 
@@ -139,8 +154,28 @@ inline typename P::Scores members(const uint32_t* row, const PackedCodes& codes,
 }
 
 template <class P>
-Candidates candidates(const uint32_t* row, const PackedCodes& codes, float step, double slack,
-                      const GroupMinima& minima, int64_t* out, int64_t capacity) {
+void certify(const uint32_t* rows, int64_t count, const PackedCodes& codes, float step, const float* slack,
+             const GroupMinima& minima, int64_t* out, float* smallest) {
+  using Scores = typename P::Scores;
+  for (int64_t r = 0; r < count; ++r) {
+    const Scores best = load<Scores>(minima.best + r * LANES), second = load<Scores>(minima.second + r * LANES);
+    const auto least = smallest_lane(best);
+    const Scores limit = Scores{} + P::limit(least, slack[r]);
+    const uint32_t lanes = mask_of((IntVec)(best <= limit)), deep = mask_of((IntVec)(second <= limit));
+    smallest[r] = static_cast<float>(least);
+    out[r] = -1;
+    if (deep || lanes & (lanes - 1) || !lanes) continue;
+    const int lane = __builtin_ctz(lanes);
+    const int64_t group = minima.group[r * LANES + lane];
+    const Scores scores = members<P>(rows + r * codes.unit_count, codes, group, lane, step);
+    const uint32_t below = mask_of((IntVec)(scores <= limit));
+    if (below && !(below & (below - 1))) out[r] = (group * LANES + __builtin_ctz(below)) * LANES + lane;
+  }
+}
+
+template <class P>
+Candidates candidates(const uint32_t* row, const PackedCodes& codes, float step, float slack, const GroupMinima& minima,
+                      int64_t* out, int64_t capacity) {
   using Scores = typename P::Scores;
   const Scores best = load<Scores>(minima.best), second = load<Scores>(minima.second);
   const auto smallest = smallest_lane(best);
@@ -164,7 +199,7 @@ Candidates candidates(const uint32_t* row, const PackedCodes& codes, float step,
 }
 
 template <class P>
-inline constexpr Tier TIER{P::PER_UNIT, clear<P>, scan<P>, candidates<P>};
+inline constexpr Tier TIER{P::PER_UNIT, clear<P>, scan<P>, certify<P>, candidates<P>};
 
 }  // namespace
 }  // namespace fastvq

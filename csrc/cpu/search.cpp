@@ -16,7 +16,7 @@ namespace fastvq {
 namespace {
 
 // Packing the codes costs as much as searching about so many rows without.
-constexpr int64_t FEW_ROWS = DIRECT_ROWS;
+constexpr int64_t FEW_ROWS = 16;
 // In int16, a longer row's rounding is estimated less well than the bound says; 32767 * sqrt(dim) also nears 2^22.
 constexpr int64_t LARGEST_INTEGER_DIM = 4096;
 constexpr int64_t GRAIN = 1 << 18;  // multiply-adds that a thread should have

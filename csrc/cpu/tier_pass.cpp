@@ -12,7 +12,6 @@ constexpr int64_t HANDED_ON = -2;
 // A block of rows shares each pass over the codes; its operands stay in the first-level cache.
 constexpr int64_t BLOCK_BYTES = 32 * 1024;
 constexpr int64_t LARGEST_BLOCK = 256;
-constexpr int64_t PASS_BYTES = 256 * 1024;  // of codes that all tiles of a block use before the next ones
 // More candidates than this are fewer in a finer tier, or it costs no more to look.
 constexpr int64_t MANY_CANDIDATES = 16;
 // What an element of a candidate costs in the definition, in elements of a scan.
@@ -24,34 +23,46 @@ constexpr double LARGEST_INTEGER = 32766.0;
 }  // namespace
 
 struct TierPass::Workspace {
-  Workspace(const Isa& isa, const PackedCodes& codes, const Matrix& x, const Matrix& e, Metric metric)
-      : size(std::clamp<int64_t>(BLOCK_BYTES / (4 * codes.unit_count) / isa.tile_rows, 1,
-                                 LARGEST_BLOCK / isa.tile_rows) *
-             isa.tile_rows),
-        values(x.dim),
-        units(new uint32_t[size * codes.unit_count]),
+  Workspace(const Isa& isa, const PackedTier& packed, const Matrix& x, const Matrix& e, Metric metric)
+      : size(block_rows(isa, packed.codes().unit_count)),
+        values(packed.integer() ? size * x.dim : 0),
+        units(size * packed.codes().unit_count),
         loaded(size),
         norms(size),
         errors(size),
-        best(new uint32_t[size * isa.lanes]),
-        second(new uint32_t[size * isa.lanes]),
-        group(new int32_t[size * isa.lanes]),
+        bounds(size),
+        slacks(size),
+        smallest(size),
+        indices(size),
+        best(size * isa.lanes),
+        second(size * isa.lanes),
+        group(size * isa.lanes),
+        current(size * isa.lanes),
         found(MANY_CANDIDATES),
         definition(x, e, metric) {}
 
+  static int64_t block_rows(const Isa& isa, int64_t units) {
+    return std::clamp<int64_t>(BLOCK_BYTES / (4 * units) / isa.tile_rows, 1, LARGEST_BLOCK / isa.tile_rows) *
+           isa.tile_rows;
+  }
   GroupMinima minima(int64_t slot, int lanes) const {
-    return {best.get() + slot * lanes, second.get() + slot * lanes, group.get() + slot * lanes};
+    return {best.get() + slot * lanes, second.get() + slot * lanes, group.get() + slot * lanes,
+            current.get() + slot * lanes};
   }
 
-  const int64_t size;                 // rows of a block, a multiple of the tile
-  std::vector<float> values;          // [size, dim], rows of an integer tier before they are rounded
-  std::unique_ptr<uint32_t[]> units;  // [size, units]
-  std::vector<Loaded> loaded;         // [size]
-  std::vector<double> norms, errors;  // [size], |y^| and |y^ - y'|; infinite norm: not in this block
-  double step = 1.0;                  // of the scores
-  std::unique_ptr<uint32_t[]> best, second;
-  std::unique_ptr<int32_t[]> group;
-  std::unique_ptr<uint32_t[]> scratch;
+  const int64_t size;             // rows of a block, a multiple of the tile
+  Scratch<float> values;          // [size, dim], rows of an integer tier before they are rounded
+  Scratch<uint32_t> units;        // [size, units]
+  Scratch<Loaded> loaded;         // [size]
+  Scratch<double> norms, errors;  // [size], |y^| and |y^ - y'|; infinite norm: not in this block
+  Scratch<double> bounds;         // [size]
+  Scratch<float> slacks;          // [size], twice the bounds, in steps
+  Scratch<float> smallest;        // [size], scores
+  Scratch<int64_t> indices;       // [size]
+  Scratch<uint32_t> best, second;
+  Scratch<int32_t> group;
+  Scratch<uint32_t> current;
+  double step = 1.0;  // of the scores
   std::vector<int64_t> found, candidates;
   Definition definition;
   int64_t spent = 0;  // on candidates and on rows handed on, in elements of a scan
@@ -61,9 +72,8 @@ struct TierPass::Workspace {
 void TierPass::load_block(const RowRange& rows, int64_t first, int64_t count, Workspace& work) const {
   const double scale = std::ldexp(1.0, frame_.exponent);
   const int64_t units = packed_.codes().unit_count, dim = x_.dim;
-  if (packed_.integer()) work.values.resize(work.size * dim);
   for (int64_t i = 0; i < count; ++i) {
-    float* out = packed_.integer() ? work.values.data() + i * dim : reinterpret_cast<float*>(&work.units[i * units]);
+    float* out = packed_.integer() ? work.values.get() + i * dim : reinterpret_cast<float*>(&work.units[i * units]);
     work.loaded[i] = isa_.load(x_.dtype, x_.row(rows[first + i]), frame_.shift(), scale, dim, out);
     const double norm = bound_.norm(work.loaded[i].norm2);
     work.norms[i] = work.loaded[i].finite && norm < 0x1p60 ? norm : INF;
@@ -101,13 +111,14 @@ void TierPass::choose_steps(int64_t count, Workspace& work) const {
   const double row_step =
       std::max({product / packed_.code_step, static_cast<double>(largest) / LARGEST_INTEGER, 1e-30});
   const float inverse = static_cast<float>(1.0 / row_step);
+  const double integer_size = 1.0 / static_cast<double>(inverse);
   const int64_t units = packed_.codes().unit_count;
   for (int64_t i = 0; i < count; ++i) {
     if (work.norms[i] == INF) continue;
-    const float error2 = isa_.quantize(work.values.data() + i * x_.dim, inverse, true, x_.dim, &work.units[i * units]);
-    work.errors[i] = std::sqrt(static_cast<double>(error2)) * (1 + 1e-3) / inverse;
+    const float error2 = isa_.quantize(work.values.get() + i * x_.dim, inverse, true, x_.dim, &work.units[i * units]);
+    work.errors[i] = std::sqrt(error2) * (1 + 1e-3) * integer_size;
   }
-  work.step = packed_.code_step / inverse;
+  work.step = packed_.code_step * integer_size;
 }
 
 // For |f| >= 4 |y|,  |f|^2 / 2 - <y, f> >= |f|^2 / 4, and the definition rounds that by less than a millionth.
@@ -116,33 +127,39 @@ bool TierPass::far_codes_lose(double norm, double limit) const {
          (frame_.far_norm >= 4 * norm * (1 + 1e-6) && 0.25 * frame_.far_norm * frame_.far_norm * (1 - 1e-6) > limit);
 }
 
-// The index of a row, from its minima in `slot`; HANDED_ON where that is allowed and pays.
+// Bounds of all rows of a block, and the indices of those for which they decide at once; -1 for the others.
+void TierPass::certify_block(int64_t count, Workspace& work) const {
+  const double per_step = 2.0 * (1 + 1e-6) / work.step;
+  for (int64_t i = 0; i < count; ++i) {
+    work.bounds[i] = bound_(work.norms[i], work.errors[i], work.step);
+    work.slacks[i] = static_cast<float>(std::min(work.bounds[i] * per_step, 1e38));
+  }
+  packed_.tier.certify(work.units.get(), count, packed_.codes(), static_cast<float>(work.step), work.slacks.get(),
+                       work.minima(0, isa_.lanes), work.indices.get(), work.smallest.get());
+}
+
+// The index of a row that isn't certified; HANDED_ON where that is allowed and pays.
 int64_t TierPass::settle(int64_t row, int64_t slot, Workspace& work, bool hand_on) const {
   if (!work.loaded[slot].finite || !frame_.any_finite) return -1;
-  const double norm = work.norms[slot];
-  const double error = norm < INF ? bound_(norm, work.errors[slot], work.step) : INF;
+  const double error = work.bounds[slot];
   if (hand_on && !(error < 0x1p29 * work.step)) return HANDED_ON;
   work.candidates.clear();
   if (error < INF) {
     const PackedCodes codes = packed_.codes();
-    const GroupMinima minima = work.minima(slot, isa_.lanes);
-    const auto step = static_cast<float>(work.step);
-    const uint32_t* units = &work.units[slot * codes.unit_count];
-    const double slack = 2 * error / work.step;
     const auto find = [&] {
-      return packed_.tier.candidates(units, codes, step, slack, minima, work.found.data(),
+      return packed_.tier.candidates(&work.units[slot * codes.unit_count], codes, static_cast<float>(work.step),
+                                     work.slacks[slot], work.minima(slot, isa_.lanes), work.found.data(),
                                      static_cast<int64_t>(work.found.size()));
     };
     Candidates found = find();
-    const bool lost = far_codes_lose(norm, found.smallest * work.step + 2 * error);
-    if (found.count == 1 && lost) return work.found[0];
     if (found.count > MANY_CANDIDATES) {
       if (hand_on) return HANDED_ON;
       work.found.resize(std::max<size_t>(work.found.size(), found.count));
       found = find();
     }
     work.candidates.assign(work.found.begin(), work.found.begin() + found.count);
-    if (!lost || found.count == 0) work.candidates.insert(work.candidates.end(), frame_.far.begin(), frame_.far.end());
+    if (found.count == 0 || !far_codes_lose(work.norms[slot], work.smallest[slot] * work.step + 2 * error))
+      work.candidates.insert(work.candidates.end(), frame_.far.begin(), frame_.far.end());
   } else {
     for (int64_t k = 0; k < codes_.rows; ++k)
       if (frame_.finite[k]) work.candidates.push_back(k);
@@ -153,10 +170,7 @@ int64_t TierPass::settle(int64_t row, int64_t slot, Workspace& work, bool hand_o
 
 void TierPass::run(const RowRange& rows, int64_t* indices, std::vector<int64_t>* left) const {
   const PackedCodes codes = packed_.codes();
-  Workspace work(isa_, codes, x_, codes_, frame_.metric);
-  const int64_t group_codes = static_cast<int64_t>(isa_.lanes) * isa_.lanes;
-  const int64_t pass = std::max<int64_t>(1, PASS_BYTES / (4 * group_codes * codes.unit_count));
-  work.scratch.reset(new uint32_t[group_codes]);
+  Workspace work(isa_, packed_, x_, codes_, frame_.metric);
   // A tier that may fail begins with a few rows.
   int64_t block = left ? 2 * isa_.tile_rows : work.size;
   for (int64_t first = 0; first < rows.size(); first += block, block *= 2) {
@@ -166,11 +180,13 @@ void TierPass::run(const RowRange& rows, int64_t* indices, std::vector<int64_t>*
     load_block(rows, first, count, work);
     const GroupMinima minima = work.minima(0, isa_.lanes);
     packed_.tier.clear(padded, minima);
-    for (int64_t group = 0; group < codes.groups; group += pass)
-      packed_.tier.scan(work.units.get(), padded, codes, group, std::min(group + pass, codes.groups),
-                        static_cast<float>(work.step), work.scratch.get(), minima);
+    packed_.tier.scan(work.units.get(), padded, codes, static_cast<float>(work.step), minima);
+    certify_block(count, work);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = rows[first + i], index = settle(row, i, work, left != nullptr);
+      const int64_t row = rows[first + i];
+      const bool certified = work.indices[i] >= 0 && work.loaded[i].finite && work.bounds[i] < INF &&
+                             far_codes_lose(work.norms[i], work.smallest[i] * work.step + 2 * work.bounds[i]);
+      const int64_t index = certified ? work.indices[i] : settle(row, i, work, left != nullptr);
       if (index == HANDED_ON) {
         left->push_back(row);
         work.spent += codes_.rows * x_.dim;

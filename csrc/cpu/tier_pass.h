@@ -34,6 +34,7 @@ class TierPass {
 
   void load_block(const RowRange& rows, int64_t first, int64_t count, Workspace& work) const;
   void choose_steps(int64_t count, Workspace& work) const;
+  void certify_block(int64_t count, Workspace& work) const;
   int64_t settle(int64_t row, int64_t slot, Workspace& work, bool hand_on) const;
   bool far_codes_lose(double norm, double limit) const;
 

@@ -88,11 +88,13 @@ inline auto smallest_lane(V v) {
     return v[0];
 }
 
-template <class V>
+template <int STEP = LANES / 2, class V>
 inline auto sum_of_lanes(V v) {
-  auto sum = v[0];
-  for (int l = 1; l < LANES; ++l) sum += v[l];
-  return sum;
+  v += crossed<STEP>(v, AllLanes{});
+  if constexpr (STEP > 1)
+    return sum_of_lanes<STEP / 2>(v);
+  else
+    return v[0];
 }
 
 // Of two vectors seen as blocks of STEP lanes: the even blocks of both, alternating, and the odd ones.
@@ -135,21 +137,67 @@ inline FloatVec sums_across(FloatVec (&v)[LANES]) {
 // Element types as float32, exactly; float64 is rounded by the caller, after it has taken the centre off.
 typedef uint16_t ShortVec __attribute__((vector_size(LANES * 2)));
 
+inline FloatVec widen_bfloat16(ShortVec bits) {
+  return (FloatVec)(__builtin_convertvector(bits, UnitVec) << 16);
+}
+
+// As detail::widen, lane by lane.
+inline FloatVec widen_half(ShortVec values) {
+  const UnitVec bits = __builtin_convertvector(values, UnitVec);
+  const UnitVec sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13;
+  const UnitVec scaled = (UnitVec)((FloatVec)magnitude * 0x1p112f);
+  return (FloatVec)((magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled) | sign);
+}
+
 inline FloatVec widen(const float* p) {
   return load<FloatVec>(p);
 }
 
 inline FloatVec widen(const detail::BFloat16* p) {
-  return (FloatVec)(__builtin_convertvector(load<ShortVec>(p), UnitVec) << 16);
+  return widen_bfloat16(load<ShortVec>(p));
 }
 
-// As detail::widen, lane by lane.
 inline FloatVec widen(const detail::Half* p) {
-  const UnitVec bits = __builtin_convertvector(load<ShortVec>(p), UnitVec);
-  const UnitVec sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13;
-  const UnitVec scaled = (UnitVec)((FloatVec)magnitude * 0x1p112f);
-  return (FloatVec)((magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled) | sign);
+  return widen_half(load<ShortVec>(p));
 }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
+// The first `count` elements, then zeros; nothing behind them is read. 0 < count < LANES.
+template <class T>
+inline FloatVec widen_first(const T* p, int64_t count) {
+  T padded[LANES] = {};
+  for (int64_t l = 0; l < count; ++l) padded[l] = p[l];
+  return widen(padded);
+}
+
+inline void store_first(float* p, FloatVec values, int64_t count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)values);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, first_lanes(count), (__m256)values);
+#else
+  for (int64_t l = 0; l < count; ++l) p[l] = values[l];
+#endif
+}
+
+inline void store_first(uint16_t* p, ShortVec values, int64_t count) {
+  for (int64_t l = 0; l < count; ++l) p[l] = values[l];
+}
+
+#if defined(__AVX512F__)
+inline FloatVec widen_first(const float* p, int64_t count) {
+  return (FloatVec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+}
+#elif defined(__AVX2__)
+inline FloatVec widen_first(const float* p, int64_t count) {
+  return (FloatVec)_mm256_maskload_ps(p, first_lanes(count));
+}
+#endif
 
 }  // namespace
 }  // namespace fastvq
