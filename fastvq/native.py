@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
 from .reference import Ops
 
 _PACKAGE = Path(__file__).parent
@@ -63,6 +62,10 @@ def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
     return torch.ops.fastvq.native_search(x.contiguous(), codebook.contiguous(), metric=metric)
 
 
+def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
+    return torch.ops.fastvq.native_residual_search(x.contiguous(), codebooks.contiguous())
+
+
 def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     return torch.ops.fastvq.native_accumulate(x.contiguous(), indices.contiguous(), codebook_size)
 
@@ -78,7 +81,7 @@ def ema_update_(*tensors: Tensor, decay: float, eps: float) -> None:
 
 OPS: Ops = {
     "search": search,
-    "residual_search": functools.partial(reference.residual_search, search=search),
+    "residual_search": residual_search,
     "accumulate": accumulate,
     "ema_update_": ema_update_,
 }

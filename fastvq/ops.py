@@ -129,7 +129,7 @@ def _residual_search_fake(x: Tensor, codebooks: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], codebooks.shape[0]), dtype=torch.int64)
 
 
-@_op(fake=_residual_search_fake, native=False)
+@_op(fake=_residual_search_fake)
 def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
     """The codes of each vector under residual quantization: each level codes what the levels before it left over.
 

@@ -12,6 +12,7 @@
 
 #include "accumulate.h"
 #include "ema_update.h"
+#include "residual_search.h"
 #include "search.h"
 
 namespace {
@@ -91,6 +92,16 @@ Tensor search(const Tensor& x, const Tensor& codebook, std::string metric) {
   return indices;
 }
 
+Tensor residual_search(const Tensor& x, const Tensor& codebooks) {
+  const IeeeArithmetic arithmetic;
+  const int64_t levels = codebooks.size(0), size = codebooks.size(1), dim = codebooks.size(2);
+  Tensor indices = torch::stable::new_empty(x, {x.size(0), levels}, ScalarType::Long);
+  const fastvq::Matrix codes{dtype_of(codebooks), codebooks.const_data_ptr(), levels * size, dim};
+  fastvq::residual_search(fastvq::active_isa(), fastvq::active_precision(), matrix_of(x), codes, levels,
+                          static_cast<int64_t*>(indices.mutable_data_ptr()), PARALLEL);
+  return indices;
+}
+
 std::tuple<Tensor, Tensor> accumulate(const Tensor& x, const Tensor& indices, int64_t codebook_size) {
   const fastvq::Matrix rows = matrix_of(x);
   Tensor counts = torch::stable::new_zeros(x, {codebook_size}, ScalarType::Float);
@@ -124,6 +135,7 @@ void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_avg, const T
 
 STABLE_TORCH_LIBRARY_IMPL(fastvq, CPU, m) {
   m.impl("native_search", TORCH_BOX(&search));
+  m.impl("native_residual_search", TORCH_BOX(&residual_search));
   m.impl("native_accumulate", TORCH_BOX(&accumulate));
   m.impl("native_ema_update_", TORCH_BOX(&ema_update_));
 }

@@ -15,10 +15,6 @@
 namespace fastvq {
 namespace {
 
-// Packing the codes costs as much as searching about so many rows without.
-constexpr int64_t FEW_ROWS = 16;
-// In int16, a longer row's rounding is estimated less well than the bound says; 32767 * sqrt(dim) also nears 2^22.
-constexpr int64_t LARGEST_INTEGER_DIM = 4096;
 constexpr int64_t GRAIN = 1 << 18;  // multiply-adds that a thread should have
 
 // All rows of `count`, or those of the list, through one tier.
@@ -33,7 +29,7 @@ std::vector<int64_t> run_tier(const Isa& isa, const Tier& tier, const Frame& fra
   parallel(tiles, std::max<int64_t>(1, GRAIN / (isa.tile_rows * codes.rows * x.dim)), [&](int64_t begin, int64_t end) {
     std::vector<int64_t> own;
     const RowRange rows{list, begin * isa.tile_rows, std::min(end * isa.tile_rows, count)};
-    pass.run(rows, indices, hand_on ? &own : nullptr);
+    pass.run(rows, indices, hand_on ? &own : nullptr, hand_on ? 2 * isa.tile_rows : rows.size());
     const std::lock_guard<std::mutex> lock(merging);
     left.insert(left.end(), own.begin(), own.end());
   });

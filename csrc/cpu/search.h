@@ -18,6 +18,11 @@ enum class Precision {
   int16,
 };
 
+// Packing the codes costs as much as searching about so many rows without.
+constexpr int64_t FEW_ROWS = 16;
+// The rounding errors of a longer row of integers are measured less well than the bound says.
+constexpr int64_t LARGEST_INTEGER_DIM = 4096;
+
 // Writes the index of each row of x.
 void search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codes, Metric metric, int64_t* indices,
             const Parallel& parallel);

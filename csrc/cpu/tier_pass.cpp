@@ -41,10 +41,6 @@ struct TierPass::Workspace {
         found(MANY_CANDIDATES),
         definition(x, e, metric) {}
 
-  static int64_t block_rows(const Isa& isa, int64_t units) {
-    return std::clamp<int64_t>(BLOCK_BYTES / (4 * units) / isa.tile_rows, 1, LARGEST_BLOCK / isa.tile_rows) *
-           isa.tile_rows;
-  }
   GroupMinima minima(int64_t slot, int lanes) const {
     return {best.get() + slot * lanes, second.get() + slot * lanes, group.get() + slot * lanes,
             current.get() + slot * lanes};
@@ -67,6 +63,11 @@ struct TierPass::Workspace {
   Definition definition;
   int64_t spent = 0;  // on candidates and on rows handed on, in elements of a scan
 };
+
+int64_t TierPass::block_rows(const Isa& isa, int64_t units) {
+  return std::clamp<int64_t>(BLOCK_BYTES / (4 * units) / isa.tile_rows, 1, LARGEST_BLOCK / isa.tile_rows) *
+         isa.tile_rows;
+}
 
 // Reads the rows [first, first + count) of the range into the frame.
 void TierPass::load_block(const RowRange& rows, int64_t first, int64_t count, Workspace& work) const {
@@ -168,11 +169,10 @@ int64_t TierPass::settle(int64_t row, int64_t slot, Workspace& work, bool hand_o
   return work.candidates.size() == 1 ? work.candidates[0] : work.definition.nearest(row, work.candidates);
 }
 
-void TierPass::run(const RowRange& rows, int64_t* indices, std::vector<int64_t>* left) const {
+void TierPass::run(const RowRange& rows, int64_t* indices, std::vector<int64_t>* left, int64_t first_block) const {
   const PackedCodes codes = packed_.codes();
   Workspace work(isa_, packed_, x_, codes_, frame_.metric);
-  // A tier that may fail begins with a few rows.
-  int64_t block = left ? 2 * isa_.tile_rows : work.size;
+  int64_t block = std::max<int64_t>(1, first_block);
   for (int64_t first = 0; first < rows.size(); first += block, block *= 2) {
     block = std::min(block, work.size);
     const int64_t count = std::min(block, rows.size() - first);

@@ -25,9 +25,13 @@ class TierPass {
   TierPass(const Isa& isa, const Frame& frame, const PackedTier& packed, const Matrix& x, const Matrix& codes)
       : isa_(isa), frame_(frame), packed_(packed), x_(x), codes_(codes), bound_(frame, packed, codes.dim) {}
 
+  // Rows that share a pass over codes of so many units.
+  static int64_t block_rows(const Isa& isa, int64_t units);
+
   // Writes the indices of the rows. With `left`, rows that a finer tier serves better are appended to it instead;
-  // where these become many, all that remain.
-  void run(const RowRange& rows, int64_t* indices, std::vector<int64_t>* left) const;
+  // where these become many, all that remain. The first block has `first_block` rows, so that a tier that may fail can
+  // begin with a few.
+  void run(const RowRange& rows, int64_t* indices, std::vector<int64_t>* left, int64_t first_block) const;
 
  private:
   struct Workspace;

@@ -1,0 +1,139 @@
+// Compiled with -ffp-contract=off: a residual is one subtraction, rounded to float32, by definition.
+#include "residual_search.h"
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "direct_pass.h"
+#include "packed.h"
+#include "scratch.h"
+#include "tier_pass.h"
+
+namespace fastvq {
+namespace {
+
+constexpr int64_t GRAIN = 1 << 18;  // multiply-adds that a thread should have
+// A block of which more than one row in so many needs another tier isn't worth keeping together.
+constexpr int64_t RARE = 4;
+
+Matrix level_of(const Matrix& codebooks, int64_t levels, int64_t level) {
+  const int64_t size = codebooks.rows / levels;
+  return {codebooks.dtype, codebooks.row(level * size), size, codebooks.dim};
+}
+
+// out = float32(rows - their codes); rows without a code stay what they are. `out` may be what `rows` reads.
+void subtract_codes(const Matrix& rows, const Matrix& codes, const int64_t* indices, float* out) {
+  std::vector<double> code(rows.dim);
+  with_elements(rows.dtype, rows.data, [&](const auto* elements) {
+    for (int64_t i = 0; i < rows.rows; ++i) {
+      const auto* from = elements + i * rows.dim;
+      float* to = out + i * rows.dim;
+      if (indices[i] < 0)
+        std::fill(code.begin(), code.end(), 0.0);
+      else
+        codes.load(indices[i], code.data());
+      for (int64_t j = 0; j < rows.dim; ++j) to[j] = static_cast<float>(detail::widen(from[j]) - code[j]);
+    }
+  });
+}
+
+// Without keeping rows together: every level searches all rows.
+void level_by_level(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codebooks, int64_t levels,
+                    int64_t* indices, const Parallel& parallel) {
+  const Scratch<float> residual(x.rows * x.dim);
+  std::vector<int64_t> found(x.rows);
+  Matrix rows = x;
+  for (int64_t level = 0; level < levels; ++level) {
+    const Matrix codes = level_of(codebooks, levels, level);
+    search(isa, precision, rows, codes, Metric::l2, found.data(), parallel);
+    for (int64_t n = 0; n < x.rows; ++n) indices[n * levels + level] = found[n];
+    subtract_codes(rows, codes, found.data(), residual.get());
+    rows = {DType::f32, residual.get(), x.rows, x.dim};
+  }
+}
+
+struct Level {
+  Level(const Isa& isa, const Tier& tier, const Matrix& codes, const Parallel& parallel)
+      : codes(codes), frame(isa, codes, Metric::l2, parallel), packed(isa, tier, codes, frame, parallel) {}
+
+  const Matrix codes;
+  const Frame frame;
+  const PackedTier packed;
+};
+
+void serially(int64_t count, int64_t, const std::function<void(int64_t, int64_t)>& f) {
+  if (count > 0) f(0, count);
+}
+
+// One block of rows through all levels. False where a level leaves too many of them open.
+bool search_block(const Isa& isa, const std::vector<std::unique_ptr<Level>>& levels, const Matrix& block, bool hand_on,
+                  float* residual, int64_t* indices) {
+  const auto count = static_cast<int64_t>(levels.size());
+  std::vector<int64_t> found(block.rows), left;
+  Matrix rows = block;
+  for (int64_t level = 0; level < count; ++level) {
+    const Level& own = *levels[level];
+    const TierPass pass(isa, own.frame, own.packed, rows, own.codes);
+    left.clear();
+    pass.run({nullptr, 0, rows.rows}, found.data(), hand_on ? &left : nullptr, rows.rows);
+    if (!left.empty()) {
+      if (static_cast<int64_t>(left.size()) * RARE > rows.rows || !direct_serves(rows, own.codes)) return false;
+      direct_pass(isa, rows, own.codes, Metric::l2, left, found.data(), serially);
+    }
+    for (int64_t i = 0; i < rows.rows; ++i) indices[i * count + level] = found[i];
+    if (level + 1 == count) break;
+    subtract_codes(rows, own.codes, found.data(), residual);
+    rows = {DType::f32, residual, block.rows, block.dim};
+  }
+  return true;
+}
+
+}  // namespace
+
+void residual_search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codebooks, int64_t levels,
+                     int64_t* indices, const Parallel& parallel) {
+  const int64_t dim = x.dim;
+  if (precision == Precision::direct || (precision == Precision::automatic && x.rows <= FEW_ROWS)) {
+    level_by_level(isa, precision, x, codebooks, levels, indices, parallel);
+    return;
+  }
+  const bool integer = precision != Precision::float32 && isa.int16 && dim <= LARGEST_INTEGER_DIM;
+  std::vector<std::unique_ptr<Level>> packed(levels);
+  parallel(levels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t level = begin; level < end; ++level)
+      packed[level] = std::make_unique<Level>(isa, integer ? *isa.int16 : *isa.float32,
+                                              level_of(codebooks, levels, level), serially);
+  });
+  // A codebook of zeros, say, has no integers to be rounded to.
+  const bool fits = !integer || std::all_of(packed.begin(), packed.end(), [](const auto& level) {
+    return level->frame.usable && level->frame.norm > 0.0;
+  });
+  std::vector<int64_t> again;  // rows that the blocks leave open
+  std::mutex merging;
+  const int64_t tiles = (x.rows + isa.tile_rows - 1) / isa.tile_rows;
+  const int64_t grain = std::max<int64_t>(1, GRAIN / (isa.tile_rows * codebooks.rows * dim));
+  parallel(tiles, grain, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * isa.tile_rows, end = std::min(last * isa.tile_rows, x.rows);
+    const int64_t block = TierPass::block_rows(isa, packed[0]->packed.codes().unit_count);
+    const Scratch<float> residual(block * dim);
+    int64_t row = begin;
+    for (bool going = fits; going && row < end; row += going ? block : 0) {
+      const Matrix rows{x.dtype, x.row(row), std::min(block, end - row), dim};
+      going = search_block(isa, packed, rows, integer, residual.get(), indices + row * levels);
+    }
+    const std::lock_guard<std::mutex> lock(merging);
+    for (; row < end; ++row) again.push_back(row);
+  });
+  if (again.empty()) return;
+  const int64_t row_bytes = dim * size_of(x.dtype), count = static_cast<int64_t>(again.size());
+  const Scratch<char> gathered(count * row_bytes);
+  for (int64_t i = 0; i < count; ++i)
+    std::copy_n(static_cast<const char*>(x.row(again[i])), row_bytes, gathered.get() + i * row_bytes);
+  std::vector<int64_t> found(count * levels);
+  level_by_level(isa, precision, {x.dtype, gathered.get(), count, dim}, codebooks, levels, found.data(), parallel);
+  for (int64_t i = 0; i < count; ++i) std::copy_n(found.begin() + i * levels, levels, indices + again[i] * levels);
+}
+
+}  // namespace fastvq
