@@ -27,7 +27,9 @@ PackedTier::PackedTier(const Isa& isa, const Tier& tier, const Matrix& codes, co
     : tier(tier),
       unit_count_(divided_up(codes.dim, tier.per_unit)),
       panels_(divided_up(codes.rows, 2 * isa.lanes)),
-      groups_(divided_up(codes.rows, isa.lanes * isa.lanes)) {
+      groups_(divided_up(codes.rows, isa.lanes * isa.lanes)),
+      code_norm_(frame.norm),
+      half_(frame.half) {
   const int64_t lanes = isa.lanes;
   if (integer()) {
     inverse_ = static_cast<float>(1.0 / std::max(frame.norm / INTEGER_NORM, frame.largest / LARGEST_INTEGER));
@@ -45,6 +47,12 @@ PackedTier::PackedTier(const Isa& isa, const Tier& tier, const Matrix& codes, co
     const std::lock_guard<std::mutex> lock(merging);
     code_error = std::max(code_error, std::sqrt(largest2) * code_step);
   });
+}
+
+// |score| <= (half + |y'| |f'|) / (row step * code step); the integers' own rounding is below the two per cent.
+double PackedTier::row_step(double norm, double largest) const {
+  const double product = (half_ + norm * code_norm_) / (0.98 * 0x1p31);
+  return std::max({product / code_step, largest / LARGEST_INTEGER, 1e-30});
 }
 
 // Returns the largest squared rounding error of a code, in integers.

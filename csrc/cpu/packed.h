@@ -19,6 +19,10 @@ class PackedTier {
     return {units_.get(), halves_.get(), across_.get(), across_halves_.get(), unit_count_, panels_, groups_};
   }
 
+  // Of an integer tier: the smallest step of rows of at most this norm and this largest element with which no score
+  // overflows.
+  double row_step(double norm, double largest) const;
+
   const Tier& tier;
   double code_step = 1.0;   // of an integer tier: f' = code_step * integers
   double code_error = 0.0;  // max |f as float32 - f'|
@@ -27,6 +31,7 @@ class PackedTier {
   double pack_group(const Isa& isa, const Matrix& codes, const Frame& frame, int64_t group) const;
 
   const int64_t unit_count_, panels_, groups_;
+  const double code_norm_, half_;
   float inverse_ = 1.0f;  // 1 / code_step
   Scratch<uint32_t> units_, across_;
   Scratch<float> halves_, across_halves_;

@@ -18,7 +18,6 @@ constexpr int64_t MANY_CANDIDATES = 16;
 constexpr int64_t DEFINITION_COST = 10;
 // Rows of a block so much longer than the others would take their precision away.
 constexpr double LONG = 8.0;
-constexpr double LARGEST_INTEGER = 32766.0;
 
 }  // namespace
 
@@ -108,10 +107,7 @@ void TierPass::choose_steps(int64_t count, Workspace& work) const {
   float largest = 0.0f;
   for (int64_t i = 0; i < count; ++i)
     if (work.norms[i] < INF) largest = std::max(largest, work.loaded[i].largest);
-  const double product = (frame_.half + longest * frame_.norm) / (0.98 * 0x1p31);
-  const double row_step =
-      std::max({product / packed_.code_step, static_cast<double>(largest) / LARGEST_INTEGER, 1e-30});
-  const float inverse = static_cast<float>(1.0 / row_step);
+  const float inverse = static_cast<float>(1.0 / packed_.row_step(longest, largest));
   const double integer_size = 1.0 / static_cast<double>(inverse);
   const int64_t units = packed_.codes().unit_count;
   for (int64_t i = 0; i < count; ++i) {

@@ -3,61 +3,25 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <limits>
-#include <random>
 #include <vector>
 
 #include "accumulate.h"
+#include "cases.h"
+#include "residual_search.h"
 #include "search.h"
 
 namespace {
 
+using cases::Case;
+using cases::CASES;
 using fastvq::DType;
 using fastvq::Isa;
 using fastvq::Matrix;
 using fastvq::Metric;
 using fastvq::Precision;
 
-std::mt19937 generator(0);
-
-double normal() {
-  static std::normal_distribution<double> distribution;
-  return distribution(generator);
-}
-
-struct Case {
-  const char* name;
-  double offset, scale;  // of everything
-  double spread;         // of the rows around their codes; 0 puts them on midpoints of two codes
-  bool duplicates, poison;
-};
-
-constexpr Case CASES[] = {
-    {"gaussian", 0, 1, 1, false, false},   {"clustered", 0, 1, 0.1, false, false},
-    {"midpoints", 0, 1, 0, false, false},  {"duplicates", 0, 1, 0.5, true, false},
-    {"offset", 1e4, 1, 0.1, false, false}, {"tiny", 0, 1e-38, 1, false, false},
-    {"huge", 0, 1e18, 1, false, false},    {"poisoned", 0, 1, 1, true, true},
-};
-
-template <class T>
-void fill(const Case& c, int64_t n, int64_t k, int64_t d, std::vector<T>& x, std::vector<T>& codes) {
-  for (auto& value : codes) value = static_cast<T>(c.offset + c.scale * normal());
-  if (c.duplicates)
-    for (int64_t i = 0; i < (k / 2) * d; ++i) codes[(k - k / 2) * d + i] = codes[i];
-  for (int64_t i = 0; i < n; ++i) {
-    const T* a = codes.data() + (generator() % k) * d;
-    const T* b = codes.data() + (generator() % k) * d;
-    for (int64_t j = 0; j < d; ++j)
-      x[i * d + j] = static_cast<T>(c.spread > 0 ? a[j] + c.scale * c.spread * normal() : (a[j] + b[j]) / 2);
-  }
-  if (c.poison) {
-    x[generator() % x.size()] = std::numeric_limits<T>::quiet_NaN();
-    codes[generator() % codes.size()] = std::numeric_limits<T>::infinity();
-  }
-}
-
-template <class T>
-int64_t definition(const T* x, const std::vector<T>& codes, int64_t k, int64_t d, Metric metric) {
+template <class X, class T>
+int64_t definition(const X* x, const std::vector<T>& codes, int64_t k, int64_t d, Metric metric) {
   int64_t winner = -1;
   double smallest = 0;
   for (int64_t j = 0; j < d; ++j)
@@ -102,12 +66,27 @@ template <class T>
 int64_t check(const Isa& isa, Precision precision, const Case& c, DType dtype, Metric metric, int64_t n, int64_t k,
               int64_t d) {
   std::vector<T> x(n * d), codes(k * d);
-  fill(c, n, k, d, x, codes);
+  cases::fill(c, n, k, d, x, codes);
   const Matrix rows{dtype, x.data(), n, d};
   std::vector<int64_t> indices(n, -7);
   fastvq::search(isa, precision, rows, {dtype, codes.data(), k, d}, metric, indices.data(), in_pieces);
   int64_t wrong = 0;
   for (int64_t i = 0; i < n; ++i) wrong += indices[i] != definition(x.data() + i * d, codes, k, d, metric);
+
+  if (k % 2 == 0 && metric == Metric::l2) {  // the codes as two levels
+    const int64_t half = k / 2;
+    const std::vector<T> first(codes.begin(), codes.begin() + half * d), second(codes.begin() + half * d, codes.end());
+    std::vector<int64_t> both(2 * n, -7);
+    fastvq::residual_search(isa, precision, rows, {dtype, codes.data(), k, d}, 2, both.data(), in_pieces);
+    std::vector<float> rest(d);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t chosen = definition(x.data() + i * d, first, half, d, metric);
+      for (int64_t j = 0; j < d; ++j)
+        rest[j] = static_cast<float>(static_cast<double>(x[i * d + j]) - (chosen < 0 ? 0 : first[chosen * d + j]));
+      const int64_t last = definition(rest.data(), second, half, d, metric);
+      wrong += both[2 * i] != chosen || both[2 * i + 1] != last;
+    }
+  }
 
   const fastvq::RowsByCode sorted(indices.data(), n, k);
   std::vector<float> counts(k), sums(k * d), expected(k);
@@ -126,18 +105,10 @@ int64_t check(const Isa& isa, Precision precision, const Case& c, DType dtype, M
 }  // namespace
 
 int main() {
-  const Isa* isas[] = {
-      &fastvq::portable_isa(),
-#if defined(__x86_64__)
-      &fastvq::avx2_isa(),
-      &fastvq::avx512_isa(),
-      &fastvq::avx512_vnni_isa(),
-#endif
-  };
   constexpr int64_t SHAPES[][3] = {{1, 1, 1}, {63, 100, 33}, {257, 300, 96}, {200, 31, 3}, {20, 33, 513}};
   constexpr Precision PRECISIONS[] = {Precision::automatic, Precision::direct, Precision::float32, Precision::int16};
   int64_t wrong = 0, checked = 0;
-  for (const Isa* isa : isas) {
+  for (const Isa* isa : cases::instruction_sets()) {
     if (!isa->supported()) {
       std::printf("%s: not run, this processor lacks it\n", isa->name);
       continue;

@@ -1,0 +1,115 @@
+// The bound of csrc/cpu/bound.h against the cheap scores themselves: for every row, the smallest score may differ from
+// the smallest exact one by at most B. Exits with the number of rows for which it doesn't hold; also counts rows whose
+// nearest code a bound of zero would get wrong, since a check that nothing can fail shows nothing.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <vector>
+
+#include "bound.h"
+#include "cases.h"
+#include "packed.h"
+
+namespace {
+
+using fastvq::Bound;
+using fastvq::DType;
+using fastvq::Frame;
+using fastvq::Isa;
+using fastvq::Matrix;
+using fastvq::Metric;
+using fastvq::PackedTier;
+using fastvq::Tier;
+
+struct Tally {
+  int64_t rows = 0, broken = 0, wrong_without = 0;
+  double largest_share = 0.0;  // of the bound that an error reached
+};
+
+void serially(int64_t count, int64_t, const std::function<void(int64_t, int64_t)>& f) {
+  if (count > 0) f(0, count);
+}
+
+void check(const Isa& isa, const Tier& tier, const cases::Case& c, Metric metric, int64_t n, int64_t k, int64_t d,
+           Tally& tally) {
+  std::vector<float> x(n * d), codes(k * d);
+  cases::fill(c, n, k, d, x, codes);
+  const Matrix code_matrix{DType::f32, codes.data(), k, d};
+  const Frame frame(isa, code_matrix, metric, serially);
+  if (!frame.usable || frame.norm == 0.0 || !frame.far.empty()) return;
+  const PackedTier packed(isa, tier, code_matrix, frame, serially);
+  const Bound bound(frame, packed, d);
+  const int64_t units = packed.codes().unit_count, tile = isa.tile_rows, lanes = isa.lanes;
+  const long double scale = std::ldexp(1.0L, frame.exponent);
+  for (int64_t i = 0; i < n; ++i) {
+    std::vector<float> values(d);
+    const fastvq::Loaded row =
+        isa.load(DType::f32, &x[i * d], frame.shift(), static_cast<double>(scale), d, &values[0]);
+    const double norm = bound.norm(row.norm2);
+    if (!row.finite || !(norm < 0x1p60)) continue;
+    std::vector<uint32_t> operands(tile * units);
+    double step = 1.0, error = 0.0;
+    if (packed.integer()) {
+      const float inverse = static_cast<float>(1.0 / packed.row_step(norm, row.largest));
+      const float error2 = isa.quantize(values.data(), inverse, true, d, operands.data());
+      error = std::sqrt(error2) * (1 + 1e-3) / inverse;
+      step = packed.code_step / static_cast<double>(inverse);
+    } else {
+      std::copy_n(reinterpret_cast<const uint32_t*>(values.data()), d, operands.data());
+    }
+    const double limit = bound(norm, error, step);
+    if (!(limit < 1e300)) continue;
+    std::vector<uint32_t> best(tile * lanes), second(tile * lanes), current(tile * lanes);
+    std::vector<int32_t> group(tile * lanes);
+    const fastvq::GroupMinima minima{best.data(), second.data(), group.data(), current.data()};
+    tier.clear(tile, minima);
+    tier.scan(operands.data(), tile, packed.codes(), static_cast<float>(step), minima);
+    int64_t found[1];
+    const auto chosen =
+        tier.candidates(operands.data(), packed.codes(), static_cast<float>(step), 0.0f, minima, found, 1);
+    // The same in long double, whose 64 bits are exact enough to judge float32 and integers.
+    long double smallest = 0;
+    int64_t nearest = -1;
+    for (int64_t e = 0; e < k; ++e) {
+      if (!frame.scanned(e)) continue;
+      long double score = 0;
+      for (int64_t j = 0; j < d; ++j) {
+        const long double shift = frame.shift() ? frame.shift()[j] : 0.0L;
+        const long double f = (codes[e * d + j] - shift) * scale, y = (x[i * d + j] - shift) * scale;
+        score += (metric == Metric::l2 ? f * f / 2 : 0.0L) - f * y;
+      }
+      if (nearest < 0 || score < smallest) nearest = e, smallest = score;
+    }
+    const double difference = static_cast<double>(std::fabs(chosen.smallest * step - smallest));
+    ++tally.rows;
+    tally.broken += !(difference <= limit);
+    tally.wrong_without += chosen.count > 0 && found[0] != nearest;
+    tally.largest_share = std::max(tally.largest_share, difference / limit);
+  }
+}
+
+}  // namespace
+
+int main() {
+  constexpr int64_t SHAPES[][3] = {{40, 2, 7}, {40, 3, 64}, {30, 50, 33}, {20, 300, 96}, {20, 20, 1}, {10, 9, 700}};
+  int64_t broken = 0;
+  for (const Isa* isa : cases::instruction_sets()) {
+    if (!isa->supported()) {
+      std::printf("%s: not run, this processor lacks it\n", isa->name);
+      continue;
+    }
+    for (const Tier* tier : {isa->float32, isa->int16}) {
+      if (!tier) continue;
+      Tally tally;
+      for (const cases::Case& c : cases::CASES)
+        for (const auto& [n, k, d] : SHAPES)
+          for (Metric metric : {Metric::l2, Metric::dot}) check(*isa, *tier, c, metric, n, k, d, tally);
+      std::printf("%s, %s: %d rows, %d beyond the bound, at most %.3f of it reached, %d wrong codes without it\n",
+                  isa->name, tier == isa->int16 ? "int16" : "float32", static_cast<int>(tally.rows),
+                  static_cast<int>(tally.broken), tally.largest_share, static_cast<int>(tally.wrong_without));
+      broken += tally.broken + (tally.rows == 0) + (tally.wrong_without == 0);
+    }
+  }
+  std::printf("%d broken\n", static_cast<int>(broken));
+  return broken != 0;
+}
