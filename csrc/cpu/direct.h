@@ -2,8 +2,6 @@
 // by isa.cpp alone.
 #pragma once
 
-#include <type_traits>
-
 #include "isa.h"
 #include "vector.h"
 
@@ -32,14 +30,14 @@ inline void take(DirectMinimum& minimum, int64_t code, float lower_end) {
 // value = sum (x - e)^2, in error by less than `relative` of itself; or -sum x e, in error by less than `relative` of
 // sum |x e|. `floor` covers underflow.
 template <class T, bool DOT, int ROWS>
-void direct_rows(const float* rows, int64_t row_stride, const T* data, int64_t dim, int64_t begin, int64_t end,
-                 DirectMinimum* minima) {
+void direct_rows(const float* rows, int64_t row_stride, const T* data, int64_t dim, const int64_t* list, int64_t begin,
+                 int64_t end, DirectMinimum* minima) {
   const float relative = static_cast<float>(dim + 8) * 0x1p-24f * 1.01f, floor = static_cast<float>(dim) * 0x1p-140f;
   for (int64_t first = begin; first < end; first += LANES) {
     const int live = end - first < LANES ? static_cast<int>(end - first) : LANES;
     FloatVec values[ROWS][LANES], sizes[ROWS][DOT ? LANES : 1];
     for (int l = 0; l < live; ++l) {
-      const T* code = data + (first + l) * dim;
+      const T* code = data + (list ? list[first + l] : first + l) * dim;
       FloatVec sum[ROWS] = {}, size[ROWS] = {};
       for (int64_t j = 0; j < dim; j += LANES) {
         const FloatVec e = j + LANES <= dim ? widen(code + j) : widen_first(code + j, dim - j);
@@ -84,35 +82,38 @@ void direct_rows(const float* rows, int64_t row_stride, const T* data, int64_t d
         const int l = __builtin_ctz(open);
         const bool finite = sound >> l & 1;
         if (finite && high[l] < minimum.limit) minimum.limit = high[l];
-        if (!finite || low[l] <= minimum.limit) take(minimum, first + l, finite ? low[l] : -__builtin_inff());
+        if (!finite || low[l] <= minimum.limit)
+          take(minimum, list ? list[first + l] : first + l, finite ? low[l] : -__builtin_inff());
       }
     }
   }
 }
 
 template <class T, bool DOT>
-void direct_as(const float* rows, int64_t row_stride, int count, const T* data, int64_t dim, int64_t begin, int64_t end,
+void direct_as(const float* rows, int64_t row_stride, int count, const DirectCodes& codes, int64_t begin, int64_t end,
                DirectMinimum* minima) {
-  const auto next = [&](int rows_done) { rows += rows_done * row_stride, minima += rows_done, count -= rows_done; };
-  for (; count >= 4; next(4)) direct_rows<T, DOT, 4>(rows, row_stride, data, dim, begin, end, minima);
-  for (; count >= 2; next(2)) direct_rows<T, DOT, 2>(rows, row_stride, data, dim, begin, end, minima);
-  for (; count >= 1; next(1)) direct_rows<T, DOT, 1>(rows, row_stride, data, dim, begin, end, minima);
+  const T* data = static_cast<const T*>(codes.data);
+  int r = 0;
+  for (; r + 4 <= count; r += 4)
+    direct_rows<T, DOT, 4>(rows + r * row_stride, row_stride, data, codes.dim, codes.list, begin, end, minima + r);
+  for (; r + 2 <= count; r += 2)
+    direct_rows<T, DOT, 2>(rows + r * row_stride, row_stride, data, codes.dim, codes.list, begin, end, minima + r);
+  for (; r < count; ++r)
+    direct_rows<T, DOT, 1>(rows + r * row_stride, row_stride, data, codes.dim, codes.list, begin, end, minima + r);
+}
+
+template <class T>
+void direct_by_metric(const float* rows, int64_t row_stride, int count, const DirectCodes& codes, int64_t begin,
+                      int64_t end, DirectMinimum* minima) {
+  (codes.dot ? direct_as<T, true> : direct_as<T, false>)(rows, row_stride, count, codes, begin, end, minima);
 }
 
 void direct(const float* rows, int64_t row_stride, int count, const DirectCodes& codes, int64_t begin, int64_t end,
             DirectMinimum* minima) {
-  const auto with = [&](const auto* data) {
-    if (codes.dot)
-      direct_as<std::decay_t<decltype(*data)>, true>(rows, row_stride, count, data, codes.dim, begin, end, minima);
-    else
-      direct_as<std::decay_t<decltype(*data)>, false>(rows, row_stride, count, data, codes.dim, begin, end, minima);
-  };
-  if (codes.dtype == DType::f16)
-    with(static_cast<const detail::Half*>(codes.data));
-  else if (codes.dtype == DType::bf16)
-    with(static_cast<const detail::BFloat16*>(codes.data));
-  else
-    with(static_cast<const float*>(codes.data));
+  const auto by_metric = codes.dtype == DType::f16    ? direct_by_metric<detail::Half>
+                         : codes.dtype == DType::bf16 ? direct_by_metric<detail::BFloat16>
+                                                      : direct_by_metric<float>;
+  by_metric(rows, row_stride, count, codes, begin, end, minima);
 }
 
 }  // namespace

@@ -36,7 +36,7 @@ void search_rows(const Isa& isa, const Matrix& x, const Matrix& codes, Metric me
     finite[r] = isa.load(x.dtype, x.row(rows[r]), nullptr, 1.0, dim, values.data() + r * stride).finite;
   Open open[DIRECT_ROWS];
   std::mutex merging;
-  const DirectCodes direct_codes{codes.dtype, codes.data, dim, metric == Metric::dot};
+  const DirectCodes direct_codes{codes.dtype, codes.data, dim, metric == Metric::dot, nullptr};
   parallel(codes.rows, std::max<int64_t>(isa.lanes, GRAIN / (dim * count)), [&](int64_t begin, int64_t end) {
     int64_t found[DIRECT_ROWS][DIRECT_CAPACITY];
     float lower_ends[DIRECT_ROWS][DIRECT_CAPACITY];
@@ -76,6 +76,26 @@ void search_rows(const Isa& isa, const Matrix& x, const Matrix& codes, Metric me
 }
 
 }  // namespace
+
+DirectFilter::DirectFilter(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric)
+    : isa_(isa),
+      x_(x),
+      codes_{codes.dtype, codes.data, codes.dim, metric == Metric::dot, nullptr},
+      serves_(direct_serves(x, codes)),
+      row_((x.dim + isa.lanes - 1) / isa.lanes * isa.lanes) {}
+
+void DirectFilter::operator()(int64_t row, std::vector<int64_t>& candidates) {
+  if (!serves_ || candidates.size() < 2) return;
+  isa_.load(x_.dtype, x_.row(row), nullptr, 1.0, x_.dim, row_.data());
+  DirectMinimum minimum{std::numeric_limits<float>::infinity(), 0, false, found_, lower_ends_};
+  codes_.list = candidates.data();
+  isa_.direct(row_.data(), static_cast<int64_t>(row_.size()), 1, codes_, 0, static_cast<int64_t>(candidates.size()),
+              &minimum);
+  if (minimum.overflow) return;
+  candidates.clear();
+  for (int64_t i = 0; i < minimum.count; ++i)
+    if (lower_ends_[i] <= minimum.limit) candidates.push_back(found_[i]);
+}
 
 bool direct_serves(const Matrix& x, const Matrix& codes) {
   return x.dtype != DType::f64 && codes.dtype != DType::f64 && x.dim <= LARGEST_DIM;

@@ -16,4 +16,21 @@ bool direct_serves(const Matrix& x, const Matrix& codes);
 void direct_pass(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, const std::vector<int64_t>& rows,
                  int64_t* indices, const Parallel& parallel);
 
+// For one row at a time: drops those of its candidates, all finite codes, that float32 distances show not to be
+// nearest.
+class DirectFilter {
+ public:
+  DirectFilter(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric);
+  void operator()(int64_t row, std::vector<int64_t>& candidates);
+
+ private:
+  const Isa& isa_;
+  const Matrix x_;
+  DirectCodes codes_;
+  const bool serves_;
+  std::vector<float> row_;  // padded with zeros to whole vectors
+  int64_t found_[DIRECT_CAPACITY];
+  float lower_ends_[DIRECT_CAPACITY];
+};
+
 }  // namespace fastvq

@@ -82,6 +82,7 @@ struct DirectCodes {
   const void* data;
   int64_t dim;
   bool dot;
+  const int64_t* list;  // which codes the positions [begin, end) stand for; null: themselves
 };
 
 struct Isa {

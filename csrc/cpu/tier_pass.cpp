@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 
+#include "direct_pass.h"
+
 namespace fastvq {
 namespace {
 
@@ -13,9 +15,9 @@ constexpr int64_t HANDED_ON = -2;
 constexpr int64_t BLOCK_BYTES = 32 * 1024;
 constexpr int64_t LARGEST_BLOCK = 256;
 // More candidates than this are fewer in a finer tier, or it costs no more to look.
-constexpr int64_t MANY_CANDIDATES = 16;
-// What an element of a candidate costs in the definition, in elements of a scan.
-constexpr int64_t DEFINITION_COST = 10;
+constexpr int64_t MANY_CANDIDATES = 32;
+// What an element of a candidate costs in the filter and in the definition, in elements of a float32 scan.
+constexpr int64_t CANDIDATE_COST = 6, CANDIDATE_OVERHEAD = 32, DEFINITION_COST = 80;
 // Rows of a block so much longer than the others would take their precision away.
 constexpr double LONG = 8.0;
 
@@ -38,6 +40,7 @@ struct TierPass::Workspace {
         group(size * isa.lanes),
         current(size * isa.lanes),
         found(MANY_CANDIDATES),
+        filter(isa, x, e, metric),
         definition(x, e, metric) {}
 
   GroupMinima minima(int64_t slot, int lanes) const {
@@ -59,6 +62,7 @@ struct TierPass::Workspace {
   Scratch<uint32_t> current;
   double step = 1.0;  // of the scores
   std::vector<int64_t> found, candidates;
+  DirectFilter filter;
   Definition definition;
   int64_t spent = 0;  // on candidates and on rows handed on, in elements of a scan
 };
@@ -161,8 +165,11 @@ int64_t TierPass::settle(int64_t row, int64_t slot, Workspace& work, bool hand_o
     for (int64_t k = 0; k < codes_.rows; ++k)
       if (frame_.finite[k]) work.candidates.push_back(k);
   }
+  work.spent += static_cast<int64_t>(work.candidates.size()) * (x_.dim + CANDIDATE_OVERHEAD) * CANDIDATE_COST;
+  work.filter(row, work.candidates);
+  if (work.candidates.size() == 1) return work.candidates[0];
   work.spent += static_cast<int64_t>(work.candidates.size() + 7) / 8 * 8 * x_.dim * DEFINITION_COST;
-  return work.candidates.size() == 1 ? work.candidates[0] : work.definition.nearest(row, work.candidates);
+  return work.definition.nearest(row, work.candidates);
 }
 
 void TierPass::run(const RowRange& rows, int64_t* indices, std::vector<int64_t>* left, int64_t first_block) const {
