@@ -195,3 +195,31 @@ def test_a_wrong_bound_is_noticed(share, noticed_on, monkeypatch):
     shapes = [(63, 60, 33), (300, 400, 64), (200, 70, 513)]
     for name in noticed_on:
         assert any(mismatch(*ADVERSARIAL[name](*shape, generator()), "torch") for shape in shapes), name
+
+
+def rounded_to_integers(v, largest_norm):
+    """As the native int16 tier: one step for all, of which a vector of the largest norm has 37837."""
+    step = largest_norm / 37837
+    return (v / step).round() * step
+
+
+def share_left_open(x, codebook, cheap):
+    """The share of rows whose two best scores are no further apart than twice the operands' part of the bound."""
+    x, codebook = x.double(), codebook.double()
+    near, near_codes = cheap(x), cheap(codebook)
+    bound = (x - near).norm(dim=1) * codebook.norm(dim=1).max()
+    bound += near.norm(dim=1) * (codebook - near_codes).norm(dim=1).max()
+    best = (codebook.square().sum(1) / 2 - x @ codebook.T).topk(2, largest=False).values
+    return (best[:, 1] - best[:, 0] <= 2 * bound).double().mean().item()
+
+
+@pytest.mark.parametrize("shape", [(1000, 512, 64), (1000, 8192, 64), (1000, 1024, 8), (1000, 4096, 256)], ids=str)
+@pytest.mark.parametrize("data", ["gaussian", "clustered"])
+def test_integers_leave_less_open_than_bfloat16(data, shape):
+    """Why the cheap tier of the native backend is int16: the figures of docs/decisions.md."""
+    x, codebook = ADVERSARIAL[data](*shape, generator())
+    norm = max(x.norm(dim=1).max(), codebook.norm(dim=1).max())
+    integers = share_left_open(x, codebook, lambda v: rounded_to_integers(v, norm))
+    bfloat16 = share_left_open(x, codebook, lambda v: v.bfloat16().double())
+    print(f"{data} {shape}: rows left open by int16 {integers:.2%}, by bfloat16 {bfloat16:.2%}")
+    assert integers <= 0.2 * bfloat16

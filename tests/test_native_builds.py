@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ ISAS = {
     "avx512_vnni": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
 }
 X86 = platform.machine() == "x86_64"
+CHECKS = ("check_search", "check_bound")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
 
 
@@ -28,52 +31,56 @@ def compiler(*names: str) -> str:
     pytest.skip(f"needs one of {', '.join(names)}")
 
 
-def build_isas(cxx: str, out: Path, isas: list[str], *flags: str) -> list[str]:
-    objects = []
-    for isa in isas:
-        objects.append(str(out / f"isa_{isa}.o"))
-        options = ["-std=c++17", "-fPIC", "-ffp-contract=fast", f"-DFASTVQ_ISA={isa}", *ISAS[isa], *flags]
-        subprocess.run([cxx, *options, "-c", str(CSRC / "isa.cpp"), "-o", objects[-1]], check=True)
-    return objects
+def compile_all(cxx: str, out: Path, sources: list[tuple[Path, str, list[str]]], *flags: str) -> list[str]:
+    """Objects of (source, name, own options), two at a time."""
+
+    def build(source: Path, name: str, own: list[str]) -> str:
+        command = [cxx, "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}", *own, *flags]
+        subprocess.run([*command, "-c", str(source), "-o", str(out / name)], check=True)
+        return str(out / name)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(build, *zip(*sources, strict=True)))
 
 
-def build_check(cxx: str, out: Path, isas: list[str], *flags: str) -> Path:
-    program = out / "check_search"
-    sources = [
-        str(ROOT / "tests" / "native" / "check_search.cpp"),
-        *(str(path) for path in sorted(CSRC.glob("*.cpp")) if path.name not in ("isa.cpp", "bindings.cpp")),
-    ]
-    options = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}", *flags]
-    objects = build_isas(cxx, out, isas, "-Wall", "-Wextra", "-Werror", *flags)
-    subprocess.run([cxx, *options, *sources, *objects, "-o", str(program)], check=True)
-    return program
+def isa_sources(isas: list[str]) -> list[tuple[Path, str, list[str]]]:
+    source = CSRC / "isa.cpp"
+    return [(source, f"isa_{isa}.o", ["-ffp-contract=fast", f"-DFASTVQ_ISA={isa}", *ISAS[isa]]) for isa in isas]
+
+
+def run_checks(cxx: str, out: Path, isas: list[str], *flags: str, runner: tuple[str, ...] = ()) -> None:
+    """Builds the torch-free sources with `flags` and runs the programs of tests/native on them."""
+    exact = ["-ffp-contract=off"]
+    kernels = [path for path in sorted(CSRC.glob("*.cpp")) if path.name not in ("isa.cpp", "bindings.cpp")]
+    sources = isa_sources(isas) + [(path, path.stem + ".o", exact) for path in kernels]
+    objects = compile_all(cxx, out, sources, *flags)
+    programs = [(ROOT / "tests" / "native" / f"{name}.cpp", name + ".o", exact) for name in CHECKS]
+    for name, main in zip(CHECKS, compile_all(cxx, out, programs, *flags), strict=True):
+        subprocess.run([cxx, *flags, main, *objects, "-o", str(out / name)], check=True)
+        done = subprocess.run([*runner, out / name], text=True, capture_output=True)
+        print(done.stdout, done.stderr)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert re.search(r"^\d+ cases, 0 wrong$|^0 broken$", done.stdout, re.M)
 
 
 def test_exact_and_clean_under_sanitizers(tmp_path):
-    cxx = compiler("g++", "clang++")
-    program = build_check(cxx, tmp_path, list(ISAS) if X86 else ["portable"], *SANITIZE)
-    done = subprocess.run([program], text=True, capture_output=True)
-    print(done.stdout, done.stderr)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 wrong" in done.stdout
+    run_checks(compiler("g++", "clang++"), tmp_path, list(ISAS) if X86 else ["portable"], *SANITIZE)
 
 
 def test_exact_on_aarch64(tmp_path):
     """By the cross compiler and the user-mode emulator of Debian's g++-aarch64-linux-gnu and qemu-user."""
-    cxx = compiler("g++") if platform.machine() == "aarch64" else compiler("aarch64-linux-gnu-g++")
-    runner = [] if platform.machine() == "aarch64" else [compiler("qemu-aarch64", "qemu-aarch64-static")]
-    program = build_check(cxx, tmp_path, ["portable"], "-O2", "-static")
-    done = subprocess.run([*runner, program], text=True, capture_output=True)
-    print(done.stdout, done.stderr)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 wrong" in done.stdout
+    if platform.machine() == "aarch64":
+        run_checks(compiler("g++", "clang++"), tmp_path, ["portable"], "-O2")
+    else:
+        cxx, emulator = compiler("aarch64-linux-gnu-g++"), compiler("qemu-aarch64", "qemu-aarch64-static")
+        run_checks(cxx, tmp_path, ["portable"], "-O2", "-static", runner=(emulator,))
 
 
 @pytest.mark.skipif(not X86, reason="one instruction set on this processor: nothing can be mixed up")
 def test_instruction_sets_define_no_symbol_that_another_file_could_pick_up(tmp_path):
     """A weak or common symbol compiled for AVX-512 could replace the portable one at link time."""
     nm = compiler("nm")
-    for built in build_isas(compiler("g++", "clang++"), tmp_path, list(ISAS), "-O3"):
+    for built in compile_all(compiler("g++", "clang++"), tmp_path, isa_sources(list(ISAS)), "-O3"):
         lines = subprocess.run([nm, "-C", built], check=True, text=True, capture_output=True).stdout.splitlines()
         defined = [line for line in lines if " T " in line]
         assert not [line for line in lines if any(f" {kind} " in line for kind in "WVuC")]
