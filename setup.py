@@ -38,6 +38,7 @@ SOURCES = [
     "tier_pass.cpp",
     "direct_pass.cpp",
     "definition.cpp",
+    "quantize.cpp",
     "accumulate.cpp",
     "bindings.cpp",
 ]

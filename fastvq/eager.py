@@ -243,6 +243,8 @@ def _definition(x: Tensor, row: Tensor, codebook: Tensor, code: Tensor, metric: 
 OPS: Ops = {
     "search": search,
     "residual_search": functools.partial(reference.residual_search, search=search),
+    "quantize_forward": reference.quantize_forward,
+    "quantize_backward": reference.quantize_backward,
     "accumulate": reference.accumulate,
     "ema_update_": reference.ema_update_,
 }

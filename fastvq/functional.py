@@ -9,11 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .ops import accumulate, search
-
-GRADIENTS = ("ste", "rotation")
-SHORTEST = 1e-6
-"""Length under which a vector has no direction to rotate from; also the floor of `unit_norm`."""
+from .ops import GRADIENTS, accumulate, quantize_backward, quantize_forward, search
+from .reference import SHORTEST, difference
 
 
 def unit_norm(x: Tensor) -> Tensor:
@@ -116,69 +113,35 @@ class _Quantize(torch.autograd.Function):
         commitment_weight: float,
         codebook_weight: float,
     ) -> tuple[Tensor, Tensor]:
-        codes = F.embedding(indices.clamp_min(0), codebook.to(_compute_dtype(x, codebook)))
-        counted = (indices >= 0)[:, None]
-        elements = (counted.sum() * x.shape[1]).clamp_min(1)
-        weight = commitment_weight + codebook_weight
-        if weight:
-            loss = _difference(x, codes, counted).square_().sum() / elements * weight
-        else:
-            loss = codes.new_zeros(())
-        ctx.save_for_backward(x, codes, indices, elements)
+        quantized, codes, error = quantize_forward(x, codebook, indices, any(ctx.needs_input_grad[:2]))
+        ctx.save_for_backward(x, codes, indices)
         ctx.gradient, ctx.codebook_shape, ctx.codebook_dtype = gradient, codebook.shape, codebook.dtype
         ctx.commitment_weight, ctx.codebook_weight = commitment_weight, codebook_weight
-        # Not the tensor that is saved, nor a plain copy of it: inductor drops the copy, and its backward overwrites
-        # what the user was given.
-        return codes.masked_fill(~counted, 0).to(x.dtype), loss
+        weight = commitment_weight + codebook_weight
+        return quantized, error * weight if weight else torch.zeros_like(error)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, quantized_grad: Tensor, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, codes, indices, elements = ctx.saved_tensors
-        counted = (indices >= 0)[:, None]
+        x, codes, indices = ctx.saved_tensors
         need_x, need_codebook = ctx.needs_input_grad[:2]
-        x_grad = codebook_grad = pull = None
-        if (need_x and ctx.commitment_weight) or (need_codebook and ctx.codebook_weight):
-            pull = _difference(x, codes, counted) * (2 * loss_grad / elements)
+        x_grad = codebook_grad = None
         if need_x:
-            x_grad = quantized_grad.to(codes.dtype).masked_fill(~counted, 0)
-            if ctx.gradient == "rotation":
-                x_grad = _rotate_back(x_grad, x.to(codes.dtype), codes, counted)
-            if pull is not None and ctx.commitment_weight:
-                x_grad = x_grad + ctx.commitment_weight * pull
-            x_grad = x_grad.to(x.dtype)
+            x_grad = quantize_backward(
+                x,
+                codes,
+                indices,
+                quantized_grad,
+                loss_grad,
+                gradient=ctx.gradient,
+                commitment_weight=float(ctx.commitment_weight),
+            )
         if need_codebook:
-            size, dim = ctx.codebook_shape
-            if pull is None or not ctx.codebook_weight:
-                codebook_grad = codes.new_zeros(size, dim, dtype=ctx.codebook_dtype)
-            else:
-                _, sums = accumulate(pull, indices, size)
+            codebook_grad = codes.new_zeros(ctx.codebook_shape, dtype=ctx.codebook_dtype)
+            if ctx.codebook_weight:
+                counted = (indices >= 0)[:, None]
+                elements = (counted.sum() * x.shape[1]).clamp_min(1)
+                pull = difference(x, codes, counted) * (2 * loss_grad / elements)
+                _, sums = accumulate(pull, indices, len(codebook_grad))
                 codebook_grad = (-ctx.codebook_weight * sums).to(ctx.codebook_dtype)
         return x_grad, codebook_grad, None, None, None, None
-
-
-def _compute_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:
-    """float32, or float64 where either argument is."""
-    return torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-
-
-def _difference(x: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
-    return (x.to(codes.dtype) - codes).masked_fill_(~counted, 0)
-
-
-def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
-    """lambda R^T grad for the rotation R = I - 2 w w^T + 2 v u^T that takes u = x/|x| to v = e/|e|, w = (u+v)/|u+v|.
-
-    Written as  lambda (grad + 2 <v, grad> u - 2 <u + v, grad> / |u + v|^2 (u + v)): one factor a row for each of
-    grad, u and v.
-    """
-    x_length, code_length = x.norm(dim=1, keepdim=True), codes.norm(dim=1, keepdim=True)
-    directed = counted & (x_length >= SHORTEST) & (code_length >= SHORTEST)
-    u = (x / x_length).masked_fill_(~directed, 0)
-    v = (codes / code_length).masked_fill_(~directed, 0)
-    along_u, along_v = (u * grad).sum(1, keepdim=True), (v * grad).sum(1, keepdim=True)
-    bisector = (along_u + along_v) / (u + v).square_().sum(1, keepdim=True).clamp_min(SHORTEST**2)
-    stretch = torch.where(directed, code_length / x_length, 1)
-    rotated = grad * stretch
-    rotated.addcmul_(u, 2 * stretch * (along_v - bisector))
-    return rotated.addcmul_(v, -2 * stretch * bisector)

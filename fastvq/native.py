@@ -66,6 +66,19 @@ def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
     return torch.ops.fastvq.native_residual_search(x.contiguous(), codebooks.contiguous())
 
 
+def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.fastvq.native_quantize_forward(
+        x.contiguous(), codebook.contiguous(), indices.contiguous(), keep_codes
+    )
+
+
+def quantize_backward(
+    x: Tensor, codes: Tensor, indices: Tensor, quantized_grad: Tensor, loss_grad: Tensor, **options: Any
+) -> Tensor:
+    tensors = (x, codes, indices, quantized_grad, loss_grad)
+    return torch.ops.fastvq.native_quantize_backward(*[t.contiguous() for t in tensors], **options)
+
+
 def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     return torch.ops.fastvq.native_accumulate(x.contiguous(), indices.contiguous(), codebook_size)
 
@@ -82,6 +95,8 @@ def ema_update_(*tensors: Tensor, decay: float, eps: float) -> None:
 OPS: Ops = {
     "search": search,
     "residual_search": residual_search,
+    "quantize_forward": quantize_forward,
+    "quantize_backward": quantize_backward,
     "accumulate": accumulate,
     "ema_update_": ema_update_,
 }

@@ -12,22 +12,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, reference
 
 _library = torch.library.Library("fastvq", "DEF")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _op(*, fake: Callable[..., Any], mutates: tuple[str, ...] = (), native: bool = True) -> Callable[[_F], _F]:
+def _op(*, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[_F], _F]:
     """Registers the decorated function as an op and returns a function of its signature that calls the op.
 
-    `native` also defines `native_<name>` with the same schema, for the compiled library to implement.
+    `native_<name>` gets the same schema, for the compiled library to implement.
     """
 
     def register(function: _F) -> _F:
         name = function.__name__
         schema = torch.library.infer_schema(function, mutates_args=mutates)
-        for op_name in [name, f"native_{name}"] if native else [name]:
+        for op_name in (name, f"native_{name}"):
             _library.define(op_name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Without a graph, which would hold every temporary tensor of a search that nothing differentiates.
         _library.impl(name, torch.no_grad()(function), "CompositeExplicitAutograd")
@@ -152,13 +152,133 @@ def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
     return backends.select("residual_search", x.device)(x, codebooks)
 
 
-def _check_accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> None:
-    _check_values("x", x, (2,), "(N, D)")
+def _check_indices(indices: Tensor, x: Tensor) -> None:
     if indices.dtype != torch.int64:
         raise TypeError(f"indices: must be int64, got {indices.dtype}")
     if indices.shape != x.shape[:1]:
         raise ValueError(f"indices: must have shape (N,) = ({x.shape[0]},) beside x, got {tuple(indices.shape)}")
     _check_same_device("indices", indices, x)
+
+
+def _check_quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor) -> None:
+    _check_values("x", x, (2,), "(N, D)")
+    _check_values("codebook", codebook, (2,), "(K, D)")
+    _check_codes("codebook", codebook, x)
+    _check_indices(indices, x)
+
+
+def _quantize_forward_fake(
+    x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_quantize_forward(x, codebook, indices)
+    dtype = reference.compute_dtype(x, codebook)
+    codes = x.new_empty((x.shape[0] if keep_codes else 0, x.shape[1]), dtype=dtype)
+    return x.new_empty(x.shape), codes, x.new_empty((), dtype=dtype)
+
+
+@_op(fake=_quantize_forward_fake)
+def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Lookup and quantization error in one pass: what `fastvq.quantize` does once it has the indices.
+
+        quantized_n = e_{index_n},   error = mean of (x - quantized)^2 over the D elements of the rows with a code
+
+    Args:
+        x: vectors (N, D); float32, float16, bfloat16 or float64.
+        codebook: codes (K, D), any of these dtypes.
+        indices: int64 (N,) in [-1, K); a row with -1 gets zeros and counts for nothing.
+        keep_codes: whether the second result is wanted, which `quantize_backward` needs.
+
+    Returns:
+        quantized (N, D) in the dtype of x; the codes (N, D) unrounded, in float32 or, where an argument is, in float64,
+        or an empty (0, D); error () in that dtype, 0 if no row counts. On the CPU rows are summed in float64 in a fixed
+        order: the result doesn't depend on the number of threads.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that don't fit. IndexError: an index out of range, on the CPU.
+
+    Source: van den Oord et al. 2017, equations 2 and 3.
+    """
+    _check_quantize_forward(x, codebook, indices)
+    return backends.select("quantize_forward", x.device)(x, codebook, indices, keep_codes)
+
+
+GRADIENTS = ("ste", "rotation")
+
+
+def _check_quantize_backward(
+    x: Tensor, codes: Tensor, indices: Tensor, quantized_grad: Tensor, loss_grad: Tensor, gradient: str
+) -> None:
+    _check_values("x", x, (2,), "(N, D)")
+    _check_indices(indices, x)
+    for name, tensor, dtypes in (
+        ("codes", codes, (torch.float32, torch.float64)),
+        ("quantized_grad", quantized_grad, (x.dtype,)),
+    ):
+        _check_same_device(name, tensor, x)
+        if tensor.shape != x.shape:
+            raise ValueError(f"{name}: must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}")
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name}: must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    _check_same_device("loss_grad", loss_grad, x)
+    if loss_grad.shape != () or loss_grad.dtype != codes.dtype:
+        raise ValueError(f"loss_grad: must be one number of {codes.dtype}, got {loss_grad.dtype} {loss_grad.shape}")
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient: must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+
+
+def _quantize_backward_fake(
+    x: Tensor,
+    codes: Tensor,
+    indices: Tensor,
+    quantized_grad: Tensor,
+    loss_grad: Tensor,
+    *,
+    gradient: str,
+    commitment_weight: float,
+) -> Tensor:
+    _check_quantize_backward(x, codes, indices, quantized_grad, loss_grad, gradient)
+    return x.new_empty(x.shape)
+
+
+@_op(fake=_quantize_backward_fake)
+def quantize_backward(
+    x: Tensor,
+    codes: Tensor,
+    indices: Tensor,
+    quantized_grad: Tensor,
+    loss_grad: Tensor,
+    *,
+    gradient: str,
+    commitment_weight: float,
+) -> Tensor:
+    """The gradient of x from those of `quantize_forward`'s quantized and error, in one pass.
+
+        x_grad_n = G_n(quantized_grad_n) + commitment_weight 2 loss_grad (x_n - e_n) / (D |{n : index_n >= 0}|)
+
+    with G the identity for "ste" and lambda R^T for "rotation", see `fastvq.quantize`; zeros for index -1.
+
+    Args:
+        x, indices: as in the forward. codes: what it kept.
+        quantized_grad: (N, D) in the dtype of x. loss_grad: () in that of the codes.
+        gradient: "ste" or "rotation". commitment_weight: factor of the error in the loss.
+
+    Returns:
+        (N, D) in the dtype of x, computed in that of the codes.
+
+    Raises:
+        TypeError, ValueError: what doesn't fit, by name.
+
+    Source: van den Oord et al. 2017, section 3.2; Fifty et al. 2024, section 4.2.
+    """
+    _check_quantize_backward(x, codes, indices, quantized_grad, loss_grad, gradient)
+    return backends.select("quantize_backward", x.device)(
+        x, codes, indices, quantized_grad, loss_grad, gradient=gradient, commitment_weight=commitment_weight
+    )
+
+
+def _check_accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> None:
+    _check_values("x", x, (2,), "(N, D)")
+    _check_indices(indices, x)
     if codebook_size < 1:
         raise ValueError(f"codebook_size: must be at least 1, got {codebook_size}")
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 20
@@ -86,12 +87,18 @@ def residual_search(x: Tensor, codebooks: Tensor, *, search: Search = search) ->
     return torch.stack(levels, 1)
 
 
-def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """`fastvq.accumulate`: float64 sums over the rows in ascending order, rounded to float32 once."""
-    if indices.device.type == "cpu":  # index_add_ asserts elsewhere; looking here would wait for the device
+def check_indices(indices: Tensor, codebook_size: int) -> None:
+    """IndexError where one lies outside [-1, codebook_size), on the CPU: elsewhere the device asserts when it uses
+    them, since looking here would wait for it."""
+    if indices.device.type == "cpu":
         outside = indices[(indices < -1) | (indices >= codebook_size)]
         if len(outside):
             raise IndexError(f"indices: must lie in [-1, {codebook_size}), got {int(outside[0])}")
+
+
+def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """`fastvq.accumulate`: float64 sums over the rows in ascending order, rounded to float32 once."""
+    check_indices(indices, codebook_size)
     # Row `codebook_size` takes what is skipped.
     counts = x.new_zeros(codebook_size + 1, dtype=torch.float64)
     sums = x.new_zeros(codebook_size + 1, x.shape[1], dtype=torch.float64)
@@ -101,6 +108,71 @@ def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, 
         counts.index_add_(0, slot, counts.new_ones(slot.shape))
         sums.index_add_(0, slot, chunk.double())
     return counts[:-1].float(), sums[:-1].float()
+
+
+SHORTEST = 1e-6
+"""Length under which a vector has no direction to rotate from; also the floor of `fastvq.functional.unit_norm`."""
+
+
+def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`fastvq.ops.quantize_forward`."""
+    check_indices(indices, codebook.shape[0])
+    counted = (indices >= 0)[:, None]
+    codes = F.embedding(indices.clamp_min(0), codebook.to(compute_dtype(x, codebook))).masked_fill(~counted, 0)
+    elements = (counted.sum() * x.shape[1]).clamp_min(1)
+    loss = difference(x, codes, counted).square_().sum() / elements
+    # Never the tensor that is kept: what the caller does to one mustn't change the other.
+    quantized = codes.to(x.dtype, copy=True)
+    return quantized, codes if keep_codes else codes.new_empty(0, x.shape[1]), loss
+
+
+def quantize_backward(
+    x: Tensor,
+    codes: Tensor,
+    indices: Tensor,
+    quantized_grad: Tensor,
+    loss_grad: Tensor,
+    *,
+    gradient: str,
+    commitment_weight: float,
+) -> Tensor:
+    """`fastvq.ops.quantize_backward`."""
+    counted = (indices >= 0)[:, None]
+    grad = quantized_grad.to(codes.dtype).masked_fill(~counted, 0)
+    if gradient == "rotation":
+        grad = _rotate_back(grad, x.to(codes.dtype), codes, counted)
+    if commitment_weight:
+        elements = (counted.sum() * x.shape[1]).clamp_min(1)
+        grad = grad + difference(x, codes, counted) * (2 * commitment_weight * loss_grad / elements)
+    return grad.to(x.dtype)
+
+
+def compute_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:
+    """float32, or float64 where either argument is."""
+    return torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+
+
+def difference(x: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
+    """x - codes in the dtype of the codes, zero in the rows that aren't counted."""
+    return (x.to(codes.dtype) - codes).masked_fill_(~counted, 0)
+
+
+def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
+    """lambda R^T grad for the rotation R = I - 2 w w^T + 2 v u^T that takes u = x/|x| to v = e/|e|, w = (u+v)/|u+v|.
+
+    Written as  lambda (grad + 2 <v, grad> u - 2 <u + v, grad> / |u + v|^2 (u + v)): one factor a row for each of
+    grad, u and v.
+    """
+    x_length, code_length = x.norm(dim=1, keepdim=True), codes.norm(dim=1, keepdim=True)
+    directed = counted & (x_length >= SHORTEST) & (code_length >= SHORTEST)
+    u = (x / x_length).masked_fill_(~directed, 0)
+    v = (codes / code_length).masked_fill_(~directed, 0)
+    along_u, along_v = (u * grad).sum(1, keepdim=True), (v * grad).sum(1, keepdim=True)
+    bisector = (along_u + along_v) / (u + v).square_().sum(1, keepdim=True).clamp_min(SHORTEST**2)
+    stretch = torch.where(directed, code_length / x_length, 1)
+    rotated = grad * stretch
+    rotated.addcmul_(u, 2 * stretch * (along_v - bisector))
+    return rotated.addcmul_(v, -2 * stretch * bisector)
 
 
 def ema_update_(
@@ -124,6 +196,8 @@ def ema_update_(
 OPS: Ops = {
     "search": search,
     "residual_search": functools.partial(residual_search, search=search),
+    "quantize_forward": quantize_forward,
+    "quantize_backward": quantize_backward,
     "accumulate": accumulate,
     "ema_update_": ema_update_,
 }

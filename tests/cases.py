@@ -37,7 +37,11 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+def close(actual: Tensor | tuple, expected: Tensor | tuple, dtype: torch.dtype | None = None) -> None:
+    if isinstance(actual, tuple):
+        for one, other in zip(actual, expected, strict=True):
+            close(one, other, dtype)
+        return
     torch.testing.assert_close(actual, expected, **TOLERANCE[dtype or actual.dtype], equal_nan=True)
 
 

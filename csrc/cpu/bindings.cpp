@@ -12,6 +12,7 @@
 
 #include "accumulate.h"
 #include "ema_update.h"
+#include "quantize.h"
 #include "residual_search.h"
 #include "search.h"
 
@@ -102,6 +103,44 @@ Tensor residual_search(const Tensor& x, const Tensor& codebooks) {
   return indices;
 }
 
+// A tensor of one number, float32 or float64.
+Tensor scalar(const Tensor& like, ScalarType dtype, double value) {
+  Tensor result = torch::stable::new_empty(like, {}, dtype);
+  if (dtype == ScalarType::Double)
+    *static_cast<double*>(result.mutable_data_ptr()) = value;
+  else
+    *static_cast<float*>(result.mutable_data_ptr()) = static_cast<float>(value);
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_forward(const Tensor& x, const Tensor& codebook, const Tensor& indices,
+                                                    bool keep_codes) {
+  const fastvq::Matrix rows = matrix_of(x), codes = matrix_of(codebook);
+  const bool wide = rows.dtype == fastvq::DType::f64 || codes.dtype == fastvq::DType::f64;
+  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  Tensor quantized = torch::stable::new_empty(x, {rows.rows, rows.dim}, x.scalar_type());
+  Tensor kept = torch::stable::new_empty(x, {keep_codes ? rows.rows : 0, rows.dim}, dtype);
+  const fastvq::Matrix out{wide ? fastvq::DType::f64 : fastvq::DType::f32,
+                           keep_codes ? kept.mutable_data_ptr() : nullptr, rows.rows, rows.dim};
+  const double loss = fastvq::quantize_forward(rows, codes, static_cast<const int64_t*>(indices.const_data_ptr()),
+                                               quantized.mutable_data_ptr(), out, PARALLEL);
+  return {quantized, kept, scalar(x, dtype, loss)};
+}
+
+Tensor quantize_backward(const Tensor& x, const Tensor& codes, const Tensor& indices, const Tensor& quantized_grad,
+                         const Tensor& loss_grad, std::string gradient, double commitment_weight) {
+  const fastvq::Matrix rows = matrix_of(x);
+  Tensor x_grad = torch::stable::new_empty(x, {rows.rows, rows.dim}, x.scalar_type());
+  const double pull = loss_grad.scalar_type() == ScalarType::Double
+                          ? *static_cast<const double*>(loss_grad.const_data_ptr())
+                          : *static_cast<const float*>(loss_grad.const_data_ptr());
+  const auto kind = gradient == "rotation" ? fastvq::Gradient::rotation : fastvq::Gradient::straight_through;
+  fastvq::quantize_backward(rows, matrix_of(codes), static_cast<const int64_t*>(indices.const_data_ptr()),
+                            matrix_of(quantized_grad), kind, 2.0 * commitment_weight * pull, x_grad.mutable_data_ptr(),
+                            PARALLEL);
+  return x_grad;
+}
+
 std::tuple<Tensor, Tensor> accumulate(const Tensor& x, const Tensor& indices, int64_t codebook_size) {
   const fastvq::Matrix rows = matrix_of(x);
   Tensor counts = torch::stable::new_zeros(x, {codebook_size}, ScalarType::Float);
@@ -136,6 +175,8 @@ void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_avg, const T
 STABLE_TORCH_LIBRARY_IMPL(fastvq, CPU, m) {
   m.impl("native_search", TORCH_BOX(&search));
   m.impl("native_residual_search", TORCH_BOX(&residual_search));
+  m.impl("native_quantize_forward", TORCH_BOX(&quantize_forward));
+  m.impl("native_quantize_backward", TORCH_BOX(&quantize_backward));
   m.impl("native_accumulate", TORCH_BOX(&accumulate));
   m.impl("native_ema_update_", TORCH_BOX(&ema_update_));
 }
