@@ -40,6 +40,7 @@ SOURCES = [
     "definition.cpp",
     "quantize.cpp",
     "accumulate.cpp",
+    "peak.cpp",
     "bindings.cpp",
 ]
 ISA_FLAGS: dict[str, list[str]] = {"portable": []}

@@ -4,7 +4,7 @@
                        |                     '-- commitment and codebook losses --> scalar
                        '-- accumulate(x, indices) --> counts, sums -- ema_update_ --> codebook
 
-Layers: `VectorQuantize`. The same as functions: `quantize`, `search`, `residual_search`, `accumulate`, `ema_update_`.
+Layers: `VectorQuantize`, `ResidualVQ`. The same as functions: `quantize`, `search`, `residual_search`, `accumulate`, `ema_update_`.
 Health of a codebook: `usage`, `perplexity`. Which code runs: `use_backend`, and `fastvq info` on the command line.
 """
 
@@ -14,12 +14,13 @@ from .backends import use_backend
 from .codebook import perplexity, usage
 from .functional import Quantized, quantize
 from .ops import accumulate, ema_update_, residual_search, search
-from .quantizers import VectorQuantize
+from .quantizers import ResidualVQ, VectorQuantize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Quantized",
+    "ResidualVQ",
     "VectorQuantize",
     "accumulate",
     "ema_update_",

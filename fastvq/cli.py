@@ -1,4 +1,4 @@
-"""The command line: `fastvq info`, `train`, `reconstruct` and `demo`."""
+"""The command line: `fastvq info`, `train`, `reconstruct`, `demo` and `bench`."""
 
 from __future__ import annotations
 
@@ -28,12 +28,21 @@ _FOLDER_SETTINGS: dict[str, Any] = {"image_size": 64, "grayscale": False}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for an error in what was asked for, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
+    from fastvq.bench.data import BenchError
     from fastvq.data import DataError
     from fastvq.training import CheckpointError, ConfigError
 
     try:
         return options.run(options)
-    except (CheckpointError, ConfigError, DataError, FloatingPointError, MissingExtraError, OSError) as error:
+    except (
+        BenchError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        FloatingPointError,
+        MissingExtraError,
+        OSError,
+    ) as error:
         print(f"fastvq: {error}", file=sys.stderr)
         return _FAILED
     except KeyboardInterrupt:
@@ -70,6 +79,25 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, help="train for fewer or more steps than usual")
     demo.add_argument("--ceiling-steps", type=int, help="the same for the network without a bottleneck")
     demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="time the search of your shape beside other libraries, or run the suite")
+    bench.add_argument("--n", type=int, default=16384, help="vectors (default: %(default)s)")
+    bench.add_argument("--k", type=int, default=1024, help="codes (default: %(default)s)")
+    bench.add_argument("--d", type=int, default=64, help="dimensions (default: %(default)s)")
+    bench.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default: %(default)s)")
+    bench.add_argument(
+        "--data", default="clustered", help="gaussian, clustered, latents or an .npy file (default: %(default)s)"
+    )
+    bench.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+    bench.add_argument("--threads", type=int, help="for every contestant; default: torch's")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured as JSON")
+    bench.add_argument(
+        "--suite", action="store_true", help="run the whole suite, about 12 minutes, and write its report"
+    )
+    bench.add_argument("--render", action="store_true", help="only write the report again from its JSON")
+    bench.add_argument("--out", type=Path, default=Path("docs"), help="folder of the report (default: %(default)s)")
+    bench.add_argument("--readme", type=Path, help="a README whose marked figures are brought up to date")
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -163,4 +191,22 @@ def _demo(options: argparse.Namespace) -> int:
     if run_demo(options.out, config=config, ceiling_steps=ceiling_steps, resume=options.resume) is None:
         print(f"stopped, saved; go on with: fastvq demo --out {shlex.quote(str(options.out))} --resume")
         return _INTERRUPTED
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from fastvq.bench import commands
+
+    if options.suite or options.render:
+        lines = commands.write_suite(options.out, options.readme, render_only=options.render)
+    else:
+        lines = commands.bench_shape(
+            (options.n, options.k, options.d),
+            dtype=options.dtype,
+            data=options.data,
+            device=options.device,
+            threads=options.threads,
+            json_path=options.json,
+        )
+    print("\n".join(lines))
     return 0

@@ -197,6 +197,25 @@ class Codebook(nn.Module):
         if self.dead_code_threshold > 0:
             self._revive_(x, indices >= 0)
 
+    @torch.no_grad()
+    def learn_together_(self, inputs: list[Tensor], indices: list[Tensor]) -> None:
+        """As `learn_`, for a codebook that several levels share: the averages take each level's rows (N, D) and indices
+        (N,) in turn, and the codes follow once, at the end."""
+        if not self.ema_update and self.dead_code_threshold <= 0:
+            return
+        _refuse_many_processes()
+        for x, chosen in zip(inputs, indices, strict=True):
+            counts, sums = accumulate(x, chosen, self.size)
+            self.cluster_size[0].lerp_(counts, 1 - self.decay)
+            if self.ema_update:
+                self.embed_avg[0].lerp_(sums, 1 - self.decay)
+        if self.ema_update:  # with a decay of 1 the averages stay and the codes follow from them
+            ema_update_(self.codes, self.cluster_size[0], self.embed_avg[0], counts, sums, decay=1.0, eps=self.eps)
+            if self.cosine:
+                self.embed.copy_(unit_norm(self.embed))
+        if self.dead_code_threshold > 0:
+            self._revive_(torch.cat(inputs), torch.cat(indices) >= 0)
+
     def _revive_(self, x: Tensor, valid: Tensor) -> None:
         """Puts every code whose cluster size fell below the threshold on a random row of its own, as far as there are
         rows, and gives it the threshold as its size."""

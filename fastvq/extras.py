@@ -7,11 +7,11 @@ from typing import Any
 
 
 class MissingExtraError(ImportError):
-    """A package of the extra `train` isn't installed; the message says how to install it."""
+    """A package of an extra isn't installed; the message says how to install it."""
 
 
-def require(module: str) -> Any:
-    """Import and return `module`, one that `pip install "fastvq-torch[train]"` brings.
+def require(module: str, extra: str = "train") -> Any:
+    """Import and return `module`, one that `pip install "fastvq-torch[EXTRA]"` brings.
 
     Raises:
         MissingExtraError: it isn't installed.
@@ -20,5 +20,5 @@ def require(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f'{module.partition(".")[0]} is missing: pip install "fastvq-torch[train]"', name=error.name
+            f'{module.partition(".")[0]} is missing: pip install "fastvq-torch[{extra}]"', name=error.name
         ) from error

@@ -41,6 +41,7 @@ def quantize(
     commitment_weight: float = 1.0,
     codebook_weight: float = 0.0,
     mask: Tensor | None = None,
+    indices: Tensor | None = None,
 ) -> Quantized:
     """The nearest code of each vector, with a gradient for the encoder and the losses of VQ-VAE.
 
@@ -61,6 +62,7 @@ def quantize(
         commitment_weight, codebook_weight: factors of the two losses; beta of the paper is commitment_weight beside
             codebook_weight = 1.
         mask: bool (...), True for the rows that count.
+        indices: int64 (...), what `search` would return for x, where that is known already.
 
     Returns:
         quantized (..., D), exactly the codes, rounded to x's dtype; indices (...) int64; loss ().
@@ -83,7 +85,12 @@ def quantize(
     if x.dim() == 0:
         raise ValueError("x: must have shape (..., D), got a scalar")
     rows = x.reshape(-1, x.shape[-1])
-    indices = search(rows.detach(), codebook.detach(), metric=metric)
+    if indices is None:
+        indices = search(rows.detach(), codebook.detach(), metric=metric)
+    elif indices.shape != x.shape[:-1]:
+        raise ValueError(f"indices: must have shape {tuple(x.shape[:-1])} beside x, got {tuple(indices.shape)}")
+    else:
+        indices = indices.reshape(-1)
     if mask is not None:
         indices = indices.masked_fill(~rows_of_mask(mask, x.shape[:-1]), -1)
     quantized, loss = _Quantize.apply(rows, codebook, indices, gradient, commitment_weight, codebook_weight)

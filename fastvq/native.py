@@ -51,6 +51,15 @@ def instruction_set() -> str:
     return _load()[0]
 
 
+def peak(kind: str, threads: int) -> float | None:
+    """What this machine can do at most with `threads` threads, measured: "float32", "bfloat16" or "int16" multiply-adds
+    in GFLOP/s (a multiply-add is two operations), "read" memory in GB/s. None where it has no such instruction."""
+    library = ctypes.CDLL(str(_PACKAGE / "_native.so"))
+    library.fastvq_native_peak.restype = ctypes.c_double
+    rate = library.fastvq_native_peak(kind.encode(), threads)
+    return rate if rate > 0 else None
+
+
 def unavailable(device: torch.device) -> str:
     """Why this backend can't serve `device`; empty where it can."""
     if device.type != "cpu":

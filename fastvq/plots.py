@@ -17,6 +17,8 @@ from torch import Tensor
 from fastvq.extras import require
 
 _BLUE, _ORANGE, _GREY = "#2166ac", "#d6604d", "#777777"
+SERIES = (_BLUE, _ORANGE, "#4d9221", _GREY, "#762a83")
+"""Colours of lines and bars that stand for different things."""
 _DPI = 130
 
 
@@ -28,9 +30,15 @@ def _figure(width: float, height: float, title: str, caption: str) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> None:
+def figure_with(width: float, height: float, title: str, caption: str, *, columns: int = 1) -> tuple[Any, Any]:
+    """A figure as all here are made, with its axes: one, or a row of them."""
+    figure = _figure(width, height, title, caption)
+    return figure, figure.subplots(1, columns)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG; a viewer that watches the file never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A viewer that watches the file must never see half of it.
     partial = path.with_name(f".{path.name}")
     figure.savefig(partial, dpi=_DPI, format="png")
     partial.replace(path)
@@ -69,7 +77,7 @@ def save_reconstructions(
         height = originals.shape[2]
         axes.set_yticks([0.5 * height, 1.5 * height], ["original", "from codes"], rotation=90, va="center", fontsize=9)
         axes.tick_params(length=0)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _points(records: Sequence[dict[str, Any]], split: str, key: str) -> list[tuple[int, float]]:
@@ -112,7 +120,7 @@ def save_curves(path: Path, records: Sequence[dict[str, Any]], *, codebook_size:
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8, loc="upper right" if key == "loss" else "lower right")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_usage(path: Path, counts: Tensor, *, perplexity: float, title: str) -> None:
@@ -138,7 +146,7 @@ def save_usage(path: Path, counts: Tensor, *, perplexity: float, title: str) -> 
     axes.set_xlabel("code, by rank")
     axes.set_ylabel("times chosen")
     axes.legend(fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def code_colours(codebook: Tensor) -> Tensor:
@@ -186,4 +194,4 @@ def save_codes(
         if row == 0:
             for panel, text in zip(panels, ("original", "codes", "decoded from the codes"), strict=True):
                 panel.set_title(text, fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)

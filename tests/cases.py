@@ -42,6 +42,9 @@ def close(actual: Tensor | tuple, expected: Tensor | tuple, dtype: torch.dtype |
         for one, other in zip(actual, expected, strict=True):
             close(one, other, dtype)
         return
+    if not actual.is_floating_point():
+        assert torch.equal(actual, expected)
+        return
     torch.testing.assert_close(actual, expected, **TOLERANCE[dtype or actual.dtype], equal_nan=True)
 
 

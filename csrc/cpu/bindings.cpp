@@ -12,6 +12,7 @@
 
 #include "accumulate.h"
 #include "ema_update.h"
+#include "peak.h"
 #include "quantize.h"
 #include "residual_search.h"
 #include "search.h"
@@ -192,4 +193,9 @@ extern "C" __attribute__((visibility("default"))) const char* fastvq_native_isa(
     *error = message.c_str();
     return nullptr;
   }
+}
+
+// Read by fastvq/native.py for the benchmarks: see peak.h.
+extern "C" __attribute__((visibility("default"))) double fastvq_native_peak(const char* kind, int threads) {
+  return fastvq::peak(kind, threads);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .residual_vq import ResidualVQ
 from .vector_quantize import VectorQuantize
 
-__all__ = ["VectorQuantize"]
+__all__ = ["ResidualVQ", "VectorQuantize"]

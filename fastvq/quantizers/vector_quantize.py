@@ -171,21 +171,27 @@ class VectorQuantize(nn.Module):
         rows = self._to_rows(x)
         rows_mask = self._rows_mask(mask, lens, rows)
         projected = self._project_in(rows)
-        learning = self.training and not frozen
-        if learning:
-            self._codebook.initialise_(
-                projected.detach().flatten(0, -2), None if rows_mask is None else rows_mask.flatten()
-            )
-        quantized, indices, loss = self._quantize(projected, rows_mask, learning)
-        if self.training:
-            flat = indices.flatten()
-            self._codebook.count_(flat)
-            if learning:
-                self._codebook.learn_(projected.detach().flatten(0, -2), flat)
+        quantized, indices, loss = self.quantize_rows(projected, rows_mask, learning=self.training and not frozen)
         quantized = self._project_out(quantized, indices).to(x.dtype)
         return self._from_rows(quantized, x), self._indices_from_rows(indices, x), loss
 
-    def _quantize(self, x: Tensor, mask: Tensor | None, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize_rows(
+        self, x: Tensor, mask: Tensor | None, *, learning: bool, indices: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` between the projections: vectors (..., D), a bool mask (...) or None, and the indices (...) where
+        these are known already. `learning` is whether the codebook is updated."""
+        if learning:
+            self._codebook.initialise_(x.detach().flatten(0, -2), None if mask is None else mask.flatten())
+        quantized, indices, loss = self._quantize(x, mask, learning, indices)
+        if self.training:
+            self._codebook.count_(indices.flatten())
+            if learning:
+                self._codebook.learn_(x.detach().flatten(0, -2), indices.flatten())
+        return quantized, indices, loss
+
+    def _quantize(
+        self, x: Tensor, mask: Tensor | None, learning: bool, indices: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         pulled = self.learnable_codebook and learning
         # In eval nothing flows back, as in vector_quantize_pytorch.
         quantized, indices, loss = quantize(
@@ -196,6 +202,7 @@ class VectorQuantize(nn.Module):
             commitment_weight=self.commitment_weight if self.training else 0.0,
             codebook_weight=self.commitment_weight if pulled else 0.0,
             mask=mask,
+            indices=indices,
         )
         if pulled:  # both losses are one mean with both sides free: its value is counted once
             loss = loss - loss.detach() / 2

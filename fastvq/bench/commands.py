@@ -1,0 +1,97 @@
+"""What `fastvq bench` does."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from .data import DATA, BenchError, Shape, from_file
+from .measure import WrongResultError, measure_search
+from .report import DOCUMENT, SEARCH_HEADERS, search_rows, table, write_report
+from .suite import ceilings, machine, run_suite
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def bench_shape(
+    sizes: tuple[int, int, int],
+    *,
+    dtype: str = "float32",
+    data: str = "clustered",
+    device: str = "cpu",
+    threads: int | None = None,
+    json_path: Path | None = None,
+) -> list[str]:
+    """Time the search of N vectors among K codes of D dimensions, and return the lines to print.
+
+    Raises:
+        BenchError: an argument that can't be, by name; also where fastvq itself returns a wrong index.
+    """
+    for name, size in zip("nkd", sizes, strict=True):
+        if size < 1:
+            raise BenchError(f"{name}: must be at least 1, got {size}")
+    if dtype not in DTYPES:
+        raise BenchError(f"dtype: must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if threads is not None and threads < 1:
+        raise BenchError(f"threads: must be at least 1, got {threads}")
+    shape = Shape(*sizes)
+    place = _device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    x, codebook = _vectors(data, shape)
+    x, codebook = x.to(place, DTYPES[dtype]), codebook.to(place, DTYPES[dtype])
+    try:
+        contestants = measure_search(shape, x, codebook)
+    except WrongResultError as error:
+        raise BenchError(str(error)) from error
+    record = {**shape._asdict(), "data": data, "dtype": dtype, "contestants": contestants}
+    if json_path is not None:
+        document = {"machine": machine(_command()), "ceilings": ceilings(torch.get_num_threads()), "search": [record]}
+        partial = json_path.with_name(f".{json_path.name}")
+        partial.write_text(json.dumps(document, indent=1) + "\n")
+        partial.replace(json_path)
+    title = f"{shape} {dtype} {data}, {torch.get_num_threads()} threads"
+    return [title if place.type == "cpu" else f"{title}, {place}", "", table(search_rows(record), SEARCH_HEADERS)]
+
+
+def _vectors(data: str, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    if data in DATA:
+        return DATA[data](shape)
+    if not data.endswith(".npy"):
+        raise BenchError(f"data: must be {', '.join(DATA)} or the path of an .npy file, got {data!r}")
+    return from_file(Path(data), shape)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BenchError(f"device: {name!r} can't be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def write_suite(folder: Path, readme: Path | None, *, render_only: bool = False) -> list[str]:
+    """Run the suite, or read what it measured, and write the report to `folder`.
+
+    Raises:
+        BenchError: nothing to render, or fastvq returns a wrong index.
+    """
+    path = folder / DOCUMENT
+    if render_only and not path.exists():
+        raise BenchError(
+            f"render: {path} doesn't exist; fastvq bench --suite --out {shlex.quote(str(folder))} makes it"
+        )
+    try:
+        document = json.loads(path.read_text()) if render_only else run_suite(command=_command())
+    except WrongResultError as error:
+        raise BenchError(str(error)) from error
+    return [f"written: {path}" for path in write_report(document, folder, readme)]
+
+
+def _command() -> str:
+    return shlex.join(["fastvq", *sys.argv[1:]])

@@ -1,0 +1,153 @@
+"""Shapes and vectors of the benchmarks, declared once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Shape(NamedTuple):
+    """N vectors, K codes, D dimensions."""
+
+    n: int
+    k: int
+    d: int
+
+    def __str__(self) -> str:
+        return f"N={self.n} K={self.k} D={self.d}"
+
+
+SHAPES = [
+    Shape(16384, 512, 64),
+    Shape(16384, 1024, 64),
+    Shape(16384, 8192, 64),
+    Shape(65536, 1024, 8),
+    Shape(16384, 8192, 256),
+    Shape(8192, 65536, 16),
+    Shape(4096, 262144, 32),
+    Shape(64, 1024, 128),
+    Shape(1, 2048, 256),
+]
+OTHER_SHAPES = [
+    Shape(8192, 1000, 3),
+    Shape(8192, 1000, 12),
+    Shape(8192, 777, 24),
+    Shape(8192, 3001, 40),
+    Shape(8192, 3001, 100),
+    Shape(4096, 999, 192),
+    Shape(4096, 999, 384),
+]
+
+LATENT_DIM = 64
+_LATENT_STEPS = 400
+_SPREAD = 0.15
+
+
+class BenchError(ValueError):
+    """What was asked for can't be measured; the message names the argument."""
+
+
+def gaussian(shape: Shape) -> tuple[Tensor, Tensor]:
+    """Vectors and codes from one normal distribution: nothing to cluster, the hardest data for a bound."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(shape.n, shape.d, generator=g), torch.randn(shape.k, shape.d, generator=g)
+
+
+def clustered(shape: Shape) -> tuple[Tensor, Tensor]:
+    """Vectors around normally distributed codes, at 0.15 of their spread, as behind a trained encoder."""
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randn(shape.k, shape.d, generator=g)
+    owner = torch.randint(shape.k, (shape.n,), generator=g)
+    return codes[owner] + _SPREAD * torch.randn(shape.n, shape.d, generator=g), codes
+
+
+def latents(shape: Shape) -> tuple[Tensor, Tensor]:
+    """What the encoder of a VQ-VAE makes of the shipped Fashion-MNIST images, and codes learned from it by k-means.
+
+    The model is trained for 400 steps with K=512, D=64; its latents are kept in the cache folder. For K up to 512 the
+    codes are those of k-means on 64 K latents; a larger K has random latents as codes, as there are too few for more.
+
+    Raises:
+        BenchError: D isn't that of the model.
+    """
+    if shape.d != LATENT_DIM:
+        raise BenchError(f"data: latents have D={LATENT_DIM}, got D={shape.d}")
+    vectors = _all_latents()
+    g = torch.Generator().manual_seed(0)
+    x = vectors[torch.randint(len(vectors), (shape.n,), generator=g)]
+    if shape.k > 512:
+        return x, vectors[torch.randint(len(vectors), (shape.k,), generator=g)].clone()
+    from fastvq.codebook import kmeans
+
+    sample = vectors[torch.randint(len(vectors), (64 * shape.k,), generator=g)]
+    codes, _ = kmeans(sample, shape.k, iterations=10, valid=torch.ones(len(sample), dtype=torch.bool))
+    return x, codes
+
+
+DATA: dict[str, Callable[[Shape], tuple[Tensor, Tensor]]] = {
+    "gaussian": gaussian,
+    "clustered": clustered,
+    "latents": latents,
+}
+
+
+def from_file(path: Path, shape: Shape) -> tuple[Tensor, Tensor]:
+    """The first N rows of an .npy file of shape (rows, D), and K of its rows as codes.
+
+    Raises:
+        BenchError: it isn't a file of at least max(N, K) float rows of D dimensions.
+    """
+    import numpy as np
+
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise BenchError(f"data: {path} can't be read as .npy: {error}") from error
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating):
+        raise BenchError(f"data: {path} must hold floats of shape (rows, D), got {values.dtype} {values.shape}")
+    if values.shape[1] != shape.d or len(values) < max(shape.n, shape.k):
+        raise BenchError(
+            f"data: {path} must hold at least {max(shape.n, shape.k)} rows (N and K) of D={shape.d}, got {values.shape}"
+        )
+    vectors = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[: shape.k]
+    return vectors[: shape.n], vectors[chosen]
+
+
+def cache_folder() -> Path:
+    """Where the latents are kept: fastvq/ in XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvq"
+
+
+def _all_latents() -> Tensor:
+    path = cache_folder() / f"fashion-mnist-latents-{_LATENT_STEPS}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    vectors = _train_latents(_LATENT_STEPS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(vectors, partial)
+    partial.replace(path)
+    return vectors
+
+
+def _train_latents(steps: int) -> Tensor:
+    import tempfile
+
+    from fastvq.data.images import to_float
+    from fastvq.training import TrainConfig, Trainer, load_images
+
+    config = TrainConfig(steps=steps, dim=LATENT_DIM, evaluate_every=steps, checkpoint_every=steps)
+    images = load_images(config)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, images, Path(folder) / "run")
+        trainer.fit(progress=False)
+    model = trainer.model.eval()
+    with torch.no_grad():
+        grids = [model.encoder(to_float(chunk)) for chunk in images.train.split(500)]
+    return torch.cat([grid.flatten(2).transpose(1, 2).reshape(-1, LATENT_DIM) for grid in grids])

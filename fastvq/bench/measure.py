@@ -1,0 +1,151 @@
+"""Timing that compares fairly, results that are checked, and memory seen by the operating system."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvq import reference
+
+from .data import DATA, Shape
+from .peers import CONTESTANTS, Contestant, contestants
+
+CHECKED_ROWS = 256
+_CHECKED_ELEMENTS = 1 << 28
+# Another library's threads spin for a while after their work; the next contestant isn't to share the cores with them.
+_SETTLE_SECONDS = 0.003
+
+
+class WrongResultError(RuntimeError):
+    """fastvq returned an index that isn't the specification's."""
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """The time of one call: by the clock on the CPU, by events on a CUDA device."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    call()
+    last.record()
+    last.synchronize()
+    return 1e-3 * first.elapsed_time(last)
+
+
+def interleave(
+    calls: dict[str, Callable[[], Any]], *, budget: float, device: torch.device | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each call, taking turns, so that a busy machine is busy for all of them.
+
+    Args:
+        calls: what is timed, by name.
+        budget: seconds for all rounds together; there are at least 3 rounds, and at most 60.
+    """
+    device = device or torch.device("cpu")
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        seconds_of(call, device)
+    start = time.perf_counter()
+    for done in range(60):
+        if done >= 3 and time.perf_counter() - start > budget:
+            break
+        for name, call in calls.items():
+            time.sleep(_SETTLE_SECONDS)
+            times[name].append(seconds_of(call, device))
+    return times
+
+
+def wrong_indices(indices: Tensor, x: Tensor, codebook: Tensor) -> tuple[int, int]:
+    """How many of some rows, spread over the batch, have another index than the specification's; and of how many."""
+    count = max(8, min(CHECKED_ROWS, len(x), _CHECKED_ELEMENTS // codebook.numel()))
+    rows = torch.linspace(0, len(x) - 1, min(count, len(x))).long().to(x.device)
+    return int((indices.to(x.device)[rows] != reference.search(x[rows], codebook)).sum()), len(rows)
+
+
+def measure_search(
+    shape: Shape, x: Tensor, codebook: Tensor, *, budget: float = 4.0, entrants: list[Contestant] | None = None
+) -> list[dict[str, Any]]:
+    """One record for each contestant: name, median seconds, GFLOP/s of 2 N K D, wrong indices; or why it didn't run.
+
+    Raises:
+        WrongResultError: a backend of fastvq is wrong.
+    """
+    records: list[dict[str, Any]] = []
+    calls: dict[str, Callable[[], Any]] = {}
+    for entrant in entrants if entrants is not None else contestants(x.device):
+        record: dict[str, Any] = {"name": entrant.name}
+        records.append(record)
+        if reason := entrant.why_not(shape, x.dtype, x.device):
+            record["not_run"] = reason
+            continue
+        call = entrant.prepare(x, codebook)
+        result = call()
+        if result is not None:
+            record["wrong"], record["checked"] = wrong_indices(result, x, codebook)
+            if record["wrong"] and entrant.name.startswith("fastvq"):
+                raise WrongResultError(f"{entrant.name} is wrong in {record['wrong']} of {record['checked']}: {shape}")
+        calls[entrant.name] = call
+    times = interleave(calls, budget=budget, device=x.device)
+    for record in records:
+        if record["name"] in times:
+            seconds = statistics.median(times[record["name"]])
+            record |= {
+                "seconds": seconds,
+                "runs": len(times[record["name"]]),
+                "gflops": 2e-9 * _volume(shape) / seconds,
+            }
+    return records
+
+
+def _volume(shape: Shape) -> int:
+    return shape.n * shape.k * shape.d
+
+
+def in_fresh_process(arguments: list[str], environment: dict[str, str] | None = None) -> Any:
+    """What `python -m fastvq.bench.worker ARGUMENTS` prints, as JSON; environment is the whole of it, if given."""
+    command = [sys.executable, "-m", "fastvq.bench.worker", *arguments]
+    done = subprocess.run(command, text=True, capture_output=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def extra_bytes(call: Callable[[], Any]) -> int:
+    """The most memory that the process held during a call beyond what it held before; Linux only.
+
+    The first call of its kind in a process: memory that an earlier one left to the allocator wouldn't be seen.
+    """
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is held now
+    before = _status("VmRSS")
+    result = call()
+    peak = _status("VmHWM")
+    del result
+    return max(0, peak - before)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def search_memory(name: str, shape: Shape) -> int:
+    """Extra bytes of one contestant's search of clustered data, its libraries loaded by a search of eight vectors."""
+    entrant = next(c for c in CONTESTANTS if c.name == name)
+    for size in (Shape(8, 16, shape.d), shape):
+        call = entrant.prepare(*DATA["clustered"](size))
+        if size is not shape:
+            call()
+    return extra_bytes(call)

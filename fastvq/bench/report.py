@@ -1,0 +1,282 @@
+"""docs/benchmarks.md, its plots and the README's figures, from the suite's JSON document alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from fastvq.extras import require
+from fastvq.plots import SERIES, figure_with, save_figure
+
+from .peers import NATIVE, PRODUCT
+from .suite import MEMORY_SHAPE, SCALING
+from .targets import lead, outcomes
+
+DOCUMENT, PAGE, IMAGES = "benchmarks.json", "benchmarks.md", "images"
+_MARKER = re.compile(r"(<!-- bench:([\w.-]+) -->).*?(<!-- /bench -->)", re.S)
+_TINY, _SMALL = 1e-3, 1.0
+
+
+def write_report(document: dict[str, Any], folder: Path, readme: Path | None = None) -> list[Path]:
+    """Write the document, its page and its plots to `folder`, and the figures into a README that has markers.
+
+    Every file is written to a temporary name first. Returns the paths.
+    """
+    images = folder / IMAGES
+    plots = [plot_search(document, images / "bench_search.png"), plot_scaling(document, images / "bench_scaling.png")]
+    texts = {folder / DOCUMENT: json.dumps(document, indent=1) + "\n", folder / PAGE: page(document)}
+    if readme is not None and readme.exists():
+        texts[readme] = with_figures(readme.read_text(), document)
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}")
+        partial.write_text(text)
+        partial.replace(path)
+    return [*texts, *plots]
+
+
+def table(rows: list[list[str]], headers: list[str]) -> str:
+    """A table that is Markdown and readable as it stands."""
+    return require("tabulate", extra="bench").tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def duration(seconds: float) -> str:
+    """With a unit of a sensible size."""
+    if seconds < _TINY:
+        return f"{1e6 * seconds:.0f} us"
+    return f"{1e3 * seconds:.3g} ms" if seconds < _SMALL else f"{seconds:.2f} s"
+
+
+def search_rows(record: dict[str, Any]) -> list[list[str]]:
+    """One row for each contestant: name, time, GFLOP/s, times of fastvq native, wrong indices."""
+    contestants = record["contestants"]
+    own = next((c["seconds"] for c in contestants if c["name"] == NATIVE and "seconds" in c), None)
+    rows = []
+    for c in contestants:
+        if "not_run" in c:
+            rows.append([c["name"], f"not run: {c['not_run']}", "", "", ""])
+            continue
+        relative = f"{c['seconds'] / own:.2f}" if own else ""
+        wrong = f"{c['wrong']} of {c['checked']}" if "wrong" in c else "no indices"
+        rows.append([c["name"], duration(c["seconds"]), f"{c['gflops']:.0f}", relative, wrong])
+    return rows
+
+
+SEARCH_HEADERS = ["", "median", "GFLOP/s", "time / fastvq", "wrong indices"]
+
+
+def page(document: dict[str, Any]) -> str:
+    """The page, in Markdown."""
+    sections = [_head(document), _targets(document), _searches(document), _steps(document), _memory(document)]
+    return "\n".join([*sections, _scaling(document), _gpu(document)])
+
+
+def _head(document: dict[str, Any]) -> str:
+    m, c = document["machine"], document["ceilings"]
+    versions = ", ".join(f"{name} {version or '(not installed)'}" for name, version in m["versions"].items())
+    peaks = ", ".join(
+        f"{name} {c[kind]:.0f} {unit}" if c[kind] else f"{name}: not applicable"
+        for kind, name, unit in (
+            ("float32", "float32 multiply-adds", "GFLOP/s"),
+            ("bfloat16", "bfloat16 dot products", "GFLOP/s"),
+            ("int16", "int16 dot products", "GFLOP/s"),
+            ("read", "reading memory", "GB/s"),
+        )
+    )
+    return f"""# Benchmarks
+
+Rendered from [{DOCUMENT}]({DOCUMENT}), which `{m["command"]}` wrote on {m["date"]}; don't edit.
+
+- Machine: {m["processor"]}, {m["cores"]} cores, {m["threads"]} threads for every contestant.
+- Native code: {m["instruction_set"]}.
+- fastvq {m["fastvq"]}, commit {m["commit"] or "unknown"} (+ means with changes); {versions}.
+- Ceilings, measured in the same run: {peaks}.
+
+Times are medians of calls that take turns. Each contestant's indices are checked first, in the same run, against the
+float64 definition on up to 256 rows; fastvq must have none wrong, others may. GFLOP/s count 2 N K D operations,
+whatever a method really does.
+"""
+
+
+def _targets(document: dict[str, Any]) -> str:
+    rows = [[o.against, o.on, o.wanted, o.measured, o.verdict] for o in outcomes(document)]
+    return f"""## Targets
+
+{table(rows, ["against", "on", "at least", "measured", ""])}
+
+The low-precision tier is int16, not bfloat16: the same rate, with less rounding ([decisions.md](decisions.md)).
+"""
+
+
+def _searches(document: dict[str, Any]) -> str:
+    parts = [
+        "## Search\n",
+        f"![Search: how many times faster than the fastest peer]({IMAGES}/bench_search.png)\n",
+        "Gaussian data have no structure; clustered data lie around their codes; latents are those of a VQ-VAE\n"
+        "trained on Fashion-MNIST. `torch.mm alone` is the bare product into a preallocated output: no search.\n",
+    ]
+    for title, records in (("", document["search"]), ("### Other shapes\n", document["other"])):
+        if title:
+            parts.append(title)
+        for r in records:
+            parts.append(f"**N={r['n']}, K={r['k']}, D={r['d']}, {r['data']}**\n")
+            parts.append(table(search_rows(r), SEARCH_HEADERS) + "\n")
+    return "\n".join(parts)
+
+
+def _steps(document: dict[str, Any]) -> str:
+    rows = []
+    for r in document["steps"]:
+        name = f"{r['levels']} levels, " if r["levels"] else ""
+        name += f"N={r['n']} K={r['k']} D={r['d']}"
+        if "not_run" in r:
+            rows.append([name, f"not measured: {r['not_run']}", "", ""])
+        else:
+            own, peer = r["seconds"].values()
+            rows.append([name, duration(own), duration(peer), f"{r['ratio']:.1f} x"])
+    return f"""## Training step
+
+Forward, backward and codebook update of `VectorQuantize` and `ResidualVQ`, with vector_quantize_pytorch's defaults.
+
+{table(rows, ["", "fastvq", "vector_quantize_pytorch", "faster"])}
+"""
+
+
+def _memory(document: dict[str, Any]) -> str:
+    rows = []
+    for r in document["memory"]:
+        value = f"not measured: {r['not_run']}" if "not_run" in r else f"{r['bytes'] / 1e6:.1f} MB"
+        rows.append(["search" if r["what"] == "search" else "training step", r["name"], value])
+    shape = MEMORY_SHAPE
+    return f"""## Memory
+
+The most that a process holds during its first call beyond what it held before, at {shape}. The matrix of distances
+would take {4e-6 * shape.n * shape.k:.0f} MB, the vectors take {4e-6 * shape.n * shape.d:.1f} MB and the codes as much.
+
+{table(rows, ["", "", "extra memory"])}
+"""
+
+
+def _scaling(document: dict[str, Any]) -> str:
+    rows = [
+        [
+            str(r["threads"]),
+            f"{r['gflops']:.0f}",
+            *(f"{r['ceilings'][k]:.0f}" if r["ceilings"][k] else "-" for k in _CEILINGS),
+        ]
+        for r in document["threads"]
+    ]
+    return f"""## Scaling
+
+![GFLOP/s against N, K and D]({IMAGES}/bench_scaling.png)
+
+Threads, at N=16384 K=8192 D=64:
+
+{table(rows, ["threads", "fastvq native", "float32 peak", "int16 peak"])}
+"""
+
+
+_CEILINGS = ("float32", "int16")
+
+
+def _gpu(document: dict[str, Any]) -> str:
+    gpu = document["machine"]["gpu"]
+    if gpu:
+        return f"## GPU\n\nOn {gpu}; times by device events.\n"
+    return """## GPU
+
+Not measured: this machine has none. On one that has, `fastvq bench --device cuda` times the torch backend by device
+events beside torch.compile, flash-kmeans and cuVS, where these are installed.
+"""
+
+
+def plot_search(document: dict[str, Any], path: Path) -> Path:
+    """Bars: how many times faster than the fastest peer, shape by shape."""
+    shapes = list(dict.fromkeys((r["n"], r["k"], r["d"]) for r in document["search"] + document["other"]))
+    figure, axes = figure_with(
+        9.5,
+        6.0,
+        "Nearest-code search: fastvq against the fastest peer",
+        "Bars beyond 1 mean that fastvq needs less time than the fastest of the other searches on that shape and data.",
+    )
+    kinds = list(dict.fromkeys(r["data"] for r in document["search"]))
+    height = 0.8 / len(kinds)
+    for i, kind in enumerate(kinds):
+        found = {
+            (r["n"], r["k"], r["d"]): lead(r, document["machine"]["peers"])
+            for r in document["search"] + document["other"]
+            if r["data"] == kind
+        }
+        places = [p for p, s in enumerate(shapes) if found.get(s)]
+        values = [found[shapes[p]][0] for p in places]  # type: ignore[index]
+        axes.barh([p + i * height for p in places], values, height, label=kind, color=SERIES[i])
+    axes.set_yticks([p + 0.4 - height / 2 for p in range(len(shapes))], [f"{n} x {k} x {d}" for n, k, d in shapes])
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="#777777", linewidth=1)
+    axes.set_xlabel("times faster than the fastest peer")
+    axes.set_ylabel("N x K x D")
+    axes.legend(loc="lower right", frameon=False)
+    save_figure(figure, path)
+    return path
+
+
+def plot_scaling(document: dict[str, Any], path: Path) -> Path:
+    """Three panels: GFLOP/s against each size, with the ceilings."""
+    figure, panels = figure_with(
+        11.0,
+        4.6,
+        "Search of clustered data: work done per second",
+        "Around N=16384, K=1024, D=64. Dashed: the machine's peaks of float32 and int16 multiply-adds in the same run.",
+        columns=3,
+    )
+    for axes, axis in zip(panels, SCALING, strict=True):
+        records = document["scaling"][axis]
+        sizes = [r[axis.lower()] for r in records]
+        for i, name in enumerate(records[0]["gflops"]):
+            points = [(s, r["gflops"][name]) for s, r in zip(sizes, records, strict=True) if r["gflops"].get(name)]
+            axes.plot(
+                *zip(*points, strict=True), marker="o", markersize=3, color=SERIES[i], label=name
+            ) if points else None
+        for kind in _CEILINGS:
+            if peak := document["ceilings"][kind]:
+                axes.axhline(peak, linestyle="--", linewidth=1, color="#777777")
+                axes.annotate(f"{kind} peak", (sizes[0], peak), fontsize=7, va="bottom", color="#555555")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel(axis)
+    panels[0].set_ylabel("GFLOP/s (2 N K D / time)")
+    panels[2].legend(fontsize=7, frameon=False, loc="lower right")
+    save_figure(figure, path)
+    return path
+
+
+def figures(document: dict[str, Any]) -> dict[str, str]:
+    """The figures that other pages may quote, by name."""
+    named: dict[str, str] = {}
+    for r in document["search"]:
+        name = f"{r['n']}-{r['k']}-{r['d']}-{r['data']}"
+        seconds = {c["name"]: c["seconds"] for c in r["contestants"] if "seconds" in c}
+        named[f"search-{name}"] = duration(seconds[NATIVE])
+        if found := lead(r, document["machine"]["peers"]):
+            named[f"lead-{name}"] = f"{found[0]:.1f} times"
+        if found := lead(r, [PRODUCT]):
+            named[f"product-{name}"] = f"{found[0]:.1f} times"
+    for r in document["steps"]:
+        if "ratio" in r:
+            named[f"step-{r['n']}-{r['k']}-{r['d']}-{r['levels']}"] = f"{r['ratio']:.0f} times"
+    for r in document["memory"]:
+        if "bytes" in r:
+            named[f"memory-{r['what']}-{r['name'].replace(' ', '-')}"] = f"{r['bytes'] / 1e6:.0f} MB"
+    return named
+
+
+def with_figures(text: str, document: dict[str, Any]) -> str:
+    """`text` with what stands between `<!-- bench:NAME -->` and `<!-- /bench -->` replaced by the figure of that name.
+
+    Raises:
+        KeyError: there is no figure of a name.
+    """
+    named = figures(document)
+    return _MARKER.sub(lambda match: match[1] + named[match[2]] + match[3], text)

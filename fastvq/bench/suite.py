@@ -1,0 +1,183 @@
+"""The whole suite, as one JSON document from which the report is rendered."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastvq
+from fastvq import native
+
+from .data import DATA, LATENT_DIM, OTHER_SHAPES, SHAPES, Shape, clustered
+from .measure import in_fresh_process, measure_search
+from .peers import CONTESTANTS, NATIVE, PEERS, PRODUCT, instruction_set
+from .training import LEVELS, PEER, RESIDUAL_STEP, STEPS, measure_step
+
+THREADS = 2
+MEMORY_SHAPE = Shape(8192, 8192, 64)
+FORCED = {
+    "float32": [Shape(16384, 8192, 64), Shape(16384, 8192, 256)],
+    "int16": [Shape(16384, 8192, 128), Shape(16384, 8192, 256)],
+}
+# Around one shape, each size by itself.
+_CENTRE = Shape(16384, 1024, 64)
+SCALING = {
+    "N": [Shape(n, _CENTRE.k, _CENTRE.d) for n in (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)],
+    "K": [Shape(_CENTRE.n, k, _CENTRE.d) for k in (16, 64, 256, 1024, 4096, 16384)],
+    "D": [Shape(_CENTRE.n, _CENTRE.k, d) for d in (2, 4, 8, 16, 32, 64, 128, 256, 512)],
+}
+_COMPARED = (NATIVE, "faiss-cpu", "addmm + argmin", PRODUCT)
+
+
+def run_suite(*, command: str) -> dict[str, Any]:
+    """Everything that the report shows. Prints a line for each part as it begins.
+
+    Raises:
+        WrongResultError: fastvq is wrong somewhere.
+    """
+    torch.set_num_threads(THREADS)
+    document: dict[str, Any] = {"machine": machine(command), "ceilings": ceilings(THREADS)}
+    document["search"] = [
+        search_record(shape, data)
+        for shape in SHAPES
+        for data in DATA
+        if data != "latents" or (shape.d == LATENT_DIM and shape.n > 64)
+    ]
+    document["other"] = [search_record(shape, "clustered", budget=1.5) for shape in OTHER_SHAPES]
+    document["forced"] = [forced_record(tier, shape) for tier, shapes in FORCED.items() for shape in shapes]
+    document["steps"] = [
+        _said(f"training step {shape}", measure_step, shape, levels)
+        for shape, levels in [*((s, 0) for s in STEPS), (RESIDUAL_STEP, LEVELS)]
+    ]
+    document["memory"] = memory_records()
+    document["scaling"] = {
+        axis: [_said(f"scaling {shape}", scaling_record, shape) for shape in shapes] for axis, shapes in SCALING.items()
+    }
+    document["threads"] = [_said(f"{threads} threads", thread_record, threads) for threads in thread_counts()]
+    return document
+
+
+def _said(what: str, function: Any, *arguments: Any) -> Any:
+    print(f"  {what}", flush=True)
+    return function(*arguments)
+
+
+def search_record(shape: Shape, data: str, *, budget: float = 4.0) -> dict[str, Any]:
+    """One shape and kind of data by all contestants."""
+    print(f"  search {shape} {data}", flush=True)
+    x, codebook = DATA[data](shape)
+    return {**shape._asdict(), "data": data, "contestants": measure_search(shape, x, codebook, budget=budget)}
+
+
+def scaling_record(shape: Shape) -> dict[str, Any]:
+    """GFLOP/s of a few contestants on clustered data."""
+    chosen = [c for c in CONTESTANTS if c.name in _COMPARED]
+    records = measure_search(shape, *clustered(shape), budget=0.6, entrants=chosen)
+    return {**shape._asdict(), "gflops": {r["name"]: r.get("gflops") for r in records}}
+
+
+def thread_counts() -> list[int]:
+    """1, 2, 4 ... up to the processors of this machine."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [count for count in (1, 2, 4, 8, 16, 32, 64) if count <= processors]
+
+
+def thread_record(threads: int) -> dict[str, Any]:
+    """GFLOP/s of the native backend on the largest everyday shape, and the ceilings, with so many threads."""
+    shape = Shape(16384, 8192, 64)
+    seconds = in_fresh_process(["time", NATIVE, *map(str, shape), str(threads)])
+    return {"threads": threads, "gflops": 2e-9 * shape.n * shape.k * shape.d / seconds, "ceilings": ceilings(threads)}
+
+
+def forced_record(tier: str, shape: Shape) -> dict[str, Any]:
+    """One tier by itself, in a process whose environment forces it."""
+    print(f"  {tier} alone {shape}", flush=True)
+    record: dict[str, Any] = {"tier": tier, **shape._asdict()}
+    try:
+        arguments = ["time", NATIVE, *map(str, shape), str(THREADS)]
+        seconds = in_fresh_process(arguments, dict(os.environ) | {"FASTVQ_TIER": tier})
+    except RuntimeError as error:
+        return record | {"not_run": str(error).strip().splitlines()[-1]}
+    return record | {"gflops": 2e-9 * shape.n * shape.k * shape.d / seconds}
+
+
+def memory_records() -> list[dict[str, Any]]:
+    """Extra memory of a search and of a training step, each in a fresh process."""
+    records: list[dict[str, Any]] = []
+    sizes = list(map(str, MEMORY_SHAPE))
+    cases = [("search", c.name, c.why_not(MEMORY_SHAPE, torch.float32, torch.device("cpu"))) for c in CONTESTANTS]
+    cases += [("step", name, "") for name in ("fastvq", PEER)]
+    for what, name, reason in cases:
+        print(f"  memory of {what} by {name}", flush=True)
+        record: dict[str, Any] = {"what": what, "name": name}
+        try:
+            if reason:
+                raise RuntimeError(reason)
+            record["bytes"] = in_fresh_process([f"{what}-memory", name, *sizes])
+        except RuntimeError as error:
+            record["not_run"] = str(error).strip().splitlines()[-1]
+        records.append(record)
+    return records
+
+
+def ceilings(threads: int) -> dict[str, float | None]:
+    """GFLOP/s of multiply-adds by type, GB/s of reading; None where the processor has no such instruction."""
+    if native.unavailable(torch.device("cpu")):
+        return dict.fromkeys(("float32", "bfloat16", "int16", "read"))
+    return {kind: native.peak(kind, threads) for kind in ("float32", "bfloat16", "int16", "read")}
+
+
+def machine(command: str) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": instruction_set(),
+        "fastvq": fastvq.__version__,
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        "peers": PEERS,
+    }
+
+
+_PACKAGES = ("torch", "numpy", "faiss-cpu", "scikit-learn", "vector-quantize-pytorch")
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    named = {key.strip(): value.strip() for key, value in fields.items()}
+    model = named.get("model name", platform.machine())
+    return f"{model} (family {named.get('cpu family', '?')}, model {named.get('model', '?')})"
+
+
+def _commit() -> str | None:
+    """The commit of the working tree that fastvq is imported from, with a + where it has changes; None outside one."""
+    folder = Path(fastvq.__file__).parent
+    try:
+        described = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=9", "--exclude=*"]
+        return subprocess.run(described, check=True, text=True, capture_output=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,124 @@
+"""What the suite must show: each target with what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from .peers import NATIVE, PRODUCT
+from .training import PEER
+
+NOT_APPLICABLE = "not applicable"
+
+
+class Outcome(NamedTuple):
+    """A target, what was measured for it, and whether that is enough: None where nothing could be."""
+
+    against: str
+    on: str
+    wanted: str
+    measured: str
+    met: bool | None
+
+    @property
+    def verdict(self) -> str:
+        return NOT_APPLICABLE if self.met is None else "met" if self.met else "not met"
+
+
+def seconds_by_name(record: dict[str, Any]) -> dict[str, float]:
+    """The median seconds of the contestants that ran."""
+    return {c["name"]: c["seconds"] for c in record["contestants"] if "seconds" in c}
+
+
+def lead(record: dict[str, Any], peers: Iterable[str]) -> tuple[float, str] | None:
+    """How many times faster the native backend is than the fastest peer, and which that is; None if nobody ran."""
+    seconds = seconds_by_name(record)
+    ran = {name: seconds[name] for name in peers if name in seconds}
+    if not ran or NATIVE not in seconds:
+        return None
+    best = min(ran, key=lambda name: ran[name])
+    return ran[best] / seconds[NATIVE], best
+
+
+def _where(record: dict[str, Any]) -> str:
+    return f"N={record['n']} K={record['k']} D={record['d']} {record['data']}"
+
+
+def _mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def outcomes(document: dict[str, Any]) -> list[Outcome]:
+    """All targets, in the order of the report."""
+    peers = document["machine"]["peers"]
+    rows = [_mean_lead(document, peers, "clustered", 2.5), _mean_lead(document, peers, "gaussian", 2.0)]
+    rows += [_worst_lead(document, peers), _over_product(document)]
+    rows += [_share_of_peak(document, "float32", "float32", "FMA", 64, 0.88)]
+    rows += [_share_of_peak(document, "int16", "bfloat16", "bf16 dot product", 128, 0.80)]
+    return rows + _steps(document)
+
+
+def _mean_lead(document: dict[str, Any], peers: list[str], data: str, wanted: float) -> Outcome:
+    found = [lead(r, peers) for r in document["search"] if r["data"] == data]
+    ratios = [f[0] for f in found if f]
+    name = "the fastest peer, shape by shape"
+    on = f"{data} data, geometric mean over {len(ratios)} shapes"
+    if not ratios:
+        return Outcome(name, on, f"{wanted} x", "no peer ran", None)
+    return Outcome(name, on, f"{wanted} x", f"{_mean(ratios):.2f} x", _mean(ratios) >= wanted)
+
+
+def _worst_lead(document: dict[str, Any], peers: list[str]) -> Outcome:
+    found = [(lead(r, peers), _where(r)) for r in document["search"] + document["other"]]
+    ratios = [(f[0], f[1], where) for f, where in found if f]
+    name, on = "the fastest peer", "any shape and data, other shapes included"
+    if not ratios:
+        return Outcome(name, on, "1.2 x", "no peer ran", None)
+    ratio, peer, where = min(ratios)
+    return Outcome(name, on, "1.2 x", f"{ratio:.2f} x ({peer}, {where})", ratio >= 1.2)
+
+
+def _over_product(document: dict[str, Any]) -> Outcome:
+    ratios = []
+    for record in document["search"]:
+        if record["data"] == "clustered" and record["d"] >= 64 and record["n"] >= 4096:
+            found = lead(record, [PRODUCT])
+            if found:
+                ratios.append((found[0], _where(record)))
+    name, on = "torch.mm of the same shape into a preallocated output", "clustered, D >= 64, N >= 4096, worst"
+    if not ratios:
+        return Outcome(name, on, "2.0 x", "nothing ran", None)
+    return Outcome(name, on, "2.0 x", f"{min(ratios)[0]:.2f} x ({min(ratios)[1]})", min(ratios)[0] >= 2.0)
+
+
+def _share_of_peak(
+    document: dict[str, Any], tier: str, ceiling: str, ceiling_name: str, smallest_dim: int, wanted: float
+) -> Outcome:
+    peak = document["ceilings"][ceiling]
+    rates = [r["gflops"] for r in document["forced"] if r["tier"] == tier and "gflops" in r and r["d"] >= smallest_dim]
+    name, on = f"the measured {ceiling_name} peak", f"{tier} tier alone, D >= {smallest_dim}, worst"
+    if peak is None or not rates:
+        return Outcome(name, on, f"{wanted:.0%}", "no such instructions" if peak is None else "not run", None)
+    share = min(rates) / peak
+    return Outcome(name, on, f"{wanted:.0%}", f"{share:.0%} of {peak:.0f} GFLOP/s", share >= wanted)
+
+
+def _steps(document: dict[str, Any]) -> list[Outcome]:
+    plain = [r for r in document["steps"] if not r["levels"]]
+    residual = [r for r in document["steps"] if r["levels"]]
+    name = f"VectorQuantize of {PEER}, training step"
+    rows = []
+    ratios = [r["ratio"] for r in plain if "ratio" in r]
+    tests: list[tuple[str, float, Callable[[list[float]], float]]] = [("geometric mean", 20, _mean), ("each", 10, min)]
+    for on, wanted, summary in tests:
+        if ratios:
+            rows.append(Outcome(name, on, f"{wanted} x", f"{summary(ratios):.1f} x", summary(ratios) >= wanted))
+        else:
+            rows.append(Outcome(name, on, f"{wanted} x", plain[0].get("not_run", "not run"), None))
+    for r in residual:
+        on = f"{r['levels']} levels, N={r['n']} K={r['k']} D={r['d']}"
+        measured = f"{r['ratio']:.1f} x" if "ratio" in r else r["not_run"]
+        met = r["ratio"] >= 12 if "ratio" in r else None
+        rows.append(Outcome(f"ResidualVQ of {PEER}, training step", on, "12 x", measured, met))
+    return rows

@@ -1,0 +1,97 @@
+"""Training steps of the layers (forward, backward, codebook update) beside vector_quantize_pytorch's."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastvq
+
+from .data import Shape, clustered
+from .measure import extra_bytes, interleave
+
+STEPS = [Shape(16384, 512, 64), Shape(16384, 8192, 64), Shape(16384, 1024, 8)]
+RESIDUAL_STEP, LEVELS = Shape(4096, 1024, 128), 8
+PEER = "vector_quantize_pytorch"
+_AGREE = 0.999
+
+
+def layers(shape: Shape, levels: int = 0) -> dict[str, nn.Module] | str:
+    """fastvq's layer and the peer's with equal codebooks, residual if there are levels; or why there aren't two."""
+    if importlib.util.find_spec(PEER) is None:
+        return f"{PEER} isn't installed"
+    import vector_quantize_pytorch
+
+    modules = {"fastvq": fastvq, PEER: vector_quantize_pytorch}
+    if not levels:
+        made = {name: m.VectorQuantize(dim=shape.d, codebook_size=shape.k, decay=0.99) for name, m in modules.items()}
+        _, codebook = clustered(shape)
+        with torch.no_grad():
+            for layer in made.values():
+                layer.codebook = codebook
+        return made
+    if not hasattr(fastvq, "ResidualVQ"):
+        return "this version of fastvq has no ResidualVQ"
+    made = {
+        name: m.ResidualVQ(dim=shape.d, codebook_size=shape.k, num_quantizers=levels, decay=0.99)
+        for name, m in modules.items()
+    }
+    made["fastvq"].load_state_dict(made[PEER].state_dict())
+    return made
+
+
+def step_of(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    """One training step: forward with codebook update, and backward to x."""
+
+    def step() -> None:
+        quantized, _, loss = layer(x)
+        x.grad = None
+        (quantized.sum() + loss.sum()).backward()
+
+    return step
+
+
+def agreement(made: dict[str, nn.Module], x: Tensor) -> float:
+    """The share of codes that both layers choose alike, before either has learned. Peers round, so not all need be."""
+    chosen = []
+    for layer in made.values():
+        layer.eval()
+        with torch.no_grad():
+            chosen.append(layer(x)[1])
+        layer.train()
+    return (chosen[0] == chosen[1]).float().mean().item()
+
+
+def measure_step(shape: Shape, levels: int = 0, *, budget: float = 20.0) -> dict[str, Any]:
+    """Median seconds of fastvq's training step and the peer's on clustered data, and how often they agreed before.
+
+    Raises:
+        RuntimeError: they choose different codes, so that comparing their times means nothing.
+    """
+    record: dict[str, Any] = {**shape._asdict(), "levels": levels}
+    made = layers(shape, levels)
+    if isinstance(made, str):
+        return record | {"not_run": made}
+    x = clustered(shape)[0][None].requires_grad_()
+    record["agreement"] = agreement(made, x)
+    if record["agreement"] < _AGREE:
+        raise RuntimeError(f"fastvq and {PEER} agree on {record['agreement']:.2%} of the codes only: {shape}")
+    times = interleave({name: step_of(layer, x) for name, layer in made.items()}, budget=budget)
+    record["seconds"] = {name: statistics.median(t) for name, t in times.items()}
+    record["ratio"] = record["seconds"][PEER] / record["seconds"]["fastvq"]
+    return record
+
+
+def step_memory(name: str, shape: Shape) -> int:
+    """Extra bytes of the first training step of a layer, after one on eight vectors has loaded what it needs."""
+    made = layers(shape)
+    if isinstance(made, str):
+        raise RuntimeError(made)
+    layer = made[name]
+    step_of(layer, torch.randn(1, 8, shape.d, requires_grad=True))()
+    return extra_bytes(step_of(layer, clustered(shape)[0][None].requires_grad_()))
