@@ -1,6 +1,6 @@
 # The two commands are `make demo` and `make test`; each sets up what it needs in .venv first.
 #   make lint       ruff, mypy, clang-format
-#   make bench      the benchmark suite
+#   make bench      the benchmark suite, which writes docs/benchmarks.md; about 12 minutes
 #   make gpu-check  what can be shown about other devices on a machine without one
 #   make format     rewrites the sources as `make lint` wants them
 # PYTHON chooses the interpreter of .venv, TORCH the torch that goes into it.
@@ -16,8 +16,8 @@ CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v cla
 
 # How OpenMP's threads wait. Asleep, they leave a machine that runs anything else its time; spinning for a moment first,
 # they make a training step on an idle one a third shorter.
-demo: export GOMP_SPINCOUNT ?= 20000
-test bench gpu-check: export OMP_WAIT_POLICY ?= PASSIVE
+demo bench: export GOMP_SPINCOUNT ?= 20000
+test gpu-check: export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint bench gpu-check format clean
 
@@ -38,7 +38,8 @@ format: $(VENV)/lint.stamp
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-bench: $(VENV)/test.stamp
+bench: $(VENV)/bench.stamp
+	$(BIN)/fastvq bench --suite --out docs --readme README.md
 	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
 
 gpu-check: $(VENV)/test.stamp

@@ -1,28 +1,38 @@
-"""Nearest-code search against what torch offers for it, and against the bare matrix product."""
+"""Searches by fastvq's backends, one by one; beside other libraries they are timed by `fastvq bench --suite`."""
 
 from __future__ import annotations
-
-import functools
 
 import pytest
 import torch
 
-from .cases import DATA, SEARCHES, SHAPES, mismatches
+import fastvq
+from fastvq.bench.data import DATA, OTHER_SHAPES, SHAPES
+from fastvq.bench.measure import wrong_indices
+from fastvq.bench.peers import CONTESTANTS
+
+BACKENDS = {c.name: c for c in CONTESTANTS if c.name.startswith("fastvq")}
+_LARGEST_FOR_TORCH = 1 << 34  # N K D: the torch backend is an order slower
 
 
-@pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", [*SEARCHES, "torch.mm alone"])
+@pytest.mark.parametrize("data", ["gaussian", "clustered"])
+@pytest.mark.parametrize("shape", [*SHAPES, *OTHER_SHAPES], ids=str)
+@pytest.mark.parametrize("name", BACKENDS)
 def bench_search(benchmark, name, shape, data):
-    x, codebook = DATA[data](*shape)
-    n, k, d = shape
-    benchmark.group = f"search N={n} K={k} D={d} {data}"
-    if name == "torch.mm alone":
-        run = functools.partial(torch.mm, x, codebook.T, out=torch.empty(n, k))
-    else:
-        wrong = mismatches(SEARCHES[name], x, codebook)
-        assert not (name.startswith("fastvq") and wrong)
-        benchmark.extra_info["wrong indices of 256"] = wrong
-        run = functools.partial(SEARCHES[name], x, codebook)
-    benchmark.pedantic(run, rounds=7, warmup_rounds=1)
-    benchmark.extra_info["GFLOP/s"] = round(2e-9 * n * k * d / benchmark.stats.stats.median, 1)
+    if name == "fastvq torch" and shape.n * shape.k * shape.d > _LARGEST_FOR_TORCH:
+        pytest.skip("takes longer than a benchmark may; fastvq bench --suite times it")
+    x, codebook = DATA[data](shape)
+    call = BACKENDS[name].prepare(x, codebook)
+    assert wrong_indices(call(), x, codebook)[0] == 0
+    benchmark.group = f"search {shape} {data}"
+    benchmark.pedantic(call, rounds=5, warmup_rounds=1)
+    benchmark.extra_info["GFLOP/s"] = round(2e-9 * shape.n * shape.k * shape.d / benchmark.stats.stats.median, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def bench_dtypes_and_metrics(benchmark, dtype, metric):
+    x, codebook = (t.to(dtype) for t in DATA["clustered"](SHAPES[1]))
+    expected = fastvq.reference.search(x[:64], codebook, metric=metric)
+    assert torch.equal(fastvq.search(x, codebook, metric=metric)[:64], expected)
+    benchmark.group = f"search {SHAPES[1]} by dtype and metric"
+    benchmark.pedantic(fastvq.search, (x, codebook), {"metric": metric}, rounds=7, warmup_rounds=1)

@@ -4,7 +4,8 @@
                        |                     '-- commitment and codebook losses --> scalar
                        '-- accumulate(x, indices) --> counts, sums -- ema_update_ --> codebook
 
-Layers: `VectorQuantize`, `ResidualVQ`. The same as functions: `quantize`, `search`, `residual_search`, `accumulate`, `ema_update_`.
+Layers: `VectorQuantize`, `ResidualVQ`. The same as functions: `quantize`, `search`, `residual_search`, `accumulate`,
+`ema_update_`.
 Health of a codebook: `usage`, `perplexity`. Which code runs: `use_backend`, and `fastvq info` on the command line.
 """
 

@@ -69,7 +69,7 @@ def _vectors(data: str, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise BenchError(f"device: {name!r} can't be used: {str(error).splitlines()[0]}") from error
     return device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -23,24 +24,27 @@ CHECKED_ROWS = 256
 _CHECKED_ELEMENTS = 1 << 28
 # Another library's threads spin for a while after their work; the next contestant isn't to share the cores with them.
 _SETTLE_SECONDS = 0.003
+_TURN_SECONDS = 0.01
 
 
 class WrongResultError(RuntimeError):
     """fastvq returned an index that isn't the specification's."""
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """The time of one call: by the clock on the CPU, by events on a CUDA device."""
+def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
+    """The time of one of `repeats` calls on end: by the clock on the CPU, by events on a CUDA device."""
     if device.type != "cuda":
         start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
-    call()
+    for _ in range(repeats):
+        call()
     last.record()
     last.synchronize()
-    return 1e-3 * first.elapsed_time(last)
+    return 1e-3 * first.elapsed_time(last) / repeats
 
 
 def interleave(
@@ -48,21 +52,28 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each call, taking turns, so that a busy machine is busy for all of them.
 
+    A turn of a short call is many on end, after one that isn't timed: what is measured is a call in a program that
+    makes it all the time, not the waking of sleeping threads and caches that another contestant has emptied.
+
     Args:
         calls: what is timed, by name.
         budget: seconds for all rounds together; there are at least 3 rounds, and at most 60.
     """
     device = device or torch.device("cpu")
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
+    repeats = {}
+    for name, call in calls.items():
         seconds_of(call, device)
+        repeats[name] = min(1000, math.ceil(_TURN_SECONDS / max(1e-9, seconds_of(call, device))))
     start = time.perf_counter()
     for done in range(60):
         if done >= 3 and time.perf_counter() - start > budget:
             break
         for name, call in calls.items():
             time.sleep(_SETTLE_SECONDS)
-            times[name].append(seconds_of(call, device))
+            if repeats[name] > 1:
+                call()
+            times[name].append(seconds_of(call, device, repeats[name]))
     return times
 
 

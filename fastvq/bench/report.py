@@ -70,7 +70,7 @@ SEARCH_HEADERS = ["", "median", "GFLOP/s", "time / fastvq", "wrong indices"]
 def page(document: dict[str, Any]) -> str:
     """The page, in Markdown."""
     sections = [_head(document), _targets(document), _searches(document), _steps(document), _memory(document)]
-    return "\n".join([*sections, _scaling(document), _gpu(document)])
+    return "\n".join([*sections, _roofline(document), _scaling(document), _gpu(document)])
 
 
 def _head(document: dict[str, Any]) -> str:
@@ -94,9 +94,9 @@ Rendered from [{DOCUMENT}]({DOCUMENT}), which `{m["command"]}` wrote on {m["date
 - fastvq {m["fastvq"]}, commit {m["commit"] or "unknown"} (+ means with changes); {versions}.
 - Ceilings, measured in the same run: {peaks}.
 
-Times are medians of calls that take turns. Each contestant's indices are checked first, in the same run, against the
-float64 definition on up to 256 rows; fastvq must have none wrong, others may. GFLOP/s count 2 N K D operations,
-whatever a method really does.
+Times are medians over the turns that the contestants take; a turn of a short call is many on end. Each contestant's
+indices are checked first, in the same run, against the float64 definition on up to 256 rows; fastvq must have none
+wrong, others may. GFLOP/s count 2 N K D operations, whatever a method really does.
 """
 
 
@@ -159,6 +159,31 @@ would take {4e-6 * shape.n * shape.k:.0f} MB, the vectors take {4e-6 * shape.n *
 """
 
 
+def _roofline(document: dict[str, Any]) -> str:
+    c = document["ceilings"]
+    rows = []
+    for r in document["search"]:
+        own = next((x for x in r["contestants"] if x["name"] == NATIVE and "gflops" in x), None)
+        compute = c["int16"] or c["float32"]
+        if own is None or r["data"] != "clustered" or compute is None or c["read"] is None:
+            continue
+        n, k, d = r["n"], r["k"], r["d"]
+        per_byte = 2 * n * k * d / (4 * (n * d + k * d) + 8 * n)
+        bandwidth = per_byte * c["read"]
+        roof = min(compute, bandwidth)
+        binding = "arithmetic" if compute <= bandwidth else "memory"
+        share = f"{own['gflops'] / roof:.0%}"
+        rows.append([f"{n} x {k} x {d}", f"{per_byte:.3g}", binding, f"{roof:.0f}", f"{own['gflops']:.0f}", share])
+    return f"""## Distance from the roofline
+
+The roof is the smaller of the peak of int16 dot products (of float32 multiply-adds where there are none) and of what
+reading x and the codebook once from memory allows; both were measured in this run. Clustered data; what stays in a
+cache between calls can beat the memory's roof.
+
+{table(rows, ["N x K x D", "operations / byte", "bound by", "roof, GFLOP/s", "fastvq native", "share"])}
+"""
+
+
 def _scaling(document: dict[str, Any]) -> str:
     rows = [
         [
@@ -170,9 +195,9 @@ def _scaling(document: dict[str, Any]) -> str:
     ]
     return f"""## Scaling
 
-![GFLOP/s against N, K and D]({IMAGES}/bench_scaling.png)
+![Time against N, K, D and threads]({IMAGES}/bench_scaling.png)
 
-Threads, at N=16384 K=8192 D=64:
+GFLOP/s by threads, at N=16384 K=8192 D=64:
 
 {table(rows, ["threads", "fastvq native", "float32 peak", "int16 peak"])}
 """
@@ -223,33 +248,52 @@ def plot_search(document: dict[str, Any], path: Path) -> Path:
 
 
 def plot_scaling(document: dict[str, Any], path: Path) -> Path:
-    """Three panels: GFLOP/s against each size, with the ceilings."""
+    """Four panels: time against N, K, D and threads, with the least that the machine's int16 peak allows."""
     figure, panels = figure_with(
-        11.0,
-        4.6,
-        "Search of clustered data: work done per second",
-        "Around N=16384, K=1024, D=64. Dashed: the machine's peaks of float32 and int16 multiply-adds in the same run.",
-        columns=3,
+        13.0,
+        4.8,
+        "Search of clustered data: time against each size",
+        "Around N=16384, K=1024, D=64; threads at K=8192. Dashed: the time that 2 N K D operations take at the peaks of"
+        " float32 and int16 arithmetic, measured in the same run. Below that of float32 no plain product can come.",
+        columns=4,
     )
-    for axes, axis in zip(panels, SCALING, strict=True):
+    for axes, axis in zip(panels, SCALING, strict=False):
         records = document["scaling"][axis]
-        sizes = [r[axis.lower()] for r in records]
         for i, name in enumerate(records[0]["gflops"]):
-            points = [(s, r["gflops"][name]) for s, r in zip(sizes, records, strict=True) if r["gflops"].get(name)]
-            axes.plot(
-                *zip(*points, strict=True), marker="o", markersize=3, color=SERIES[i], label=name
-            ) if points else None
-        for kind in _CEILINGS:
+            points = [(r[axis.lower()], _milliseconds(r, r["gflops"][name])) for r in records if r["gflops"].get(name)]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=SERIES[i], label=name)
+        for kind, style in zip(_CEILINGS, _CEILING_STYLES, strict=True):
             if peak := document["ceilings"][kind]:
-                axes.axhline(peak, linestyle="--", linewidth=1, color="#777777")
-                axes.annotate(f"{kind} peak", (sizes[0], peak), fontsize=7, va="bottom", color="#555555")
+                line = [(r[axis.lower()], _milliseconds(r, peak)) for r in records]
+                axes.plot(*zip(*line, strict=True), style, linewidth=1, color="#555555", label=f"{kind} peak")
+        axes.set_xlabel(axis)
+    records = document["threads"]
+    counts = [r["threads"] for r in records]
+    panels[3].plot(counts, [_milliseconds(r, r["gflops"]) for r in records], marker="o", markersize=3, color=SERIES[0])
+    for kind, style in zip(_CEILINGS, _CEILING_STYLES, strict=True):
+        if all(r["ceilings"][kind] for r in records):
+            least = [_milliseconds(r, r["ceilings"][kind]) for r in records]
+            panels[3].plot(counts, least, style, linewidth=1, color="#555555")
+    panels[3].set_xlabel("threads")
+    for axes in panels:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xlabel(axis)
-    panels[0].set_ylabel("GFLOP/s (2 N K D / time)")
-    panels[2].legend(fontsize=7, frameon=False, loc="lower right")
+        axes.grid(alpha=0.25)
+    panels[3].set_xticks(counts, [str(count) for count in counts])
+    panels[3].minorticks_off()
+    panels[0].set_ylabel("milliseconds")
+    panels[0].legend(fontsize=8, frameon=False, loc="upper left")
     save_figure(figure, path)
     return path
+
+
+_CEILING_STYLES = ("--", ":")
+
+
+def _milliseconds(record: dict[str, Any], gflops: float) -> float:
+    """How long 2 N K D operations take at a rate."""
+    return 2e-6 * record["n"] * record["k"] * record["d"] / gflops
 
 
 def figures(document: dict[str, Any]) -> dict[str, str]:

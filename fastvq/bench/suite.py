@@ -92,7 +92,8 @@ def thread_record(threads: int) -> dict[str, Any]:
     """GFLOP/s of the native backend on the largest everyday shape, and the ceilings, with so many threads."""
     shape = Shape(16384, 8192, 64)
     seconds = in_fresh_process(["time", NATIVE, *map(str, shape), str(threads)])
-    return {"threads": threads, "gflops": 2e-9 * shape.n * shape.k * shape.d / seconds, "ceilings": ceilings(threads)}
+    gflops = 2e-9 * shape.n * shape.k * shape.d / seconds
+    return {**shape._asdict(), "threads": threads, "gflops": gflops, "ceilings": ceilings(threads)}
 
 
 def forced_record(tier: str, shape: Shape) -> dict[str, Any]:
