@@ -39,6 +39,7 @@ SOURCES = [
     "direct_pass.cpp",
     "definition.cpp",
     "quantize.cpp",
+    "residual_quantize.cpp",
     "accumulate.cpp",
     "peak.cpp",
     "bindings.cpp",

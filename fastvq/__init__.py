@@ -4,8 +4,8 @@
                        |                     '-- commitment and codebook losses --> scalar
                        '-- accumulate(x, indices) --> counts, sums -- ema_update_ --> codebook
 
-Layers: `VectorQuantize`, `ResidualVQ`. The same as functions: `quantize`, `search`, `residual_search`, `accumulate`,
-`ema_update_`.
+Layers: `VectorQuantize`, `ResidualVQ`. The same as functions: `quantize`, `residual_quantize`, `search`,
+`residual_search`, `accumulate`, `ema_update_`.
 Health of a codebook: `usage`, `perplexity`. Which code runs: `use_backend`, and `fastvq info` on the command line.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from .backends import use_backend
 from .codebook import perplexity, usage
-from .functional import Quantized, quantize
+from .functional import Quantized, ResidualQuantized, quantize, residual_quantize
 from .ops import accumulate, ema_update_, residual_search, search
 from .quantizers import ResidualVQ, VectorQuantize
 
@@ -21,12 +21,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Quantized",
+    "ResidualQuantized",
     "ResidualVQ",
     "VectorQuantize",
     "accumulate",
     "ema_update_",
     "perplexity",
     "quantize",
+    "residual_quantize",
     "residual_search",
     "search",
     "usage",

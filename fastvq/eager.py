@@ -245,6 +245,8 @@ OPS: Ops = {
     "residual_search": functools.partial(reference.residual_search, search=search),
     "quantize_forward": reference.quantize_forward,
     "quantize_backward": reference.quantize_backward,
+    "residual_quantize_forward": reference.residual_quantize_forward,
+    "residual_quantize_backward": reference.residual_quantize_backward,
     "accumulate": reference.accumulate,
     "ema_update_": reference.ema_update_,
 }

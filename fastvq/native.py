@@ -88,6 +88,21 @@ def quantize_backward(
     return torch.ops.fastvq.native_quantize_backward(*[t.contiguous() for t in tensors], **options)
 
 
+def residual_quantize_forward(
+    x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.fastvq.native_residual_quantize_forward(
+        x.contiguous(), codebooks.contiguous(), indices.contiguous(), keep_residuals
+    )
+
+
+def residual_quantize_backward(
+    x: Tensor, codebooks: Tensor, indices: Tensor, quantized_grad: Tensor, error_grads: Tensor, **options: Any
+) -> Tensor:
+    tensors = (x, codebooks, indices, quantized_grad, error_grads)
+    return torch.ops.fastvq.native_residual_quantize_backward(*[t.contiguous() for t in tensors], **options)
+
+
 def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     return torch.ops.fastvq.native_accumulate(x.contiguous(), indices.contiguous(), codebook_size)
 
@@ -106,6 +121,8 @@ OPS: Ops = {
     "residual_search": residual_search,
     "quantize_forward": quantize_forward,
     "quantize_backward": quantize_backward,
+    "residual_quantize_forward": residual_quantize_forward,
+    "residual_quantize_backward": residual_quantize_backward,
     "accumulate": accumulate,
     "ema_update_": ema_update_,
 }

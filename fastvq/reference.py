@@ -83,7 +83,8 @@ def residual_search(x: Tensor, codebooks: Tensor, *, search: Search = search) ->
         indices = search(residual, codebook)
         levels.append(indices)
         codes = codebook[indices.clamp_min(0)].masked_fill((indices < 0)[:, None], 0)
-        residual = (residual.double() - codes.double()).float()
+        dtype = compute_dtype(residual, codebook)
+        residual = (residual.to(dtype) - codes.to(dtype)).float()
     return torch.stack(levels, 1)
 
 
@@ -147,6 +148,45 @@ def quantize_backward(
     return grad.to(x.dtype)
 
 
+def residual_quantize_forward(
+    x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fastvq.ops.residual_quantize_forward`, level by level."""
+    residual = x.to(compute_dtype(x, codebooks))
+    total = torch.zeros_like(residual)
+    errors, residuals = [], []
+    for codebook, level in zip(codebooks, indices.unbind(1), strict=True):
+        codes, _, error = quantize_forward(residual, codebook, level, False)
+        errors.append(error)
+        residuals.append(residual)
+        residual = residual - codes
+        total = total + codes
+    kept = torch.stack(residuals) if keep_residuals else residual.new_empty(0, *x.shape)
+    return total.to(x.dtype, copy=True), torch.stack(errors), kept
+
+
+def residual_quantize_backward(
+    x: Tensor,
+    codebooks: Tensor,
+    indices: Tensor,
+    quantized_grad: Tensor,
+    error_grads: Tensor,
+    *,
+    gradient: str,
+    commitment_weight: float,
+) -> Tensor:
+    """`fastvq.ops.residual_quantize_backward`, level by level."""
+    residual = x.to(error_grads.dtype)
+    grad = quantized_grad.to(residual.dtype)
+    total = torch.zeros_like(residual)
+    options: dict[str, Any] = {"gradient": gradient, "commitment_weight": commitment_weight}
+    for codebook, level, error_grad in zip(codebooks, indices.unbind(1), error_grads, strict=True):
+        codes, _, _ = quantize_forward(residual, codebook, level, False)
+        total = total + quantize_backward(residual, codes, level, grad, error_grad, **options)
+        residual = residual - codes
+    return total.to(x.dtype)
+
+
 def compute_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:
     """float32, or float64 where either argument is."""
     return torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
@@ -198,6 +238,8 @@ OPS: Ops = {
     "residual_search": functools.partial(residual_search, search=search),
     "quantize_forward": quantize_forward,
     "quantize_backward": quantize_backward,
+    "residual_quantize_forward": residual_quantize_forward,
+    "residual_quantize_backward": residual_quantize_backward,
     "accumulate": accumulate,
     "ema_update_": ema_update_,
 }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "isa.h"
 #include "matrix.h"
 
 namespace fastvq {
@@ -18,9 +19,9 @@ class RowsByCode {
   RowsByCode(const int64_t* indices, int64_t rows, int64_t size);
 
   int64_t row_count() const { return static_cast<int64_t>(order_.size()); }
-  // Writes counts and sums of the codes whose first row stands in [begin, end) of the sorted order. A split of
-  // [0, row_count()) therefore serves every code that has rows, once.
-  void sum(const Matrix& x, int64_t begin, int64_t end, float* counts, float* sums) const;
+  // Writes counts and sums of the codes whose rows begin in [begin, end) of the sorted order, those without rows where
+  // they would. A split of [0, row_count()) therefore serves every code once; [0, 0), where there are no rows at all.
+  void sum(const Isa& isa, const Matrix& x, int64_t begin, int64_t end, float* counts, float* sums) const;
 
  private:
   std::vector<int64_t> start_;  // [size + 1]

@@ -9,11 +9,13 @@
 #include <cfenv>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "accumulate.h"
 #include "ema_update.h"
 #include "peak.h"
 #include "quantize.h"
+#include "residual_quantize.h"
 #include "residual_search.h"
 #include "search.h"
 
@@ -104,14 +106,24 @@ Tensor residual_search(const Tensor& x, const Tensor& codebooks) {
   return indices;
 }
 
-// A tensor of one number, float32 or float64.
-Tensor scalar(const Tensor& like, ScalarType dtype, double value) {
-  Tensor result = torch::stable::new_empty(like, {}, dtype);
+fastvq::Gradient kind_of(const std::string& gradient) {
+  return gradient == "rotation" ? fastvq::Gradient::rotation : fastvq::Gradient::straight_through;
+}
+
+// A float32 or float64 tensor of a few numbers, from and to double.
+Tensor tensor_of(const Tensor& like, ScalarType dtype, const std::vector<int64_t>& shape, const double* values) {
+  Tensor result = torch::stable::new_empty(like, shape, dtype);
   if (dtype == ScalarType::Double)
-    *static_cast<double*>(result.mutable_data_ptr()) = value;
+    std::copy_n(values, result.numel(), static_cast<double*>(result.mutable_data_ptr()));
   else
-    *static_cast<float*>(result.mutable_data_ptr()) = static_cast<float>(value);
+    std::copy_n(values, result.numel(), static_cast<float*>(result.mutable_data_ptr()));
   return result;
+}
+
+std::vector<double> values_of(const Tensor& tensor) {
+  std::vector<double> values(tensor.numel());
+  fastvq::load_row(dtype_of(tensor), tensor.const_data_ptr(), 0, tensor.numel(), values.data());
+  return values;
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_forward(const Tensor& x, const Tensor& codebook, const Tensor& indices,
@@ -123,34 +135,72 @@ std::tuple<Tensor, Tensor, Tensor> quantize_forward(const Tensor& x, const Tenso
   Tensor kept = torch::stable::new_empty(x, {keep_codes ? rows.rows : 0, rows.dim}, dtype);
   const fastvq::Matrix out{wide ? fastvq::DType::f64 : fastvq::DType::f32,
                            keep_codes ? kept.mutable_data_ptr() : nullptr, rows.rows, rows.dim};
-  const double loss = fastvq::quantize_forward(rows, codes, static_cast<const int64_t*>(indices.const_data_ptr()),
-                                               quantized.mutable_data_ptr(), out, PARALLEL);
-  return {quantized, kept, scalar(x, dtype, loss)};
+  const double loss =
+      fastvq::quantize_forward(fastvq::active_isa(), rows, codes, static_cast<const int64_t*>(indices.const_data_ptr()),
+                               quantized.mutable_data_ptr(), out, PARALLEL);
+  return {quantized, kept, tensor_of(x, dtype, {}, &loss)};
 }
 
 Tensor quantize_backward(const Tensor& x, const Tensor& codes, const Tensor& indices, const Tensor& quantized_grad,
                          const Tensor& loss_grad, std::string gradient, double commitment_weight) {
   const fastvq::Matrix rows = matrix_of(x);
   Tensor x_grad = torch::stable::new_empty(x, {rows.rows, rows.dim}, x.scalar_type());
-  const double pull = loss_grad.scalar_type() == ScalarType::Double
-                          ? *static_cast<const double*>(loss_grad.const_data_ptr())
-                          : *static_cast<const float*>(loss_grad.const_data_ptr());
-  const auto kind = gradient == "rotation" ? fastvq::Gradient::rotation : fastvq::Gradient::straight_through;
-  fastvq::quantize_backward(rows, matrix_of(codes), static_cast<const int64_t*>(indices.const_data_ptr()),
-                            matrix_of(quantized_grad), kind, 2.0 * commitment_weight * pull, x_grad.mutable_data_ptr(),
-                            PARALLEL);
+  const double pull = 2.0 * commitment_weight * values_of(loss_grad)[0];
+  fastvq::quantize_backward(fastvq::active_isa(), rows, matrix_of(codes),
+                            static_cast<const int64_t*>(indices.const_data_ptr()), matrix_of(quantized_grad),
+                            kind_of(gradient), pull, x_grad.mutable_data_ptr(), PARALLEL);
+  return x_grad;
+}
+
+fastvq::Levels levels_of(const Tensor& codebooks, const Tensor& indices) {
+  const int64_t count = codebooks.size(0), size = codebooks.size(1), dim = codebooks.size(2);
+  return {{dtype_of(codebooks), codebooks.const_data_ptr(), count * size, dim},
+          static_cast<const int64_t*>(indices.const_data_ptr()),
+          count,
+          size};
+}
+
+std::tuple<Tensor, Tensor, Tensor> residual_quantize_forward(const Tensor& x, const Tensor& codebooks,
+                                                             const Tensor& indices, bool keep_residuals) {
+  const fastvq::Matrix rows = matrix_of(x);
+  const fastvq::Levels levels = levels_of(codebooks, indices);
+  const bool wide = rows.dtype == fastvq::DType::f64 || levels.codebooks.dtype == fastvq::DType::f64;
+  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  Tensor quantized = torch::stable::new_empty(x, {rows.rows, rows.dim}, x.scalar_type());
+  Tensor residuals = torch::stable::new_empty(x, {keep_residuals ? levels.count : 0, rows.rows, rows.dim}, dtype);
+  std::vector<double> errors(levels.count);
+  fastvq::residual_quantize_forward(fastvq::active_isa(), rows, levels, quantized.mutable_data_ptr(), errors.data(),
+                                    keep_residuals ? residuals.mutable_data_ptr() : nullptr, PARALLEL);
+  return {quantized, tensor_of(x, dtype, {levels.count}, errors.data()), residuals};
+}
+
+Tensor residual_quantize_backward(const Tensor& x, const Tensor& codebooks, const Tensor& indices,
+                                  const Tensor& quantized_grad, const Tensor& error_grads, std::string gradient,
+                                  double commitment_weight) {
+  const fastvq::Matrix rows = matrix_of(x);
+  Tensor x_grad = torch::stable::new_empty(x, {rows.rows, rows.dim}, x.scalar_type());
+  std::vector<double> pulls = values_of(error_grads);
+  for (double& pull : pulls) pull *= 2.0 * commitment_weight;
+  fastvq::residual_quantize_backward(fastvq::active_isa(), rows, levels_of(codebooks, indices),
+                                     matrix_of(quantized_grad), kind_of(gradient), pulls.data(),
+                                     x_grad.mutable_data_ptr(), PARALLEL);
   return x_grad;
 }
 
 std::tuple<Tensor, Tensor> accumulate(const Tensor& x, const Tensor& indices, int64_t codebook_size) {
   const fastvq::Matrix rows = matrix_of(x);
-  Tensor counts = torch::stable::new_zeros(x, {codebook_size}, ScalarType::Float);
-  Tensor sums = torch::stable::new_zeros(x, {codebook_size, rows.dim}, ScalarType::Float);
+  Tensor counts = torch::stable::new_empty(x, {codebook_size}, ScalarType::Float);
+  Tensor sums = torch::stable::new_empty(x, {codebook_size, rows.dim}, ScalarType::Float);
   const fastvq::RowsByCode sorted(static_cast<const int64_t*>(indices.const_data_ptr()), rows.rows, codebook_size);
   float* count = static_cast<float*>(counts.mutable_data_ptr());
   float* sum = static_cast<float*>(sums.mutable_data_ptr());
-  in_parallel(sorted.row_count(), grain(rows.dim),
-              [&](int64_t begin, int64_t end) { sorted.sum(rows, begin, end, count, sum); });
+  const auto sum_rows = [&](int64_t begin, int64_t end) {
+    sorted.sum(fastvq::active_isa(), rows, begin, end, count, sum);
+  };
+  if (sorted.row_count() == 0)
+    sum_rows(0, 0);
+  else
+    in_parallel(sorted.row_count(), grain(rows.dim), sum_rows);
   return {counts, sums};
 }
 
@@ -178,6 +228,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastvq, CPU, m) {
   m.impl("native_residual_search", TORCH_BOX(&residual_search));
   m.impl("native_quantize_forward", TORCH_BOX(&quantize_forward));
   m.impl("native_quantize_backward", TORCH_BOX(&quantize_backward));
+  m.impl("native_residual_quantize_forward", TORCH_BOX(&residual_quantize_forward));
+  m.impl("native_residual_quantize_backward", TORCH_BOX(&residual_quantize_backward));
   m.impl("native_accumulate", TORCH_BOX(&accumulate));
   m.impl("native_ema_update_", TORCH_BOX(&ema_update_));
 }

@@ -2,6 +2,7 @@
 #include "isa.h"
 
 #include "direct.h"
+#include "estimator.h"
 #include "rows.h"
 #include "scan.h"
 #include "vector.h"
@@ -50,6 +51,10 @@ const Isa& FASTVQ_NAME(FASTVQ_ISA, _isa)() {
                             add,
                             quantize,
                             interleave,
+                            subtract,
+                            error,
+                            take,
+                            gradient,
                             direct};
   return self;
 }

@@ -101,6 +101,15 @@ struct Isa {
   float (*quantize)(const float* y, float inverse, bool negate, int64_t dim, uint32_t* out);
   // out[j * stride + l] = rows[l * row_stride + j] for the lanes l < live, zero for the other lanes.
   void (*interleave)(const uint32_t* rows, int64_t row_stride, int live, int64_t count, uint32_t* out, int64_t stride);
+  // out = x - e, in float32; out may be x.
+  void (*subtract)(const float* x, const float* e, int64_t dim, float* out);
+  // The quantize step of a row x and its code e, in float32. error: |x - e|^2. take: also adds e to `sum` and takes it
+  // off x. gradient: out, or out + , what reaches x from the gradient g of its code, straight through or turned back,
+  // and factor (x - e); see quantize.h. No code or x shorter than `shortest` has a direction.
+  float (*error)(const float* x, const float* e, int64_t dim);
+  float (*take)(float* x, const float* e, int64_t dim, float* sum);
+  void (*gradient)(const float* x, const float* e, const float* g, int64_t dim, bool rotate, float shortest,
+                   float factor, bool add, float* out);
   // Up to DIRECT_ROWS rows against the codes [begin, end). Rows are float32, padded with zeros to a multiple of
   // lanes, row r at rows + r * row_stride.
   void (*direct)(const float* rows, int64_t row_stride, int count, const DirectCodes& codes, int64_t begin, int64_t end,

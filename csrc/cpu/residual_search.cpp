@@ -1,4 +1,3 @@
-// Compiled with -ffp-contract=off: a residual is one subtraction, rounded to float32, by definition.
 #include "residual_search.h"
 
 #include <algorithm>
@@ -23,20 +22,32 @@ Matrix level_of(const Matrix& codebooks, int64_t levels, int64_t level) {
   return {codebooks.dtype, codebooks.row(level * size), size, codebooks.dim};
 }
 
-// out = float32(rows - their codes); rows without a code stay what they are. `out` may be what `rows` reads.
-void subtract_codes(const Matrix& rows, const Matrix& codes, const int64_t* indices, float* out) {
-  std::vector<double> code(rows.dim);
-  with_elements(rows.dtype, rows.data, [&](const auto* elements) {
-    for (int64_t i = 0; i < rows.rows; ++i) {
-      const auto* from = elements + i * rows.dim;
-      float* to = out + i * rows.dim;
-      if (indices[i] < 0)
-        std::fill(code.begin(), code.end(), 0.0);
-      else
-        codes.load(indices[i], code.data());
-      for (int64_t j = 0; j < rows.dim; ++j) to[j] = static_cast<float>(detail::widen(from[j]) - code[j]);
+// out = rows - their codes, rounded to float32 once; rows without a code stay what they are. `out` may be what `rows`
+// reads. float16 and bfloat16 are read as the float32 numbers that they are; float64 is subtracted in float64.
+void subtract_codes(const Isa& isa, const Matrix& rows, const Matrix& codes, const int64_t* indices, float* out) {
+  const bool wide = rows.dtype == DType::f64 || codes.dtype == DType::f64;
+  const Scratch<double> row(wide ? rows.dim : 0), code(wide ? rows.dim : 0);
+  const Scratch<float> near_row(rows.dim), near_code(rows.dim);
+  const auto as_float = [&](const Matrix& from, int64_t index, const Scratch<float>& buffer) {
+    if (from.dtype == DType::f32) return static_cast<const float*>(from.row(index));
+    isa.load(from.dtype, from.row(index), nullptr, 1.0, from.dim, buffer.get());
+    return static_cast<const float*>(buffer.get());
+  };
+  for (int64_t i = 0; i < rows.rows; ++i) {
+    float* to = out + i * rows.dim;
+    if (!wide) {
+      const float* from = as_float(rows, i, near_row);
+      if (indices[i] >= 0)
+        isa.subtract(from, as_float(codes, indices[i], near_code), rows.dim, to);
+      else if (from != to)
+        std::copy_n(from, rows.dim, to);
+      continue;
     }
-  });
+    rows.load(i, row.get());
+    std::fill_n(code.get(), rows.dim, 0.0);
+    if (indices[i] >= 0) codes.load(indices[i], code.get());
+    for (int64_t j = 0; j < rows.dim; ++j) to[j] = static_cast<float>(row[j] - code[j]);
+  }
 }
 
 // Without keeping rows together: every level searches all rows.
@@ -49,7 +60,7 @@ void level_by_level(const Isa& isa, Precision precision, const Matrix& x, const 
     const Matrix codes = level_of(codebooks, levels, level);
     search(isa, precision, rows, codes, Metric::l2, found.data(), parallel);
     for (int64_t n = 0; n < x.rows; ++n) indices[n * levels + level] = found[n];
-    subtract_codes(rows, codes, found.data(), residual.get());
+    subtract_codes(isa, rows, codes, found.data(), residual.get());
     rows = {DType::f32, residual.get(), x.rows, x.dim};
   }
 }
@@ -84,7 +95,7 @@ bool search_block(const Isa& isa, const std::vector<std::unique_ptr<Level>>& lev
     }
     for (int64_t i = 0; i < rows.rows; ++i) indices[i * count + level] = found[i];
     if (level + 1 == count) break;
-    subtract_codes(rows, own.codes, found.data(), residual);
+    subtract_codes(isa, rows, own.codes, found.data(), residual);
     rows = {DType::f32, residual, block.rows, block.dim};
   }
   return true;

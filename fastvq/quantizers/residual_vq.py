@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..functional import lookup
+from ..functional import lookup, residual_quantize
 from ..ops import residual_search
 from .vector_quantize import VectorQuantize
 
@@ -135,41 +135,81 @@ class ResidualVQ(nn.Module):
             raise ValueError("mask: is for sequences (B, N, dim), not for images")
         rows_mask = self._levels[0]._rows_mask(mask, None, rows)
         projected = self.project_in(rows)
-        residual = projected.float() if projected.dtype in (torch.float16, torch.bfloat16) else projected
+        projects = isinstance(self.project_out, nn.Linear)
+        if projects and projected.dtype in (torch.float16, torch.bfloat16):
+            projected = projected.float()  # what is projected back isn't rounded in between
         kept = self._kept_levels(rand_quantize_dropout_fixed_seed)
         learning = self.training and not (freeze_codebook or self._levels[0].freeze_codebook)
-        known = self._search(residual.detach(), learning, kept)
+        at_once = self._searches_at_once(learning) and not (self._levels[0].learnable_codebook and learning)
+        through_levels = self._all_levels if at_once else self._level_by_level
+        total, indices, losses = through_levels(projected, rows_mask, learning, kept)
+        dropped = self.num_quantizers - kept
+        indices = nn.functional.pad(indices, (0, dropped), value=-1)
+        losses = nn.functional.pad(losses, (0, dropped))
+        quantized = self._from_rows(self._project_out(total, indices).to(x.dtype), x)
+        indices = indices.reshape(x.shape[0], *x.shape[2:], -1) if self.accept_image_fmap else indices
+        result = (quantized, indices, losses)
+        return (*result, self.get_codes_from_indices(indices)) if return_all_codes else result
+
+    def _all_levels(self, x: Tensor, mask: Tensor | None, learning: bool, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantized (..., D), indices (..., kept) and losses (kept,) of all levels in one pass; then each learns."""
+        first = self._levels[0]
+        quantized, indices, losses, residuals = residual_quantize(
+            x if self.training else x.detach(),
+            torch.stack([layer.codebook.detach() for layer in self._levels[:kept]]),
+            gradient="rotation" if first.rotation_trick else "ste",
+            commitment_weight=first.commitment_weight if self.training else 0.0,
+            mask=mask,
+            keep_residuals=learning,
+            copy_codebooks=False,
+        )
+        if self.training:
+            self._count(indices)
+        if learning:
+            self._learn(list(residuals), indices)
+        return quantized, indices, losses
+
+    def _level_by_level(
+        self, x: Tensor, mask: Tensor | None, learning: bool, kept: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, where each level must search by itself or its codebook takes a gradient."""
+        residual = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         total = torch.zeros_like(residual)
         levels, losses, residuals = [], [], []
-        for q in range(kept):
-            layer = self._levels[q]
-            indices = known[..., q] if known is not None else None
+        for layer in self._levels[:kept]:
+            inputs = layer._project_in(residual)
             residuals.append(layer._project_in(residual.detach()))
-            quantized, indices, loss = layer.quantize_rows(
-                layer._project_in(residual), rows_mask, learning=learning and not self.shared_codebook, indices=indices
-            )
+            quantized, indices, loss = layer.quantize_rows(inputs, mask, learning=learning and not self.shared_codebook)
             residual = residual - quantized.detach()
             total = total + quantized
             levels.append(indices)
             losses.append(loss)
-        if learning and self.shared_codebook:
-            self._levels[0]._codebook.learn_together_(
-                [r.flatten(0, -2) for r in residuals], [i.flatten() for i in levels]
-            )
-        dropped = self.num_quantizers - kept
-        levels += [torch.full_like(levels[0], -1)] * dropped
-        losses += [torch.zeros_like(losses[0])] * dropped
         indices = torch.stack(levels, -1)
-        quantized = self._from_rows(self._project_out(total, indices).to(x.dtype), x)
-        indices = indices.reshape(x.shape[0], *x.shape[2:], -1) if self.accept_image_fmap else indices
-        result = (quantized, indices, torch.stack(losses))
-        return (*result, self.get_codes_from_indices(indices)) if return_all_codes else result
+        if learning and self.shared_codebook:
+            self._learn(residuals, indices)
+        return total, indices, torch.stack(losses)
+
+    def _count(self, indices: Tensor) -> None:
+        for layer, chosen in zip(self._levels, indices.unbind(-1), strict=False):
+            layer._codebook.count_(chosen.flatten())
+
+    def _learn(self, residuals: list[Tensor], indices: Tensor) -> None:
+        """Moves the codebooks to the residuals (..., D) of the levels, with their indices (..., levels)."""
+        rows = [residual.flatten(0, -2) for residual in residuals]
+        chosen = [level.flatten() for level in indices.unbind(-1)]
+        if self.shared_codebook:
+            self._levels[0]._codebook.learn_together_(rows, chosen)
+        else:
+            for layer, x, level in zip(self._levels, rows, chosen, strict=False):
+                layer._codebook.learn_(x, level)
 
     def encode(self, x: Tensor) -> Tensor:
         """The indices alone, of all levels, shaped as `forward` returns them. Touches no state."""
         rows = self.project_in(self._to_rows(x)).detach()
-        found = self._search(rows, False, self.num_quantizers)
-        if found is None:
+        if self._searches_at_once(False):
+            codebooks = torch.stack([layer.codebook.detach() for layer in self._levels])
+            found = residual_search(rows.flatten(0, -2), codebooks).reshape(*rows.shape[:-1], -1)
+        else:
             levels, residual = [], rows.float() if rows.dtype != torch.float64 else rows
             for layer in self._levels:
                 levels.append(layer.encode(residual))
@@ -193,15 +233,11 @@ class ResidualVQ(nn.Module):
         total = self._project_out(self.get_codes_from_indices(indices).sum(0), indices)
         return total.movedim(-1, 1) if self.accept_image_fmap else total
 
-    def _search(self, residual: Tensor, learning: bool, levels: int) -> Tensor | None:
-        """Indices (..., levels) of all levels at once; None where each must search by itself, because it is yet to be
-        initialised from what the ones before it leave over, or because residuals aren't what it compares."""
+    def _searches_at_once(self, learning: bool) -> bool:
+        """Whether one pass can search all levels. Each must by itself where it is yet to be initialised from what the
+        ones before it leave over, and where residuals aren't what it compares."""
         pending = learning and any(not layer._codebook._ready for layer in self._levels)
-        if pending or len(set(self.codebook_sizes)) > 1 or self._levels[0].use_cosine_sim:
-            return None
-        codebooks = torch.stack([layer.codebook.detach() for layer in self._levels[:levels]])
-        found = residual_search(residual.flatten(0, -2), codebooks)
-        return found.reshape(*residual.shape[:-1], levels)
+        return not (pending or len(set(self.codebook_sizes)) > 1 or self._levels[0].use_cosine_sim)
 
     def _kept_levels(self, seed: int | None) -> int:
         if not (self.training and self.quantize_dropout):

@@ -90,8 +90,8 @@ int64_t check(const Isa& isa, Precision precision, const Case& c, DType dtype, M
 
   const fastvq::RowsByCode sorted(indices.data(), n, k);
   std::vector<float> counts(k), sums(k * d), expected(k);
-  sorted.sum(rows, 0, sorted.row_count() / 2, counts.data(), sums.data());
-  sorted.sum(rows, sorted.row_count() / 2, sorted.row_count(), counts.data(), sums.data());
+  sorted.sum(isa, rows, 0, sorted.row_count() / 2, counts.data(), sums.data());
+  sorted.sum(isa, rows, sorted.row_count() / 2, sorted.row_count(), counts.data(), sums.data());
   for (int64_t index : indices)
     if (index >= 0) ++expected[index];
   wrong += counts != expected;

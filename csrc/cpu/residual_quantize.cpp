@@ -1,0 +1,127 @@
+#include "residual_quantize.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "quantize_rows.h"
+#include "scratch.h"
+
+namespace fastvq {
+namespace {
+
+// How many elements have a code at each level, at least 1. Throws for an index that can't be.
+std::vector<double> counted_elements(const Matrix& x, const Levels& levels) {
+  std::vector<int64_t> rows(levels.count);
+  for (int64_t i = 0; i < x.rows * levels.count; ++i) {
+    const int64_t k = levels.indices[i];
+    if (k < -1 || k >= levels.size)
+      throw std::out_of_range("indices: must lie in [-1, " + std::to_string(levels.size) + "), got " +
+                              std::to_string(k));
+    rows[i % levels.count] += k >= 0;
+  }
+  std::vector<double> elements(levels.count);
+  for (int64_t q = 0; q < levels.count; ++q) elements[q] = static_cast<double>(std::max<int64_t>(1, rows[q] * x.dim));
+  return elements;
+}
+
+// C is the type of the arithmetic, float32 unless something is float64.
+template <class C, class T>
+void start_row(const T* x, int64_t i, int64_t dim, C* residual) {
+  const C* row = row_as(x, i, dim, residual);
+  if (row != residual) std::copy_n(row, dim, residual);
+}
+
+// The code of row i at level q, or null.
+template <class C, class E>
+const C* code_of(const E* codebooks, const Levels& levels, int64_t i, int64_t q, int64_t dim, C* buffer) {
+  const int64_t k = levels.indices[i * levels.count + q];
+  return k < 0 ? nullptr : row_as(codebooks, q * levels.size + k, dim, buffer);
+}
+
+template <class C, class T, class E>
+void forward(const Isa& isa, const T* x, const E* codebooks, const Matrix& shape, const Levels& levels, T* quantized,
+             double* errors, C* residuals, const Parallel& parallel) {
+  const int64_t rows = shape.rows, dim = shape.dim, blocks = (rows + LOSS_BLOCK - 1) / LOSS_BLOCK;
+  const std::vector<double> elements = counted_elements(shape, levels);
+  std::vector<double> squares(blocks * levels.count);
+  parallel(blocks, std::max<int64_t>(1, QUANTIZE_GRAIN / (LOSS_BLOCK * dim)), [&](int64_t begin, int64_t end) {
+    const Scratch<C> residual(dim), code_row(dim), sum(dim);
+    for (int64_t i = begin * LOSS_BLOCK; i < std::min(end * LOSS_BLOCK, rows); ++i) {
+      start_row(x, i, dim, residual.get());
+      std::fill_n(sum.get(), dim, C{});
+      for (int64_t q = 0; q < levels.count; ++q) {
+        if (residuals) std::copy_n(residual.get(), dim, residuals + (q * rows + i) * dim);
+        if (const C* code = code_of(codebooks, levels, i, q, dim, code_row.get()))
+          squares[i / LOSS_BLOCK * levels.count + q] += take_code(isa, residual.get(), code, dim, sum.get());
+      }
+      write_row(sum.get(), dim, quantized + i * dim);
+    }
+  });
+  for (int64_t q = 0; q < levels.count; ++q) {
+    double total = 0.0;
+    for (int64_t block = 0; block < blocks; ++block) total += squares[block * levels.count + q];
+    errors[q] = total / elements[q];
+  }
+}
+
+template <class C, class T, class E>
+void backward(const Isa& isa, const T* x, const E* codebooks, const T* grad, const Matrix& shape, const Levels& levels,
+              Gradient gradient, const double* pulls, T* x_grad, const Parallel& parallel) {
+  const int64_t rows = shape.rows, dim = shape.dim;
+  std::vector<C> factors(levels.count);
+  const std::vector<double> elements = counted_elements(shape, levels);
+  for (int64_t q = 0; q < levels.count; ++q) factors[q] = static_cast<C>(pulls[q] / elements[q]);
+  parallel(rows, std::max<int64_t>(1, QUANTIZE_GRAIN / dim), [&](int64_t begin, int64_t end) {
+    const Scratch<C> residual(dim), code_row(dim), grad_row(dim), codes(dim), sum(dim);
+    for (int64_t i = begin; i < end; ++i) {
+      start_row(x, i, dim, residual.get());
+      std::fill_n(sum.get(), dim, C{});
+      std::fill_n(codes.get(), dim, C{});
+      const C* given = row_as(grad, i, dim, grad_row.get());
+      for (int64_t q = 0; q < levels.count; ++q) {
+        const C* code = code_of(codebooks, levels, i, q, dim, code_row.get());
+        if (!code) continue;
+        add_gradient(isa, residual.get(), code, given, dim, gradient, factors[q], true, sum.get());
+        take_code(isa, residual.get(), code, dim, codes.get());
+      }
+      write_row(sum.get(), dim, x_grad + i * dim);
+    }
+  });
+}
+
+// Calls f(x's elements, the codebooks' elements, a C of the arithmetic's type).
+template <class F>
+void with_types(const Matrix& x, const Matrix& codebooks, const F& f) {
+  with_elements(x.dtype, x.data, [&](const auto* elements) {
+    with_elements(codebooks.dtype, codebooks.data, [&](const auto* codes) {
+      constexpr bool WIDE =
+          std::is_same_v<Plain<decltype(elements)>, double> || std::is_same_v<Plain<decltype(codes)>, double>;
+      f(elements, codes, std::conditional_t<WIDE, double, float>{});
+    });
+  });
+}
+
+}  // namespace
+
+void residual_quantize_forward(const Isa& isa, const Matrix& x, const Levels& levels, void* quantized, double* errors,
+                               void* residuals, const Parallel& parallel) {
+  with_types(x, levels.codebooks, [&](const auto* elements, const auto* codes, auto zero) {
+    using T = Plain<decltype(elements)>;
+    forward(isa, elements, codes, x, levels, static_cast<T*>(quantized), errors,
+            static_cast<decltype(zero)*>(residuals), parallel);
+  });
+}
+
+void residual_quantize_backward(const Isa& isa, const Matrix& x, const Levels& levels, const Matrix& grad,
+                                Gradient gradient, const double* pulls, void* x_grad, const Parallel& parallel) {
+  with_types(x, levels.codebooks, [&](const auto* elements, const auto* codes, auto zero) {
+    using T = Plain<decltype(elements)>;
+    backward<decltype(zero)>(isa, elements, codes, static_cast<const T*>(grad.data), x, levels, gradient, pulls,
+                             static_cast<T*>(x_grad), parallel);
+  });
+}
+
+}  // namespace fastvq
