@@ -60,6 +60,25 @@ class BenchOps:
         timed(benchmark, backend, f"ema_update_ {shape}", functools.partial(fastvq.ema_update_, *state, **options))
 
 
+@pytest.mark.parametrize("name", ["one pass", "level by level"])
+def bench_residual_quantize(benchmark, name):
+    """Lookup, losses, residuals and gradient of all levels."""
+    x, codebook = clustered(RESIDUAL_STEP)
+    codebooks = torch.stack([codebook * 0.5**level for level in range(LEVELS)])
+    indices = fastvq.residual_search(x, codebooks)
+    call = {"one pass": ops.residual_quantize_forward, "level by level": reference.residual_quantize_forward}[name]
+    back = {"one pass": ops.residual_quantize_backward, "level by level": reference.residual_quantize_backward}[name]
+
+    def step():
+        quantized, errors, residuals = call(x, codebooks, indices, True)
+        grad = back(x, codebooks, indices, quantized, errors, gradient="rotation", commitment_weight=1.0)
+        return quantized, errors, residuals, grad
+
+    expected = reference.residual_quantize_forward(x, codebooks, indices, True)
+    torch.testing.assert_close(step()[:3], expected)
+    timed(benchmark, "native", f"residual_quantize, forward and backward, {LEVELS} levels {RESIDUAL_STEP}", step)
+
+
 @pytest.mark.parametrize("shape", [RESIDUAL_STEP, Shape(64, 1024, 128), Shape(1, 1024, 128)], ids=str)
 @pytest.mark.parametrize("name", ["one pass", "level by level"])
 def bench_residual_search(benchmark, name, shape):

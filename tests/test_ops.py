@@ -36,6 +36,12 @@ def sample_inputs():
         options = {"gradient": "rotation", "commitment_weight": 0.25}
         yield "quantize_backward", (x, codes, indices, *grads), options
     for dtype in cases.DTYPES:
+        x, codebooks, chosen = normal(7, 5, dtype=dtype), normal(2, 4, 5), torch.stack([indices, indices.flip(0)], 1)
+        yield "residual_quantize_forward", (x, codebooks, chosen, True), {}
+        grads = (normal(7, 5, dtype=dtype), torch.ones(2, dtype=torch.promote_types(dtype, torch.float32)))
+        options = {"gradient": "rotation", "commitment_weight": 0.25}
+        yield "residual_quantize_backward", (x, codebooks, chosen, *grads), options
+    for dtype in cases.DTYPES:
         yield "accumulate", (normal(7, 5, dtype=dtype), torch.tensor([0, 1, -1, 3, 3, 3, 0]), 4), {}
     yield "accumulate", (normal(0, 5), torch.empty(0, dtype=torch.int64), 2), {}
     for shape in [(6, 5), (1, 1)]:
@@ -56,7 +62,7 @@ def test_samples_equal_the_reference(name, arguments, options, backend):
     expected = getattr(reference, name)(*expected_arguments, **options)
     with fastvq.use_backend(backend):
         actual = getattr(fastvq.ops, name)(*actual_arguments, **options)
-    if name.startswith("quantize"):
+    if "quantize" in name:
         cases.close(actual, expected)
     elif expected is not None:
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)

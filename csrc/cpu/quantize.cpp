@@ -12,6 +12,10 @@
 namespace fastvq {
 namespace {
 
+int64_t counted_rows(const int64_t* indices, int64_t rows) {
+  return std::count_if(indices, indices + rows, [](int64_t index) { return index >= 0; });
+}
+
 // C is the type of the arithmetic, float32 unless something is float64.
 template <class C, class T, class E>
 double forward(const Isa& isa, const T* x, const E* codebook, const Matrix& shape, const int64_t* indices, T* quantized,

@@ -45,10 +45,10 @@ inline detail::Half narrow(float value, detail::Half*) {
   return {static_cast<uint16_t>(sign | (magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13)};
 }
 
-// f(j) summed over j, in SUMS running sums.
-template <class C, class F>
-inline C sum_over(int64_t dim, const F& f) {
-  C sums[SUMS] = {};
+// f(j) summed over j.
+template <class F>
+inline double sum_over(int64_t dim, const F& f) {
+  double sums[SUMS] = {};
   int64_t j = 0;
   for (; j + SUMS <= dim; j += SUMS)
     for (int i = 0; i < SUMS; ++i) sums[i] += f(j + i);
@@ -82,17 +82,13 @@ inline void write_row(const C* values, int64_t dim, T* out) {
 template <class T>
 using Plain = std::remove_const_t<std::remove_pointer_t<T>>;
 
-int64_t counted_rows(const int64_t* indices, int64_t rows) {
-  return std::count_if(indices, indices + rows, [](int64_t index) { return index >= 0; });
-}
-
 // |x - e|^2. The type of the arithmetic is float32 or, by plain loops, float64.
 inline float error_of(const Isa& isa, const float* x, const float* e, int64_t dim) {
   return isa.error(x, e, dim);
 }
 
 inline double error_of(const Isa&, const double* x, const double* e, int64_t dim) {
-  return sum_over<double>(dim, [&](int64_t j) { return (x[j] - e[j]) * (x[j] - e[j]); });
+  return sum_over(dim, [&](int64_t j) { return (x[j] - e[j]) * (x[j] - e[j]); });
 }
 
 // The same, while e is taken off x and added to `sum`.
@@ -115,13 +111,13 @@ inline void add_gradient(const Isa& isa, const float* x, const float* e, const f
 inline void add_gradient(const Isa&, const double* x, const double* e, const double* g, int64_t dim, Gradient kind,
                          double factor, bool add, double* out) {
   double of_g = 1.0, of_x = factor, of_e = -factor;
-  const double x_length = std::sqrt(sum_over<double>(dim, [&](int64_t j) { return x[j] * x[j]; }));
-  const double e_length = std::sqrt(sum_over<double>(dim, [&](int64_t j) { return e[j] * e[j]; }));
+  const double x_length = std::sqrt(sum_over(dim, [&](int64_t j) { return x[j] * x[j]; }));
+  const double e_length = std::sqrt(sum_over(dim, [&](int64_t j) { return e[j] * e[j]; }));
   if (kind == Gradient::rotation && x_length >= SHORTEST && e_length >= SHORTEST) {
     const double x_factor = 1 / x_length, e_factor = 1 / e_length;
-    const double along_u = x_factor * sum_over<double>(dim, [&](int64_t j) { return x[j] * g[j]; });
-    const double along_v = e_factor * sum_over<double>(dim, [&](int64_t j) { return e[j] * g[j]; });
-    const double both2 = sum_over<double>(dim, [&](int64_t j) {
+    const double along_u = x_factor * sum_over(dim, [&](int64_t j) { return x[j] * g[j]; });
+    const double along_v = e_factor * sum_over(dim, [&](int64_t j) { return e[j] * g[j]; });
+    const double both2 = sum_over(dim, [&](int64_t j) {
       const double both = x[j] * x_factor + e[j] * e_factor;
       return both * both;
     });
