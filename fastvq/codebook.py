@@ -181,12 +181,22 @@ class Codebook(nn.Module):
     def learn_(self, x: Tensor, indices: Tensor, *, ema_update: bool | None = None) -> None:
         """Updates the moving averages and revives dead codes from x (N, D) with its indices (N,), -1 for what doesn't
         count. Nothing here waits for the device."""
-        ema_update = self.ema_update if ema_update is None else ema_update
-        if not ema_update and self.dead_code_threshold <= 0:
+        if self._learns(ema_update):
+            counts, sums = accumulate(x, indices, self.size)
+            self.learn_from_(counts, sums, x, indices, ema_update=ema_update)
+
+    def _learns(self, ema_update: bool | None = None) -> bool:
+        return (self.ema_update if ema_update is None else ema_update) or self.dead_code_threshold > 0
+
+    @torch.no_grad()
+    def learn_from_(
+        self, counts: Tensor, sums: Tensor, x: Tensor, indices: Tensor, *, ema_update: bool | None = None
+    ) -> None:
+        """`learn_`, from what `accumulate` makes of x and its indices."""
+        if not self._learns(ema_update):
             return
         _refuse_many_processes()
-        counts, sums = accumulate(x, indices, self.size)
-        if ema_update:
+        if self.ema_update if ema_update is None else ema_update:
             ema_update_(
                 self.codes, self.cluster_size[0], self.embed_avg[0], counts, sums, decay=self.decay, eps=self.eps
             )
@@ -201,7 +211,7 @@ class Codebook(nn.Module):
     def learn_together_(self, inputs: list[Tensor], indices: list[Tensor]) -> None:
         """As `learn_`, for a codebook that several levels share: the averages take each level's rows (N, D) and indices
         (N,) in turn, and the codes follow once, at the end."""
-        if not self.ema_update and self.dead_code_threshold <= 0:
+        if not self._learns():
             return
         _refuse_many_processes()
         for x, chosen in zip(inputs, indices, strict=True):

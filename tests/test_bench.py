@@ -136,6 +136,8 @@ class TestMeasuring:
         assert order.count("short") > 100
         assert min(times["long"]) >= 0.02
         assert max(times["short"]) < 1e-3
+        more = measure.interleave(calls, budget=1e-9, slow=8.0)
+        assert {name: len(t) for name, t in more.items()} == {"long": 3, "short": 9}
 
     def test_reasons_for_not_running(self):
         cpu, absent = torch.device("cpu"), peers._package("no_such_module")

@@ -85,7 +85,9 @@ def latents(shape: Shape) -> tuple[Tensor, Tensor]:
     from fastvq.codebook import kmeans
 
     sample = vectors[torch.randint(len(vectors), (64 * shape.k,), generator=g)]
-    codes, _ = kmeans(sample, shape.k, iterations=10, valid=torch.ones(len(sample), dtype=torch.bool))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        codes, _ = kmeans(sample, shape.k, iterations=10, valid=torch.ones(len(sample), dtype=torch.bool))
     return x, codes
 
 

@@ -25,6 +25,7 @@ _CHECKED_ELEMENTS = 1 << 28
 # Another library's threads spin for a while after their work; the next contestant isn't to share the cores with them.
 _SETTLE_SECONDS = 0.003
 _TURN_SECONDS = 0.01
+_SLOW = 8.0  # times the fastest search: it won't be the fastest peer
 
 
 class WrongResultError(RuntimeError):
@@ -48,7 +49,11 @@ def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int = 1) 
 
 
 def interleave(
-    calls: dict[str, Callable[[], Any]], *, budget: float, device: torch.device | None = None
+    calls: dict[str, Callable[[], Any]],
+    *,
+    budget: float,
+    device: torch.device | None = None,
+    slow: float = math.inf,
 ) -> dict[str, list[float]]:
     """Seconds of each call, taking turns, so that a busy machine is busy for all of them.
 
@@ -57,7 +62,8 @@ def interleave(
 
     Args:
         calls: what is timed, by name.
-        budget: seconds for all rounds together; there are at least 3 rounds, and at most 60.
+        budget: seconds after which there are no more rounds than 9, if there is one; with 0 there are 3. At most 60.
+        slow: calls that take more than so many times the fastest one's time are left out after 3 rounds.
     """
     device = device or torch.device("cpu")
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -66,10 +72,14 @@ def interleave(
         seconds_of(call, device)
         repeats[name] = min(1000, math.ceil(_TURN_SECONDS / max(1e-9, seconds_of(call, device))))
     start = time.perf_counter()
+    running = dict(calls)
     for done in range(60):
-        if done >= 3 and time.perf_counter() - start > budget:
+        if done == 3:
+            medians = {name: statistics.median(taken) for name, taken in times.items()}
+            running = {name: call for name, call in calls.items() if medians[name] <= slow * min(medians.values())}
+        if done >= (9 if budget else 3) and time.perf_counter() - start > budget:
             break
-        for name, call in calls.items():
+        for name, call in running.items():
             time.sleep(_SETTLE_SECONDS)
             if repeats[name] > 1:
                 call()
@@ -107,7 +117,7 @@ def measure_search(
             if record["wrong"] and entrant.name.startswith("fastvq"):
                 raise WrongResultError(f"{entrant.name} is wrong in {record['wrong']} of {record['checked']}: {shape}")
         calls[entrant.name] = call
-    times = interleave(calls, budget=budget, device=x.device)
+    times = interleave(calls, budget=budget, device=x.device, slow=_SLOW)
     for record in records:
         if record["name"] in times:
             seconds = statistics.median(times[record["name"]])

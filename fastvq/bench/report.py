@@ -12,7 +12,7 @@ from fastvq.plots import SERIES, figure_with, save_figure
 
 from .peers import NATIVE, PRODUCT
 from .suite import MEMORY_SHAPE, SCALING
-from .targets import lead, outcomes
+from .targets import lead, outcomes, seconds_by_name
 
 DOCUMENT, PAGE, IMAGES = "benchmarks.json", "benchmarks.md", "images"
 _MARKER = re.compile(r"(<!-- bench:([\w.-]+) -->).*?(<!-- /bench -->)", re.S)
@@ -52,7 +52,7 @@ def duration(seconds: float) -> str:
 def search_rows(record: dict[str, Any]) -> list[list[str]]:
     """One row for each contestant: name, time, GFLOP/s, times of fastvq native, wrong indices."""
     contestants = record["contestants"]
-    own = next((c["seconds"] for c in contestants if c["name"] == NATIVE and "seconds" in c), None)
+    own = seconds_by_name(record).get(NATIVE)
     rows = []
     for c in contestants:
         if "not_run" in c:
@@ -301,8 +301,8 @@ def figures(document: dict[str, Any]) -> dict[str, str]:
     named: dict[str, str] = {}
     for r in document["search"]:
         name = f"{r['n']}-{r['k']}-{r['d']}-{r['data']}"
-        seconds = {c["name"]: c["seconds"] for c in r["contestants"] if "seconds" in c}
-        named[f"search-{name}"] = duration(seconds[NATIVE])
+        if NATIVE in (seconds := seconds_by_name(r)):
+            named[f"search-{name}"] = duration(seconds[NATIVE])
         if found := lead(r, document["machine"]["peers"]):
             named[f"lead-{name}"] = f"{found[0]:.1f} times"
         if found := lead(r, [PRODUCT]):

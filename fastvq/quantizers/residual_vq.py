@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import lookup, residual_quantize
-from ..ops import residual_search
+from ..ops import accumulate, residual_search
 from .vector_quantize import VectorQuantize
 
 
@@ -166,7 +166,7 @@ class ResidualVQ(nn.Module):
         if self.training:
             self._count(indices)
         if learning:
-            self._learn(list(residuals), indices)
+            self._learn(residuals, indices)
         return quantized, indices, losses
 
     def _level_by_level(
@@ -186,22 +186,27 @@ class ResidualVQ(nn.Module):
             losses.append(loss)
         indices = torch.stack(levels, -1)
         if learning and self.shared_codebook:
-            self._learn(residuals, indices)
+            self._learn(torch.stack(residuals), indices)
         return total, indices, torch.stack(losses)
 
     def _count(self, indices: Tensor) -> None:
         for layer, chosen in zip(self._levels, indices.unbind(-1), strict=False):
             layer._codebook.count_(chosen.flatten())
 
-    def _learn(self, residuals: list[Tensor], indices: Tensor) -> None:
-        """Moves the codebooks to the residuals (..., D) of the levels, with their indices (..., levels)."""
-        rows = [residual.flatten(0, -2) for residual in residuals]
-        chosen = [level.flatten() for level in indices.unbind(-1)]
+    def _learn(self, residuals: Tensor, indices: Tensor) -> None:
+        """Moves the codebooks to the residuals (levels, ..., D), with their indices (..., levels)."""
+        rows, chosen = residuals.flatten(1, -2), indices.flatten(0, -2).T
+        first = self._levels[0]._codebook
         if self.shared_codebook:
-            self._levels[0]._codebook.learn_together_(rows, chosen)
-        else:
-            for layer, x, level in zip(self._levels, rows, chosen, strict=False):
-                layer._codebook.learn_(x, level)
+            first.learn_together_(list(rows), list(chosen))
+        elif first._learns():
+            # One codebook behind the other, in one pass.
+            offsets = torch.arange(0, len(rows) * first.size, first.size, device=indices.device)[:, None]
+            stacked = torch.where(chosen < 0, -1, chosen + offsets)
+            counts, sums = accumulate(rows.flatten(0, 1), stacked.flatten(), len(rows) * first.size)
+            shares = zip(counts.split(first.size), sums.split(first.size), rows, chosen, strict=True)
+            for layer, share in zip(self._levels, shares, strict=False):
+                layer._codebook.learn_from_(*share)
 
     def encode(self, x: Tensor) -> Tensor:
         """The indices alone, of all levels, shaped as `forward` returns them. Touches no state."""
