@@ -60,7 +60,15 @@ def run_suite(*, command: str) -> dict[str, Any]:
         axis: [_said(f"scaling {shape}", scaling_record, shape) for shape in shapes] for axis, shapes in SCALING.items()
     }
     document["threads"] = [_said(f"{threads} threads", thread_record, threads) for threads in thread_counts()]
+    document["ceilings"] = highest_ceilings(document)
     return document
+
+
+def highest_ceilings(document: dict[str, Any]) -> dict[str, float | None]:
+    """Of what was measured at the beginning and, by as many threads, at the end: a neighbour can only lower it."""
+    threads = document["machine"]["threads"]
+    found = [document["ceilings"], *(r["ceilings"] for r in document["threads"] if r["threads"] == threads)]
+    return {kind: max((c[kind] for c in found if c[kind]), default=None) for kind in found[0]}
 
 
 def _said(what: str, function: Any, *arguments: Any) -> Any:
