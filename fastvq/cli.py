@@ -1,4 +1,4 @@
-"""The command line: `fastvq info`, `train`, `reconstruct`, `demo` and `bench`."""
+"""The command line: `fastvq info`, `train`, `reconstruct`, `encode`, `decode`, `demo` and `bench`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for an error in what was asked for, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     from fastvq.bench.data import BenchError
+    from fastvq.coding import CodingError
     from fastvq.data import DataError
     from fastvq.training import CheckpointError, ConfigError
 
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (
         BenchError,
         CheckpointError,
+        CodingError,
         ConfigError,
         DataError,
         FloatingPointError,
@@ -72,6 +74,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     reconstruct.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
     reconstruct.set_defaults(run=_reconstruct)
+
+    encode = commands.add_parser("encode", help="write the codes of images, or of an array, to a small file")
+    encode.add_argument(
+        "source", type=Path, metavar="IN", help="an image, a folder of images, held-out, or codes in an .npy file"
+    )
+    encode.add_argument("out", type=Path, metavar="OUT", help="file to write")
+    encode.add_argument("--run", type=Path, metavar="DIR", dest="run_folder", help="the run whose model encodes images")
+    encode.add_argument("--model", default="adaptive", help="of the codes: adaptive or static (default: %(default)s)")
+    encode.add_argument("--codebook-size", type=int, help="of an .npy file; default: the largest code + 1")
+    encode.set_defaults(run=_encode)
+
+    decode = commands.add_parser("decode", help="get images, or an array of codes, back from a coded file")
+    decode.add_argument("source", type=Path, metavar="IN", help="the file")
+    decode.add_argument("out", type=Path, metavar="OUT", help="a new folder for images, or an .npy file for the codes")
+    decode.add_argument("--run", type=Path, metavar="DIR", dest="run_folder", help="the run whose model decodes images")
+    decode.set_defaults(run=_decode)
 
     demo = commands.add_parser("demo", help="train on the shipped images and show what came of it")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
@@ -180,6 +198,34 @@ def _reconstruct(options: argparse.Namespace) -> int:
     else:
         lines = reconstruct_held_out(options.run_folder, options.out)
     print("\n".join([*lines, f"picture: {options.out}"]))
+    return 0
+
+
+def _encode(options: argparse.Namespace) -> int:
+    from fastvq.coding import CodingError
+    from fastvq.training import compress
+
+    if options.source.suffix == ".npy":
+        lines = compress.encode_array(options.source, options.out, options.codebook_size, model=options.model)
+    elif options.run_folder is None:
+        raise CodingError("--run: which run's model encodes the images?")
+    else:
+        lines = compress.encode_images(options.run_folder, options.source, options.out, model=options.model)
+    print("\n".join(lines))
+    return 0
+
+
+def _decode(options: argparse.Namespace) -> int:
+    from fastvq.coding import CodingError
+    from fastvq.training import compress
+
+    if options.out.suffix == ".npy":
+        lines = compress.decode_array(options.source, options.out)
+    elif options.run_folder is None:
+        raise CodingError("--run: which run's model decodes the images? For the codes alone, OUT ends in .npy")
+    else:
+        lines = compress.decode_images(options.run_folder, options.source, options.out)
+    print("\n".join(lines))
     return 0
 
 

@@ -11,12 +11,13 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
-def test_readme_code_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+@pytest.mark.parametrize(("document", "printed"), [("README.md", "tensor("), ("docs/coding.md", "bits_per_code")])
+def test_code_runs(capsys, document, printed):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.S)
     assert blocks
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-    assert "tensor(" in capsys.readouterr().out
+        exec(compile(block, document, "exec"), {})
+    assert printed in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

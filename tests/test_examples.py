@@ -23,6 +23,16 @@ def test_train_vqvae(tmp_path: Path) -> None:
         assert image.width > 500
 
 
+def test_compress(tmp_path: Path) -> None:
+    coded = tmp_path / "out.fvq"
+    command = [sys.executable, str(EXAMPLES / "compress.py"), "--steps", "3", "--out", str(coded)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"out.fvq: {coded.stat().st_size} bytes for 784000 pixels" in done.stdout
+    assert "adaptive: " in done.stdout
+    assert "decoded again: " in done.stdout
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_every_example_is_tested_here(path: Path) -> None:
     assert f"test_{path.stem}" in globals()

@@ -1,0 +1,121 @@
+"""The file around the coded decisions: what it holds, which model it belongs to, and whether it is whole.
+
+    4 bytes   "FVQ" and 0x1a         1  number of axes, 1 to 8
+    1         version, 1             8  fingerprint of the model, or zeros
+    1         how it is coded        4  codebook size
+    1         1 if there is a -1     4  for each axis, its length
+    ...       the range coder's 32-bit words
+    8         BLAKE2b of all that stands before
+
+Numbers are little-endian and unsigned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from . import tree
+from .models import LEAST_BITS
+
+MODELS = ("static", "adaptive")
+MAGIC, VERSION = b"FVQ\x1a", 1
+LARGEST_CODEBOOK = 1 << 24
+_HEAD = struct.Struct("<4sBBBB8sI")
+_DIGEST = 8
+_AXES = 8
+
+
+class CodingError(ValueError):
+    """Codes that can't be coded, or data that aren't what they should be; the message says what is wrong."""
+
+
+class Header(NamedTuple):
+    """What a file says of itself."""
+
+    model: str
+    missing: bool  # whether there may be a code of -1
+    codebook_size: int
+    shape: tuple[int, ...]
+    fingerprint: bytes  # 8 bytes, zeros for none
+
+    @property
+    def number(self) -> int:
+        """Of codes."""
+        return math.prod(self.shape)
+
+    @property
+    def alphabet(self) -> int:
+        return self.codebook_size + self.missing
+
+
+def pack(header: Header, words: bytes) -> bytes:
+    head = _HEAD.pack(
+        MAGIC,
+        VERSION,
+        MODELS.index(header.model),
+        header.missing,
+        len(header.shape),
+        header.fingerprint,
+        header.codebook_size,
+    )
+    body = head + struct.pack(f"<{len(header.shape)}I", *header.shape) + words
+    return body + _digest(body)
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=_DIGEST).digest()
+
+
+def read_header(data: bytes) -> Header:
+    """What coded data say of themselves, without decoding them.
+
+    Raises:
+        CodingError: they are damaged, or of another kind or version.
+    """
+    return unpack(data)[0]
+
+
+def unpack(data: bytes) -> tuple[Header, bytes]:
+    """(header, words) of data that are whole and whose header makes sense."""
+    if data[: len(MAGIC)] != MAGIC:
+        raise CodingError("not a file of fastvq codes: it doesn't begin with FVQ")
+    if len(data) < _HEAD.size + _DIGEST:
+        raise CodingError(f"truncated: {len(data)} bytes are less than a header")
+    _, version, model, missing, axes, fingerprint, codebook_size = _HEAD.unpack_from(data)
+    if version != VERSION:
+        raise CodingError(f"written in version {version} of the format; this fastvq reads version {VERSION}")
+    body, digest = data[:-_DIGEST], data[-_DIGEST:]
+    if _digest(body) != digest:
+        raise CodingError("damaged or truncated: the digest at the end doesn't fit what stands before it")
+    start = _HEAD.size + 4 * axes
+    if model >= len(MODELS) or missing > 1 or not 1 <= axes <= _AXES or start > len(body):
+        raise CodingError(f"a header that can't be: model {model}, flag {missing}, {axes} axes")
+    shape = struct.unpack_from(f"<{axes}I", body, _HEAD.size)
+    header = Header(MODELS[model], bool(missing), codebook_size, shape, fingerprint)
+    if not 1 <= codebook_size <= LARGEST_CODEBOOK:
+        raise CodingError(f"a codebook of {codebook_size} codes; it may have 1 to {LARGEST_CODEBOOK}")
+    if math.prod(max(1, length) for length in shape) >= 1 << 60:
+        raise CodingError(f"a shape that no array has: {shape}")
+    words = body[start:]
+    if len(words) % 4:
+        raise CodingError(f"{len(words)} bytes of coded data aren't whole 32-bit words")
+    # A decision costs LEAST_BITS at least; the coder may leave out up to two words that it can guess.
+    if header.number * tree.depths(header.alphabet) * LEAST_BITS > 8 * (len(words) + 8):
+        raise CodingError(f"{header.number} codes are more than {len(words)} bytes of coded data can hold")
+    return header, words
+
+
+def fingerprint(model: nn.Module) -> bytes:
+    """8 bytes that tell models apart whose codes mean different things: BLAKE2b of the names, types, shapes and values
+    of parameters and buffers. Give it what turns codes into data: the codebooks and the decoder, or the whole model."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.digest()

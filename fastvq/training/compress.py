@@ -1,0 +1,128 @@
+"""Images to small files and back, by a run's model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvq import coding
+from fastvq.coding import CodingError
+from fastvq.data.folder import SUFFIXES, read_image
+from fastvq.data.images import DataError, to_float
+from fastvq.extras import require
+from fastvq.models import VQVAE
+from fastvq.training.build import load_images, load_model
+
+HELD_OUT = "held-out"
+_BATCH = 100
+
+
+def encode_images(run: Path, source: Path, path: Path, *, model: str = "adaptive") -> list[str]:
+    """Write the codes of images to one file; return lines to print.
+
+    Args:
+        run: folder of the run whose model encodes.
+        source: an image, a folder of images, or "held-out" for those that the run never learned from.
+        path: the file to write.
+        model: how the codes are coded, see `fastvq.coding.encode`.
+
+    Raises:
+        CheckpointError, DataError, CodingError: a run, an image or a model that can't be.
+    """
+    vqvae, config = load_model(run)
+    size = config.codebook_size
+    if config.bottleneck == "none":
+        raise CodingError(f"{run} was trained without a bottleneck: it has no codes")
+    if str(source) == HELD_OUT:
+        images = load_images(config).test
+    else:
+        files = _image_files(source)
+        images = torch.stack([read_image(f, image_size=config.image_size, grayscale=config.grayscale) for f in files])
+    codes = _codes(vqvae, images)
+    data = coding.encode(codes, size, model=model, fingerprint=coding.fingerprint(vqvae))
+    coding.save(path, data)
+    if not torch.equal(coding.decode(coding.load(path)), codes):
+        raise CodingError(f"{path} doesn't decode to the codes that it was written from")
+    bits = 8 * len(data) / codes.numel()
+    return [
+        f"{len(images)} images of {images[0].numel()} bytes, {codes[0].numel()} codes each",
+        f"{path}: {len(data)} bytes, {bits:.2f} bits a code ({np.log2(size):.2f} without a model of them),"
+        f" {images.numel() / len(data):.0f} times smaller than the pixels",
+    ]
+
+
+def decode_images(run: Path, source: Path, folder: Path) -> list[str]:
+    """Write the images that a file's codes stand for as PNG files into a new folder; return lines to print.
+
+    Raises:
+        CheckpointError, CodingError: a run or a file that can't be, or one of another model.
+        DataError: the folder exists.
+    """
+    if folder.exists():
+        raise DataError(f"{folder} exists: choose another folder")
+    vqvae, _ = load_model(run)
+    codes = coding.decode(coding.load(source), fingerprint=coding.fingerprint(vqvae))
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        with torch.no_grad():
+            restored = [vqvae.decode(batch).clamp(0, 1) for batch in codes.split(_BATCH)]
+        for number, image in enumerate(torch.cat(restored) if restored else []):
+            _write_png(partial / f"{number:06d}.png", image)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [f"{len(codes)} images: {folder}"]
+
+
+def encode_array(source: Path, path: Path, codebook_size: int | None, *, model: str = "adaptive") -> list[str]:
+    """Write the codes of an .npy file, integers of any shape with samples along the first axis, to a coded file."""
+    try:
+        values = np.load(source, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise CodingError(f"{source} can't be read as .npy: {error}") from error
+    if not np.issubdtype(values.dtype, np.integer):
+        raise CodingError(f"{source} must hold integers, got {values.dtype}")
+    codes = torch.from_numpy(values.astype(np.int64))
+    size = codebook_size if codebook_size is not None else int(codes.max()) + 1 if codes.numel() else 1
+    data = coding.encode(codes, size, model=model)
+    coding.save(path, data)
+    bits = 8 * len(data) / max(1, codes.numel())
+    return [f"{path}: {len(data)} bytes, {bits:.2f} bits a code ({np.log2(size):.2f} without a model of them)"]
+
+
+def decode_array(source: Path, path: Path) -> list[str]:
+    """Write the codes of a file as .npy, int64."""
+    codes = coding.decode(coding.load(source)).numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    with partial.open("wb") as stream:
+        np.save(stream, codes)
+    partial.replace(path)
+    return [f"{path}: {codes.shape} codes"]
+
+
+def _codes(vqvae: VQVAE, images: Tensor) -> Tensor:
+    return torch.cat([vqvae.encode(to_float(batch)) for batch in images.split(_BATCH)])
+
+
+def _image_files(source: Path) -> list[Path]:
+    if source.is_dir():
+        files = sorted(path for path in source.rglob("[!.]*") if path.suffix.lower() in SUFFIXES)
+        if not files:
+            raise DataError(f"{source} holds no images (files that end in {', '.join(sorted(SUFFIXES))})")
+        return files
+    if not source.exists():
+        raise DataError(f"{source} doesn't exist")
+    return [source]
+
+
+def _write_png(path: Path, image: Tensor) -> None:
+    """An image (C, H, W) in [0, 1]."""
+    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).cpu().numpy()
+    require("PIL.Image").fromarray(pixels).save(path)

@@ -1,0 +1,127 @@
+"""`fastvq encode` and `decode`: images and arrays through files, by the command line."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastvq import coding
+from fastvq.cli import main
+from fastvq.training import TrainConfig, Trainer, load_images
+from fastvq.training.build import load_model
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a few steps on a folder of images, and the folder."""
+    root = tmp_path_factory.mktemp("compress")
+    images = root / "images"
+    images.mkdir()
+    random = np.random.default_rng(0)
+    for n in range(30):
+        Image.fromarray(random.integers(0, 256, (20, 24, 3), np.uint8)).save(images / f"{n:02d}.png")
+    config = TrainConfig(
+        data=str(images),
+        image_size=SIZE,
+        grayscale=False,
+        steps=3,
+        codebook_size=24,
+        dim=8,
+        width=8,
+        residual_width=4,
+        encoder_blocks=1,
+        decoder_blocks=1,
+        batch_size=8,
+        warmup_steps=1,
+    )
+    Trainer(config, load_images(config), root / "run").fit(progress=False)
+    return root / "run", images
+
+
+def test_a_folder_to_a_file_and_back(run, tmp_path, capsys):
+    folder, images = run
+    coded, out = tmp_path / "images.fvq", tmp_path / "out"
+    assert main(["encode", str(images), str(coded), f"--run={folder}"]) == 0
+    printed = capsys.readouterr().out
+    assert f"30 images of {3 * SIZE * SIZE} bytes, 16 codes each" in printed
+    assert f"{coded.stat().st_size} bytes" in printed
+    assert main(["decode", str(coded), str(out), f"--run={folder}"]) == 0
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [f"{n:06d}.png" for n in range(30)]
+    model, _ = load_model(folder)
+    codes = coding.decode(coded.read_bytes())
+    with torch.no_grad():
+        expected = (model.decode(codes).clamp(0, 1) * 255).round().to(torch.uint8)
+    with Image.open(out / "000007.png") as image:
+        assert torch.equal(torch.from_numpy(np.array(image)).permute(2, 0, 1), expected[7])
+    assert main(["decode", str(coded), str(tmp_path / "codes.npy")]) == 0
+    assert np.array_equal(np.load(tmp_path / "codes.npy"), codes.numpy())
+
+
+def test_held_out_images_and_one_image(run, tmp_path, capsys):
+    folder, images = run
+    held_out = load_images(load_model(folder)[1]).test
+    assert main(["encode", "held-out", str(tmp_path / "a.fvq"), f"--run={folder}", "--model=static"]) == 0
+    assert coding.read_header((tmp_path / "a.fvq").read_bytes()).shape == (len(held_out), 4, 4)
+    assert main(["encode", str(images / "03.png"), str(tmp_path / "b.fvq"), f"--run={folder}"]) == 0
+    assert coding.read_header((tmp_path / "b.fvq").read_bytes()).shape == (1, 4, 4)
+    assert "1 images" in capsys.readouterr().out
+
+
+def test_arrays(tmp_path, capsys):
+    codes = np.random.default_rng(0).integers(0, 100, (5, 30, 4)).astype(np.int32)
+    np.save(tmp_path / "in.npy", codes)
+    assert main(["encode", str(tmp_path / "in.npy"), str(tmp_path / "c.fvq"), "--codebook-size=128"]) == 0
+    assert coding.read_header((tmp_path / "c.fvq").read_bytes()).codebook_size == 128
+    assert "(7.00 without a model of them)" in capsys.readouterr().out
+    assert main(["decode", str(tmp_path / "c.fvq"), str(tmp_path / "out.npy")]) == 0
+    assert np.array_equal(np.load(tmp_path / "out.npy"), codes)
+
+
+def test_a_damaged_or_foreign_file_leaves_nothing_behind(run, tmp_path, capsys):
+    folder, images = run
+    coded, out = tmp_path / "images.fvq", tmp_path / "out"
+    assert main(["encode", str(images), str(coded), f"--run={folder}"]) == 0
+    data = coded.read_bytes()
+    coded.write_bytes(data[:-3])
+    assert main(["decode", str(coded), str(out), f"--run={folder}"]) == 2
+    assert "damaged or truncated" in capsys.readouterr().err
+    coded.write_bytes(coding.encode(coding.decode(data), 24, fingerprint=b"somebody"))
+    assert main(["decode", str(coded), str(out), f"--run={folder}"]) == 2
+    assert "codes of another model" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["images.fvq"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["encode", "absent", "out.fvq", "--run={run}"], "absent doesn't exist"),
+        (["encode", "{images}", "out.fvq"], "--run: which run's model encodes the images?"),
+        (["encode", "{images}", "out.fvq", "--run=absent"], "absent"),
+        (["encode", "{images}", "out.fvq", "--run={run}", "--model=zip"], "model: must be one of static, adaptive"),
+        (["encode", "absent.npy", "out.fvq"], "absent.npy can't be read as .npy"),
+        (["decode", "absent.fvq", "out", "--run={run}"], "absent.fvq"),
+        (["decode", "{images}/00.png", "out", "--run={run}"], "not a file of fastvq codes"),
+        (["decode", "{images}/00.png", "out"], "--run: which run's model decodes the images?"),
+        (["decode", "absent.fvq", "{images}", "--run={run}"], "exists: choose another folder"),
+    ],
+)
+def test_what_cannot_be_is_named(run, tmp_path, monkeypatch, capsys, command, message):
+    monkeypatch.chdir(tmp_path)
+    folder, images = run
+    assert main([part.format(run=folder, images=images) for part in command]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_arrays_that_are_no_codes(tmp_path, capsys):
+    np.save(tmp_path / "in.npy", np.zeros(3))
+    assert main(["encode", str(tmp_path / "in.npy"), str(tmp_path / "c.fvq")]) == 2
+    assert "must hold integers, got float64" in capsys.readouterr().err
+    np.save(tmp_path / "in.npy", np.array([5]))
+    assert main(["encode", str(tmp_path / "in.npy"), str(tmp_path / "c.fvq"), "--codebook-size=5"]) == 2
+    assert "codes: must lie in [-1, 5), got 5 to 5" in capsys.readouterr().err
