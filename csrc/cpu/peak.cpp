@@ -9,6 +9,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace fastvq {
@@ -26,8 +28,6 @@ struct Work {
   bool supported;
 };
 
-#if defined(__x86_64__)
-
 #define FASTVQ_CHAINS(VECTOR, START, STEP)                      \
   VECTOR sums[CHAINS];                                          \
   for (int i = 0; i < CHAINS; ++i) sums[i] = START;             \
@@ -39,6 +39,8 @@ struct Work {
   VECTOR all[CHAINS];                                           \
   for (int i = 0; i < CHAINS; ++i) all[i] = sums[i];            \
   for (int i = 0; i < CHAINS; ++i) *sink = reinterpret_cast<float*>(&all[i])[0]
+
+#if defined(__x86_64__)
 
 __attribute__((target("avx2,fma"))) double float32_avx2(volatile float* sink) {
   const __m256 a = _mm256_set1_ps(0.999f), b = _mm256_set1_ps(1e-3f);
@@ -85,6 +87,14 @@ __attribute__((target("avx2"))) double int16_avx2(volatile float* sink) {
   return 2.0 * 16 * 6 * ROUNDS;
 }
 
+#elif defined(__aarch64__)
+
+double float32_neon(volatile float* sink) {
+  const float32x4_t a = vdupq_n_f32(0.999f), b = vdupq_n_f32(1e-3f);
+  FASTVQ_CHAINS(float32x4_t, a, vfmaq_f32(b, sums[i], a));
+  return 2.0 * 4 * CHAINS * ROUNDS;
+}
+
 #endif
 
 Work work_of(const std::string& kind) {
@@ -95,6 +105,10 @@ Work work_of(const std::string& kind) {
   if (kind == "bfloat16") return {bfloat16_avx512, wide && __builtin_cpu_supports("avx512bf16")};
   if (kind == "int16" && wide && __builtin_cpu_supports("avx512vnni")) return {int16_avx512, true};
   if (kind == "int16") return {int16_avx2, static_cast<bool>(__builtin_cpu_supports("avx2"))};
+#elif defined(__aarch64__)
+  if (kind == "float32") return {float32_neon, true};
+#else
+  static_cast<void>(kind);
 #endif
   return {nullptr, false};
 }
