@@ -1,5 +1,5 @@
 // The native CPU backend's ops, on the LibTorch stable ABI: one binary for every torch from 2.10 on. Schemas, argument
-// checks and documentation are in fastvq/ops.py; arguments arrive checked and contiguous.
+// checks and documentation are in fastvq/ops/; arguments arrive checked and contiguous.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

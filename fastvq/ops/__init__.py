@@ -1,0 +1,25 @@
+"""Every op: its schema, its argument checks, its fake and its choice of backend, once each."""
+
+from __future__ import annotations
+
+from .learning import accumulate, ema_update_
+from .searches import residual_search, search
+from .steps import (
+    GRADIENTS,
+    quantize_backward,
+    quantize_forward,
+    residual_quantize_backward,
+    residual_quantize_forward,
+)
+
+__all__ = [
+    "GRADIENTS",
+    "accumulate",
+    "ema_update_",
+    "quantize_backward",
+    "quantize_forward",
+    "residual_quantize_backward",
+    "residual_quantize_forward",
+    "residual_search",
+    "search",
+]

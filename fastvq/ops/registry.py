@@ -1,0 +1,79 @@
+"""How an op is registered, and the checks that several share.
+
+The backend is chosen inside the registered op. torch.compile and torch.export therefore see one opaque node, and a
+traced program runs on whatever backend serves the device it meets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("fastvq", "DEF")
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def op(*, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[_F], _F]:
+    """Registers the decorated function as an op and returns a function of its signature that calls the op.
+
+    `native_<name>` gets the same schema, for the compiled library to implement.
+    """
+
+    def register(function: _F) -> _F:
+        name = function.__name__
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        for op_name in (name, f"native_{name}"):
+            _library.define(op_name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        # Without a graph, which would hold every temporary tensor of a search that nothing differentiates.
+        _library.impl(name, torch.no_grad()(function), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastvq::{name}", fake, lib=_library)
+        overload = getattr(torch.ops.fastvq, name).default
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return overload(*args, **kwargs)
+
+        call.__name__, call.__qualname__, call.__doc__ = name, name, function.__doc__
+        call.__module__, call.__wrapped__ = function.__module__, function  # type: ignore[attr-defined]
+        return call  # type: ignore[return-value]
+
+    return register
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_values(name: str, tensor: Tensor, dims: tuple[int, ...], like: str) -> None:
+    if tensor.dim() not in dims:
+        raise ValueError(f"{name}: must have shape {like}, got {tuple(tensor.shape)}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name}: must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+
+
+def check_same_device(name: str, tensor: Tensor, x: Tensor, x_name: str = "x") -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: must be on the device of {x_name}, {x.device}, got {tensor.device}")
+
+
+def check_codes(name: str, codebook: Tensor, x: Tensor) -> None:
+    check_same_device(name, codebook, x)
+    if codebook.shape[-1] != x.shape[-1]:
+        raise ValueError(f"{name}: must have the dimension of x, D={x.shape[-1]}, got shape {tuple(codebook.shape)}")
+    if codebook.shape[-2] == 0:
+        raise ValueError(f"{name}: must hold at least one code, got shape {tuple(codebook.shape)}")
+    if x.shape[-1] == 0:
+        raise ValueError(f"x: must have at least one dimension D, got shape {tuple(x.shape)}")
+
+
+def check_indices(indices: Tensor, x: Tensor) -> None:
+    check_int64(indices, x, (x.shape[0],), "(N,)", "x")
+
+
+def check_int64(indices: Tensor, x: Tensor, shape: tuple[int, ...], like: str, beside: str) -> None:
+    if indices.dtype != torch.int64:
+        raise TypeError(f"indices: must be int64, got {indices.dtype}")
+    if indices.shape != shape:
+        raise ValueError(f"indices: must have shape {like} = {shape} beside {beside}, got {tuple(indices.shape)}")
+    check_same_device("indices", indices, x)
