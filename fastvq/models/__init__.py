@@ -1,12 +1,22 @@
-"""Models built around a quantizer: convolutional encoders and decoders, and the VQ-VAE.
+"""Models built around a quantizer: convolutional encoders and decoders, the VQ-VAE, and a prior over its indices.
 
 x -- Encoder --> features -- bottleneck --> codes -- Decoder --> reconstruction
-                                 '-- indices, the compressed form of x
+                                 '-- indices, the compressed form of x -- TransformerPrior --> bits, new indices
 """
 
 from __future__ import annotations
 
 from fastvq.models.conv import Decoder, Encoder, ResidualBlock
+from fastvq.models.prior import TransformerPrior
 from fastvq.models.vqvae import VQVAE, Bottleneck, NoBottleneck, VQVAEOutput
 
-__all__ = ["VQVAE", "Bottleneck", "Decoder", "Encoder", "NoBottleneck", "ResidualBlock", "VQVAEOutput"]
+__all__ = [
+    "VQVAE",
+    "Bottleneck",
+    "Decoder",
+    "Encoder",
+    "NoBottleneck",
+    "ResidualBlock",
+    "TransformerPrior",
+    "VQVAEOutput",
+]
