@@ -1,4 +1,5 @@
-"""The command line: `fastvq info`, `train`, `reconstruct`, `encode`, `decode`, `demo` and `bench`."""
+"""The command line: `fastvq info`, `train`, `reconstruct`, `prior`, `sample`, `encode`, `decode`, `demo` and
+`bench`."""
 
 from __future__ import annotations
 
@@ -75,6 +76,23 @@ def _parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
     reconstruct.set_defaults(run=_reconstruct)
 
+    prior = commands.add_parser("prior", help="learn which codes follow which in a run's data")
+    prior.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
+    prior.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    prior.add_argument("--steps", type=int, help="default: 1000")
+    prior.set_defaults(run=_prior)
+
+    sample = commands.add_parser("sample", help="draw new images with a run's prior")
+    sample.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
+    sample.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
+    sample.add_argument("--complete", action="store_true", help="lower halves to the upper ones of held-out images")
+    sample.add_argument("--temperature", type=float, default=1.0, help="below 1 for likelier samples")
+    sample.add_argument("--top-k", type=int, help="draw among so many codes")
+    sample.add_argument("--top-p", type=float, help="draw among the codes that have this probability together")
+    sample.add_argument("--guidance", type=float, default=1.0, help="above 1 leans on the class")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.set_defaults(run=_sample)
+
     encode = commands.add_parser("encode", help="write the codes of images, or of an array, to a small file")
     encode.add_argument(
         "source", type=Path, metavar="IN", help="an image, a folder of images, held-out, or codes in an .npy file"
@@ -96,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
     demo.add_argument("--steps", type=int, help="train for fewer or more steps than usual")
     demo.add_argument("--ceiling-steps", type=int, help="the same for the network without a bottleneck")
+    demo.add_argument("--prior-steps", type=int, help="the same for the prior")
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="time the search of your shape beside other libraries, or run the suite")
@@ -201,6 +220,33 @@ def _reconstruct(options: argparse.Namespace) -> int:
     return 0
 
 
+def _prior(options: argparse.Namespace) -> int:
+    from fastvq.training import prior
+
+    config = prior.PriorConfig() if options.steps is None else prior.PriorConfig(steps=options.steps)
+    learned = prior.train_prior(options.run_folder, config, resume=options.resume)
+    if learned is None:
+        print(f"stopped, saved; go on with: fastvq prior {shlex.quote(str(options.run_folder))} --resume")
+        return _INTERRUPTED
+    model, codes = learned
+    bits = prior.bits_per_code(model, codes.test, codes.test_labels)
+    print(f"{len(codes.test)} held-out images: {bits:.2f} bits a code")
+    return 0
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from fastvq.training.config import ConfigError
+    from fastvq.training.sampling import sample_run
+
+    settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "guidance")}
+    try:
+        sample_run(options.run_folder, options.out, complete=options.complete, seed=options.seed, **settings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print(f"picture: {options.out}")
+    return 0
+
+
 def _encode(options: argparse.Namespace) -> int:
     from fastvq.coding import CodingError
     from fastvq.training import compress
@@ -230,11 +276,13 @@ def _decode(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from fastvq.training.demo import CEILING_STEPS, DEMO, run_demo
+    from fastvq.training.demo import CEILING_STEPS, DEMO, DEMO_PRIOR, run_demo
 
     config = DEMO if options.steps is None else dataclasses.replace(DEMO, steps=options.steps)
     ceiling_steps = CEILING_STEPS if options.ceiling_steps is None else options.ceiling_steps
-    if run_demo(options.out, config=config, ceiling_steps=ceiling_steps, resume=options.resume) is None:
+    prior = DEMO_PRIOR if options.prior_steps is None else dataclasses.replace(DEMO_PRIOR, steps=options.prior_steps)
+    done = run_demo(options.out, config=config, ceiling_steps=ceiling_steps, prior_config=prior, resume=options.resume)
+    if done is None:
         print(f"stopped, saved; go on with: fastvq demo --out {shlex.quote(str(options.out))} --resume")
         return _INTERRUPTED
     return 0

@@ -80,6 +80,32 @@ def save_reconstructions(
     save_figure(figure, path)
 
 
+def save_grid(
+    path: Path,
+    rows: Sequence[Tensor],
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+    *,
+    title: str,
+    caption: str,
+) -> None:
+    """Draw rows of images, each row with its name at the left, each column with its name above.
+
+    Args:
+        path: PNG file to write.
+        rows: (columns, C, H, W) each, float in [0, 1].
+    """
+    columns = len(column_names)
+    figure = _figure(1.0 * columns + 1.2, 1.05 * len(rows) + 1.3, title, caption)
+    for row, panels in enumerate(figure.subplots(len(rows), columns, squeeze=False)):
+        for column, panel in enumerate(panels):
+            _show(panel, rows[row][column])
+            if row == 0:
+                panel.set_title(column_names[column], fontsize=9)
+        panels[0].set_ylabel(row_names[row], fontsize=9, rotation=0, ha="right", va="center")
+    save_figure(figure, path)
+
+
 def _points(records: Sequence[dict[str, Any]], split: str, key: str) -> list[tuple[int, float]]:
     return [(r["step"], r[key]) for r in records if r["split"] == split and r.get(key) is not None]
 

@@ -131,17 +131,22 @@ def test_a_folder_is_colour_by_default_and_resumes_from_anywhere(
 def test_demo_writes_pictures_metrics_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "demo"
     for _ in range(2):
-        assert main(["demo", f"--out={run}", "--steps=3", "--ceiling-steps=2"]) == 0
+        assert main(["demo", f"--out={run}", "--steps=3", "--ceiling-steps=2", "--prior-steps=2"]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert 0 < metrics["psnr_db"] < 40
     assert 0 < metrics["ceiling_psnr_db"] < 40
     assert 1 <= metrics["perplexity"] <= 512
-    assert (metrics["steps"], metrics["ceiling_steps"]) == (3, 2)
+    assert (metrics["steps"], metrics["ceiling_steps"], metrics["prior_steps"]) == (3, 2, 2)
     assert (metrics["codes_per_image"], metrics["codebook_size"]) == (49, 512)
     assert (metrics["train_images"], metrics["test_images"]) == (5700, 1000)
     assert 0 < metrics["seconds"] < metrics["total_seconds"]
     assert metrics["settings"]["batch_size"] > 0
-    for name in ("reconstructions.png", "curves.png", "usage.png", "codes.png"):
+    bits = metrics["bits_per_code"]
+    assert bits["uniform"] == 9.0
+    assert 0 < bits["adaptive"] < bits["static"]
+    assert 0 < bits["prior"] < 10
+    assert metrics["coded_bytes"] == (run / "images.fvq").stat().st_size < metrics["pixel_bytes"] / 10
+    for name in ("reconstructions.png", "curves.png", "usage.png", "codes.png", "samples.png", "completions.png"):
         assert (run / name).stat().st_size > 10_000
     table = capsys.readouterr().out
     assert f"{metrics['psnr_db']:.2f} dB" in table
@@ -200,7 +205,7 @@ def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         if trainer.step == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    arguments = ["demo", f"--out={tmp_path}", "--steps=4", "--ceiling-steps=3"]
+    arguments = ["demo", f"--out={tmp_path}", "--steps=4", "--ceiling-steps=3", "--prior-steps=2"]
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", step_and_interrupt)
         assert main(arguments) == 130

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
-@pytest.mark.parametrize(("document", "printed"), [("README.md", "tensor("), ("docs/coding.md", "bits_per_code")])
+@pytest.mark.parametrize(
+    ("document", "printed"),
+    [("README.md", "tensor("), ("docs/coding.md", "bits_per_code"), ("docs/prior.md", "bits of each")],
+)
 def test_code_runs(capsys, document, printed):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.S)
     assert blocks

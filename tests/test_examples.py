@@ -33,6 +33,17 @@ def test_compress(tmp_path: Path) -> None:
     assert "decoded again: " in done.stdout
 
 
+def test_train_prior(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "train_prior.py"), "--steps=3", "--prior-steps=3", "--run", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "bits a code; a uniform prior has 9.00" in done.stdout
+    assert "codes (3, 7, 7) become images (3, 1, 28, 28)" in done.stdout
+    for name in ("samples.png", "completions.png"):
+        with Image.open(tmp_path / "run" / name) as image:
+            assert min(image.size) > 500
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_every_example_is_tested_here(path: Path) -> None:
     assert f"test_{path.stem}" in globals()

@@ -1,0 +1,50 @@
+"""Train a small VQ-VAE on the images that ship with fastvq, learn the prior of its codes, and draw new images.
+
+python examples/train_prior.py [--steps 1000] [--prior-steps 500] [--run runs/example]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+from fastvq.training import TrainConfig, Trainer, load_images
+from fastvq.training.prior import PriorConfig, bits_per_code, train_prior
+from fastvq.training.sampling import picture_completions, picture_samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--prior-steps", type=int, default=500)
+    parser.add_argument("--run", type=Path, default=Path("runs/example"))
+    options = parser.parse_args()
+
+    config = TrainConfig(steps=options.steps, evaluate_every=options.steps)
+    images = load_images(config)
+    trainer = Trainer(config, images, options.run)
+    trainer.fit()
+    model = trainer.model.eval()
+
+    learned = train_prior(options.run, PriorConfig(steps=options.prior_steps))
+    assert learned is not None, "interrupted"
+    prior, codes = learned
+    bits = bits_per_code(prior, codes.test, codes.test_labels)
+    print(f"held-out images: {bits:.2f} bits a code; a uniform prior has {math.log2(config.codebook_size):.2f}")
+
+    # Three new trousers, as codes and as pixels.
+    drawn = prior.sample(3, torch.full((3,), 1), temperature=0.9, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pixels = model.decode(drawn)
+    print(f"codes {tuple(drawn.shape)} become images {tuple(pixels.shape)}")
+
+    picture_samples(options.run / "samples.png", prior, model, images, temperature=0.9)
+    picture_completions(options.run / "completions.png", prior, model, images, temperature=0.9)
+    print(f"pictures: {options.run / 'samples.png'}, {options.run / 'completions.png'}")
+
+
+if __name__ == "__main__":
+    main()

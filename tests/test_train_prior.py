@@ -1,0 +1,184 @@
+"""The prior's training: codes written once, exact resume, states that are whole, pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastvq.cli import main
+from fastvq.models import VQVAE
+from fastvq.training import CheckpointError, ConfigError, TrainConfig, Trainer, load_images
+from fastvq.training import prior as training
+from fastvq.training.build import load_model
+from fastvq.training.prior import PriorConfig, bits_per_code, forget_prior, load_prior, tokenize, train_prior
+
+TINY = PriorConfig(steps=6, batch_size=8, dim=16, depth=1, heads=2, warmup_steps=2, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of a few steps on a folder of images."""
+    root = tmp_path_factory.mktemp("prior")
+    images = root / "images"
+    images.mkdir()
+    random = np.random.default_rng(0)
+    for n in range(40):
+        Image.fromarray(random.integers(0, 256, (16, 16), np.uint8)).save(images / f"{n:02d}.png")
+    config = TrainConfig(
+        data=str(images),
+        image_size=16,
+        steps=3,
+        codebook_size=24,
+        dim=8,
+        width=8,
+        residual_width=4,
+        encoder_blocks=1,
+        decoder_blocks=1,
+        batch_size=8,
+        warmup_steps=1,
+    )
+    Trainer(config, load_images(config), root / "run").fit(progress=False)
+    return root / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def weights(run):
+    return load_prior(run)[0].state_dict()
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_codes_are_written_once_and_belong_to_the_model(run, monkeypatch):
+    model, config = load_model(run)
+    images = load_images(config)
+    codes = tokenize(run, model, images, flip=True)
+    assert torch.equal(codes.test.long(), model.encode(images.test / 255))
+    both = torch.cat([images.train, images.train.flip(-1)]) / 255
+    assert torch.equal(codes.train.long(), model.encode(both))
+    assert sorted(path.name for path in (run / "prior").iterdir()) == [
+        "codes-test.npy",
+        "codes-train.npy",
+        "codes.json",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(VQVAE, "encode", lambda *_: pytest.fail("the codes are there already"))
+        again = tokenize(run, model, images, flip=True)
+    assert torch.equal(again.train, codes.train)
+    plain = tokenize(run, model, images, flip=False)
+    assert len(plain.train) == len(images.train)
+    with torch.no_grad():
+        model.bottleneck.codebook[:] = model.bottleneck.codebook.flip(0)
+    other = tokenize(run, model, images, flip=False)
+    assert torch.equal(other.train, 23 - plain.train)
+
+
+def test_labels_follow_the_mirrored_images(run):
+    model, config = load_model(run)
+    images = load_images(config)
+    labelled = dataclasses.replace(
+        images, train_labels=torch.arange(len(images.train)) % 3, test_labels=torch.arange(len(images.test)) % 3
+    )
+    codes = tokenize(run, model, labelled, flip=True)
+    assert codes.classes == 3
+    assert torch.equal(codes.train_labels, labelled.train_labels.repeat(2))
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(run, monkeypatch):
+    assert train_prior(run, TINY, progress=False) is not None
+    whole = weights(run)
+    forget_prior(run)
+    assert not list((run / "prior").iterdir())
+    original = training._train_step
+
+    def step_and_interrupt(prior, optimizer, codes, config, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(prior, optimizer, codes, config, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_train_step", step_and_interrupt)
+        assert train_prior(run, TINY, progress=False) is None
+    torch.manual_seed(99)
+    assert not equal(weights(run), whole)
+    prior, codes = train_prior(run, resume=True, progress=False)
+    assert equal(prior.state_dict(), whole)
+    assert equal(weights(run), whole)
+    assert 0 < bits_per_code(prior, codes.test, codes.test_labels) < 10
+
+
+def test_states_that_cannot_be_used(run):
+    with pytest.raises(CheckpointError, match="has no prior yet: fastvq prior"):
+        load_prior(run)
+    train_prior(run, TINY, progress=False)
+    state = run / "prior" / "state.safetensors"
+    whole = state.read_bytes()
+    for spoilt in (whole[:100], whole[:-10], b"", b"\xff" * 200):
+        state.write_bytes(spoilt)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            load_prior(run)
+    state.write_bytes(whole.replace(json.dumps(TINY.seed).encode(), b"0"))
+    load_prior(run)
+    other = next((run / "checkpoints").glob("step-*"))
+    config = TrainConfig(**json.loads((other / "checkpoint.json").read_text())["config"])
+    shutil.rmtree(run / "checkpoints")
+    (run / "metrics.jsonl").unlink()
+    Trainer(dataclasses.replace(config, seed=1), load_images(config), run).fit(progress=False)
+    with pytest.raises(CheckpointError, match="the prior of another model"):
+        load_prior(run)
+    assert train_prior(run, TINY, progress=False) is not None
+    load_prior(run)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ({"heads": 3}, "heads: must divide dim=16, got 3"),
+        ({"batch_size": 1000}, "batch_size 1000 is more than the"),
+    ],
+)
+def test_settings_that_cannot_be(run, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        train_prior(run, dataclasses.replace(TINY, **settings), progress=False)
+
+
+def test_learning_rate_rises_and_falls():
+    rates = [TINY.learning_rate_at(step) for step in range(7)]
+    assert rates[0] == TINY.learning_rate / 2
+    assert rates[1] == rates[2] == TINY.learning_rate
+    assert rates[2] > rates[3] > rates[4] > rates[5] > rates[6]
+    assert abs(rates[6]) < 1e-12
+
+
+def test_commands(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "PriorConfig", lambda steps=6: dataclasses.replace(TINY, steps=steps))
+    assert main(["sample", str(run), f"--out={tmp_path}/s.png"]) == 2
+    assert "has no prior yet" in capsys.readouterr().err
+    assert main(["prior", str(run), "--steps=3"]) == 0
+    assert "bits a code" in capsys.readouterr().out
+    monkeypatch.undo()
+    for name, options in (("s", []), ("c", ["--complete", "--temperature=0.8", "--top-k=5", "--seed=3"])):
+        assert main(["sample", str(run), f"--out={tmp_path}/{name}.png", *options]) == 0
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert min(image.size) > 300
+    assert main(["sample", str(run), f"--out={tmp_path}/x.png", "--top-p=0"]) == 2
+    assert "top_p: must lie in (0, 1], got 0.0" in capsys.readouterr().err
+    assert main(["sample", str(run), f"--out={tmp_path}/x.png", "--guidance=2"]) == 2
+    assert "guidance: of 2.0 needs labels" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
