@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     prior = commands.add_parser("prior", help="learn which codes follow which in a run's data")
     prior.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
     prior.add_argument("--resume", action="store_true", help="go on with an interrupted training")
-    prior.add_argument("--steps", type=int, help="default: 1000")
+    prior.add_argument("--steps", type=int, help="default: 1400")
     prior.set_defaults(run=_prior)
 
     sample = commands.add_parser("sample", help="draw new images with a run's prior")

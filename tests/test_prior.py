@@ -13,14 +13,14 @@ from fastvq.models.prior import _Block, _draw
 
 from .cases import close, generator
 
-GRIDS = [(5,), (3, 4), (2, 3, 2)]
+GRIDS = [(5,), (3, 4), (4, 1), (1, 3), (2, 3, 2)]
 
 
 def make(size=7, grid=(3, 4), **options):
     """A prior that isn't uniform: its head is drawn, not zero."""
     prior = TransformerPrior(size, grid, dim=16, depth=2, heads=2, **options).eval()
     torch.nn.init.normal_(prior.head.weight, generator=generator())
-    for embedding in (prior.codes, prior.labels, *prior.axes):
+    for embedding in (*prior.codes, prior.labels, *prior.axes):
         torch.nn.init.normal_(embedding.weight, generator=generator(1))
     return prior
 
@@ -67,6 +67,18 @@ def test_an_untrained_prior_is_uniform():
     prior = TransformerPrior(512, (7, 7)).eval()
     bits = prior.bits(torch.zeros(2, 7, 7, dtype=torch.int64))
     close(bits, torch.full((2,), 49 * 9.0, dtype=torch.float64))
+
+
+def test_similar_codes_start_alike_where_their_vectors_are_known():
+    vectors = torch.randn(4, 6, generator=generator()).repeat(2, 1)
+    prior = TransformerPrior(8, (2, 3), dim=16, depth=1, heads=2, vectors=vectors).eval()
+    logits = prior(torch.randint(0, 8, (3, 2, 3), generator=generator()))
+    close(logits[..., :4], logits[..., 4:])
+    codes = torch.randint(0, 4, (3, 2, 3), generator=generator())
+    close(prior(codes), prior(codes + 4))
+    assert logits.std(-1).min() > 0
+    with pytest.raises(ValueError, match=r"vectors: must have shape \(9, D\), got \(8, 6\)"):
+        TransformerPrior(9, (3,), vectors=vectors)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_INPUT_SIZE, _HEAD_SIZE = 0.5, 0.05  # of weights that start from the codes' vectors
 _Cache = tuple[Tensor, Tensor]  # keys and values (B, heads, places so far, D) of a block
 
 
@@ -17,8 +18,10 @@ class TransformerPrior(nn.Module):
 
         p(codes | label) = prod_i p(code_i | code_0 ... code_{i-1}, label)
 
-    Each place sees the code before it, its position, as a sum of one learned vector for each axis, and the label.
-    Blocks are pre-normalised: causal attention, then a perceptron four times as wide.
+    Each place is given the code before it and, in grids of two or three axes, the ones above it and above to the
+    right; its position, as a sum of one learned vector for each axis; and the label. Attention could find the
+    neighbours by itself, but takes longer to learn it. Blocks are pre-normalised: causal attention, then a perceptron
+    four times as wide.
 
     Args:
         codebook_size: K.
@@ -26,6 +29,8 @@ class TransformerPrior(nn.Module):
         dim: width. depth: blocks. heads: of each attention; they divide dim.
         classes: how many labels there are; 0 for none.
         dropout: in training, of what each attention and perceptron adds.
+        vectors: (K, D), what the codes stand for: where they are given, similar codes start alike, at the input and in
+            the logits, and less has to be learned. Without them an untrained prior is uniform.
         label_dropout: in training, the share of samples whose label is left out, so that guidance has a model without.
 
     Shapes: codes (B, *grid) int64 in [0, K); labels (B,) int64 in [0, classes), or None for none.
@@ -48,6 +53,7 @@ class TransformerPrior(nn.Module):
         classes: int = 0,
         dropout: float = 0.1,
         label_dropout: float = 0.1,
+        vectors: Tensor | None = None,
     ) -> None:
         super().__init__()
         if codebook_size < 1:
@@ -62,23 +68,39 @@ class TransformerPrior(nn.Module):
         self.codebook_size, self.grid, self.classes = codebook_size, tuple(grid), classes
         self.places = math.prod(grid)
         self.label_dropout = label_dropout
-        self.codes = nn.Embedding(codebook_size, dim)
+        # How far back a place looks for a code that it is given, with the vectors of these codes.
+        self.offsets = (1, *(o for o in (grid[-1], grid[-1] - 1) if len(grid) > 1 and 0 < o < self.places))
+        self.codes = nn.ModuleList([nn.Embedding(codebook_size, dim) for _ in self.offsets])
         self.start = nn.Parameter(torch.zeros(dim))
         self.labels = nn.Embedding(classes + 1, dim)  # the last one stands for "no label"
         self.axes = nn.ModuleList([nn.Embedding(length, dim) for length in grid])
         self.blocks = nn.ModuleList([_Block(dim, heads, dropout) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, codebook_size)
-        for embedding in (self.codes, self.labels, *self.axes):
+        for embedding in (*self.codes, self.labels, *self.axes):
             nn.init.normal_(embedding.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        if vectors is not None:
+            self._start_from(vectors)
+
+    @torch.no_grad()
+    def _start_from(self, vectors: Tensor) -> None:
+        if vectors.dim() != 2 or len(vectors) != self.codebook_size:
+            raise ValueError(f"vectors: must have shape ({self.codebook_size}, D), got {tuple(vectors.shape)}")
+        centred = vectors.detach().float().cpu() - vectors.detach().float().cpu().mean(0)
+        centred = centred / centred.std().clamp_min(1e-12)
+        tables = [(embedding.weight, _INPUT_SIZE) for embedding in self.codes] + [(self.head.weight, _HEAD_SIZE)]
+        for weight, size in tables:
+            directions = torch.randn(centred.shape[1], weight.shape[1]) / math.sqrt(centred.shape[1])
+            weight.copy_(size * centred @ directions)
 
     def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits (B, places, K): at place i those of code i, given the codes before it."""
         flat = self._checked(codes)
-        before = self.codes(flat[:, :-1])
-        x = torch.cat([self.start.expand(len(flat), 1, -1), before], 1) + self._positions()
+        x = F.pad(self.start[None], (0, 0, 0, self.places - 1)) + self._positions()
+        for offset, vectors in zip(self.offsets, self.codes, strict=True):
+            x = x + F.pad(vectors(flat[:, : self.places - offset]), (0, 0, offset, 0))
         x = x + self._label_vectors(labels, len(flat), flat.device)[:, None]
         for block in self.blocks:
             x, _ = block(x, None)
@@ -138,9 +160,9 @@ class TransformerPrior(nn.Module):
         positions = self._positions()
         caches: list[_Cache | None] = [None for _ in self.blocks]
         drawn: list[Tensor] = []
-        x = self.start.expand(len(labels_twice), -1)
+        x = self.start.expand(count, -1)
         for place in range(self.places):
-            hidden = (x + positions[place] + labels_twice)[:, None]
+            hidden = ((torch.cat([x, x]) if guided else x) + positions[place] + labels_twice)[:, None]
             for i, block in enumerate(self.blocks):
                 hidden, caches[i] = block(hidden, caches[i])
             logits = self.head(self.norm(hidden[:, 0])).float()
@@ -150,8 +172,8 @@ class TransformerPrior(nn.Module):
             if kept is not None:
                 code = torch.where(kept[:, place] >= 0, kept[:, place], code)
             drawn.append(code)
-            x = self.codes(code)
-            x = torch.cat([x, x]) if guided else x
+            known = zip(self.offsets, self.codes, strict=True)
+            x = sum((vectors(drawn[-offset]) for offset, vectors in known if offset <= len(drawn)), torch.zeros(()))
         return torch.stack(drawn, 1).unflatten(1, self.grid)
 
     def _positions(self) -> Tensor:

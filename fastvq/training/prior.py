@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvq import VectorQuantize
 from fastvq.coding import fingerprint
 from fastvq.data import Images
 from fastvq.data.images import to_float
@@ -41,10 +42,10 @@ class PriorConfig:
     The learning rate rises over `warmup_steps` and falls to zero along half a cosine.
     """
 
-    steps: int = 1000
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
+    steps: int = 1400
+    batch_size: int = 48
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
     weight_decay: float = 0.05
     dim: int = 128
     depth: int = 4
@@ -137,7 +138,7 @@ def train_prior(
         raise ConfigError(f"batch_size {config.batch_size} is more than the {len(codes.train)} samples to learn from")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        prior = build_prior(config, run_config, codes.train.shape[1:], codes.classes)
+        prior = build_prior(config, run_config, codes.train.shape[1:], codes.classes, _vectors(model))
         optimizer = torch.optim.AdamW(
             prior.parameters(), betas=(0.9, 0.98), weight_decay=config.weight_decay, lr=config.learning_rate
         )
@@ -184,6 +185,7 @@ def build_prior(config: PriorConfig, run_config: TrainConfig, grid: tuple[int, .
             classes=classes,
             dropout=config.dropout,
             label_dropout=config.label_dropout,
+            vectors=vectors,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -202,6 +204,10 @@ def load_prior(run: Path) -> tuple[TransformerPrior, VQVAE]:
     prior = build_prior(config, run_config, grid, len(tensors["model.labels.weight"]) - 1)
     prior.load_state_dict(_part(tensors, "model"))
     return prior.eval(), model
+
+
+def _vectors(model: VQVAE) -> Tensor | None:
+    return model.bottleneck.codebook if isinstance(model.bottleneck, VectorQuantize) else None
 
 
 @torch.no_grad()
