@@ -4,6 +4,7 @@ many bits a grid is worth."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,9 +90,9 @@ class TransformerPrior(nn.Module):
         if vectors.dim() != 2 or len(vectors) != self.codebook_size:
             raise ValueError(f"vectors: must have shape ({self.codebook_size}, D), got {tuple(vectors.shape)}")
         centred = vectors.detach().float().cpu() - vectors.detach().float().cpu().mean(0)
-        centred = centred / centred.std().clamp_min(1e-12)
-        tables = [(embedding.weight, _INPUT_SIZE) for embedding in self.codes] + [(self.head.weight, _HEAD_SIZE)]
-        for weight, size in tables:
+        centred = centred / centred.square().mean().sqrt().clamp_min(1e-12)
+        tables: list[tuple[Any, float]] = [(embedding.weight, _INPUT_SIZE) for embedding in self.codes]
+        for weight, size in [*tables, (self.head.weight, _HEAD_SIZE)]:
             directions = torch.randn(centred.shape[1], weight.shape[1]) / math.sqrt(centred.shape[1])
             weight.copy_(size * centred @ directions)
 

@@ -173,8 +173,14 @@ def forget_prior(run: Path) -> None:
             path.unlink()
 
 
-def build_prior(config: PriorConfig, run_config: TrainConfig, grid: tuple[int, ...], classes: int) -> TransformerPrior:
-    """The untrained prior of these settings."""
+def build_prior(
+    config: PriorConfig,
+    run_config: TrainConfig,
+    grid: tuple[int, ...],
+    classes: int,
+    vectors: Tensor | None = None,
+) -> TransformerPrior:
+    """The untrained prior of these settings, from the codes' vectors if these are given."""
     try:
         return TransformerPrior(
             run_config.codebook_size,
