@@ -1,6 +1,6 @@
 # The two commands are `make demo` and `make test`; each sets up what it needs in .venv first.
 #   make lint       ruff, mypy, clang-format
-#   make bench      the benchmark suite, which writes docs/benchmarks.md; about 12 minutes
+#   make bench      the benchmark suite, which writes docs/benchmarks.md; about 13 minutes
 #   make gpu-check  what can be shown about other devices on a machine without one
 #   make format     rewrites the sources as `make lint` wants them
 # PYTHON chooses the interpreter of .venv, TORCH the torch that goes into it.

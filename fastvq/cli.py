@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=int, help="for every contestant; default: torch's")
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured as JSON")
     bench.add_argument(
-        "--suite", action="store_true", help="run the whole suite, about 12 minutes, and write its report"
+        "--suite", action="store_true", help="run the whole suite, about 13 minutes, and write its report"
     )
     bench.add_argument("--render", action="store_true", help="only write the report again from its JSON")
     bench.add_argument("--out", type=Path, default=Path("docs"), help="folder of the report (default: %(default)s)")
