@@ -9,8 +9,9 @@ from PIL import Image
 
 from fastvq import coding
 from fastvq.cli import main
-from fastvq.training import TrainConfig, Trainer, load_images
-from fastvq.training.build import load_model
+from fastvq.training.build import load_images, load_model
+
+from .runs import tiny_run
 
 SIZE = 16
 
@@ -18,28 +19,7 @@ SIZE = 16
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of a few steps on a folder of images, and the folder."""
-    root = tmp_path_factory.mktemp("compress")
-    images = root / "images"
-    images.mkdir()
-    random = np.random.default_rng(0)
-    for n in range(30):
-        Image.fromarray(random.integers(0, 256, (20, 24, 3), np.uint8)).save(images / f"{n:02d}.png")
-    config = TrainConfig(
-        data=str(images),
-        image_size=SIZE,
-        grayscale=False,
-        steps=3,
-        codebook_size=24,
-        dim=8,
-        width=8,
-        residual_width=4,
-        encoder_blocks=1,
-        decoder_blocks=1,
-        batch_size=8,
-        warmup_steps=1,
-    )
-    Trainer(config, load_images(config), root / "run").fit(progress=False)
-    return root / "run", images
+    return tiny_run(tmp_path_factory.mktemp("compress"), count=30, grayscale=False)
 
 
 def test_a_folder_to_a_file_and_back(run, tmp_path, capsys):

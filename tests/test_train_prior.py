@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,33 +19,15 @@ from fastvq.training import prior as training
 from fastvq.training.build import load_model
 from fastvq.training.prior import PriorConfig, bits_per_code, forget_prior, load_prior, tokenize, train_prior
 
+from .runs import tiny_run
+
 TINY = PriorConfig(steps=6, batch_size=8, dim=16, depth=1, heads=2, warmup_steps=2, checkpoint_every=2)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of a few steps on a folder of images."""
-    root = tmp_path_factory.mktemp("prior")
-    images = root / "images"
-    images.mkdir()
-    random = np.random.default_rng(0)
-    for n in range(40):
-        Image.fromarray(random.integers(0, 256, (16, 16), np.uint8)).save(images / f"{n:02d}.png")
-    config = TrainConfig(
-        data=str(images),
-        image_size=16,
-        steps=3,
-        codebook_size=24,
-        dim=8,
-        width=8,
-        residual_width=4,
-        encoder_blocks=1,
-        decoder_blocks=1,
-        batch_size=8,
-        warmup_steps=1,
-    )
-    Trainer(config, load_images(config), root / "run").fit(progress=False)
-    return root / "run"
+    return tiny_run(tmp_path_factory.mktemp("prior"), count=40, grayscale=True)[0]
 
 
 @pytest.fixture

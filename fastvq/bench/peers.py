@@ -82,7 +82,7 @@ def _compiled(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
 
 
 def _faiss(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
-    import faiss  # type: ignore[import-not-found, unused-ignore]
+    import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     vectors, codes = x.numpy(), codebook.numpy()
@@ -96,8 +96,8 @@ def _faiss(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
 
 
 def _sklearn(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
-    from sklearn.metrics import pairwise_distances_argmin  # type: ignore[import-not-found, unused-ignore]
-    from threadpoolctl import threadpool_limits  # type: ignore[import-not-found, unused-ignore]
+    from sklearn.metrics import pairwise_distances_argmin
+    from threadpoolctl import threadpool_limits
 
     vectors, codes = x.numpy(), codebook.numpy()
 
@@ -118,7 +118,7 @@ def _product(x: Tensor, codebook: Tensor) -> Callable[[], None]:
 
 
 def _flash_kmeans(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
-    from flash_kmeans.assign_euclid_triton import (  # type: ignore[import-not-found, unused-ignore]
+    from flash_kmeans.assign_euclid_triton import (
         euclid_assign_triton,
     )
 
@@ -126,7 +126,7 @@ def _flash_kmeans(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
 
 
 def _cuvs(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
-    from cuvs.neighbors import brute_force  # type: ignore[import-not-found, unused-ignore]
+    from cuvs.neighbors import brute_force
 
     def run() -> Tensor:
         index = brute_force.build(codebook, metric="sqeuclidean")

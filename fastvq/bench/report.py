@@ -234,9 +234,10 @@ def plot_search(document: dict[str, Any], path: Path) -> Path:
             for r in document["search"] + document["other"]
             if r["data"] == kind
         }
-        places = [p for p, s in enumerate(shapes) if found.get(s)]
-        values = [found[shapes[p]][0] for p in places]  # type: ignore[index]
-        axes.barh([p + i * height for p in places], values, height, label=kind, color=SERIES[i])
+        leads = [(p, ahead[0]) for p, s in enumerate(shapes) if (ahead := found.get(s))]
+        axes.barh(
+            [p + i * height for p, _ in leads], [ratio for _, ratio in leads], height, label=kind, color=SERIES[i]
+        )
     axes.set_yticks([p + 0.4 - height / 2 for p in range(len(shapes))], [f"{n} x {k} x {d}" for n, k, d in shapes])
     axes.invert_yaxis()
     axes.axvline(1.0, color="#777777", linewidth=1)

@@ -264,7 +264,8 @@ def _load_state(run: Path, identity: str) -> tuple[PriorConfig, int, dict[str, T
     try:
         with require("safetensors").safe_open(str(path), framework="pt") as file:
             about = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
         config, step = PriorConfig(**json.loads(about["config"])), int(about["step"])
     except (OSError, ValueError, KeyError, TypeError, require("safetensors").SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,21 @@
+"""How long codes take to and from bytes: many small grids side by side, and one long sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastvq import coding
+
+SHAPES = [(1000, 7, 7), (1, 1000)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def bench_coding(benchmark, direction, shape):
+    codes = torch.randint(0, 512, shape, generator=torch.Generator().manual_seed(0))
+    data = coding.encode(codes, 512)
+    assert torch.equal(coding.decode(data), codes)
+    call = {"encode": lambda: coding.encode(codes, 512), "decode": lambda: coding.decode(data)}[direction]
+    benchmark.group = f"codes {shape}, adaptive"
+    benchmark.pedantic(call, rounds=3)
