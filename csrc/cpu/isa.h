@@ -103,9 +103,10 @@ struct Isa {
   void (*interleave)(const uint32_t* rows, int64_t row_stride, int live, int64_t count, uint32_t* out, int64_t stride);
   // out = x - e, in float32; out may be x.
   void (*subtract)(const float* x, const float* e, int64_t dim, float* out);
-  // The quantize step of a row x and its code e, in float32. error: |x - e|^2. take: also adds e to `sum` and takes it
-  // off x. gradient: out, or out + , what reaches x from the gradient g of its code, straight through or turned back,
-  // and factor (x - e); see quantize.h. No code or x shorter than `shortest` has a direction.
+  // The quantize step of a row x and its code e, in float32. error: |x - e|^2. take: the same, once e is taken off x
+  // and added to `sum`. gradient: what reaches x from the gradient g of its code, straight through or turned back, and
+  // factor (x - e), written to `out` or, if `add`, added to it; see quantize.h. A vector shorter than `shortest` has no
+  // direction to turn from.
   float (*error)(const float* x, const float* e, int64_t dim);
   float (*take)(float* x, const float* e, int64_t dim, float* sum);
   void (*gradient)(const float* x, const float* e, const float* g, int64_t dim, bool rotate, float shortest,
