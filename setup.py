@@ -19,7 +19,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -156,6 +156,8 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
+    packages=[*find_packages(include=["fastvq*"]), "fastvq.kernels"],
+    package_dir={"fastvq.kernels": "kernels"},
     ext_modules=[Extension("fastvq._native", sources=[])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
     # Read by pip as a build requirement; only where there is no torch to build against.

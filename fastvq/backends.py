@@ -1,10 +1,11 @@
 """Which backend serves a call, and why not the others.
 
     native     C++, on the CPU
+    triton     Triton kernels, on NVIDIA and AMD GPUs
     torch      certified search in chunked torch operations, on any device with float64
     reference  the specification; never chosen by itself
 
-By itself, the first of native and torch that can serve the device is taken. A request, by `use_backend` or by
+By itself, native serves the CPU and triton a GPU, or torch where they can't. A request, by `use_backend` or by
 FASTVQ_BACKEND in the environment, is met or fails with the reason: it never falls back.
 """
 
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+import fastvq.kernels as kernels
 
 from . import eager, native, reference
 from .reference import Ops
@@ -37,11 +40,17 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("native", native.OPS, native.unavailable),
+        Backend("triton", kernels.OPS, kernels.unavailable),
         Backend("torch", eager.OPS, eager.unavailable),
         Backend("reference", reference.OPS, eager.unavailable),
     )
 }
-AUTOMATIC = ("native", "torch")
+
+
+def automatic(device: torch.device) -> tuple[str, ...]:
+    """The backends that are tried where none was requested, in this order."""
+    return ("native", "torch") if device.type == "cpu" else ("triton", "torch")
+
 
 _requested: str | None = None
 
@@ -61,7 +70,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Serve every op by the backend `name`, in all threads, until the context ends.
 
     Args:
-        name: "native", "torch" or "reference".
+        name: "native", "triton", "torch" or "reference".
 
     Raises:
         ValueError: no backend has this name.
@@ -82,15 +91,15 @@ def select(op: str, device: torch.device) -> Callable[..., Any]:
         if reason := backend.unavailable(device):
             raise RuntimeError(f"backend {backend.name!r} was requested for {op} but can't serve it: {reason}")
         return backend.ops[op]
-    for name in AUTOMATIC:
+    for name in automatic(device):
         backend = BACKENDS[name]
         if not (reason := backend.unavailable(device)):
             return backend.ops[op]
         if reason.startswith("FASTVQ_ISA"):  # a choice that can't be met
             raise RuntimeError(reason)
-        if device.type == "cpu":
+        if device.type in ("cpu", "cuda"):
             _say_once(name, reason)
-    reasons = "; ".join(f"{name}: {BACKENDS[name].unavailable(device)}" for name in AUTOMATIC)
+    reasons = "; ".join(f"{name}: {BACKENDS[name].unavailable(device)}" for name in automatic(device))
     raise RuntimeError(f"no backend can serve {op} on {device}: {reasons}")
 
 
@@ -133,7 +142,7 @@ def format_info(info: dict[str, Any]) -> str:
     if info["native_build"]["built"]:
         lines.append(f"{'built by':10} {info['native_build']['compiler']}")
     for device, reasons in info["devices"].items():
-        chosen = info["requested"] or next((n for n in AUTOMATIC if reasons[n] is None), None)
+        chosen = info["requested"] or next((n for n in automatic(torch.device(device)) if reasons[n] is None), None)
         how = "requested" if info["requested"] else "chosen automatically"
         lines.append(f"backends on {device}:")
         for name, reason in reasons.items():

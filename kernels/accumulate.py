@@ -1,0 +1,1 @@
+from fastvq.reference import accumulate as accumulate

@@ -1,0 +1,1 @@
+from fastvq.reference import ema_update_ as ema_update_

@@ -1,0 +1,292 @@
+"""The codebook as the matrix units see it: centred, scaled, split into float16 parts and packed into tiles.
+
+Four launches and no wait: column sums; norms; one program that decides on centre, scale and far codes; packing. The
+terms are those of docs/exactness.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .numbers import LOW_SCALE, exponent_of, is_finite, power_of_two, split, to_float16
+
+FAR = tl.constexpr(8.0)
+"""Times the geometric mean of the norms, and a code is far from the others."""
+FAR_SHARE = tl.constexpr(64)
+"""At most one code in so many is taken out as far."""
+TARGET = tl.constexpr(7)
+"""The longest code is scaled to [2^6, 2^7): half its square fits float16, and an element may be 2^-20 of it before it
+is one of float16's subnormals."""
+
+# Scalars of a head, float64: what `_decide` writes.
+USABLE, CENTRED, THRESHOLD, EXPONENT, FAR_NORM = (tl.constexpr(i) for i in range(5))
+SCALARS = tl.constexpr(8)
+# Maxima over the packed codes of a head, float32: what `_pack` writes.
+LENGTH, HIGH, LOW, HIGH_REST, LOW_REST, HALF, FOLD_REST = (tl.constexpr(i) for i in range(7))
+MAXIMA = tl.constexpr(8)
+
+NONE = tl.constexpr(-1.0)
+"""The norm of a code that isn't finite."""
+TAME = tl.constexpr(1e150)
+"""Beyond this length the definition itself may overflow, and no bound is promised."""
+
+PARTS = 128
+"""At most so many programs share a codebook."""
+FOLD_COLUMNS = tl.constexpr(3)
+"""Columns of the padding into which half the square of a code fits, as float16 parts."""
+NEVER = tl.constexpr(65504.0)
+"""In these columns, of a code that isn't scanned: an infinity would make a NaN where a row holds zeros."""
+FOLD_SHRINK = tl.constexpr(0.125)
+"""A row scaled down further can't rule such a code out: 3 NEVER / 8 exceeds 2^14 + 2^10, the worst of scores."""
+
+
+@triton.jit
+def _sums(codebook, sums, size, dim, part_codes, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Column sums over one part of the codes. Of a code that isn't finite it takes the elements that are: any centre
+    is right, and a good one is near the mean."""
+    part, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    codebook += head * size * dim
+    sums += (head * tl.num_programs(0) + part) * dim
+    dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
+    end = tl.minimum((part + 1) * part_codes, size)
+    for d0 in range(0, dim, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        total = tl.zeros([BLOCK_D], dtype)
+        for first in range(part * part_codes, end, ROWS):
+            k = first + tl.arange(0, ROWS)
+            there = (k < end)[:, None] & (d < dim)[None, :]
+            codes = tl.load(codebook + k.to(tl.int64)[:, None] * dim + d[None, :], there, other=0.0).to(dtype)
+            total += tl.sum(tl.where(is_finite(codes), codes, 0.0), 0)
+        tl.store(sums + d, total, d < dim)
+
+
+@triton.jit
+def _norms(codebook, sums, centre, norms, size, dim, part_codes, parts, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Norms of the codes, as they are and about the mean; NONE for a code that isn't finite. Part 0 writes the mean."""
+    part, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    codebook += head * size * dim
+    sums += head * parts * dim
+    norms += head * 2 * size
+    end = tl.minimum((part + 1) * part_codes, size)
+    for first in range(part * part_codes, end, ROWS):
+        k = first + tl.arange(0, ROWS)
+        raw = tl.zeros([ROWS], tl.float64)
+        centred = tl.zeros([ROWS], tl.float64)
+        bad = tl.zeros([ROWS], tl.int32)
+        for d0 in range(0, dim, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            mean = tl.zeros([BLOCK_D], sums.dtype.element_ty)
+            for p in range(parts):
+                mean += tl.load(sums + p * dim + d, d < dim, other=0.0)
+            mean = mean / size
+            if (part == 0) & (first == 0):
+                tl.store(centre + head * dim + d, mean, d < dim)
+            there = (k < end)[:, None] & (d < dim)[None, :]
+            codes = tl.load(codebook + k.to(tl.int64)[:, None] * dim + d[None, :], there, other=0.0).to(tl.float64)
+            moved = codes - tl.where(d < dim, mean, 0.0).to(tl.float64)[None, :]
+            bad += tl.sum((is_finite(codes) == 0).to(tl.int32), 1)
+            raw += tl.sum(codes * codes, 1)
+            centred += tl.sum(moved * moved, 1)
+        tl.store(norms + k, tl.where(bad == 0, tl.sqrt(raw), NONE), k < end)
+        centred = tl.where(centred < float("inf"), tl.sqrt(centred), float("inf"))
+        tl.store(norms + size + k, tl.where(bad == 0, centred, NONE), k < end)
+
+
+@triton.jit
+def _threshold(norms, size, L2: tl.constexpr, BLOCK: tl.constexpr):
+    """(norm above which a code is far, infinity if none is; longest of the others; shortest far one; usable codes).
+
+    Only distances have far codes: by inner products a long one is the nearest of many rows."""
+    exponents = tl.zeros([BLOCK], tl.float64)
+    moved = tl.zeros([BLOCK], tl.int32)
+    usable = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, size, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        norm = tl.load(norms + k, k < size, other=NONE)
+        # What counts as far need not be precise: the exponent will do for the logarithm.
+        exponents += tl.where(norm > 0, exponent_of(norm), 0).to(tl.float64)
+        moved += (norm > 0).to(tl.int32)
+        usable += (norm >= 0).to(tl.int32)
+    mean = tl.sum(exponents) / tl.maximum(tl.sum(moved), 1)
+    limit = FAR * power_of_two(mean.to(tl.int32), tl.float64)
+    beyond = tl.zeros([BLOCK], tl.int32)
+    reach_near = tl.zeros([BLOCK], tl.float64)
+    reach = tl.zeros([BLOCK], tl.float64)
+    nearest_far = tl.full([BLOCK], float("inf"), tl.float64)
+    for first in range(0, size, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        norm = tl.load(norms + k, k < size, other=NONE)
+        far = norm > limit
+        beyond += far.to(tl.int32)
+        reach_near = tl.maximum(reach_near, tl.where(far, 0.0, norm))
+        reach = tl.maximum(reach, norm)
+        nearest_far = tl.minimum(nearest_far, tl.where(far, norm, float("inf")))
+    few = tl.sum(beyond) <= (size // FAR_SHARE if L2 else -1)
+    nearest_far = tl.where(few, tl.min(nearest_far), float("inf"))
+    return (
+        tl.where(few, limit, float("inf")),
+        tl.where(few, tl.max(reach_near), tl.max(reach)),
+        nearest_far,
+        tl.sum(usable),
+    )
+
+
+@triton.jit
+def _decide(norms, scalars, centre, size, dim, L2: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Which norms count, and with them the scale and the codes that are far. One program a head."""
+    head = tl.program_id(0).to(tl.int64)
+    norms += head * 2 * size
+    scalars += head * SCALARS
+    limit, reach, nearest_far, usable = _threshold(norms, size, L2, BLOCK)
+    if L2:
+        about_mean = _threshold(norms + size, size, L2, BLOCK)
+        pays = about_mean[1] < 0.5 * reach
+        limit = tl.where(pays, about_mean[0], limit)
+        reach = tl.where(pays, about_mean[1], reach)
+        nearest_far = tl.where(pays, about_mean[2], nearest_far)
+        tl.store(scalars + CENTRED, tl.where(pays, 1.0, 0.0))
+    else:
+        pays = size < 0
+    for d0 in range(0, dim, BLOCK):
+        d = d0 + tl.arange(0, BLOCK)
+        mean = tl.load(centre + head * dim + d, d < dim, other=0.0)
+        tl.store(centre + head * dim + d, tl.where(pays, mean, 0.0), d < dim)
+    largest: tl.constexpr = 1000 if WIDE else 126
+    exponent = tl.minimum(tl.maximum(TARGET - exponent_of(reach), -largest), largest)
+    tl.store(scalars + USABLE, usable.to(tl.float64))
+    tl.store(scalars + THRESHOLD, limit)
+    tl.store(scalars + EXPONENT, exponent.to(tl.float64))
+    tl.store(scalars + FAR_NORM, nearest_far * power_of_two(exponent, tl.float64))
+
+
+@triton.jit
+def _raise(maxima, which: tl.constexpr, values):
+    """Atomic maximum of what isn't negative: as integers, float32 keep their order."""
+    tl.atomic_max(maxima + which, tl.max(values).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _pack(
+    codebook, centre, norms, scalars, high, low, half, maxima, size, dim, padded,
+    L2: tl.constexpr, WIDE: tl.constexpr, FOLD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Writes the float16 parts of the scaled codes (padded, CHUNKS BLOCK_D), half their squares (padded,), and the
+    maxima that the bound needs. A code that isn't scanned gets zeros and half a square of infinity."""
+    head = tl.program_id(1).to(tl.int64)
+    codebook += head * size * dim
+    norms += head * 2 * size
+    scalars += head * SCALARS
+    maxima += head * MAXIMA
+    k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = (head * padded + k).to(tl.int64)
+    dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
+    scale = power_of_two(tl.load(scalars + EXPONENT).to(tl.int32), dtype)
+    centred = tl.load(scalars + CENTRED) > 0
+    norm = tl.load(norms + tl.where(centred, size, 0) + k, k < size, other=NONE)
+    tame = norm < TAME
+    near = (norm >= 0) & (norm <= tl.load(scalars + THRESHOLD)) & tame
+    half_square = tl.zeros([ROWS], tl.float32)
+    length, high_square, low_square, high_rest, low_rest = (
+        half_square,
+        half_square,
+        half_square,
+        half_square,
+        half_square,
+    )
+    for c in tl.static_range(CHUNKS):
+        d = c * BLOCK_D + tl.arange(0, BLOCK_D)
+        there = near[:, None] & (d < dim)[None, :]
+        codes = tl.load(codebook + k.to(tl.int64)[:, None] * dim + d[None, :], there, other=0.0).to(dtype)
+        mean = tl.load(centre + head * dim + d, d < dim, other=0.0).to(dtype)
+        scaled = tl.where(there, (codes - mean[None, :]) * scale, 0.0).to(tl.float32)
+        h, low_part, h_rest, l_rest = split(scaled)
+        half_square += 0.5 * tl.sum(scaled * scaled, 1)
+        high_square += tl.sum(h.to(tl.float32) * h.to(tl.float32), 1)
+        low_square += tl.sum(low_part.to(tl.float32) * low_part.to(tl.float32), 1)
+        high_rest += tl.sum(h_rest * h_rest, 1)
+        low_rest += tl.sum(l_rest * l_rest, 1)
+        if FOLD:
+            # Half the square stands beside the code, for rows that hold their negative scale there.
+            value = half_square if L2 else half_square * 0
+            fold_rest = value
+            for part in tl.static_range(FOLD_COLUMNS):
+                piece = to_float16(fold_rest)
+                fold_rest -= piece.to(tl.float32)
+                h = tl.where((d == dim + part)[None, :], tl.where(near, piece, NEVER).to(tl.float16)[:, None], h)
+            _raise(maxima, FOLD_REST, tl.abs(fold_rest))
+        at = place[:, None] * (CHUNKS * BLOCK_D) + d[None, :]
+        tl.store(high + at, h, (k < padded)[:, None])
+        tl.store(low + at, low_part, (k < padded)[:, None])
+    length = tl.sqrt(2 * half_square)
+    if not L2:
+        half_square = half_square * 0
+    tl.store(half + place, tl.where(near, half_square, float("inf")), k < padded)
+    # A code beyond all measure takes the bound away from every row.
+    _raise(maxima, LENGTH, tl.where((norm >= 0) & (tame == 0), float("inf"), length))
+    _raise(maxima, HIGH, tl.sqrt(high_square))
+    _raise(maxima, LOW, tl.sqrt(low_square) / LOW_SCALE)
+    _raise(maxima, HIGH_REST, tl.sqrt(high_rest))
+    _raise(maxima, LOW_REST, tl.sqrt(low_rest))
+    _raise(maxima, HALF, half_square)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A codebook made ready to be searched, on its device."""
+
+    centre: Tensor  # [H, D] float32, or float64 beside float64 data; zero where centring doesn't pay
+    scalars: Tensor  # [H, SCALARS] float64
+    maxima: Tensor  # [H, MAXIMA] float32, as int32
+    high: Tensor  # [H, padded, columns] float16
+    low: Tensor  # [H, padded, columns] float16
+    half: Tensor  # [H, padded] float32
+    fold: bool
+
+
+def columns_of(dim: int) -> tuple[int, int]:
+    """(columns of a packed code, columns taken at once): 16 at least, which is what matrix units multiply; a power of
+    two up to 256, and then a multiple of 128."""
+    columns = max(16, triton.next_power_of_2(dim))
+    return (columns, columns) if columns <= 256 else (128 * triton.cdiv(dim, 128), 128)
+
+
+def prepare(codebook: Tensor, *, metric: str, wide: bool, block_codes: int) -> Frame:
+    """The frame of codebook (H, K, D), contiguous, padded to a multiple of `block_codes`; `wide` where an argument of
+    the search is float64."""
+    heads, size, dim = codebook.shape
+    columns, block_d = columns_of(dim)
+    fold = columns - dim >= FOLD_COLUMNS.value and columns == block_d
+    padded = triton.cdiv(size, block_codes) * block_codes
+    rows = max(16, min(64, 4096 // block_d))
+    part_codes = max(rows, triton.cdiv(triton.cdiv(size, PARTS), rows) * rows)
+    parts = triton.cdiv(size, part_codes)
+
+    dtype = torch.float64 if wide else torch.float32
+    sums = codebook.new_empty(heads, parts, dim, dtype=dtype)
+    frame = Frame(
+        centre=codebook.new_empty(heads, dim, dtype=dtype),
+        scalars=codebook.new_zeros(heads, SCALARS.value, dtype=torch.float64),
+        maxima=codebook.new_zeros(heads, MAXIMA.value, dtype=torch.int32),
+        high=codebook.new_empty(heads, padded, columns, dtype=torch.float16),
+        low=codebook.new_empty(heads, padded, columns, dtype=torch.float16),
+        half=codebook.new_empty(heads, padded, dtype=torch.float32),
+        fold=fold,
+    )
+    norms = codebook.new_empty(heads, 2, size, dtype=torch.float64)
+    l2 = metric == "l2"
+    _sums[(parts, heads)](codebook, sums, size, dim, part_codes, WIDE=wide, ROWS=rows, BLOCK_D=block_d)
+    _norms[(parts, heads)](
+        codebook, sums, frame.centre, norms, size, dim, part_codes, parts, ROWS=rows, BLOCK_D=block_d
+    )
+    _decide[(heads,)](norms, frame.scalars, frame.centre, size, dim, L2=l2, WIDE=wide, BLOCK=1024)
+    _pack[(triton.cdiv(padded, rows), heads)](
+        codebook, frame.centre, norms, frame.scalars, frame.high, frame.low, frame.half, frame.maxima, size, dim,
+        padded, L2=l2, WIDE=wide, FOLD=fold, ROWS=rows, BLOCK_D=block_d, CHUNKS=columns // block_d,
+    )  # fmt: skip
+    return frame
