@@ -1,0 +1,601 @@
+"""Every kernel compiled for every GPU that it is shipped for, without one: `python -m fastvq.kernels.aot`.
+
+    compile    aot_cases() of the modules beside this one, in two worker processes, none of which may interpret
+    measure    registers, shared memory, spills, matrix instructions; arithmetic of the loops that scan codes
+    check      a spill in a hot kernel, too much shared memory, no matrix instruction, a fused definition: all fail
+    compare    with counts.json, which `--write` brings up to date, and from which `fastvq bench --model` predicts
+
+What is shown is what the compiler made, not how fast it runs. A module's `aot_cases()` returns tuples of kernel, types
+by argument ("*fp32", "i32", "i32:16" for a multiple of 16; pointers are aligned to 16 bytes), constants and options.
+The options are Triton's and:
+
+    hot      no spills and no stack, which elsewhere are only listed
+    matrix   a matrix instruction must be there; with hot and the constants BLOCK_N and BLOCK_K, its loop scans codes
+    exact    float64 products and sums must stay apart
+    arch     names of TARGETS that it is shipped for, if not all
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+COUNTS = Path(__file__).with_name("counts.json")
+NO_KERNELS = {"aot", "launch", "numbers"}
+"""Modules that launch nothing."""
+OWN_OPTIONS = ("hot", "matrix", "exact", "arch")
+TOLERANCE = 0.1
+WORKERS = 2
+
+Record = dict[str, Any]
+Task = tuple[str, int, str]
+"""A module or a file, the place in its cases, and a target."""
+
+
+class Target(NamedTuple):
+    """A GPU as the compiler and the launcher see it; sizes in bytes, `unit` is an SM or a compute unit."""
+
+    backend: str
+    arch: int | str
+    lanes: int
+    matrix: str
+    fused: str
+    block_shared: int
+    unit_shared: int
+    reserved_shared: int
+    unit_registers: int
+    register_step: int
+    unit_warps: int
+    unit_blocks: int
+    optional: bool = False
+
+
+_TO_STACK = re.compile(r"(STL|LDL)\b|scratch_")
+_NVIDIA_FUSED, _AMD_FUSED = r"DFMA", r"v_(pk_)?fmac?_f64\w*"
+# Registers are a lane's in all four parts of a unit together. NVIDIA: CUDA C++ Programming Guide, technical
+# specifications by compute capability; a warp gets them 256 at a time. AMD: 4 x 512 on CDNA3 (CDNA3 ISA guide); on
+# RDNA3, where a unit is a work-group processor, 4 x 1536 in wave32 (LLVM, AMDGPU usage).
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, r"HMMA", _NVIDIA_FUSED, 163 << 10, 164 << 10, 1 << 10, 65536 // 32, 8, 64, 32),
+    "sm_90": Target("cuda", 90, 32, r"HGMMA", _NVIDIA_FUSED, 227 << 10, 228 << 10, 1 << 10, 65536 // 32, 8, 64, 32),
+    "sm_100": Target(
+        "cuda", 100, 32, r"UTC\w*MMA|HMMA", _NVIDIA_FUSED, 227 << 10, 228 << 10, 1 << 10, 65536 // 32, 8, 64, 32
+    ),
+    "gfx942": Target("hip", "gfx942", 64, r"v_mfma_\w+", _AMD_FUSED, 64 << 10, 64 << 10, 0, 4 * 512, 8, 32, 32),
+    "gfx1100": Target(
+        "hip", "gfx1100", 32, r"v_wmma_\w+", _AMD_FUSED, 64 << 10, 128 << 10, 0, 4 * 1536, 24, 64, 32, optional=True
+    ),
+}
+TENSOR_MEMORY = 512
+"""Columns of an SM of sm_100; a block holds what it has allocated to its end."""
+
+ALU = frozenset(
+    "FFMA FADD FMUL FFMA2 FADD2 FMUL2 FMNMX FMNMX3 FSETP FSET FSEL IADD IADD3 IMAD IABS IMNMX VIMNMX VIMNMX3 VIADD "  # noqa: SIM905
+    "VIADDMNMX ISETP SEL LEA LOP3 PLOP3 SHF SHL SHR PRMT MOV CS2R HADD2 HMUL2 HFMA2 HMNMX2 HSETP2 HSET2 I2F I2FP F2F "
+    "F2FP F2I SGXT BMSK P2R R2P".split()
+)
+"""Instructions of a thread's own lanes, each counted once. Memory, barriers, matrix units, the uniform path aren't."""
+HALF_RATE = ALU - frozenset("FFMA FADD FMUL FFMA2 FADD2 FMUL2 IMAD MOV CS2R HADD2 HMUL2 HFMA2".split())  # noqa: SIM905
+"""Of these an SM takes 64 lanes a clock, not 128: comparison, minimum, maximum, selection, integer sums, logic and
+shifts. CUDA C++ Programming Guide, throughput of native arithmetic instructions."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print the table, and return 1 where anything fails."""
+    parser = argparse.ArgumentParser(prog="python -m fastvq.kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this; may be repeated")
+    parser.add_argument("--cases", type=Path, metavar="FILE", help="aot_cases() of this file in place of the package's")
+    parser.add_argument("--write", action="store_true", help=f"store the counts in {COUNTS.name}")
+    options = parser.parse_args(arguments)
+    if options.write and (options.target or options.cases):
+        parser.error("--write stores the counts of all cases on all targets")
+    # The workers inherit it. Triton reads both when it is imported, which has not happened yet in this process.
+    if "triton" in sys.modules:
+        raise RuntimeError("triton is imported already, maybe as an interpreter: run this in a process of its own")
+    if os.environ.pop("TRITON_INTERPRET", None) == "1":
+        print("TRITON_INTERPRET=1 is ignored here: nothing runs, all is compiled", file=sys.stderr)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+    sources = [str(options.cases)] if options.cases else modules()
+    targets = options.target or list(TARGETS)
+    version = importlib.metadata.version("triton")
+    tasks, failures = list_tasks(sources, targets)
+    records = compile_all(tasks)
+    for record in records:
+        failures += faults(record)
+    failures += duplicates(records)
+    print(table(records))
+    if options.write and not failures:
+        COUNTS.write_text(dump(records, version))
+        print(f"written: {COUNTS}")
+    elif not options.cases:
+        stored = json.loads(COUNTS.read_text()) if COUNTS.exists() else {"triton": None, "records": []}
+        failures += differences([r for r in stored["records"] if r["target"] in targets], records, stored["triton"])
+    optional = [f for f in failures if any(f.startswith(f"{t}: ") for t, spec in TARGETS.items() if spec.optional)]
+    for failure in failures:
+        print(f"note: {failure}" if failure in optional else f"FAILED {failure}")
+    found = len(failures) - len(optional)
+    print(f"{len(records)} compilations, {found} failures, {len(optional)} notes about optional targets")
+    return 1 if found else 0
+
+
+def modules() -> list[str]:
+    """The modules of this package that launch kernels."""
+    package = importlib.import_module(__package__)
+    return sorted(
+        f"{__package__}.{found.name}"
+        for found in pkgutil.iter_modules(package.__path__)
+        if found.name not in NO_KERNELS
+    )
+
+
+def list_tasks(sources: Iterable[str], targets: Iterable[str]) -> tuple[list[Task], list[str]]:
+    """What there is to compile, found by a worker; and what is missing."""
+    tasks: list[Task] = []
+    failures: list[str] = []
+    with _workers(1) as pool:
+        for source in sources:
+            try:
+                shipped, missing = pool.submit(contents, source).result()
+            except BrokenProcessPool:
+                raise
+            except Exception as error:
+                failures.append(f"{source}: {error}")
+                continue
+            failures += missing
+            tasks += [
+                (source, place, target)
+                for target in targets
+                for place, chosen in enumerate(shipped)
+                if chosen is None or target in chosen
+            ]
+    return tasks, failures
+
+
+def contents(source: str) -> tuple[list[list[str] | None], list[str]]:
+    """(targets of each case of a module, kernels that it launches and that no case has). In a worker."""
+    module = load(source)
+    if not hasattr(module, "aot_cases"):
+        raise LookupError("has no aot_cases(): which kernels does it ship? [] says none")
+    cases = module.aot_cases()
+    failures = [
+        f"{source}: no target is named {name!r}, there are {', '.join(TARGETS)}"
+        for *_, options in cases
+        for name in options.get("arch") or []
+        if name not in TARGETS
+    ]
+    listed = {kernel.__name__ for kernel, *_ in cases}
+    missing = sorted(launched(inspect.getsource(module)) - listed)
+    failures += [f"{source}: {name} is launched, but no case of aot_cases() has it" for name in missing]
+    return [options.get("arch") for *_, options in cases], failures
+
+
+def launched(text: str) -> set[str]:
+    """Names that a module calls as kernels: name[grid](...)."""
+    calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    return {f.value.id for f in calls if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name)}
+
+
+@functools.cache
+def load(source: str) -> ModuleType:
+    if not source.endswith(".py"):
+        return importlib.import_module(source)
+    spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{source} can't be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _workers(count: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+
+
+def compile_all(tasks: list[Task]) -> list[Record]:
+    """A record for each task. Where the compiler takes its process down, one worker does what is left, so that the task
+    to blame is known."""
+    done: dict[Task, Record] = {}
+    with _workers(WORKERS) as pool:
+        futures = {task: pool.submit(compile_case, *task) for task in tasks}
+        for task, future in futures.items():
+            try:
+                done[task] = future.result()
+            except BrokenProcessPool:
+                break
+    while left := [task for task in tasks if task not in done]:
+        with _workers(1) as pool:
+            futures = {task: pool.submit(compile_case, *task) for task in left}
+            for task, future in futures.items():
+                try:
+                    done[task] = future.result()
+                except BrokenProcessPool:
+                    source, place, target = task
+                    kernel = f"case {place} of {source}"
+                    done[task] = {"kernel": kernel, "config": {}, "target": target, "error": "the compiler crashed"}
+                    break
+    return sorted(done.values(), key=lambda r: (r["kernel"], list(TARGETS).index(r["target"]), _key(r)))
+
+
+def compile_case(source: str, place: int, target: str) -> Record:
+    """Compile one case and measure the result. In a worker."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, signature, constants, options = load(source).aot_cases()[place]
+    own = {name: options[name] for name in OWN_OPTIONS if name in options}
+    passed = {name: value for name, value in options.items() if name not in OWN_OPTIONS}
+    constants = {name: getattr(value, "value", value) for name, value in constants.items()}
+    types = {name: str(signature.get(name, "constexpr")) for name in kernel.arg_names}
+    aligned = [i for i, kind in enumerate(types.values()) if kind.startswith("*") or kind.endswith(":16")]
+    record: Record = {
+        "kernel": kernel.__name__,
+        "config": constants | passed | {"types": " ".join(t.lstrip("*") for t in types.values() if t[0] == "*")},
+        "target": target,
+        **{name: bool(own.get(name)) for name in ("hot", "matrix", "exact")},
+    }
+    spec = TARGETS[target]
+    try:
+        made = triton.compile(
+            ASTSource(
+                fn=kernel,
+                signature={name: kind.split(":")[0] for name, kind in types.items()},
+                constexprs=constants,
+                attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+            ),
+            target=GPUTarget(spec.backend, spec.arch, spec.lanes),
+            options=passed,
+        )
+    except Exception as error:
+        return record | {"error": _said(error)}
+    record |= {"threads": spec.lanes * made.metadata.num_warps, "shared": made.metadata.shared}
+    if spec.backend == "cuda":
+        usage, sass = _cuobjdump(made.asm["cubin"])
+        record["tensor_memory"] = getattr(made.metadata, "tmem_size", None) or 0
+        record["declared"] = sum(map(int, re.findall(r"__local_depot\d+\[(\d+)\]", made.asm["ptx"])))
+        return record | measure_sass(usage, sass, record)
+    return record | measure_amd(made.asm["amdgcn"], record)
+
+
+def _said(error: BaseException) -> str:
+    """What is wrong: Triton raises one error for each call on the way there, and shows the code before the message."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^\t")]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+
+
+def _cuobjdump(cubin: bytes) -> tuple[str, str]:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path]
+        return (
+            subprocess.run([*command, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout,
+            subprocess.run([*command, "-sass", file.name], check=True, capture_output=True, text=True).stdout,
+        )
+
+
+class Instruction(NamedTuple):
+    """One of a program: what it is called, the place that it jumps to, and whether the next one can follow it."""
+
+    name: str
+    jump: int | None
+    falls_through: bool
+
+
+_SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+_ENDS = ("EXIT", "RET", "BRX", "JMX")
+
+
+def read_sass(text: str) -> list[Instruction]:
+    """The program that `cuobjdump -sass` shows."""
+    found = _SASS.findall(text)
+    places = {int(address, 16): place for place, (address, *_) in enumerate(found)}
+    program = []
+    for _, guard, name, operands in found:
+        jump = None
+        if name.startswith("BRA"):
+            addresses = re.findall(r"0x([0-9a-f]+)", operands)
+            jump = places.get(int(addresses[-1], 16)) if addresses else None
+        # BRA.U UP0 and BRA.DIV are conditional without a guard.
+        certain = not guard and not re.search(r"U?P\d|UR\d", operands)
+        ends = (name.split(".")[0] in _ENDS and not guard) or (jump is not None and certain)
+        program.append(Instruction(name, jump, not ends))
+    return program
+
+
+def read_amd(text: str) -> list[Instruction]:
+    """The program of an AMD kernel's assembly."""
+    labels: dict[str, int] = {}
+    lines: list[tuple[str, str]] = []
+    for line in text.split(".Lfunc_end", 1)[0].splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(lines)
+        elif found := re.match(r"\s+([sv]_\w+|ds_\w+|global_\w+|buffer_\w+|scratch_\w+|flat_\w+)\b(.*)", line):
+            lines.append((found[1], found[2].split(";")[0].strip()))
+    program = []
+    for name, operands in lines:
+        jump = labels.get(operands) if name.startswith(("s_branch", "s_cbranch")) else None
+        program.append(Instruction(name, jump, name not in ("s_branch", "s_endpgm", "s_setpc_b64")))
+    return program
+
+
+def natural_loops(program: list[Instruction]) -> list[frozenset[int]]:
+    """The places of each loop's instructions: what reaches a jump back to a place that every way there leads through.
+
+    Compilers move what is rare out of a loop's range of addresses and jump back into its middle, so ranges won't do.
+    """
+    starts = {0, *(i.jump for i in program if i.jump is not None)}
+    starts |= {place + 1 for place, i in enumerate(program) if i.jump is not None or not i.falls_through}
+    ordered = sorted(start for start in starts if start < len(program))
+    ends = [*(start - 1 for start in ordered[1:]), len(program) - 1]
+    block_of = {start: b for b, start in enumerate(ordered)}
+    follow = [{block_of[i.jump]} if i.jump is not None else set() for i in (program[end] for end in ends)]
+    for b, end in enumerate(ends[:-1]):
+        if program[end].falls_through:
+            follow[b].add(b + 1)
+    reached = _closure({0}, follow)
+    before: list[set[int]] = [set() for _ in ordered]
+    for b in reached:
+        for n in follow[b]:
+            before[n].add(b)
+    dominators = {b: set(reached) for b in reached}
+    dominators[0] = {0}
+    changed = True
+    while changed:
+        changed = False
+        for b in sorted(reached - {0}):
+            common = set.intersection(*(dominators[p] for p in before[b])) | {b}
+            changed |= common != dominators[b]
+            dominators[b] = common
+    bodies: dict[int, set[int]] = {}
+    for b in reached:
+        for head in follow[b] & dominators[b]:
+            bodies.setdefault(head, {head}).update(_closure({b}, before, stop=head))
+    return [frozenset(place for b in body for place in range(ordered[b], ends[b] + 1)) for body in bodies.values()]
+
+
+def _closure(found: set[int], edges: list[set[int]], stop: int = -1) -> set[int]:
+    seen, todo = set(found), list(found - {stop})
+    while todo:
+        for n in edges[todo.pop()]:
+            if n not in seen:
+                seen.add(n)
+                if n != stop:
+                    todo.append(n)
+    return seen
+
+
+def products(name: str, config: dict[str, Any]) -> float:
+    """Multiplications of one matrix instruction, divided by the warps that take part in it."""
+    if found := re.search(r"MMA\.64x(\d+)x(\d+)", name):
+        return 64 * int(found[1]) * int(found[2]) / 4
+    if found := re.search(r"HMMA\.(16)(8)(16|8)\b", name) or re.search(r"_(\d+)x(\d+)x(\d+)", name):
+        return int(found[1]) * int(found[2]) * int(found[3])
+    # The shape of a UTCHMMA is in its operands; one thread issues it for the block.
+    return min(config["BLOCK_N"], 128) * min(config["BLOCK_K"], 256) * 16 / config["num_warps"]
+
+
+def scan_counts(program: list[Instruction], record: Record) -> Record:
+    """Per distance: ALU instructions, those at half rate, columns of the product; and moves to and from the stack.
+
+    Of the innermost loop with a matrix instruction. Where that takes a code in chunks: of the loop around it, with as
+    many turns of the inner one as its product still needs."""
+    config, spec = record["config"], TARGETS[record["target"]]
+    loops = sorted(natural_loops(program), key=len)
+    inner = next((loop for loop in loops if any(re.match(spec.matrix, program[p].name) for p in loop)), None)
+    if inner is None:
+        return {}
+    around = next((loop for loop in loops if loop > inner), inner)
+
+    def count(places: Iterable[int]) -> tuple[float, float, float, float]:
+        names = [program[p].name for p in places]
+        stems = [name.split(".")[0] for name in names]
+        matrix = sum(products(name, config) for name in names if re.match(spec.matrix, name))
+        moves = sum(bool(_TO_STACK.match(name)) for name in names)
+        if spec.backend == "hip":
+            return sum(n.startswith("v_") and not re.match(spec.matrix, n) for n in names), 0, matrix, moves
+        return sum(s in ALU for s in stems), sum(s in HALF_RATE for s in stems), matrix, moves
+
+    per_warp = config["BLOCK_N"] * config["BLOCK_K"] / config["num_warps"]
+    body, rest, turns = count(inner), (0.0, 0.0, 0.0, 0.0), 1
+    if config.get("CHUNKS", 1) > 1:
+        rest = count(around - inner)
+        whole = per_warp * config["CHUNKS"] * config["BLOCK_D"] * config.get("TERMS", 1)
+        turns = max(1, math.ceil((whole - rest[2]) / body[2] - 1e-6))
+    alu, half_rate, matrix = (turns * b + r for b, r in zip(body[:3], rest[:3], strict=True))
+    distances = per_warp / spec.lanes
+    counts = {"alu": round(alu / distances, 3), "columns": round(matrix / per_warp, 1)}
+    counts["loop_spills"] = round(body[3] + rest[3])
+    return counts if spec.backend == "hip" else counts | {"half_rate": round(half_rate / distances, 3)}
+
+
+def _is_scan(record: Record) -> bool:
+    return record["hot"] and record["matrix"] and {"BLOCK_N", "BLOCK_K"} <= record["config"].keys()
+
+
+def measure_sass(usage: str, sass: str, record: Record) -> Record:
+    """What `cuobjdump -res-usage` and `-sass` say about a kernel."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"cuobjdump shows no resource usage: {usage!r}")
+    program = read_sass(sass)
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "spills": sum(bool(_TO_STACK.match(i.name)) for i in program),
+        **_of_program(program, record),
+    }
+
+
+def measure_amd(assembly: str, record: Record) -> Record:
+    """What an AMD kernel's assembly and its metadata say."""
+
+    def of(name: str) -> int:
+        found = re.search(rf"^\s+\.{name}:\s*(\d+)", assembly, re.M)
+        if found is None:
+            raise ValueError(f"the assembly's metadata has no .{name}")
+        return int(found[1])
+
+    return {
+        "registers": of("vgpr_count"),
+        "stack": of("private_segment_fixed_size"),
+        "spills": of("vgpr_spill_count") + of("sgpr_spill_count"),
+        **_of_program(read_amd(assembly), record),
+    }
+
+
+def _of_program(program: list[Instruction], record: Record) -> Record:
+    spec = TARGETS[record["target"]]
+    matrix = collections.Counter(i.name for i in program if re.match(spec.matrix, i.name))
+    counts = scan_counts(program, record) if _is_scan(record) else {}
+    return {
+        "instructions": len(program),
+        "matrix_instructions": dict(sorted(matrix.items())),
+        "fused": sum(bool(re.fullmatch(spec.fused, i.name.split(".")[0])) for i in program),
+        **counts,
+    }
+
+
+def occupancy(record: Record) -> tuple[int, int]:
+    """(blocks, warps) that an SM or compute unit holds at a time."""
+    spec = TARGETS[record["target"]]
+    warps = record["threads"] // spec.lanes
+    registers = -(-record["registers"] // spec.register_step) * spec.register_step
+    limits = [spec.unit_blocks, spec.unit_warps // warps]
+    if registers:
+        # On NVIDIA a warp's registers come from one of four parts; AMD's waves likewise live in one of four SIMDs.
+        limits.append(4 * (spec.unit_registers // 4 // registers) // warps)
+    if shared := record["shared"] + spec.reserved_shared:
+        limits.append(spec.unit_shared // shared)
+    if record.get("tensor_memory"):
+        limits.append(TENSOR_MEMORY // record["tensor_memory"])
+    return min(limits), min(limits) * warps
+
+
+def name_of(record: Record) -> str:
+    """Target, kernel and configuration, as failures name them: of the types the first alone."""
+    config = record["config"] | {"types": record["config"].get("types", "").split(" ")[0]}
+    return " ".join([f"{record['target']}: {record['kernel']}", *(_pair(*item) for item in config.items())])
+
+
+def _pair(key: str, value: Any) -> str:
+    return f"{key}={int(value) if isinstance(value, bool) else value}"
+
+
+def faults(record: Record) -> list[str]:
+    """What is wrong with one compiled kernel."""
+    if "error" in record:
+        return [f"{name_of(record)}: doesn't compile: {record['error']}"]
+    spec = TARGETS[record["target"]]
+    found = []
+    if record["hot"] and (record["spills"] or record["stack"]):
+        inside = f", {record['loop_spills']} of them in the loop" if "loop_spills" in record else ""
+        declared = f", {record['declared']} declared by the code" if record.get("declared") else ""
+        found.append(f"spills: {record['spills']} moves{inside}, {record['stack']} bytes of stack{declared}")
+    if record["shared"] > spec.block_shared:
+        found.append(f"takes {record['shared']} bytes of shared memory, a block has {spec.block_shared}")
+    elif not occupancy(record)[0]:
+        found.append(f"{record['registers']} registers for {record['threads']} threads: no block fits")
+    if record["matrix"] and not record["matrix_instructions"]:
+        found.append(f"has no matrix instruction ({spec.matrix})")
+    elif _is_scan(record) and "alu" not in record:
+        found.append("has no loop with a matrix instruction in it")
+    if record["exact"] and record["fused"]:
+        found.append(f"has {record['fused']} fused float64 operations; the definition rounds each by itself")
+    return [f"{name_of(record)}: {what}" for what in found]
+
+
+def _key(record: Record) -> str:
+    return json.dumps([record["kernel"], record["target"], record["config"]], sort_keys=True)
+
+
+def duplicates(records: list[Record]) -> list[str]:
+    """Cases that can't be told apart."""
+    often = collections.Counter(_key(r) for r in records)
+    named = {_key(r): name_of(r) for r in records}
+    return [f"{named[key]}: is there {times} times" for key, times in often.items() if times > 1]
+
+
+COMPARED = ("registers", "shared", "stack", "spills", "alu", "half_rate", "columns")
+
+
+def differences(stored: list[Record], records: list[Record], version: str | None) -> list[str]:
+    """How the counts differ from the stored ones: by more than a tenth, or as a record that is new or gone."""
+    hint = f"{COUNTS.name}, stored with triton {version}; python -m fastvq.kernels.aot --write brings it up to date"
+    before, now = {_key(r): r for r in stored}, {_key(r): r for r in records if "error" not in r}
+    found = [f"{name_of(now[k])}: isn't in {hint}" for k in now.keys() - before.keys()]
+    found += [f"{name_of(before[k])}: is only in {hint}" for k in before.keys() - now.keys()]
+    for k in before.keys() & now.keys():
+        for what in COMPARED:
+            old, new = before[k].get(what, 0), now[k].get(what, 0)
+            if abs(new - old) > TOLERANCE * abs(old):
+                found.append(f"{name_of(now[k])}: {what} is {new}, but {old} in {hint}")
+    return sorted(found)
+
+
+def dump(records: list[Record], version: str) -> str:
+    """The contents of counts.json: a line for each record."""
+    kept = ("kernel", "target", "config", "threads", *COMPARED)
+    lines = [json.dumps({name: r[name] for name in kept if name in r}) for r in records if "error" not in r]
+    return f'{{"triton": "{version}", "records": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def table(records: list[Record]) -> str:
+    """Everything, a line for each record; of the constants those that differ among a kernel's cases."""
+    rows = [HEADERS]
+    for r in records:
+        if "error" in r:
+            rows.append((r["kernel"], _label(r, records), r["target"], r["error"][:60], *[""] * (len(HEADERS) - 4)))
+            continue
+        blocks, warps = occupancy(r)
+        matrix = " ".join(f"{n} {name.split('::')[0]}" for name, n in r["matrix_instructions"].items())
+        flags = " ".join(flag for flag in ("hot", "exact") if r[flag])
+        spilled = f"{r['spills']}+{r['stack']}B" if r["spills"] or r["stack"] else "0"
+        counts = [f"{r[what]:.2f}" if what in r else "" for what in ("alu", "half_rate", "columns")]
+        numbers = [str(r["registers"]), str(r["shared"]), spilled, f"{blocks} x {r['threads']}", str(warps)]
+        rows.append((r["kernel"], _label(r, records), r["target"], *numbers, *counts, flags, matrix))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADERS))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+HEADERS = (
+    "kernel", "configuration", "target", "registers", "shared", "spills", "blocks", "warps", "ALU/distance",
+    "half rate", "columns", "", "matrix instructions",
+)  # fmt: skip
+
+
+def _label(record: Record, records: list[Record]) -> str:
+    configs = [r["config"] for r in records if r["kernel"] == record["kernel"]]
+    told = [key for key in record["config"] if any(c.get(key) != record["config"][key] for c in configs)]
+    return " ".join(_pair(key, record["config"][key]) for key in told) or "-"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
