@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .numbers import LOW_SCALE, exponent_of, is_finite, power_of_two, split, to_float16
+from .signatures import Case, case
 
 FAR = tl.constexpr(8.0)
 """Times the geometric mean of the norms, and a code is far from the others."""
@@ -38,7 +39,9 @@ TAME = tl.constexpr(1e150)
 PARTS = 128
 """At most so many programs share a codebook."""
 FOLD_COLUMNS = tl.constexpr(3)
-"""Columns of the padding into which half the square of a code fits, as float16 parts."""
+"""For a scan in one float16 product, half the square of a code is three float16 numbers in columns of its own, inside
+the padding or beside it; a row holds its negative scale there. The matrix unit then does what else would be an
+instruction for each score, and these are what a scan runs short of."""
 NEVER = tl.constexpr(65504.0)
 """In these columns, of a code that isn't scanned: an infinity would make a NaN where a row holds zeros."""
 FOLD_SHRINK = tl.constexpr(0.125)
@@ -171,9 +174,20 @@ def _raise(maxima, which: tl.constexpr, values):
 
 
 @triton.jit
+def _fold(codes, half_square, near, d, first, L2: tl.constexpr):
+    """(codes with half their squares in the columns from `first` on, what the parts leave of these)."""
+    rest = half_square if L2 else half_square * 0
+    for part in tl.static_range(FOLD_COLUMNS):
+        piece = to_float16(rest)
+        rest -= piece.to(tl.float32)
+        codes = tl.where((d == first + part)[None, :], tl.where(near, piece, NEVER).to(tl.float16)[:, None], codes)
+    return codes, tl.abs(rest)
+
+
+@triton.jit
 def _pack(
-    codebook, centre, norms, scalars, high, low, half, maxima, size, dim, padded,
-    L2: tl.constexpr, WIDE: tl.constexpr, FOLD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    codebook, centre, norms, scalars, high, low, half, folded, maxima, size, dim, padded,
+    L2: tl.constexpr, WIDE: tl.constexpr, BESIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Writes the float16 parts of the scaled codes (padded, CHUNKS BLOCK_D), half their squares (padded,), and the
@@ -211,19 +225,18 @@ def _pack(
         low_square += tl.sum(low_part.to(tl.float32) * low_part.to(tl.float32), 1)
         high_rest += tl.sum(h_rest * h_rest, 1)
         low_rest += tl.sum(l_rest * l_rest, 1)
-        if FOLD:
-            # Half the square stands beside the code, for rows that hold their negative scale there.
-            value = half_square if L2 else half_square * 0
-            fold_rest = value
-            for part in tl.static_range(FOLD_COLUMNS):
-                piece = to_float16(fold_rest)
-                fold_rest -= piece.to(tl.float32)
-                h = tl.where((d == dim + part)[None, :], tl.where(near, piece, NEVER).to(tl.float16)[:, None], h)
-            _raise(maxima, FOLD_REST, tl.abs(fold_rest))
+        if not BESIDE:
+            h, fold_rest = _fold(h, half_square, near, d, dim, L2)
+            _raise(maxima, FOLD_REST, fold_rest)
         at = place[:, None] * (CHUNKS * BLOCK_D) + d[None, :]
         tl.store(high + at, h, (k < padded)[:, None])
         tl.store(low + at, low_part, (k < padded)[:, None])
     length = tl.sqrt(2 * half_square)
+    if BESIDE:
+        d = tl.arange(0, 16)
+        h, fold_rest = _fold(tl.zeros([ROWS, 16], tl.float16), half_square, near, d, 0, L2)
+        _raise(maxima, FOLD_REST, fold_rest)
+        tl.store(folded + place[:, None] * 16 + d[None, :], h, (k < padded)[:, None])
     if not L2:
         half_square = half_square * 0
     tl.store(half + place, tl.where(near, half_square, float("inf")), k < padded)
@@ -246,22 +259,23 @@ class Frame:
     high: Tensor  # [H, padded, columns] float16
     low: Tensor  # [H, padded, columns] float16
     half: Tensor  # [H, padded] float32
-    fold: bool
+    folded: Tensor  # [H, padded, 16] float16, where the parts of half the squares stand beside the codes
+    beside: bool
 
 
-def columns_of(dim: int) -> tuple[int, int]:
-    """(columns of a packed code, columns taken at once): 16 at least, which is what matrix units multiply; a power of
-    two up to 256, and then a multiple of 128."""
-    columns = max(16, triton.next_power_of_2(dim))
-    return (columns, columns) if columns <= 256 else (128 * triton.cdiv(dim, 128), 128)
+def columns_of(dim: int) -> int:
+    """Columns of a packed code: 16 at least, which is what matrix units multiply; a power of two up to 128, and then a
+    multiple of 64."""
+    return max(16, triton.next_power_of_2(dim)) if dim <= 128 else 64 * triton.cdiv(dim, 64)
 
 
 def prepare(codebook: Tensor, *, metric: str, wide: bool, block_codes: int) -> Frame:
     """The frame of codebook (H, K, D), contiguous, padded to a multiple of `block_codes`; `wide` where an argument of
     the search is float64."""
     heads, size, dim = codebook.shape
-    columns, block_d = columns_of(dim)
-    fold = columns - dim >= FOLD_COLUMNS.value and columns == block_d
+    columns = columns_of(dim)
+    block_d = min(columns, 64)
+    beside = columns > block_d or columns - dim < FOLD_COLUMNS.value
     padded = triton.cdiv(size, block_codes) * block_codes
     rows = max(16, min(64, 4096 // block_d))
     part_codes = max(rows, triton.cdiv(triton.cdiv(size, PARTS), rows) * rows)
@@ -276,7 +290,8 @@ def prepare(codebook: Tensor, *, metric: str, wide: bool, block_codes: int) -> F
         high=codebook.new_empty(heads, padded, columns, dtype=torch.float16),
         low=codebook.new_empty(heads, padded, columns, dtype=torch.float16),
         half=codebook.new_empty(heads, padded, dtype=torch.float32),
-        fold=fold,
+        folded=codebook.new_empty(heads, padded if beside else 0, 16, dtype=torch.float16),
+        beside=beside,
     )
     norms = codebook.new_empty(heads, 2, size, dtype=torch.float64)
     l2 = metric == "l2"
@@ -286,7 +301,28 @@ def prepare(codebook: Tensor, *, metric: str, wide: bool, block_codes: int) -> F
     )
     _decide[(heads,)](norms, frame.scalars, frame.centre, size, dim, L2=l2, WIDE=wide, BLOCK=1024)
     _pack[(triton.cdiv(padded, rows), heads)](
-        codebook, frame.centre, norms, frame.scalars, frame.high, frame.low, frame.half, frame.maxima, size, dim,
-        padded, L2=l2, WIDE=wide, FOLD=fold, ROWS=rows, BLOCK_D=block_d, CHUNKS=columns // block_d,
+        codebook, frame.centre, norms, frame.scalars, frame.high, frame.low, frame.half, frame.folded, frame.maxima,
+        size, dim, padded, L2=l2, WIDE=wide, BESIDE=beside, ROWS=rows, BLOCK_D=block_d, CHUNKS=columns // block_d,
     )  # fmt: skip
     return frame
+
+
+def aot_cases() -> list[Case]:
+    """For `kernels/aot.py`."""
+    cases = []
+    for dtype, dim in (("float32", 8), ("float32", 64), ("bfloat16", 64), ("float32", 256), ("float64", 64)):
+        wide, columns = dtype == "float64", columns_of(dim)
+        block_d = min(columns, 64)
+        blocks = {"ROWS": max(16, min(64, 4096 // block_d)), "BLOCK_D": block_d}
+        beside = columns > block_d or columns - dim < FOLD_COLUMNS.value
+        cases += [
+            case(_sums, {"WIDE": wide, **blocks}, {}, dtype=dtype),
+            case(_norms, blocks, {}, dtype=dtype),
+            case(
+                _pack,
+                {"L2": True, "WIDE": wide, "BESIDE": beside, "CHUNKS": columns // block_d, **blocks},
+                {},
+                dtype=dtype,
+            ),
+        ]
+    return [*cases, *(case(_decide, {"L2": l2, "WIDE": False, "BLOCK": 1024}, {}) for l2 in (True, False))]

@@ -1,34 +1,154 @@
-"""Launch configurations: data, by architecture and shape."""
+"""Launch configurations: data, by architecture and shape, a choice among them, and a measured choice on request.
+
+Nobody has timed these on a GPU yet. They are what compiles without spilling, fits the shared memory of every target and
+leaves the fewest instructions for each distance (`python -m fastvq.kernels.aot`). FASTVQ_AUTOTUNE=1 in the environment
+times the candidates for a shape the first time it occurs, which takes seconds, and keeps the fastest in a file; without
+it nothing is ever timed.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Scan:
+    """One configuration of the scan: rows and codes of a tile, columns taken at once, and whether two neighbouring
+    codes are kept as one, which saves half an instruction a distance and costs two distances a row."""
+
     block_n: int
     block_k: int
+    block_d: int
     num_warps: int
     num_stages: int
+    paired: bool
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Define:
+    """The definition for what is left: at most so many programs, a row at a time, codes and columns taken at once."""
+
     programs: int
     block_k: int
+    block_d: int
     num_warps: int
 
 
-def scan(device: torch.device, terms: int, columns: int) -> Scan:
-    return Scan(64, 32, 4, 2)
+# (terms, packed columns up to): the configuration, for each architecture. More columns than 128 are taken in parts.
+SCANS: dict[str, dict[tuple[int, int], Scan]] = {
+    "sm_80": {
+        (1, 16): Scan(128, 128, 16, 8, 3, True),
+        (1, 32): Scan(128, 128, 32, 8, 3, True),
+        (1, 64): Scan(128, 128, 64, 8, 3, True),
+        (1, 128): Scan(128, 128, 128, 8, 2, True),
+        (1, 1 << 30): Scan(128, 128, 64, 8, 3, True),
+        (3, 16): Scan(64, 64, 16, 4, 2, False),
+        (3, 32): Scan(64, 64, 32, 4, 2, False),
+        (3, 64): Scan(64, 64, 64, 4, 2, False),
+        (3, 1 << 30): Scan(64, 64, 32, 4, 2, False),
+    },
+}
+SCANS["sm_90"] = SCANS["sm_100"] = SCANS["gfx942"] = SCANS["sm_80"]
+# Wave32 with half the shared memory.
+SCANS["gfx1100"] = {key: dataclasses.replace(scan, block_n=64) for key, scan in SCANS["sm_80"].items()}
+# Small tiles, so that small tests have several.
+SCANS["interpreter"] = {
+    key: dataclasses.replace(scan, block_n=64, block_k=32, block_d=min(scan.block_d, 64))
+    for key, scan in SCANS["sm_80"].items()
+}
+
+DEFINE = Define(programs=1024, block_k=64, block_d=32, num_warps=4)
+
+LONGEST_SPLIT = 32
+"""The codes of a search with few rows are shared out among at most so many programs."""
 
 
-def define(device: torch.device) -> Define:
-    return Define(64, 64, 4)
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The key of `SCANS` for a device."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return "gfx942" if name.startswith("gfx9") else "gfx1100"
+    major, _ = torch.cuda.get_device_capability(device)
+    # Blackwell's consumer parts (12) have the matrix units and the shared memory of Ampere.
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
 
 
-def splits(device: torch.device, blocks: int, tiles: int, n: int, *, listed: bool) -> int:
-    return 1
+def scan(device: torch.device, columns: int, terms: int) -> Scan:
+    """The configuration for codes of so many packed columns, in one or three products."""
+    table = SCANS[architecture(device)]
+    return next(config for (n, most), config in table.items() if n == terms and columns <= most)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def splits(device: torch.device, blocks: int, tiles: int) -> int:
+    """Among how many programs the codes are shared out, where `blocks` of rows alone don't fill the device twice."""
+    wanted = -(-2 * _processors(device) // max(1, blocks))
+    return max(1, min(wanted, tiles, LONGEST_SPLIT))
+
+
+def autotuning(device: torch.device) -> bool:
+    """Whether to time candidates: on request, on a GPU, and not while a CUDA graph is captured."""
+    asked = os.environ.get("FASTVQ_AUTOTUNE", "0") not in ("", "0")
+    return asked and device.type != "cpu" and not torch.cuda.is_current_stream_capturing()
+
+
+def cache_file() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fastvq" / "launch.json"
+
+
+def tuned(key: str, default: Scan, seconds: Callable[[Scan], float]) -> Scan:
+    """The fastest of the candidates around `default` for `key`: from the file, or timed by `seconds` and written there.
+
+    A candidate that doesn't compile or doesn't fit counts as infinitely slow.
+    """
+    known = _read(cache_file())
+    if key not in known:
+        times: dict[Scan, float] = {}
+        for candidate in candidates(default):
+            try:
+                times[candidate] = seconds(candidate)
+            except Exception as error:
+                if candidate == default:
+                    raise
+                warnings.warn(f"fastvq: {candidate} can't run here: {error}", stacklevel=2)
+        known[key] = dataclasses.asdict(min(times, key=lambda candidate: times[candidate]))
+        _write(cache_file(), known)
+    return Scan(**known[key])
+
+
+def candidates(default: Scan) -> list[Scan]:
+    """What autotuning tries: the default first. Block sizes stay divisors of 256, to which codes are padded."""
+    changes = ({}, {"paired": not default.paired}, {"num_stages": 2}, {"num_stages": 4}, {"block_k": 64},
+               {"block_n": 64, "num_warps": 4}, {"block_n": 256}, {"block_k": 256})  # fmt: skip
+    return list(dict.fromkeys(dataclasses.replace(default, **change) for change in changes))
+
+
+def _read(path: Path) -> dict[str, dict]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(path: Path, known: dict[str, dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as stream:
+        stream.write(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    Path(stream.name).replace(path)

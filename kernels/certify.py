@@ -1,0 +1,71 @@
+"""What is final after a scan, and what goes on to the next one."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .numbers import UNIT, is_finite
+
+
+@triton.jit
+def append(chosen, rows, work, count):
+    """Adds the chosen rows to a work list; their order is anyone's, and nothing depends on it."""
+    flags = chosen.to(tl.int32)
+    total = tl.sum(flags)
+    if total > 0:
+        first = tl.atomic_add(count, total)
+        tl.store(work + first + tl.cumsum(flags) - flags, rows, chosen)
+
+
+@triton.jit
+def possible_error(value, size_of_terms, dim, L2: tl.constexpr):
+    """By how much a float32 distance or inner product may be off: (D + 8) u of it, or of the size of its terms."""
+    return (dim + 8.0) * 1.01 * UNIT * (value if L2 else size_of_terms) + dim * 2.0**-125
+
+
+@triton.jit
+def distances_to(x, at, codebook, k, there, dim, L2: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(float32 score of each row with one code k of its own, its possible error, whether that code is finite)."""
+    step: tl.constexpr = 16
+    value = tl.zeros([BLOCK_N], tl.float32)
+    terms = tl.zeros([BLOCK_N], tl.float32)
+    bad = tl.zeros([BLOCK_N], tl.int32)
+    for d0 in range(0, dim, step):
+        d = d0 + tl.arange(0, step)
+        mask = there[:, None] & (d < dim)[None, :]
+        rows = tl.load(x + at[:, None] + d[None, :], mask, other=0.0).to(tl.float32)
+        codes = tl.load(codebook + k[:, None] * dim + d[None, :], mask, other=0.0).to(tl.float32)
+        bad += tl.sum((is_finite(codes) == 0).to(tl.int32), 1)
+        if L2:
+            value += tl.sum((rows - codes) * (rows - codes), 1)
+        else:
+            value -= tl.sum(rows * codes, 1)
+            terms += tl.sum(tl.abs(rows * codes), 1)
+    return value, possible_error(value, terms, dim, L2), there & (bad == 0)
+
+
+@triton.jit
+def certify(
+    best, second, index, bound, far_floor, there, rows, at, x, codebook, size, dim, usable, out, work, count,
+    PAIRED: tl.constexpr, L2: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Final where best - second > 2 B; -1 where the row isn't finite (its bound is a NaN) or no code is; else open.
+    Where PAIRED, the best is that of codes 2 index and 2 index + 1, which float32 distances must tell apart."""
+    finite = bound == bound
+    certain = (best - second > 2 * bound) & (best - 2 * bound > far_floor)
+    index = index.to(tl.int64)
+    if PAIRED:
+        index = 2 * index
+        first, error, first_there = distances_to(x, at, codebook, index, there, dim, L2, BLOCK_N)
+        other, other_error, other_there = distances_to(
+            x, at, codebook, index + 1, there & (index + 1 < size), dim, L2, BLOCK_N
+        )
+        takes_first = first_there & ((other_there == 0) | (first + error < other - other_error))
+        takes_other = other_there & ((first_there == 0) | (other + other_error < first - error))
+        certain = certain & (takes_first | takes_other)
+        index = tl.where(takes_other, index + 1, index)
+    answer = tl.where(finite & (usable > 0), index, -1)
+    settled = certain | (finite == 0) | (usable == 0)
+    tl.store(out + rows, answer, there & settled)
+    append(there & (settled == 0), rows, work, count)
