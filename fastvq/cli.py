@@ -128,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     bench.add_argument("--threads", type=int, help="for every contestant; default: torch's")
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured as JSON")
+    bench.add_argument("--model", metavar="GPU", help="only predict the time on an a100, h100, b200 or mi300x")
+    bench.add_argument(
+        "--open-share", type=float, default=0.01, help="of rows that take a second scan there (default: %(default)s)"
+    )
     bench.add_argument(
         "--suite", action="store_true", help="run the whole suite, about 13 minutes, and write its report"
     )
@@ -293,6 +297,10 @@ def _bench(options: argparse.Namespace) -> int:
 
     if options.suite or options.render:
         lines = commands.write_suite(options.out, options.readme, render_only=options.render)
+    elif options.model is not None:
+        sizes = (options.n, options.k, options.d)
+        how = {"dtype": options.dtype, "open_share": options.open_share, "json_path": options.json}
+        lines = commands.model_shape(options.model, sizes, **how)
     else:
         lines = commands.bench_shape(
             (options.n, options.k, options.d),

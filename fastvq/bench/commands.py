@@ -6,9 +6,11 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from . import model
 from .data import DATA, BenchError, Shape, from_file
 from .measure import WrongResultError, measure_search
 from .report import DOCUMENT, SEARCH_HEADERS, search_rows, table, write_report
@@ -31,14 +33,9 @@ def bench_shape(
     Raises:
         BenchError: an argument that can't be, by name; also where fastvq itself returns a wrong index.
     """
-    for name, size in zip("nkd", sizes, strict=True):
-        if size < 1:
-            raise BenchError(f"{name}: must be at least 1, got {size}")
-    if dtype not in DTYPES:
-        raise BenchError(f"dtype: must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    shape = _shape(sizes, dtype)
     if threads is not None and threads < 1:
         raise BenchError(f"threads: must be at least 1, got {threads}")
-    shape = Shape(*sizes)
     place = _device(device)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -51,11 +48,47 @@ def bench_shape(
     record = {**shape._asdict(), "data": data, "dtype": dtype, "contestants": contestants}
     if json_path is not None:
         document = {"machine": machine(_command()), "ceilings": ceilings(torch.get_num_threads()), "search": [record]}
-        partial = json_path.with_name(f".{json_path.name}")
-        partial.write_text(json.dumps(document, indent=1) + "\n")
-        partial.replace(json_path)
+        _write_json(json_path, document)
     title = f"{shape} {dtype} {data}, {torch.get_num_threads()} threads"
-    return [title if place.type == "cpu" else f"{title}, {place}", "", table(search_rows(record), SEARCH_HEADERS)]
+    result = [title if place.type == "cpu" else f"{title}, {place}", "", table(search_rows(record), SEARCH_HEADERS)]
+    if place.type == "cuda":
+        result += model.beside_measured(torch.cuda.get_device_name(place), shape, contestants, DTYPES[dtype].itemsize)
+    return result
+
+
+def model_shape(
+    name: str,
+    sizes: tuple[int, int, int],
+    *,
+    dtype: str = "float32",
+    open_share: float = model.OPEN_SHARE,
+    json_path: Path | None = None,
+) -> list[str]:
+    """Predict the time of the same search on a GPU that needn't be here, and return the lines to print.
+
+    Raises:
+        BenchError: an argument that can't be, by name; no counts to predict from.
+    """
+    shape = _shape(sizes, dtype)
+    predicted = model.predict(name, shape, open_share=open_share, element=DTYPES[dtype].itemsize)
+    if json_path is not None:
+        _write_json(json_path, predicted)
+    return model.lines(predicted)
+
+
+def _shape(sizes: tuple[int, int, int], dtype: str) -> Shape:
+    for name, size in zip("nkd", sizes, strict=True):
+        if size < 1:
+            raise BenchError(f"{name}: must be at least 1, got {size}")
+    if dtype not in DTYPES:
+        raise BenchError(f"dtype: must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return Shape(*sizes)
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    partial.replace(path)
 
 
 def _vectors(data: str, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:

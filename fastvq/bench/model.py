@@ -1,0 +1,304 @@
+"""How long a search on a GPU should take at best: a roofline from counted instructions and the device's data sheet.
+
+Nothing here is measured, and everything printed says so. The counts are those of `kernels/counts.json`, which
+`python -m fastvq.kernels.aot` takes from the compiled code; a full GPU at its boost clock is assumed, so that latency,
+the last wave of blocks and heat come on top. What the second scan leaves open isn't part of it.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import math
+from typing import Any, NamedTuple
+
+from .data import BenchError, Shape
+from .report import duration, table
+
+LABEL = "prediction, not a measurement"
+OPEN_SHARE = 0.01
+"""Of rows that the first scan leaves open: what clustered data show on the CPU. SHOWN beside it is a bad case."""
+SHOWN = 0.05
+LAUNCH_SECONDS = 3e-6
+"""From one kernel to the next of a stream: an assumption."""
+FILLS = 3
+"""Launches of a search that only set memory to zero."""
+
+
+class Device(NamedTuple):
+    """A data sheet. Lane operations a second are `units * lanes * clock`."""
+
+    target: str
+    reported: str
+    units: int
+    lanes: int
+    clock: float
+    matrix: float
+    memory: float
+    cache: float
+
+
+# Units and clocks are those of the SXM and OAM modules. `lanes` is what a unit's schedulers issue in a clock: 4 warps
+# of 32, or 4 wavefronts of 64 every fourth clock. (An A100 adds and multiplies float32 at half of that as well, which
+# is left out: what is counted is nearly all comparison.) NVIDIA publishes the rate of the L2 cache for A100 alone, 5120
+# bytes a clock; for H100 the same is assumed, for B200, which is two such dies, twice that.
+DEVICES = {
+    # NVIDIA A100 80GB data sheet and A100 architecture white paper.
+    "a100": Device("sm_80", "A100-SXM4-80GB", 108, 128, 1.41e9, 312e12, 2.039e12, 5120 * 1.41e9),
+    # NVIDIA H100 SXM5 data sheet, dense; H100 architecture white paper.
+    "h100": Device("sm_90", "H100 80GB HBM3", 132, 128, 1.755e9, 989.4e12, 3.35e12, 5120 * 1.755e9),
+    # NVIDIA Blackwell data sheet, dense; the clock is what gives its peak with 8192 multiply-adds a unit, 148 units.
+    "b200": Device("sm_100", "B200", 148, 128, 1.856e9, 2250e12, 8e12, 2 * 5120 * 1.856e9),
+    # AMD CDNA 3 white paper; the cache is the Infinity Cache, for a codebook that outgrows an XCD's 4 MB.
+    "mi300x": Device("gfx942", "MI300X", 304, 64, 2.1e9, 1307.4e12, 5.3e12, 17.2e12),
+}
+
+
+class Rival(NamedTuple):
+    """A search as others do it. The counts are of their code compiled for sm_90, 6 to 7 instructions for flash-kmeans;
+    how many of them run at half rate isn't known, so that this flatters them."""
+
+    name: str
+    alu: float
+    rate: float
+    element: int
+
+
+RIVALS = (
+    Rival("flash-kmeans as published, bf16, not exact", 6.5, 1.0, 2),
+    Rival("flash-kmeans as published, tf32, not exact", 6.5, 0.5, 4),
+    Rival("half norm + argmin, bf16, not exact", 4.4, 1.0, 2),
+)
+
+
+class Terms(NamedTuple):
+    """Seconds that each part of a device needs for a pass over the codes."""
+
+    matrix: float
+    epilogue: float
+    memory: float
+    cache: float
+
+    @property
+    def binding(self) -> str:
+        return max(self._fields, key=lambda name: getattr(self, name))
+
+    @property
+    def overlapped(self) -> float:
+        return max(self)
+
+    @property
+    def serial(self) -> float:
+        """If the matrix units stand still during the epilogue and the other way round."""
+        return max(self.matrix + self.epilogue, self.memory, self.cache)
+
+
+def load_counts() -> dict[str, Any]:
+    """What `python -m fastvq.kernels.aot --write` stored.
+
+    Raises:
+        BenchError: it isn't there.
+    """
+    try:
+        text = importlib.resources.files("fastvq.kernels").joinpath("counts.json").read_text()
+    except OSError as error:
+        raise BenchError(
+            f"model: fastvq.kernels has no counts.json; python -m fastvq.kernels.aot --write makes it: {error}"
+        ) from error
+    return json.loads(text)
+
+
+def device_named(name: str) -> Device:
+    """The data sheet of a device of this model.
+
+    Raises:
+        BenchError: there is none.
+    """
+    if name not in DEVICES:
+        raise BenchError(f"model: must be one of {', '.join(DEVICES)}, got {name!r}")
+    return DEVICES[name]
+
+
+def scan_for(counts: dict[str, Any], target: str, dim: int, products: int) -> dict[str, Any]:
+    """The record of the scan that takes vectors of `dim` dimensions with so many products a distance.
+
+    Raises:
+        BenchError: none is shipped for the target.
+    """
+    scans = [r for r in counts["records"] if r["kernel"] == "_scan" and r["target"] == target]
+    found = [r for r in scans if "alu" in r and r["config"]["TERMS"] == products and not r["config"].get("WIDE")]
+    if not found:
+        raise BenchError(
+            f"model: counts.json has no scan of {products} products for {target}; "
+            "python -m fastvq.kernels.aot --write makes it"
+        )
+    # Beyond the longest that was compiled a scan takes more chunks of the same size.
+    enough = [r for r in found if _columns(r) >= dim] or [r for r in found if _columns(r) == max(map(_columns, found))]
+
+    def preference(record: dict[str, Any]) -> tuple[Any, ...]:
+        config = record["config"]
+        # Half the squares stand in three columns of the padding, or beside the codes where these leave no room.
+        misplaced = bool(config.get("BESIDE")) != (_columns(record) - dim < 3)
+        # Not the ones that are compiled for a single row, or for few rows that share out the codes.
+        special = any(name in config for name in ("n", "dim", "size")), bool(config.get("SPLIT"))
+        return _columns(record), not config["types"].startswith("fp32"), misplaced, *special, _epilogue(record)
+
+    return min(enough, key=preference)
+
+
+def _columns(record: dict[str, Any]) -> int:
+    return record["config"]["BLOCK_D"] * record["config"].get("CHUNKS", 1)
+
+
+def _epilogue(record: dict[str, Any], *, flattered: bool = False) -> float:
+    """Issue slots a distance: an instruction at half rate holds its unit as long as two."""
+    return max(record["alu"], 0.0 if flattered else 2 * record.get("half_rate", 0.0))
+
+
+def scan_terms(
+    device: Device, record: dict[str, Any], shape: Shape, rows: float, element: int = 4, *, flattered: bool = False
+) -> Terms:
+    """The terms of one scan of `rows` rows of `element` bytes a number; `flattered` as if none ran at half rate."""
+    config = record["config"]
+    chunked = config.get("CHUNKS", 1) > 1
+    packed = config["BLOCK_D"] * math.ceil(shape.d / config["BLOCK_D"]) if chunked else _columns(record)
+    multiplied = record["columns"] * packed / _columns(record)
+    pairs = rows * shape.k
+    code = 2 * packed * (1 if config["TERMS"] == 1 else 2) + 4
+    streamed = math.ceil(rows / config["BLOCK_N"]) * shape.k * code
+    if chunked:
+        # Rows too long for registers come again for every tile of codes.
+        streamed += math.ceil(shape.k / config["BLOCK_K"]) * rows * (code - 4)
+    return Terms(
+        matrix=2 * pairs * multiplied / device.matrix,
+        epilogue=pairs * _epilogue(record, flattered=flattered) / (device.units * device.lanes * device.clock),
+        memory=(rows * (shape.d * element + 8) + shape.k * code) / device.memory,
+        cache=streamed / device.cache,
+    )
+
+
+def rival_terms(device: Device, rival: Rival, shape: Shape) -> Terms:
+    """The same for a search that keeps an argmin, in tiles of 128 rows."""
+    columns = max(16, 1 << (shape.d - 1).bit_length())
+    pairs = shape.n * shape.k
+    code = shape.d * rival.element + 4
+    return Terms(
+        matrix=2 * pairs * columns / (rival.rate * device.matrix),
+        epilogue=pairs * rival.alu / (device.units * device.lanes * device.clock),
+        memory=(shape.n * (shape.d * rival.element + 8) + shape.k * code) / device.memory,
+        cache=math.ceil(shape.n / 128) * shape.k * code / device.cache,
+    )
+
+
+def predict(name: str, shape: Shape, *, open_share: float = OPEN_SHARE, element: int = 4) -> dict[str, Any]:
+    """All terms of a search, in seconds, as a document for `--json`.
+
+    Args:
+        name: of a device in DEVICES.
+        open_share: the share of rows that the first scan leaves to the second.
+        element: bytes of a number of x and of the codebook.
+
+    Raises:
+        BenchError: an argument that can't be, by name; or no counts to predict from.
+    """
+    device, counts = device_named(name), load_counts()
+    if not 0 <= open_share <= 1:
+        raise BenchError(f"open-share: must be from 0 to 1, got {open_share}")
+    first, second = (scan_for(counts, device.target, shape.d, products) for products in (1, 3))
+    # Sums, norms and packing read the codebook; both parts, half the squares and two norms are written.
+    packing = shape.k * (3 * shape.d * element + 4 * _columns(second) + 20) / device.memory
+    launches = 4 + 1 + FILLS + sum(_launches(record) for record in (first, second))
+    rest = packing + launches * LAUNCH_SECONDS
+    parts: dict[str, Terms] = {}
+    totals: dict[str, tuple[float, float]] = {}
+    for share, flattered in dict.fromkeys(((open_share, False), (SHOWN, False), (open_share, True))):
+        begin = scan_terms(device, first, shape, shape.n, element, flattered=flattered)
+        again = scan_terms(device, second, shape, share * shape.n, element, flattered=flattered)
+        if not flattered:
+            parts |= {"1 product, all rows": begin, f"3 products, {share:.3g} of the rows": again}
+        totals[f"search, {share:.3g} of the rows open" + ", counted as the others" * flattered] = (
+            begin.overlapped + again.overlapped + rest,
+            begin.serial + again.serial + rest,
+        )
+    for rival in RIVALS:
+        terms = rival_terms(device, rival, shape)
+        parts[rival.name] = terms
+        totals[rival.name] = (terms.overlapped + LAUNCH_SECONDS, terms.serial + LAUNCH_SECONDS)
+    return {
+        "what": LABEL,
+        "device": name,
+        **shape._asdict(),
+        "triton": counts["triton"],
+        "target": device.target,
+        "scans": [{k: r[k] for k in ("config", "alu", "half_rate", "columns") if k in r} for r in (first, second)],
+        "parts": {part: terms._asdict() | {"binding": terms.binding} for part, terms in parts.items()},
+        "packing": packing,
+        "launches": launches,
+        "totals": {part: {"overlapped": best, "serial": worst} for part, (best, worst) in totals.items()},
+    }
+
+
+def _launches(record: dict[str, Any]) -> int:
+    """Of a tier: the scan, what joins it where codes are split, what prepares long rows."""
+    return 1 + bool(record["config"].get("SPLIT")) + (record["config"].get("CHUNKS", 1) > 1)
+
+
+def lines(predicted: dict[str, Any]) -> list[str]:
+    """What is printed of a prediction."""
+    shape = Shape(predicted["n"], predicted["k"], predicted["d"])
+    rows = [
+        [part, *(_time(terms[name]) for name in Terms._fields), _NAMES[terms["binding"]]]
+        for part, terms in predicted["parts"].items()
+    ]
+    totals = [[part, _time(total["overlapped"]), _time(total["serial"])] for part, total in predicted["totals"].items()]
+    counted = [
+        f"products {scan['config']['TERMS']}: {scan['alu']:.2f} ALU instructions a distance{_halved(scan)}, "
+        f"{scan['columns']:g} columns, tiles of {scan['config']['BLOCK_N']} rows x {scan['config']['BLOCK_K']} codes"
+        for scan in predicted["scans"]
+    ]
+    return [
+        f"{LABEL}: {shape} on {predicted['device']}",
+        f"Counted in the code that triton {predicted['triton']} makes for {predicted['target']}:",
+        *(f"  {line}" for line in counted),
+        "",
+        table(rows, [f"terms ({LABEL})", *_NAMES.values(), "bound by"]),
+        "",
+        f"Packing the codebook {_time(predicted['packing'])}, {predicted['launches']} launches "
+        f"{duration(predicted['launches'] * LAUNCH_SECONDS)} ({LABEL}); both are part of each search of fastvq:",
+        "",
+        table(totals, [f"total ({LABEL})", "if all overlaps", "if matrix and epilogue don't"]),
+        "",
+        "The others' epilogues count as if no instruction ran at half rate, which flatters them; they certify nothing.",
+    ]
+
+
+_NAMES = {"matrix": "matrix units", "epilogue": "epilogue", "memory": "HBM", "cache": "L2"}
+
+
+def _time(seconds: float) -> str:
+    return duration(seconds) if seconds >= 1e-4 else f"{1e6 * seconds:.2f} us"
+
+
+def _halved(scan: dict[str, Any]) -> str:
+    return f" ({scan['half_rate']:.2f} at half rate)" if "half_rate" in scan else ""
+
+
+def beside_measured(reported: str, shape: Shape, contestants: list[dict[str, Any]], element: int = 4) -> list[str]:
+    """A line for a measured run on a CUDA device: what the model would have said, where it knows the device.
+
+    This has not run on a GPU.
+    """
+    name = next((name for name, device in DEVICES.items() if device.reported in reported), None)
+    if name is None:
+        return []
+    try:
+        total = predict(name, shape, element=element)["totals"][f"search, {OPEN_SHARE:.3g} of the rows open"]
+    except BenchError as error:
+        return ["", str(error)]
+    seconds = next((c["seconds"] for c in contestants if c["name"] == "fastvq triton" and "seconds" in c), None)
+    measured = "" if seconds is None else f"fastvq triton, measured: {duration(seconds)}; "
+    return [
+        "",
+        f"{measured}{LABEL}: {duration(total['overlapped'])} if all overlaps, "
+        f"{duration(total['serial'])} if matrix units and epilogue don't",
+    ]
