@@ -10,7 +10,7 @@ by argument ("*fp32", "i32", "i32:16" for a multiple of 16; pointers are aligned
 The options are Triton's and:
 
     hot      no spills and no stack, which elsewhere are only listed
-    matrix   a matrix instruction must be there; with hot and the constants BLOCK_N and BLOCK_K, its loop scans codes
+    matrix   a matrix instruction must be there; with constants BLOCK_N and BLOCK_K, the loop around it scans codes
     exact    float64 products and sums must stay apart
     arch     names of TARGETS that it is shipped for, if not all
 """
@@ -42,8 +42,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 COUNTS = Path(__file__).with_name("counts.json")
-NO_KERNELS = {"aot", "launch", "numbers"}
-"""Modules that launch nothing."""
+NO_KERNELS = {"aot", "certify", "launch", "numbers", "signatures"}
+"""Modules without a kernel of their own: functions of kernels, and what says how these are launched."""
 OWN_OPTIONS = ("hot", "matrix", "exact", "arch")
 TOLERANCE = 0.1
 WORKERS = 2
@@ -121,12 +121,12 @@ def main(arguments: list[str] | None = None) -> int:
     targets = options.target or list(TARGETS)
     version = importlib.metadata.version("triton")
     tasks, failures = list_tasks(sources, targets)
+    print(f"{len(tasks)} compilations by {WORKERS} workers: minutes, where few are in Triton's cache", file=sys.stderr)
     records = compile_all(tasks)
     for record in records:
         failures += faults(record)
-    failures += duplicates(records)
     print(table(records))
-    if options.write and not failures:
+    if options.write:
         COUNTS.write_text(dump(records, version))
         print(f"written: {COUNTS}")
     elif not options.cases:
@@ -154,41 +154,35 @@ def list_tasks(sources: Iterable[str], targets: Iterable[str]) -> tuple[list[Tas
     """What there is to compile, found by a worker; and what is missing."""
     tasks: list[Task] = []
     failures: list[str] = []
+    listed: set[str] = set()
+    launches: dict[str, set[str]] = {}
     with _workers(1) as pool:
         for source in sources:
             try:
-                shipped, missing = pool.submit(contents, source).result()
+                shipped, launches[source] = pool.submit(contents, source).result()
             except BrokenProcessPool:
                 raise
             except Exception as error:
                 failures.append(f"{source}: {error}")
                 continue
-            failures += missing
-            tasks += [
-                (source, place, target)
-                for target in targets
-                for place, chosen in enumerate(shipped)
-                if chosen is None or target in chosen
-            ]
+            listed |= {name for name, _ in shipped}
+            for place, (name, chosen) in enumerate(shipped):
+                unknown = [target for target in chosen or [] if target not in TARGETS]
+                failures += [f"{source}: {name}: no target is named {u!r}, only {', '.join(TARGETS)}" for u in unknown]
+                tasks += [(source, place, target) for target in targets if chosen is None or target in chosen]
+    for source, names in launches.items():
+        missing = sorted(names - listed)
+        failures += [f"{source}: {name} is launched, but no aot_cases() have a case of it" for name in missing]
     return tasks, failures
 
 
-def contents(source: str) -> tuple[list[list[str] | None], list[str]]:
-    """(targets of each case of a module, kernels that it launches and that no case has). In a worker."""
+def contents(source: str) -> tuple[list[tuple[str, list[str] | None]], set[str]]:
+    """(kernel and targets of each case of a module, names of the kernels that it launches). In a worker."""
     module = load(source)
     if not hasattr(module, "aot_cases"):
         raise LookupError("has no aot_cases(): which kernels does it ship? [] says none")
-    cases = module.aot_cases()
-    failures = [
-        f"{source}: no target is named {name!r}, there are {', '.join(TARGETS)}"
-        for *_, options in cases
-        for name in options.get("arch") or []
-        if name not in TARGETS
-    ]
-    listed = {kernel.__name__ for kernel, *_ in cases}
-    missing = sorted(launched(inspect.getsource(module)) - listed)
-    failures += [f"{source}: {name} is launched, but no case of aot_cases() has it" for name in missing]
-    return [options.get("arch") for *_, options in cases], failures
+    cases = [(kernel.__name__, options.get("arch")) for kernel, *_, options in module.aot_cases()]
+    return cases, launched(inspect.getsource(module))
 
 
 def launched(text: str) -> set[str]:
@@ -215,8 +209,8 @@ def _workers(count: int) -> ProcessPoolExecutor:
 
 
 def compile_all(tasks: list[Task]) -> list[Record]:
-    """A record for each task. Where the compiler takes its process down, one worker does what is left, so that the task
-    to blame is known."""
+    """A record for each task, once for those that are the same. Where the compiler takes its process down, one worker
+    does what is left, so that the task to blame is known."""
     done: dict[Task, Record] = {}
     with _workers(WORKERS) as pool:
         futures = {task: pool.submit(compile_case, *task) for task in tasks}
@@ -236,7 +230,8 @@ def compile_all(tasks: list[Task]) -> list[Record]:
                     kernel = f"case {place} of {source}"
                     done[task] = {"kernel": kernel, "config": {}, "target": target, "error": "the compiler crashed"}
                     break
-    return sorted(done.values(), key=lambda r: (r["kernel"], list(TARGETS).index(r["target"]), _key(r)))
+    told = {_key(record): record for record in done.values()}
+    return sorted(told.values(), key=lambda r: (r["kernel"], list(TARGETS).index(r["target"]), _key(r)))
 
 
 def compile_case(source: str, place: int, target: str) -> Record:
@@ -253,7 +248,7 @@ def compile_case(source: str, place: int, target: str) -> Record:
     aligned = [i for i, kind in enumerate(types.values()) if kind.startswith("*") or kind.endswith(":16")]
     record: Record = {
         "kernel": kernel.__name__,
-        "config": constants | passed | {"types": " ".join(t.lstrip("*") for t in types.values() if t[0] == "*")},
+        "config": constants | passed | {"types": " ".join(t.lstrip("*") for t in types.values() if t != "constexpr")},
         "target": target,
         **{name: bool(own.get(name)) for name in ("hot", "matrix", "exact")},
     }
@@ -437,7 +432,7 @@ def scan_counts(program: list[Instruction], record: Record) -> Record:
 
 
 def _is_scan(record: Record) -> bool:
-    return record["hot"] and record["matrix"] and {"BLOCK_N", "BLOCK_K"} <= record["config"].keys()
+    return record["matrix"] and {"BLOCK_N", "BLOCK_K"} <= record["config"].keys()
 
 
 def measure_sass(usage: str, sass: str, record: Record) -> Record:
@@ -466,7 +461,8 @@ def measure_amd(assembly: str, record: Record) -> Record:
     return {
         "registers": of("vgpr_count"),
         "stack": of("private_segment_fixed_size"),
-        "spills": of("vgpr_spill_count") + of("sgpr_spill_count"),
+        # Scalar registers spill to lanes of vector registers, not to memory.
+        "spills": of("vgpr_spill_count"),
         **_of_program(read_amd(assembly), record),
     }
 
@@ -500,12 +496,14 @@ def occupancy(record: Record) -> tuple[int, int]:
 
 
 def name_of(record: Record) -> str:
-    """Target, kernel and configuration, as failures name them: of the types the first alone."""
-    config = record["config"] | {"types": record["config"].get("types", "").split(" ")[0]}
-    return " ".join([f"{record['target']}: {record['kernel']}", *(_pair(*item) for item in config.items())])
+    """Target, kernel and configuration, as failures name them."""
+    return " ".join([f"{record['target']}: {record['kernel']}", *(_pair(*item) for item in record["config"].items())])
 
 
 def _pair(key: str, value: Any) -> str:
+    # The first type says which dtype the case is for.
+    if key == "types":
+        return f"types={value.split(' ')[0]}"
     return f"{key}={int(value) if isinstance(value, bool) else value}"
 
 
@@ -534,13 +532,6 @@ def faults(record: Record) -> list[str]:
 
 def _key(record: Record) -> str:
     return json.dumps([record["kernel"], record["target"], record["config"]], sort_keys=True)
-
-
-def duplicates(records: list[Record]) -> list[str]:
-    """Cases that can't be told apart."""
-    often = collections.Counter(_key(r) for r in records)
-    named = {_key(r): name_of(r) for r in records}
-    return [f"{named[key]}: is there {times} times" for key, times in often.items() if times > 1]
 
 
 COMPARED = ("registers", "shared", "stack", "spills", "alu", "half_rate", "columns")
@@ -572,7 +563,7 @@ def table(records: list[Record]) -> str:
     rows = [HEADERS]
     for r in records:
         if "error" in r:
-            rows.append((r["kernel"], _label(r, records), r["target"], r["error"][:60], *[""] * (len(HEADERS) - 4)))
+            rows.append((r["kernel"], _label(r, records), r["target"], *[""] * (len(HEADERS) - 4), r["error"]))
             continue
         blocks, warps = occupancy(r)
         matrix = " ".join(f"{n} {name.split('::')[0]}" for name, n in r["matrix_instructions"].items())
