@@ -42,7 +42,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 COUNTS = Path(__file__).with_name("counts.json")
-NO_KERNELS = {"aot", "certify", "launch", "numbers", "signatures"}
+NO_KERNELS = {"aot", "certify", "launch", "numbers", "scan", "signatures"}
 """Modules without a kernel of their own: functions of kernels, and what says how these are launched."""
 OWN_OPTIONS = ("hot", "matrix", "exact", "arch")
 TOLERANCE = 0.1
