@@ -22,8 +22,9 @@ def _direct(x, codebook, k, there, dim, L2: tl.constexpr, BLOCK_K: tl.constexpr,
         row = tl.load(x + d, d < dim, other=0.0).to(tl.float32)[None, :]
         codes = tl.load(
             codebook + k.to(tl.int64)[:, None] * dim + d[None, :], there[:, None] & (d < dim)[None, :], other=0.0
-        ).to(tl.float32)
+        )
         bad += tl.sum((is_finite(codes) == 0).to(tl.int32), 1)
+        codes = codes.to(tl.float32)
         if L2:
             value += tl.sum((row - codes) * (row - codes), 1)
         else:
@@ -33,61 +34,69 @@ def _direct(x, codebook, k, there, dim, L2: tl.constexpr, BLOCK_K: tl.constexpr,
 
 
 @triton.jit
+def nearest(x, codebook, size, dim, L2: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The index of one finite row at x by the definition, -1 where no code is finite: float32 distances to all codes
+    first, then float64 for those that may be the nearest. To be compiled without fusing products into sums."""
+    column = tl.arange(0, BLOCK_K)
+    ceiling = tl.full([BLOCK_K], float("inf"), tl.float32)
+    if not WIDE:
+        for first in range(0, size, BLOCK_K):
+            k = first + column
+            value, error, usable = _direct(x, codebook, k, k < size, dim, L2, BLOCK_K, BLOCK_D)
+            ceiling = tl.where(usable & (value + error < ceiling), value + error, ceiling)
+    limit = tl.min(ceiling)
+    best = tl.full([BLOCK_K], float("inf"), tl.float64)
+    best_code = tl.full([BLOCK_K], -1, tl.int64)
+    for first in range(0, size, BLOCK_K):
+        k = first + column
+        value, error, usable = _direct(x, codebook, k, k < size, dim, L2, BLOCK_K, BLOCK_D)
+        possible = usable
+        if not WIDE:
+            # What overflowed float32, to a NaN maybe, stays in question.
+            possible = usable & ((value - error > limit) == 0)
+        if tl.max(possible.to(tl.int32)) > 0:
+            score = tl.zeros([BLOCK_K], tl.float64)
+            for j in range(dim):
+                a = tl.load(x + j).to(tl.float64)
+                b = tl.load(codebook + k.to(tl.int64) * dim + j, possible, other=0.0).to(tl.float64)
+                if L2:
+                    difference = a - b
+                    score = score + difference * difference
+                else:
+                    score = score - a * b
+            score = tl.where(score == score, score, float("inf"))
+            # A later code of a lane wins only if it is nearer; the first candidate always does.
+            wins = possible & ((best_code < 0) | (score < best))
+            best = tl.where(wins, score, best)
+            best_code = tl.where(wins, k.to(tl.int64), best_code)
+    answered = best_code >= 0
+    smallest = tl.min(tl.where(answered, best, float("inf")))
+    code = tl.min(tl.where(answered & (best == smallest), best_code, 1 << 62))
+    return tl.where(tl.max(answered.to(tl.int32)) > 0, code, -1)
+
+
+@triton.jit
 def _define(
     x, codebook, listed, listed_count, out, n, size, dim,
     L2: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The rows of a work list by the definition, one at a time: float32 distances to all codes first, then float64 for
-    those that may be the nearest. Compiled without fusing products into sums."""
+    """`nearest` for the rows of a work list, one at a time."""
     head = tl.program_id(1).to(tl.int64)
     x += head * n * dim
     codebook += head * size * dim
-    column = tl.arange(0, BLOCK_K)
     for place in range(tl.program_id(0), tl.load(listed_count + head), tl.num_programs(0)):
         row = tl.load(listed + head * n + place).to(tl.int64)
-        x_row = x + row * dim
-        ceiling = tl.full([BLOCK_K], float("inf"), tl.float32)
-        if not WIDE:
-            for first in range(0, size, BLOCK_K):
-                k = first + column
-                value, error, usable = _direct(x_row, codebook, k, k < size, dim, L2, BLOCK_K, BLOCK_D)
-                ceiling = tl.where(usable & (value + error < ceiling), value + error, ceiling)
-        limit = tl.min(ceiling)
-        best = tl.full([BLOCK_K], float("inf"), tl.float64)
-        best_code = tl.full([BLOCK_K], -1, tl.int64)
-        for first in range(0, size, BLOCK_K):
-            k = first + column
-            value, error, usable = _direct(x_row, codebook, k, k < size, dim, L2, BLOCK_K, BLOCK_D)
-            # What overflowed float32, to a NaN maybe, stays in question.
-            possible = usable
-            if not WIDE:
-                possible = usable & ((value - error > limit) == 0)
-            if tl.max(possible.to(tl.int32)) > 0:
-                score = tl.zeros([BLOCK_K], tl.float64)
-                for j in range(dim):
-                    a = tl.load(x_row + j).to(tl.float64)
-                    b = tl.load(codebook + k.to(tl.int64) * dim + j, possible, other=0.0).to(tl.float64)
-                    if L2:
-                        difference = a - b
-                        score = score + difference * difference
-                    else:
-                        score = score - a * b
-                score = tl.where(score == score, score, float("inf"))
-                # Later codes of a lane only win if they are nearer; the first candidate always does.
-                wins = possible & ((best_code < 0) | (score < best))
-                best = tl.where(wins, score, best)
-                best_code = tl.where(wins, k.to(tl.int64), best_code)
-        answered = best_code >= 0
-        smallest = tl.min(tl.where(answered, best, float("inf")))
-        code = tl.min(tl.where(answered & (best == smallest), best_code, 1 << 62))
-        tl.store(out + head * n + row, tl.where(tl.max(answered.to(tl.int32)) > 0, code, -1))
+        tl.store(out + head * n + row, nearest(x + row * dim, codebook, size, dim, L2, WIDE, BLOCK_K, BLOCK_D))
 
 
 def aot_cases() -> list[Case]:
     """For `kernels/aot.py`."""
     options = {"num_warps": DEFINE.num_warps, "enable_fp_fusion": False, "exact": True}
     blocks = {"BLOCK_K": DEFINE.block_k, "BLOCK_D": DEFINE.block_d}
+    smallest = {"L2": True, "WIDE": False, "n": 1, "size": 1, "dim": 1} | blocks
     return [
+        case(_define, smallest, options),
+    ] + [
         case(_define, {"L2": l2, "WIDE": dtype == "float64", **blocks}, options, dtype=dtype)
         for dtype, l2 in (("float32", True), ("float32", False), ("bfloat16", True), ("float64", True))
     ]

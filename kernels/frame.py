@@ -269,6 +269,11 @@ def columns_of(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim)) if dim <= 128 else 64 * triton.cdiv(dim, 64)
 
 
+def _rows(block_d: int) -> tuple[int, int]:
+    """Codes taken at once by the kernels that sum in float64, and by the one that packs."""
+    return max(16, 1024 // block_d), min(64, 4096 // block_d)
+
+
 def prepare(codebook: Tensor, *, metric: str, wide: bool, block_codes: int) -> Frame:
     """The frame of codebook (H, K, D), contiguous, padded to a multiple of `block_codes`; `wide` where an argument of
     the search is float64."""
@@ -277,7 +282,7 @@ def prepare(codebook: Tensor, *, metric: str, wide: bool, block_codes: int) -> F
     block_d = min(columns, 64)
     beside = columns > block_d or columns - dim < FOLD_COLUMNS.value
     padded = triton.cdiv(size, block_codes) * block_codes
-    rows = max(16, min(64, 4096 // block_d))
+    rows, packed_rows = _rows(block_d)
     part_codes = max(rows, triton.cdiv(triton.cdiv(size, PARTS), rows) * rows)
     parts = triton.cdiv(size, part_codes)
 
@@ -300,9 +305,10 @@ def prepare(codebook: Tensor, *, metric: str, wide: bool, block_codes: int) -> F
         codebook, sums, frame.centre, norms, size, dim, part_codes, parts, ROWS=rows, BLOCK_D=block_d
     )
     _decide[(heads,)](norms, frame.scalars, frame.centre, size, dim, L2=l2, WIDE=wide, BLOCK=1024)
-    _pack[(triton.cdiv(padded, rows), heads)](
+    _pack[(triton.cdiv(padded, packed_rows), heads)](
         codebook, frame.centre, norms, frame.scalars, frame.high, frame.low, frame.half, frame.folded, frame.maxima,
-        size, dim, padded, L2=l2, WIDE=wide, BESIDE=beside, ROWS=rows, BLOCK_D=block_d, CHUNKS=columns // block_d,
+        size, dim, padded, L2=l2, WIDE=wide, BESIDE=beside, ROWS=packed_rows, BLOCK_D=block_d,
+        CHUNKS=columns // block_d,
     )  # fmt: skip
     return frame
 
@@ -310,19 +316,21 @@ def prepare(codebook: Tensor, *, metric: str, wide: bool, block_codes: int) -> F
 def aot_cases() -> list[Case]:
     """For `kernels/aot.py`."""
     cases = []
-    for dtype, dim in (("float32", 8), ("float32", 64), ("bfloat16", 64), ("float32", 256), ("float64", 64)):
+    shapes = [("float32", dim) for dim in (1, 8, 64, 256)]
+    for dtype, dim in [*shapes, ("bfloat16", 64), ("float64", 64)]:
         wide, columns = dtype == "float64", columns_of(dim)
         block_d = min(columns, 64)
-        blocks = {"ROWS": max(16, min(64, 4096 // block_d)), "BLOCK_D": block_d}
+        rows, packed_rows = _rows(block_d)
         beside = columns > block_d or columns - dim < FOLD_COLUMNS.value
+        pack = {"L2": True, "WIDE": wide, "BESIDE": beside, "CHUNKS": columns // block_d, "ROWS": packed_rows}
+        # Triton takes arguments that are 1 for constants.
+        ones = {"size": 1, "dim": 1, "parts": 1} if dim == 1 else {}
         cases += [
-            case(_sums, {"WIDE": wide, **blocks}, {}, dtype=dtype),
-            case(_norms, blocks, {}, dtype=dtype),
-            case(
-                _pack,
-                {"L2": True, "WIDE": wide, "BESIDE": beside, "CHUNKS": columns // block_d, **blocks},
-                {},
-                dtype=dtype,
-            ),
+            case(kernel, {"BLOCK_D": block_d, **constants, **ones}, {}, dtype=dtype)
+            for kernel, constants in (
+                (_sums, {"WIDE": wide, "ROWS": rows}),
+                (_norms, {"ROWS": rows}),
+                (_pack, pack),
+            )
         ]
-    return [*cases, *(case(_decide, {"L2": l2, "WIDE": False, "BLOCK": 1024}, {}) for l2 in (True, False))]
+    return [*cases, *(case(_decide, {"L2": l2, "WIDE": not l2, "BLOCK": 1024}, {}) for l2 in (True, False))]

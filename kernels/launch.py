@@ -93,13 +93,18 @@ def scan(device: torch.device, columns: int, terms: int) -> Scan:
 
 @functools.cache
 def _processors(device: torch.device) -> int:
-    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def splits(device: torch.device, blocks: int, tiles: int) -> int:
     """Among how many programs the codes are shared out, where `blocks` of rows alone don't fill the device twice."""
     wanted = -(-2 * _processors(device) // max(1, blocks))
     return max(1, min(wanted, tiles, LONGEST_SPLIT))
+
+
+def root_of(dim: int) -> int:
+    """r with 2^r >= sqrt(D)."""
+    return ((dim - 1).bit_length() + 1) // 2
 
 
 def autotuning(device: torch.device) -> bool:

@@ -17,8 +17,10 @@ UNIT = tl.constexpr(2.0**-24)
 def exponent_of(value):
     """e with |value| < 2^e, of a finite float32 or float64; for zero, some very small number."""
     if value.dtype == tl.float64:
-        return ((value.to(tl.int64, bitcast=True) >> 52) & 0x7FF).to(tl.int32) - 1022
-    return ((value.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126
+        exponent = ((value.to(tl.int64, bitcast=True) >> 52) & 0x7FF).to(tl.int32) - 1022
+    else:
+        exponent = ((value.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126
+    return exponent
 
 
 @triton.jit
@@ -26,8 +28,10 @@ def power_of_two(exponent, dtype: tl.constexpr):
     """2^exponent, the exponent clamped to what `dtype` has as a normal number."""
     if dtype == tl.float64:
         biased = (tl.minimum(tl.maximum(exponent, -1022), 1023) + 1023).to(tl.int64)
-        return (biased << 52).to(tl.float64, bitcast=True)
-    return ((tl.minimum(tl.maximum(exponent, -126), 127) + 127) << 23).to(tl.float32, bitcast=True)
+        power = (biased << 52).to(tl.float64, bitcast=True)
+    else:
+        power = ((tl.minimum(tl.maximum(exponent, -126), 127) + 127) << 23).to(tl.float32, bitcast=True)
+    return power
 
 
 @triton.jit

@@ -1,7 +1,136 @@
-import functools
+"""Residual search: all levels in one launch.
+
+A program keeps its block of rows through all levels: what a level leaves over goes to scratch memory that only this
+program reads and that stays in its cache. Each level is scanned in three products, since by one a block of rows would
+hardly ever be settled as a whole; rows that stay open are settled by the definition on the spot.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
 
 from fastvq import reference
 
+from . import launch
+from .define import nearest
+from .frame import MAXIMA, SCALARS, USABLE, columns_of, prepare
+from .numbers import split
+from .rows import measure, scaled_rows
+from .scan import best_two
 from .search import search
+from .signatures import Case, case
 
-residual_search = functools.partial(reference.residual_search, search=search)
+WARPS = 8
+DEFINE_K, DEFINE_D = 32, 16
+"""Codes and columns taken at once by the definition: few, beside what the scan holds in registers."""
+
+
+@triton.jit
+def _residual_search(
+    residual, codebook, centre, scalars, maxima, high, low, half, folded, row_high, row_low, out,
+    n, size, dim, root, padded, levels,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
+    DEFINE_K: tl.constexpr, DEFINE_D: tl.constexpr,
+):  # fmt: skip
+    """residual (n, dim) float32 holds the rows and is overwritten by what is left over; codebook (levels, size, dim);
+    row_high and row_low (n, CHUNKS BLOCK_D) float16 are scratch; out (n, levels)."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    local = tl.arange(0, BLOCK_N)
+    there = rows < n
+    columns: tl.constexpr = CHUNKS * BLOCK_D
+    inner = tl.arange(0, BLOCK_D)
+    long = tl.full([], 1, tl.int64)
+    at = rows * dim
+    scratch = rows[:, None] * columns + inner[None, :]
+    for level in range(levels):
+        scale, shrink, bound, far_floor = measure(
+            residual, at, there, centre, scalars, maxima, dim, root, 3, False, BLOCK_N
+        )
+        for c in range(CHUNKS):
+            y = scaled_rows(residual, at, there, centre, c * BLOCK_D + inner, dim, scale)
+            y_high, y_low, _, _ = split(y)
+            tl.store(row_high + scratch + c * BLOCK_D, y_high, there[:, None])
+            tl.store(row_low + scratch + c * BLOCK_D, y_low, there[:, None])
+        # Other threads of the block read what these have written.
+        tl.debug_barrier()
+        best, second, index = best_two(
+            row_high + scratch, row_low + scratch, shrink, there, high, low, half, folded,
+            tl.program_id(0) * 0, padded // BLOCK_K, 3, True, True, False, BLOCK_N, BLOCK_K, BLOCK_D, CHUNKS, STAGES,
+        )  # fmt: skip
+        usable = tl.load(scalars + USABLE).to(tl.int32) + tl.zeros([BLOCK_N], tl.int32)
+        answerable = there & (bound == bound) & (usable > 0)
+        certain = (best - second > 2 * bound) & (best - 2 * bound > far_floor)
+        code = tl.where(answerable, index, -1).to(tl.int64)
+        unsettled = (answerable & (certain == 0)).to(tl.int32)
+        if tl.sum(unsettled) > 0:
+            for i in range(BLOCK_N):
+                if tl.sum(tl.where(local == i, unsettled, 0)) > 0:
+                    row = residual + (tl.program_id(0).to(tl.int64) * BLOCK_N + i) * dim
+                    found = nearest(row, codebook, size, dim, True, False, DEFINE_K, DEFINE_D)
+                    code = tl.where(local == i, found, code)
+        tl.store(out + rows * levels + level, code, there)
+        # Nobody reads the residual of this level any more.
+        tl.debug_barrier()
+        for c in range(CHUNKS):
+            d = c * BLOCK_D + inner
+            there_d = there[:, None] & (d < dim)[None, :]
+            kept = tl.load(residual + at[:, None] + d[None, :], there_d, other=0.0)
+            codes = tl.load(codebook + code[:, None] * dim + d[None, :], there_d & (code >= 0)[:, None], other=0.0).to(
+                tl.float32
+            )
+            tl.store(residual + at[:, None] + d[None, :], kept - codes, there_d)
+        tl.debug_barrier()
+        codebook += long * size * dim
+        centre += dim
+        scalars += SCALARS
+        maxima += MAXIMA
+        high += long * padded * columns
+        low += long * padded * columns
+        half += padded
+
+
+def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
+    """`fastvq.residual_search`. Nothing here waits for the device."""
+    if torch.float64 in (x.dtype, codebooks.dtype):
+        # The first level searches float64 vectors, the others what float32 has left of them.
+        return reference.residual_search(x, codebooks, search=search)
+    n, dim = x.shape
+    levels, size, _ = codebooks.shape
+    indices = x.new_empty(n, levels, dtype=torch.int64)
+    if n == 0:
+        return indices
+    codes = codebooks.contiguous()
+    with torch.cuda.device_of(x):
+        residual = x.to(torch.float32, copy=True).contiguous()
+        columns = columns_of(dim)
+        config = launch.scan(x.device, columns, 3)
+        block_d = min(config.block_d, 32)
+        frame = prepare(codes, metric="l2", wide=False, block_codes=config.block_k)
+        scratch = x.new_empty(2, n, columns, dtype=torch.float16)
+        _residual_search[(triton.cdiv(n, config.block_n),)](
+            residual, codes, frame.centre, frame.scalars, frame.maxima, frame.high, frame.low, frame.half, frame.folded,
+            *scratch, indices, n, size, dim, launch.root_of(dim), frame.half.shape[1], levels, BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k, BLOCK_D=block_d, CHUNKS=columns // block_d, STAGES=config.num_stages,
+            DEFINE_K=DEFINE_K, DEFINE_D=DEFINE_D, num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+    return indices
+
+
+def aot_cases() -> list[Case]:
+    """For `kernels/aot.py`."""
+    cases = []
+    for dim in (1, 8, 64, 256):
+        columns = columns_of(dim)
+        config = next(c for (t, most), c in launch.SCANS["sm_80"].items() if t == 3 and columns <= most)
+        block_d = min(config.block_d, 32)
+        constants = {
+            "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "BLOCK_D": block_d, "CHUNKS": columns // block_d,
+            "STAGES": config.num_stages, "DEFINE_K": DEFINE_K, "DEFINE_D": DEFINE_D,
+        }  # fmt: skip
+        options = {"num_warps": WARPS, "enable_fp_fusion": False, "matrix": True, "exact": True}
+        ones = {"n": 1, "size": 1, "dim": 1, "levels": 1} if dim == 1 else {}
+        cases.append(case(_residual_search, constants | ones, options))
+    return cases

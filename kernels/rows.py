@@ -167,29 +167,32 @@ def _rows(
     and scale over the codebook's, measured (H, 3, n) float32, each by place in the list."""
     head = tl.program_id(1).to(tl.int64)
     place, rows, there, any_there = listed_rows(listed, listed_count, head, n, LISTED, BLOCK_N)
-    if any_there:
-        at = (head * n + rows) * dim
-        centre += head * dim
-        scale, shrink, bound, far_floor = measure(
-            x, at, there, centre, scalars + head * SCALARS, maxima + head * MAXIMA, dim, root, TERMS, WIDE, BLOCK_N
-        )
-        measured += head * 3 * n + place
-        tl.store(measured, bound, there)
-        tl.store(measured + n, far_floor, there)
-        tl.store(measured + 2 * n, shrink, there)
-        for c in range(CHUNKS):
-            d = c * BLOCK_D + tl.arange(0, BLOCK_D)
-            y_high, y_low, _, _ = split(scaled_rows(x, at, there, centre, d, dim, scale))
-            to = (head * n + place)[:, None] * (CHUNKS * BLOCK_D) + d[None, :]
-            tl.store(row_high + to, y_high, there[:, None])
-            if TERMS == 3:
-                tl.store(row_low + to, y_low, there[:, None])
+    if any_there == 0:
+        return
+    at = (head * n + rows) * dim
+    centre += head * dim
+    scale, shrink, bound, far_floor = measure(
+        x, at, there, centre, scalars + head * SCALARS, maxima + head * MAXIMA, dim, root, TERMS, WIDE, BLOCK_N
+    )
+    measured += head * 3 * n + place
+    tl.store(measured, bound, there)
+    tl.store(measured + n, far_floor, there)
+    tl.store(measured + 2 * n, shrink, there)
+    for c in range(CHUNKS):
+        d = c * BLOCK_D + tl.arange(0, BLOCK_D)
+        y_high, y_low, _, _ = split(scaled_rows(x, at, there, centre, d, dim, scale))
+        to = (head * n + place)[:, None] * (CHUNKS * BLOCK_D) + d[None, :]
+        tl.store(row_high + to, y_high, there[:, None])
+        if TERMS == 3:
+            tl.store(row_low + to, y_low, there[:, None])
 
 
 def aot_cases() -> list[Case]:
     """For `kernels/aot.py`."""
     blocks = {"WIDE": False, "BLOCK_N": 32, "CHUNKS": 4}
+    smallest = {"LISTED": False, "TERMS": 1, "BLOCK_D": 64, **blocks, "n": 1, "dim": 1}
     return [
+        case(_rows, smallest, {"num_warps": 4}),
         case(_rows, {"LISTED": False, "TERMS": 1, "BLOCK_D": 64, **blocks}, {"num_warps": 4}),
         case(_rows, {"LISTED": True, "TERMS": 3, "BLOCK_D": 32, **blocks}, {"num_warps": 4}, dtype="bfloat16"),
     ]

@@ -4,10 +4,7 @@
     certify     final where the two are further apart than twice the bound; else into the work list of the next scan
     define      what no scan could settle, by the definition
 
-The scores are those of docs/exactness.md with the sign turned, a_k = <y, f_k> - |f_k|^2 / 2, and the largest wins.
-Finding the index usually costs more than the scores. Here the largest score is kept twice: of each column of the tile
-over all tiles, and of each tile over all columns. The two together name the code, and since every other code lies in
-another column or in another tile, they also have the second best.
+The scan itself is in scan.py, the bound in rows.py.
 """
 
 from __future__ import annotations
@@ -21,8 +18,9 @@ from . import launch
 from .certify import certify
 from .define import _define
 from .frame import FOLD_COLUMNS, MAXIMA, SCALARS, USABLE, Frame, columns_of, prepare
-from .numbers import LOW_SCALE, split
+from .numbers import split
 from .rows import _rows, listed_rows, measure, scaled_rows
+from .scan import best_two
 from .signatures import Case, case
 
 LARGEST = 2**31 - 2**12
@@ -57,6 +55,7 @@ def _scan(
         far_floor = tl.load(measured + n, there, other=0.0)
         shrink = tl.load(measured + 2 * n, there, other=1.0)
         row_at = (head * n + place)[:, None] * columns + inner[None, :]
+        y_high, y_low = row_high + row_at, row_low + row_at
     else:
         scale, shrink, bound, far_floor = measure(
             x, at, there, centre + head * dim, scalars, maxima + head * MAXIMA, dim, root, TERMS, WIDE, BLOCK_N
@@ -65,69 +64,14 @@ def _scan(
         if TERMS == 1 and not BESIDE:
             y = tl.where(((inner >= dim) & (inner < dim + FOLD_COLUMNS))[None, :], -shrink[:, None], y)
         y_high, y_low, _, _ = split(y)
-    beside = tl.arange(0, 16)
-    negative_shrink = tl.where((beside < FOLD_COLUMNS)[None, :], -shrink[:, None], 0.0).to(tl.float16)
-
-    column = tl.arange(0, BLOCK_K)
     first_tile = split_id * tiles_a_split
     last_tile = tl.minimum(first_tile + tiles_a_split, padded // BLOCK_K)
-    start = head * padded + first_tile.to(tl.int64) * BLOCK_K
-    inside = start * columns + column[:, None] * columns + inner[None, :]
-    high += inside
-    low += inside
-    half += start + column
-    folded += start * 16 + column[:, None] * 16 + beside[None, :]
-    # Where PAIRED, two neighbouring codes are as one.
-    groups: tl.constexpr = BLOCK_K // 2 if PAIRED else BLOCK_K
-    group = tl.arange(0, groups)
-    of_group = tl.full([BLOCK_N, groups], float("-inf"), tl.float32)
-    best = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    second = best
-    best_tile = tl.zeros([BLOCK_N], tl.int32)
-    for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
-        if PREPARED:
-            if TERMS == 1:
-                scores = tl.dot(negative_shrink, tl.load(folded).trans())
-            else:
-                scores = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-            fine = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-            for c in tl.range(CHUNKS, num_stages=STAGES):
-                code_high = tl.load(high + c * BLOCK_D).trans()
-                y_high = tl.load(row_high + row_at + c * BLOCK_D, there[:, None], other=0.0)
-                scores = tl.dot(y_high, code_high, scores)
-                if TERMS == 3:
-                    y_low = tl.load(row_low + row_at + c * BLOCK_D, there[:, None], other=0.0)
-                    fine = tl.dot(y_low, code_high, fine)
-                    fine = tl.dot(y_high, tl.load(low + c * BLOCK_D).trans(), fine)
-            if TERMS == 3:
-                scores += fine * (1.0 / LOW_SCALE)
-        elif TERMS == 3:
-            code_high = tl.load(high).trans()
-            fine = tl.dot(y_low, code_high)
-            fine = tl.dot(y_high, tl.load(low).trans(), fine)
-            scores = tl.dot(y_high, code_high) + fine * (1.0 / LOW_SCALE)
-        elif BESIDE:
-            scores = tl.dot(negative_shrink, tl.load(folded).trans())
-            scores = tl.dot(y_high, tl.load(high).trans(), scores)
-        else:
-            scores = tl.dot(y_high, tl.load(high).trans())
-        if TERMS == 3:
-            scores -= tl.load(half)[None, :] * shrink[:, None]
-        if PAIRED:
-            scores = tl.max(scores.reshape(BLOCK_N, groups, 2), 2)
-        of_group = tl.maximum(of_group, scores)
-        of_tile = tl.max(scores, 1)
-        second = tl.maximum(second, tl.minimum(best, of_tile))
-        best_tile = tl.where(of_tile > best, tile, best_tile)
-        best = tl.maximum(best, of_tile)
-        high += BLOCK_K * columns
-        low += BLOCK_K * columns
-        half += BLOCK_K
-        folded += BLOCK_K * 16
-    best_group = tl.min(tl.where(of_group == best[:, None], group[None, :], groups - 1), 1)
-    elsewhere = tl.where(group[None, :] == best_group[:, None], float("-inf"), of_group)
-    second = tl.maximum(second, tl.max(elsewhere, 1))
-    index = best_tile * groups + best_group
+    place_of_codes = head * padded
+    best, second, index = best_two(
+        y_high, y_low, shrink, there, high + place_of_codes * columns, low + place_of_codes * columns,
+        half + place_of_codes, folded + place_of_codes * 16, first_tile, last_tile,
+        TERMS, BESIDE, PREPARED, PAIRED, BLOCK_N, BLOCK_K, BLOCK_D, CHUNKS, STAGES,
+    )  # fmt: skip
 
     if SPLIT:
         slot = (head * tl.num_programs(1) + split_id) * n + place
@@ -260,10 +204,10 @@ def _tier(
     measured = x.new_empty(heads, 3, n if prepared else split_n, dtype=torch.float32)
     row_high = x.new_empty(heads, n if prepared else 0, columns, dtype=torch.float16)
     row_low = x.new_empty(heads, n if prepared and terms == 3 else 0, columns, dtype=torch.float16)
-    root = ((dim - 1).bit_length() + 1) // 2
     options = {"LISTED": listed is not None, "TERMS": terms, "WIDE": wide}
     # Two codes are told apart in float32, which holds no float64 vector.
     paired = tier.paired and not wide
+    root = launch.root_of(dim)
     if prepared:
         _rows[(triton.cdiv(n, 32), heads)](
             x, rows, row_count, frame.centre, frame.scalars, frame.maxima, row_high, row_low, measured, n, dim, root,
@@ -300,7 +244,16 @@ def aot_cases() -> list[Case]:
                 if columns == 64:
                     cases.append(_case(architecture, terms, columns, config, "bfloat16", split=True))
     merge = {"LISTED": False, "L2": True, "PAIRED": True, "BLOCK_N": 128}
-    return [*cases, case(_merge, merge, {"num_warps": 4})]
+    # Triton takes arguments that are 1 for constants.
+    smallest = _case("sm_80", 1, 16, launch.SCANS["sm_80"][1, 16], "float32", split=True)
+    constants = {**smallest[2], "n": 1, "size": 1, "dim": 1, "tiles_a_split": 1}
+    options = {"num_warps": 4}
+    return [
+        *cases,
+        case(_scan, constants, {"num_warps": 8}),
+        case(_merge, merge, options),
+        case(_merge, {**merge, "n": 1, "size": 1, "dim": 1}, options),
+    ]
 
 
 def _case(architecture: str, terms: int, columns: int, config: launch.Scan, dtype: str, *, split: bool) -> Case:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-INTEGERS = ("n", "size", "dim", "root", "padded", "splits", "parts", "part_codes", "tiles_a_split")
+INTEGERS = ("n", "size", "dim", "root", "padded", "splits", "parts", "part_codes", "tiles_a_split", "levels")
 POINTERS = {
     "scalars": "fp64", "norms": "fp64", "maxima": "i32", "high": "fp16", "low": "fp16", "folded": "fp16",
-    "row_high": "fp16", "row_low": "fp16", "half": "fp32", "measured": "fp32", "partial": "fp32", "partial_index": "i32",
+    "row_high": "fp16", "row_low": "fp16", "half": "fp32", "measured": "fp32", "partial": "fp32",
+    "partial_index": "i32", "residual": "fp32",
     "listed": "i32", "listed_count": "i32", "work": "i32", "count": "i32", "out": "i64",
 }  # fmt: skip
 TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
@@ -17,7 +18,8 @@ Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
 
 
 def case(kernel: Any, constants: dict[str, Any], options: dict[str, Any], *, dtype: str = "float32") -> Case:
-    """The case of a kernel of the search for x and codebook of `dtype`."""
+    """The case of a kernel of the search for x and codebook of `dtype`. Constants that it doesn't take are left out."""
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     wide = "fp64" if dtype == "float64" else "fp32"
     types = {}
     for name in kernel.arg_names:

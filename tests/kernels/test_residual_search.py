@@ -1,0 +1,64 @@
+"""All levels in one launch give what `search` gives level by level."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastvq.kernels.residual_search import residual_search
+
+from fastvq import reference
+
+from ..cases import ADVERSARIAL, DTYPES, generator
+from . import models
+
+
+def levels(data, n, k, d, q):
+    """Rows, and a codebook for each level with codes about as long as what the level before leaves over."""
+    g = generator()
+    x, _ = ADVERSARIAL[data](n, k, d, g)
+    return x, torch.stack([ADVERSARIAL[data](n, k, d, g)[1] / (1 + level) for level in range(q)])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (17, 31, 3, 3), (70, 40, 16, 2), (5, 70, 130, 2)], ids=str)
+@pytest.mark.parametrize(
+    "data", ["gaussian", "rounded_midpoints", "bad_vectors", "bad_codes", "values_of_1e38", "offset"]
+)
+def test_same_codes_as_level_by_level(data, shape, device):
+    x, codebooks = levels(data, *shape)
+    actual = residual_search(x.to(device), codebooks.to(device)).cpu()
+    assert torch.equal(actual, reference.residual_search(x, codebooks))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(dtype, device):
+    x, codebooks = levels("clustered", 9, 40, 6, 3)
+    for pair in ((x.to(dtype), codebooks), (x, codebooks.to(dtype)), (x.to(dtype), codebooks.to(dtype))):
+        actual = residual_search(*(t.to(device) for t in pair)).cpu()
+        assert torch.equal(actual, reference.residual_search(*pair))
+
+
+def test_a_level_without_a_finite_code_takes_nothing_off(device):
+    x, codebooks = levels("gaussian", 9, 20, 5, 3)
+    codebooks[1] = torch.nan
+    actual = residual_search(x.to(device), codebooks.to(device)).cpu()
+    assert bool((actual[:, 1] == -1).all())
+    assert torch.equal(actual[:, [0, 2]], reference.residual_search(x, codebooks[[0, 2]]))
+
+
+def test_rows_and_layouts(device):
+    x, codebooks = levels("gaussian", 9, 20, 5, 3)
+    assert residual_search(x[:0].to(device), codebooks.to(device)).shape == (0, 3)
+    apart = x.repeat_interleave(2, 0).to(device)
+    kept = apart.clone()
+    actual = residual_search(apart[::2], codebooks.to(device).transpose(0, 1).contiguous().transpose(0, 1)).cpu()
+    assert torch.equal(actual, reference.residual_search(x, codebooks))
+    assert torch.equal(apart, kept), "the rows are the caller's"
+
+
+@models.needs_interpreter
+@pytest.mark.parametrize("model", ["H100", "at the limit"])
+def test_as_matrix_units_compute(model, monkeypatch):
+    assert not (calls := models.use(monkeypatch, models.MODELS[model]))
+    x, codebooks = levels("rounded_midpoints", 12, 40, 9, 2)
+    assert torch.equal(residual_search(x, codebooks), reference.residual_search(x, codebooks))
+    assert calls

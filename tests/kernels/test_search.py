@@ -1,0 +1,167 @@
+"""The kernels' indices are the specification's: every tier, every layout of the work, and as matrix units compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastvq.kernels import launch
+from fastvq.kernels import search as kernels
+
+from fastvq import reference
+
+from ..cases import ADVERSARIAL, DTYPES, FLOAT64_ONLY, METRICS, generator, layouts
+from . import models
+
+# One tile and less; several tiles of codes, with a rest; more codes than a tile of columns, and padding to fold into.
+SHAPES = [(5, 9, 3), (7, 75, 33), (6, 130, 8)]
+
+
+def mismatch(x, codebook, device, metric="l2", search=kernels.search):
+    """What the kernels' indices differ in from the specification's; empty if in nothing."""
+    expected = reference.search(x, codebook, metric=metric)
+    actual = search(x.to(device), codebook.to(device), metric=metric).cpu()
+    assert (actual.dtype, actual.shape) == (torch.int64, expected.shape)
+    wrong = (actual != expected).nonzero()
+    return f"{len(wrong)} of {expected.numel()}, first {wrong[0].tolist()}" if len(wrong) else ""
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("data", ADVERSARIAL)
+def test_adversarial_data(data, metric, device):
+    for shape in SHAPES:
+        assert not mismatch(*ADVERSARIAL[data](*shape, generator()), device, metric), shape
+
+
+@pytest.mark.parametrize("dtype", [(a, b) for a in DTYPES for b in DTYPES if a != torch.float32 or b != a], ids=str)
+def test_dtypes(dtype, device):
+    for data in ("clustered", "duplicate_codes"):
+        x, codebook = ADVERSARIAL[data](15, 70, 20, generator())
+        assert not mismatch(x.to(dtype[0]), codebook.to(dtype[1]), device)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("data", FLOAT64_ONLY)
+def test_float64(data, metric, device):
+    assert not mismatch(*FLOAT64_ONLY[data](8, 40, 5, generator()), device, metric)
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 40, 64), (5, 40, 128), (4, 70, 200), (3, 33, 513), (1, 1, 1), (3, 1, 16)], ids=str
+)
+@pytest.mark.parametrize("data", ["gaussian", "rounded_midpoints"])
+def test_sizes(data, shape, device):
+    assert not mismatch(*ADVERSARIAL[data](*shape, generator()), device)
+
+
+def test_heads(device):
+    x, codebook = (
+        torch.stack(t) for t in zip(*(ADVERSARIAL[d](9, 40, 6, generator()) for d in ("offset", "bad_codes")))
+    )
+    assert not mismatch(x, codebook, device)
+    assert not mismatch(x.transpose(0, 1).contiguous().transpose(0, 1), codebook, device, "dot")
+
+
+def test_layouts(device):
+    x, codebook = ADVERSARIAL["clustered"](9, 40, 6, generator())
+    for _, view in layouts(x):
+        assert not mismatch(view, codebook, device)
+    for _, view in layouts(codebook):
+        assert not mismatch(x, view, device)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3)], ids=str)
+def test_no_rows(shape, device):
+    n, d = shape[-2], shape[-1]
+    x = torch.zeros(0, d) if shape[0] == 0 else torch.zeros(2, 0, d)
+    codebook = torch.zeros(n or 4, d) if shape[0] == 0 else torch.zeros(2, 4, d)
+    assert kernels.search(x.to(device), codebook.to(device)).shape == x.shape[:-1]
+
+
+@pytest.mark.parametrize("splits", [1, 3, 32])
+@pytest.mark.parametrize("data", ["gaussian", "exact_midpoints", "bad_vectors", "far_codes"])
+def test_any_split_of_the_codes(data, splits, device, monkeypatch):
+    monkeypatch.setattr(launch, "splits", lambda device, blocks, tiles: min(splits, tiles))
+    assert not mismatch(*ADVERSARIAL[data](12, 300, 8, generator()), device)
+
+
+def skip_tiers(monkeypatch, skipped):
+    """Leaves all rows open in the scans of so many terms."""
+    tier = kernels._tier
+
+    def skipping(x, codebook, frame, out, listed, work, terms, *rest):
+        if terms not in skipped:
+            return tier(x, codebook, frame, out, listed, work, terms, *rest)
+        rows, count = listed or (
+            torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]),
+            torch.tensor(x.shape[1]),
+        )
+        work[0].copy_(rows)
+        work[1].copy_(count)
+        return None
+
+    monkeypatch.setattr(kernels, "_tier", skipping)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("skipped", [(1,), (3,), (1, 3)], ids=str)
+@pytest.mark.parametrize("data", ["gaussian", "codes_one_ulp_apart", "bad_codes", "mixed_magnitudes"])
+def test_every_tier_by_itself(data, skipped, metric, device, monkeypatch):
+    skip_tiers(monkeypatch, skipped)
+    assert not mismatch(*ADVERSARIAL[data](12, 75, 17, generator()), device, metric)
+
+
+def settled(x, codebook, device, monkeypatch):
+    """Shares of the rows that the first scan and the second leave open."""
+    counts = []
+    work_list = kernels._work_list
+    monkeypatch.setattr(kernels, "_work_list", lambda x: counts.append(work_list(x)) or counts[-1])
+    assert not mismatch(x, codebook, device)
+    return [int(count.sum()) / len(x) for _, count in counts]
+
+
+def test_the_first_scan_settles_clustered_data(device, monkeypatch):
+    first, second = settled(*ADVERSARIAL["clustered"](512, 256, 32, generator()), device, monkeypatch)
+    assert first < 0.01
+    assert second == 0
+
+
+def test_the_scans_settle_gaussian_data(device, monkeypatch):
+    first, second = settled(*ADVERSARIAL["gaussian"](512, 256, 32, generator()), device, monkeypatch)
+    print(f"gaussian (512, 256, 32): left open by the first scan {first:.2%}, by the second {second:.2%}")
+    assert first < 0.06
+    assert second < 0.002
+
+
+def test_one_far_code_costs_no_certificate(device, monkeypatch):
+    x, codebook = ADVERSARIAL["clustered"](300, 128, 16, generator())
+    x[x.sub(codebook[7]).norm(dim=1) < 3] = 0
+    codebook[7] *= 1e4
+    assert settled(x, codebook, device, monkeypatch)[0] < 0.02
+
+
+def test_an_offset_costs_no_certificate(device, monkeypatch):
+    x, codebook = ADVERSARIAL["clustered"](300, 128, 16, generator())
+    assert settled(x + 10, codebook + 10, device, monkeypatch)[0] < 0.02
+
+
+@models.needs_interpreter
+@pytest.mark.parametrize("model", models.MODELS)
+@pytest.mark.parametrize(
+    "data", ["gaussian", "rounded_midpoints", "offset", "equidistant_codes", "mixed_magnitudes", "nearly_equal_norms"]
+)
+def test_as_matrix_units_compute(data, model, monkeypatch):
+    calls = models.use(monkeypatch, models.MODELS[model])
+    for shape in [(20, 75, 33), (16, 40, 8)]:
+        assert not mismatch(*ADVERSARIAL[data](*shape, generator()), "cpu")
+    assert calls
+
+
+@models.needs_interpreter
+def test_a_wrong_product_is_mended_within_the_bound_and_noticed_beyond(monkeypatch):
+    """A matrix unit that is as wrong as the bound allows changes no index, however many rows it leaves open; one that is
+    a thousand times as wrong does, so that these tests would see it."""
+    x, codebook = ADVERSARIAL["rounded_midpoints"](60, 75, 33, generator())
+    models.use(monkeypatch, lambda a, b, c: models.at_the_limit(a, b, c, share=0.9))
+    assert not mismatch(x, codebook, "cpu")
+    models.use(monkeypatch, lambda a, b, c: models.at_the_limit(a, b, c, share=1000))
+    assert mismatch(x, codebook, "cpu")
