@@ -1,7 +1,7 @@
 # The two commands are `make demo` and `make test`; each sets up what it needs in .venv first.
 #   make lint       ruff, mypy, clang-format
 #   make bench      the benchmark suite, which writes docs/benchmarks.md; about 13 minutes
-#   make gpu-check  what can be shown about other devices on a machine without one
+#   make gpu-check  what can be shown about the GPU kernels on a machine without a GPU; some minutes
 #   make format     rewrites the sources as `make lint` wants them
 # PYTHON chooses the interpreter of .venv, TORCH the torch that goes into it.
 
@@ -43,9 +43,11 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
 
 gpu-check: $(VENV)/test.stamp
-	@echo "This release has no GPU kernels: on a GPU the torch backend serves. Checked here, on the meta device:"
-	@echo "a training step mixes no devices and never waits for one."
-	$(BIN)/python -m pytest tests/test_devices.py
+	@echo "Each kernel compiled for sm_80, sm_90, sm_100 and gfx942, and what the compiler made of it:"
+	$(BIN)/python -m fastvq.kernels.aot
+	@echo "The same kernels in Triton's interpreter, and a training step on the meta device, which mixes no devices and"
+	@echo "never waits for one:"
+	$(BIN)/python -m pytest tests/kernels tests/test_devices.py
 
 clean:
 	rm -rf build $(VENV) fastvq/_native.* fastvq/native_build.json

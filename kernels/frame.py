@@ -264,9 +264,9 @@ class Frame:
 
 
 def columns_of(dim: int) -> int:
-    """Columns of a packed code: 16 at least, which is what matrix units multiply; a power of two up to 128, and then a
+    """Columns of a packed code: 16 at least, which is what matrix units multiply; a power of two up to 256, and then a
     multiple of 64."""
-    return max(16, triton.next_power_of_2(dim)) if dim <= 128 else 64 * triton.cdiv(dim, 64)
+    return max(16, triton.next_power_of_2(dim)) if dim <= 256 else 64 * triton.cdiv(dim, 64)
 
 
 def _rows(block_d: int) -> tuple[int, int]:

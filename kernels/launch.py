@@ -43,13 +43,15 @@ class Define:
     num_warps: int
 
 
-# (terms, packed columns up to): the configuration, for each architecture. More columns than 128 are taken in parts.
+# (terms, packed columns up to): the configuration, for each architecture. Rows of more columns than block_d are taken
+# in parts, which the scan reads again for each tile of codes.
 SCANS: dict[str, dict[tuple[int, int], Scan]] = {
     "sm_80": {
-        (1, 16): Scan(128, 128, 16, 8, 3, True),
+        (1, 16): Scan(128, 128, 16, 4, 3, True),
         (1, 32): Scan(128, 128, 32, 8, 3, True),
         (1, 64): Scan(128, 128, 64, 8, 3, True),
         (1, 128): Scan(128, 128, 128, 8, 2, True),
+        (1, 256): Scan(128, 128, 256, 8, 2, True),
         (1, 1 << 30): Scan(128, 128, 64, 8, 3, True),
         (3, 16): Scan(64, 64, 16, 4, 2, False),
         (3, 32): Scan(64, 64, 32, 4, 2, False),
@@ -57,14 +59,20 @@ SCANS: dict[str, dict[tuple[int, int], Scan]] = {
         (3, 1 << 30): Scan(64, 64, 32, 4, 2, False),
     },
 }
-SCANS["sm_90"] = SCANS["sm_100"] = SCANS["gfx942"] = SCANS["sm_80"]
-# Wave32 with half the shared memory.
-SCANS["gfx1100"] = {key: dataclasses.replace(scan, block_n=64) for key, scan in SCANS["sm_80"].items()}
-# Small tiles, so that small tests have several.
-SCANS["interpreter"] = {
-    key: dataclasses.replace(scan, block_n=64, block_k=32, block_d=min(scan.block_d, 64))
-    for key, scan in SCANS["sm_80"].items()
+SCANS["sm_90"] = SCANS["sm_80"]
+SCANS["sm_100"] = SCANS["sm_80"] | {
+    (1, 64): Scan(128, 128, 64, 4, 3, True),
+    (1, 128): Scan(128, 128, 128, 4, 2, True),
+    (3, 1 << 30): Scan(64, 64, 64, 8, 2, False),
 }
+# 64 KiB of shared memory.
+SCANS["gfx942"] = SCANS["sm_80"] | {
+    (1, 16): Scan(128, 128, 16, 8, 3, True),
+    (1, 256): Scan(128, 128, 64, 8, 3, True),
+}
+SCANS["gfx1100"] = {key: dataclasses.replace(scan, block_n=64) for key, scan in SCANS["gfx942"].items()}
+# Small tiles, so that small tests have several.
+SCANS["interpreter"] = {key: dataclasses.replace(scan, block_n=64, block_k=32) for key, scan in SCANS["sm_80"].items()}
 
 DEFINE = Define(programs=1024, block_k=64, block_d=32, num_warps=4)
 

@@ -56,6 +56,11 @@ def _scan(
         shrink = tl.load(measured + 2 * n, there, other=1.0)
         row_at = (head * n + place)[:, None] * columns + inner[None, :]
         y_high, y_low = row_high + row_at, row_low + row_at
+        if CHUNKS == 1:
+            y_high = tl.load(y_high, there[:, None], other=0.0)
+            y_low = y_high
+            if TERMS == 3:
+                y_low = tl.load(row_low + row_at, there[:, None], other=0.0)
     else:
         scale, shrink, bound, far_floor = measure(
             x, at, there, centre + head * dim, scalars, maxima + head * MAXIMA, dim, root, TERMS, WIDE, BLOCK_N
@@ -70,7 +75,7 @@ def _scan(
     best, second, index = best_two(
         y_high, y_low, shrink, there, high + place_of_codes * columns, low + place_of_codes * columns,
         half + place_of_codes, folded + place_of_codes * 16, first_tile, last_tile,
-        TERMS, BESIDE, PREPARED, PAIRED, BLOCK_N, BLOCK_K, BLOCK_D, CHUNKS, STAGES,
+        TERMS, BESIDE, PREPARED and CHUNKS > 1, PAIRED, BLOCK_N, BLOCK_K, BLOCK_D, CHUNKS, STAGES,
     )  # fmt: skip
 
     if SPLIT:
@@ -199,7 +204,7 @@ def _tier(
     # Of a list's length the host knows nothing. It is short, mostly, and then few programs would do all the work.
     splits = launch.splits(x.device, heads * triton.cdiv(blocks, 1 if listed is None else LISTED_SHARE), tiles)
     rows, row_count = listed or work
-    prepared = columns > tier.block_d
+    prepared = columns > min(tier.block_d, LONGEST_IN_REGISTERS)
     split_n = n if splits > 1 else 0
     measured = x.new_empty(heads, 3, n if prepared else split_n, dtype=torch.float32)
     row_high = x.new_empty(heads, n if prepared else 0, columns, dtype=torch.float16)
@@ -229,6 +234,8 @@ def _tier(
         )  # fmt: skip
 
 
+LONGEST_IN_REGISTERS = 128
+"""Columns of rows that a scan scales and splits itself; longer ones a kernel before it writes down in float16."""
 LISTED_SHARE = 32
 """One row in so many is expected in a work list, when programs are counted out."""
 
@@ -239,7 +246,7 @@ def aot_cases() -> list[Case]:
     for architecture, scans in launch.SCANS.items():
         if architecture != "interpreter":
             for (terms, most), config in scans.items():
-                columns = min(most, 256)
+                columns = min(most, 512)
                 cases.append(_case(architecture, terms, columns, config, "float32", split=False))
                 if columns == 64:
                     cases.append(_case(architecture, terms, columns, config, "bfloat16", split=True))
@@ -259,9 +266,9 @@ def aot_cases() -> list[Case]:
 def _case(architecture: str, terms: int, columns: int, config: launch.Scan, dtype: str, *, split: bool) -> Case:
     constants = {
         "LISTED": terms == 3, "TERMS": terms, "BESIDE": columns > 32, "L2": True, "WIDE": False, "SPLIT": split,
-        "PREPARED": columns > config.block_d, "PAIRED": config.paired, "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k, "BLOCK_D": config.block_d, "CHUNKS": columns // config.block_d,
-        "STAGES": config.num_stages,
+        "PREPARED": columns > min(config.block_d, LONGEST_IN_REGISTERS), "PAIRED": config.paired,
+        "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "BLOCK_D": config.block_d,
+        "CHUNKS": columns // config.block_d, "STAGES": config.num_stages,
     }  # fmt: skip
     # What the first scan leaves over is a small part of the work: it may keep a little on the stack.
     options = {"num_warps": config.num_warps, "hot": terms == 1, "matrix": True, "arch": [architecture]}

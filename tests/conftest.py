@@ -10,9 +10,9 @@ if not torch.cuda.is_available():
     # Before anything imports triton: its kernels then run in its interpreter, on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastvq import native  # noqa: E402
+from fastvq import native
 
-from .cases import BACKENDS  # noqa: E402
+from .cases import BACKENDS
 
 # The same examples at every run; HYPOTHESIS_PROFILE=explore looks for new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)

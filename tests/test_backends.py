@@ -42,8 +42,11 @@ def test_native_serves_the_cpu_by_itself():
         assert chosen() == "native"
 
 
-def test_torch_serves_other_devices_by_itself():
-    assert chosen(CUDA) == "torch"
+def test_torch_serves_a_gpu_that_triton_cannot(monkeypatch):
+    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="without its triton backend, exact but slower: no cuda device is available"):
+        assert chosen(CUDA) == "torch"
 
 
 def test_every_backend_has_every_op():
@@ -71,7 +74,7 @@ def test_a_request_ends_with_an_exception():
 
 def test_an_unknown_name():
     with (
-        pytest.raises(ValueError, match="name: must be one of native, torch, reference, got 'cublas'"),
+        pytest.raises(ValueError, match="name: must be one of native, triton, torch, reference, got 'cublas'"),
         fastvq.use_backend("cublas"),
     ):
         pass
@@ -89,7 +92,7 @@ def test_a_request_never_falls_back(name, device, reason):
 
 
 def test_no_backend_for_a_device():
-    with pytest.raises(RuntimeError, match=r"no backend can serve search on mps: native: .*; torch: .*float64"):
+    with pytest.raises(RuntimeError, match=r"no backend can serve search on mps: triton: .*; torch: .*float64"):
         backends.select("search", MPS)
 
 
@@ -126,7 +129,7 @@ def test_the_environment_chooses():
 def test_the_environment_names_an_unknown_backend():
     run = python("import fastvq", FASTVQ_BACKEND="fast")
     assert run.returncode != 0
-    assert "ValueError: FASTVQ_BACKEND: must be one of native, torch, reference, got 'fast'" in run.stderr
+    assert "ValueError: FASTVQ_BACKEND: must be one of native, triton, torch, reference, got 'fast'" in run.stderr
 
 
 @needs_native

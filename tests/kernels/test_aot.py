@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+
 from fastvq.kernels import aot
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton isn't installed")

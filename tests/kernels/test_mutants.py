@@ -7,10 +7,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import fastvq.kernels
 import pytest
 import torch
 
+import fastvq.kernels
 from fastvq import reference
 
 from ..cases import ADVERSARIAL, generator

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastvq.kernels.residual_search import residual_search
 
 from fastvq import reference
+from fastvq.kernels.residual_search import residual_search
 
 from ..cases import ADVERSARIAL, DTYPES, generator
 from . import models

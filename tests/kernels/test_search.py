@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastvq.kernels import launch
-from fastvq.kernels import search as kernels
 
 from fastvq import reference
+from fastvq.kernels import launch
+from fastvq.kernels import search as kernels
 
 from ..cases import ADVERSARIAL, DTYPES, FLOAT64_ONLY, METRICS, generator, layouts
 from . import models
@@ -54,9 +54,8 @@ def test_sizes(data, shape, device):
 
 
 def test_heads(device):
-    x, codebook = (
-        torch.stack(t) for t in zip(*(ADVERSARIAL[d](9, 40, 6, generator()) for d in ("offset", "bad_codes")))
-    )
+    heads = [ADVERSARIAL[data](9, 40, 6, generator()) for data in ("offset", "bad_codes")]
+    x, codebook = (torch.stack(tensors) for tensors in zip(*heads, strict=True))
     assert not mismatch(x, codebook, device)
     assert not mismatch(x.transpose(0, 1).contiguous().transpose(0, 1), codebook, device, "dot")
 
@@ -158,8 +157,8 @@ def test_as_matrix_units_compute(data, model, monkeypatch):
 
 @models.needs_interpreter
 def test_a_wrong_product_is_mended_within_the_bound_and_noticed_beyond(monkeypatch):
-    """A matrix unit that is as wrong as the bound allows changes no index, however many rows it leaves open; one that is
-    a thousand times as wrong does, so that these tests would see it."""
+    """A matrix unit that is as wrong as the bound allows changes no index, however many rows it leaves open; one that
+    is a thousand times as wrong does, so that these tests would see it."""
     x, codebook = ADVERSARIAL["rounded_midpoints"](60, 75, 33, generator())
     models.use(monkeypatch, lambda a, b, c: models.at_the_limit(a, b, c, share=0.9))
     assert not mismatch(x, codebook, "cpu")

@@ -1,0 +1,111 @@
+"""The triton backend as a whole: what it serves, and that none of its ops waits for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastvq
+from fastvq import backends, kernels, ops
+from fastvq.reference import compute_dtype
+
+from ..cases import close
+from . import models
+
+CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+
+
+class NoReads(TorchDispatchMode):
+    """What would copy a value to the host is an error."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.masked_select,
+            torch.ops.aten.equal,
+        ), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def steps(device):
+    """Every op with its arguments."""
+    x, codebooks = torch.randn(20, 6, device=device), torch.randn(3, 30, 6, device=device)
+    codebook, grad = codebooks[0], torch.randn(20, 6, device=device)
+    indices = torch.randint(-1, 30, (20, 3), device=device)
+    state = [codebook.clone(), torch.ones(30, device=device), codebook.clone(), *torch.ones(1, 30, device=device)]
+    dtype = compute_dtype(x, codebook)
+    options = {"gradient": "rotation", "commitment_weight": 0.5}
+    return {
+        "search": lambda: ops.search(x, codebook),
+        "residual_search": lambda: ops.residual_search(x, codebooks),
+        "accumulate": lambda: ops.accumulate(x, indices[:, 0], 30),
+        "ema_update_": lambda: ops.ema_update_(*state, codebook * 2, decay=0.9, eps=1e-5) or tuple(state),
+        "quantize_forward": lambda: ops.quantize_forward(x, codebook, indices[:, 0], True),
+        "quantize_backward": lambda: ops.quantize_backward(
+            x, grad, indices[:, 0], grad, torch.ones((), dtype=dtype, device=device), **options
+        ),
+        "residual_quantize_forward": lambda: ops.residual_quantize_forward(x, codebooks, indices, True),
+        "residual_quantize_backward": lambda: ops.residual_quantize_backward(
+            x, codebooks, indices, grad, torch.ones(3, dtype=dtype, device=device), **options
+        ),
+    }
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_same_as_the_specification_without_a_wait(op, device):
+    torch.manual_seed(0)
+    run = steps(device)[op]
+    with fastvq.use_backend("triton"):
+        if device.type == "cpu" and op in ("accumulate", *[name for name in kernels.OPS if "quantize" in name]):
+            actual = run()  # on the CPU these look at the indices, to raise IndexError
+        else:
+            with NoReads():
+                actual = run()
+    torch.manual_seed(0)
+    with fastvq.use_backend("reference"):
+        close(actual, steps(device)[op]())
+
+
+def test_a_layer_trains(device):
+    torch.manual_seed(0)
+    layer = fastvq.VectorQuantize(8, 16, decay=0.9, threshold_ema_dead_code=1).to(device)
+    twin = fastvq.VectorQuantize(8, 16, decay=0.9, threshold_ema_dead_code=1).to(device)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 30, 8, device=device)
+    results = []
+    for backend, quantizer in (("triton", layer), ("torch", twin)):
+        torch.manual_seed(1)
+        with fastvq.use_backend(backend):
+            leaf = x.clone().requires_grad_()
+            quantized, indices, loss = quantizer(leaf)
+            (quantized.square().sum() + loss.sum()).backward()
+        results.append((quantized.detach(), indices, loss.detach(), leaf.grad, quantizer.codebook.detach()))
+    close(*results)
+
+
+@models.needs_interpreter
+def test_the_interpreter_serves_the_cpu_on_request_alone():
+    assert not kernels.unavailable(CPU)
+    assert backends.automatic(CPU) == ("native", "torch")
+
+
+def test_what_it_cannot_serve(monkeypatch):
+    assert "run on cuda (NVIDIA, AMD), not on mps" in kernels.unavailable(MPS)
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    assert "only in the interpreter, with TRITON_INTERPRET=1" in kernels.unavailable(CPU)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernels.unavailable(CUDA) == "no cuda device is available"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "needs compute capability 8.0, this device has 7.5" in kernels.unavailable(CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert not kernels.unavailable(CUDA)
+    monkeypatch.setattr(kernels, "_missing", lambda: "triton isn't installed")
+    assert kernels.unavailable(CUDA) == "triton isn't installed"
+
+
+def test_it_serves_a_gpu_by_itself(monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "triton", backends.Backend("triton", kernels.OPS, lambda device: ""))
+    assert backends.select("search", CUDA) is kernels.OPS["search"]
