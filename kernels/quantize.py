@@ -245,10 +245,12 @@ def _rotate_long(
         tl.store(x_grad + start + d, _rounded(value, x_grad.dtype.element_ty), (rows < n)[:, None] & (d < dim))
 
 
-def tile(dim: int, wide: bool, widest: int = 256) -> tuple[int, int]:
-    """(rows, columns) of a program."""
-    columns = min(widest, triton.next_power_of_2(dim))
-    return max(1, min(64, (WIDE_TILE if wide else TILE) // columns)), columns
+def tile(dim: int, wide: bool, gradient: str = "ste") -> tuple[int, int]:
+    """(rows, columns) of a program. For a rotation it needs whole rows, and more registers an element."""
+    rotate = gradient == "rotation"
+    columns = min(WIDEST if rotate and dim <= WIDEST else 256, triton.next_power_of_2(dim))
+    elements = (WIDE_TILE if wide else TILE) // (2 if rotate else 1)
+    return max(1, min(64, elements // columns)), columns
 
 
 def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -355,13 +357,12 @@ def _backward_of(
             pulls, counted_rows = error_grads * (2 * commitment_weight), (indices >= 0).sum(0)
         pointers = [t.contiguous() for t in (x, codes, indices, grad, pulls, counted_rows)]
         constants: dict[str, Any] = {"PULL": bool(commitment_weight), "WIDE": wide, "num_warps": NUM_WARPS}
+        block_n, block_d = tile(dim, wide, gradient)
         if rotate and dim > WIDEST:
-            block_n, block_d = tile(dim, wide)
             _rotate_long[(triton.cdiv(n, block_n),)](
                 *pointers, x_grad, n, dim, BLOCK_N=block_n, BLOCK_D=block_d, **constants
             )
         else:
-            block_n, block_d = tile(dim, wide, WIDEST if rotate else 256)
             _backward[(triton.cdiv(n, block_n), triton.cdiv(dim, block_d))](
                 *pointers, x_grad, n, dim, codes.shape[-2], levels, ROTATE=rotate, GATHER=gather, BLOCK_N=block_n,
                 BLOCK_D=block_d, **constants,
@@ -391,13 +392,18 @@ def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any
                 (_forward, types | {"partials": "*fp64"}, kept | constants, options | ASSERTING | {"hot": False})
             )
             types = read | sizes | {"codes": arithmetic, "grad": dtype, "pulls": arithmetic, "counted_rows": "*i64"}
-            for rotate in (False, True):
-                block_n, block_d = tile(dim, wide, WIDEST if rotate else 256)
+            for gradient in ("ste", "rotation"):
+                block_n, block_d = tile(dim, wide, gradient)
                 constants = {"WIDE": wide, "BLOCK_N": block_n, "BLOCK_D": block_d, "GATHER": levels > 1} | one
                 cases.append(
-                    (_backward, types | {"x_grad": dtype}, {"PULL": True, "ROTATE": rotate, **constants}, options)
+                    (
+                        _backward,
+                        types | {"x_grad": dtype},
+                        {"PULL": True, "ROTATE": gradient == "rotation", **constants},
+                        options,
+                    )
                 )
-        block_n, block_d = tile(2048, wide)
+        block_n, block_d = tile(2048, wide, "rotation")
         types = read | {"codes": arithmetic, "grad": dtype, "pulls": arithmetic, "counted_rows": "*i64"}
         constants = {"PULL": True, "WIDE": wide, "BLOCK_N": block_n, "BLOCK_D": block_d}
         cases.append((_rotate_long, types | {"x_grad": dtype}, constants, options))

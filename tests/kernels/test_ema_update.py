@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastvq.kernels import ema_update as kernels
-from fastvq.kernels.ema_update import ema_update_
 
 from fastvq import reference
+from fastvq.kernels import ema_update as kernels
+from fastvq.kernels.ema_update import ema_update_
 
 from ..cases import close, generator
 from .test_accumulate import guard

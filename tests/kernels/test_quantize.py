@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastvq.kernels import quantize as kernels
 
 from fastvq import reference
+from fastvq.kernels import quantize as kernels
 
 from ..cases import DTYPES, close, generator
 from .test_accumulate import guard
@@ -124,12 +124,13 @@ def test_more_programs_than_the_mean_adds_at_once(device, monkeypatch, poison):
     check_forward(*operands(33, 6, 5, 2), device)
 
 
-def test_errors_are_summed_in_float64(device, monkeypatch):
-    """In float32 the ones would vanish beside 2^26."""
-    monkeypatch.setattr(kernels, "TILE", 1)
-    x = torch.tensor([2.0**13, *[1.0] * 60])[:, None].to(device)
+@pytest.mark.parametrize("tile", [1, kernels.TILE])
+def test_errors_are_summed_in_float64(tile, device, monkeypatch):
+    """In float32 some of the ones would vanish beside 2^24, within a program and over programs."""
+    monkeypatch.setattr(kernels, "TILE", tile)
+    x = torch.tensor([2.0**12, *[1.0] * 60])[:, None].to(device)
     error = kernels.quantize_forward(x, torch.zeros(1, 1).to(device), torch.zeros(61).long().to(device), False)[2]
-    assert error.item() == torch.tensor((2.0**26 + 60) / 61).item()
+    assert error.item() == torch.tensor((2.0**24 + 60) / 61).item()
 
 
 def test_layouts(device):
@@ -181,6 +182,15 @@ def test_opposite_and_short_vectors_have_a_gradient(dim, device):
     torch.testing.assert_close(actual.double(), exact, rtol=0, atol=5e-3)
     assert torch.equal(actual[2], grad[2])
     assert torch.equal(actual[4], grad[4])
+
+
+def test_opposite_rows_of_one_element_cancel(device):
+    """Their directions are exactly 1 and -1: what else is left of the sum would be divided by its square."""
+    codes = torch.randn(60, 1, generator=generator())
+    x = -codes * (0.5 + torch.rand(60, 1, generator=generator(1)))
+    arguments = (x, codes, torch.zeros(60, dtype=torch.int64), torch.ones(60, 1), torch.zeros(()))
+    actual = kernels.quantize_backward(*on(device, *arguments), gradient="rotation", commitment_weight=0.0)
+    close(actual.cpu(), -(codes / x).abs())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
