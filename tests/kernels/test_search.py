@@ -128,7 +128,7 @@ def test_the_scans_settle_gaussian_data(device, monkeypatch):
     first, second = settled(*ADVERSARIAL["gaussian"](512, 256, 32, generator()), device, monkeypatch)
     print(f"gaussian (512, 256, 32): left open by the first scan {first:.2%}, by the second {second:.2%}")
     assert first < 0.06
-    assert second < 0.002
+    assert second < 0.005
 
 
 def test_one_far_code_costs_no_certificate(device, monkeypatch):
