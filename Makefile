@@ -3,10 +3,11 @@
 #   make bench      the benchmark suite, which writes docs/benchmarks.md; about 13 minutes
 #   make gpu-check  what can be shown about the GPU kernels on a machine without a GPU; some minutes
 #   make format     rewrites the sources as `make lint` wants them
-# PYTHON chooses the interpreter of .venv, TORCH the torch that goes into it.
+# PYTHON chooses the interpreter of .venv, TORCH the torch that goes into it; PYTEST is handed on by `make test`.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+PYTEST ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
@@ -25,7 +26,7 @@ demo: $(VENV)/train.stamp
 	$(BIN)/fastvq demo --out runs/demo
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST)
 
 lint: $(VENV)/lint.stamp $(VENV)/train.stamp
 	$(BIN)/ruff check .

@@ -23,6 +23,8 @@ from .rows import _rows, listed_rows, measure, scaled_rows
 from .scan import best_two
 from .signatures import Case, case
 
+MOST_ROWS = 2**30
+"""Of one launch: their numbers are int32. More are taken in turn."""
 LARGEST = 2**31 - 2**12
 """Codes: their numbers, and those of the padding, are int32."""
 
@@ -130,6 +132,9 @@ def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
     indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
     if indices.numel() == 0:
         return indices
+    if x.shape[-2] > MOST_ROWS:
+        parts = [search(part, codebook, metric=metric) for part in x.split(MOST_ROWS, dim=-2)]
+        return torch.cat(parts, dim=-1)
     rows = x.contiguous().view(-1, *x.shape[-2:])
     codes = codebook.contiguous().view(-1, *codebook.shape[-2:])
     with torch.cuda.device_of(x):
@@ -186,7 +191,7 @@ Listed = tuple[Tensor, Tensor]
 
 def _work_list(x: Tensor) -> Listed:
     heads, n, _ = x.shape
-    rows = x.new_empty(heads, n, dtype=torch.int32 if n < 2**31 else torch.int64)
+    rows = x.new_empty(heads, n, dtype=torch.int32)
     return rows, x.new_zeros(heads, dtype=torch.int32)
 
 

@@ -76,6 +76,19 @@ def test_no_rows(shape, device):
     assert kernels.search(x.to(device), codebook.to(device)).shape == x.shape[:-1]
 
 
+def test_more_rows_than_a_launch_takes(device, monkeypatch):
+    monkeypatch.setattr(kernels, "MOST_ROWS", 4)
+    x, codebook = ADVERSARIAL["clustered"](9, 40, 6, generator())
+    assert not mismatch(x, codebook, device)
+    assert not mismatch(x.expand(2, -1, -1), codebook.expand(2, -1, -1), device)
+
+
+def test_more_codes_than_can_be_numbered(device, monkeypatch):
+    monkeypatch.setattr(kernels, "LARGEST", 39)
+    with pytest.raises(ValueError, match="codebook: the Triton kernels take up to 39 codes, got 40"):
+        kernels.search(torch.zeros(1, 2, device=device), torch.zeros(40, 2, device=device))
+
+
 @pytest.mark.parametrize("splits", [1, 3, 32])
 @pytest.mark.parametrize("data", ["gaussian", "exact_midpoints", "bad_vectors", "far_codes"])
 def test_any_split_of_the_codes(data, splits, device, monkeypatch):
