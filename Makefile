@@ -7,6 +7,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The compiler whose counts are in kernels/counts.json.
+TRITON ?= triton==3.9.0
 PYTEST ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -63,5 +65,5 @@ $(VENV)/build.stamp:
 
 $(VENV)/%.stamp: $(VENV)/build.stamp $(SOURCES)
 	@test -n "$(CXX_FOUND)" || echo "No C++ compiler found: the native backend is left out. Debian: apt install g++"
-	$(PIP) install --no-build-isolation -e ".[$*]"
+	$(PIP) install --no-build-isolation -e ".[$*]" $(if $(filter test,$*),"$(TRITON)")
 	@touch $@

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from fastvq.kernels import aot
+from fastvq.kernels import aot, assembly
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton isn't installed")
 
@@ -93,7 +93,7 @@ def record(**other):
 class TestReading:
     def test_a_kernel_of_nvidia(self):
         config = {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_D": 32, "num_warps": 4}
-        found = aot.measure_sass(USAGE, SASS, record(config=config))
+        found = assembly.measure_sass(USAGE, SASS, record(config=config))
         assert (found["registers"], found["stack"], found["spills"], found["fused"]) == (198, 8, 2, 1)
         assert found["matrix_instructions"] == {"HGMMA.64x128x16.F32": 2}
         # 64 x 128 distances by 128 lanes: 64 each; two products of 16 columns each.
@@ -102,16 +102,16 @@ class TestReading:
 
     def test_a_kernel_of_amd(self):
         config = {"BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_D": 16, "num_warps": 1}
-        found = aot.measure_amd(AMD, record(config=config, target="gfx942"))
+        found = assembly.measure_amd(AMD, record(config=config, target="gfx942"))
         assert (found["registers"], found["stack"], found["spills"], found["fused"]) == (250, 12, 2, 1)
         assert found["matrix_instructions"] == {"v_mfma_f32_32x32x8_f16": 2}
         assert (found["alu"], found["columns"], found["loop_spills"]) == (round(2 / 16, 3), 16.0, 1)
         assert "half_rate" not in found
-        assert "v_not_in_the_program" not in [i.name for i in aot.read_amd(AMD)]
+        assert "v_not_in_the_program" not in [i.name for i in assembly.read_amd(AMD)]
 
     def test_what_stands_out_of_line_belongs_to_the_loop_and_a_jump_back_into_its_middle_makes_none(self):
-        program = aot.read_sass(SASS)
-        loops = sorted(aot.natural_loops(program), key=len)
+        program = assembly.read_sass(SASS)
+        loops = sorted(assembly.natural_loops(program), key=len)
         waits, scan = loops
         assert [program[p].name for p in waits] == ["BRA"]
         assert waits < scan
@@ -132,7 +132,7 @@ class TestReading:
         ],
     )
     def test_which_instruction_comes_next(self, line, jump, falls_through):
-        _, instruction = aot.read_sass(f"/*0010*/  FADD R1, R1, R1 ; /* 0x0 */\n/*0020*/  {line} ; /* 0x0 */")
+        _, instruction = assembly.read_sass(f"/*0010*/  FADD R1, R1, R1 ; /* 0x0 */\n/*0020*/  {line} ; /* 0x0 */")
         assert (instruction.jump, instruction.falls_through) == (jump, falls_through)
 
     @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ class TestReading:
         ],
     )
     def test_products_of_a_matrix_instruction(self, name, expected):
-        assert aot.products(name, record()["config"]) == expected
+        assert assembly.products(name, record()["config"]) == expected
 
     def test_chunks_count_as_often_as_they_are_taken(self):
         """A loop of one chunk in a loop over tiles: 4 chunks of 16 columns, one of them peeled off."""
@@ -155,7 +155,7 @@ class TestReading:
         lines += ["@P0 BRA 0x20", "FMNMX R5, R0, R1, !PT", "@P1 BRA 0x0", "EXIT"]
         sass = "\n".join(f"/*{16 * i:04x}*/   {line} ; /* 0x0 */" for i, line in enumerate(lines))
         config = {"BLOCK_N": 16, "BLOCK_K": 8, "BLOCK_D": 16, "CHUNKS": 4, "TERMS": 1, "num_warps": 1}
-        found = aot.scan_counts(aot.read_sass(sass), record(config=config, target="sm_80"))
+        found = assembly.scan_counts(assembly.read_sass(sass), record(config=config, target="sm_80"))
         assert found["columns"] == 64
         assert found["alu"] == (1 + 3 * 1 + 1) / 4
 
@@ -184,7 +184,7 @@ class TestOccupancy:
     )
     def test_blocks_of_a_unit(self, other, blocks):
         made = record(**other)
-        assert aot.occupancy(made) == (blocks, blocks * made["threads"] // aot.TARGETS[made["target"]].lanes)
+        assert assembly.occupancy(made) == (blocks, blocks * made["threads"] // assembly.TARGETS[made["target"]].lanes)
 
 
 class TestFaults:
