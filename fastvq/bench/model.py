@@ -13,6 +13,7 @@ import math
 from typing import Any, NamedTuple
 
 from .data import BenchError, Shape
+from .peers import TRITON
 from .report import duration, table
 
 LABEL = "prediction, not a measurement"
@@ -295,7 +296,7 @@ def beside_measured(reported: str, shape: Shape, contestants: list[dict[str, Any
         total = predict(name, shape, element=element)["totals"][f"search, {OPEN_SHARE:.3g} of the rows open"]
     except BenchError as error:
         return ["", str(error)]
-    seconds = next((c["seconds"] for c in contestants if c["name"] == "fastvq triton" and "seconds" in c), None)
+    seconds = next((c["seconds"] for c in contestants if c["name"] == TRITON and "seconds" in c), None)
     measured = "" if seconds is None else f"fastvq triton, measured: {duration(seconds)}; "
     return [
         "",

@@ -135,7 +135,7 @@ def _cuvs(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-NATIVE, PRODUCT = "fastvq native", "torch.mm alone"
+NATIVE, TRITON, PRODUCT = "fastvq native", "fastvq triton", "torch.mm alone"
 CPU_ONLY = ("faiss-cpu", "scikit-learn")
 CONTESTANTS = [
     Contestant(NATIVE, functools.partial(_fastvq, "native"), float32_only=False),
@@ -148,6 +148,7 @@ CONTESTANTS = [
     Contestant(PRODUCT, _product, whole_matrix=True, float32_only=False, is_search=False),
 ]
 GPU_CONTESTANTS = [
+    Contestant(TRITON, functools.partial(_fastvq, "triton"), float32_only=False),
     Contestant("flash-kmeans", _flash_kmeans, _package("flash_kmeans"), float32_only=False),
     Contestant("cuVS", _cuvs, _package("cuvs")),
 ]

@@ -10,7 +10,7 @@ from typing import Any
 from fastvq.extras import require
 from fastvq.plots import SERIES, figure_with, save_figure
 
-from .peers import NATIVE, PRODUCT
+from .peers import NATIVE, PRODUCT, TRITON
 from .suite import MEMORY_SHAPE, SCALING
 from .targets import lead, outcomes, seconds_by_name
 
@@ -50,9 +50,10 @@ def duration(seconds: float) -> str:
 
 
 def search_rows(record: dict[str, Any]) -> list[list[str]]:
-    """One row for each contestant: name, time, GFLOP/s, times of fastvq native, wrong indices."""
+    """One row for each contestant: name, time, GFLOP/s, times of fastvq, wrong indices."""
     contestants = record["contestants"]
-    own = seconds_by_name(record).get(NATIVE)
+    seconds = seconds_by_name(record)
+    own = seconds.get(TRITON, seconds.get(NATIVE))
     rows = []
     for c in contestants:
         if "not_run" in c:
@@ -212,8 +213,9 @@ def _gpu(document: dict[str, Any]) -> str:
         return f"## GPU\n\nOn {gpu}; times by device events.\n"
     return """## GPU
 
-Not measured: this machine has none. On one that has, `fastvq bench --device cuda` times the torch backend by device
-events beside torch.compile, flash-kmeans and cuVS, where these are installed.
+Not measured: this machine has none. On one that has, `fastvq bench --device cuda` times the triton and torch
+backends by device events beside torch.compile, flash-kmeans and cuVS, where these are installed, and prints what
+`fastvq bench --model` predicts; [gpu.md](gpu.md) says what is known without one.
 """
 
 
