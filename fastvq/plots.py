@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvq.extras import require
+from fastvq.files import whole
 
 _BLUE, _ORANGE, _GREY = "#2166ac", "#d6604d", "#777777"
 SERIES = (_BLUE, _ORANGE, "#4d9221", _GREY, "#762a83")
@@ -38,10 +39,8 @@ def figure_with(width: float, height: float, title: str, caption: str, *, column
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure as PNG; a viewer that watches the file never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=_DPI, format="png")
-    partial.replace(path)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=_DPI, format="png")
 
 
 def _show(axes: Any, image: Tensor) -> None:

@@ -12,12 +12,13 @@ import dataclasses
 import functools
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from fastvq.files import whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +162,5 @@ def _read(path: Path) -> dict[str, dict]:
 
 
 def _write(path: Path, known: dict[str, dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as stream:
-        stream.write(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    Path(stream.name).replace(path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")

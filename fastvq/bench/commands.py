@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fastvq.files import whole
+
 from . import model
 from .data import DATA, BenchError, Shape, from_file
 from .measure import WrongResultError, measure_search
@@ -86,9 +88,8 @@ def _shape(sizes: tuple[int, int, int], dtype: str) -> Shape:
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _vectors(data: str, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvq.files import whole
+
 
 class Shape(NamedTuple):
     """N vectors, K codes, D dimensions."""
@@ -131,10 +133,8 @@ def _all_latents() -> Tensor:
     if path.exists():
         return torch.load(path, weights_only=True)
     vectors = _train_latents(_LATENT_STEPS)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(vectors, partial)
-    partial.replace(path)
+    with whole(path) as partial:
+        torch.save(vectors, partial)
     return vectors
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvq.extras import require
+from fastvq.files import whole
 from fastvq.plots import SERIES, figure_with, save_figure
 
 from .peers import NATIVE, PRODUCT, TRITON
@@ -30,10 +31,8 @@ def write_report(document: dict[str, Any], folder: Path, readme: Path | None = N
     if readme is not None and readme.exists():
         texts[readme] = with_figures(readme.read_text(), document)
     for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}")
-        partial.write_text(text)
-        partial.replace(path)
+        with whole(path) as partial:
+            partial.write_text(text)
     return [*texts, *plots]
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvq.files import whole
+
 from . import tree
 from .container import LARGEST_CODEBOOK, MODELS, CodingError, Header, pack, unpack
 from .models import Adaptive, Model, Static
@@ -92,10 +94,8 @@ def measure(codes: Tensor, codebook_size: int) -> dict[str, dict[str, float]]:
 
 def save(path: Path, data: bytes) -> None:
     """Write a file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    partial.write_bytes(data)
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_bytes(data)
 
 
 def load(path: Path) -> bytes:

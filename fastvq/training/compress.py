@@ -15,6 +15,7 @@ from fastvq.coding import CodingError
 from fastvq.data.folder import SUFFIXES, read_image
 from fastvq.data.images import DataError, to_float
 from fastvq.extras import require
+from fastvq.files import whole
 from fastvq.models import VQVAE
 from fastvq.training.build import load_images, load_model
 
@@ -99,11 +100,8 @@ def encode_array(source: Path, path: Path, codebook_size: int | None, *, model: 
 def decode_array(source: Path, path: Path) -> list[str]:
     """Write the codes of a file as .npy, int64."""
     codes = coding.decode(coding.load(source)).numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    with partial.open("wb") as stream:
+    with whole(path) as partial, partial.open("wb") as stream:
         np.save(stream, codes)
-    partial.replace(path)
     return [f"{path}: {codes.shape} codes"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 import fastvq
 from fastvq import coding
+from fastvq.files import whole
 from fastvq.training.build import load_images
 from fastvq.training.checkpoint import CheckpointError, checkpoint_folders
 from fastvq.training.compress import HELD_OUT, encode_images
@@ -124,9 +124,8 @@ def run_demo(
             "python": platform.python_version(),
         },
     }
-    partial = folder / ".metrics.json"
-    partial.write_text(json.dumps(metrics, indent=2) + "\n")
-    os.replace(partial, folder / "metrics.json")
+    with whole(folder / "metrics.json") as partial:
+        partial.write_text(json.dumps(metrics, indent=2) + "\n")
     print(_table(metrics))
     print("pictures: " + ", ".join(str(path) for path in pictures))
     return metrics

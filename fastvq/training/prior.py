@@ -7,13 +7,9 @@ step depends on the seed and its number alone, a run that was interrupted ends w
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +20,7 @@ from fastvq.coding import fingerprint
 from fastvq.data import Images
 from fastvq.data.images import to_float
 from fastvq.extras import require
+from fastvq.files import whole
 from fastvq.models import VQVAE, TransformerPrior
 from fastvq.training.batches import batch_rows
 from fastvq.training.build import load_images, load_model
@@ -99,8 +96,10 @@ def tokenize(run: Path, model: VQVAE, images: Images, *, flip: bool) -> Codes:
         train = torch.cat([images.train, images.train.flip(-1)]) if flip else images.train
         for split, pixels in (("train", train), ("test", images.test)):
             codes = torch.cat([model.encode(to_float(part)) for part in pixels.split(_BATCH)])
-            _replace(paths[split], functools.partial(_save_array, codes.numpy().astype(np.int32)))
-        _replace(described, lambda partial: partial.write_text(json.dumps(description) + "\n"))
+            with whole(paths[split]) as partial, partial.open("wb") as stream:
+                np.save(stream, codes.numpy().astype(np.int32))
+        with whole(described) as partial:
+            partial.write_text(json.dumps(description) + "\n")
     # Copy-on-write, as torch wants memory that it could write to; nothing does.
     loaded = {split: torch.from_numpy(np.load(path, mmap_mode="c")) for split, path in paths.items()}
     labels = images.train_labels
@@ -254,7 +253,8 @@ def _save_state(
             tensors[f"optimizer.{name}.{key}"] = value.detach().contiguous()
     about = {"config": json.dumps(dataclasses.asdict(config)), "step": str(step), "model": identity}
     save = require("safetensors.torch").save_file
-    _replace(run / FOLDER / _STATE, lambda partial: save(tensors, str(partial), metadata=about))
+    with whole(run / FOLDER / _STATE) as partial:
+        save(tensors, str(partial), metadata=about)
 
 
 def _load_state(run: Path, identity: str) -> tuple[PriorConfig, int, dict[str, Tensor]]:
@@ -284,14 +284,3 @@ def _restore(prior: TransformerPrior, optimizer: torch.optim.Optimizer, tensors:
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
-
-
-def _save_array(values: np.ndarray, path: Path) -> None:
-    with path.open("wb") as stream:
-        np.save(stream, values)
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(f".{path.name}")
-    write(partial)
-    os.replace(partial, path)

@@ -1,0 +1,40 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastvq.files import whole
+
+
+def test_a_file_takes_its_place_at_the_end(tmp_path):
+    path = tmp_path / "new" / "folder" / "file"
+    with whole(path) as partial:
+        partial.write_text("first")
+        assert not path.exists()
+    with whole(path) as partial:
+        partial.write_text("second")
+        assert path.read_text() == "first"
+    assert path.read_text() == "second"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_what_was_there(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("first")
+
+    def fails_half_way():
+        with whole(path) as partial:
+            partial.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fails_half_way()
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_written_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), whole(tmp_path / "file"):
+        pass
