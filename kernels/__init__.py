@@ -18,6 +18,9 @@ import torch
 CAPABILITY = (8, 0)
 """The least that an NVIDIA GPU must have: float16 matrix units that sum in float32, and asynchronous copies."""
 
+AMD = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+"""AMD GPUs with matrix units begin like that."""
+
 
 @functools.cache
 def _missing() -> str:
@@ -42,8 +45,13 @@ def unavailable(device: torch.device) -> str:
         return "no cuda device is available"
     if _missing():
         return _missing()
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return (
+            "" if name.startswith(AMD) else f"needs an AMD GPU with matrix units ({', '.join(AMD)}), this is a {name}"
+        )
     capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < CAPABILITY:
+    if capability < CAPABILITY:
         return (
             f"needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, this device has {capability[0]}.{capability[1]}"
         )

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvq import reference
 from fastvq.reference import check_indices
 
 PIECE = 256
@@ -137,6 +138,8 @@ def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, 
     n, dim = x.shape
     if n == 0:
         return x.new_zeros(codebook_size, dtype=torch.float32), x.new_zeros(codebook_size, dim, dtype=torch.float32)
+    if dim == 0:
+        return reference.accumulate(x, indices, codebook_size)
     check_indices(indices, codebook_size)
     x = x.contiguous()
     with torch.cuda.device_of(x):

@@ -120,7 +120,11 @@ def list_tasks(sources: Iterable[str], targets: Iterable[str]) -> tuple[list[Tas
             for place, (name, chosen) in enumerate(shipped):
                 unknown = [target for target in chosen or [] if target not in TARGETS]
                 failures += [f"{source}: {name}: no target is named {u!r}, only {', '.join(TARGETS)}" for u in unknown]
-                tasks += [(source, place, target) for target in targets if chosen is None or target in chosen]
+                tasks += [
+                    (source, place, target)
+                    for target in targets
+                    if (not TARGETS[target].named_only if chosen is None else target in chosen)
+                ]
     for source, names in launches.items():
         missing = sorted(names - listed)
         failures += [f"{source}: {name} is launched, but no aot_cases() have a case of it" for name in missing]

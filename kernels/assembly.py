@@ -28,6 +28,8 @@ class Target(NamedTuple):
     unit_warps: int
     unit_blocks: int
     optional: bool = False
+    named_only: bool = False
+    """Only the cases that name it are compiled for it."""
 
 
 _TO_STACK = re.compile(r"(STL|LDL)\b|scratch_")
@@ -37,13 +39,16 @@ _NVIDIA_FUSED, _AMD_FUSED = r"DFMA", r"v_(pk_)?fmac?_f64\w*"
 # RDNA3, where a unit is a work-group processor, 4 x 1536 in wave32 (LLVM, AMDGPU usage).
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, r"HMMA", _NVIDIA_FUSED, 163 << 10, 164 << 10, 1 << 10, 65536 // 32, 8, 64, 32),
+    "sm_86": Target(
+        "cuda", 86, 32, r"HMMA", _NVIDIA_FUSED, 99 << 10, 100 << 10, 1 << 10, 65536 // 32, 8, 48, 16, named_only=True
+    ),
     "sm_90": Target("cuda", 90, 32, r"HGMMA", _NVIDIA_FUSED, 227 << 10, 228 << 10, 1 << 10, 65536 // 32, 8, 64, 32),
     "sm_100": Target(
         "cuda", 100, 32, r"UTC\w*MMA|HMMA", _NVIDIA_FUSED, 227 << 10, 228 << 10, 1 << 10, 65536 // 32, 8, 64, 32
     ),
     "gfx942": Target("hip", "gfx942", 64, r"v_mfma_\w+", _AMD_FUSED, 64 << 10, 64 << 10, 0, 4 * 512, 8, 32, 32),
     "gfx1100": Target(
-        "hip", "gfx1100", 32, r"v_wmma_\w+", _AMD_FUSED, 64 << 10, 128 << 10, 0, 4 * 1536, 24, 64, 32, optional=True
+        "hip", "gfx1100", 32, r"v_wmma_\w+", _AMD_FUSED, 64 << 10, 128 << 10, 0, 4 * 1536, 24, 64, 32, True, True
     ),
 }
 TENSOR_MEMORY = 512

@@ -57,7 +57,8 @@ def certify(
     index = index.to(tl.int64)
     if PAIRED:
         index = 2 * index
-        first, error, first_there = distances_to(x, at, codebook, index, there, dim, L2, BLOCK_N)
+        # Of a row that isn't certain the best may be padding.
+        first, error, first_there = distances_to(x, at, codebook, index, there & (index < size), dim, L2, BLOCK_N)
         other, other_error, other_there = distances_to(
             x, at, codebook, index + 1, there & (index + 1 < size), dim, L2, BLOCK_N
         )
@@ -65,6 +66,7 @@ def certify(
         takes_other = other_there & ((first_there == 0) | (other + other_error < first - error))
         certain = certain & (takes_first | takes_other)
         index = tl.where(takes_other, index + 1, index)
+    certain = certain & (index < size)
     answer = tl.where(finite & (usable > 0), index, -1)
     settled = certain | (finite == 0) | (usable == 0)
     tl.store(out + rows, answer, there & settled)

@@ -8,7 +8,7 @@ import triton.language as tl
 from .certify import possible_error
 from .launch import DEFINE
 from .numbers import is_finite
-from .signatures import Case, case
+from .signatures import ONES, Case, case
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def aot_cases() -> list[Case]:
     blocks = {"BLOCK_K": DEFINE.block_k, "BLOCK_D": DEFINE.block_d}
     smallest = {"L2": True, "WIDE": False, "n": 1, "size": 1, "dim": 1} | blocks
     return [
-        case(_define, smallest, options),
+        case(_define, smallest, options | ONES),
     ] + [
         case(_define, {"L2": l2, "WIDE": dtype == "float64", **blocks}, options, dtype=dtype)
         for dtype, l2 in (("float32", True), ("float32", False), ("bfloat16", True), ("float64", True))

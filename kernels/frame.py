@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .numbers import LOW_SCALE, exponent_of, is_finite, power_of_two, split, to_float16
-from .signatures import Case, case
+from .signatures import ONES, Case, case
 
 FAR = tl.constexpr(8.0)
 """Times the geometric mean of the norms, and a code is far from the others."""
@@ -23,6 +23,8 @@ FAR_SHARE = tl.constexpr(64)
 TARGET = tl.constexpr(7)
 """The longest code is scaled to [2^6, 2^7): half its square fits float16, and an element may be 2^-20 of it before it
 is one of float16's subnormals."""
+LONGEST = tl.constexpr(1.01 * 2.0**7)
+"""Longer than that is only a code that float32 can't scale down as far, or one that overflowed."""
 
 # Scalars of a head, float64: what `_decide` writes.
 USABLE, CENTRED, THRESHOLD, EXPONENT, FAR_NORM = (tl.constexpr(i) for i in range(5))
@@ -323,10 +325,9 @@ def aot_cases() -> list[Case]:
         rows, packed_rows = _rows(block_d)
         beside = columns > block_d or columns - dim < FOLD_COLUMNS.value
         pack = {"L2": True, "WIDE": wide, "BESIDE": beside, "CHUNKS": columns // block_d, "ROWS": packed_rows}
-        # Triton takes arguments that are 1 for constants.
         ones = {"size": 1, "dim": 1, "parts": 1} if dim == 1 else {}
         cases += [
-            case(kernel, {"BLOCK_D": block_d, **constants, **ones}, {}, dtype=dtype)
+            case(kernel, {"BLOCK_D": block_d, **constants, **ones}, ONES if ones else {}, dtype=dtype)
             for kernel, constants in (
                 (_sums, {"WIDE": wide, "ROWS": rows}),
                 (_norms, {"ROWS": rows}),

@@ -66,6 +66,8 @@ SCANS["sm_100"] = SCANS["sm_80"] | {
     (1, 128): Scan(128, 128, 128, 4, 2, True),
     (3, 1 << 30): Scan(64, 64, 64, 8, 2, False),
 }
+# 99 KiB of shared memory: GeForce and the like, of Ampere, Ada and Blackwell.
+SCANS["sm_86"] = SCANS["sm_80"] | {(1, 256): Scan(128, 128, 64, 8, 3, True)}
 # 64 KiB of shared memory.
 SCANS["gfx942"] = SCANS["sm_80"] | {
     (1, 16): Scan(128, 128, 16, 8, 3, True),
@@ -89,9 +91,9 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip is not None:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
         return "gfx942" if name.startswith("gfx9") else "gfx1100"
-    major, _ = torch.cuda.get_device_capability(device)
-    # Blackwell's consumer parts (12) have the matrix units and the shared memory of Ampere.
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
+    capability = torch.cuda.get_device_capability(device)
+    # Beside those of data centres all have the matrix instructions of Ampere, and less shared memory.
+    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get(capability, "sm_86")
 
 
 def scan(device: torch.device, columns: int, terms: int) -> Scan:
@@ -133,7 +135,8 @@ def tuned(key: str, default: Scan, seconds: Callable[[Scan], float]) -> Scan:
     A candidate that doesn't compile or doesn't fit counts as infinitely slow.
     """
     known = _read(cache_file())
-    if key not in known:
+    fields = {field.name for field in dataclasses.fields(Scan)}
+    if known.get(key, {}).keys() != fields:
         times: dict[Scan, float] = {}
         for candidate in candidates(default):
             try:

@@ -14,6 +14,7 @@ from .frame import (
     HIGH,
     HIGH_REST,
     LENGTH,
+    LONGEST,
     LOW,
     LOW_REST,
     MAXIMA,
@@ -21,7 +22,7 @@ from .frame import (
     TARGET,
 )
 from .numbers import LOW_SCALE, UNIT, exponent_of, is_finite, power_of_two, split
-from .signatures import Case, case
+from .signatures import ONES, Case, case
 
 
 @triton.jit
@@ -33,10 +34,8 @@ def row_scale(largest, root, scalars, dtype: tl.constexpr):
     lowest: tl.constexpr = -490 if dtype == tl.float64 else -126
     down = tl.minimum(exponent, TARGET - root - exponent_of(largest))
     clamped = tl.maximum(down, lowest)
-    # Below -490 the row is so long that the definition may overflow; in float32 the last two steps don't matter.
-    tame = clamped - exponent >= -120
-    if dtype == tl.float64:
-        tame = tame & (down >= lowest)
+    # Below -490 the row is so long that the definition may overflow, and below -126 it isn't brought down as it should.
+    tame = (clamped - exponent >= -120) & (down >= lowest)
     return power_of_two(clamped, dtype), power_of_two(clamped - exponent, tl.float32), tame
 
 
@@ -139,7 +138,9 @@ def measure(
     bound, far_floor = bound_of(square, rest, high_square, low_square, shrink, scalars, maxima, dim, TERMS)
     if TERMS == 1:
         tame = tame & (shrink >= FOLD_SHRINK)
-    bound = tl.where(tame & (over == 0), bound, float("inf"))
+    # Codes that overflowed, or that float32 couldn't scale down, leave nothing to rely on; 0 times infinity is one way.
+    bound += tl.where(maximum_of(maxima, LENGTH) <= LONGEST, 0.0, float("inf"))
+    bound = tl.where(tame & (over == 0) & (bound == bound), bound, float("inf"))
     return scale, shrink, tl.where(bad > 0, float("nan"), bound), far_floor
 
 
@@ -192,7 +193,7 @@ def aot_cases() -> list[Case]:
     blocks = {"WIDE": False, "BLOCK_N": 32, "CHUNKS": 4}
     smallest = {"LISTED": False, "TERMS": 1, "BLOCK_D": 64, **blocks, "n": 1, "dim": 1}
     return [
-        case(_rows, smallest, {"num_warps": 4}),
+        case(_rows, smallest, {"num_warps": 4} | ONES),
         case(_rows, {"LISTED": False, "TERMS": 1, "BLOCK_D": 64, **blocks}, {"num_warps": 4}),
         case(_rows, {"LISTED": True, "TERMS": 3, "BLOCK_D": 32, **blocks}, {"num_warps": 4}, dtype="bfloat16"),
     ]

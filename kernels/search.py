@@ -21,12 +21,16 @@ from .frame import FOLD_COLUMNS, MAXIMA, SCALARS, USABLE, Frame, columns_of, pre
 from .numbers import split
 from .rows import _rows, listed_rows, measure, scaled_rows
 from .scan import best_two
-from .signatures import Case, case
+from .signatures import ONES, Case, case
 
 MOST_ROWS = 2**30
 """Of one launch: their numbers are int32. More are taken in turn."""
-LARGEST = 2**31 - 2**12
+LARGEST = 2**31 - 2**26
 """Codes: their numbers, and those of the padding, are int32."""
+MOST_HEADS = 2**16 - 1
+"""Of one launch: the last axis of a grid has no more."""
+SCRATCH = 2**28
+"""Bytes for rows in float16 that are written down for a scan; what needs more is taken in turn."""
 
 
 @triton.jit
@@ -132,14 +136,26 @@ def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
     indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
     if indices.numel() == 0:
         return indices
-    if x.shape[-2] > MOST_ROWS:
-        parts = [search(part, codebook, metric=metric) for part in x.split(MOST_ROWS, dim=-2)]
+    most = _most_rows(x.shape[0] if x.dim() == 3 else 1, x.shape[-1])
+    if x.shape[-2] > most:
+        parts = [search(part, codebook, metric=metric) for part in x.split(most, dim=-2)]
         return torch.cat(parts, dim=-1)
+    if x.dim() == 3 and x.shape[0] > MOST_HEADS:
+        heads = zip(x.split(MOST_HEADS), codebook.split(MOST_HEADS), strict=True)
+        return torch.cat([search(*part, metric=metric) for part in heads])
     rows = x.contiguous().view(-1, *x.shape[-2:])
     codes = codebook.contiguous().view(-1, *codebook.shape[-2:])
     with torch.cuda.device_of(x):
         _search(rows, codes, indices.view(rows.shape[:2]), metric)
     return indices
+
+
+def _most_rows(heads: int, dim: int) -> int:
+    columns = columns_of(dim)
+    if columns <= LONGEST_IN_REGISTERS:
+        return MOST_ROWS
+    # Both scans, the second with two parts.
+    return max(LEAST_ROWS, SCRATCH // (6 * columns * heads))
 
 
 def _search(x: Tensor, codebook: Tensor, out: Tensor, metric: str) -> None:
@@ -155,7 +171,9 @@ def _search(x: Tensor, codebook: Tensor, out: Tensor, metric: str) -> None:
     if tuning:
         key = f"{launch.architecture(x.device)} {_name(x.device)} N=2^{n.bit_length()} K=2^{size.bit_length()} D={dim}"
         first = launch.tuned(
-            f"{key} {metric} {x.dtype}", first, lambda config: _seconds(x, codebook, frame, config, l2, wide)
+            f"{key} H={heads} {metric} {x.dtype} {codebook.dtype}",
+            first,
+            lambda config: _seconds(x, codebook, frame, config, l2, wide),
         )
     open_rows = _work_list(x)
     _tier(x, codebook, frame, out, None, open_rows, 1, first, l2, wide)
@@ -241,6 +259,8 @@ def _tier(
 
 LONGEST_IN_REGISTERS = 128
 """Columns of rows that a scan scales and splits itself; longer ones a kernel before it writes down in float16."""
+LEAST_ROWS = 4096
+"""That are taken at once, however long they are."""
 LISTED_SHARE = 32
 """One row in so many is expected in a work list, when programs are counted out."""
 
@@ -256,15 +276,14 @@ def aot_cases() -> list[Case]:
                 if columns == 64:
                     cases.append(_case(architecture, terms, columns, config, "bfloat16", split=True))
     merge = {"LISTED": False, "L2": True, "PAIRED": True, "BLOCK_N": 128}
-    # Triton takes arguments that are 1 for constants.
     smallest = _case("sm_80", 1, 16, launch.SCANS["sm_80"][1, 16], "float32", split=True)
     constants = {**smallest[2], "n": 1, "size": 1, "dim": 1, "tiles_a_split": 1}
     options = {"num_warps": 4}
     return [
         *cases,
-        case(_scan, constants, {"num_warps": 8}),
+        case(_scan, constants, {"num_warps": 8} | ONES),
         case(_merge, merge, options),
-        case(_merge, {**merge, "n": 1, "size": 1, "dim": 1}, options),
+        case(_merge, {**merge, "n": 1, "size": 1, "dim": 1}, options | ONES),
     ]
 
 

@@ -16,6 +16,9 @@ TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "f
 Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
 """A kernel, the types of its arguments, its constants, and how it is launched and looked at: see `kernels/aot.py`."""
 
+ONES = {"arch": ["sm_90"]}
+"""For cases whose sizes are 1, which Triton takes for constants: that they compile is the same everywhere."""
+
 
 def case(kernel: Any, constants: dict[str, Any], options: dict[str, Any], *, dtype: str = "float32") -> Case:
     """The case of a kernel of the search for x and codebook of `dtype`. Constants that it doesn't take are left out."""

@@ -77,9 +77,10 @@ def test_a_default_that_cannot_run_is_an_error(cache):
         launch.tuned("key", DEFAULT, seconds)
 
 
-def test_a_damaged_cache_is_written_anew(cache):
+@pytest.mark.parametrize("content", ["{", '{"key": {"block_n": 1}}'])
+def test_a_damaged_cache_is_written_anew(cache, content):
     cache.parent.mkdir(parents=True)
-    cache.write_text("{")
+    cache.write_text(content)
     launch.tuned("key", DEFAULT, lambda candidate: 1.0)
     assert set(json.loads(cache.read_text())) == {"key"}
 

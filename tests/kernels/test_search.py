@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from fastvq import reference
 from fastvq.kernels import launch
@@ -81,6 +82,69 @@ def test_more_rows_than_a_launch_takes(device, monkeypatch):
     x, codebook = ADVERSARIAL["clustered"](9, 40, 6, generator())
     assert not mismatch(x, codebook, device)
     assert not mismatch(x.expand(2, -1, -1), codebook.expand(2, -1, -1), device)
+
+
+def test_rows_that_would_need_much_scratch(device, monkeypatch):
+    monkeypatch.setattr(kernels, "SCRATCH", 1)
+    monkeypatch.setattr(kernels, "LEAST_ROWS", 3)
+    assert not mismatch(*ADVERSARIAL["clustered"](7, 33, 140, generator()), device)
+
+
+def test_more_heads_than_a_launch_takes(device, monkeypatch):
+    monkeypatch.setattr(kernels, "MOST_HEADS", 2)
+    assert not mismatch(torch.randn(5, 4, 6), torch.randn(5, 9, 6), device)
+
+
+def no_bound_beside_a_giant():
+    """Float64 codes so long that no row has a bound: infinity times nothing is a NaN, as which a row isn't finite."""
+    codebook = torch.randn(128, 4, generator=generator(), dtype=torch.float64)
+    codebook[5] = 1e160
+    return torch.zeros(1, 4), codebook
+
+
+def codes_that_overflow_about_their_mean():
+    codebook = torch.full((3, 64), 1e38)
+    codebook[:, 0] = torch.tensor([3.0e38, -3.0e38, -3.0e38])
+    return codebook.double().mean(0, keepdim=True).float(), codebook
+
+
+def rows_against_which_padding_scores_best():
+    return -1e4 * (1 + torch.rand(4, 8, generator=generator())), 0.5 + torch.rand(10, 8, generator=generator())
+
+
+def rows_that_cannot_be_scaled_down():
+    return torch.full((1, 4096), 3.4e38), -torch.linspace(2.1e37, 2.12e37, 30)[:, None].expand(30, 4096)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        no_bound_beside_a_giant,
+        codes_that_overflow_about_their_mean,
+        rows_against_which_padding_scores_best,
+        rows_that_cannot_be_scaled_down,
+    ],
+)
+def test_beyond_what_can_be_bounded(problem, metric, device):
+    assert not mismatch(*problem(), device, metric)
+
+
+@models.needs_interpreter
+def test_padding_is_never_read(monkeypatch):
+    """A code in the padding would be read past the end of the codebook, which here is in the middle of a tensor."""
+    x, codebook = rows_against_which_padding_scores_best()
+    memory = torch.cat([codebook, codebook])
+    first, last = memory[10:].data_ptr(), memory.data_ptr() + 4 * memory.numel()
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def guarded(self, pointers, mask, *rest, **options):
+        read = pointers.data[mask.data]
+        assert not ((read >= first) & (read < last)).any(), "past the end of the codebook"
+        return load(self, pointers, mask, *rest, **options)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", guarded)
+    assert not mismatch(x, memory[:10], "cpu", "dot")
 
 
 def test_more_codes_than_can_be_numbered(device, monkeypatch):
