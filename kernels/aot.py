@@ -42,7 +42,7 @@ from typing import Any
 from .assembly import TARGETS, Record, is_scan, measure_amd, measure_sass, occupancy
 
 COUNTS = Path(__file__).with_name("counts.json")
-NO_KERNELS = {"aot", "assembly", "certify", "launch", "numbers", "scan", "signatures"}
+NO_KERNELS = {"aot", "assembly", "certify", "launch", "numbers", "rotation", "scan", "signatures"}
 """Modules without a kernel of their own: functions of kernels, and what says how these are launched."""
 OWN_OPTIONS = ("hot", "matrix", "exact", "arch")
 TOLERANCE = 0.1

@@ -23,11 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq import reference
 from fastvq.reference import check_indices, compute_dtype
 
 from . import interpreted
 from .accumulate import ASSERTING
+from .rotation import SHORTEST, factors_of, length_of, unit_of
 
 TILE = 2048
 WIDE_TILE = 1024
@@ -36,7 +36,6 @@ WIDEST = 1024
 """Columns of a row that is taken whole."""
 BLOCK_PARTIALS = 1024
 NUM_WARPS = 4
-SHORTEST = tl.constexpr(reference.SHORTEST)
 INTERPRETED = tl.constexpr(interpreted())
 
 
@@ -111,33 +110,6 @@ def _mean(partials, errors, programs, levels, dim, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _length(squares):
-    if squares.dtype == tl.float64:
-        length = tl.sqrt(squares)
-    else:
-        length = tl.sqrt_rn(squares)
-    return length
-
-
-@triton.jit
-def _unit(rows, lengths):
-    """Of a row of one element exactly 1 or -1, so that opposite rows cancel: hence the rounded root and quotient."""
-    divisor = tl.broadcast_to(lengths[:, None], rows.shape)
-    if rows.dtype == tl.float64:
-        unit = rows / divisor
-    else:
-        unit = tl.div_rn(rows, divisor)
-    return unit
-
-
-@triton.jit
-def _factors(stretch, along_u, along_v, both):
-    """(f, h) such that lambda R^T g = stretch g + f u + h v, where both = |u + v|^2; see fastvq.reference."""
-    bisector = (along_u + along_v) / tl.maximum(both, SHORTEST * SHORTEST)
-    return 2 * stretch * (along_v - bisector), -2 * stretch * bisector
-
-
-@triton.jit
 def _pull(pulls, counted_rows, level, dim, dtype: tl.constexpr):
     """The factor of x - e in the gradient: pull / (D rows with a code)."""
     elements = tl.maximum(tl.load(counted_rows + level) * dim, 1)
@@ -176,15 +148,15 @@ def _backward(
         if PULL or ROTATE:
             e = tl.load(codes + row[:, None] * dim + d[None, :], there, other=0.0).to(dtype)
         if ROTATE:
-            x_length = _length(tl.sum(residual * residual, 1))
-            e_length = _length(tl.sum(e * e, 1))
+            x_length = length_of(tl.sum(residual * residual, 1))
+            e_length = length_of(tl.sum(e * e, 1))
             directed = (x_length >= SHORTEST) & (e_length >= SHORTEST)
-            u, v = _unit(residual, x_length), _unit(e, e_length)
+            u, v = unit_of(residual, x_length), unit_of(e, e_length)
             along_u, along_v = tl.sum(u * given, 1), tl.sum(v * given, 1)
             # Of nearly opposite vectors little is left: their own sum, not 2 + 2 <u, v>.
             both = tl.sum((u + v) * (u + v), 1)
             stretch = e_length / x_length
-            of_u, of_v = _factors(stretch, along_u, along_v, both)
+            of_u, of_v = factors_of(stretch, along_u, along_v, both)
             turned = stretch[:, None] * given + of_u[:, None] * u + of_v[:, None] * v
             value = tl.where(directed[:, None], turned, given)
         if PULL:
@@ -223,21 +195,21 @@ def _rotate_long(
         e = tl.load(codes + start + d, there, other=0.0).to(dtype)
         xx += tl.sum(row * row, 1)
         ee += tl.sum(e * e, 1)
-    x_length, e_length = _length(xx), _length(ee)
+    x_length, e_length = length_of(xx), length_of(ee)
     directed = (x_length >= SHORTEST) & (e_length >= SHORTEST)
     for d0 in range(0, dim, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)[None, :]
         row, e, g = _load_three(x, codes, grad, start + d, counted[:, None] & (d < dim), dtype)
-        u, v = _unit(row, x_length), _unit(e, e_length)
+        u, v = unit_of(row, x_length), unit_of(e, e_length)
         along_u += tl.sum(u * g, 1)
         along_v += tl.sum(v * g, 1)
         both += tl.sum((u + v) * (u + v), 1)
     stretch = e_length / x_length
-    of_u, of_v = _factors(stretch, along_u, along_v, both)
+    of_u, of_v = factors_of(stretch, along_u, along_v, both)
     for d0 in range(0, dim, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)[None, :]
         row, e, g = _load_three(x, codes, grad, start + d, counted[:, None] & (d < dim), dtype)
-        u, v = _unit(row, x_length), _unit(e, e_length)
+        u, v = unit_of(row, x_length), unit_of(e, e_length)
         turned = stretch[:, None] * g + of_u[:, None] * u + of_v[:, None] * v
         value = tl.where(directed[:, None], turned, g)
         if PULL:

@@ -1,0 +1,37 @@
+"""The rotation estimator's arithmetic, a row at a time: `fastvq.reference` has the formula."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastvq import reference
+
+SHORTEST = tl.constexpr(reference.SHORTEST)
+
+
+@triton.jit
+def length_of(squares):
+    if squares.dtype == tl.float64:
+        length = tl.sqrt(squares)
+    else:
+        length = tl.sqrt_rn(squares)
+    return length
+
+
+@triton.jit
+def unit_of(rows, lengths):
+    """Of a row of one element exactly 1 or -1, so that opposite rows cancel: hence the rounded root and quotient."""
+    divisor = tl.broadcast_to(lengths[:, None], rows.shape)
+    if rows.dtype == tl.float64:
+        unit = rows / divisor
+    else:
+        unit = tl.div_rn(rows, divisor)
+    return unit
+
+
+@triton.jit
+def factors_of(stretch, along_u, along_v, both):
+    """(f, h) such that lambda R^T g = stretch g + f u + h v, where both = |u + v|^2; see fastvq.reference."""
+    bisector = (along_u + along_v) / tl.maximum(both, SHORTEST * SHORTEST)
+    return 2 * stretch * (along_v - bisector), -2 * stretch * bisector
