@@ -48,7 +48,7 @@ def main() -> None:
         optimizer.step()
         if step % 100 == 0 or step == options.steps:
             perplexity = fastvq.perplexity(quantizer.code_counts).item()
-            quantizer.reset_code_counts()
+            quantizer.reset_health()
             print(f"step {step}: {-10 * math.log10(squared_error.item()):.2f} dB, perplexity {perplexity:.0f}")
 
     model.eval()

@@ -6,25 +6,28 @@
 
 Layers: `VectorQuantize`, `ResidualVQ`. The same as functions: `quantize`, `residual_quantize`, `search`,
 `residual_search`, `accumulate`, `ema_update_`.
-Health of a codebook: `usage`, `perplexity`. Which code runs: `use_backend`, and `fastvq info` on the command line.
+Health of a codebook: `usage`, `perplexity`, `dead_share`, and each quantizer's `health()`. Which code runs:
+`use_backend`, and `fastvq info` on the command line.
 """
 
 from __future__ import annotations
 
 from .backends import use_backend
-from .codebook import perplexity, usage
 from .functional import Quantized, ResidualQuantized, quantize, residual_quantize
+from .health import HealthReport, dead_share, perplexity, usage
 from .ops import accumulate, ema_update_, residual_search, search
 from .quantizers import ResidualVQ, VectorQuantize
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "HealthReport",
     "Quantized",
     "ResidualQuantized",
     "ResidualVQ",
     "VectorQuantize",
     "accumulate",
+    "dead_share",
     "ema_update_",
     "perplexity",
     "quantize",

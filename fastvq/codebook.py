@@ -1,9 +1,8 @@
-"""Codebook state: initialisation, moving averages, revival of dead codes, usage."""
+"""Codebook state: initialisation, moving averages, revival of dead codes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,25 +10,7 @@ from torch import Tensor, nn
 
 from .functional import unit_norm
 from .ops import accumulate, ema_update_, search
-
-
-def usage(counts: Tensor) -> Tensor:
-    """Share of codes with a nonzero count, in [0, 1]. counts (..., K) of any dtype; returns (...) float32."""
-    return (counts > 0).float().mean(-1)
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of the codes, in [1, K]: how many codes, used equally often, would carry as much.
-
-        perplexity = exp(-sum_k p_k ln p_k),   p = counts / sum of counts
-
-    counts (..., K) of any dtype; returns (...) float32, and 0 where nothing was counted.
-
-    Source: Sonnet's VectorQuantizer; van den Oord et al. 2017.
-    """
-    total = counts.double().sum(-1, keepdim=True)
-    p = counts / total.clamp_min(1)
-    return (torch.special.entr(p).sum(-1).exp() * (total.squeeze(-1) > 0)).float()
+from .precision import KeepsPrecision
 
 
 def sample_rows(x: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -81,12 +62,11 @@ def _refuse_many_processes() -> None:
         )
 
 
-class Codebook(nn.Module):
+class Codebook(KeepsPrecision, nn.Module):
     """K codes of D dimensions with what their learning needs. The state is float32 whatever the module is cast to.
 
     State: embed (1, K, D), a parameter if learnable; cluster_size (1, K); embed_avg (1, K, D); initted (), false
     until k-means has run. Names and the leading axis are those of vector_quantize_pytorch, whose checkpoints load.
-    code_counts (K,) int64 counts the codes chosen in training since `reset_code_counts`; it isn't saved.
 
     Args: see `fastvq.VectorQuantize`.
     """
@@ -94,7 +74,6 @@ class Codebook(nn.Module):
     initted: Tensor
     cluster_size: Tensor
     embed_avg: Tensor
-    code_counts: Tensor
 
     def __init__(
         self,
@@ -131,7 +110,6 @@ class Codebook(nn.Module):
             self.embed = nn.Parameter(embed)
         else:
             self.register_buffer("embed", embed)
-        self.register_buffer("code_counts", torch.zeros(size, dtype=torch.int64), persistent=False)
         # The host's copy of `initted`: asking the tensor would wait for the device at every step.
         self._ready = not kmeans_init
 
@@ -240,30 +218,11 @@ class Codebook(nn.Module):
         self.cluster_size.masked_fill_(dead[None], self.dead_code_threshold)
         self.embed_avg[0].copy_(torch.where(dead[:, None], fresh * self.dead_code_threshold, self.embed_avg[0]))
 
-    @torch.no_grad()
-    def count_(self, indices: Tensor) -> None:
-        """Adds indices (N,) to code_counts; -1 counts for nothing."""
-        self.code_counts.index_add_(0, indices.clamp_min(0), (indices >= 0).long())
-
-    def reset_code_counts(self) -> None:
-        self.code_counts.zero_()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
-        """Follows the module to another device, never to another dtype: rounding a moving average would end it."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         with torch.no_grad():
             for state in (self.embed, self.embed_avg, self.cluster_size):
                 state.data = state.data.float()  # assign=True puts in what the checkpoint has
-        if self.code_counts.device != self.embed.device:
-            self.code_counts = torch.zeros_like(self.code_counts, device=self.embed.device)
         self._ready = not self.initted.is_meta and bool(self.initted)
 
     def extra_repr(self) -> str:

@@ -8,23 +8,10 @@ import pytest
 import torch
 
 from fastvq import reference
-from fastvq.codebook import Codebook, kmeans, perplexity, sample_rows, usage
+from fastvq.codebook import Codebook, kmeans, sample_rows
 from fastvq.functional import unit_norm
 
 from .cases import close
-
-
-def test_usage_and_perplexity():
-    counts = torch.tensor([[5, 5, 5, 5], [7, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]])
-    close(usage(counts), torch.tensor([1.0, 0.25, 0.0, 0.5]))
-    close(perplexity(counts), torch.tensor([4.0, 1.0, 0.0, 2.0]))
-    p = torch.tensor([0.7, 0.2, 0.1])
-    close(perplexity(1000 * p), torch.tensor(math.exp(-sum(v * math.log(v) for v in p.tolist()))))
-
-
-def test_perplexity_of_many_counts():
-    """Beyond 2^24, where float32 no longer counts."""
-    close(perplexity(torch.full((8192,), 2**40)), torch.tensor(8192.0))
 
 
 @pytest.mark.parametrize(("rows", "valid", "count"), [(10, 10, 10), (10, 6, 4), (50, 20, 7), (1, 1, 1)])
@@ -152,16 +139,6 @@ def test_no_rows_to_revive_from(rows):
         assert torch.equal(t, before[name])
 
 
-def test_counts_skip_what_does_not_count():
-    codebook = Codebook(2, 4)
-    codebook.count_(torch.tensor([0, -1, 3, 3, -1]))
-    codebook.count_(torch.tensor([3, 0]))
-    assert codebook.code_counts.tolist() == [2, 0, 0, 3]
-    codebook.reset_code_counts()
-    assert not codebook.code_counts.any()
-    assert "code_counts" not in codebook.state_dict()
-
-
 def test_initial_codes_are_hes_uniform():
     codebook = Codebook(16, 512).embed
     limit = math.sqrt(6 / (16 * 512))
@@ -210,7 +187,6 @@ def test_loading_in_place_of_meta_and_half_state():
     codebook.load_state_dict(state, assign=True)
     assert all(t.device.type == "cpu" for t in codebook.buffers())
     assert {t.dtype for t in codebook.buffers() if t.is_floating_point()} == {torch.float32}
-    assert int(codebook.code_counts.sum()) == 0
 
 
 def test_sizes_follow_the_use_without_moving_averages():

@@ -83,7 +83,7 @@ def test_state_dict_round_trip(options):
     assert not torch.equal(other.codebook, module.codebook)
     other.load_state_dict(module.state_dict())
     for m in (module, other):
-        m.reset_code_counts()
+        m.reset_health()
         train(m, 2)
     assert_same_state(other, state(module))
 
@@ -142,7 +142,7 @@ def test_revival_lifts_usage():
         module = layer(codebook_size=64, threshold_ema_dead_code=threshold)
         module._codebook.embed_avg[0, 1:] = module.codebook[1:] = 1000.0  # all but one far from the data
         train(module, 8)
-        module.reset_code_counts()
+        module.reset_health()
         train(module, 3)
         return module.usage()
 
@@ -160,7 +160,7 @@ def test_usage_and_perplexity():
     assert torch.equal(module.code_counts, counts)
     assert torch.equal(module.usage(), fastvq.usage(counts))
     assert torch.equal(module.perplexity(), fastvq.perplexity(counts))
-    module.reset_code_counts()
+    module.reset_health()
     assert module.usage().item() == 0
 
 

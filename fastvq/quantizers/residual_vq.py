@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import lookup, residual_quantize
+from ..health import Monitored
 from ..ops import accumulate, residual_search
 from .vector_quantize import VectorQuantize
 
 
-class ResidualVQ(nn.Module):
+class ResidualVQ(Monitored, nn.Module):
     """Codes each vector by one code of each level, with the API of vector_quantize_pytorch.
 
         r_0 = project_in(x),   index_q = argmin_k |r_q - e_qk|^2,   r_{q+1} = r_q - sg[e_q,index_q]
@@ -95,6 +96,10 @@ class ResidualVQ(nn.Module):
         return [cast(VectorQuantize, layer) for layer in self.layers]
 
     @property
+    def _monitored(self) -> list[Monitored]:
+        return list(self._levels)
+
+    @property
     def codebook_size(self) -> int:
         """K of the first level."""
         return self.codebook_sizes[0]
@@ -158,16 +163,17 @@ class ResidualVQ(nn.Module):
             x if self.training else x.detach(),
             torch.stack([layer.codebook.detach() for layer in self._levels[:kept]]),
             gradient="rotation" if first.rotation_trick else "ste",
-            commitment_weight=first.commitment_weight if self.training else 0.0,
+            commitment_weight=1.0,
             mask=mask,
             keep_residuals=learning,
             copy_codebooks=False,
         )
         if self.training:
-            self._count(indices)
+            self._observe(indices, losses.detach())
         if learning:
             self._learn(residuals, indices)
-        return quantized, indices, losses
+        weight = first.commitment_weight if self.training else 0.0
+        return quantized, indices, losses * weight if weight else torch.zeros_like(losses)
 
     def _level_by_level(
         self, x: Tensor, mask: Tensor | None, learning: bool, kept: int
@@ -189,9 +195,9 @@ class ResidualVQ(nn.Module):
             self._learn(torch.stack(residuals), indices)
         return total, indices, torch.stack(losses)
 
-    def _count(self, indices: Tensor) -> None:
-        for layer, chosen in zip(self._levels, indices.unbind(-1), strict=False):
-            layer._codebook.count_(chosen.flatten())
+    def _observe(self, indices: Tensor, errors: Tensor) -> None:
+        for layer, chosen, error in zip(self._levels, indices.unbind(-1), errors, strict=False):
+            layer._health.observe_(chosen.flatten(), error)
 
     def _learn(self, residuals: Tensor, indices: Tensor) -> None:
         """Moves the codebooks to the residuals (levels, ..., D), with their indices (..., levels)."""

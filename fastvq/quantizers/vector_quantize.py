@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..codebook import Codebook, perplexity, usage
+from ..codebook import Codebook
 from ..functional import lookup, quantize, rows_of_mask, unit_norm
+from ..health import Health, Monitored
 
 
-class VectorQuantize(nn.Module):
+class VectorQuantize(Monitored, nn.Module):
     """Replaces each vector by its nearest code and learns the codebook, with the API of vector_quantize_pytorch.
 
         quantized = project_out(e_index),   index = argmin_k |project_in(x) - e_k|^2
@@ -112,6 +113,7 @@ class VectorQuantize(nn.Module):
             learnable=learnable_codebook,
             ema_update=ema_update,
         )
+        self._health = Health(codebook_size)
 
     @property
     def codebook(self) -> Tensor:
@@ -125,23 +127,6 @@ class VectorQuantize(nn.Module):
         if codes.shape != shape:
             raise ValueError(f"codebook: must have shape (K, D) = {shape}, got {tuple(codes.shape)}")
         self._codebook.set_(codes)
-
-    @property
-    def code_counts(self) -> Tensor:
-        """How often each code was chosen in training since `reset_code_counts`, (K,) int64, on the device."""
-        return self._codebook.code_counts
-
-    def reset_code_counts(self) -> None:
-        """Starts `code_counts`, and with it `usage` and `perplexity`, afresh."""
-        self._codebook.reset_code_counts()
-
-    def usage(self) -> Tensor:
-        """Share of the codes in `code_counts` that were chosen at all, () float32."""
-        return usage(self.code_counts)
-
-    def perplexity(self) -> Tensor:
-        """`fastvq.perplexity` of `code_counts`, () float32."""
-        return perplexity(self.code_counts)
 
     def forward(
         self,
@@ -182,16 +167,17 @@ class VectorQuantize(nn.Module):
         these are known already. `learning` is whether the codebook is updated."""
         if learning:
             self._codebook.initialise_(x.detach().flatten(0, -2), None if mask is None else mask.flatten())
-        quantized, indices, loss = self._quantize(x, mask, learning, indices)
+        quantized, indices, loss, error = self._quantize(x, mask, learning, indices)
         if self.training:
-            self._codebook.count_(indices.flatten())
+            self._health.observe_(indices.flatten(), error)
             if learning:
                 self._codebook.learn_(x.detach().flatten(0, -2), indices.flatten())
         return quantized, indices, loss
 
     def _quantize(
         self, x: Tensor, mask: Tensor | None, learning: bool, indices: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Quantized, indices, loss, and the mean squared error whatever its weight in the loss is."""
         pulled = self.learnable_codebook and learning
         # In eval nothing flows back, as in vector_quantize_pytorch.
         quantized, indices, loss = quantize(
@@ -199,16 +185,18 @@ class VectorQuantize(nn.Module):
             self.codebook if pulled else self.codebook.detach(),
             metric=self._codebook.metric,
             gradient="rotation" if self.rotation_trick else "ste",
-            commitment_weight=self.commitment_weight if self.training else 0.0,
-            codebook_weight=self.commitment_weight if pulled else 0.0,
+            commitment_weight=1.0,
+            codebook_weight=1.0 if pulled else 0.0,
             mask=mask,
             indices=indices,
         )
         if pulled:  # both losses are one mean with both sides free: its value is counted once
             loss = loss - loss.detach() / 2
+        error = loss.detach()
+        loss = loss * self.commitment_weight if self.training and self.commitment_weight else torch.zeros_like(error)
         if pulled and not x.requires_grad:  # no encoder to pass the gradient to: the codes take it
             quantized = lookup(self.codebook, indices).to(x.dtype)
-        return quantized, indices, loss
+        return quantized, indices, loss, error
 
     def encode(self, x: Tensor) -> Tensor:
         """The indices alone, shaped as `forward` returns them. Touches no state, in training neither."""

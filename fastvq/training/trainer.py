@@ -149,7 +149,7 @@ class Trainer:
         if self._quantizer is not None:
             counts = self._quantizer.code_counts
             values |= {"perplexity": float(fastvq.perplexity(counts)), "usage": float(fastvq.usage(counts))}
-            self._quantizer.reset_code_counts()
+            self._quantizer.reset_health()
             text += f", perplexity {values['perplexity']:.0f}"
         log.write(self.step, "train", **values)
         return text

@@ -1,0 +1,107 @@
+"""What the ranks of a training run do together. Whether there are several is asked at run time, at every use.
+
+All sums are one all-reduce of one packed buffer, so that every rank holds the same bits afterwards.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def active() -> bool:
+    """Whether a default process group of more than one rank exists now."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    return dist.get_world_size() if active() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if active() else 0
+
+
+def sum_(*tensors: Tensor) -> None:
+    """Replaces each tensor by its sum over the ranks, in one all-reduce. float32 tensors on one device."""
+    if len(tensors) == 1 and tensors[0].is_contiguous():
+        dist.all_reduce(tensors[0])
+        return
+    packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(packed)
+    for tensor, part in zip(tensors, packed.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total / world_size()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total / world_size()
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of x over the ranks, differentiable: the gradient is that of all ranks' losses, which DDP's averaging of
+    parameter gradients turns into that of their mean. x itself in one process."""
+    return _Mean.apply(x) if active() else x
+
+
+_seeds: tuple[Any, random.Random] | None = None
+
+
+def common_seed(limit: int = 10_000) -> int:
+    """A random integer in [0, limit), the same on every rank that calls this equally often.
+
+    One process draws it from torch's generator. Several draw from a sequence that rank 0 starts: the first call is a
+    broadcast, the others cost nothing.
+    """
+    global _seeds
+    if not active():
+        return int(torch.randint(limit, ()))
+    group = dist.group.WORLD
+    if _seeds is None or _seeds[0] is not group:
+        start = torch.randint(2**62, ())
+        if dist.get_backend() == "nccl":
+            start = start.cuda()
+        dist.broadcast(start, src=0)
+        _seeds = (group, random.Random(int(start)))
+    return _seeds[1].randrange(limit)
+
+
+def check_synchronised(module: nn.Module) -> None:
+    """Raises a RuntimeError on every rank if anything in the module's state_dict differs between ranks, in any bit.
+
+    For tests, and for now and then in training: it waits for the device. In one process it does nothing.
+    """
+    if not active():
+        return
+    named = [
+        (name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor) and value.numel()
+    ]
+    sums = torch.stack([checksum(value) for _, value in named])
+    low, high = sums.clone(), sums.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    differing = [name for (name, _), same in zip(named, (low == high).tolist(), strict=True) if not same]
+    if differing:
+        raise RuntimeError(f"ranks differ in {', '.join(differing)}")
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """() int64 of the tensor's bits and their places."""
+    tensor = tensor.detach().contiguous().flatten()
+    data = tensor.view(torch.int32 if tensor.element_size() % 4 == 0 else torch.uint8).long()
+    # Odd factors, so that no single difference can vanish; int64 arithmetic wraps, on every device alike.
+    factors = (torch.arange(len(data), device=data.device) * 0x1E3779B97F4A7C15) | 1
+    return (data * factors).sum()
