@@ -5,7 +5,7 @@
                        '-- accumulate(x, indices) --> counts, sums -- ema_update_ --> codebook
 
 Layers: `VectorQuantize`, `ResidualVQ`. The same as functions: `quantize`, `residual_quantize`, `search`,
-`residual_search`, `accumulate`, `ema_update_`.
+`topk_search`, `residual_search`, `accumulate`, `ema_update_`.
 Health of a codebook: `usage`, `perplexity`, `dead_share`, and each quantizer's `health()`. Which code runs:
 `use_backend`, and `fastvq info` on the command line.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 from .backends import use_backend
 from .functional import Quantized, ResidualQuantized, quantize, residual_quantize
 from .health import HealthReport, dead_share, perplexity, usage
-from .ops import accumulate, ema_update_, residual_search, search
+from .ops import accumulate, ema_update_, residual_search, search, topk_search
 from .quantizers import ResidualVQ, VectorQuantize
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ __all__ = [
     "residual_quantize",
     "residual_search",
     "search",
+    "topk_search",
     "usage",
     "use_backend",
 ]

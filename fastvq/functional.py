@@ -88,12 +88,13 @@ def quantize(
     """
     _check_choices(gradient, commitment_weight=commitment_weight, codebook_weight=codebook_weight)
     rows = _rows(x)
+    kept = None if mask is None else rows_of_mask(mask, x.shape[:-1])
     if indices is None:
-        indices = search(rows.detach(), codebook.detach(), metric=metric)
+        indices = search(rows.detach(), codebook.detach(), metric=metric, mask=kept)
     else:
         indices = _given(indices, x.shape[:-1]).reshape(-1)
-    if mask is not None:
-        indices = indices.masked_fill(~rows_of_mask(mask, x.shape[:-1]), -1)
+        if kept is not None:
+            indices = indices.masked_fill(~kept, -1)
     quantized, loss = _Quantize.apply(rows, codebook, indices, gradient, commitment_weight, codebook_weight)
     return Quantized(quantized.reshape(x.shape), indices.reshape(x.shape[:-1]), loss)
 
@@ -228,12 +229,13 @@ def residual_quantize(
     """
     _check_choices(gradient, commitment_weight=commitment_weight)
     rows = _rows(x)
+    kept = None if mask is None else rows_of_mask(mask, x.shape[:-1])
     if indices is None:
-        indices = residual_search(rows.detach(), codebooks.detach())
+        indices = residual_search(rows.detach(), codebooks.detach(), mask=kept)
     else:
         indices = _given(indices, torch.Size([*x.shape[:-1], len(codebooks)])).reshape(-1, len(codebooks))
-    if mask is not None:
-        indices = indices.masked_fill(~rows_of_mask(mask, x.shape[:-1])[:, None], -1)
+        if kept is not None:
+            indices = indices.masked_fill(~kept[:, None], -1)
     held = codebooks.detach()
     if copy_codebooks and rows.requires_grad and torch.is_grad_enabled():
         held = held.clone()

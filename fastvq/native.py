@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import eager
 from .reference import Ops
 
 _PACKAGE = Path(__file__).parent
@@ -119,6 +120,7 @@ def ema_update_(*tensors: Tensor, decay: float, eps: float) -> None:
 OPS: Ops = {
     "search": search,
     "residual_search": residual_search,
+    "topk_search": eager.topk_search,
     "quantize_forward": quantize_forward,
     "quantize_backward": quantize_backward,
     "residual_quantize_forward": residual_quantize_forward,

@@ -65,6 +65,16 @@ def _late(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
+def _torch(name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return importlib.import_module("fastvq.eager").OPS[name](*args, **kwargs)
+
+    return call
+
+
+WITHOUT_KERNEL = ("topk_search",)
+"""Ops that the torch backend serves here too."""
+
 OPS: dict[str, Callable[..., Any]] = {
     "search": _late("search", "search"),
     "residual_search": _late("residual_search", "residual_search"),
@@ -74,4 +84,5 @@ OPS: dict[str, Callable[..., Any]] = {
     "residual_quantize_backward": _late("quantize", "residual_quantize_backward"),
     "accumulate": _late("accumulate", "accumulate"),
     "ema_update_": _late("ema_update", "ema_update_"),
+    **{name: _torch(name) for name in WITHOUT_KERNEL},
 }

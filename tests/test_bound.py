@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastvq import eager
+from fastvq.eager import searches as eager
 
 from .cases import ADVERSARIAL, METRICS, generator, mismatch
 

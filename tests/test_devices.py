@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastvq
-from fastvq import codebook, eager, functional, reference
+from fastvq import codebook, functional, reference
+from fastvq.eager import searches as eager
 
 READS = (RuntimeError, NotImplementedError)
 

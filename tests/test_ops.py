@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastvq
-from fastvq import eager, reference
+from fastvq import reference
+from fastvq.eager import searches
 
 from . import cases
 from .cases import generator
@@ -25,6 +26,14 @@ def sample_inputs():
     yield "search", (normal(2, 7, 5), normal(2, 4, 5, dtype=torch.float16)), {"metric": "l2"}
     yield "search", (normal(5, 7).T, normal(1, 5).expand(3, 5)), {}
     yield "search", (normal(0, 5), normal(4, 5)), {}
+    mask = torch.tensor([True, False, True, True, False, True, True])
+    yield "search", (normal(7, 5), normal(4, 5)), {"mask": mask}
+    yield "search", (normal(2, 7, 5), normal(2, 4, 5)), {"mask": torch.stack([mask, ~mask])}
+    yield "residual_search", (normal(7, 5), normal(3, 4, 5)), {"mask": mask}
+    for dtype in cases.DTYPES:
+        yield "topk_search", (normal(7, 5, dtype=dtype), normal(4, 5), 3), {"mask": mask}
+    yield "topk_search", (normal(2, 7, 5), normal(2, 4, 5), 4), {"metric": "dot", "mask": torch.stack([mask, ~mask])}
+    yield "topk_search", (normal(0, 5), normal(4, 5), 1), {}
     yield "residual_search", (normal(7, 5), normal(3, 4, 5)), {}
     yield "residual_search", (normal(7, 5, dtype=torch.bfloat16), normal(1, 1, 5)), {}
     indices = torch.tensor([0, 1, -1, 3, 3, 3, 0])
@@ -56,10 +65,19 @@ def copies(arguments):
     return [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
 
 
+def by_reference(name, arguments, options):
+    options = dict(options)
+    mask = options.pop("mask", None) if "search" in name else None
+    result = getattr(reference, name)(*arguments, **options)
+    if mask is not None:
+        result[~mask] = -1
+    return result
+
+
 @pytest.mark.parametrize(("name", "arguments", "options"), SAMPLES)
 def test_samples_equal_the_reference(name, arguments, options, backend):
     expected_arguments, actual_arguments = copies(arguments), copies(arguments)
-    expected = getattr(reference, name)(*expected_arguments, **options)
+    expected = by_reference(name, expected_arguments, options)
     with fastvq.use_backend(backend):
         actual = getattr(fastvq.ops, name)(*actual_arguments, **options)
     if "quantize" in name:
@@ -78,7 +96,10 @@ def test_opcheck(name, arguments, options, backend):
 
 def test_schemas():
     schemas = {name: str(getattr(torch.ops.fastvq, name).default._schema) for name in ("search", "ema_update_")}
-    assert schemas["search"] == 'fastvq::search(Tensor x, Tensor codebook, *, str metric="l2") -> Tensor'
+    assert (
+        schemas["search"]
+        == 'fastvq::search(Tensor x, Tensor codebook, *, str metric="l2", Tensor? mask=None) -> Tensor'
+    )
     assert (
         "Tensor(a0!) codebook, Tensor(a1!) cluster_size, Tensor(a2!) embed_avg, Tensor counts" in schemas["ema_update_"]
     )
@@ -87,8 +108,8 @@ def test_schemas():
 def test_search_keeps_no_graph(backend, monkeypatch):
     """A graph would keep every temporary tensor until the last chunk is done."""
     recorded = []
-    rows = eager._search_rows
-    monkeypatch.setattr(eager, "_search_rows", lambda *a: (recorded.append(torch.is_grad_enabled()), rows(*a)))
+    rows = searches._search_rows
+    monkeypatch.setattr(searches, "_search_rows", lambda *a: (recorded.append(torch.is_grad_enabled()), rows(*a)))
     x = torch.randn(9, 4, requires_grad=True)
     with fastvq.use_backend(backend):
         assert not fastvq.search(x, x).requires_grad

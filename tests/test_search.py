@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
 
 import fastvq
-from fastvq import eager, native, reference
+from fastvq import native, reference
+from fastvq.eager import searches as eager
 
 from . import cases
 from .cases import ADVERSARIAL, DTYPES, FLOAT64_ONLY, METRICS, generator, mismatch
@@ -177,7 +178,7 @@ def test_threads(threads, backend):
 
 @pytest.mark.parametrize("tile", [1, 7, 64])
 def test_codes_in_several_tiles(tile, monkeypatch):
-    monkeypatch.setattr("fastvq.eager.TILE_CODES", tile)
+    monkeypatch.setattr("fastvq.eager.searches.TILE_CODES", tile)
     for data in ("gaussian", "duplicate_codes", "bad_codes", "only_bad_codes", "huge_vectors_tiny_codes"):
         x, codebook = ADVERSARIAL[data](40, 150, 6, generator())
         assert not mismatch(x, codebook, "torch"), data

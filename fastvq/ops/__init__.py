@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .learning import accumulate, ema_update_
-from .searches import residual_search, search
+from .searches import residual_search, search, topk_search
 from .steps import (
     GRADIENTS,
     quantize_backward,
@@ -22,4 +22,5 @@ __all__ = [
     "residual_quantize_forward",
     "residual_search",
     "search",
+    "topk_search",
 ]

@@ -6,6 +6,7 @@ traced program runs on whatever backend serves the device it meets.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,16 +17,20 @@ _library = torch.library.Library("fastvq", "DEF")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def op(*, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[_F], _F]:
+def op(
+    *, fake: Callable[..., Any], mutates: tuple[str, ...] = (), not_native: tuple[str, ...] = ()
+) -> Callable[[_F], _F]:
     """Registers the decorated function as an op and returns a function of its signature that calls the op.
 
-    `native_<name>` gets the same schema, for the compiled library to implement.
+    `native_<name>` gets the same schema, for the compiled library to implement, less the arguments `not_native`, with
+    which the op deals before it calls a backend.
     """
 
     def register(function: _F) -> _F:
         name = function.__name__
-        schema = torch.library.infer_schema(function, mutates_args=mutates)
-        for op_name in (name, f"native_{name}"):
+        schemas = {name: torch.library.infer_schema(function, mutates_args=mutates)}
+        schemas[f"native_{name}"] = _schema_without(function, mutates, not_native)
+        for op_name, schema in schemas.items():
             _library.define(op_name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Without a graph, which would hold every temporary tensor of a search that nothing differentiates.
         _library.impl(name, torch.no_grad()(function), "CompositeExplicitAutograd")
@@ -40,6 +45,17 @@ def op(*, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[
         return call  # type: ignore[return-value]
 
     return register
+
+
+def _schema_without(function: Callable[..., Any], mutates: tuple[str, ...], names: tuple[str, ...]) -> str:
+    signature = inspect.signature(function)
+
+    def prototype(*args: Any, **kwargs: Any) -> None: ...
+
+    kept = [p for p in signature.parameters.values() if p.name not in names]
+    prototype.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    prototype.__module__ = function.__module__
+    return torch.library.infer_schema(prototype, mutates_args=mutates)
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -77,3 +93,11 @@ def check_int64(indices: Tensor, x: Tensor, shape: tuple[int, ...], like: str, b
     if indices.shape != shape:
         raise ValueError(f"indices: must have shape {like} = {shape} beside {beside}, got {tuple(indices.shape)}")
     check_same_device("indices", indices, x)
+
+
+def check_mask(mask: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: must be bool, got {mask.dtype}")
+    if mask.shape != shape:
+        raise ValueError(f"mask: must have shape {tuple(shape)} beside x, got {tuple(mask.shape)}")
+    check_same_device("mask", mask, x)

@@ -1,8 +1,7 @@
-"""The torch backend: certified search in chunked torch operations.
+"""Certified search in chunked torch operations.
 
-It needs no compiler and no Triton and serves every device that has float64. The cheap pass is one float32 matrix
-product a tile; a row is settled where the bound of docs/exactness.md leaves one code, and else by the definition in
-float64.
+The cheap pass is one float32 matrix product a tile; a row is settled where the bound of docs/exactness.md leaves one
+code, and else by the definition in float64.
 Reading how many are left waits for the device, once a chunk.
 """
 
@@ -15,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reference
-from .reference import Ops
+from fastvq import reference
 
 TILE_CODES = 8192
 """Codes of one score tile; more are taken in several."""
@@ -30,11 +28,6 @@ _U = 2.0**-23
 """Error of one float32 operation. Tensor cores truncate, which is twice the rounding of IEEE."""
 _V = 2.0**-53
 """Error of one float64 operation."""
-
-
-def unavailable(device: torch.device) -> str:
-    """Why this backend can't serve `device`; empty where it can."""
-    return "mps has no float64, which defines the exact code" if device.type == "mps" else ""
 
 
 def _tile_elements(device: torch.device) -> int:
@@ -183,10 +176,11 @@ def _search_rows(x: Tensor, frame: _Frame, metric: str, out: Tensor) -> None:
     out.copy_(torch.where(lowest < len(frame.codes), lowest, out))
 
 
-def _candidates(near: Tensor, bound: Tensor, finite: Tensor, frame: _Frame) -> tuple[Tensor, Tensor] | None:
-    """The pairs (row, code) that the cheap pass can't rule out: for each finite row, its nearest code at least. None
+def _candidates(near: Tensor, bound: Tensor, finite: Tensor, frame: _Frame, k: int = 1) -> tuple[Tensor, Tensor] | None:
+    """The pairs (row, code) that the cheap pass can't rule out: for each finite row, its k nearest codes at least. None
     where they are too many to hold, on ties everywhere: fewer rows must be taken at once."""
-    best = near.new_full((len(near),), math.inf)
+    nearest = near.new_full((len(near), k), math.inf)
+    room = max(_tile_elements(near.device) // 8, 8 * k * len(near))
     found = []
     for first in range(0, len(frame.codes), TILE_CODES):
         tile = slice(first, first + TILE_CODES)
@@ -194,16 +188,16 @@ def _candidates(near: Tensor, bound: Tensor, finite: Tensor, frame: _Frame) -> t
         # With out= autocast leaves the product in float32.
         scores = near.new_empty(len(near), len(codes))  # [n, tile]
         torch.addmm(half_norms, near, codes.T, alpha=-1, out=scores)
-        best = torch.minimum(best, scores.amin(1))
-        row, code = (scores <= _limit(best, bound, finite)[:, None]).nonzero(as_tuple=True)
+        nearest = _smallest(nearest, scores)
+        row, code = (scores <= _limit(nearest[:, -1], bound, finite)[:, None]).nonzero(as_tuple=True)
         found.append((row, code + first, scores[row, code]))
-        if len(near) > 1 and sum(len(row) for row, _, _ in found) > _tile_elements(near.device) // 8:
+        if len(near) > 1 and sum(len(row) for row, _, _ in found) > room:
             return None
     row, code, score = (torch.cat(parts) for parts in zip(*found, strict=True))
-    # Only after the last tile is the best score known; an unusable code scores infinity, which only a row without a
-    # bound lets through.
-    limit = _limit(best, bound, finite)
-    still = (score <= limit[row]) & frame.usable[code]
+    # Only after the last tile are the best scores known; an unusable code or a far one scores infinity, which only a
+    # row without a bound, or with too few near codes, lets through.
+    limit = _limit(nearest[:, -1], bound, finite)
+    still = (score <= limit[row]) & frame.usable[code] & ~frame.far[code]
     row, code = row[still], code[still]
     if len(frame.far_codes):
         # For |f| >= 4 |y|,  |f|^2 / 2 - <y, f> >= |f|^2 / 4, and the definition rounds that by less than a millionth.
@@ -213,6 +207,15 @@ def _candidates(near: Tensor, bound: Tensor, finite: Tensor, frame: _Frame) -> t
         row = torch.cat([row, also.repeat_interleave(len(frame.far_codes))])
         code = torch.cat([code, frame.far_codes.repeat(len(also))])
     return row, code
+
+
+def _smallest(nearest: Tensor, scores: Tensor) -> Tensor:
+    """The smallest of both in each row, ascending, as many as there are in `nearest` [n, k]."""
+    k = nearest.shape[1]
+    if k == 1:
+        return torch.minimum(nearest, scores.amin(1, keepdim=True))
+    smallest = scores.topk(min(k, scores.shape[1]), largest=False, sorted=False).values
+    return torch.cat([nearest, smallest], 1).topk(k, largest=False).values
 
 
 def _limit(best: Tensor, bound: Tensor, finite: Tensor) -> Tensor:
@@ -238,15 +241,3 @@ def _definition(x: Tensor, row: Tensor, codebook: Tensor, code: Tensor, metric: 
                 score -= x_j * e_j
         scores.append(score.masked_fill_(score.isnan(), math.inf))
     return torch.cat(scores) if scores else x.new_empty(0)
-
-
-OPS: Ops = {
-    "search": search,
-    "residual_search": functools.partial(reference.residual_search, search=search),
-    "quantize_forward": reference.quantize_forward,
-    "quantize_backward": reference.quantize_backward,
-    "residual_quantize_forward": reference.residual_quantize_forward,
-    "residual_quantize_backward": reference.residual_quantize_backward,
-    "accumulate": reference.accumulate,
-    "ema_update_": reference.ema_update_,
-}

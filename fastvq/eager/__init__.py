@@ -1,0 +1,32 @@
+"""The torch backend: every op in chunked torch operations. It needs no compiler and no Triton and serves every device
+that has float64."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from fastvq import reference
+from fastvq.reference import Ops
+
+from .ranking import topk_search
+from .searches import search
+
+
+def unavailable(device: torch.device) -> str:
+    """Why this backend can't serve `device`; empty where it can."""
+    return "mps has no float64, which defines the exact code" if device.type == "mps" else ""
+
+
+OPS: Ops = {
+    "search": search,
+    "residual_search": functools.partial(reference.residual_search, search=search),
+    "topk_search": topk_search,
+    "quantize_forward": reference.quantize_forward,
+    "quantize_backward": reference.quantize_backward,
+    "residual_quantize_forward": reference.residual_quantize_forward,
+    "residual_quantize_backward": reference.residual_quantize_backward,
+    "accumulate": reference.accumulate,
+    "ema_update_": reference.ema_update_,
+}
