@@ -12,6 +12,9 @@ Health of a codebook: `usage`, `perplexity`, `dead_share`, and each quantizer's 
 
 from __future__ import annotations
 
+import sys
+
+from . import aliases
 from .backends import use_backend
 from .functional import Quantized, ResidualQuantized, quantize, residual_quantize
 from .health import HealthReport, dead_share, perplexity, usage
@@ -38,3 +41,5 @@ __all__ = [
     "usage",
     "use_backend",
 ]
+
+aliases.register(sys.modules[__name__])

@@ -1,0 +1,76 @@
+"""The module paths of vector_quantize_pytorch, under fastvq: `from fastvq.residual_vq import ResidualVQ` works.
+
+Each is a module in sys.modules that holds the very classes of fastvq, so that pickles and messages name their real
+home. What vector_quantize_pytorch keeps for itself (`exists`, `pack_one`, `cdist`, `gumbel_sample` ...) isn't there: it
+either stands for einops or builds the N x K matrix. Type checkers don't see these paths; `from fastvq import ...` they do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import sys
+import types
+
+PEER = "vector_quantize_pytorch"
+
+# Each module's names; one that doesn't stand in fastvq itself follows the module that has it.
+MODULES = {
+    "binary_mapper": "BinaryMapper",
+    "evo_lookup_free_quantization": "EvoLFQ quantizers.evo_lfq:Return quantizers.evo_lfq:Result",
+    "finite_scalar_perturbation": "FSP quantizers.fsp:VectorNorm quantizers.fsp:build_cdf_act",
+    "finite_scalar_quantization": "FSQ quantizers.fsq:round_ste quantizers.fsq:floor_ste",
+    "hierarchical_vq": "HierarchicalVQ VectorQuantize",
+    "latent_quantization": "LatentQuantize",
+    "lookup_free_quantization": "LFQ quantizers.lfq:CosineSimLinear quantizers.lfq:LossBreakdown quantizers.lfq:Return",
+    "random_projection_quantizer": "RandomProjectionQuantizer VectorQuantize",
+    "residual_fsq": "ResidualFSQ GroupedResidualFSQ FSQ",
+    "residual_lfq": "ResidualLFQ GroupedResidualLFQ LFQ",
+    "residual_sim_vq": "ResidualSimVQ SimVQ",
+    "residual_vq": "ResidualVQ GroupedResidualVQ VectorQuantize quantizers.residual_vq:MLP",
+    "sim_vq": "SimVQ parts.estimators:rotate_to",
+    "utils": (
+        "Sequential quantizers.sequential:QUANTIZE_KLASSES VectorQuantize ResidualVQ GroupedResidualVQ "
+        "RandomProjectionQuantizer FSQ FSP LFQ ResidualLFQ GroupedResidualLFQ ResidualFSQ GroupedResidualFSQ "
+        "LatentQuantize SimVQ ResidualSimVQ HierarchicalVQ"
+    ),
+    "vector_quantize_pytorch": (
+        "VectorQuantize quantizers.vector_quantize:LossBreakdown codebook:Codebook parts.estimators:rotate_to "
+        "parts.estimators:straight_through parts.estimators:directional_reparam"
+    ),
+}
+
+
+def register(package: types.ModuleType) -> None:
+    """Puts the modules of the table beside those of `package`, which is fastvq. Called once, at its import."""
+    for name, contents in MODULES.items():
+        full_name = f"{package.__name__}.{name}"
+        module = types.ModuleType(full_name, f"vector_quantize_pytorch's `{name}`, as fastvq has it.")
+        module.__spec__ = importlib.machinery.ModuleSpec(full_name, None, origin=__name__)
+        module.__package__ = package.__name__
+        for entry in contents.split():
+            place, _, attribute = entry.rpartition(":")
+            try:  # until every class is there
+                home = importlib.import_module(f"{package.__name__}.{place}") if place else package
+                setattr(module, attribute, getattr(home, attribute))
+            except (AttributeError, ModuleNotFoundError):
+                continue
+        sys.modules[full_name] = module
+        setattr(package, name, module)
+
+
+def stand_in(name: str = PEER) -> None:
+    """Makes `import vector_quantize_pytorch`, and imports from its modules, mean fastvq in this process.
+
+    For code that can't be edited: call it before that code is imported. Objects that were pickled whole under the other
+    package can't be loaded so; their state dicts can.
+
+    Raises:
+        RuntimeError: the other package has been imported already.
+    """
+    package = sys.modules[__package__]
+    if sys.modules.get(name, package) is not package:
+        raise RuntimeError(f"{name}: must not be imported before fastvq stands in for it")
+    sys.modules[name] = package
+    for module in MODULES:
+        sys.modules[f"{name}.{module}"] = sys.modules[f"{__package__}.{module}"]

@@ -1,0 +1,82 @@
+"""The module paths of vector_quantize_pytorch under fastvq, and fastvq in its place."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pickle
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastvq
+from fastvq import aliases
+
+vqp = pytest.importorskip("vector_quantize_pytorch", reason="vector_quantize_pytorch isn't installed")
+
+
+def classes(module):
+    """Public classes of a module of the peer, its own and those it takes from the peer's other modules."""
+    for name, value in vars(module).items():
+        if inspect.isclass(value) and value.__module__.startswith(vqp.__name__) and not name.startswith("_"):
+            yield name
+
+
+PEER_MODULES = sorted(module.name for module in pkgutil.iter_modules(vqp.__path__))
+
+
+def test_every_module_has_its_path():
+    assert sorted(aliases.MODULES) == PEER_MODULES
+
+
+@pytest.mark.parametrize("name", PEER_MODULES)
+def test_every_class_has_its_path(name):
+    theirs = importlib.import_module(f"{vqp.__name__}.{name}")
+    ours = importlib.import_module(f"fastvq.{name}")
+    assert getattr(fastvq, name) is ours
+    assert importlib.util.find_spec(f"fastvq.{name}") is ours.__spec__
+    names = [n for n in classes(theirs) if hasattr(fastvq, n)]
+    assert [n for n in names if getattr(ours, n, None) is not getattr(fastvq, n)] == []
+
+
+def test_objects_name_their_real_home():
+    """A pickle made through a path of the peer's loads where the paths aren't there."""
+    from fastvq.vector_quantize_pytorch import VectorQuantize
+
+    assert VectorQuantize is fastvq.VectorQuantize
+    data = pickle.dumps(VectorQuantize(4, 8))
+    assert b"fastvq.vector_quantize_pytorch" not in data
+    assert torch.equal(pickle.loads(data).codebook, pickle.loads(data).codebook)
+
+
+def in_a_fresh_process(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_fastvq_stands_in():
+    done = in_a_fresh_process(
+        "import sys, fastvq, fastvq.aliases\n"
+        "fastvq.aliases.stand_in()\n"
+        "fastvq.aliases.stand_in()\n"
+        "import vector_quantize_pytorch as v, vector_quantize_pytorch.residual_vq as r\n"
+        "from vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize\n"
+        "from vector_quantize_pytorch.residual_vq import *\n"
+        "assert v is fastvq and r.ResidualVQ is ResidualVQ is fastvq.ResidualVQ\n"
+        "assert VectorQuantize is fastvq.VectorQuantize\n"
+        "assert not [m for m in sys.modules if m.startswith(('einops', 'einx'))]\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_too_late_to_stand_in():
+    done = in_a_fresh_process("import vector_quantize_pytorch, fastvq, fastvq.aliases\nfastvq.aliases.stand_in()")
+    assert "RuntimeError: vector_quantize_pytorch: must not be imported before fastvq stands in for it" in done.stderr
+
+
+def test_what_the_peer_keeps_for_itself_is_not_there():
+    with pytest.raises(ImportError, match="pack_one"):
+        from fastvq.vector_quantize_pytorch import pack_one  # noqa: F401
