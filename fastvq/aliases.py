@@ -2,7 +2,7 @@
 
 Each is a module in sys.modules that holds the very classes of fastvq, so that pickles and messages name their real
 home. What vector_quantize_pytorch keeps for itself (`exists`, `pack_one`, `cdist`, `gumbel_sample` ...) isn't there: it
-either stands for einops or builds the N x K matrix. Type checkers don't see these paths; `from fastvq import ...` they do.
+either stands for einops or builds the N x K matrix. Type checkers see `from fastvq import ...`, but not these paths.
 """
 
 from __future__ import annotations
