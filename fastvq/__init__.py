@@ -4,8 +4,8 @@
                        |                     '-- commitment and codebook losses --> scalar
                        '-- accumulate(x, indices) --> counts, sums -- ema_update_ --> codebook
 
-Layers: `VectorQuantize`, `ResidualVQ`. The same as functions: `quantize`, `residual_quantize`, `search`,
-`topk_search`, `residual_search`, `accumulate`, `ema_update_`.
+Layers: `VectorQuantize`, `ResidualVQ`, `GroupedResidualVQ`; `fastvq.parts` has what they are composed from. The same
+as functions: `quantize`, `residual_quantize`, `search`, `topk_search`, `residual_search`, `accumulate`, `ema_update_`.
 Health of a codebook: `usage`, `perplexity`, `dead_share`, and each quantizer's `health()`. Which code runs:
 `use_backend`, and `fastvq info` on the command line.
 """
@@ -19,11 +19,12 @@ from .backends import use_backend
 from .functional import Quantized, ResidualQuantized, quantize, residual_quantize
 from .health import HealthReport, dead_share, perplexity, usage
 from .ops import accumulate, ema_update_, residual_search, search, topk_search
-from .quantizers import ResidualVQ, VectorQuantize
+from .quantizers import GroupedResidualVQ, ResidualVQ, VectorQuantize
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GroupedResidualVQ",
     "HealthReport",
     "Quantized",
     "ResidualQuantized",

@@ -15,6 +15,7 @@ from .layers import DIM, SIZE, assert_same_state, batch, layer, state, train
 LAYOUTS = {
     "(B, N, dim)": ({}, (4, 10, DIM), (4, 10)),
     "(B, dim)": ({}, (4, DIM), (4,)),
+    "(B, H, W, dim)": ({}, (4, 3, 5, DIM), (4, 3, 5)),
     "(B, dim, N)": ({"channel_last": False}, (4, DIM, 10), (4, 10)),
     "(B, dim, N) one by one": ({"channel_last": False}, (4, DIM), (4,)),
     "(B, dim, H, W)": ({"accept_image_fmap": True}, (4, DIM, 3, 5), (4, 3, 5)),
@@ -316,8 +317,8 @@ def test_refuses_by_name(options, error, message):
 @pytest.mark.parametrize(
     ("options", "x", "forward", "error", "message"),
     [
-        ({}, batch(4, 10, 5), {}, ValueError, r"x: must have shape \(B, N, dim\) or \(B, dim\) with dim=6"),
-        ({}, batch(2, 4, 10, DIM), {}, ValueError, "x: must have shape"),
+        ({}, batch(4, 10, 5), {}, ValueError, r"x: must have shape \(B, N, dim\) or \(B, dim\) or .* with dim=6"),
+        ({"channel_last": False}, batch(2, DIM, 4, 10), {}, ValueError, "x: must have shape"),
         ({"channel_last": False}, batch(), {}, ValueError, r"x: must have shape \(B, dim, N\)"),
         ({"accept_image_fmap": True}, batch(), {}, ValueError, r"x: must have shape \(B, dim, H, W\)"),
         ({}, batch().long(), {}, TypeError, "x: must be floating point"),
@@ -325,7 +326,7 @@ def test_refuses_by_name(options, error, message):
         ({}, batch(), {"mask": torch.ones(4, 9, dtype=torch.bool)}, ValueError, "mask: must have shape"),
         ({}, batch(), {"lens": torch.ones(3, dtype=torch.int64)}, ValueError, "lens: must have shape"),
         ({}, batch(), {"lens": torch.ones(4), "mask": torch.ones(4, 10)}, ValueError, "mask, lens: only one"),
-        ({}, batch(4, DIM), {"lens": torch.ones(4)}, ValueError, "mask, lens: are for sequences"),
+        ({}, batch(4, DIM), {"lens": torch.ones(4)}, ValueError, "lens: is for sequences"),
         ({}, batch(), {"topk": 2}, TypeError, "topk"),
         ({}, batch(), {"indices": torch.zeros(4, 10)}, TypeError, "indices"),
     ],

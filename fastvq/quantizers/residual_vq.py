@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import random
 from typing import Any, cast
 
 import torch
@@ -12,6 +10,8 @@ from torch import Tensor, nn
 from ..functional import lookup, residual_quantize
 from ..health import Monitored
 from ..ops import accumulate, residual_search
+from ..parts.dropout import QuantizeDropout, kept_levels
+from ..parts.layout import Layout, codes_layout
 from .vector_quantize import VectorQuantize
 
 
@@ -67,12 +67,9 @@ class ResidualVQ(Monitored, nn.Module):
             raise ValueError(f"num_quantizers: must be the number of levels, at least 1, got {num_quantizers}")
         if shared_codebook and len(set(sizes)) > 1:
             raise ValueError(f"codebook_size: must be one number where the codebook is shared, got {codebook_size}")
-        if not 0 <= quantize_dropout_cutoff_index < len(sizes):
-            raise ValueError(
-                f"quantize_dropout_cutoff_index: must lie in [0, {len(sizes)}), got {quantize_dropout_cutoff_index}"
-            )
-        if quantize_dropout_multiple_of < 1:
-            raise ValueError(f"quantize_dropout_multiple_of: must be at least 1, got {quantize_dropout_multiple_of}")
+        QuantizeDropout(
+            len(sizes), quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of
+        ).check()
         codebook_dim = dim if codebook_dim is None else codebook_dim
 
         self.dim, self.codebook_dim = dim, codebook_dim
@@ -122,8 +119,8 @@ class ResidualVQ(Monitored, nn.Module):
         """(quantized, indices, losses) of x, and all codes if asked for.
 
         Args:
-            x: (B, N, dim) or (B, dim); (B, dim, H, W) if accept_image_fmap. Any floating dtype.
-            mask: bool (B, N), as in `VectorQuantize`.
+            x: (B, N, dim), (B, dim) or (B, ..., dim); (B, dim, H, W) if accept_image_fmap. Any floating dtype.
+            mask: bool, shaped as the vectors, as in `VectorQuantize`.
             return_all_codes: also return the codes of each level.
             freeze_codebook: leave the codebooks as they are.
             rand_quantize_dropout_fixed_seed: decides where dropout cuts; by default torch's generator does.
@@ -135,11 +132,9 @@ class ResidualVQ(Monitored, nn.Module):
         Raises:
             ValueError, TypeError: x or mask that don't fit.
         """
-        rows = self._to_rows(x)
-        if mask is not None and self.accept_image_fmap:
-            raise ValueError("mask: is for sequences (B, N, dim), not for images")
-        rows_mask = self._levels[0]._rows_mask(mask, None, rows)
-        projected = self.project_in(rows)
+        layout = self._layout(x)
+        rows_mask = layout.rows_mask(mask)
+        projected = self.project_in(layout.to_rows(x))
         projects = isinstance(self.project_out, nn.Linear)
         if projects and projected.dtype in (torch.float16, torch.bfloat16):
             projected = projected.float()  # what is projected back isn't rounded in between
@@ -151,8 +146,8 @@ class ResidualVQ(Monitored, nn.Module):
         dropped = self.num_quantizers - kept
         indices = nn.functional.pad(indices, (0, dropped), value=-1)
         losses = nn.functional.pad(losses, (0, dropped))
-        quantized = self._from_rows(self._project_out(total, indices).to(x.dtype), x)
-        indices = indices.reshape(x.shape[0], *x.shape[2:], -1) if self.accept_image_fmap else indices
+        quantized = layout.from_rows(self._project_out(total, indices).to(x.dtype))
+        indices = layout.indices(indices)
         result = (quantized, indices, losses)
         return (*result, self.get_codes_from_indices(indices)) if return_all_codes else result
 
@@ -216,7 +211,8 @@ class ResidualVQ(Monitored, nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """The indices alone, of all levels, shaped as `forward` returns them. Touches no state."""
-        rows = self.project_in(self._to_rows(x)).detach()
+        layout = self._layout(x)
+        rows = self.project_in(layout.to_rows(x)).detach()
         if self._searches_at_once(False):
             codebooks = torch.stack([layer.codebook.detach() for layer in self._levels])
             found = residual_search(rows.flatten(0, -2), codebooks).reshape(*rows.shape[:-1], -1)
@@ -226,7 +222,7 @@ class ResidualVQ(Monitored, nn.Module):
                 levels.append(layer.encode(residual))
                 residual = residual - lookup(layer.codebook, levels[-1])
             found = torch.stack(levels, -1)
-        return found.reshape(x.shape[0], *x.shape[2:], -1) if self.accept_image_fmap else found
+        return layout.indices(found)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes (Q, ..., D) of indices (..., Q), zeros for -1. Indices of the first levels alone will do."""
@@ -242,7 +238,7 @@ class ResidualVQ(Monitored, nn.Module):
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` gives as quantized for these indices, vectors last unless accept_image_fmap."""
         total = self._project_out(self.get_codes_from_indices(indices).sum(0), indices)
-        return total.movedim(-1, 1) if self.accept_image_fmap else total
+        return codes_layout(total, self.accept_image_fmap)
 
     def _searches_at_once(self, learning: bool) -> bool:
         """Whether one pass can search all levels. Each must by itself where it is yet to be initialised from what the
@@ -253,11 +249,12 @@ class ResidualVQ(Monitored, nn.Module):
     def _kept_levels(self, seed: int | None) -> int:
         if not (self.training and self.quantize_dropout):
             return self.num_quantizers
-        if seed is None:
-            seed = int(torch.randint(10_000, ()))
-        last = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
-        multiple = self.quantize_dropout_multiple_of
-        return min(math.ceil((last + 1) / multiple) * multiple, self.num_quantizers)
+        return kept_levels(
+            self.num_quantizers,
+            cutoff_index=self.quantize_dropout_cutoff_index,
+            multiple_of=self.quantize_dropout_multiple_of,
+            seed=seed,
+        )
 
     def _project_out(self, total: Tensor, indices: Tensor) -> Tensor:
         if not isinstance(self.project_out, nn.Linear):
@@ -265,15 +262,6 @@ class ResidualVQ(Monitored, nn.Module):
         projected = self.project_out(total.to(self.project_out.weight.dtype))
         return projected.masked_fill((indices < 0).all(-1, keepdim=True), 0)  # else the bias would stand alone
 
-    def _to_rows(self, x: Tensor) -> Tensor:
-        fits, shape = x.dim() in (2, 3) and x.shape[-1] == self.dim, "(B, N, dim) or (B, dim)"
-        if self.accept_image_fmap:
-            fits, shape = x.dim() == 4 and x.shape[1] == self.dim, "(B, dim, H, W)"
-        if not fits:
-            raise ValueError(f"x: must have shape {shape} with dim={self.dim}, got {tuple(x.shape)}")
-        if not x.dtype.is_floating_point:
-            raise TypeError(f"x: must be floating point, got {x.dtype}")
-        return x.flatten(2).transpose(1, 2) if self.accept_image_fmap else x
-
-    def _from_rows(self, rows: Tensor, x: Tensor) -> Tensor:
-        return rows.transpose(1, 2).reshape(x.shape) if self.accept_image_fmap else rows
+    def _layout(self, x: Tensor) -> Layout:
+        spatial = (2,) if self.accept_image_fmap else None
+        return Layout.of(x, self.dim, channel_first=self.accept_image_fmap, spatial=spatial)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..codebook import Codebook
-from ..functional import lookup, quantize, rows_of_mask, unit_norm
+from ..functional import lookup, quantize, unit_norm
 from ..health import Health, Monitored
+from ..parts.layout import Layout, codes_layout
 
 
 class VectorQuantize(Monitored, nn.Module):
@@ -139,26 +140,26 @@ class VectorQuantize(Monitored, nn.Module):
         """(quantized, indices, loss) of x.
 
         Args:
-            x: (B, N, dim) or (B, dim); (B, dim, N) if not channel_last; (B, dim, H, W) if accept_image_fmap. Any
-                floating dtype.
-            mask: bool (B, N), True for the vectors that count. The others cost nothing in the loss, touch no codebook
-                and come back as index -1 and zero.
+            x: (B, N, dim), (B, dim) or (B, ..., dim); (B, dim, N) if not channel_last; (B, dim, H, W) if
+                accept_image_fmap. Any floating dtype.
+            mask: bool, shaped as the indices, True for the vectors that count. The others cost nothing in the loss,
+                touch no codebook and come back as index -1 and zero.
             lens: int (B,), the same for sequences: the first lens[b] vectors count.
             freeze_codebook: for this call, instead of the layer's own.
 
         Returns:
-            quantized, shaped and typed as x; indices int64 (B, N), (B,) or (B, H, W); loss () float32.
+            quantized, shaped and typed as x; indices int64 (B, N), (B,), (B, ...) or (B, H, W); loss () float32.
 
         Raises:
             ValueError, TypeError: x, mask or lens that don't fit.
         """
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
-        rows = self._to_rows(x)
-        rows_mask = self._rows_mask(mask, lens, rows)
-        projected = self._project_in(rows)
+        layout = self._layout(x)
+        rows_mask = layout.rows_mask(mask, lens)
+        projected = self._project_in(layout.to_rows(x))
         quantized, indices, loss = self.quantize_rows(projected, rows_mask, learning=self.training and not frozen)
         quantized = self._project_out(quantized, indices).to(x.dtype)
-        return self._from_rows(quantized, x), self._indices_from_rows(indices, x), loss
+        return layout.from_rows(quantized), layout.indices(indices), loss
 
     def quantize_rows(
         self, x: Tensor, mask: Tensor | None, *, learning: bool, indices: Tensor | None = None
@@ -200,19 +201,17 @@ class VectorQuantize(Monitored, nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """The indices alone, shaped as `forward` returns them. Touches no state, in training neither."""
-        projected = self._project_in(self._to_rows(x))
-        indices = self._codebook(projected.flatten(0, -2)).reshape(projected.shape[:-1])
-        return self._indices_from_rows(indices, x)
+        layout = self._layout(x)
+        projected = self._project_in(layout.to_rows(x))
+        return layout.indices(self._codebook(projected.flatten(0, -2)).reshape(projected.shape[:-1]))
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes (..., D) of indices (...), zeros for -1; channels first, (B, D, ...), where the layer is."""
-        codes = lookup(self.codebook, indices)
-        return codes if self._channel_axis() == -1 else codes.movedim(-1, 1)
+        return codes_layout(lookup(self.codebook, indices), self._channel_first)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` gives as quantized for these indices, in float32 or the projection's dtype."""
-        codes = self._project_out(lookup(self.codebook, indices), indices)
-        return codes if self._channel_axis() == -1 else codes.movedim(-1, 1)
+        return codes_layout(self._project_out(lookup(self.codebook, indices), indices), self._channel_first)
 
     def _project_in(self, rows: Tensor) -> Tensor:
         projected = self.project_in(rows)
@@ -224,41 +223,10 @@ class VectorQuantize(Monitored, nn.Module):
         projected = self.project_out(codes.to(self.project_out.weight.dtype))
         return projected.masked_fill((indices < 0).unsqueeze(-1), 0)  # else the bias would stand where no code does
 
-    def _channel_axis(self) -> int:
-        return 1 if self.accept_image_fmap or not self.channel_last else -1
+    @property
+    def _channel_first(self) -> bool:
+        return self.accept_image_fmap or not self.channel_last
 
-    def _to_rows(self, x: Tensor) -> Tensor:
-        """x as (B, N, dim), or (B, dim) if it came as such."""
-        if self.accept_image_fmap:
-            fits, shape = x.dim() == 4 and x.shape[1] == self.dim, "(B, dim, H, W)"
-        elif self.channel_last or x.dim() == 2:
-            fits, shape = x.dim() in (2, 3) and x.shape[-1] == self.dim, "(B, N, dim) or (B, dim)"
-        else:
-            fits, shape = x.dim() == 3 and x.shape[1] == self.dim, "(B, dim, N)"
-        if not fits:
-            raise ValueError(f"x: must have shape {shape} with dim={self.dim}, got {tuple(x.shape)}")
-        if not x.dtype.is_floating_point:
-            raise TypeError(f"x: must be floating point, got {x.dtype}")
-        return x if x.dim() == 2 or self._channel_axis() == -1 else x.flatten(2).transpose(1, 2)
-
-    def _from_rows(self, rows: Tensor, x: Tensor) -> Tensor:
-        if x.dim() == 2 or self._channel_axis() == -1:
-            return rows
-        return rows.transpose(1, 2).reshape(x.shape)
-
-    def _indices_from_rows(self, indices: Tensor, x: Tensor) -> Tensor:
-        return indices.reshape(x.shape[0], *x.shape[2:]) if self.accept_image_fmap else indices
-
-    def _rows_mask(self, mask: Tensor | None, lens: Tensor | None, rows: Tensor) -> Tensor | None:
-        if mask is None and lens is None:
-            return None
-        if mask is not None and lens is not None:
-            raise ValueError("mask, lens: only one of them may be given")
-        if self.accept_image_fmap or rows.dim() == 2:
-            raise ValueError("mask, lens: are for sequences (B, N, dim), not for images or single vectors")
-        if mask is None:
-            assert lens is not None
-            if lens.shape != rows.shape[:1]:
-                raise ValueError(f"lens: must have shape ({rows.shape[0]},), got {tuple(lens.shape)}")
-            return torch.arange(rows.shape[1], device=rows.device) < lens[:, None]
-        return rows_of_mask(mask, rows.shape[:-1]).reshape(mask.shape)
+    def _layout(self, x: Tensor) -> Layout:
+        spatial = (2,) if self.accept_image_fmap else (0, 1) if not self.channel_last else None
+        return Layout.of(x, self.dim, channel_first=self._channel_first, spatial=spatial)

@@ -1,0 +1,130 @@
+"""Gradients through the nearest code: straight-through, the rotation trick, DiVeQ, synchronous updates."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..functional import unit_norm
+from ..ops import quantize_backward
+from ..reference import compute_dtype
+
+
+def straight_through(x: Tensor, q: Tensor, indices: Tensor | None = None) -> Tensor:
+    """q in the forward, x in the backward: the gradient passes as if q were x.
+
+        value = q,   d value / d x = 1,   d value / d q = 0
+
+    Args:
+        x, q: (..., D), of one shape. q isn't differentiated.
+        indices: int64 (...), the codes' indices; where they are -1, x gets no gradient. By default it always does.
+
+    Returns:
+        (..., D) in the dtype of x: q itself, bit for bit where the dtypes agree, unlike x + (q - x).
+
+    Source: van den Oord et al. 2017, section 3.2; Bengio et al. 2013.
+    """
+    _check_same_shape(x, q)
+    return _Estimate.apply(x, q.detach(), indices, "ste")
+
+
+def rotate_to(x: Tensor, q: Tensor, indices: Tensor | None = None) -> Tensor:
+    """q in the forward; in the backward, x rotated and stretched to q, with rotation and stretch held constant.
+
+        value = q = lambda R x,   d value / d x = lambda R,   lambda = |q| / |x|
+        R = 1 - 2 w w^T + 2 q' x'^T,   w = (x' + q') / |x' + q'|,   x' = x / |x|,   q' = q / |q|
+
+    Args, Returns: as `straight_through`, whose gradient it takes where x or q is shorter than 1e-6.
+
+    Source: Fifty et al., Restructuring Vector Quantization with the Rotation Trick, 2024, section 4.2.
+    """
+    _check_same_shape(x, q)
+    return _Estimate.apply(x, q.detach(), indices, "rotation")
+
+
+def directional_reparam(x: Tensor, q: Tensor, noise_variance: float = 5e-3) -> Tensor:
+    """DiVeQ: a point as far from x as q is, in nearly its direction; differentiable in x and in q.
+
+        value = x + |q - x| sg[v / |v|],   v = q - x + sqrt(noise_variance) n,   n ~ N(0, 1)
+
+    The length carries the gradient: it pulls q to x, and codes learn from the task's loss alone.
+
+    Args:
+        x, q: (..., D), of one shape.
+        noise_variance: of the direction; 0 gives q in the forward, up to rounding.
+
+    Returns:
+        (..., D), in the dtype of x, computed in float32 at least.
+
+    Source: Vali et al., DiVeQ: Differentiable Vector Quantization Using the Reparameterization Trick, 2025, figure 1.
+    """
+    _check_same_shape(x, q)
+    if not noise_variance >= 0:
+        raise ValueError(f"noise_variance: must not be negative, got {noise_variance}")
+    dtype = compute_dtype(x, q)
+    start = x.to(dtype)
+    error = q.to(dtype) - start
+    with torch.no_grad():
+        direction = unit_norm(error + math.sqrt(noise_variance) * torch.randn_like(error))
+    return (start + direction * error.norm(dim=-1, keepdim=True)).to(x.dtype)
+
+
+def synchronous(q: Tensor, codes: Tensor, v: float) -> Tensor:
+    """Adds to q, an estimate that differentiates x alone, v times the gradient of the codes.
+
+        value = q,   d value = d q + v d codes
+
+    Args:
+        q: (..., D), what an estimator made of x and the codes.
+        codes: (..., D), looked up with their gradient.
+        v: in [0, 1]; at 1 the codes move by the task's loss as x does.
+
+    Source: Huh et al., Straightening Out the Straight-Through Estimator, 2023, equation 21.
+    """
+    _check_same_shape(q, codes)
+    return q + v * (codes - codes.detach()).to(q.dtype)
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, whose gradient is multiplied by `factor`."""
+    if factor == 0:
+        return x.detach()
+    return x if factor == 1 else factor * x + (1 - factor) * x.detach()
+
+
+class _Estimate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, q: Tensor, indices: Tensor | None, gradient: str) -> Tensor:
+        kept = (x, q) if gradient == "rotation" else (None, None)
+        ctx.save_for_backward(*kept, indices)
+        ctx.gradient = gradient
+        return q.to(x.dtype, copy=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, q, indices = ctx.saved_tensors
+        if ctx.gradient == "rotation":
+            chosen = indices if indices is not None else grad.new_zeros(grad.shape[:-1], dtype=torch.int64)
+            codes = q.to(compute_dtype(x, q)).flatten(0, -2)
+            x_grad = quantize_backward(
+                x.flatten(0, -2),
+                codes,
+                chosen.flatten(),
+                grad.flatten(0, -2),
+                codes.new_zeros(()),
+                gradient="rotation",
+                commitment_weight=0.0,
+            ).reshape(grad.shape)
+        else:
+            x_grad = grad if indices is None else grad.masked_fill((indices < 0).unsqueeze(-1), 0)
+        return x_grad, None, None, None
+
+
+def _check_same_shape(x: Tensor, q: Tensor) -> None:
+    if x.shape != q.shape:
+        raise ValueError(f"q: must have the shape of x, {tuple(x.shape)}, got {tuple(q.shape)}")

@@ -1,0 +1,124 @@
+"""Where the vectors are in a tensor: sequences, images and video, single vectors, masks for them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KINDS = {
+    0: ("(B, dim)", "(B, dim)"),
+    1: ("(B, N, dim)", "(B, dim, N)"),
+    2: ("(B, H, W, dim)", "(B, dim, H, W)"),
+    3: ("(B, T, H, W, dim)", "(B, dim, T, H, W)"),
+}
+
+
+class Layout(NamedTuple):
+    """How a batch lays out its vectors; found once a call by `Layout.of`.
+
+    | vectors | channels last | channel_first | indices |
+    |---|---|---|---|
+    | single | (B, dim) | (B, dim) | (B,) |
+    | sequences | (B, N, dim) | (B, dim, N) | (B, N) |
+    | images | (B, H, W, dim) | (B, dim, H, W) | (B, H, W) |
+    | video | (B, T, H, W, dim) | (B, dim, T, H, W) | (B, T, H, W) |
+
+    Between `to_rows` and `from_rows` all of them are rows (B, N, dim), with N the product of the spatial sizes.
+    """
+
+    batch: int
+    spatial: tuple[int, ...]  # () for single vectors
+    channel_first: bool
+
+    @staticmethod
+    def of(
+        x: Tensor, dim: int, *, channel_first: bool | None = False, spatial: tuple[int, ...] | None = None
+    ) -> Layout:
+        """The layout of x, checked.
+
+        Args:
+            x: a batch of vectors, floating point.
+            dim: their size.
+            channel_first: whether their axis is the second. None: it is for images and video, not for sequences.
+            spatial: the numbers of spatial axes that are taken, such as (0, 1) for single vectors and sequences; by
+                default any.
+
+        Raises:
+            ValueError: x has another shape. TypeError: x isn't floating point.
+        """
+        axes = x.dim() - 2
+        if channel_first is None:
+            channel_first = axes >= 2
+        channel_first = channel_first and axes > 0
+        fits = axes >= 0 and (spatial is None or axes in spatial) and x.shape[1 if channel_first else -1] == dim
+        if not fits:
+            kinds = spatial if spatial is not None else (0, 1, 2, 3)
+            shapes = [KINDS[axes][channel_first] for axes in sorted(kinds, key=lambda axes: (axes != 1, axes))]
+            shapes = list(dict.fromkeys(shapes)) if spatial is not None else [*shapes, "..."]
+            raise ValueError(f"x: must have shape {' or '.join(shapes)} with dim={dim}, got {tuple(x.shape)}")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"x: must be floating point, got {x.dtype}")
+        return Layout(x.shape[0], tuple(x.shape[2:] if channel_first else x.shape[1:-1]), channel_first)
+
+    @property
+    def rows(self) -> int:
+        """N, the vectors of one element of the batch."""
+        return math.prod(self.spatial)
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """x as rows (B, N, dim)."""
+        if self.channel_first:
+            return x.flatten(2).transpose(1, 2)
+        return x.reshape(self.batch, self.rows, x.shape[-1])
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """Rows (B, N, ..., dim) as x was; axes between N and dim, as of top-k, come behind the spatial ones."""
+        rows = rows.reshape(self.batch, *self.spatial, *rows.shape[2:])
+        return rows.movedim(-1, 1) if self.channel_first else rows
+
+    def indices(self, indices: Tensor) -> Tensor:
+        """Indices, or any value of a row, (B, N, ...) as (B, spatial, ...)."""
+        return indices.reshape(self.batch, *self.spatial, *indices.shape[2:])
+
+    def indices_to_rows(self, indices: Tensor) -> Tensor:
+        """The inverse of `indices`, checked: (B, spatial, ...) as (B, N, ...)."""
+        leading = (self.batch, *self.spatial)
+        if indices.shape[: len(leading)] != leading:
+            raise ValueError(f"indices: must have shape {leading} or ({leading}, ...), got {tuple(indices.shape)}")
+        return indices.reshape(self.batch, self.rows, *indices.shape[len(leading) :])
+
+    def rows_mask(self, mask: Tensor | None, lens: Tensor | None = None) -> Tensor | None:
+        """What of the rows counts: bool (B, N), or None for all of them.
+
+        Args:
+            mask: bool (B, spatial): (B, N) for sequences, (B, H, W) for images, (B, T, H, W) for video, (B,) for single
+                vectors. True for the vectors that count.
+            lens: int (B,), for sequences: the first lens[b] vectors count.
+
+        Raises:
+            TypeError, ValueError: both are given, or one that doesn't fit.
+        """
+        if mask is None and lens is None:
+            return None
+        if mask is not None and lens is not None:
+            raise ValueError("mask, lens: only one of them may be given")
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask: must be bool, got {mask.dtype}")
+            if mask.shape != (self.batch, *self.spatial):
+                raise ValueError(f"mask: must have shape {(self.batch, *self.spatial)}, got {tuple(mask.shape)}")
+            return mask.reshape(self.batch, self.rows)
+        assert lens is not None
+        if len(self.spatial) != 1:
+            raise ValueError("lens: is for sequences; images, video and single vectors take a mask")
+        if lens.shape != (self.batch,):
+            raise ValueError(f"lens: must have shape ({self.batch},), got {tuple(lens.shape)}")
+        return torch.arange(self.rows, device=lens.device) < lens[:, None]
+
+
+def codes_layout(codes: Tensor, channel_first: bool) -> Tensor:
+    """Decoded codes (B, spatial, D) as the layer would have put them out: with the channels second if it does so."""
+    return codes.movedim(-1, 1) if channel_first and codes.dim() > 2 else codes

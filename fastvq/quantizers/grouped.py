@@ -1,0 +1,129 @@
+"""Residual quantizers side by side, each for a part of the channels."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..health import Monitored
+from ..parts.dropout import common_seed
+from .residual_vq import ResidualVQ
+
+
+class Grouped(Monitored, nn.Module):
+    """Splits the channels into groups and gives each a residual quantizer of its own.
+
+    A subclass names that quantizer as `quantizer`; it takes `dim` and what `group_settings` makes of the rest by name,
+    and its forward `return_all_codes`, `rand_quantize_dropout_fixed_seed` and what the subclass passes on. The levels
+    that quantize dropout leaves out are the same in every group. State: `rvqs`.
+
+    Args:
+        dim: dimension of the vectors, a multiple of groups.
+        groups: G.
+        accept_image_fmap: the channels are x's second axis.
+        settings: of every group's quantizer.
+
+    Raises:
+        ValueError: dim isn't a multiple of groups.
+    """
+
+    quantizer: ClassVar[type[Any]]
+
+    def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **settings: Any) -> None:
+        super().__init__()
+        if groups < 1 or dim % groups:
+            raise ValueError(f"groups: must divide dim={dim}, got {groups}")
+        self.dim, self.groups = dim, groups
+        self.accept_image_fmap = accept_image_fmap
+        settings = self.group_settings(**settings)
+        self.rvqs = nn.ModuleList([self.quantizer(dim=dim // groups, **settings) for _ in range(groups)])
+
+    def group_settings(self, **settings: Any) -> dict[str, Any]:
+        """What a group's quantizer is built with besides dim."""
+        return {"accept_image_fmap": self.accept_image_fmap, **settings}
+
+    @property
+    def _groups(self) -> list[Any]:
+        return list(self.rvqs)
+
+    @property
+    def _monitored(self) -> list[Monitored]:
+        return self._groups
+
+    @property
+    def split_dim(self) -> int:
+        """The axis of the channels."""
+        return 1 if self.accept_image_fmap else -1
+
+    @property
+    def codebooks(self) -> Tensor:
+        """The codes of all groups, (G, Q, K, D / G)."""
+        return torch.stack([rvq.codebooks for rvq in self._groups])
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """The codes (G, Q, B, ..., D / G) of indices (G, B, ..., Q)."""
+        return torch.stack([rvq.get_codes_from_indices(i) for rvq, i in zip(self._groups, indices, strict=True)])
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What `forward` gives as quantized for indices (G, B, ..., Q)."""
+        outputs = [rvq.get_output_from_indices(i) for rvq, i in zip(self._groups, indices, strict=True)]
+        return torch.cat(outputs, dim=self.split_dim)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The indices alone, (G, B, ..., Q). Touches no state."""
+        return torch.stack([rvq.encode(part) for rvq, part in zip(self._groups, self._split(x), strict=True)])
+
+    def quantize_groups(self, x: Tensor, indices: Any = (), **forward: Any) -> tuple[Any, ...]:
+        """quantized as x, then every other result of the groups' quantizers stacked, (G, ...); but all codes as a
+        tuple of (Q, B, ..., D / G), one for each group."""
+        if self.training and any(getattr(rvq, "quantize_dropout", False) for rvq in self._groups):
+            forward["rand_quantize_dropout_fixed_seed"] = common_seed(x)
+        given = [{"indices": i} for i in indices]
+        quantized, *others = zip(
+            *(
+                rvq(part, **forward, **(chosen or {}))
+                for rvq, part, chosen in zip_longest(self._groups, self._split(x), given)
+            ),
+            strict=True,
+        )
+        codes = [others.pop()] if forward.get("return_all_codes") else []
+        return torch.cat(quantized, dim=self.split_dim), *(torch.stack(other) for other in others), *codes
+
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        if x.dim() < 2 or x.shape[self.split_dim] != self.dim:
+            axis = "second" if self.accept_image_fmap else "last"
+            raise ValueError(f"x: must have dim={self.dim} as its {axis} size, got {tuple(x.shape)}")
+        return x.chunk(self.groups, dim=self.split_dim)
+
+
+class GroupedResidualVQ(Grouped):
+    """`ResidualVQ` by groups of channels, with the API of vector_quantize_pytorch.
+
+    Args: see `Grouped`; settings are those of `ResidualVQ`.
+
+    Source: Yang et al., HiFi-Codec: Group-residual Vector Quantization, 2023.
+    """
+
+    quantizer = ResidualVQ
+
+    def forward(
+        self,
+        x: Tensor,
+        indices: Tensor | None = None,
+        return_all_codes: bool = False,
+        freeze_codebook: bool = False,
+        mask: Tensor | None = None,
+    ) -> tuple[Any, ...]:
+        """(quantized, indices, losses) of x, and all codes if asked for.
+
+        Args:
+            x: (B, N, dim), (B, ..., dim), or (B, dim, H, W) if accept_image_fmap.
+            return_all_codes, freeze_codebook, mask: as for `ResidualVQ`.
+
+        Returns:
+            quantized as x; indices (G, B, ..., Q); losses (G, Q); codes, a tuple of G tensors (Q, B, ..., D / G).
+        """
+        return self.quantize_groups(x, return_all_codes=return_all_codes, freeze_codebook=freeze_codebook, mask=mask)

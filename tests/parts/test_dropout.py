@@ -1,0 +1,97 @@
+"""Quantize dropout: the choice is the peer's, and stays where it may be."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from fastvq.parts.dropout import QuantizeDropout, common_seed, draw_seed, kept_levels
+
+
+@pytest.mark.parametrize(("cutoff", "multiple"), [(0, 1), (3, 1), (0, 4), (2, 3), (7, 1)])
+def test_range_and_rounding(cutoff, multiple):
+    kept = Counter(kept_levels(8, cutoff_index=cutoff, multiple_of=multiple, seed=seed) for seed in range(400))
+    possible = {min(math.ceil((last + 1) / multiple) * multiple, 8) for last in range(cutoff, 8)}
+    assert set(kept) == possible
+    if multiple == 1:
+        assert min(kept.values()) > 0.5 * max(kept.values())
+
+
+def test_the_seed_decides_as_in_vector_quantize_pytorch():
+    for seed in range(20):
+        last = random.Random(seed).randrange(1, 8)
+        assert kept_levels(8, cutoff_index=1, seed=seed) == last + 1
+
+
+def test_without_a_seed_torch_decides():
+    torch.manual_seed(3)
+    seed = draw_seed()
+    torch.manual_seed(3)
+    first = [kept_levels(64) for _ in range(5)]
+    torch.manual_seed(3)
+    assert [kept_levels(64) for _ in range(5)] == first
+    assert first[0] == kept_levels(64, seed=seed)
+    assert len(set(first)) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3, True, 3, 1), "quantize_dropout_cutoff_index: must lie in"),
+        ((3, True, -1, 1), "quantize_dropout_cutoff_index: must lie in"),
+        ((3, False, 0, 0), "quantize_dropout_multiple_of: must be at least 1"),
+    ],
+)
+def test_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        QuantizeDropout(*arguments).check()
+
+
+def test_nothing_is_left_out_in_eval_or_when_off():
+    x = torch.zeros(1)
+    for dropout, training in (
+        (QuantizeDropout(4, True), False),
+        (QuantizeDropout(4), True),
+        (QuantizeDropout(1, True), True),
+    ):
+        kept = dropout.draw(training, x)
+        assert kept.levels == dropout.levels
+        assert kept.mask(0, x, -1) is x
+
+
+def test_compiled_decides_as_eager():
+    dropout = QuantizeDropout(8, True, 1, 2)
+
+    def left(x, seed=None):
+        kept = dropout.draw(True, x, seed)
+        levels = [kept.mask(level, x + level, -1) for level in range(8) if not kept.drops(level)]
+        return sum((level != -1).sum() for level in levels)
+
+    compiled = torch.compile(left, fullgraph=True)
+    for seed in range(6):
+        assert compiled(torch.zeros(1), seed) == left(torch.zeros(1), seed)
+    draws = []
+    for function in (compiled, left):
+        torch.manual_seed(0)
+        draws.append([int(function(torch.zeros(1))) for _ in range(10)])
+    assert draws[0] == draws[1]
+    assert len(set(draws[0])) > 2
+
+
+def test_one_seed_for_several():
+    dropout = QuantizeDropout(64, True)
+
+    def twice(x):
+        seed = common_seed(x)
+        return torch.stack([dropout.draw(True, x, seed).mask(i, x, -1) for _ in range(2) for i in range(64)])
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    for function in (compiled, twice):
+        torch.manual_seed(1)
+        first, second = function(torch.zeros(1)).chunk(2)
+        assert torch.equal(first, second)
+        assert int((first == 0).sum()) == kept_levels(64, seed=int(torch.manual_seed(1) and draw_seed()))
