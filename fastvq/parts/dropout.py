@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import distributed
+
 
 def kept_levels(levels: int, *, cutoff_index: int = 0, multiple_of: int = 1, seed: int | None = None) -> int:
     """How many of the first levels are kept this time, in [cutoff_index + 1, levels].
@@ -28,8 +30,8 @@ def kept_levels(levels: int, *, cutoff_index: int = 0, multiple_of: int = 1, see
 
 
 def draw_seed() -> int:
-    """A seed for `kept_levels`, in [0, 10000), from torch's generator on the CPU."""
-    return int(torch.randint(10_000, ()))
+    """A seed for `kept_levels`, in [0, 10000): from torch's generator on the CPU, or one that all ranks share."""
+    return distributed.common_seed(10_000)
 
 
 def common_seed(x: Tensor) -> int | Tensor:

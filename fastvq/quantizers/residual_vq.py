@@ -7,9 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..codebook import learn_together
 from ..functional import lookup, residual_quantize
 from ..health import Monitored
-from ..ops import accumulate, residual_search
+from ..ops import residual_search
 from ..parts.dropout import QuantizeDropout, kept_levels
 from ..parts.layout import Layout, codes_layout
 from .vector_quantize import VectorQuantize
@@ -196,18 +197,8 @@ class ResidualVQ(Monitored, nn.Module):
 
     def _learn(self, residuals: Tensor, indices: Tensor) -> None:
         """Moves the codebooks to the residuals (levels, ..., D), with their indices (..., levels)."""
-        rows, chosen = residuals.flatten(1, -2), indices.flatten(0, -2).T
-        first = self._levels[0]._codebook
-        if self.shared_codebook:
-            first.learn_together_(list(rows), list(chosen))
-        elif first._learns():
-            # One codebook behind the other, in one pass.
-            offsets = torch.arange(0, len(rows) * first.size, first.size, device=indices.device)[:, None]
-            stacked = torch.where(chosen < 0, -1, chosen + offsets)
-            counts, sums = accumulate(rows.flatten(0, 1), stacked.flatten(), len(rows) * first.size)
-            shares = zip(counts.split(first.size), sums.split(first.size), rows, chosen, strict=True)
-            for layer, share in zip(self._levels, shares, strict=False):
-                layer._codebook.learn_from_(*share)
+        codebooks = [layer._codebook for layer in self._levels[: len(residuals)]]
+        learn_together(codebooks, residuals.flatten(1, -2)[:, None], indices.flatten(0, -2).T[:, None])
 
     def encode(self, x: Tensor) -> Tensor:
         """The indices alone, of all levels, shaped as `forward` returns them. Touches no state."""

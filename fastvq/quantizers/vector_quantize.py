@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..codebook import Codebook
+from ..codebook import Codebook, Revival
 from ..functional import lookup, quantize, unit_norm
 from ..health import Health, Monitored
 from ..parts.layout import Layout, codes_layout
@@ -109,7 +109,7 @@ class VectorQuantize(Monitored, nn.Module):
             eps=eps,
             kmeans_init=kmeans_init,
             kmeans_iters=kmeans_iters,
-            dead_code_threshold=threshold_ema_dead_code,
+            revival=Revival(threshold_ema_dead_code),
             cosine=use_cosine_sim,
             learnable=learnable_codebook,
             ema_update=ema_update,
@@ -120,14 +120,14 @@ class VectorQuantize(Monitored, nn.Module):
     def codebook(self) -> Tensor:
         """The codes (K, D), float32. Assigning sets them, as unit vectors for cosine similarity, with moving averages
         that agree; k-means then has nothing to do."""
-        return self._codebook.codes
+        return self._codebook.codes[0]
 
     @codebook.setter
     def codebook(self, codes: Tensor) -> None:
         shape = (self.codebook_size, self.codebook_dim)
         if codes.shape != shape:
             raise ValueError(f"codebook: must have shape (K, D) = {shape}, got {tuple(codes.shape)}")
-        self._codebook.set_(codes)
+        self._codebook.set_(codes[None])
 
     def forward(
         self,
@@ -167,12 +167,12 @@ class VectorQuantize(Monitored, nn.Module):
         """`forward` between the projections: vectors (..., D), a bool mask (...) or None, and the indices (...) where
         these are known already. `learning` is whether the codebook is updated."""
         if learning:
-            self._codebook.initialise_(x.detach().flatten(0, -2), None if mask is None else mask.flatten())
+            self._codebook.initialise_(x.detach().flatten(0, -2)[None], None if mask is None else mask.flatten()[None])
         quantized, indices, loss, error = self._quantize(x, mask, learning, indices)
         if self.training:
             self._health.observe_(indices.flatten(), error)
             if learning:
-                self._codebook.learn_(x.detach().flatten(0, -2), indices.flatten())
+                self._codebook.learn_(x.detach().flatten(0, -2)[None], indices.flatten()[None])
         return quantized, indices, loss
 
     def _quantize(
@@ -203,7 +203,7 @@ class VectorQuantize(Monitored, nn.Module):
         """The indices alone, shaped as `forward` returns them. Touches no state, in training neither."""
         layout = self._layout(x)
         projected = self._project_in(layout.to_rows(x))
-        return layout.indices(self._codebook(projected.flatten(0, -2)).reshape(projected.shape[:-1]))
+        return layout.indices(self._codebook(projected.flatten(0, -2)[None]).reshape(projected.shape[:-1]))
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes (..., D) of indices (...), zeros for -1; channels first, (B, D, ...), where the layer is."""

@@ -1,0 +1,11 @@
+"""Codebook learning: state, k-means, moving averages, revival of dead codes, in one process or in many."""
+
+from __future__ import annotations
+
+from .history import History
+from .kmeans import kmeans
+from .learning import learn_together
+from .revival import Revival
+from .state import Codebook
+
+__all__ = ["Codebook", "History", "Revival", "kmeans", "learn_together"]

@@ -1,0 +1,84 @@
+"""Affine reparametrisation: codes follow the mean and variance of the vectors faster than they could learn to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import distributed
+
+LEAST_VARIANCE = 1e-5
+
+
+class Affine:
+    """The statistics of a codebook's affine reparametrisation, kept as buffers of that codebook.
+
+        e' = (e - m_e) s_x / s_e + m_x
+
+    with moving means m and standard deviations s of the codes and of the vectors, per head and dimension. Vectors are
+    compared with e', and the codebook learns from them mapped back.
+
+    Args:
+        codebook: gets the buffers batch_mean, batch_variance (absent until the first training step), codebook_mean,
+            codebook_variance, (H, 1, D) float32, and codebook_mean_needs_init, codebook_variance_needs_init (), the
+            names of vector_quantize_pytorch.
+        batch_decay, codebook_decay: shares of the old statistics that a step keeps.
+        sync: take the statistics of the vectors over all ranks.
+
+    Source: Huh et al., Straightening Out the Straight-Through Estimator, 2023, section 4.1.
+    """
+
+    def __init__(
+        self, codebook: nn.Module, heads: int, dim: int, *, batch_decay: float, codebook_decay: float, sync: bool
+    ) -> None:
+        self.batch_decay, self.codebook_decay, self.sync = batch_decay, codebook_decay, sync
+        codebook.register_buffer("batch_mean", None)
+        codebook.register_buffer("batch_variance", None)
+        for name, start in (("codebook_mean", 0.0), ("codebook_variance", 1.0)):
+            codebook.register_buffer(f"{name}_needs_init", torch.tensor(True))
+            codebook.register_buffer(name, torch.full((heads, 1, dim), start, dtype=torch.float32))
+
+    @torch.no_grad()
+    def observe_(self, codebook: nn.Module, embed: Tensor, x: Tensor, valid: Tensor) -> None:
+        """Follows the codes embed (H, K, D) and the rows of x (H, N, D) that are valid (H, N)."""
+        for name, value in (
+            ("codebook_mean", embed.mean(1, keepdim=True)),
+            ("codebook_variance", embed.var(1, keepdim=True, unbiased=False)),
+        ):
+            old, first = getattr(codebook, name), getattr(codebook, f"{name}_needs_init")
+            old.copy_(torch.where(first, value, old * self.codebook_decay + value * (1 - self.codebook_decay)))
+            first.fill_(False)
+
+        rows = torch.where(valid[..., None], x, 0).double()
+        count = valid.sum(1).double()[:, None, None].expand(-1, 1, rows.shape[2]).clone()
+        first_moment, second_moment = rows.sum(1, keepdim=True), rows.square().sum(1, keepdim=True)
+        if self.sync and distributed.active():
+            distributed.sum_(count, first_moment, second_moment)
+        mean = first_moment / count.clamp_min(1)
+        variance = (second_moment / count.clamp_min(1) - mean.square()).clamp_min(0)
+        for name, value in (("batch_mean", mean.float()), ("batch_variance", variance.float())):
+            old = getattr(codebook, name)
+            if old is None:  # without a row, the codebook's own: the identity
+                start = getattr(codebook, name.replace("batch", "codebook"))
+                setattr(codebook, name, torch.where(count > 0, value, start))
+            else:
+                old.copy_(torch.where(count > 0, old * self.batch_decay + value * (1 - self.batch_decay), old))
+
+    def of_codes(self, codebook: nn.Module, codes: Tensor) -> Tensor:
+        """e' of codes (H, K, D); the codes themselves before the first training step."""
+        if codebook.batch_mean is None:
+            return codes
+        scale = _deviation(codebook.batch_variance) / _deviation(codebook.codebook_variance)
+        return (codes - codebook.codebook_mean) * scale + codebook.batch_mean  # type: ignore[operator]
+
+    def of_rows(self, codebook: nn.Module, x: Tensor) -> Tensor:
+        """The rows x (H, N, D) mapped to where the codes themselves are."""
+        if codebook.batch_mean is None:
+            return x
+        scale = _deviation(codebook.codebook_variance) / _deviation(codebook.batch_variance)
+        return (x - codebook.batch_mean) * scale + codebook.codebook_mean  # type: ignore[operator]
+
+
+def _deviation(variance: Tensor | nn.Module) -> Tensor:
+    assert isinstance(variance, Tensor)
+    return variance.clamp_min(LEAST_VARIANCE).sqrt()

@@ -1,0 +1,107 @@
+"""Rows that codes may be put on: drawn from the batch or from a memory of recent ones, by all ranks together.
+
+Candidates are (rows (S, D) float32, filled (S,) float32): a row stands in each slot with filled = 1, zeros in the
+others. Nothing waits for the device, so the number of slots never depends on data.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import distributed
+from ..functional import lookup
+from ..ops import search
+
+Candidates = tuple[Tensor, Tensor]
+
+
+def slots(count: int, together: bool) -> int:
+    """How many slots each rank fills so that all have `count` together."""
+    return math.ceil(count / distributed.world_size()) if together else count
+
+
+def random_rows(x: Tensor, valid: Tensor, count: int) -> Candidates:
+    """Up to `count` distinct random rows of x (N, D) among those with valid (N,)."""
+    taken = min(count, len(x))
+    keys = torch.rand(len(x), device=x.device).masked_fill_(~valid, 2.0)
+    chosen = keys.topk(taken, largest=False, sorted=True).indices
+    return _padded(x[chosen], valid[chosen], count)
+
+
+def spread_rows(x: Tensor, valid: Tensor, codes: Tensor, count: int, metric: str) -> Candidates:
+    """Up to `count` rows of x (N, D) far from the codes (K, D) and from each other: each is drawn with a probability
+    proportional to its squared distance to the nearest code or row drawn before.
+
+    Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007, with given first centres.
+    """
+    taken = min(count, len(x))
+    rows = torch.where(valid[:, None], x.float(), 0)
+    distances = (rows - lookup(codes.float(), search(rows, codes, metric=metric))).square().sum(1)
+    distances = torch.where(valid, distances, 0)
+    chosen, filled = [], []
+    for _ in range(taken):
+        # The largest of ln w + Gumbel noise falls on each row with a probability proportional to w.
+        noise = -torch.empty_like(distances).exponential_().log()
+        pick = (distances.log() + noise).argmax()
+        chosen.append(pick)
+        filled.append(distances[pick] > 0)
+        distances = torch.minimum(distances, (rows - rows[pick]).square().sum(1))
+    if not taken:
+        return _padded(rows, valid, count)
+    picks = torch.stack(chosen)
+    return _padded(rows[picks], torch.stack(filled), count)
+
+
+def _padded(rows: Tensor, filled: Tensor, count: int) -> Candidates:
+    rows = torch.where(filled[:, None], rows.float(), 0)
+    missing = count - len(rows)
+    return nn.functional.pad(rows, (0, 0, 0, missing)), nn.functional.pad(filled.float(), (0, missing))
+
+
+def spread_over_ranks(candidates: Candidates) -> Candidates:
+    """The same in every rank's own slots of a larger, otherwise empty table: the sum of these tables over the ranks has
+    the rows of all, in turn."""
+    rows, filled = candidates
+    ranks, own = distributed.world_size(), distributed.rank()
+    all_rows, all_filled = rows.new_zeros(len(rows), ranks, rows.shape[1]), filled.new_zeros(len(rows), ranks)
+    all_rows[:, own], all_filled[:, own] = rows, filled
+    return all_rows.flatten(0, 1), all_filled.flatten()
+
+
+def compacted(candidates: Candidates) -> tuple[Tensor, Tensor]:
+    """The rows with the filled slots first, in their order, and how many these are, ()."""
+    rows, filled = candidates
+    order = torch.argsort(filled, descending=True, stable=True)
+    return rows[order], filled.sum().long()
+
+
+class Reservoir(nn.Module):
+    """A memory of recent rows: the last `size` of those that were drawn for it, for a batch that is too small or too
+    uniform to revive codes from. Not saved.
+
+    State: rows (R, D) float32; filled (R,) bool; position () int64, where the next row goes.
+    """
+
+    rows: Tensor
+    filled: Tensor
+    position: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(size, dim, dtype=torch.float32), persistent=False)
+        self.register_buffer("filled", torch.zeros(size, dtype=torch.bool), persistent=False)
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    @torch.no_grad()
+    def add_(self, x: Tensor, valid: Tensor) -> None:
+        """Takes in up to a quarter of its size of x (N, D), drawn among the rows with valid (N,)."""
+        size = len(self.rows)
+        rows, filled = random_rows(x, valid, min(max(1, size // 4), len(x)))
+        places = (self.position + torch.arange(len(rows), device=rows.device)) % size
+        taken = filled > 0
+        self.rows[places] = torch.where(taken[:, None], rows, self.rows[places])
+        self.filled[places] = self.filled[places] | taken
+        self.position.copy_((self.position + taken.sum()) % size)

@@ -1,0 +1,140 @@
+"""How codebooks learn from vectors: one accumulation and one all-reduce for all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..ops import accumulate, ema_update_
+from .candidates import Candidates
+
+if TYPE_CHECKING:
+    from .state import Codebook
+
+Weight = Tensor | Callable[[Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def learn_together(
+    codebooks: Sequence[Codebook],
+    inputs: Tensor | Sequence[Tensor],
+    indices: Tensor | Sequence[Tensor],
+    *,
+    weight: Weight | None = None,
+    ema_update: bool | None = None,
+    accumulate_only: bool = False,
+) -> None:
+    """Moves each codebook to its vectors, and revives its dead codes. Nothing waits for the device.
+
+    All take part in one `accumulate` and, over several ranks, in one all-reduce: that of their counts, sums and rows
+    for revival, so that every rank comes to the same bits. A codebook that stands here more than once, because levels
+    share it, takes its turns in the moving averages, and its codes follow once, at the end.
+
+    Args:
+        codebooks: Q of them, with one D.
+        inputs: vectors, a tensor (Q, H, N, D) or Q tensors (H, N, D).
+        indices: (Q, H, N) or Q tensors (H, N) int64, -1 for what doesn't count.
+        weight: factor of a step's (1 - decay), (K,) or (H, K), or a function of (sums, counts) that returns one.
+        ema_update: use the moving averages, instead of the codebooks' own setting.
+        accumulate_only: keep counts and sums for the next step without this, or for `Codebook.commit_`.
+    """
+    learning = [codebook.learns(ema_update) for codebook in codebooks]
+    if not any(learning) or not len(codebooks):
+        return
+    if not all(learning):
+        kept = [place for place, learns in enumerate(learning) if learns]
+        codebooks = [codebooks[i] for i in kept]
+        inputs, indices = [inputs[i] for i in kept], [indices[i] for i in kept]
+    if any(codebook.affine is not None for codebook in codebooks):
+        inputs = [codebook.own_rows(x) for codebook, x in zip(codebooks, inputs, strict=True)]
+    counts, sums = _statistics(codebooks, inputs, indices)
+    if accumulate_only:
+        for codebook, count, total in zip(codebooks, counts, sums, strict=True):
+            codebook.hold_(count, total)
+        return
+    for codebook, count, total in zip(codebooks, counts, sums, strict=True):
+        codebook.take_held_(count, total)
+    unique = list(dict.fromkeys(codebooks))
+    found: dict[Codebook, list[Candidates]] = {}
+    for codebook in unique:
+        if codebook.reviver is not None:
+            mine = [place for place, other in enumerate(codebooks) if other is codebook]
+            rows = torch.cat([inputs[i] for i in mine], 1) if len(mine) > 1 else inputs[mine[0]]
+            valid = torch.cat([indices[i] for i in mine], 1) >= 0 if len(mine) > 1 else indices[mine[0]] >= 0
+            found[codebook] = codebook.candidates(rows, valid)
+    if unique[0].together():
+        distributed.sum_(*counts, *sums, *(t for all_found in found.values() for pair in all_found for t in pair))
+    for codebook in unique:
+        mine = [place for place, other in enumerate(codebooks) if other is codebook]
+        _average_(codebook, [(counts[i], sums[i]) for i in mine], weight, ema_update)
+        if codebook in found:
+            codebook.revive_from_(found[codebook])
+
+
+def _statistics(
+    codebooks: Sequence[Codebook], inputs: Tensor | Sequence[Tensor], indices: Tensor | Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """counts (H, K) and sums (H, K, D) of each codebook, by one pass over all rows: one codebook behind the other."""
+    offset, shifted = 0, []
+    for codebook, chosen in zip(codebooks, indices, strict=True):
+        starts = torch.arange(offset, offset + codebook.heads * codebook.size, codebook.size, device=chosen.device)
+        shifted.append(torch.where(chosen < 0, -1, chosen + starts[:, None]).flatten())
+        offset += codebook.heads * codebook.size
+    rows = inputs if isinstance(inputs, Tensor) else [x.flatten(0, 1) for x in inputs]
+    rows = rows.flatten(0, -2) if isinstance(rows, Tensor) else rows[0] if len(rows) == 1 else torch.cat(rows)
+    counts, sums = accumulate(rows, shifted[0] if len(shifted) == 1 else torch.cat(shifted), offset)
+    sizes = [codebook.heads * codebook.size for codebook in codebooks]
+    return (
+        [part.view(codebook.heads, -1) for codebook, part in zip(codebooks, counts.split(sizes), strict=True)],
+        [
+            part.view(codebook.heads, codebook.size, -1)
+            for codebook, part in zip(codebooks, sums.split(sizes), strict=True)
+        ],
+    )
+
+
+def _average_(
+    codebook: Codebook, steps: list[tuple[Tensor, Tensor]], weight: Weight | None, ema_update: bool | None
+) -> None:
+    """The moving averages of one codebook over one step, or one of each level that shares it, and then its codes."""
+    if not codebook.averages(ema_update):  # the sizes alone, for revival to go by
+        for counts, _ in steps:
+            codebook.cluster_size.lerp_(counts, 1 - codebook.decay)
+        return
+    if len(steps) == 1 and weight is None and not codebook.manual_ema_update:
+        counts, sums = steps[0]
+        for head in range(codebook.heads):
+            ema_update_(
+                codebook.embed[head],
+                codebook.cluster_size[head],
+                codebook.embed_avg[head],
+                counts[head],
+                sums[head],
+                decay=codebook.decay,
+                eps=codebook.eps,
+            )
+        codebook.normalise_()
+        return
+    for counts, sums in steps:
+        share: float | Tensor = 1 - codebook.decay
+        if weight is not None:
+            given = weight(sums, counts) if callable(weight) else weight
+            share = share * _fitting(given, codebook)
+        codebook.cluster_size.lerp_(counts, share)
+        codebook.embed_avg.lerp_(sums, share[..., None] if isinstance(share, Tensor) else share)
+    if not codebook.manual_ema_update or len(steps) > 1:
+        codebook.update_ema()
+
+
+def _fitting(weight: Tensor, codebook: Codebook) -> Tensor:
+    weight = weight[None] if weight.dim() == 1 else weight
+    if weight.shape != (codebook.heads, codebook.size):
+        raise ValueError(
+            f"ema_update_weight: must have shape ({codebook.heads}, {codebook.size}), or ({codebook.size},),"
+            f" got {tuple(weight.shape)}"
+        )
+    return weight.to(codebook.cluster_size)
