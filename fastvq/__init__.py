@@ -16,6 +16,7 @@ import sys
 
 from . import aliases
 from .backends import use_backend
+from .binary import BinaryAssignment, binary_assign
 from .functional import Quantized, ResidualQuantized, quantize, residual_quantize
 from .health import HealthReport, dead_share, perplexity, usage
 from .ops import accumulate, ema_update_, residual_search, search, topk_search
@@ -24,6 +25,7 @@ from .quantizers import GroupedResidualVQ, ResidualVQ, VectorQuantize
 __version__ = "0.1.0"
 
 __all__ = [
+    "BinaryAssignment",
     "GroupedResidualVQ",
     "HealthReport",
     "Quantized",
@@ -31,6 +33,7 @@ __all__ = [
     "ResidualVQ",
     "VectorQuantize",
     "accumulate",
+    "binary_assign",
     "dead_share",
     "ema_update_",
     "perplexity",

@@ -127,4 +127,6 @@ OPS: Ops = {
     "residual_quantize_backward": residual_quantize_backward,
     "accumulate": accumulate,
     "ema_update_": ema_update_,
+    "binary_assign_forward": eager.binary_assign_forward,
+    "binary_assign_backward": eager.binary_assign_backward,
 }

@@ -72,7 +72,7 @@ def _torch(name: str) -> Callable[..., Any]:
     return call
 
 
-WITHOUT_KERNEL = ("topk_search",)
+WITHOUT_KERNEL = ("topk_search", "binary_assign_forward", "binary_assign_backward")
 """Ops that the torch backend serves here too."""
 
 OPS: dict[str, Callable[..., Any]] = {

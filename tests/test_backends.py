@@ -52,7 +52,8 @@ def test_torch_serves_a_gpu_that_triton_cannot(monkeypatch):
 def test_every_backend_has_every_op():
     names = {tuple(sorted(backend.ops)) for backend in backends.BACKENDS.values()}
     steps = ("quantize_backward", "quantize_forward", "residual_quantize_backward", "residual_quantize_forward")
-    assert names == {("accumulate", "ema_update_", *steps, "residual_search", "search", "topk_search")}
+    soft = ("binary_assign_backward", "binary_assign_forward")
+    assert names == {("accumulate", *soft, "ema_update_", *steps, "residual_search", "search", "topk_search")}
 
 
 def test_requests_nest_and_end():

@@ -53,6 +53,12 @@ def sample_inputs():
     for dtype in cases.DTYPES:
         yield "accumulate", (normal(7, 5, dtype=dtype), torch.tensor([0, 1, -1, 3, 3, 3, 0]), 4), {}
     yield "accumulate", (normal(0, 5), torch.empty(0, dtype=torch.int64), 2), {}
+    for dtype in (torch.float32, torch.float64):
+        x, kept, settings = normal(2, 7, 5, dtype=dtype), torch.stack([mask, ~mask]), {"scale": 2.0, "floor": 1e-5}
+        yield "binary_assign_forward", (x, kept), settings
+        grads = (normal(2, 7, dtype=dtype), normal(2, 32, dtype=dtype))
+        yield "binary_assign_backward", (x, None, *grads), settings
+        yield "binary_assign_backward", (x, kept, None, grads[1]), settings
     for shape in [(6, 5), (1, 1)]:
         state = [normal(*shape), normal(shape[0]).abs(), normal(*shape), normal(shape[0]).abs(), normal(*shape)]
         yield "ema_update_", tuple(state), {"decay": 0.9, "eps": 1e-5}
@@ -80,7 +86,7 @@ def test_samples_equal_the_reference(name, arguments, options, backend):
     expected = by_reference(name, expected_arguments, options)
     with fastvq.use_backend(backend):
         actual = getattr(fastvq.ops, name)(*actual_arguments, **options)
-    if "quantize" in name:
+    if "quantize" in name or "assign" in name:
         cases.close(actual, expected)
     elif expected is not None:
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)

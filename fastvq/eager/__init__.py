@@ -10,6 +10,7 @@ import torch
 from fastvq import reference
 from fastvq.reference import Ops
 
+from .binary import binary_assign_backward, binary_assign_forward
 from .ranking import topk_search
 from .searches import search
 
@@ -29,4 +30,6 @@ OPS: Ops = {
     "residual_quantize_backward": reference.residual_quantize_backward,
     "accumulate": reference.accumulate,
     "ema_update_": reference.ema_update_,
+    "binary_assign_forward": binary_assign_forward,
+    "binary_assign_backward": binary_assign_backward,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .binary import binary_assign_backward, binary_assign_forward
 from .learning import accumulate, ema_update_
 from .searches import residual_search, search, topk_search
 from .steps import (
@@ -15,6 +16,8 @@ from .steps import (
 __all__ = [
     "GRADIENTS",
     "accumulate",
+    "binary_assign_backward",
+    "binary_assign_forward",
     "ema_update_",
     "quantize_backward",
     "quantize_forward",

@@ -101,3 +101,14 @@ def check_mask(mask: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
     if mask.shape != shape:
         raise ValueError(f"mask: must have shape {tuple(shape)} beside x, got {tuple(mask.shape)}")
     check_same_device("mask", mask, x)
+
+
+def check_like(name: str, tensor: Tensor | None, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """An argument that may be left out, and has one shape and dtype where it isn't."""
+    if tensor is None:
+        return
+    check_same_device(name, tensor, x)
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise ValueError(
+            f"{name}: must be {dtype} of shape {tuple(shape)}, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )

@@ -10,8 +10,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from .binary import binary_assign_backward, binary_assign_forward
 from .learning import accumulate, check_indices, ema_update_
 from .searches import compute_dtype, residual_search, scores_by_definition, search, topk_search, widen
+from .soft import result_dtype
 from .steps import (
     SHORTEST,
     difference,
@@ -34,6 +36,8 @@ OPS: Ops = {
     "residual_quantize_backward": residual_quantize_backward,
     "accumulate": accumulate,
     "ema_update_": ema_update_,
+    "binary_assign_forward": binary_assign_forward,
+    "binary_assign_backward": binary_assign_backward,
 }
 
 __all__ = [
@@ -41,6 +45,8 @@ __all__ = [
     "SHORTEST",
     "Ops",
     "accumulate",
+    "binary_assign_backward",
+    "binary_assign_forward",
     "check_indices",
     "compute_dtype",
     "difference",
@@ -50,6 +56,7 @@ __all__ = [
     "residual_quantize_backward",
     "residual_quantize_forward",
     "residual_search",
+    "result_dtype",
     "scores_by_definition",
     "search",
     "topk_search",
