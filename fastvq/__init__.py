@@ -20,7 +20,7 @@ from .binary import BinaryAssignment, binary_assign
 from .functional import Quantized, ResidualQuantized, quantize, residual_quantize
 from .health import HealthReport, dead_share, perplexity, usage
 from .ops import accumulate, ema_update_, residual_search, search, topk_search
-from .quantizers import GroupedResidualVQ, ResidualVQ, VectorQuantize
+from .quantizers import GroupedResidualVQ, ResidualSimVQ, ResidualVQ, SimVQ, VectorQuantize
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,9 @@ __all__ = [
     "HealthReport",
     "Quantized",
     "ResidualQuantized",
+    "ResidualSimVQ",
     "ResidualVQ",
+    "SimVQ",
     "VectorQuantize",
     "accumulate",
     "binary_assign",

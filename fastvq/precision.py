@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -18,3 +20,24 @@ class KeepsPrecision:
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)  # type: ignore[misc]
+
+
+class KeepsBuffers:
+    """The same for some buffers of a module, `_kept_buffers`: what else it has is cast as the module is."""
+
+    _kept_buffers: tuple[str, ...] = ()
+    _buffers: dict[str, Tensor | None]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = {name: self._buffers[name] for name in self._kept_buffers if name in self._buffers}
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[None]:
+    """Where autocast is off on the device of `like`."""
+    return torch.autocast(like.device.type, enabled=False)

@@ -13,7 +13,12 @@ DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 @pytest.mark.parametrize(
     ("document", "printed"),
-    [("README.md", "tensor("), ("docs/coding.md", "bits_per_code"), ("docs/prior.md", "bits of each")],
+    [
+        ("README.md", "tensor("),
+        ("docs/coding.md", "bits_per_code"),
+        ("docs/prior.md", "bits of each"),
+        ("docs/quantizers.md", "usage"),
+    ],
 )
 def test_code_runs(capsys, document, printed):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.S)

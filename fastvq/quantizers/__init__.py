@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from .grouped import GroupedResidualVQ
+from .residual_sim_vq import ResidualSimVQ
 from .residual_vq import ResidualVQ
+from .sim_vq import SimVQ
 from .vector_quantize import VectorQuantize
 
-__all__ = ["GroupedResidualVQ", "ResidualVQ", "VectorQuantize"]
+__all__ = ["GroupedResidualVQ", "ResidualSimVQ", "ResidualVQ", "SimVQ", "VectorQuantize"]

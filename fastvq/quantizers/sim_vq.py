@@ -1,0 +1,129 @@
+"""SimVQ: a fixed random codebook seen through a learned transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import lookup, quantize
+from ..health import Health, Monitored
+from ..parts.layout import Layout, codes_layout
+from ..precision import KeepsBuffers, full_precision
+
+
+class SimVQ(Monitored, KeepsBuffers, nn.Module):
+    """The nearest code of a codebook that moves as one, with the API of vector_quantize_pytorch.
+
+        e = code_transform(frozen_codebook),   index = argmin_k |x - e_k|^2,   quantized = e_index
+        loss = commitment_weight (mean (sg[x] - e_index)^2 + beta mean (x - sg[e_index])^2)
+
+    Only the transform learns, from the first term, so that every step moves all codes: none is left behind to die. The
+    loss and the gradients are the same in eval. Vectors that are not finite get index -1 and a zero output, and no part
+    in loss or gradient.
+
+    Args:
+        dim: dimension of the vectors.
+        codebook_size: K.
+        codebook_transform: maps (K, frozen_codebook_dim) to (K, dim); a linear map without bias by default.
+        init_fn: what is done to the Gaussian codebook, of variance 1 / frozen_codebook_dim, before it is frozen.
+        channel_first: vectors are (B, dim, ...), else (B, ..., dim), with any number of spatial axes.
+        rotation_trick: estimate the gradient by the rotation trick, else straight through.
+        input_to_quantize_commit_loss_weight: beta, the weight of the pull on x.
+        commitment_weight: of the whole loss.
+        frozen_codebook_dim: dimension of the frozen codebook; dim by default.
+
+    State: frozen_codebook (K, frozen_codebook_dim), float32 whatever the module is cast to, and the transform's.
+
+    Raises:
+        ValueError: an argument that can't be, by name.
+
+    Numerics: search is exact (`fastvq.search`) for the transformed codes; the transform isn't autocast.
+
+    Source: Zhu et al., Addressing Representation Collapse in Vector Quantized Models with One Linear Layer, 2024 (arXiv
+    2411.02038), where e = C W; the losses are equation 3 of van den Oord et al. 2017; rotation: Fifty et al. 2024.
+    """
+
+    frozen_codebook: Tensor
+    _kept_buffers = ("frozen_codebook",)
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        codebook_transform: nn.Module | None = None,
+        init_fn: Callable[[Tensor], Tensor] | None = None,
+        channel_first: bool = False,
+        rotation_trick: bool = True,
+        input_to_quantize_commit_loss_weight: float = 0.25,
+        commitment_weight: float = 1.0,
+        frozen_codebook_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        frozen_dim = dim if frozen_codebook_dim is None else frozen_codebook_dim
+        for name, value in (("dim", dim), ("codebook_size", codebook_size), ("frozen_codebook_dim", frozen_dim)):
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+        if not input_to_quantize_commit_loss_weight >= 0:
+            raise ValueError(
+                "input_to_quantize_commit_loss_weight: must not be negative, got"
+                f" {input_to_quantize_commit_loss_weight}"
+            )
+        self.dim, self.codebook_dim, self.codebook_size = dim, dim, codebook_size
+        self.channel_first = channel_first
+        self.rotation_trick = rotation_trick
+        self.input_to_quantize_commit_loss_weight = input_to_quantize_commit_loss_weight
+        self.commitment_weight = commitment_weight
+
+        codebook = torch.randn(codebook_size, frozen_dim) * frozen_dim**-0.5
+        if init_fn is not None:
+            codebook = init_fn(codebook)
+        if codebook_transform is None:
+            codebook_transform = nn.Linear(frozen_dim, dim, bias=False)
+        self.code_transform = codebook_transform
+        self.register_buffer("frozen_codebook", codebook)
+        self._health = Health(codebook_size)
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes (K, dim), differentiable in the transform's parameters."""
+        weight = next(self.code_transform.parameters(), self.frozen_codebook)
+        with full_precision(self.frozen_codebook):
+            return self.code_transform(self.frozen_codebook.to(weight.dtype))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(quantized, indices, loss) of x.
+
+        Args:
+            x: (B, ..., dim), or (B, dim, ...) if channel_first; any floating dtype.
+
+        Returns:
+            quantized, shaped and typed as x; indices int64 (B, ...); loss () float32.
+
+        Raises:
+            ValueError, TypeError: x doesn't fit.
+        """
+        layout = Layout.of(x, self.dim, channel_first=self.channel_first)
+        quantized, indices, loss = self.quantize_rows(layout.to_rows(x), self.codebook)
+        return layout.from_rows(quantized), layout.indices(indices), loss
+
+    def quantize_rows(self, x: Tensor, codebook: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` of rows (..., dim) by the `codebook` property's value; mask, bool (...), has what counts."""
+        pull = self.input_to_quantize_commit_loss_weight
+        quantized, indices, loss = quantize(
+            x,
+            codebook,
+            gradient="rotation" if self.rotation_trick else "ste",
+            commitment_weight=pull,
+            codebook_weight=1.0,
+            mask=mask,
+        )
+        if self.training:
+            self._health.observe_(indices, loss / (1 + pull))
+        return quantized, indices, loss * self.commitment_weight
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """The codes of indices (B, ...), zeros for -1: (B, ..., dim), or (B, dim, ...) if channel_first. Differentiable
+        in the transform's parameters."""
+        return codes_layout(lookup(self.codebook, indices), self.channel_first)
