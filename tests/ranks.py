@@ -1,0 +1,340 @@
+"""What tests/test_distributed.py runs on every rank: `torchrun tests/ranks.py OUT` writes {scenario: error or null}."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import datetime
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import fastvq
+from fastvq import distributed
+from fastvq.codebook import Codebook, kmeans
+
+SCENARIOS: dict[str, Callable[[], None]] = {}
+DIM = 6
+
+
+def scenario(function: Callable[[], None]) -> None:
+    SCENARIOS[function.__name__] = function
+
+
+@contextlib.contextmanager
+def collectives() -> Iterator[list[str]]:
+    """The names of the collectives that are called meanwhile."""
+    names = ("all_reduce", "broadcast", "all_gather", "all_gather_object", "all_gather_into_tensor", "barrier")
+    real = {name: getattr(dist, name) for name in names}
+    called: list[str] = []
+
+    def counting(name):
+        def call(*args, **kwargs):
+            called.append(name)
+            return real[name](*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, counting(name))
+    try:
+        yield called
+    finally:
+        for name in names:
+            setattr(dist, name, real[name])
+
+
+def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, tensor)
+    return found
+
+
+def assert_same_everywhere(module: torch.nn.Module) -> None:
+    """Every tensor of the state, bit for bit, by other means than the package's own check."""
+    for name, value in module.state_dict().items():
+        for other in gathered(value):
+            assert torch.equal(value.view(torch.uint8), other.view(torch.uint8)), name
+    distributed.check_synchronised(module)
+
+
+def batch(step: int, rows: int = 0, rank: int | None = None) -> torch.Tensor:
+    """A rank's own rows (1, N, DIM), uneven: their number depends on rank and step, and may be 0."""
+    rank = dist.get_rank() if rank is None else rank
+    g = torch.Generator().manual_seed(1000 * step + rank)
+    count = rows or int(torch.randint(0, 40, (), generator=g))
+    centres = torch.randn(30, DIM, generator=torch.Generator().manual_seed(7)) * 3
+    owner = torch.randint(30, (count,), generator=g)
+    return (centres[owner] + torch.randn(count, DIM, generator=g))[None]
+
+
+BUILT_BEFORE = fastvq.VectorQuantize(DIM, 24, kmeans_init=True, threshold_ema_dead_code=1, decay=0.9)
+
+
+@scenario
+def two_hundred_steps_of_a_layer_built_before_the_group() -> None:
+    layer = BUILT_BEFORE
+    torch.manual_seed(100 + dist.get_rank())  # each rank draws its own candidates
+    revived = 0
+    for step in range(200):
+        before = layer.codebook.clone()
+        with collectives() as called:
+            x = batch(step)
+            if step % 5 == 0 and x.shape[1]:
+                x[0, 0] = torch.nan
+            layer(x)
+        # k-means: whether there are rows, the first means, one a round
+        assert called == ["all_reduce"] * (1 if step else 13), (step, called)
+        moved = (layer.codebook - before).abs().amax(1) > 3
+        revived += int(moved.sum()) if step else 0
+        if step % 40 == 0:
+            assert_same_everywhere(layer)
+    assert_same_everywhere(layer)
+    assert revived > 5  # else the revival wasn't tested
+    assert layer.codebook.isfinite().all()
+
+
+@scenario
+def two_hundred_steps_of_residual_levels() -> None:
+    layer = fastvq.ResidualVQ(
+        dim=DIM, num_quantizers=4, codebook_size=16, kmeans_init=True, threshold_ema_dead_code=0.5,
+        quantize_dropout=True, decay=0.9,
+    )  # fmt: skip
+    for step in range(200):
+        with collectives() as called:
+            indices = layer(batch(step))[1]
+        if any(not level._codebook._ready for level in layer.layers):
+            continue  # dropout may leave levels for a later first step
+        kept = int((indices >= 0).any(0).any(0).sum()) if indices.numel() else 0
+        assert len({int(n) for n in gathered(torch.tensor(kept)) if n}) <= 1, "ranks keep different levels"
+        if step > 30:
+            assert called == ["all_reduce"], (step, called)
+    assert all(level._codebook._ready for level in layer.layers)
+    assert_same_everywhere(layer)
+
+
+@scenario
+def shared_codebooks_heads_and_policies() -> None:
+    torch.manual_seed(50 + dist.get_rank())
+    layers = [
+        fastvq.ResidualVQ(dim=DIM, num_quantizers=3, codebook_size=16, shared_codebook=True, kmeans_init=True,
+                          threshold_ema_dead_code=0.5),
+        fastvq.VectorQuantize(DIM, 16, use_cosine_sim=True, kmeans_init=True, threshold_ema_dead_code=0.5),
+    ]  # fmt: skip
+    codebooks = [
+        Codebook(DIM, 16, heads=2, kmeans_init=True, revival=fastvq.codebook.Revival(0.1, relative=True, every=3)),
+        Codebook(DIM, 16, revival=fastvq.codebook.Revival(1.0, rows="kmeans++", reservoir=32, at_once=5)),
+        Codebook(DIM, 16, affine={"batch_decay": 0.9, "codebook_decay": 0.9, "sync": True}),
+    ]
+    for codebook in codebooks:  # without k-means or a broadcast, ranks start as they were built
+        for value in codebook.state_dict().values():
+            dist.broadcast(value, src=0)
+    for step in range(40):
+        x = batch(step)
+        for layer in layers:
+            layer(x)
+        for codebook in codebooks:
+            rows = x.expand(codebook.heads, -1, -1)
+            codebook.initialise_(rows)
+            codebook.learn_(rows, codebook(rows))
+    for module in (*layers, *codebooks):
+        assert_same_everywhere(module)
+
+
+@scenario
+def equal_to_one_process_on_the_joined_batch() -> None:
+    for options in ({}, {"use_cosine_sim": True}, {"ema_update": False}):
+        together = fastvq.VectorQuantize(DIM, 12, decay=0.8, **options)
+        dist.broadcast(together._codebook.embed, src=0)
+        together._codebook.embed_avg.copy_(together._codebook.embed)
+        alone = copy.deepcopy(together)
+        alone._codebook.sync = False
+        for step in range(20):
+            together(batch(step))
+            joined = torch.cat([batch(step, rank=rank) for rank in range(dist.get_world_size())], 1)
+            with collectives() as called:
+                alone(joined)
+            assert not called
+            for name, value in together.state_dict().items():
+                # sums of float32 parts instead of one float64 sum, over 20 steps
+                torch.testing.assert_close(value, alone.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+@scenario
+def kmeans_on_all_rows() -> None:
+    """The same as on the joined rows, from the same first means."""
+    x = batch(3, rows=50)[0]
+    joined = torch.cat([batch(3, rows=50, rank=rank)[0] for rank in range(dist.get_world_size())])
+    valid = torch.ones(len(x), dtype=torch.bool)
+    means, counts = kmeans(x, 8, iterations=6, valid=valid, together=True)
+    assert int(counts.sum()) == len(joined)
+    for other in gathered(means):
+        assert torch.equal(means, other)
+    indices = fastvq.search(joined, means)
+    again, sums = fastvq.accumulate(joined, indices, 8)
+    moved = (sums / again.clamp_min(1)[:, None] - means).norm(dim=1)
+    assert moved.median() < 1.0  # six rounds are near rest
+
+
+@scenario
+def nothing_is_said_in_eval_or_frozen() -> None:
+    layers = [
+        fastvq.VectorQuantize(DIM, 12, kmeans_init=True, threshold_ema_dead_code=1),
+        fastvq.ResidualVQ(
+            dim=DIM, num_quantizers=2, codebook_size=12, threshold_ema_dead_code=1, quantize_dropout=True
+        ),
+    ]
+    with collectives() as called:
+        for layer in layers:
+            layer.eval()(batch(1, rows=9))
+            layer.encode(batch(1, rows=9))
+            layer.get_output_from_indices(layer(batch(1, rows=9))[1])
+        layers[0].train()(batch(1, rows=9), freeze_codebook=True)
+    assert not called
+
+
+@scenario
+def a_rank_without_a_row_that_counts() -> None:
+    layer = fastvq.VectorQuantize(DIM, 12, kmeans_init=True, threshold_ema_dead_code=1)
+    for step in range(3):
+        x = batch(step, rows=20)
+        mask = torch.full((1, 20), dist.get_rank() != 0)
+        layer(x, mask=mask)
+    assert layer._codebook.initted
+    assert_same_everywhere(layer)
+    torch.testing.assert_close(
+        fastvq.VectorQuantize(DIM, 12, kmeans_init=True)(torch.full((1, 4, DIM), torch.nan))[1], torch.full((1, 4), -1)
+    )  # no rank has a row
+
+
+@scenario
+def updates_kept_for_a_commit() -> None:
+    """Accumulation says nothing; the commit is the one all-reduce, and equals one step on all batches."""
+    kept = Codebook(DIM, 10)
+    for value in kept.state_dict().values():
+        dist.broadcast(value, src=0)
+    whole = copy.deepcopy(kept)
+    batches = [batch(step, rows=15) for step in range(3)]
+    with collectives() as called:
+        for x in batches:
+            kept.learn_(x, kept(x), accumulate_only=True)
+        assert not called
+        kept.commit_()
+    assert called == ["all_reduce"]
+    joined = torch.cat(batches, 1)
+    whole.learn_(joined, whole(joined))
+    torch.testing.assert_close(kept.embed, whole.embed)
+    assert_same_everywhere(kept)
+
+
+@scenario
+def gradients_of_a_learnable_codebook_by_ddp() -> None:
+    torch.manual_seed(3)
+    encoder = torch.nn.Linear(DIM, DIM)
+    layer = fastvq.VectorQuantize(DIM, 12, learnable_codebook=True, threshold_ema_dead_code=0.5)
+    wrapped = DistributedDataParallel(_Chain(encoder, layer))
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    for step in range(10):
+        quantized, _, loss = wrapped(batch(step, rows=10))
+        optimizer.zero_grad()
+        (quantized.square().mean() + loss).backward()
+        optimizer.step()
+    assert_same_everywhere(wrapped.module)
+
+
+class _Chain(torch.nn.Module):
+    def __init__(self, *modules: torch.nn.Module) -> None:
+        super().__init__()
+        self.modules_ = torch.nn.ModuleList(modules)
+
+    def forward(self, x):
+        for module in self.modules_:
+            x = module(x)
+        return x
+
+
+@scenario
+def ddp_leaves_the_moving_averages_alone() -> None:
+    layer = fastvq.VectorQuantize(DIM, 12, kmeans_init=True, threshold_ema_dead_code=0.5)
+    wrapped = DistributedDataParallel(_Chain(torch.nn.Linear(DIM, DIM), layer))
+    for step in range(10):
+        quantized, _, loss = wrapped(batch(step, rows=10))
+        (quantized.square().mean() + loss).backward()
+    assert_same_everywhere(wrapped.module)
+
+
+@scenario
+def the_self_check_finds_a_single_bit() -> None:
+    layer = fastvq.VectorQuantize(DIM, 12)
+    dist.broadcast(layer._codebook.embed, src=0)
+    dist.broadcast(layer._codebook.embed_avg, src=0)
+    distributed.check_synchronised(layer)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        layer._codebook.embed_avg.view(torch.int32)[0, 3, 2] ^= 1
+    try:
+        distributed.check_synchronised(layer)
+    except RuntimeError as error:
+        assert str(error) == "ranks differ in _codebook.embed_avg"
+    else:
+        raise AssertionError("not found")
+
+
+@scenario
+def a_layer_that_must_not_synchronise() -> None:
+    codebook = Codebook(DIM, 12, sync=False, revival=fastvq.codebook.Revival(1.0), kmeans_init=True)
+    with collectives() as called:
+        x = batch(1, rows=20)
+        codebook.initialise_(x)
+        codebook.learn_(x, codebook(x))
+    assert not called
+
+
+@scenario
+def the_mean_over_ranks_has_the_gradient_of_all() -> None:
+    ranks = dist.get_world_size()
+    t = torch.tensor([1.0 + dist.get_rank(), 2.0], requires_grad=True)
+    mean = distributed.mean(t)
+    torch.testing.assert_close(mean.detach(), torch.tensor([(ranks + 1) / 2, 2.0]))
+    (mean.square().sum() * (1 + dist.get_rank())).backward()
+    # d/dt_r of sum_s (1 + s) |m|^2, m = mean of t: sum_s (1 + s) 2 m / ranks
+    factor = sum(range(1, ranks + 1)) / ranks
+    torch.testing.assert_close(t.grad, 2 * factor * mean.detach())
+
+
+@scenario
+def seeds_are_common() -> None:
+    torch.manual_seed(dist.get_rank())
+    drawn = [distributed.common_seed() for _ in range(5)]
+    assert all(torch.equal(other, torch.tensor(drawn)) for other in gathered(torch.tensor(drawn)))
+    assert len(set(drawn)) > 1
+    with collectives() as called:
+        distributed.common_seed()
+    assert not called
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=90))
+    results: dict[str, str | None] = {}
+    for name, run in SCENARIOS.items():
+        error = None
+        try:
+            torch.manual_seed(0)
+            run()
+        except Exception:
+            error = f"rank {dist.get_rank()}: {traceback.format_exc()}"
+        errors = [e for e in gathered(error) if e]  # type: ignore[arg-type]
+        results[name] = "\n".join(errors) or None
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
