@@ -17,6 +17,7 @@ import sys
 from . import aliases
 from .backends import use_backend
 from .binary import BinaryAssignment, binary_assign
+from .codebook import Revival
 from .functional import Quantized, ResidualQuantized, quantize, residual_quantize
 from .health import HealthReport, dead_share, perplexity, usage
 from .ops import accumulate, ema_update_, residual_search, search, topk_search
@@ -32,6 +33,7 @@ __all__ = [
     "ResidualQuantized",
     "ResidualSimVQ",
     "ResidualVQ",
+    "Revival",
     "SimVQ",
     "VectorQuantize",
     "accumulate",

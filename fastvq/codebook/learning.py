@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def learn_together(
     inputs: Tensor | Sequence[Tensor],
     indices: Tensor | Sequence[Tensor],
     *,
-    weight: Weight | None = None,
+    weight: Weight | Sequence[Weight | None] | None = None,
     ema_update: bool | None = None,
     accumulate_only: bool = False,
 ) -> None:
@@ -38,7 +38,8 @@ def learn_together(
         codebooks: Q of them, with one D.
         inputs: vectors, a tensor (Q, H, N, D) or Q tensors (H, N, D).
         indices: (Q, H, N) or Q tensors (H, N) int64, -1 for what doesn't count.
-        weight: factor of a step's (1 - decay), (K,) or (H, K), or a function of (sums, counts) that returns one.
+        weight: factor of a step's (1 - decay), () or (K,) or (H, K), or a function of (sums, counts) that returns one;
+            or one of these for each codebook. A codebook whose weight () is zero stays as it is, to the bit.
         ema_update: use the moving averages, instead of the codebooks' own setting.
         accumulate_only: keep counts and sums for the next step without this, or for `Codebook.commit_`.
     """
@@ -49,6 +50,7 @@ def learn_together(
         kept = [place for place, learns in enumerate(learning) if learns]
         codebooks = [codebooks[i] for i in kept]
         inputs, indices = [inputs[i] for i in kept], [indices[i] for i in kept]
+        weight = [weight[i] for i in kept] if isinstance(weight, (list, tuple)) else weight
     if any(codebook.affine is not None for codebook in codebooks):
         inputs = [codebook.own_rows(x) for codebook, x in zip(codebooks, inputs, strict=True)]
     counts, sums = _statistics(codebooks, inputs, indices)
@@ -58,6 +60,7 @@ def learn_together(
         return
     for codebook, count, total in zip(codebooks, counts, sums, strict=True):
         codebook.take_held_(count, total)
+    weights: Sequence[Any] = weight if isinstance(weight, (list, tuple)) else [weight] * len(codebooks)
     unique = list(dict.fromkeys(codebooks))
     found: dict[Codebook, list[Candidates]] = {}
     for codebook in unique:
@@ -70,7 +73,8 @@ def learn_together(
         distributed.sum_(*counts, *sums, *(t for all_found in found.values() for pair in all_found for t in pair))
     for codebook in unique:
         mine = [place for place, other in enumerate(codebooks) if other is codebook]
-        _average_(codebook, [(counts[i], sums[i]) for i in mine], weight, ema_update)
+        steps = [(counts[i], sums[i], _share(codebook, counts[i], sums[i], weights[i])) for i in mine]
+        _average_(codebook, steps, ema_update)
         if codebook in found:
             codebook.revive_from_(found[codebook])
 
@@ -97,16 +101,15 @@ def _statistics(
     )
 
 
-def _average_(
-    codebook: Codebook, steps: list[tuple[Tensor, Tensor]], weight: Weight | None, ema_update: bool | None
-) -> None:
+Step = tuple[Tensor, Tensor, Tensor | None]
+"""counts (H, K), sums (H, K, D) and the weight (H, K), or None for one."""
+
+
+def _average_(codebook: Codebook, steps: list[Step], ema_update: bool | None) -> None:
     """The moving averages of one codebook over one step, or one of each level that shares it, and then its codes."""
-    if not codebook.averages(ema_update):  # the sizes alone, for revival to go by
-        for counts, _ in steps:
-            codebook.cluster_size.lerp_(counts, 1 - codebook.decay)
-        return
-    if len(steps) == 1 and weight is None and not codebook.manual_ema_update:
-        counts, sums = steps[0]
+    averages = codebook.averages(ema_update)
+    if averages and len(steps) == 1 and steps[0][2] is None and not codebook.manual_ema_update:
+        counts, sums, _ = steps[0]
         for head in range(codebook.heads):
             ema_update_(
                 codebook.embed[head],
@@ -119,22 +122,28 @@ def _average_(
             )
         codebook.normalise_()
         return
-    for counts, sums in steps:
-        share: float | Tensor = 1 - codebook.decay
-        if weight is not None:
-            given = weight(sums, counts) if callable(weight) else weight
-            share = share * _fitting(given, codebook)
+    for counts, sums, weight in steps:
+        share = torch.full_like(codebook.cluster_size, 1 - codebook.decay)
+        share = share if weight is None else share * weight
         codebook.cluster_size.lerp_(counts, share)
-        codebook.embed_avg.lerp_(sums, share[..., None] if isinstance(share, Tensor) else share)
-    if not codebook.manual_ema_update or len(steps) > 1:
+        if averages:  # without them, the sizes alone, for revival to go by
+            codebook.embed_avg.lerp_(sums, share[..., None])
+    if averages and (not codebook.manual_ema_update or len(steps) > 1):
+        weights = [weight for *_, weight in steps]
+        before = None if any(weight is None for weight in weights) else codebook.embed.detach().clone()
         codebook.update_ema()
+        if before is not None:
+            moved = torch.stack([(weight != 0).any() for weight in weights if weight is not None]).any()
+            codebook.embed.copy_(torch.where(moved, codebook.embed, before))
 
 
-def _fitting(weight: Tensor, codebook: Codebook) -> Tensor:
-    weight = weight[None] if weight.dim() == 1 else weight
-    if weight.shape != (codebook.heads, codebook.size):
-        raise ValueError(
-            f"ema_update_weight: must have shape ({codebook.heads}, {codebook.size}), or ({codebook.size},),"
-            f" got {tuple(weight.shape)}"
-        )
-    return weight.to(codebook.cluster_size)
+def _share(codebook: Codebook, counts: Tensor, sums: Tensor, weight: Weight | None) -> Tensor | None:
+    """The weight as (H, K)."""
+    if weight is None:
+        return None
+    given = weight(sums, counts) if callable(weight) else weight
+    given = given[None] if given.dim() == 1 else given
+    shape = (codebook.heads, codebook.size)
+    if given.dim() and given.shape != shape:
+        raise ValueError(f"ema_update_weight: must have shape (), ({shape[1]},) or {shape}, got {tuple(given.shape)}")
+    return given.to(codebook.cluster_size).expand(shape)

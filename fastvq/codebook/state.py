@@ -33,6 +33,8 @@ class Codebook(KeepsPrecision, nn.Module):
         manual_ema_update: the codes follow their averages by `update_ema` alone.
         revival: what to do with dead codes, or None.
         affine: the decays and sync of an `Affine` reparametrisation, or None.
+        bridge: a module that maps embed to the codes that are used, (H, K, D) -> (H, K, D), before the affine map; or
+            None.
         The others: see `fastvq.VectorQuantize`.
     """
 
@@ -61,6 +63,7 @@ class Codebook(KeepsPrecision, nn.Module):
         sync: bool | None = None,
         sync_kmeans: bool = True,
         affine: dict[str, Any] | None = None,
+        bridge: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.dim, self.size, self.heads = dim, size, heads
@@ -87,14 +90,16 @@ class Codebook(KeepsPrecision, nn.Module):
         self.register_buffer("held_sums", None, persistent=False)
         reviving = revival is not None and revival.threshold > 0
         self.reviver = Reviver(revival, size, dim, heads) if reviving and revival is not None else None
+        self.vq_bridge = bridge
         self.affine = None if affine is None else Affine(self, heads, dim, **affine)
         # The host's copy of `initted`: asking the tensor would wait for the device at every step.
         self._ready = not kmeans_init
 
     @property
     def codes(self) -> Tensor:
-        """The codes that vectors are compared with, (H, K, D): embed, or its affine image."""
-        return self.embed if self.affine is None else self.affine.of_codes(self, self.embed)
+        """The codes that vectors are compared with, (H, K, D): embed, or its image under bridge and affine map."""
+        codes = self.embed if self.vq_bridge is None else self.vq_bridge(self.embed)
+        return codes if self.affine is None else self.affine.of_codes(self, codes)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Indices (H, N) of x (H, N, D); -1 where the mask (H, N) is False."""
