@@ -21,15 +21,27 @@ from .codebook import Revival
 from .functional import Quantized, ResidualQuantized, quantize, residual_quantize
 from .health import HealthReport, dead_share, perplexity, usage
 from .ops import accumulate, ema_update_, residual_search, search, topk_search
-from .quantizers import GroupedResidualVQ, ResidualSimVQ, ResidualVQ, SimVQ, VectorQuantize
+from .quantizers import (
+    LFQ,
+    GroupedResidualLFQ,
+    GroupedResidualVQ,
+    ResidualLFQ,
+    ResidualSimVQ,
+    ResidualVQ,
+    SimVQ,
+    VectorQuantize,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LFQ",
     "BinaryAssignment",
+    "GroupedResidualLFQ",
     "GroupedResidualVQ",
     "HealthReport",
     "Quantized",
+    "ResidualLFQ",
     "ResidualQuantized",
     "ResidualSimVQ",
     "ResidualVQ",

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastvq
 from fastvq import distributed
 from fastvq.codebook import Codebook, kmeans
+from fastvq.parts.entropy import binary_entropies
 
 SCENARIOS: dict[str, Callable[[], None]] = {}
 DIM = 6
@@ -302,6 +303,22 @@ def the_mean_over_ranks_has_the_gradient_of_all() -> None:
     # d/dt_r of sum_s (1 + s) |m|^2, m = mean of t: sum_s (1 + s) 2 m / ranks
     factor = sum(range(1, ranks + 1)) / ranks
     torch.testing.assert_close(t.grad, 2 * factor * mean.detach())
+
+
+@scenario
+def the_batch_entropy_is_that_of_the_joined_batch() -> None:
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    lfq = fastvq.LFQ(dim=DIM)
+    own = batch(3).requires_grad_()
+    _, parts = lfq(own, inv_temperature=0.3, return_loss_breakdown=True)
+    parts.batch_entropy.backward()
+    joined = torch.cat([batch(3, rank=r) for r in range(ranks)], 1).requires_grad_()
+    expected = binary_entropies(joined[0, :, None], torch.ones(joined.shape[1], dtype=torch.bool), sharpness=0.6)
+    expected.batch.backward()
+    torch.testing.assert_close(parts.batch_entropy, expected.batch)
+    first = sum(batch(3, rank=r).shape[1] for r in range(rank))
+    # DDP's mean over the ranks takes the factor back.
+    torch.testing.assert_close(own.grad, ranks * joined.grad[:, first : first + own.shape[1]], rtol=1e-4, atol=1e-6)
 
 
 @scenario

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from .grouped import GroupedResidualVQ
+from .lfq import LFQ
+from .residual_lfq import GroupedResidualLFQ, ResidualLFQ
 from .residual_sim_vq import ResidualSimVQ
 from .residual_vq import ResidualVQ
 from .sim_vq import SimVQ
 from .vector_quantize import VectorQuantize
 
-__all__ = ["GroupedResidualVQ", "ResidualSimVQ", "ResidualVQ", "SimVQ", "VectorQuantize"]
+__all__ = [
+    "LFQ",
+    "GroupedResidualLFQ",
+    "GroupedResidualVQ",
+    "ResidualLFQ",
+    "ResidualSimVQ",
+    "ResidualVQ",
+    "SimVQ",
+    "VectorQuantize",
+]

@@ -1,0 +1,336 @@
+"""Lookup-free quantization: every dimension is a bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..health import Health, Monitored
+from ..parts.binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
+from ..parts.entropy import Entropies, binary_entropies, random_share
+from ..parts.estimators import straight_through
+from ..parts.layout import Layout
+from ..precision import KeepsBuffers, full_precision
+
+MOST_COUNTED_CODES = 2**24
+MOST_BITS_OF_ENTROPY = 30
+
+
+class Return(NamedTuple):
+    """What `LFQ` returns."""
+
+    quantized: Tensor  # as x
+    indices: Tensor  # (B, ...) or (B, ..., num_codebooks) int64
+    entropy_aux_loss: Tensor  # ()
+
+
+class LossBreakdown(NamedTuple):
+    """What `LFQ`'s loss consists of, each () and not yet weighted."""
+
+    per_sample_entropy: Tensor
+    batch_entropy: Tensor
+    commitment: Tensor
+
+
+class LFQ(Monitored, KeepsBuffers, nn.Module):
+    """Quantizes each dimension to one bit, with the API of vector_quantize_pytorch. There is no codebook to look up.
+
+        y = project_in(x),   bit_d = y_d > 0,   quantized = project_out(v (2 bit - 1)),   index = sum_d bit_d 2^(D-1-d)
+        loss = entropy_loss_weight (mean_n H(p_n) - diversity_gamma H(mean_n p_n))
+             + commitment_loss_weight mean (y - sg[v (2 bit - 1)])^2     (zero in eval)
+
+    with p_n the softmax of -inv_temperature times the squared distances to all K codes, v = codebook_scale, and on the
+    sphere v = codebook_scale / sqrt(D). Vectors that are not finite, or masked out, get index -1 and a zero output and
+    have no part in loss or gradient.
+
+    Args:
+        dim: dimension of the vectors; by default as many as all codebooks have bits.
+        codebook_size: K = 2^D; 2^dim by default.
+        entropy_loss_weight, commitment_loss_weight, diversity_gamma: weights of the losses.
+        straight_through_activation: through which the gradient reaches y.
+        num_codebooks: independent codes of D bits for each vector.
+        keep_num_codebooks_dim: indices have an axis for the codebooks; by default where there are several.
+        codebook_scale: v.
+        frac_per_sample_entropy: the share of vectors, chosen at random, that the entropies are taken over.
+        has_projections: linear maps stand around the bits; by default where dim isn't their number.
+        projection_has_bias: of both.
+        soft_clamp_input_value: y is first clamped to it by tanh.
+        cosine_sim_project_in: project_in takes cosines, times cosine_sim_project_in_scale (codebook_scale by default).
+        channel_first: vectors are (B, dim, ...), else (B, ..., dim); None: images and video are, sequences aren't.
+        experimental_softplus_entropy_loss: softplus(entropy loss + entropy_loss_offset), which is positive.
+        spherical: binary spherical quantization: y and the codes are put on a sphere of radius codebook_scale.
+        force_quantization_f32: accepted; whatever follows project_in is float32 at least, in either case.
+        orthogonal_rotation: bits are taken in a random orthogonal frame.
+
+    State: mask (D,) int64, the bits' values; orthogonal_rot (D, D), float32 whatever the module is cast to.
+
+    Raises:
+        ValueError: an argument that can't be, by name.
+
+    Numerics: memory is O(N 2^(D/2) + 2^D) for the entropies and O(N D) without; with an entropy_loss_weight of 0 they
+    are left out unless asked for. `health` counts codes up to K = 2^24.
+
+    Source: Yu et al., Language Model Beats Diffusion, 2023, equations 3 to 5; sphere: Zhao et al., Binary Spherical
+    Quantization, 2024; rotation: Chee et al., QuIP, 2023.
+    """
+
+    mask: Tensor
+    zero: Tensor
+    orthogonal_rot: Tensor
+    _kept_buffers = ("orthogonal_rot",)
+
+    def __init__(
+        self,
+        *,
+        dim: int | None = None,
+        codebook_size: int | None = None,
+        entropy_loss_weight: float = 0.1,
+        commitment_loss_weight: float = 0.0,
+        diversity_gamma: float = 1.0,
+        straight_through_activation: Callable[[Tensor], Tensor] | None = None,
+        num_codebooks: int = 1,
+        keep_num_codebooks_dim: bool | None = None,
+        codebook_scale: float = 1.0,
+        frac_per_sample_entropy: float = 1.0,
+        has_projections: bool | None = None,
+        projection_has_bias: bool = True,
+        soft_clamp_input_value: float | None = None,
+        cosine_sim_project_in: bool = False,
+        cosine_sim_project_in_scale: float | None = None,
+        channel_first: bool | None = None,
+        experimental_softplus_entropy_loss: bool = False,
+        entropy_loss_offset: float = 5.0,
+        spherical: bool = False,
+        force_quantization_f32: bool = True,
+        orthogonal_rotation: bool = False,
+    ) -> None:
+        super().__init__()
+        if dim is None and codebook_size is None:
+            raise ValueError("dim, codebook_size: at least one of them must be given")
+        if codebook_size is None:
+            codebook_size = 2 ** (dim or 0)
+        if codebook_size < 2 or codebook_size.bit_count() != 1 or codebook_size > 2**62:
+            raise ValueError(f"codebook_size: must be a power of 2 from 2 to 2^62, got {codebook_size}")
+        if codebook_size > 2**MOST_BITS_OF_ENTROPY and entropy_loss_weight:
+            raise ValueError(
+                f"entropy_loss_weight: must be 0 beyond {MOST_BITS_OF_ENTROPY} bits, as the batch entropy is a sum over"
+                f" all codes, got {entropy_loss_weight}"
+            )
+        if num_codebooks < 1:
+            raise ValueError(f"num_codebooks: must be at least 1, got {num_codebooks}")
+        if num_codebooks > 1 and keep_num_codebooks_dim is False:
+            raise ValueError("keep_num_codebooks_dim: must not be False beside several codebooks")
+        if not 0 < frac_per_sample_entropy <= 1:
+            raise ValueError(f"frac_per_sample_entropy: must lie in (0, 1], got {frac_per_sample_entropy}")
+        if soft_clamp_input_value is not None and not soft_clamp_input_value >= codebook_scale:
+            raise ValueError(
+                f"soft_clamp_input_value: must be at least codebook_scale = {codebook_scale},"
+                f" got {soft_clamp_input_value}"
+            )
+        self.codebook_size = codebook_size
+        self.codebook_dim = codebook_size.bit_length() - 1
+        self.num_codebooks = num_codebooks
+        bits = self.codebook_dim * num_codebooks
+        self.dim = bits if dim is None else dim
+        self.has_projections = self.dim != bits if has_projections is None else has_projections
+        if self.dim != bits and not self.has_projections:
+            raise ValueError(f"has_projections: must be True where dim isn't {bits}, the bits of a vector, got {dim}")
+
+        self.project_in: nn.Module = nn.Identity()
+        self.project_out: nn.Module = nn.Identity()
+        if self.has_projections:
+            if cosine_sim_project_in:
+                scale = codebook_scale if cosine_sim_project_in_scale is None else cosine_sim_project_in_scale
+                self.project_in = CosineSimLinear(self.dim, bits, scale=scale)
+            else:
+                self.project_in = nn.Linear(self.dim, bits, bias=projection_has_bias)
+            self.project_out = nn.Linear(bits, self.dim, bias=projection_has_bias)
+
+        self.keep_num_codebooks_dim = num_codebooks > 1 if keep_num_codebooks_dim is None else keep_num_codebooks_dim
+        self.channel_first = channel_first
+        self.activation = nn.Identity() if straight_through_activation is None else straight_through_activation
+        self.spherical = spherical
+        self.orthogonal_rotation = orthogonal_rotation
+        if orthogonal_rotation:
+            self.register_buffer("orthogonal_rot", random_rotation(self.codebook_dim))
+        self.frac_per_sample_entropy = frac_per_sample_entropy
+        self.diversity_gamma = diversity_gamma
+        self.entropy_loss_weight = entropy_loss_weight
+        self.codebook_scale = codebook_scale
+        self.commitment_loss_weight = commitment_loss_weight
+        self.soft_clamp_input_value = soft_clamp_input_value
+        self.experimental_softplus_entropy_loss = experimental_softplus_entropy_loss
+        self.entropy_loss_offset = entropy_loss_offset
+        self.force_quantization_f32 = force_quantization_f32
+
+        self.register_buffer("mask", 2 ** torch.arange(self.codebook_dim - 1, -1, -1))
+        self.register_buffer("zero", torch.tensor(0.0), persistent=False)
+        counted = codebook_size if codebook_size <= MOST_COUNTED_CODES else 0
+        self._health = Health(counted, None if num_codebooks == 1 else num_codebooks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What codes come in."""
+        return self.zero.dtype
+
+    @property
+    def codebook(self) -> Tensor:
+        """All codes (K, D) of -codebook_scale and codebook_scale, made anew at each use: before they are put on the
+        sphere or rotated, which `indices_to_codes` does."""
+        return self.bits_to_codes(self.indices_to_bits(torch.arange(self.codebook_size, device=self.mask.device)))
+
+    def bits_to_codes(self, bits: Tensor) -> Tensor:
+        """codebook_scale (2 bits - 1)."""
+        bits = bits if bits.is_floating_point() else bits.to(self.dtype)
+        return bits * self.codebook_scale * 2 - self.codebook_scale
+
+    def indices_to_bits(self, indices: Tensor) -> Tensor:
+        """(..., D) bool of indices (...), the highest bit first."""
+        return (indices.unsqueeze(-1) & self.mask) != 0
+
+    def bits_to_indices(self, bits: Tensor) -> Tensor:
+        """Indices (...) int64 of bits (..., D) bool."""
+        return torch.where(bits, self.mask, 0).sum(-1)
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """The codes (..., D) of one codebook's indices (...), zeros for -1."""
+        codes = self._place(self._signs(self.indices_to_bits(indices)))
+        return codes.masked_fill((indices < 0).unsqueeze(-1), 0).to(self.dtype)
+
+    def indices_to_codes(self, indices: Tensor, project_out: bool = True) -> Tensor:
+        """What `forward` gives as quantized for these indices, laid out as there; zeros for -1.
+
+        Args:
+            indices: int64 (B, ...), or (B, ..., num_codebooks) where they have that axis.
+            project_out: if False, the codes themselves, D for each codebook.
+        """
+        if not self.keep_num_codebooks_dim:
+            indices = indices.unsqueeze(-1)
+        codes = self.codes(indices).flatten(-2)
+        if project_out:
+            codes = self._project_out(codes, (indices >= 0).any(-1))
+        images = indices.dim() >= 4  # with the axis of the codebooks
+        channel_first = images if self.channel_first is None else self.channel_first
+        return codes.movedim(-1, 1) if channel_first else codes
+
+    def forward(
+        self, x: Tensor, inv_temperature: float = 100.0, return_loss_breakdown: bool = False, mask: Tensor | None = None
+    ) -> Return | tuple[Return, LossBreakdown]:
+        """(quantized, indices, entropy_aux_loss) of x.
+
+        Args:
+            x: (B, N, dim), images (B, dim, H, W), video (B, dim, T, H, W), single vectors (B, dim); see channel_first.
+            inv_temperature: of the assignments whose entropies the loss takes.
+            return_loss_breakdown: also return what the loss consists of.
+            mask: bool, True for the vectors that count: (B,), (B, N) or (B, spatial).
+
+        Returns:
+            quantized, shaped and typed as x; indices int64; entropy_aux_loss () float32. Then a `LossBreakdown`.
+
+        Raises:
+            ValueError, TypeError: x or mask that don't fit.
+        """
+        layout = Layout.of(x, self.dim, channel_first=self.channel_first)
+        rows, counted = counted_rows(layout, x, mask)
+        quantized, indices, loss, parts = self.quantize_rows(
+            self.project_in(rows), counted, inv_temperature=inv_temperature, entropies=return_loss_breakdown
+        )
+        quantized = layout.from_rows(self._project_out(quantized, counted).to(x.dtype))
+        indices = layout.indices(indices if self.keep_num_codebooks_dim else indices.squeeze(-1))
+        result = Return(quantized, indices, loss)
+        return (result, parts) if return_loss_breakdown else result
+
+    def quantize_rows(
+        self, y: Tensor, counted: Tensor, *, inv_temperature: float = 100.0, entropies: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, LossBreakdown]:
+        """`forward` between the projections: quantized (..., C D), indices (..., C), loss and its parts.
+
+        y is (..., C D), and `counted` bool (...) has the rows that count. `entropies`: also if they have no weight."""
+        with full_precision(y):
+            y = y if y.dtype == torch.float64 else y.float()
+            counted = counted & y.isfinite().all(-1)
+            y = y.masked_fill(~counted.unsqueeze(-1), 0)
+            if self.soft_clamp_input_value is not None:
+                y = soft_clamp(y, self.soft_clamp_input_value)
+            y = y.unflatten(-1, (self.num_codebooks, self.codebook_dim))
+            if self.orthogonal_rotation:
+                y = y @ self.orthogonal_rot.to(y.dtype)
+            if self.spherical:
+                y = on_sphere(y, self.codebook_scale)
+            bits = y > 0
+            codes = self._signs(bits).to(y.dtype)
+            indices = self.bits_to_indices(bits).masked_fill(~counted.unsqueeze(-1), -1)
+            loss, parts = self._losses(y, codes, counted, inv_temperature, entropies)
+            if self.training:
+                self._observe(indices, y, codes, counted)
+                codes = straight_through(self.activation(y), codes)
+            codes = self._place(codes).masked_fill(~counted[..., None, None], 0)
+        return codes.flatten(-2), indices, loss, parts
+
+    def _losses(
+        self, y: Tensor, codes: Tensor, counted: Tensor, inv_temperature: float, entropies: bool
+    ) -> tuple[Tensor, LossBreakdown]:
+        zero = y.new_zeros(())
+        found, entropy_loss, commitment = Entropies(zero, zero), zero, zero
+        if self.training and (entropies or self.entropy_loss_weight):
+            rows = y.flatten(0, -3)
+            sampled = random_share(counted.flatten(), self.frac_per_sample_entropy)
+            found = binary_entropies(rows, sampled, sharpness=2 * inv_temperature * self._coordinate)
+            entropy_loss = found.per_sample - self.diversity_gamma * found.batch
+            if self.experimental_softplus_entropy_loss:
+                entropy_loss = F.softplus(entropy_loss + self.entropy_loss_offset)
+        if self.training and self.commitment_loss_weight > 0:
+            commitment = _error(y, codes, counted)
+        loss = entropy_loss * self.entropy_loss_weight + commitment * self.commitment_loss_weight
+        return loss, LossBreakdown(found.per_sample, found.batch, commitment)
+
+    @torch.no_grad()
+    def _observe(self, indices: Tensor, y: Tensor, codes: Tensor, counted: Tensor) -> None:
+        if self.codebook_size <= MOST_COUNTED_CODES:
+            self._health.observe_(indices.flatten(0, -2).T, _error(y, codes, counted))
+
+    @property
+    def _coordinate(self) -> float:
+        """v: codes are -v and v in every dimension."""
+        return self.codebook_scale / math.sqrt(self.codebook_dim) if self.spherical else self.codebook_scale
+
+    def _signs(self, bits: Tensor) -> Tensor:
+        return torch.where(bits, self._coordinate, -self._coordinate)
+
+    def _place(self, codes: Tensor) -> Tensor:
+        """Codes (..., D) from the frame in which bits are taken to that of y."""
+        return codes @ self.orthogonal_rot.to(codes.dtype).T if self.orthogonal_rotation else codes
+
+    def _project_out(self, codes: Tensor, counted: Tensor) -> Tensor:
+        if not isinstance(self.project_out, nn.Linear):
+            return codes
+        flat = codes.to(self.project_out.weight.dtype).flatten(0, -2)
+        projected = self.project_out(flat).view(*codes.shape[:-1], -1)
+        return projected.masked_fill(~counted.unsqueeze(-1), 0)  # else the bias would stand where no code does
+
+
+def counted_rows(layout: Layout, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x as rows (B, N, dim), zeros where they don't count, and whether they do, bool (B, N): the finite ones in `mask`,
+    which has the shape (B, N), (B, spatial) or its beginning."""
+    rows = layout.to_rows(x)
+    counted = rows.isfinite().all(-1)
+    if mask is not None:
+        leading = (layout.batch, *layout.spatial)
+        if mask.shape == leading[: mask.dim()]:
+            mask = mask.reshape(*mask.shape, *[1] * (len(leading) - mask.dim())).expand(leading)
+        elif mask.shape == counted.shape:
+            mask = mask.reshape(leading)
+        counted = counted & layout.rows_mask(mask)  # type: ignore[operator]
+    # Not left to the products that follow: zero times NaN would reach the gradients of a projection.
+    return rows.masked_fill(~counted.unsqueeze(-1), 0), counted
+
+
+def _error(y: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
+    """Mean of (y - codes)^2 over the elements (B, N, C, D) of the rows that count."""
+    squares = (y - codes.detach()).square().flatten(-2).mean(-1)
+    return squares.masked_fill(~counted, 0).sum() / counted.sum().clamp_min(1)

@@ -1,0 +1,195 @@
+"""A stack of LFQ, each at half the scale of the one before, and several of them side by side."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..health import Monitored
+from ..parts.dropout import QuantizeDropout
+from ..parts.layout import Layout
+from .grouped import Grouped
+from .lfq import LFQ, counted_rows
+
+
+class ResidualLFQ(Monitored, nn.Module):
+    """Codes each vector by D bits at each of Q levels of `LFQ`, with the API of vector_quantize_pytorch.
+
+        r_0 = project_in(x),   quantized = project_out(sum_q LFQ_q(r_q)),   r_{q+1} = r_q - sg[LFQ_q(r_q)]
+
+    Level q has codes of coordinates -2^-q and 2^-q.
+
+    Args:
+        dim: dimension of the vectors.
+        num_quantizers: Q.
+        codebook_size: K = 2^D of each level; one pair of linear projections stands around all levels where D isn't dim.
+        quantize_dropout: in training, leave out the levels after a random one.
+        quantize_dropout_cutoff_index: the first level that may be the last.
+        quantize_dropout_multiple_of: the number of levels that are kept is rounded up to a multiple of it.
+        soft_clamp_input_value: of the first level, halved at each of the others.
+        settings: the other arguments of every level's `LFQ`.
+
+    Raises:
+        ValueError: an argument that can't be, by name.
+
+    Numerics: residuals are float32 at least.
+
+    Source: Zeghidour et al., SoundStream, 2021, algorithm 1 and section III-C (dropout), over `LFQ`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_quantizers: int,
+        codebook_size: int,
+        quantize_dropout: bool = False,
+        quantize_dropout_cutoff_index: int = 0,
+        quantize_dropout_multiple_of: int = 1,
+        soft_clamp_input_value: float | None = None,
+        channel_first: bool | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if num_quantizers < 1:
+            raise ValueError(f"num_quantizers: must be at least 1, got {num_quantizers}")
+        for name in ("num_codebooks", "has_projections"):
+            if settings.get(name, 1) not in (1, None):
+                raise ValueError(f"{name}: must be left to the levels of a residual quantizer, got {settings[name]}")
+        self.dim, self.num_quantizers = dim, num_quantizers
+        self.channel_first = channel_first
+        bits = max(codebook_size, 1).bit_length() - 1
+        self.has_projections = bits != dim
+        self.project_in: nn.Module = nn.Linear(dim, bits) if self.has_projections else nn.Identity()
+        self.project_out: nn.Module = nn.Linear(bits, dim) if self.has_projections else nn.Identity()
+        self.layers = nn.ModuleList()
+        for level in range(num_quantizers):
+            clamp = None if soft_clamp_input_value is None else soft_clamp_input_value * 0.5**level
+            self.layers.append(
+                LFQ(codebook_size=codebook_size, codebook_scale=0.5**level, soft_clamp_input_value=clamp, **settings)
+            )
+        self.quantize_dropout = quantize_dropout and num_quantizers > 1
+        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
+        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
+        self._dropout.check()
+
+    @property
+    def _dropout(self) -> QuantizeDropout:
+        return QuantizeDropout(
+            self.num_quantizers,
+            self.quantize_dropout,
+            self.quantize_dropout_cutoff_index,
+            self.quantize_dropout_multiple_of,
+        )
+
+    @property
+    def _levels(self) -> list[LFQ]:
+        return [cast(LFQ, layer) for layer in self.layers]
+
+    @property
+    def _monitored(self) -> list[Monitored]:
+        return list(self._levels)
+
+    @property
+    def codebooks(self) -> Tensor:
+        """The codes of all levels (Q, K, D) by index, made anew at each use."""
+        first = self._levels[0]
+        every = torch.arange(first.codebook_size, device=first.mask.device)
+        return torch.stack([layer.codes(every) for layer in self._levels])
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        return_all_codes: bool = False,
+        rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """(quantized, indices, losses) of x, and all codes if asked for.
+
+        Args:
+            x, mask: as for `LFQ`.
+            return_all_codes: also return the codes of each level.
+            rand_quantize_dropout_fixed_seed: decides where dropout cuts; by default torch's generator does.
+
+        Returns:
+            quantized, shaped and typed as x; indices int64 (B, ..., Q), -1 for levels dropped and vectors that don't
+            count; losses (Q,) float32, zero for levels dropped; codes (Q, B, ..., D).
+
+        Raises:
+            ValueError, TypeError: x or mask that don't fit.
+        """
+        layout = Layout.of(x, self.dim, channel_first=self.channel_first)
+        rows, counted = counted_rows(layout, x, mask)
+        residual = self.project_in(rows)
+        residual = residual if residual.dtype == torch.float64 else residual.float()
+        kept = self._dropout.draw(self.training and torch.is_grad_enabled(), x, rand_quantize_dropout_fixed_seed)
+        total, absent = torch.zeros_like(residual), torch.full_like(counted, -1, dtype=torch.int64)
+        levels, losses = [], []
+        for level, layer in enumerate(self._levels):
+            if kept.drops(level):
+                levels.append(absent)
+                losses.append(residual.new_zeros(()))
+                continue
+            quantized, indices, loss, _ = layer.quantize_rows(residual, kept.mask(level, counted, False))
+            residual = residual - quantized.detach()
+            total = total + quantized
+            levels.append(indices.squeeze(-1))
+            losses.append(kept.mask(level, loss, 0.0))
+        indices = torch.stack(levels, -1)
+        quantized = layout.from_rows(self._project_out(total, (indices >= 0).any(-1)).to(x.dtype))
+        if self._levels[0].keep_num_codebooks_dim:
+            indices = indices.unsqueeze(-2)
+        result = (quantized, layout.indices(indices), torch.stack(losses))
+        return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """The codes (Q, B, ..., D) of indices (B, ..., Q), zeros for -1. Indices of the first levels alone will do."""
+        if not 1 <= indices.shape[-1] <= self.num_quantizers:
+            raise ValueError(
+                f"indices: must have shape (..., 1 to {self.num_quantizers} levels), got {tuple(indices.shape)}"
+            )
+        codes = [layer.codes(level) for layer, level in zip(self._levels, indices.unbind(-1), strict=False)]
+        codes += [torch.zeros_like(codes[0])] * (self.num_quantizers - len(codes))
+        return torch.stack(codes)
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What `forward` gives as quantized for these indices, laid out as there, in the dtype of the codes."""
+        if self._levels[0].keep_num_codebooks_dim:
+            indices = indices.squeeze(-2)
+        total = self._project_out(self.get_codes_from_indices(indices).sum(0), (indices >= 0).any(-1))
+        channel_first = total.dim() >= 4 if self.channel_first is None else self.channel_first
+        return total.movedim(-1, 1) if channel_first else total
+
+    def _project_out(self, codes: Tensor, counted: Tensor) -> Tensor:
+        if not isinstance(self.project_out, nn.Linear):
+            return codes
+        projected = self.project_out(codes.to(self.project_out.weight.dtype))
+        return projected.masked_fill(~counted.unsqueeze(-1), 0)  # else the bias would stand where no code does
+
+
+class GroupedResidualLFQ(Grouped):
+    """`ResidualLFQ` by groups of channels, with the API of vector_quantize_pytorch.
+
+    Args: see `Grouped`; settings are those of `ResidualLFQ`.
+
+    Source: Yang et al., HiFi-Codec: Group-residual Vector Quantization, 2023.
+    """
+
+    quantizer = ResidualLFQ
+
+    def group_settings(self, **settings: Any) -> dict[str, Any]:
+        return {"channel_first": True, **settings} if self.accept_image_fmap else settings
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, return_all_codes: bool = False) -> tuple[Any, ...]:
+        """(quantized, indices, losses) of x, and all codes if asked for.
+
+        Args:
+            x: (B, N, dim), or (B, dim, ...) if accept_image_fmap.
+            mask, return_all_codes: as for `ResidualLFQ`.
+
+        Returns:
+            quantized as x; indices (G, B, ..., Q); losses (G, Q); codes, a tuple of G tensors (Q, B, ..., D).
+        """
+        return self.quantize_groups(x, mask=mask, return_all_codes=return_all_codes)
