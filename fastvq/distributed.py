@@ -13,6 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def recomputing() -> bool:
+    """Whether a backward pass is running in this thread, so that a forward can only be a recomputation, as activation
+    checkpointing does it."""
+    # Dynamo traces checkpointing as a whole, and doesn't let it change state.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def active() -> bool:
     """Whether a default process group of more than one rank exists now."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -58,13 +65,16 @@ def mean(x: Tensor) -> Tensor:
 
 
 _seeds: tuple[Any, random.Random] | None = None
+_drawn: dict[int, int] = {}
+DRAWN_KEPT = 256
 
 
 def common_seed(limit: int = 10_000) -> int:
     """A random integer in [0, limit), the same on every rank that calls this equally often.
 
     One process draws it from torch's generator. Several draw from a sequence that rank 0 starts: the first call is a
-    broadcast, the others cost nothing.
+    broadcast, the others cost nothing. Where activation checkpointing sets torch's generator back to repeat a forward,
+    the numbers repeat too.
     """
     global _seeds
     if not active():
@@ -76,7 +86,12 @@ def common_seed(limit: int = 10_000) -> int:
             start = start.cuda()
         dist.broadcast(start, src=0)
         _seeds = (group, random.Random(int(start)))
-    return _seeds[1].randrange(limit)
+    key = int(torch.randint(2**62, ()))
+    if not (recomputing() and key in _drawn):
+        _drawn[key] = _seeds[1].randrange(limit)
+        if len(_drawn) > DRAWN_KEPT:
+            del _drawn[next(iter(_drawn))]
+    return _drawn[key]
 
 
 def check_synchronised(module: nn.Module) -> None:

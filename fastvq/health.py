@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .precision import KeepsPrecision
+from .recompute import recomputing
 
 DEAD_SHARE_OF_UNIFORM = 0.1
 """A code is counted as dead below this share of what it would have if all codes were chosen equally often."""
@@ -79,7 +80,9 @@ class Health(KeepsPrecision, nn.Module):
     @torch.no_grad()
     def observe_(self, indices: Tensor, error: Tensor | None = None) -> None:
         """Counts indices, (...) or (H, ...) beside heads; -1 counts for nothing. `error` () is the mean of
-        (x - quantized)^2 over the elements of the vectors that count."""
+        (x - quantized)^2 over the elements of the vectors that count. A recomputed forward doesn't count again."""
+        if recomputing():
+            return
         heads = self.code_counts.view(-1, self.code_counts.shape[-1])
         flat = indices.reshape(len(heads), -1)
         counted = flat >= 0

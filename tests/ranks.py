@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import fastvq
 from fastvq import distributed
@@ -327,6 +328,14 @@ def seeds_are_common() -> None:
     drawn = [distributed.common_seed() for _ in range(5)]
     assert all(torch.equal(other, torch.tensor(drawn)) for other in gathered(torch.tensor(drawn)))
     assert len(set(drawn)) > 1
+    again = []
+
+    def layer(x):
+        again.append([distributed.common_seed() for _ in range(3)])
+        return x.sin()
+
+    checkpoint(layer, torch.ones(1, requires_grad=True), use_reentrant=False).backward()
+    assert again[0] == again[1] != drawn[:3]
     with collectives() as called:
         distributed.common_seed()
     assert not called

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from .history import History
 from .kmeans import kmeans
 from .learning import learn_together
 from .revival import Revival
 from .state import Codebook
 
-__all__ = ["Codebook", "History", "Revival", "kmeans", "learn_together"]
+__all__ = ["Codebook", "Revival", "kmeans", "learn_together"]

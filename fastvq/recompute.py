@@ -14,16 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import checksum
+from .distributed import checksum, recomputing
+
+__all__ = ["History", "recomputing"]
 
 REMEMBERED = 2
 """Forward passes whose codes are kept: those of a layer that is used twice before the backward pass."""
-
-
-def recomputing() -> bool:
-    """Whether a backward pass is running in this thread, so that a forward can only be a recomputation."""
-    # Dynamo traces checkpointing as a whole, and doesn't let it change state.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class History:
@@ -33,10 +29,9 @@ class History:
         self._passes: deque[tuple[Tensor, Tensor]] = deque(maxlen=REMEMBERED)
 
     def remember(self, x: Tensor, codes: Tensor) -> None:
-        """Keeps `codes`, as they are now, for the recomputation with the vectors x (..., D). A tensor that nobody else
-        will write to needn't be copied before."""
+        """Keeps `codes` for the recomputation with the vectors x (..., D): a tensor that nobody will write to."""
         if not torch.compiler.is_compiling():
-            self._passes.append((_mark(x), codes))
+            self._passes.append((_mark(x), codes.detach()))
 
     def recall(self, x: Tensor) -> Tensor:
         """The codes that were kept for x, which are then forgotten.
