@@ -1,0 +1,230 @@
+"""Layers as ONNX files, whose codes in onnxruntime are the exact ones. Needs `pip install "fastvq-torch[onnx]"`.
+
+`export` writes a file. `TRANSLATIONS`, for `torch.onnx.export(..., custom_translation_table=)`, says what fastvq's ops
+become in models that are exported otherwise.
+
+A search is the definition itself (docs/exactness.md): a loop over dimensions that adds float64 squares one by one, for
+CODES_AT_ONCE codes at a time, and keeps the nearest code so far. Its memory is N x 256 float64 and its speed that of
+elementwise operations: far below `fastvq.search`, the price of running where only ONNX does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .extras import require
+from .files import whole
+
+require("onnxscript", "onnx")
+from onnxscript import BOOL, DOUBLE, FLOAT, INT64, script, values  # noqa: E402
+from onnxscript import opset18 as op  # noqa: E402
+
+CODES_AT_ONCE = 256
+"""How many codes a row is compared with before the nearest is kept: what bounds the memory of a search."""
+
+
+def export(
+    module: nn.Module,
+    example: Tensor | tuple[Tensor, ...],
+    path: str | os.PathLike[str],
+    *,
+    method: str = "forward",
+    dynamic_shapes: Sequence[Any] | None = None,
+    **options: Any,
+) -> None:
+    """Writes `module`, or one of its methods, as an ONNX file. The file appears whole or not at all.
+
+    Args:
+        module: in eval mode: a quantizer, or a model that has quantizers in it.
+        example: the argument, or the tuple of arguments, with which to trace it.
+        path: of the file.
+        method: what is called: "forward", "encode", "get_output_from_indices" ...
+        dynamic_shapes: for each argument, which of its axes may have any length, as for `torch.export.export`; by
+            default the first axis of each.
+        options: for `torch.onnx.export`: input_names (by default those of the method's arguments), output_names,
+            opset_version (18 or later) ...
+
+    Raises:
+        ValueError: the module is in training mode. TypeError: it has no such method.
+        torch.onnx.OnnxExporterError: something in it has no ONNX form, as learning has none.
+
+    Numerics: indices are those of `fastvq.search`, to the last one; rows that aren't finite get -1. Losses are summed
+    in float64, in an order that is the runtime's.
+    """
+    if module.training:
+        raise ValueError("module: must be in eval mode, got one in training mode: call .eval() first")
+    if not callable(getattr(module, method, None)):
+        raise TypeError(f"method: must name a method of {type(module).__name__}, got {method!r}")
+    arguments = example if isinstance(example, tuple) else (example,)
+    if dynamic_shapes is None:
+        dynamic_shapes = [{0: torch.export.Dim.DYNAMIC} for _ in arguments]
+    names = list(inspect.signature(getattr(module, method)).parameters)[: len(arguments)]
+    program = torch.onnx.export(
+        _Call(module, method).eval(),
+        arguments,
+        dynamo=True,
+        dynamic_shapes=(tuple(dynamic_shapes),),
+        custom_translation_table=TRANSLATIONS,
+        verbose=False,
+        **{"input_names": names, **options},
+    )
+    assert program is not None
+    with whole(Path(path)) as partial:
+        program.save(partial)
+
+
+class _Call(nn.Module):
+    """A module whose forward is a method of another."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        super().__init__()
+        self.module, self.method = module, method
+
+    def forward(self, *arguments: Tensor) -> Any:
+        return getattr(self.module, self.method)(*arguments)
+
+
+_functions = values.Opset("fastvq", 1)
+
+
+@script(_functions)
+def nearest(x: DOUBLE, codebook: DOUBLE, usable: BOOL, first: INT64, dot: BOOL, size: int, chunks: int) -> INT64:
+    """The index (H, N) of the smallest sum_j (x_j - e_kj)^2, or of the largest sum_j x_j e_kj, of x (H, N, D) among the
+    `usable` (H, K) codes of the codebook (H, K, D), taken `size` at a time; `first` (H, 1), the first usable one, where
+    all sums are infinite."""
+    columns = op.Unsqueeze(op.Transpose(x, perm=[2, 0, 1]), [-1])  # [D, H, N, 1]
+    dimensions = op.Squeeze(op.Shape(x, start=2, end=3), [0])
+    zero = op.CastLike(op.Constant(value_float=0.0), x)
+    infinity = op.CastLike(op.Constant(value_float=float("inf")), x)
+    least = op.Expand(infinity, op.Shape(x, start=0, end=2))
+    index = op.Expand(first, op.Shape(x, start=0, end=2))
+    for chunk in range(chunks):
+        begin = op.Reshape(chunk * size, [1])
+        end = begin + size
+        codes = op.Unsqueeze(op.Transpose(op.Slice(codebook, begin, end, [1]), perm=[2, 0, 1]), [2])  # [D, H, 1, C]
+        allowed = op.Unsqueeze(op.Slice(usable, begin, end, [1]), [1])  # [H, 1, C]
+        sums = op.Expand(zero, op.Shape(op.Or(allowed, op.IsNaN(op.Unsqueeze(least, [-1])))))  # [H, N, C]
+        for j in range(dimensions):
+            if dot:
+                sums = sums - op.Gather(columns, j) * op.Gather(codes, j)
+            else:
+                difference = op.Gather(columns, j) - op.Gather(codes, j)
+                sums = sums + difference * difference
+        sums = op.Where(op.And(allowed, op.Not(op.IsNaN(sums))), sums, infinity)
+        smallest = op.ReduceMin(sums, [-1], keepdims=0)
+        closer = smallest < least
+        index = op.Where(closer, op.ArgMin(sums, axis=-1, keepdims=0) + begin, index)
+        least = op.Where(closer, smallest, least)
+    return index
+
+
+def _finite(x: Any) -> Any:
+    """Whether all of the last axis is finite."""
+    bad = op.Cast(op.Or(op.IsNaN(x), op.IsInf(x)), to=INT64.dtype)
+    return op.Not(op.Cast(op.ReduceMax(bad, [-1], keepdims=0), to=BOOL.dtype))
+
+
+def _indices(x: Any, codebook: Any, size: int, metric: str) -> Any:
+    """Indices (H, N) of x (H, N, D) among `size` codes (H, K, D), of any dtypes."""
+    x, codebook = op.Cast(x, to=DOUBLE.dtype), op.Cast(codebook, to=DOUBLE.dtype)
+    usable = op.Cast(_finite(codebook), to=INT64.dtype)
+    index = nearest(
+        x,
+        codebook,
+        op.Cast(usable, to=BOOL.dtype),
+        op.ArgMax(usable, axis=-1, keepdims=1),  # the first of the largest
+        op.Cast(op.Constant(value_int=int(metric == "dot")), to=BOOL.dtype),
+        size=min(CODES_AT_ONCE, size),
+        chunks=-(-size // CODES_AT_ONCE),
+    )
+    any_usable = op.Cast(op.ReduceMax(usable, [-1], keepdims=1), to=BOOL.dtype)  # [H, 1]
+    return op.Where(op.And(_finite(x), any_usable), index, _integer(-1))
+
+
+def _integer(value: int) -> Any:
+    return op.Constant(value_int=value)
+
+
+def search(x, codebook, metric="l2", mask=None):  # type: ignore[no-untyped-def]
+    size = codebook.shape[-2]
+    if len(x.shape) == 3:
+        index = _indices(x, codebook, size, metric)
+    else:
+        index = op.Squeeze(_indices(op.Unsqueeze(x, [0]), op.Unsqueeze(codebook, [0]), size, metric), [0])
+    return index if mask is None else op.Where(mask, index, _integer(-1))
+
+
+def residual_search(x, codebooks, mask=None):  # type: ignore[no-untyped-def]
+    dtype = _compute_dtype(x, codebooks)
+    residual, levels = x, []
+    for level in range(codebooks.shape[0]):
+        codebook = op.Gather(codebooks, _integer(level), axis=0)
+        index = _indices(op.Unsqueeze(residual, [0]), op.Unsqueeze(codebook, [0]), codebooks.shape[1], "l2")
+        index = op.Squeeze(index, [0])
+        levels.append(op.Unsqueeze(index, [-1]))
+        residual = op.Cast(op.Cast(residual, to=dtype) - _lookup(codebook, index, dtype), to=FLOAT.dtype)
+        dtype = codebooks.dtype if codebooks.dtype == DOUBLE.dtype else FLOAT.dtype
+    indices = op.Concat(*levels, axis=-1)
+    return indices if mask is None else op.Where(op.Unsqueeze(mask, [-1]), indices, _integer(-1))
+
+
+def _lookup(codebook: Any, index: Any, dtype: int) -> Any:
+    absent = op.Unsqueeze(op.Less(index, _integer(0)), [-1])
+    codes = op.Gather(op.Cast(codebook, to=dtype), op.Max(index, _integer(0)), axis=0)
+    return op.Where(absent, op.Cast(op.Constant(value_float=0.0), to=dtype), codes)
+
+
+def quantize_forward(x, codebook, indices, keep_codes):  # type: ignore[no-untyped-def]
+    dtype = _compute_dtype(x, codebook)
+    codes = _lookup(codebook, indices, dtype)
+    kept = codes if keep_codes else op.Slice(codes, [0], [0], [0])
+    return op.CastLike(codes, x), kept, _error(x, codes, indices, x.shape[-1], dtype)
+
+
+def residual_quantize_forward(x, codebooks, indices, keep_residuals):  # type: ignore[no-untyped-def]
+    dtype = _compute_dtype(x, codebooks)
+    residual = op.Cast(x, to=dtype)
+    total = None
+    errors, residuals = [], []
+    for level in range(codebooks.shape[0]):
+        index = op.Gather(indices, _integer(level), axis=1)
+        codes = _lookup(op.Gather(codebooks, _integer(level), axis=0), index, dtype)
+        errors.append(op.Unsqueeze(_error(residual, codes, index, x.shape[-1], dtype), [0]))
+        residuals.append(op.Unsqueeze(residual, [0]))
+        residual = residual - codes
+        total = codes if total is None else total + codes
+    kept = op.Concat(*residuals, axis=0)
+    if not keep_residuals:
+        kept = op.Slice(kept, [0], [0], [0])
+    return op.CastLike(total, x), op.Concat(*errors, axis=0), kept
+
+
+def _error(x: Any, codes: Any, index: Any, dim: int, dtype: int) -> Any:
+    """The mean of (x - codes)^2 over the elements of the rows that have an index."""
+    counted = op.Unsqueeze(op.GreaterOrEqual(index, _integer(0)), [-1])
+    zero = op.Cast(op.Constant(value_float=0.0), to=dtype)
+    difference = op.Cast(op.Where(counted, op.Cast(x, to=dtype) - codes, zero), to=DOUBLE.dtype)
+    rows = op.ReduceSum(op.Cast(counted, to=INT64.dtype), keepdims=0)
+    elements = op.Max(rows * dim, _integer(1))
+    return op.Cast(op.ReduceSum(difference * difference, keepdims=0) / op.Cast(elements, to=DOUBLE.dtype), to=dtype)
+
+
+def _compute_dtype(x: Any, codebook: Any) -> int:
+    """ONNX's number for float32, or for float64 where either argument is that."""
+    return DOUBLE.dtype if DOUBLE.dtype in (x.dtype, codebook.dtype) else FLOAT.dtype
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.fastvq.search.default: search,
+    torch.ops.fastvq.residual_search.default: residual_search,
+    torch.ops.fastvq.quantize_forward.default: quantize_forward,
+    torch.ops.fastvq.residual_quantize_forward.default: residual_quantize_forward,
+}
+"""What each op of fastvq that an exported layer can hold becomes."""
