@@ -17,12 +17,12 @@ PEER = "vector_quantize_pytorch"
 # Each module's names; one that doesn't stand in fastvq itself follows the module that has it.
 MODULES = {
     "binary_mapper": "BinaryMapper",
-    "evo_lookup_free_quantization": "EvoLFQ quantizers.evo_lfq:Return quantizers.evo_lfq:Result",
+    "evo_lookup_free_quantization": "EvoLFQ LFQ quantizers.evo_lfq:Return quantizers.evo_lfq:Result",
     "finite_scalar_perturbation": "FSP quantizers.fsp:VectorNorm quantizers.fsp:build_cdf_act",
     "finite_scalar_quantization": "FSQ quantizers.fsq:round_ste quantizers.fsq:floor_ste",
     "hierarchical_vq": "HierarchicalVQ VectorQuantize",
     "latent_quantization": "LatentQuantize",
-    "lookup_free_quantization": "LFQ quantizers.lfq:CosineSimLinear quantizers.lfq:LossBreakdown quantizers.lfq:Return",
+    "lookup_free_quantization": "LFQ parts.binary:CosineSimLinear quantizers.lfq:LossBreakdown quantizers.lfq:Return",
     "random_projection_quantizer": "RandomProjectionQuantizer VectorQuantize",
     "residual_fsq": "ResidualFSQ GroupedResidualFSQ FSQ",
     "residual_lfq": "ResidualLFQ GroupedResidualLFQ LFQ",

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from .extras import require
 from .files import whole
 
-require("onnxscript", "onnx")
-from onnxscript import BOOL, DOUBLE, FLOAT, INT64, script, values  # noqa: E402
-from onnxscript import opset18 as op  # noqa: E402
+onnxscript = require("onnxscript", "onnx")
+from onnxscript import BOOL, DOUBLE, FLOAT, INT64  # noqa: E402
+
+op = onnxscript.opset18
 
 CODES_AT_ONCE = 256
 """How many codes a row is compared with before the nearest is kept: what bounds the memory of a search."""
@@ -91,10 +92,10 @@ class _Call(nn.Module):
         return getattr(self.module, self.method)(*arguments)
 
 
-_functions = values.Opset("fastvq", 1)
+_functions = onnxscript.values.Opset("fastvq", 1)
 
 
-@script(_functions)
+@onnxscript.script(_functions)
 def nearest(x: DOUBLE, codebook: DOUBLE, usable: BOOL, first: INT64, dot: BOOL, size: int, chunks: int) -> INT64:
     """The index (H, N) of the smallest sum_j (x_j - e_kj)^2, or of the largest sum_j x_j e_kj, of x (H, N, D) among the
     `usable` (H, K) codes of the codebook (H, K, D), taken `size` at a time; `first` (H, 1), the first usable one, where
