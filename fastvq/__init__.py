@@ -31,6 +31,7 @@ from .quantizers import (
     SimVQ,
     VectorQuantize,
 )
+from .soft import SoftAssignment, cross_entropy, mean_assignment_entropy, soft_assign, soft_lookup
 
 __version__ = "0.1.0"
 
@@ -47,16 +48,21 @@ __all__ = [
     "ResidualVQ",
     "Revival",
     "SimVQ",
+    "SoftAssignment",
     "VectorQuantize",
     "accumulate",
     "binary_assign",
+    "cross_entropy",
     "dead_share",
     "ema_update_",
+    "mean_assignment_entropy",
     "perplexity",
     "quantize",
     "residual_quantize",
     "residual_search",
     "search",
+    "soft_assign",
+    "soft_lookup",
     "topk_search",
     "usage",
     "use_backend",

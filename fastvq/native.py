@@ -129,4 +129,6 @@ OPS: Ops = {
     "ema_update_": ema_update_,
     "binary_assign_forward": eager.binary_assign_forward,
     "binary_assign_backward": eager.binary_assign_backward,
+    "soft_assign_forward": eager.soft_assign_forward,
+    "soft_assign_backward": eager.soft_assign_backward,
 }

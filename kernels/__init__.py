@@ -72,7 +72,13 @@ def _torch(name: str) -> Callable[..., Any]:
     return call
 
 
-WITHOUT_KERNEL = ("topk_search", "binary_assign_forward", "binary_assign_backward")
+WITHOUT_KERNEL = (
+    "topk_search",
+    "binary_assign_forward",
+    "binary_assign_backward",
+    "soft_assign_forward",
+    "soft_assign_backward",
+)
 """Ops that the torch backend serves here too."""
 
 OPS: dict[str, Callable[..., Any]] = {

@@ -52,8 +52,10 @@ def test_torch_serves_a_gpu_that_triton_cannot(monkeypatch):
 def test_every_backend_has_every_op():
     names = {tuple(sorted(backend.ops)) for backend in backends.BACKENDS.values()}
     steps = ("quantize_backward", "quantize_forward", "residual_quantize_backward", "residual_quantize_forward")
-    soft = ("binary_assign_backward", "binary_assign_forward")
-    assert names == {("accumulate", *soft, "ema_update_", *steps, "residual_search", "search", "topk_search")}
+    binary = ("binary_assign_backward", "binary_assign_forward")
+    searches = ("residual_search", "search")
+    soft = ("soft_assign_backward", "soft_assign_forward")
+    assert names == {("accumulate", *binary, "ema_update_", *steps, *searches, *soft, "topk_search")}
 
 
 def test_requests_nest_and_end():

@@ -59,6 +59,17 @@ def sample_inputs():
         grads = (normal(2, 7, dtype=dtype), normal(2, 32, dtype=dtype))
         yield "binary_assign_backward", (x, None, *grads), settings
         yield "binary_assign_backward", (x, kept, None, grads[1]), settings
+    for dtype in (torch.float32, torch.float64):
+        x, codebook = normal(2, 7, 5, dtype=dtype), normal(4, 5)
+        settings = {"metric": "distance", "scale": 2.0, "floor": 1e-5}
+        yield "soft_assign_forward", (x, codebook, kept), {**settings, "statistics": True}
+        yield "soft_assign_forward", (x, codebook, None), {**settings, "metric": "dot", "statistics": False}
+        logsumexp = reference.soft_assign_forward(x, codebook, kept, **settings, statistics=False)[0]
+        grads = [normal(*shape, dtype=dtype) for shape in ((2, 7), (2, 7), (2, 4), (2, 7, 5))]
+        needs = {"need_x": True, "need_codebook": True}
+        yield "soft_assign_backward", (x, codebook, kept, logsumexp, *grads), settings | needs
+        needs = {"need_x": False, "need_codebook": True}
+        yield "soft_assign_backward", (x, codebook, kept, logsumexp, *grads[:2], None, None), settings | needs
     for shape in [(6, 5), (1, 1)]:
         state = [normal(*shape), normal(shape[0]).abs(), normal(*shape), normal(shape[0]).abs(), normal(*shape)]
         yield "ema_update_", tuple(state), {"decay": 0.9, "eps": 1e-5}

@@ -13,6 +13,7 @@ from fastvq.reference import Ops
 from .binary import binary_assign_backward, binary_assign_forward
 from .ranking import topk_search
 from .searches import search
+from .soft import soft_assign_backward, soft_assign_forward
 
 
 def unavailable(device: torch.device) -> str:
@@ -32,4 +33,6 @@ OPS: Ops = {
     "ema_update_": reference.ema_update_,
     "binary_assign_forward": binary_assign_forward,
     "binary_assign_backward": binary_assign_backward,
+    "soft_assign_forward": soft_assign_forward,
+    "soft_assign_backward": soft_assign_backward,
 }

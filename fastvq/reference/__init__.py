@@ -13,7 +13,7 @@ from typing import Any
 from .binary import binary_assign_backward, binary_assign_forward
 from .learning import accumulate, check_indices, ema_update_
 from .searches import compute_dtype, residual_search, scores_by_definition, search, topk_search, widen
-from .soft import result_dtype
+from .soft import result_dtype, soft_assign_backward, soft_assign_forward
 from .steps import (
     SHORTEST,
     difference,
@@ -38,6 +38,8 @@ OPS: Ops = {
     "ema_update_": ema_update_,
     "binary_assign_forward": binary_assign_forward,
     "binary_assign_backward": binary_assign_backward,
+    "soft_assign_forward": soft_assign_forward,
+    "soft_assign_backward": soft_assign_backward,
 }
 
 __all__ = [
@@ -59,6 +61,8 @@ __all__ = [
     "result_dtype",
     "scores_by_definition",
     "search",
+    "soft_assign_backward",
+    "soft_assign_forward",
     "topk_search",
     "widen",
 ]
