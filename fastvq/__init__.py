@@ -23,6 +23,7 @@ from .health import HealthReport, dead_share, perplexity, usage
 from .ops import accumulate, ema_update_, residual_search, search, topk_search
 from .quantizers import (
     LFQ,
+    EvoLFQ,
     GroupedResidualLFQ,
     GroupedResidualVQ,
     ResidualLFQ,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LFQ",
     "BinaryAssignment",
+    "EvoLFQ",
     "GroupedResidualLFQ",
     "GroupedResidualVQ",
     "HealthReport",

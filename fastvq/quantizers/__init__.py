@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .evo_lfq import EvoLFQ
 from .grouped import GroupedResidualVQ
 from .lfq import LFQ
 from .residual_lfq import GroupedResidualLFQ, ResidualLFQ
@@ -12,6 +13,7 @@ from .vector_quantize import VectorQuantize
 
 __all__ = [
     "LFQ",
+    "EvoLFQ",
     "GroupedResidualLFQ",
     "GroupedResidualVQ",
     "ResidualLFQ",

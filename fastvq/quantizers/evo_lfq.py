@@ -1,0 +1,273 @@
+"""An autoencoder whose codes are bits, and evolution of these bits towards what a fitness function asks for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..health import Health, Monitored
+from ..parts.layout import Layout
+from .lfq import LFQ
+
+Fitness = Callable[[Any, Tensor], "Tensor | Sequence[float]"]
+
+
+class Return(NamedTuple):
+    """What `EvoLFQ` returns."""
+
+    reconstructed: Any  # what the decoder makes of the codes
+    indices: Tensor  # as from `LFQ`
+    entropy_aux_loss: Tensor  # ()
+
+
+class Result(NamedTuple):
+    """What `EvoLFQ.evolve` yields after each generation."""
+
+    pop_bits: Tensor  # the next population (P, ...)
+    best_gene: Tensor  # the fittest bits so far
+    best_fitness: float  # theirs
+    best_decoded: Any  # what they decode to, or None
+
+
+class EvoLFQ(Monitored, nn.Module):
+    """An encoder, an `LFQ` and a decoder, with the API of vector_quantize_pytorch; and a genetic algorithm on its bits.
+
+    The bits of a sample are its genes: zeros and ones, or -1 and 1 with `is_sign`; (P, bits), (P, N, bits) and
+    (P, bits, H, W), laid out as the latents are. A generation keeps the fittest `elitism_count`; each
+    other child crosses two winners of tournaments uniformly and mutates.
+
+    Args:
+        encoder: from data to latents, (B, dim) or as `LFQ` takes them.
+        decoder: from quantized latents to data.
+        lfq: the quantizer; by default `LFQ(dim=dim, codebook_size=codebook_size, num_codebooks=..., **lfq_kwargs)`.
+        pop_size: P. elitism_count: how many survive as they are.
+        mutation_rate: probability that a bit flips.
+        tournament_size: contenders of a tournament.
+        generations: how many `evolve` runs.
+
+    Raises:
+        ValueError: an argument that can't be, by name.
+
+    Source: `LFQ`; Goldberg and Deb, A Comparative Analysis of Selection Schemes Used in Genetic Algorithms, 1991
+    (tournaments); Syswerda, Uniform Crossover in Genetic Algorithms, 1989.
+    """
+
+    zero: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        lfq: LFQ | None = None,
+        *,
+        dim: int | None = None,
+        codebook_size: int | None = None,
+        num_codebooks: int = 1,
+        pop_size: int = 64,
+        mutation_rate: float = 0.02,
+        tournament_size: int = 2,
+        elitism_count: int = 1,
+        generations: int = 50,
+        **lfq_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if not 0 <= elitism_count < pop_size:
+            raise ValueError(f"elitism_count: must lie in [0, pop_size = {pop_size}), got {elitism_count}")
+        if not 0 <= mutation_rate <= 1:
+            raise ValueError(f"mutation_rate: must lie in [0, 1], got {mutation_rate}")
+        if tournament_size < 1:
+            raise ValueError(f"tournament_size: must be at least 1, got {tournament_size}")
+        if lfq is None:
+            if dim is None and codebook_size is None:
+                raise ValueError("lfq, dim, codebook_size: at least one of them must be given")
+            lfq = LFQ(dim=dim, codebook_size=codebook_size, num_codebooks=num_codebooks, **lfq_kwargs)
+        self.encoder, self.decoder, self.lfq = encoder, decoder, lfq
+        self.pop_size, self.elitism_count = pop_size, elitism_count
+        self.mutation_rate, self.tournament_size = mutation_rate, tournament_size
+        self.generations = generations
+        self.register_buffer("zero", torch.tensor(0.0), persistent=False)
+
+    @property
+    def _health(self) -> Health:  # type: ignore[override]
+        return self.lfq._health
+
+    @property
+    def device(self) -> torch.device:
+        return self.zero.device
+
+    def forward(self, x: Any, **kwargs: Any) -> Any:
+        """(reconstructed, indices, entropy_aux_loss) of x; kwargs are `LFQ`'s, whose loss breakdown comes second."""
+        found = self.lfq(self.encoder(x), **kwargs)
+        (quantized, indices, loss), *parts = found if kwargs.get("return_loss_breakdown") else (found,)
+        result = Return(self.decoder(quantized), indices, loss)
+        return (result, *parts) if parts else result
+
+    @torch.no_grad()
+    def encode(self, x: Any, return_signs: bool = False) -> Tensor:
+        """The bits of x's codes as genes: float zeros and ones, or -1 and 1. Changes no state."""
+        with evaluating(self):
+            latents = self.encoder(x)
+            layout = Layout.of(latents, self.lfq.dim, channel_first=self.lfq.channel_first)
+            indices = layout.indices_to_rows(self.lfq(latents).indices)
+        if not self.lfq.keep_num_codebooks_dim:
+            indices = indices.unsqueeze(-1)
+        bits = self.lfq.indices_to_bits(indices) & (indices >= 0).unsqueeze(-1)
+        return _genes(layout.from_rows(bits.flatten(-2)), return_signs)
+
+    @torch.no_grad()
+    def decode_bits(self, bits: Tensor) -> Any:
+        """What the decoder makes of genes; what is above zero is a one."""
+        lfq = self.lfq
+        with evaluating(self):
+            size = lfq.codebook_dim * lfq.num_codebooks
+            if size not in bits.shape[1:]:
+                raise ValueError(
+                    f"bits: must have an axis of {size} bits beside the population's, got {tuple(bits.shape)}"
+                )
+            layout = Layout.of(bits.float(), size, channel_first=lfq.channel_first)
+            rows = layout.to_rows(bits > 0).unflatten(-1, (lfq.num_codebooks, lfq.codebook_dim))
+            indices = layout.indices(lfq.bits_to_indices(rows))
+            return self.decoder(lfq.indices_to_codes(indices if lfq.keep_num_codebooks_dim else indices.squeeze(-1)))
+
+    def init_random_population(
+        self,
+        pop_size: int | None = None,
+        shape: Sequence[int] | None = None,
+        device: torch.device | None = None,
+        is_sign: bool = False,
+    ) -> Tensor:
+        """Random genes (P, *shape)."""
+        if shape is None:
+            raise ValueError("shape: must be given, the shape of one sample's genes")
+        size = (self.pop_size if pop_size is None else pop_size, *shape)
+        return _genes(torch.randint(0, 2, size, device=self.device if device is None else device) > 0, is_sign)
+
+    def init_population_from_data(
+        self, x: Any, pop_size: int | None = None, mutation_rate: float | None = None, is_sign: bool = False
+    ) -> Tensor:
+        """Genes of the first P samples of x, again and again where there are fewer, mutated."""
+        pop_size = self.pop_size if pop_size is None else pop_size
+        rate = self.mutation_rate if mutation_rate is None else mutation_rate
+        bits = self.encode(x, return_signs=is_sign)
+        if len(bits) == 0:
+            raise ValueError("x: must hold at least one sample, got none")
+        bits = bits[torch.arange(pop_size, device=bits.device) % len(bits)]
+        return self.mutate(bits, mutation_rate=rate, is_sign=is_sign) if rate > 0 else bits
+
+    def uniform_crossover(self, parent1: Tensor, parent2: Tensor) -> Tensor:
+        """Each gene from one of the parents, with equal odds."""
+        return torch.where(torch.rand_like(parent1.float()) < 0.5, parent1, parent2)
+
+    def mutate(self, population: Tensor, mutation_rate: float | None = None, is_sign: bool = False) -> Tensor:
+        """The population with each gene flipped at random."""
+        rate = self.mutation_rate if mutation_rate is None else mutation_rate
+        flipped = -population if is_sign else 1.0 - population
+        return torch.where(torch.rand_like(population.float()) < rate, flipped, population)
+
+    def tournament_selection(self, population: Tensor, fitnesses: Tensor, tournament_size: int | None = None) -> Tensor:
+        """As many winners as the population has members, each the fittest of random contenders."""
+        return population[self._winners(fitnesses, (len(population),), tournament_size)]
+
+    @torch.no_grad()
+    def step(
+        self,
+        pop_bits: Tensor,
+        fitness_fn: Fitness,
+        tournament_size: int | None = None,
+        mutation_rate: float | None = None,
+        elitism_count: int | None = None,
+        is_sign: bool = False,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """The next generation of pop_bits (P, ...), and the fitnesses (P,) of this one.
+
+        Args:
+            fitness_fn: (what pop_bits decode to, pop_bits) -> (P,), a tensor or numbers; more is better, NaN is worst.
+            batch_size: how many are decoded at once; by default all.
+            kwargs: ignored.
+        """
+        elites = self.elitism_count if elitism_count is None else elitism_count
+        if not 0 <= elites < len(pop_bits):
+            raise ValueError(f"elitism_count: must lie in [0, the population's {len(pop_bits)}), got {elites}")
+        decoded = (
+            self.decode_bits(pop_bits)
+            if batch_size is None
+            else torch.cat([self.decode_bits(chunk) for chunk in pop_bits.split(batch_size)])
+        )
+        fitnesses = torch.as_tensor(fitness_fn(decoded, pop_bits), device=self.device)
+        if fitnesses.shape != pop_bits.shape[:1]:
+            raise ValueError(
+                f"fitness_fn: must return one number for each of {len(pop_bits)}, got {tuple(fitnesses.shape)}"
+            )
+        ranked = _ranked(fitnesses)
+        kept = pop_bits[ranked.argsort(descending=True, stable=True)[:elites]]
+        parents = pop_bits[self._winners(ranked, (len(pop_bits) - elites, 2), tournament_size)]
+        children = self.mutate(self.uniform_crossover(parents[:, 0], parents[:, 1]), mutation_rate, is_sign)
+        return torch.cat([kept, children]), fitnesses
+
+    @torch.no_grad()
+    def evolve(
+        self,
+        fitness_fn: Fitness,
+        pop_bits: Tensor | None = None,
+        pop_size: int | None = None,
+        shape: Sequence[int] | None = None,
+        generations: int | None = None,
+        is_sign: bool = False,
+        return_best_decoded: bool = False,
+        **step_kwargs: Any,
+    ) -> Iterator[Result]:
+        """Runs `step`, yielding a `Result` after each: the best gene is one that was evaluated, beside its fitness.
+
+        Args:
+            pop_bits: the first population; by default P random ones of `shape`.
+            return_best_decoded: also decode the best gene.
+            fitness_fn, is_sign, step_kwargs: as for `step`.
+        """
+        if pop_bits is None:
+            pop_bits = self.init_random_population(pop_size, shape, is_sign=is_sign)
+        best_gene, best_fitness, best_decoded = None, float("-inf"), None
+        for _ in range(self.generations if generations is None else generations):
+            evaluated = pop_bits
+            pop_bits, fitnesses = self.step(evaluated, fitness_fn, is_sign=is_sign, **step_kwargs)
+            ranked = _ranked(fitnesses)
+            fittest = ranked.argmax()
+            if best_gene is None or float(ranked[fittest]) > best_fitness:
+                best_gene, best_fitness = evaluated[fittest].clone(), float(ranked[fittest])
+                if return_best_decoded:
+                    best_decoded = self.decode_bits(best_gene[None])[0]
+            yield Result(pop_bits, best_gene, best_fitness, best_decoded)
+
+    def _winners(self, fitnesses: Tensor, shape: tuple[int, ...], tournament_size: int | None) -> Tensor:
+        """Places in the population of the winners of `shape` tournaments."""
+        size = self.tournament_size if tournament_size is None else tournament_size
+        contenders = torch.randint(0, len(fitnesses), (*shape, size), device=fitnesses.device)
+        return contenders.gather(-1, fitnesses[contenders].argmax(-1, keepdim=True)).squeeze(-1)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In which the module is in eval mode; afterwards each part is as it was."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _genes(bits: Tensor, signs: bool) -> Tensor:
+    """Float genes of bool bits."""
+    return torch.where(bits, 1.0, -1.0 if signs else 0.0)
+
+
+def _ranked(fitnesses: Tensor) -> Tensor:
+    """Fitnesses in which NaN, that compares with nothing, is the worst."""
+    fitnesses = fitnesses if fitnesses.is_floating_point() else fitnesses.float()
+    return fitnesses.masked_fill(fitnesses.isnan(), -torch.inf)
