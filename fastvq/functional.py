@@ -95,8 +95,21 @@ def quantize(
         indices = _given(indices, x.shape[:-1]).reshape(-1)
         if kept is not None:
             indices = indices.masked_fill(~kept, -1)
-    quantized, loss = _Quantize.apply(rows, codebook, indices, gradient, commitment_weight, codebook_weight)
+    if _differentiates(rows, codebook):
+        quantized, loss = _Quantize.apply(rows, codebook, indices, gradient, commitment_weight, codebook_weight)
+    else:
+        quantized, _, error = quantize_forward(rows, codebook, indices, False)
+        loss = _weighted(error, commitment_weight + codebook_weight)
     return Quantized(quantized.reshape(x.shape), indices.reshape(x.shape[:-1]), loss)
+
+
+def _differentiates(*tensors: Tensor) -> bool:
+    """Whether a gradient can flow to one of them. Without, plain ops are called: TorchScript can't save a Function."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _weighted(error: Tensor, weight: float) -> Tensor:
+    return error * weight if weight else torch.zeros_like(error)
 
 
 def rows_of_mask(mask: Tensor, shape: torch.Size) -> Tensor:
@@ -146,8 +159,7 @@ class _Quantize(torch.autograd.Function):
         ctx.save_for_backward(x, codes, indices)
         ctx.gradient, ctx.codebook_shape, ctx.codebook_dtype = gradient, codebook.shape, codebook.dtype
         ctx.commitment_weight, ctx.codebook_weight = commitment_weight, codebook_weight
-        weight = commitment_weight + codebook_weight
-        return quantized, error * weight if weight else torch.zeros_like(error)
+        return quantized, _weighted(error, commitment_weight + codebook_weight)
 
     @staticmethod
     @once_differentiable
@@ -237,11 +249,14 @@ def residual_quantize(
         if kept is not None:
             indices = indices.masked_fill(~kept[:, None], -1)
     held = codebooks.detach()
-    if copy_codebooks and rows.requires_grad and torch.is_grad_enabled():
-        held = held.clone()
-    quantized, losses, residuals = _ResidualQuantize.apply(
-        rows, held, indices, gradient, commitment_weight, keep_residuals
-    )
+    if _differentiates(rows):
+        held = held.clone() if copy_codebooks else held
+        quantized, losses, residuals = _ResidualQuantize.apply(
+            rows, held, indices, gradient, commitment_weight, keep_residuals
+        )
+    else:
+        quantized, errors, residuals = residual_quantize_forward(rows, held, indices, keep_residuals)
+        losses = _weighted(errors, commitment_weight)
     return ResidualQuantized(
         quantized.reshape(x.shape),
         indices.reshape(*x.shape[:-1], len(codebooks)),
@@ -269,7 +284,7 @@ class _ResidualQuantize(torch.autograd.Function):
         ctx.mark_non_differentiable(residuals)
         ctx.set_materialize_grads(False)  # zeros for the residuals would be the largest tensor here
         ctx.gradient, ctx.commitment_weight = gradient, commitment_weight
-        return quantized, errors * commitment_weight if commitment_weight else torch.zeros_like(errors), residuals
+        return quantized, _weighted(errors, commitment_weight), residuals
 
     @staticmethod
     @once_differentiable
