@@ -1,25 +1,37 @@
 """The parts that quantizers are composed from, each usable by itself.
 
 `layout`: sequences, images and video as rows, and their masks. `estimators`: gradients through the nearest code.
-`dropout`: how many levels of a residual quantizer are kept.
+`dropout`: how many levels of a residual quantizer are kept. `binary`: what stands before bits. `entropy`: of soft
+assignments. `ibq`: the gradient to all codes.
 """
 
 from __future__ import annotations
 
+from .binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
 from .dropout import Kept, QuantizeDropout, common_seed, draw_seed, kept_levels
+from .entropy import assignment_entropies, binary_entropies, entropy_loss
 from .estimators import directional_reparam, rotate_to, scale_gradient, straight_through, synchronous
+from .ibq import index_backpropagation
 from .layout import Layout
 
 __all__ = [
+    "CosineSimLinear",
     "Kept",
     "Layout",
     "QuantizeDropout",
+    "assignment_entropies",
+    "binary_entropies",
     "common_seed",
     "directional_reparam",
     "draw_seed",
+    "entropy_loss",
+    "index_backpropagation",
     "kept_levels",
+    "on_sphere",
+    "random_rotation",
     "rotate_to",
     "scale_gradient",
+    "soft_clamp",
     "straight_through",
     "synchronous",
 ]
