@@ -5,7 +5,8 @@
                        '-- accumulate(x, indices) --> counts, sums -- ema_update_ --> codebook
 
 Layers: `VectorQuantize`, `ResidualVQ`, `GroupedResidualVQ`; `fastvq.parts` has what they are composed from. The same
-as functions: `quantize`, `residual_quantize`, `search`, `topk_search`, `residual_search`, `accumulate`, `ema_update_`.
+as functions: `quantize`, `residual_quantize`, `search`, `topk_search`, `sample`, `residual_search`, `accumulate`,
+`ema_update_`; soft assignments: `soft_assign`, `binary_assign`, `cross_entropy`, `soft_lookup`.
 Health of a codebook: `usage`, `perplexity`, `dead_share`, and each quantizer's `health()`. Which code runs:
 `use_backend`, and `fastvq info` on the command line.
 """
@@ -20,7 +21,7 @@ from .binary import BinaryAssignment, binary_assign
 from .codebook import Revival
 from .functional import Quantized, ResidualQuantized, quantize, residual_quantize
 from .health import HealthReport, dead_share, perplexity, usage
-from .ops import accumulate, ema_update_, residual_search, search, topk_search
+from .ops import accumulate, ema_update_, residual_search, sample, search, topk_search
 from .quantizers import (
     LFQ,
     EvoLFQ,
@@ -62,6 +63,7 @@ __all__ = [
     "quantize",
     "residual_quantize",
     "residual_search",
+    "sample",
     "search",
     "soft_assign",
     "soft_lookup",

@@ -78,6 +78,7 @@ WITHOUT_KERNEL = (
     "binary_assign_backward",
     "soft_assign_forward",
     "soft_assign_backward",
+    "sample",
 )
 """Ops that the torch backend serves here too."""
 

@@ -53,7 +53,7 @@ def test_every_backend_has_every_op():
     names = {tuple(sorted(backend.ops)) for backend in backends.BACKENDS.values()}
     steps = ("quantize_backward", "quantize_forward", "residual_quantize_backward", "residual_quantize_forward")
     binary = ("binary_assign_backward", "binary_assign_forward")
-    searches = ("residual_search", "search")
+    searches = ("residual_search", "sample", "search")
     soft = ("soft_assign_backward", "soft_assign_forward")
     assert names == {("accumulate", *binary, "ema_update_", *steps, *searches, *soft, "topk_search")}
 

@@ -34,6 +34,10 @@ def sample_inputs():
         yield "topk_search", (normal(7, 5, dtype=dtype), normal(4, 5), 3), {"mask": mask}
     yield "topk_search", (normal(2, 7, 5), normal(2, 4, 5), 4), {"metric": "dot", "mask": torch.stack([mask, ~mask])}
     yield "topk_search", (normal(0, 5), normal(4, 5), 1), {}
+    for dtype in cases.DTYPES:
+        yield "sample", (normal(7, 5, dtype=dtype), normal(4, 5)), {"temperature": 0.5, "seed": torch.tensor(1 << 40)}
+    options = {"temperature": 2.0, "seed": torch.tensor(-3), "metric": "dot"}
+    yield "sample", (normal(2, 7, 5), normal(2, 4, 5)), options
     yield "residual_search", (normal(7, 5), normal(3, 4, 5)), {}
     yield "residual_search", (normal(7, 5, dtype=torch.bfloat16), normal(1, 1, 5)), {}
     indices = torch.tensor([0, 1, -1, 3, 3, 3, 0])

@@ -12,6 +12,7 @@ from fastvq.reference import Ops
 
 from .binary import binary_assign_backward, binary_assign_forward
 from .ranking import topk_search
+from .sampling import sample
 from .searches import search
 from .soft import soft_assign_backward, soft_assign_forward
 
@@ -35,4 +36,5 @@ OPS: Ops = {
     "binary_assign_backward": binary_assign_backward,
     "soft_assign_forward": soft_assign_forward,
     "soft_assign_backward": soft_assign_backward,
+    "sample": sample,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .binary import binary_assign_backward, binary_assign_forward
 from .learning import accumulate, ema_update_
+from .sampling import sample
 from .searches import residual_search, search, topk_search
 from .soft import soft_assign_backward, soft_assign_forward
 from .steps import (
@@ -25,6 +26,7 @@ __all__ = [
     "residual_quantize_backward",
     "residual_quantize_forward",
     "residual_search",
+    "sample",
     "search",
     "soft_assign_backward",
     "soft_assign_forward",

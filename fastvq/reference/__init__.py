@@ -12,6 +12,7 @@ from typing import Any
 
 from .binary import binary_assign_backward, binary_assign_forward
 from .learning import accumulate, check_indices, ema_update_
+from .sampling import sample
 from .searches import compute_dtype, residual_search, scores_by_definition, search, topk_search, widen
 from .soft import result_dtype, soft_assign_backward, soft_assign_forward
 from .steps import (
@@ -40,6 +41,7 @@ OPS: Ops = {
     "binary_assign_backward": binary_assign_backward,
     "soft_assign_forward": soft_assign_forward,
     "soft_assign_backward": soft_assign_backward,
+    "sample": sample,
 }
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "residual_quantize_forward",
     "residual_search",
     "result_dtype",
+    "sample",
     "scores_by_definition",
     "search",
     "soft_assign_backward",
