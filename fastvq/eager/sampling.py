@@ -90,7 +90,7 @@ class _Sampler:
         return row, code
 
     def _ends(self, near: Tensor, tile: slice, number: Tensor, squares: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        """Between which float32 numbers the perturbed logits [n, t] of a tile lie; -infinity for a code that is skipped."""
+        """Between which float32 numbers the perturbed logits [n, t] of a tile lie, -infinity for what is skipped."""
         codes = self.frame.codes[tile]
         scores = near.new_empty(len(near), len(codes))
         torch.addmm(self.frame.half_norms[tile], near, codes.T, alpha=-1, out=scores)
@@ -101,10 +101,8 @@ class _Sampler:
             error = error / torch.maximum(scores, error.sqrt()).clamp_min_(torch.finfo(torch.float32).tiny)
         width = unit * (error + RELATIVE_ERROR * scores.abs()) + NOISE_ERROR
         middle = self._noise(number, tile.start, len(codes)).addcmul_(scores, -unit)
-        skipped = self.skipped[tile]
-        return tuple(
-            end.masked_fill_(skipped, -math.inf) for end in ((middle - width).nan_to_num_(-math.inf), middle + width)
-        )
+        lower, upper = (middle - width).nan_to_num_(-math.inf), middle + width
+        return lower.masked_fill_(self.skipped[tile], -math.inf), upper.masked_fill_(self.skipped[tile], -math.inf)
 
     def _noise(self, number: Tensor, start: int, count: int) -> Tensor:
         """The Gumbel noise [n, count] in float32, for u and for 1 - u as precise as floating point is near zero."""
