@@ -35,8 +35,9 @@ def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, met
 
     w_nk is word k mod 4 of Philox4x32-10 with the counter (k div 4, n mod 2^32, n div 2^32, h) and the key `seed`, its
     low 32 bits first; h is the head. l comes from the float64 sum that defines `search`, and all else is float64 too;
-    equal values resolve to the lowest index. The result is thus a function of the arguments alone: no tile, thread or backend
-    changes it, save where two values are equal to the last digits, in which the logarithms of two platforms may differ.
+    equal values resolve to the lowest index. The result is thus a function of the arguments alone: no tile, thread or
+    backend changes it, save where two values are equal to the last digits, in which the logarithms of two platforms may
+    differ.
     Memory is O(N + K D).
 
     Args:
