@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .evo_lfq import EvoLFQ
+from .fsq import FSQ
 from .grouped import GroupedResidualVQ
 from .lfq import LFQ
 from .residual_lfq import GroupedResidualLFQ, ResidualLFQ
@@ -12,6 +13,7 @@ from .sim_vq import SimVQ
 from .vector_quantize import VectorQuantize
 
 __all__ = [
+    "FSQ",
     "LFQ",
     "EvoLFQ",
     "GroupedResidualLFQ",

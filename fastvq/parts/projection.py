@@ -1,0 +1,27 @@
+"""Linear maps around a quantizer: projections to and from the dimension of its codes, and rotations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def projections(dim: int, codebook_dim: int, *, bias: bool = True) -> tuple[nn.Module, nn.Module]:
+    """(project_in, project_out) between dim and codebook_dim; identities where they are equal."""
+    if dim == codebook_dim:
+        return nn.Identity(), nn.Identity()
+    return nn.Linear(dim, codebook_dim, bias=bias), nn.Linear(codebook_dim, dim, bias=bias)
+
+
+def projected_out(project_out: nn.Module, codes: Tensor, counts: Tensor) -> Tensor:
+    """project_out(codes (..., D)) in the projection's dtype, zero where counts (...) is False: the bias alone is no
+    output. Codes of other strides are laid out first: a matrix product may depend on strides in its last bits."""
+    if isinstance(project_out, nn.Linear):
+        codes = project_out(codes.to(project_out.weight.dtype).contiguous())
+    return codes.masked_fill(~counts.unsqueeze(-1), 0)
+
+
+def rotated(x: Tensor, rotation: Tensor) -> Tensor:
+    """x (..., d) @ rotation (d, d) in float64, where the device has it: neither TF32 nor autocast moves a code."""
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    return x.to(dtype) @ rotation.to(dtype)

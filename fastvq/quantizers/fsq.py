@@ -1,0 +1,255 @@
+"""Finite scalar quantization: each coordinate rounded to a few levels, their product the codebook."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..parts.bound import Bound
+from ..parts.estimators import straight_through
+from ..parts.layout import Layout, codes_layout
+from ..parts.level_use import LevelUse
+from ..parts.projection import projected_out, projections, rotated
+from ..parts.radix import LARGEST_INDEX, checked_levels, join_levels, register_radix, split_index
+from ..parts.rows import columns, finite_rows, keep_finite, mean_of_rows
+from ..precision import KeepsBuffers
+
+
+def round_ste(z: Tensor) -> Tensor:
+    """z rounded, half to even, with the gradient of z."""
+    return straight_through(z, z.round())
+
+
+def floor_ste(z: Tensor) -> Tensor:
+    """z rounded down, with the gradient of z."""
+    return straight_through(z, z.floor())
+
+
+class FSQ(LevelUse, KeepsBuffers, nn.Module):
+    """Rounds each coordinate to one of a few levels, with the API of vector_quantize_pytorch.
+
+        quantized = project_out(code),   code_i = the nearest level of bound(project_in(z)_i)
+        index = sum_i level_i prod_{j<i} L_j
+
+    There is nothing to learn but the projections, no loss, and nothing that collapses. The gradient passes straight
+    through the rounding and by the derivative of the bound (`fastvq.parts.bound.Bound`).
+
+    Args:
+        levels: L_i of each dimension, at least 2, and at least 3 unless preserve_symmetry.
+        dim: dimension of the vectors that come in and go out; linear projections stand around the code where it isn't
+            len(levels) * num_codebooks.
+        num_codebooks: how many codes a vector has, side by side.
+        keep_num_codebooks_dim: whether indices have an axis for the codebooks; by default where there are several.
+        scale: kept as an attribute, without effect, as there.
+        allowed_dtypes: the dtypes that codes are computed in; others are computed in float32.
+        channel_first: vectors are (B, dim, ...); images and video always are.
+        projection_has_bias: of the linear projections.
+        return_indices: whether `forward` returns indices, else None. Must be False beyond 2^63 codes.
+        force_quantization_f32: without effect: codes are never computed in half precision here.
+        preserve_symmetry: levels that are symmetric about zero, with ends at -1 and 1.
+        noise_dropout: in training, the probability for each coordinate of a code to be moved by U(-1/2, 1/2), within
+            [-1, 1]. Needs preserve_symmetry.
+        bound_hard_clamp: clamp instead of tanh.
+        orthogonal_rotation: quantize in a random rotated basis, which is part of the state.
+
+    Raises:
+        ValueError: an argument, or a pair of arguments, that can't be; it is named.
+
+    Numerics: the level of a coordinate is found by comparison with thresholds computed in float64, for z in float32
+    what the formula gives in real numbers: the same index on every device, compiled or not, under autocast too. Indices
+    are integers throughout: int32 up to 2^31 codes, else int64. A rotation is applied in float64. A vector that holds
+    NaN or infinity has index -1 and a zero output, and passes no gradient.
+
+    Source: Mentzer et al., Finite Scalar Quantization, 2023, section 3 and appendix A.1; Parker et al., Scaling
+    Transformers for Low-Bitrate High-Quality Speech Coding, 2024, section 3.2 (symmetry, noise); Chee et al., QuIP,
+    2023 (rotation).
+    """
+
+    _kept_buffers = ("orthogonal_rot",)
+
+    _levels: Tensor
+    _basis: Tensor
+    orthogonal_rot: Tensor
+
+    def __init__(
+        self,
+        levels: Sequence[int],
+        dim: int | None = None,
+        num_codebooks: int = 1,
+        keep_num_codebooks_dim: bool | None = None,
+        scale: float | None = None,
+        allowed_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64),
+        channel_first: bool = False,
+        projection_has_bias: bool = True,
+        return_indices: bool = True,
+        force_quantization_f32: bool = True,
+        preserve_symmetry: bool = False,
+        noise_dropout: float = 0.0,
+        bound_hard_clamp: bool = False,
+        orthogonal_rotation: bool = False,
+    ) -> None:
+        super().__init__()
+        levels = checked_levels(levels, at_least=2 if preserve_symmetry else 3)
+        keep = num_codebooks > 1 if keep_num_codebooks_dim is None else keep_num_codebooks_dim
+        if num_codebooks < 1:
+            raise ValueError(f"num_codebooks: must be at least 1, got {num_codebooks}")
+        if num_codebooks > 1 and not keep:
+            raise ValueError("keep_num_codebooks_dim: must be True beside num_codebooks > 1")
+        if not 0 <= noise_dropout <= 1:
+            raise ValueError(f"noise_dropout: must lie in [0, 1], got {noise_dropout}")
+        if noise_dropout > 0 and not preserve_symmetry:
+            raise ValueError("noise_dropout: needs preserve_symmetry=True")
+        self.codebook_size = math.prod(levels)
+        if return_indices and self.codebook_size - 1 > LARGEST_INDEX:
+            raise ValueError(
+                f"levels: have {self.codebook_size} codes, more than int64 can number: use return_indices=False"
+            )
+        if orthogonal_rotation and len(set(levels)) > 1:
+            warnings.warn(f"orthogonal_rotation: mixes dimensions with unequal levels, {levels}", stacklevel=2)
+
+        self.codebook_dim = len(levels)
+        self.num_codebooks = num_codebooks
+        self.effective_codebook_dim = self.codebook_dim * num_codebooks
+        self.keep_num_codebooks_dim = keep
+        self.dim = self.effective_codebook_dim if dim is None else dim
+        self.scale, self.allowed_dtypes = scale, allowed_dtypes
+        self.channel_first, self.return_indices = channel_first, return_indices
+        self.force_quantization_f32 = force_quantization_f32
+        self.preserve_symmetry, self.noise_dropout = preserve_symmetry, noise_dropout
+        self.bound_hard_clamp, self.orthogonal_rotation = bound_hard_clamp, orthogonal_rotation
+
+        self.has_projections = self.dim != self.effective_codebook_dim
+        self.project_in, self.project_out = projections(self.dim, self.effective_codebook_dim, bias=projection_has_bias)
+        register_radix(self, levels)
+        self._bound = Bound(levels, symmetric=preserve_symmetry, hard=bound_hard_clamp)
+        if orthogonal_rotation:
+            rotation = torch.empty(self.codebook_dim, self.codebook_dim, dtype=torch.float32)
+            self.register_buffer("orthogonal_rot", nn.init.orthogonal_(rotation))
+        self._count_levels(levels)
+
+    @property
+    def implicit_codebook(self) -> Tensor:
+        """All codes, (K, d) float32, made when asked for; before the rotation, if there is one."""
+        indices = torch.arange(self.codebook_size, device=self._levels.device)
+        return self._bound.values(split_index(indices, self._basis, self._levels))
+
+    def bound(self, z: Tensor, eps: float = 1e-3, hard_clamp: bool = False) -> Tensor:
+        """z (..., d), bounded and rounded to codes in [-1, 1], with levels that needn't be symmetric."""
+        bound = Bound(self._bound.levels, symmetric=False, hard=hard_clamp, eps=eps)
+        return self._rounded_by(bound.to(z.device), z)
+
+    def symmetry_preserving_bound(self, z: Tensor, hard_clamp: bool = False) -> Tensor:
+        """z (..., d), bounded and rounded to codes symmetric about zero."""
+        bound = Bound(self._bound.levels, symmetric=True, hard=hard_clamp)
+        return self._rounded_by(bound.to(z.device), z)
+
+    def quantize(self, z: Tensor) -> Tensor:
+        """The codes (..., d) of z (..., d), in its dtype, before any rotation, noise or projection."""
+        return self._rounded_by(self._bound, z)
+
+    def maybe_apply_noise(self, bounded_z: Tensor) -> Tensor:
+        """Noise on a random share of the coordinates in training; see noise_dropout."""
+        if not self.training or self.noise_dropout == 0:
+            return bounded_z
+        # Drawn row by row and in float32, whatever the codes are.
+        rows = torch.empty_like(bounded_z, dtype=torch.float32, memory_format=torch.contiguous_format)
+        chosen = rows.bernoulli(self.noise_dropout).bool()
+        noise = torch.rand_like(rows) - 0.5
+        return torch.where(chosen, bounded_z + noise, bounded_z).clamp(-1, 1)
+
+    def indices_to_level_indices(self, indices: Tensor) -> Tensor:
+        """The levels (..., d) of indices (...), in their dtype; -1 for -1."""
+        return split_index(indices, self._basis, self._levels).to(indices.dtype)
+
+    def codes_to_indices(self, zhat: Tensor) -> Tensor:
+        """The indices (...) of codes (..., d) as `quantized` has them before it is projected: rotated, if the layer
+        rotates. Each coordinate counts as the level nearest to it. Exact, also for codes in half precision as far as it
+        tells the levels apart; -1 where a coordinate isn't finite."""
+        if zhat.shape[-1] != self.codebook_dim:
+            raise ValueError(f"zhat: must have shape (..., {self.codebook_dim}), got {tuple(zhat.shape)}")
+        levels = self._bound.nearest(self._rotate(zhat))
+        return join_levels(levels, self._bound.levels).masked_fill(~finite_rows(zhat), -1)
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """What `forward` gives as quantized for these indices, (B, N) or (B, N, num_codebooks) to (B, N, dim); channels
+        second for images, video and channel_first. Zero for -1."""
+        spatial = indices.dim() - 1 - int(self.keep_num_codebooks_dim)
+        codes = self.codes_of(indices)
+        if self.keep_num_codebooks_dim:
+            codes = codes.flatten(-2)
+            indices = indices.amax(-1)
+        return codes_layout(projected_out(self.project_out, codes, indices >= 0), spatial >= 2 or self.channel_first)
+
+    def forward(
+        self, z: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(quantized, indices) of z.
+
+        Args:
+            z: (B, N, dim) or (B, dim); (B, dim, H, W) or (B, dim, T, H, W); (B, dim, ...) if channel_first.
+            mask: bool, (B, N), (B, H, W) ...: True for the vectors that count. The others come back as -1 and zero.
+            lens: int (B,), the same for sequences: the first lens[b] vectors count.
+
+        Returns:
+            quantized, shaped and typed as z; indices (B, N), (B, H, W) ..., with an axis for the codebooks if kept;
+            None without return_indices.
+
+        Raises:
+            ValueError, TypeError: z, mask or lens that don't fit.
+        """
+        quantized, indices = self._forward(z, mask, lens, training=self.training)
+        return quantized, indices if self.return_indices else None
+
+    @torch.no_grad()
+    def encode(self, z: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
+        """The indices alone, as `forward` returns them. Touches no state."""
+        return self._forward(z, mask, lens, training=False)[1]
+
+    def _forward(self, z: Tensor, mask: Tensor | None, lens: Tensor | None, *, training: bool) -> tuple[Tensor, Tensor]:
+        layout = Layout.of(z, self.dim, channel_first=True if self.channel_first else None)
+        rows, rows_mask = layout.to_rows(z), layout.rows_mask(mask, lens)
+        if self.has_projections:
+            rows, rows_mask = keep_finite(rows, rows_mask)
+        projected = self.project_in(rows)
+        latents = columns(self._wide(projected))
+        counts = finite_rows(latents) if rows_mask is None else finite_rows(latents) & rows_mask  # [B, N]
+        latents = latents.unflatten(-1, (self.num_codebooks, self.codebook_dim))  # [B, N, C, d]
+        codes, indices = self.round_rows(latents, counts[..., None], training=training)
+        codes = codes.flatten(2).to(projected.dtype).contiguous()
+        if self.has_projections:
+            codes = projected_out(self.project_out, codes, counts)
+        indices = layout.indices(indices if self.keep_num_codebooks_dim else indices.squeeze(-1))
+        return layout.from_rows(codes).to(z.dtype), indices
+
+    def round_rows(self, latents: Tensor, counts: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
+        """`forward` between the projections: the codes (..., d), with rotation and noise, in the dtype of the latents
+        (..., d), float32 or float64, and the indices (...). Where counts, bool that broadcasts to (...), is False,
+        codes are zero and indices -1. In training there is noise, and what is chosen is counted."""
+        codes, levels, error = self._bound(self._rotate(latents), counts, with_error=training)
+        indices = join_levels(levels, self._bound.levels).masked_fill(~counts, -1)
+        if error is not None:
+            self._observe(indices, levels, mean_of_rows(error, counts))
+        if training and self.noise_dropout:
+            codes = torch.where(counts.unsqueeze(-1), self.maybe_apply_noise(codes), 0)
+        return self._rotate_back(codes).to(latents.dtype), indices
+
+    def codes_of(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The codes (..., d) of indices (...) before they are projected; zero for -1."""
+        codes = self._bound.values(split_index(indices, self._basis, self._levels), dtype)
+        return self._rotate_back(torch.where((indices >= 0).unsqueeze(-1), codes, 0)).to(dtype)
+
+    def _wide(self, z: Tensor) -> Tensor:
+        return z if z.dtype == torch.float64 and torch.float64 in self.allowed_dtypes else z.float()
+
+    def _rounded_by(self, bound: Bound, z: Tensor) -> Tensor:
+        return bound(self._wide(z)).codes.to(z.dtype)
+
+    def _rotate(self, z: Tensor) -> Tensor:
+        return rotated(z, self.orthogonal_rot) if self.orthogonal_rotation else z
+
+    def _rotate_back(self, codes: Tensor) -> Tensor:
+        return rotated(codes, self.orthogonal_rot.T) if self.orthogonal_rotation else codes
