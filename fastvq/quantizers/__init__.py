@@ -6,6 +6,7 @@ from .evo_lfq import EvoLFQ
 from .fsq import FSQ
 from .grouped import GroupedResidualVQ
 from .lfq import LFQ
+from .residual_fsq import GroupedResidualFSQ, ResidualFSQ
 from .residual_lfq import GroupedResidualLFQ, ResidualLFQ
 from .residual_sim_vq import ResidualSimVQ
 from .residual_vq import ResidualVQ
@@ -16,8 +17,10 @@ __all__ = [
     "FSQ",
     "LFQ",
     "EvoLFQ",
+    "GroupedResidualFSQ",
     "GroupedResidualLFQ",
     "GroupedResidualVQ",
+    "ResidualFSQ",
     "ResidualLFQ",
     "ResidualSimVQ",
     "ResidualVQ",

@@ -1,0 +1,259 @@
+"""Residual finite scalar quantization: a stack of ever finer grids, each for what the ones before it left over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..health import Monitored
+from ..parts.dropout import Kept, QuantizeDropout
+from ..parts.layout import Layout, codes_layout
+from ..parts.projection import projected_out, projections
+from ..parts.radix import checked_levels
+from ..parts.rows import columns, finite_rows, keep_finite
+from ..precision import KeepsBuffers
+from .fsq import FSQ
+from .grouped import Grouped
+
+
+class ResidualFSQ(Monitored, KeepsBuffers, nn.Module):
+    """Codes each vector by one `FSQ` code of each level, with the API of vector_quantize_pytorch.
+
+        r_0 = c tanh(project_in(x) / c),   code_q = s_q FSQ(r_q / s_q),   r_{q+1} = r_q - sg[code_q]
+        quantized = project_out(sum_q code_q),   s_q = L^-q in each dimension,   c = 1 + 1 / (L - 1)
+
+    The gradient reaches x through each level.
+
+    Args:
+        levels: L of each dimension, at least 2, the same at all levels of the stack.
+        num_quantizers: Q.
+        dim: dimension of the vectors that come in and go out; linear projections stand around the codes where it isn't
+            len(levels).
+        is_channel_first: x is (B, dim, ...), and indices are (B, Q, ...).
+        quantize_dropout: in training with gradients, leave out the levels after a random one.
+        quantize_dropout_cutoff_index: the first level that may be the last.
+        quantize_dropout_multiple_of: the number of levels that are kept is rounded up to a multiple of it.
+        soft_clamp_input_value: c, a number or one for each dimension; None for no soft clamp. Follows from the levels
+            where bound_hard_clamp is set.
+        bound_hard_clamp: bound by clamping, after the soft clamp of the input, instead of by tanh at each level.
+        settings: of each level's `FSQ`: noise_dropout, orthogonal_rotation ...
+
+    Raises:
+        ValueError: an argument, or a pair of arguments, that can't be; it is named.
+
+    Numerics: residuals are float64 (float32 on devices without it) and compared with exact thresholds, so that fine
+    levels aren't rounding noise, and are the same on every device. Vectors that are not finite get index -1 and a zero
+    output.
+
+    Source: Zeghidour et al., SoundStream, 2021, algorithm 1; Mentzer et al., Finite Scalar Quantization, 2023.
+    """
+
+    _kept_buffers = ("scales", "soft_clamp_input_value")
+
+    scales: Tensor
+    soft_clamp_input_value: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        levels: Sequence[int],
+        num_quantizers: int,
+        dim: int | None = None,
+        is_channel_first: bool = False,
+        quantize_dropout: bool = False,
+        quantize_dropout_cutoff_index: int = 0,
+        quantize_dropout_multiple_of: int = 1,
+        soft_clamp_input_value: float | Sequence[float] | Tensor | None = None,
+        bound_hard_clamp: bool = True,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        sizes = checked_levels(levels, at_least=2)
+        if num_quantizers < 1:
+            raise ValueError(f"num_quantizers: must be at least 1, got {num_quantizers}")
+        if bound_hard_clamp and soft_clamp_input_value is not None:
+            raise ValueError("soft_clamp_input_value: follows from the levels beside bound_hard_clamp=True")
+        for name in {"num_codebooks", "keep_num_codebooks_dim", "channel_first", "return_indices"} & set(settings):
+            raise ValueError(f"{name}: can't be set for the levels of a ResidualFSQ")
+        if bound_hard_clamp:
+            soft_clamp_input_value = [1 + 1 / (size - 1) for size in sizes]
+
+        self.levels = levels
+        self.dim = len(sizes) if dim is None else dim
+        self.num_quantizers = num_quantizers
+        self.is_channel_first = is_channel_first
+        self.quantize_dropout = quantize_dropout and num_quantizers > 1
+        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
+        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
+        self._dropout = QuantizeDropout(
+            num_quantizers, self.quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of
+        )
+        if self.quantize_dropout:
+            self._dropout.check()
+
+        self.has_projections = self.dim != len(sizes)
+        self.project_in, self.project_out = projections(self.dim, len(sizes))
+        self.layers = nn.ModuleList(
+            FSQ(sizes, dim=len(sizes), preserve_symmetry=True, bound_hard_clamp=bound_hard_clamp, **settings)
+            for _ in range(num_quantizers)
+        )
+        self.codebook_size = self._levels[0].codebook_size
+        scales = [[size**-level for size in sizes] for level in range(num_quantizers)]
+        self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32), persistent=False)
+        clamp = None if soft_clamp_input_value is None else torch.as_tensor(soft_clamp_input_value).float()
+        self.register_buffer("soft_clamp_input_value", clamp, persistent=False)
+
+    @property
+    def _levels(self) -> list[FSQ]:
+        return [cast(FSQ, layer) for layer in self.layers]
+
+    @property
+    def _monitored(self) -> list[Monitored]:
+        return list(self._levels)
+
+    @property
+    def codebooks(self) -> Tensor:
+        """All codes of all levels before they are scaled, (Q, K, d), made when asked for."""
+        return torch.stack([layer.implicit_codebook for layer in self._levels])
+
+    def forward(
+        self,
+        x: Tensor,
+        return_all_codes: bool = False,
+        rand_quantize_dropout_fixed_seed: int | None = None,
+        *,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """(quantized, indices) of x, and all codes if asked for.
+
+        Args:
+            x: (B, N, dim), (B, dim) or (B, ..., dim); (B, dim, ...) if is_channel_first. Any floating dtype.
+            return_all_codes: also return the codes of each level.
+            rand_quantize_dropout_fixed_seed: decides where dropout cuts; by default torch's generator does.
+            mask, lens: as in `FSQ`.
+
+        Returns:
+            quantized, shaped and typed as x; indices (B, N, Q), (B, Q) or (B, Q, ...), -1 for levels dropped and
+            vectors that don't count; codes (Q, B, N, d) or (Q, B, ..., d).
+
+        Raises:
+            ValueError, TypeError: x, mask or lens that don't fit.
+        """
+        kept = self._dropout.draw(self.training and torch.is_grad_enabled(), x, rand_quantize_dropout_fixed_seed)
+        result = self._forward(x, mask, lens, kept, training=self.training)
+        return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
+        """The indices alone, of all levels, as `forward` returns them. Touches no state."""
+        return self._forward(x, mask, lens, Kept(self.num_quantizers), training=False)[1]
+
+    def _forward(
+        self, x: Tensor, mask: Tensor | None, lens: Tensor | None, kept: Kept, *, training: bool
+    ) -> tuple[Tensor, Tensor]:
+        layout = Layout.of(x, self.dim, channel_first=self.is_channel_first)
+        rows, rows_mask = layout.to_rows(x), layout.rows_mask(mask, lens)
+        if self.has_projections:
+            rows, rows_mask = keep_finite(rows, rows_mask)
+        projected = self.project_in(rows)
+        latents = columns(projected.to(_residual_dtype(x)))
+        counts = finite_rows(latents) if rows_mask is None else finite_rows(latents) & rows_mask
+        latents = self._soft_clamp(torch.where(counts[..., None], latents, 0))
+        total, indices = self._all_levels(latents, counts, kept, training)
+        total = projected_out(self.project_out, total.to(projected.dtype).contiguous(), counts)
+        indices = codes_layout(layout.indices(indices), self.is_channel_first)
+        return layout.from_rows(total).to(x.dtype), indices
+
+    def _all_levels(self, residual: Tensor, counts: Tensor, kept: Kept, training: bool) -> tuple[Tensor, Tensor]:
+        """The sum of the codes (B, N, d) and the indices (B, N, Q)."""
+        total = torch.zeros_like(residual)
+        indices: list[Tensor] = []
+        for level, (layer, scale) in enumerate(zip(self._levels, self.scales.to(residual.dtype), strict=True)):
+            if kept.drops(level):
+                indices.append(torch.full_like(indices[0], -1))
+                continue
+            codes, chosen = layer.round_rows(residual / scale, kept.mask(level, counts, False), training=training)
+            codes = codes * scale
+            residual = residual - codes.detach()
+            total = total + codes
+            indices.append(chosen)
+        return total, torch.stack(indices, -1)
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """The codes (Q, B, ..., d) float32 of indices (B, ..., Q), or (B, Q, ...) if is_channel_first; zeros for -1.
+        Indices of the first levels alone will do."""
+        return torch.stack([codes.float() for codes in self._codes(indices)])
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What `forward` gives as quantized for these indices, in float32 or the projection's dtype."""
+        total: Tensor = sum(self._codes(indices))  # type: ignore[assignment]
+        counts = (self._channels_last(indices) >= 0).any(-1)
+        output = projected_out(self.project_out, total if self.has_projections else total.float(), counts)
+        return codes_layout(output, self.is_channel_first)
+
+    def _codes(self, indices: Tensor) -> list[Tensor]:
+        indices = self._channels_last(indices)
+        if not 1 <= indices.shape[-1] <= self.num_quantizers:
+            raise ValueError(
+                f"indices: must have 1 to {self.num_quantizers} levels in their "
+                f"{'second' if self.is_channel_first else 'last'} axis, got {indices.shape[-1]}"
+            )
+        dtype = _residual_dtype(indices)
+        given = list(indices.unbind(-1))
+        given += [torch.full_like(given[0], -1)] * (self.num_quantizers - len(given))
+        return [
+            layer.codes_of(chosen, dtype) * scale
+            for layer, scale, chosen in zip(self._levels, self.scales.to(dtype), given, strict=True)
+        ]
+
+    def _channels_last(self, indices: Tensor) -> Tensor:
+        return indices.movedim(1, -1) if self.is_channel_first and indices.dim() > 2 else indices
+
+    def _soft_clamp(self, latents: Tensor) -> Tensor:
+        if self.soft_clamp_input_value is None:
+            return latents
+        limit = self.soft_clamp_input_value.to(latents.dtype)
+        return (latents / limit).tanh() * limit
+
+
+def _residual_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+class GroupedResidualFSQ(Grouped):
+    """`ResidualFSQ` by groups of channels, with the API of vector_quantize_pytorch.
+
+    Args: see `Grouped`; settings are those of `ResidualFSQ`. accept_image_fmap and is_channel_first are one here: x is
+        (B, dim, ...), and indices are (G, B, Q, ...).
+
+    Source: Yang et al., HiFi-Codec: Group-residual Vector Quantization, 2023.
+    """
+
+    quantizer = ResidualFSQ
+
+    def group_settings(self, **settings: Any) -> dict[str, Any]:
+        self.accept_image_fmap = self.accept_image_fmap or settings.pop("is_channel_first", False)
+        return {**settings, "is_channel_first": self.accept_image_fmap}
+
+    @property
+    def codebook_size(self) -> int:
+        """The codes of each level."""
+        return self._groups[0].codebook_size
+
+    def forward(
+        self, x: Tensor, return_all_codes: bool = False, *, mask: Tensor | None = None, lens: Tensor | None = None
+    ) -> tuple[Any, ...]:
+        """(quantized, indices) of x, and all codes if asked for.
+
+        Args:
+            x: (B, N, dim) or (B, ..., dim); (B, dim, ...) if accept_image_fmap.
+            return_all_codes, mask, lens: as for `ResidualFSQ`.
+
+        Returns:
+            quantized as x; indices (G, B, ..., Q), or (G, B, Q, ...); codes, a tuple of G tensors (Q, B, ..., d).
+        """
+        return self.quantize_groups(x, return_all_codes=return_all_codes, mask=mask, lens=lens)
