@@ -23,6 +23,7 @@ from .functional import Quantized, ResidualQuantized, quantize, residual_quantiz
 from .health import HealthReport, dead_share, perplexity, usage
 from .ops import accumulate, ema_update_, residual_search, sample, search, topk_search
 from .quantizers import (
+    FSP,
     FSQ,
     LFQ,
     EvoLFQ,
@@ -41,6 +42,7 @@ from .soft import SoftAssignment, cross_entropy, mean_assignment_entropy, soft_a
 __version__ = "0.1.0"
 
 __all__ = [
+    "FSP",
     "FSQ",
     "LFQ",
     "BinaryAssignment",

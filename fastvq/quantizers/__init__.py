@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .evo_lfq import EvoLFQ
+from .fsp import FSP
 from .fsq import FSQ
 from .grouped import GroupedResidualVQ
 from .lfq import LFQ
@@ -14,6 +15,7 @@ from .sim_vq import SimVQ
 from .vector_quantize import VectorQuantize
 
 __all__ = [
+    "FSP",
     "FSQ",
     "LFQ",
     "EvoLFQ",

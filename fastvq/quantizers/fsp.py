@@ -1,0 +1,293 @@
+"""Finite scalar perturbation: a coordinate's probability, quantized to bins and perturbed within them in training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..parts.layout import Layout, codes_layout
+from ..parts.level_use import LevelUse
+from ..parts.projection import projected_out, projections
+from ..parts.radix import checked_levels, join_levels, register_radix, split_index
+from ..parts.rows import columns, finite_rows, keep_finite, mean_of_rows
+from ..parts.squash import CUMULATIVE
+from ..parts.thresholds import Thresholds, sloped
+
+UNIT = 1 / math.sqrt(12)
+"""The standard deviation of U(0, 1)."""
+
+
+def build_cdf_act(act_name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """(the cumulative distribution function, its inverse) of that name, on tensors: tanh, sigmoid, normal, laplace or
+    cauchy."""
+    if act_name not in CUMULATIVE:
+        raise ValueError(f"act_name: must be one of {', '.join(CUMULATIVE)}, got {act_name!r}")
+    return CUMULATIVE[act_name].apply, CUMULATIVE[act_name].inverse
+
+
+class Moments(NamedTuple):
+    """Of each column of a batch, each (d,)."""
+
+    mean: Tensor
+    variance: Tensor
+    skewness: Tensor
+    kurtosis: Tensor
+
+
+def batch_stats(batch: Tensor, eps: float = 1e-8, counts: Tensor | None = None) -> Moments:
+    """Mean, unbiased variance, skewness and excess kurtosis of the columns of a batch (N, d).
+
+        skewness = mean z^3,   kurtosis = mean z^4 - 3,   z = (x - mean) / max(std, eps)
+
+    Rows where counts (N,) is False take no part. With fewer than two rows there is no variance: it is zero.
+    """
+    here = batch.new_ones(len(batch), 1) if counts is None else counts[:, None].to(batch.dtype)
+    if counts is not None:
+        batch = torch.where(counts[:, None], batch, 0)
+    total = here.sum().clamp_min(1)
+    mean = batch.sum(0) / total
+    centred = (batch - mean) * here
+    variance = centred.square().sum(0) / (total - 1).clamp_min(1)
+    # No gradient from a column without spread: that of the square root is infinite there.
+    spread = torch.where(variance > 0, variance, 1).sqrt() * (variance > 0)
+    z = centred / spread.clamp_min(eps)
+    return Moments(mean, variance, z.pow(3).sum(0) / total, z.pow(4).sum(0) / total - 3)
+
+
+PRESETS: dict[str, dict[str, float]] = {
+    "none": {"l1_weight": 0.0, "l2_weight": 0.0, "l3_weight": 0.0, "l4_weight": 0.0},
+    "var": {"l3_weight": 0.0, "l4_weight": 0.0},
+    "kurt": {},
+    "var_tanh": {"l2_target": 0.8225, "l3_weight": 0.0, "l4_weight": 0.0},
+    "var_sigmoid": {"l2_target": 3.29, "l3_weight": 0.0, "l4_weight": 0.0},
+    "var_laplace": {"l2_target": 2.0, "l3_weight": 0.0, "l4_weight": 0.0},
+}
+"""Settings of `VectorNorm` by name. The variances are those of the distributions that FSP squashes by."""
+
+
+class VectorNorm(nn.Module):
+    """Pulls the first four moments of a batch's columns to targets.
+
+        loss = sum_i weight_i mean (moment_i - target_i)^2
+
+    with the moments of `batch_stats`: mean, variance, skewness, excess kurtosis.
+
+    Source: 2602.17133.
+    """
+
+    def __init__(
+        self,
+        l1_target: float = 0.0,
+        l1_weight: float = 0.1,
+        l2_target: float = 1.0,
+        l2_weight: float = 0.07,
+        l3_target: float = 0.0,
+        l3_weight: float = 0.06,
+        l4_target: float = 0.0,
+        l4_weight: float = 0.05,
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__()
+        self.l1_target, self.l1_weight = l1_target, l1_weight
+        self.l2_target, self.l2_weight = l2_target, l2_weight
+        self.l3_target, self.l3_weight = l3_target, l3_weight
+        self.l4_target, self.l4_weight = l4_target, l4_weight
+        self.eps = eps
+
+    def forward(self, z: Tensor, counts: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, the moments by name) of z (N, d), of the rows where counts (N,) is True. The loss of fewer than two
+        rows is zero."""
+        moments = batch_stats(z, self.eps, counts)
+        targets = (self.l1_target, self.l2_target, self.l3_target, self.l4_target)
+        weights = (self.l1_weight, self.l2_weight, self.l3_weight, self.l4_weight)
+        loss = z.new_zeros(())
+        for moment, target, weight in zip(moments, targets, weights, strict=True):
+            if weight:
+                loss = loss + (moment - target).square().mean() * weight
+        rows = torch.tensor(len(z)) if counts is None else counts.sum()
+        return torch.where(rows > 1, loss, 0), moments._asdict()
+
+    @classmethod
+    def build(cls, name: str) -> VectorNorm:
+        """That of `PRESETS`."""
+        if name not in PRESETS:
+            raise ValueError(f"vector_norm: must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(**PRESETS[name])
+
+
+class FSP(LevelUse, nn.Module):
+    """Maps each coordinate to its probability under a distribution and quantizes that to bins of equal probability,
+    with the API of vector_quantize_pytorch.
+
+        p_i = F(project_in(z)_i),   level_i = floor(L_i p_i),   q_i = (level_i + 1/2) / L_i
+        quantized = project_out((q - 1/2) sqrt 12),   or project_out(F^-1(q)) with need_inv_act
+        index = sum_i level_i prod_{j<i} L_j
+
+    In training a share 1 - quantize_rate of the coordinates isn't quantized but perturbed: p_i + U(-1, 1) / (2 L_i),
+    where that stays within (0, 1). The gradient is that of p, or with need_inv_act passes straight through.
+
+    Args:
+        levels: L_i of each dimension.
+        dim: dimension of the vectors that come in and go out; linear projections stand around the code where it isn't
+            len(levels).
+        channel_first: vectors are (B, dim, ...).
+        projection_has_bias: of the linear projections.
+        act_name: F: "tanh", "sigmoid", "normal", "laplace" or "cauchy".
+        quantize_rate: the share of coordinates that are quantized in training, in [0, 1]; in eval all are.
+        need_inv_act: put out F^-1(q), on the scale of z, instead of q with unit variance.
+        vector_norm: which moments the latents are held to: "none", "var", "kurt", "var_tanh", "var_sigmoid",
+            "var_laplace".
+
+    Raises:
+        ValueError: an argument that can't be; it is named.
+
+    Numerics: levels are found by comparison with thresholds computed in float64, so that indices are the same on every
+    device; everything is computed in float32, or in float64 for z in it. Indices are int32 up to 2^31 codes, else
+    int64. A vector that holds NaN or infinity has index -1 and a zero output, and takes no part in the loss.
+
+    Source: Finite Scalar Perturbation, 2026, arXiv 2602.17133.
+    """
+
+    _levels: Tensor
+    _basis: Tensor
+
+    def __init__(
+        self,
+        levels: Sequence[int],
+        dim: int | None = None,
+        channel_first: bool = False,
+        projection_has_bias: bool = True,
+        act_name: str = "tanh",
+        quantize_rate: float = 0.0,
+        need_inv_act: bool = False,
+        vector_norm: str = "var_tanh",
+    ) -> None:
+        super().__init__()
+        if not 0 <= quantize_rate <= 1:
+            raise ValueError(f"quantize_rate: must lie in [0, 1], got {quantize_rate}")
+        sizes = checked_levels(levels, at_least=1)
+        self.codebook_dim, self.codebook_size = len(sizes), math.prod(sizes)
+        self.dim = self.codebook_dim if dim is None else dim
+        self.channel_first = channel_first
+        self.has_projections = self.dim != self.codebook_dim
+        self.project_in, self.project_out = projections(self.dim, self.codebook_dim, bias=projection_has_bias)
+        register_radix(self, sizes)
+        self.act_name = act_name
+        self.act_func, self.inv_act_func = build_cdf_act(act_name)
+        self.need_inv_act, self.quantize_rate = need_inv_act, quantize_rate
+        self.vector_norm = VectorNorm.build(vector_norm)
+        self._sizes = sizes
+        edges = [torch.arange(1, size, dtype=torch.float64) / size for size in sizes]
+        self._thresholds = Thresholds([self.inv_act_func(edge).tolist() for edge in edges])
+        self._count_levels(sizes)
+
+    def __repr__(self) -> str:
+        return (
+            f"FSP(levels={list(self._sizes)}, codebook_size={self.codebook_size}, codebook_dim={self.codebook_dim}, "
+            f"dim={self.dim}, act_name={self.act_name!r}, need_inv_act={self.need_inv_act}, "
+            f"quantize_rate={self.quantize_rate})"
+        )
+
+    def level_indices_to_indices(self, level_indices: Tensor) -> Tensor:
+        """The indices (...) of levels (..., d), of any dtype; -1 where one of them is negative."""
+        return join_levels(level_indices, self._sizes).masked_fill((level_indices < 0).any(-1), -1)
+
+    def indices_to_level_indices(self, indices: Tensor) -> Tensor:
+        """The levels (..., d) int64 of indices (...); -1 for -1."""
+        return split_index(indices, self._basis, self._levels)
+
+    def indices_to_act_value(self, indices: Tensor) -> Tensor:
+        """The middles of the bins, (..., d) float32 in (0, 1), of indices (...)."""
+        return self._middles(self.indices_to_level_indices(indices), torch.float32)
+
+    def indices_to_codes(self, indices: Tensor, eps: float = 1e-6) -> Tensor:
+        """What `forward` gives as quantized in eval for these indices, (B, ...) to (B, ..., dim), or (B, dim, ...) if
+        channel_first; zero for -1. eps: how close to 0 and 1 the inverse of F is taken."""
+        codes = projected_out(self.project_out, self._on_scale(self.indices_to_act_value(indices), eps), indices >= 0)
+        return codes_layout(codes, self.channel_first)
+
+    def quantize_act_value(self, act_z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(the middles of the bins that probabilities (..., d) lie in, with the gradient of act_z; the levels, in its
+        dtype)."""
+        levels = (act_z.detach().clamp_max(1 - eps) * self._levels).floor()
+        return sloped(act_z, self._middles(levels, act_z.dtype), torch.ones_like(act_z)), levels
+
+    def forward(
+        self, z: Tensor, eps: float | None = None, *, mask: Tensor | None = None, lens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """(quantized, indices, loss, details) of z.
+
+        Args:
+            z: (B, N, dim), (B, dim) or (B, ..., dim); (B, dim, ...) if channel_first. Any floating dtype.
+            eps: how close to 1 a probability counts, and to 0 and 1 the inverse of F is taken; by default that of the
+                dtype computed in.
+            mask, lens: as in `FSQ`.
+
+        Returns:
+            quantized, shaped and typed as z; indices (B, ...); loss (), of `VectorNorm`; details: "level_indices" (B,
+            ..., d) in the dtype computed in, -1 where a vector doesn't count; "norm_info", the moments; and where
+            coordinates are perturbed, "p_accept_prob", the share whose perturbation stays within (0, 1).
+
+        Raises:
+            ValueError, TypeError: z, mask or lens that don't fit.
+        """
+        layout = Layout.of(z, self.dim, channel_first=self.channel_first)
+        rows, rows_mask = layout.to_rows(z), layout.rows_mask(mask, lens)
+        if self.has_projections:
+            rows, rows_mask = keep_finite(rows, rows_mask)
+        projected = self.project_in(rows)
+        latents = columns(projected if projected.dtype == torch.float64 else projected.float()).flatten(
+            0, 1
+        )  # [B N, d]
+        counts = finite_rows(latents) if rows_mask is None else finite_rows(latents) & rows_mask.flatten()
+        latents = torch.where(counts[:, None], latents, 0)
+        norm_loss, norm_info = self.vector_norm(latents, counts)
+
+        levels = self._levels_of(latents, eps)
+        eps = eps or torch.finfo(latents.dtype).eps
+        with torch.no_grad():
+            act = CUMULATIVE[self.act_name]
+            p = act.apply(latents)
+            value = self._middles(levels, p.dtype)
+            indices = join_levels(levels, self._sizes).masked_fill(~counts, -1)
+            if self.training:
+                self._observe(indices, levels, mean_of_rows((p - value).square(), counts))
+            value, details = self._perturbed(p, value, counts)
+            # With the inverse the gradient passes straight through, as vector_quantize_pytorch and the paper have it.
+            slope = torch.ones_like(p) if self.need_inv_act else act.slope(latents, p) / UNIT
+            codes = torch.where(counts[:, None], self._on_scale(value, eps), 0)
+        codes = sloped(latents, codes, slope).to(projected.dtype).contiguous()
+        codes = projected_out(self.project_out, codes, counts) if self.has_projections else codes
+        levels = levels.to(latents.dtype).masked_fill(~counts[:, None], -1)
+        levels, indices, codes = (t.unflatten(0, (layout.batch, layout.rows)) for t in (levels, indices, codes))
+        details = {"level_indices": layout.indices(levels).contiguous(), "norm_info": norm_info, **details}
+        return layout.from_rows(codes).to(z.dtype), layout.indices(indices), norm_loss, details
+
+    def _perturbed(self, p: Tensor, value: Tensor, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """`value`, what p is quantized to, or p perturbed, at random; and how much of that was possible."""
+        if not self.training or self.quantize_rate == 1:
+            return value, {}
+        # Drawn row by row.
+        rows = torch.empty_like(p, memory_format=torch.contiguous_format)
+        proposal = p + (2 * torch.rand_like(rows) - 1) / (2 * self._levels)
+        accepted = (proposal > 0) & (proposal < 1)
+        perturbed = torch.where(accepted, proposal, p)
+        chosen = torch.rand_like(rows) > self.quantize_rate
+        return torch.where(chosen, perturbed, value), {"p_accept_prob": mean_of_rows(accepted.float(), counts)}
+
+    def _levels_of(self, latents: Tensor, eps: float | None) -> Tensor:
+        levels = self._thresholds(latents)
+        if eps is None:
+            return levels
+        last = [min(size - 1, math.floor((1 - eps) * size)) for size in self._sizes]
+        return torch.minimum(levels, torch.tensor(last, dtype=levels.dtype, device=levels.device))
+
+    def _middles(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
+        return (levels.to(dtype) + 0.5) / self._levels
+
+    def _on_scale(self, p: Tensor, eps: float) -> Tensor:
+        return self.inv_act_func(p.clamp(eps, 1 - eps)) if self.need_inv_act else (p - 0.5) / UNIT
