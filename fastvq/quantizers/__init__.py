@@ -6,6 +6,7 @@ from .evo_lfq import EvoLFQ
 from .fsp import FSP
 from .fsq import FSQ
 from .grouped import GroupedResidualVQ
+from .latent_quantize import LatentQuantize
 from .lfq import LFQ
 from .residual_fsq import GroupedResidualFSQ, ResidualFSQ
 from .residual_lfq import GroupedResidualLFQ, ResidualLFQ
@@ -22,6 +23,7 @@ __all__ = [
     "GroupedResidualFSQ",
     "GroupedResidualLFQ",
     "GroupedResidualVQ",
+    "LatentQuantize",
     "ResidualFSQ",
     "ResidualLFQ",
     "ResidualSimVQ",

@@ -1,0 +1,249 @@
+"""Latent quantization: each coordinate replaced by the nearest of its own few learned values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..ops import search
+from ..parts.estimators import straight_through
+from ..parts.layout import Layout, codes_layout
+from ..parts.level_use import LevelUse
+from ..parts.projection import projected_out, projections
+from ..parts.radix import checked_levels, join_levels, register_radix, split_index
+from ..parts.rows import finite_rows, keep_finite, mean_of_rows
+from ..recompute import recomputing
+
+
+class LatentQuantize(LevelUse, nn.Module):
+    """Replaces each coordinate by the nearest of the values of its dimension, with the API of vector_quantize_pytorch.
+
+        quantized = project_out(v),   v_i = values_i[level_i],   level_i = argmin_k |project_in(z)_i - values_ik|
+        index = sum_i level_i prod_{j<i} L_j
+        loss = commitment_loss_weight mean (z' - sg[v])^2 + quantization_loss_weight mean (sg[z'] - v)^2,   z' =
+        project_in(z)
+
+    The first loss pulls the encoder to the values, the second the values to the encoder. Both are zero in eval. The
+    gradient of quantized passes straight through to z'.
+
+    Args:
+        levels: L_i of each dimension, or one number for all codebook_dim of them.
+        dim: dimension of the vectors that come in and go out; linear projections stand around the code where it isn't
+            the number of dimensions times num_codebooks.
+        commitment_loss_weight, quantization_loss_weight: see above; None is 0.
+        num_codebooks: how many codes a vector has, side by side; they share the values.
+        codebook_dim: the number of dimensions, where levels is one number.
+        keep_num_codebooks_dim: whether indices have an axis for the codebooks; always where there are several.
+        optimize_values: whether the values are learned.
+        in_place_codebook_optimizer: makes an optimizer of the values, such as `partial(SGD, lr=0.1)`; in training each
+            `forward` then first takes a step of it by the quantization loss. The loss that is returned leaves the
+            values alone.
+
+    Raises:
+        ValueError: an argument, or a pair of arguments, that can't be; it is named. RuntimeError: codebook_dim is
+        missing.
+
+    Numerics: the nearest value is that of `fastvq.search`, exact, and the first of equals. Values follow the dtype of
+    the module; all is computed in float32, or in float64. A vector that holds NaN or infinity has index -1 and a zero
+    output, and takes no part in the loss.
+
+    Source: Hsu et al., Disentanglement via Latent Quantization, 2023, section 3.
+    """
+
+    # 2: values that aren't learned are part of the state too.
+    _version = 2
+
+    _levels: Tensor
+    _basis: Tensor
+
+    def __init__(
+        self,
+        levels: Sequence[int] | int,
+        dim: int,
+        commitment_loss_weight: float | None = 0.1,
+        quantization_loss_weight: float | None = 0.1,
+        num_codebooks: int = 1,
+        codebook_dim: int = -1,
+        keep_num_codebooks_dim: bool | None = None,
+        optimize_values: bool | None = True,
+        in_place_codebook_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(levels, int):
+            if codebook_dim < 1:  # vector_quantize_pytorch raises this type here
+                raise RuntimeError(f"codebook_dim: must be at least 1 where levels is one number, got {codebook_dim}")
+            levels = [levels] * codebook_dim
+        sizes = checked_levels(levels, at_least=1)
+        if codebook_dim > 0 and codebook_dim != len(sizes):
+            raise ValueError(f"codebook_dim: must be the number of levels, {len(sizes)}, got {codebook_dim}")
+        if num_codebooks < 1:
+            raise ValueError(f"num_codebooks: must be at least 1, got {num_codebooks}")
+        if in_place_codebook_optimizer is not None and not optimize_values:
+            raise ValueError("in_place_codebook_optimizer: needs optimize_values=True")
+        self.dim = dim
+        self.optimize_values = bool(optimize_values)
+        self.codebook_dim, self.codebook_size = len(sizes), math.prod(sizes)
+        self.num_codebooks = num_codebooks
+        self.effective_codebook_dim = self.codebook_dim * num_codebooks
+        self.keep_num_codebooks_dim = bool(keep_num_codebooks_dim) or num_codebooks > 1
+        self.has_projections = dim != self.effective_codebook_dim
+        self.project_in, self.project_out = projections(dim, self.effective_codebook_dim)
+        for name, weight in (
+            ("commitment_loss_weight", commitment_loss_weight),
+            ("quantization_loss_weight", quantization_loss_weight),
+        ):
+            if not (weight or 0) >= 0:
+                raise ValueError(f"{name}: must not be negative, got {weight}")
+            self.register_buffer(name, torch.tensor(weight or 0.0, dtype=torch.float32), persistent=False)
+        self._weights = (float(commitment_loss_weight or 0), float(quantization_loss_weight or 0))
+        self._sizes = sizes
+        register_radix(self, sizes)
+        # Evenly spaced from -1/2, with zero among them.
+        values = [torch.linspace(-0.5, 0.5, n) if n % 2 else torch.arange(n) / n - 0.5 for n in sizes]
+        self.values_per_latent = nn.ParameterList(nn.Parameter(v, requires_grad=self.optimize_values) for v in values)
+        self.in_place_codebook_optimizer = (
+            None if in_place_codebook_optimizer is None else in_place_codebook_optimizer(self.values_per_latent)
+        )
+        self._count_levels(sizes)
+
+    @property
+    def implicit_codebook(self) -> Tensor:
+        """All codes, (K, d), made when asked for."""
+        return self._codes(torch.arange(self.codebook_size, device=self._levels.device)).detach()
+
+    def commitment_loss(self, z: Tensor, zhat: Tensor, reduce: str = "mean") -> Tensor:
+        """(z - sg[zhat])^2."""
+        return F.mse_loss(z, zhat.detach(), reduction=reduce)
+
+    def quantization_loss(self, z: Tensor, zhat: Tensor, reduce: str = "mean") -> Tensor:
+        """(sg[z] - zhat)^2."""
+        return F.mse_loss(zhat, z.detach(), reduction=reduce)
+
+    def quantize(self, z: Tensor) -> Tensor:
+        """The nearest values (..., d) of coordinates (..., d), with the gradient of z."""
+        wide = _wide(z)
+        return straight_through(wide, self._values_of(self._nearest(wide))).to(z.dtype)
+
+    def codes_to_indices(self, zhat: Tensor) -> Tensor:
+        """The indices (...) of codes (..., d), by the values nearest to them; -1 where one isn't finite."""
+        if zhat.shape[-1] != self.codebook_dim:
+            raise ValueError(f"zhat: must have shape (..., {self.codebook_dim}), got {tuple(zhat.shape)}")
+        levels = self._nearest(_wide(zhat))
+        return join_levels(levels, self._sizes).masked_fill((levels < 0).any(-1), -1)
+
+    def indices_to_codes(self, indices: Tensor, project_out: bool = True) -> Tensor:
+        """What `forward` gives as quantized for these indices, (B, ...) to (B, dim, ...); zero for -1. Without
+        project_out, the values themselves."""
+        codes = self._codes(indices)
+        if self.keep_num_codebooks_dim:
+            codes, indices = codes.flatten(-2), indices.amax(-1)
+        if project_out:
+            codes = projected_out(self.project_out, codes, indices >= 0)
+        return codes_layout(codes, True)
+
+    def forward(
+        self, z: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(quantized, indices, loss) of z.
+
+        Args:
+            z: (B, dim, ...) or (B, dim). Any floating dtype.
+            mask, lens: as in `FSQ`.
+
+        Returns:
+            quantized, shaped and typed as z; indices (B, ...), with an axis for the codebooks if kept; loss () float32.
+
+        Raises:
+            ValueError, TypeError: z, mask or lens that don't fit.
+        """
+        layout = Layout.of(z, self.dim, channel_first=True)
+        rows, counts = keep_finite(layout.to_rows(z), layout.rows_mask(mask, lens))
+        projected = self.project_in(rows)
+        counts = counts & finite_rows(projected)
+        latents = _wide(torch.where(counts[..., None], projected, 0))
+        latents = latents.unflatten(-1, (self.num_codebooks, self.codebook_dim))  # [B, N, C, d]
+        if self.in_place_codebook_optimizer is not None and self.training and not recomputing():
+            self._step(latents, counts)
+        levels = self._nearest(latents)
+        selected = self._values_of(levels)
+        indices = join_levels(levels, self._sizes).masked_fill(~counts[..., None], -1)
+        if self.training:
+            self._observe(indices, levels, self._error(latents.detach(), selected.detach(), counts))
+        codes = straight_through(latents, torch.where(counts[..., None, None], selected, 0))
+        codes = codes.flatten(2).to(projected.dtype)
+        quantized = layout.from_rows(projected_out(self.project_out, codes, counts)).to(z.dtype)
+        chosen = layout.indices(indices if self.keep_num_codebooks_dim else indices.squeeze(-1))
+        return quantized, chosen, self._loss(latents, selected, counts)
+
+    def _loss(self, latents: Tensor, selected: Tensor, counts: Tensor) -> Tensor:
+        commitment, quantization = self._weights
+        loss = latents.new_zeros(())
+        if not self.training:
+            return loss
+        if self.in_place_codebook_optimizer is not None:
+            selected = selected.detach()
+        if commitment:
+            loss = loss + commitment * self._error(latents, selected.detach(), counts)
+        if quantization:
+            loss = loss + quantization * self._error(latents.detach(), selected, counts)
+        return loss
+
+    def _step(self, latents: Tensor, counts: Tensor) -> None:
+        """A step of the values' own optimizer, which leaves gradients of everything else alone."""
+        optimizer = self.in_place_codebook_optimizer
+        assert optimizer is not None
+        with torch.enable_grad():
+            latents = latents.detach()
+            loss = self._weights[1] * self._error(latents, self._values_of(self._nearest(latents)), counts)
+            for values, grad in zip(
+                self.values_per_latent, torch.autograd.grad(loss, list(self.values_per_latent)), strict=True
+            ):
+                values.grad = grad
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @staticmethod
+    def _error(latents: Tensor, selected: Tensor, counts: Tensor) -> Tensor:
+        return mean_of_rows((latents - selected).square(), counts[..., None])
+
+    def _table(self) -> Tensor:
+        """The values of all dimensions, (d, longest), filled up with NaN, which are never the nearest."""
+        values = [_wide(v) for v in self.values_per_latent]
+        return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=math.nan)
+
+    def _nearest(self, z: Tensor) -> Tensor:
+        """Levels (..., d) int64 of z (..., d); -1 where z isn't finite."""
+        coordinates = z.detach().reshape(-1, self.codebook_dim).T.contiguous()
+        levels = search(coordinates[..., None], self._table().detach()[..., None])
+        return levels.T.reshape(z.shape)
+
+    def _values_of(self, levels: Tensor) -> Tensor:
+        """The values (..., d) at levels (..., d), zero for -1. Differentiable in the values."""
+        table = self._table()
+        first = torch.arange(0, table.numel(), table.shape[1], device=table.device)
+        values = F.embedding(levels.clamp_min(0) + first, table.flatten()[:, None]).squeeze(-1)
+        return values.masked_fill(levels < 0, 0)
+
+    def _codes(self, indices: Tensor) -> Tensor:
+        return self._values_of(split_index(indices, self._basis, self._levels))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        """A state without the values that aren't learned, as vector_quantize_pytorch 1.32.0 has it, leaves them as they
+        are."""
+        names = [f"{prefix}values_per_latent.{i}" for i in range(self.codebook_dim)]
+        version = local_metadata.get("version")
+        if not self.optimize_values and (version or 1) < 2 and not any(name in state_dict for name in names):
+            state_dict.update(zip(names, (v.detach() for v in self.values_per_latent), strict=True))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
