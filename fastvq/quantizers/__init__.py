@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .binary_mapper import BinaryMapper
 from .evo_lfq import EvoLFQ
 from .fsp import FSP
 from .fsq import FSQ
@@ -12,6 +13,7 @@ from .residual_fsq import GroupedResidualFSQ, ResidualFSQ
 from .residual_lfq import GroupedResidualLFQ, ResidualLFQ
 from .residual_sim_vq import ResidualSimVQ
 from .residual_vq import ResidualVQ
+from .sequential import Sequential
 from .sim_vq import SimVQ
 from .vector_quantize import VectorQuantize
 
@@ -19,6 +21,7 @@ __all__ = [
     "FSP",
     "FSQ",
     "LFQ",
+    "BinaryMapper",
     "EvoLFQ",
     "GroupedResidualFSQ",
     "GroupedResidualLFQ",
@@ -28,6 +31,7 @@ __all__ = [
     "ResidualLFQ",
     "ResidualSimVQ",
     "ResidualVQ",
+    "Sequential",
     "SimVQ",
     "VectorQuantize",
 ]

@@ -1,0 +1,178 @@
+"""The binary mapper: bits sampled from logits, as a one-hot vector that gradients pass through."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..parts.level_use import LevelUse
+from ..parts.rows import finite_rows
+
+NAT = math.log(2)
+"""One bit, in nats."""
+
+
+def binary_entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of independent bits with logits (..., bits), summed to (...)."""
+    p = logits.sigmoid()
+    return -(p * F.logsigmoid(logits) + (1 - p) * F.logsigmoid(-logits)).sum(-1)
+
+
+class BinaryMapper(LevelUse, nn.Module):
+    """Samples a bit from each logit and gives the number they spell as a one-hot vector, with the API of
+    vector_quantize_pytorch.
+
+        bit_b ~ Bernoulli(sigmoid(logit_b / temperature)),   index = sum_b bit_b 2^b,   one_hot_k = [k = index]
+        G_k = prod_b p_b^{k_b} (1 - p_b)^{1 - k_b},   p = sigmoid(logit),   d one_hot / d logit = d G / d logit
+        loss = mean max(0, bits ln 2 - H(p) - kl_loss_threshold)
+
+    Args:
+        bits: how many logits a vector has; it has 2^bits codes.
+        kl_loss_threshold: in nats, the free bits: how far the entropy H may be below its maximum without a loss.
+        deterministic_on_eval: in eval take the likelier value of each bit instead of sampling.
+
+    Raises:
+        ValueError: an argument that can't be; it is named.
+
+    Numerics: float32, or float64 for logits in it. The gradient is that of G, contracted bit by bit: G itself, (N,
+    2^bits), is never formed. A row with NaN or infinity has index -1, zeros for a one-hot vector, and no part in the
+    loss.
+
+    Source: Fleuret, The Free Transformer, 2025, section 3.4.
+    """
+
+    power_two: Tensor
+
+    def __init__(self, bits: int = 1, kl_loss_threshold: float = NAT, deterministic_on_eval: bool = False) -> None:
+        super().__init__()
+        if not 1 <= bits <= 62:
+            raise ValueError(f"bits: must lie in [1, 62], got {bits}")
+        self.bits, self.num_codes = bits, 2**bits
+        self.kl_loss_threshold, self.deterministic_on_eval = kl_loss_threshold, deterministic_on_eval
+        self.register_buffer("power_two", 2 ** torch.arange(bits), persistent=False)
+        self._count_levels([2] * bits)
+
+    @property
+    def codes(self) -> Tensor:
+        """The bits of all codes, bool (2^bits, bits), the lowest first; made when asked for."""
+        return self._bits_of(torch.arange(self.num_codes, device=self.power_two.device))
+
+    def binary_entropy(self, logits: Tensor) -> Tensor:
+        return binary_entropy(logits)
+
+    def calc_aux_loss(self, logits: Tensor, reduce_aux_kl_loss: bool = True) -> Tensor:
+        """The loss of logits (..., bits): (), or (...) if it isn't reduced; rows that aren't finite have none."""
+        counts = finite_rows(logits)
+        divergence = self.bits * NAT - binary_entropy(_wide(torch.where(counts[..., None], logits, 0)))
+        loss = torch.where(counts, F.relu(divergence - self.kl_loss_threshold), 0)
+        return loss.sum() / counts.sum().clamp_min(1) if reduce_aux_kl_loss else loss
+
+    def log_prob(
+        self, logits: Tensor, *, indices: Tensor | None = None, one_hot: Tensor | None = None, sum_bits: bool = True
+    ) -> Tensor:
+        """Log-probability, in nats, of codes under logits (..., bits): (...), or (..., bits) if it isn't summed.
+
+        The codes are given as indices (...) or as one-hot vectors (..., 2^bits). 0 for index -1 and for zeros.
+        """
+        if (indices is None) == (one_hot is None):
+            raise ValueError("indices, one_hot: exactly one of them must be given")
+        if indices is None:
+            assert one_hot is not None
+            indices = torch.where(one_hot.detach().amax(-1) > 0, one_hot.detach().argmax(-1), -1)
+        logits = _wide(logits)
+        signed = torch.where(self._bits_of(indices), logits, -logits)
+        log_probs = F.logsigmoid(signed).masked_fill((indices < 0).unsqueeze(-1), 0)
+        return log_probs.sum(-1) if sum_bits else log_probs
+
+    def sample(self, logits: Tensor, temperature: float = 1.0, deterministic: bool = False) -> Tensor:
+        """The indices (...) int64 alone, of logits (..., bits): no vector of 2^bits. deterministic: each bit's likelier
+        value, 0 where they are alike."""
+        if logits.shape[-1] != self.bits:
+            raise ValueError(f"logits: must have shape (..., {self.bits}), got {tuple(logits.shape)}")
+        if not temperature > 0:
+            raise ValueError(f"temperature: must be positive, got {temperature}")
+        counts = finite_rows(logits)
+        logits = _wide(torch.where(counts[..., None], logits, 0)).detach()
+        bits = logits > 0 if deterministic else (logits / temperature).sigmoid().bernoulli()
+        return (bits.long() * self.power_two).sum(-1).masked_fill(~counts, -1)
+
+    def forward(
+        self,
+        logits: Tensor,
+        temperature: float = 1.0,
+        straight_through: bool | None = None,
+        calc_aux_loss: bool | None = None,
+        deterministic: bool | None = None,
+        return_indices: bool = False,
+        reduce_aux_kl_loss: bool = True,
+    ) -> tuple[Tensor, ...]:
+        """(one_hot, loss) of logits, or (one_hot, indices, loss).
+
+        Args:
+            logits: (..., bits), any floating dtype.
+            temperature: of the sampling.
+            straight_through: whether one_hot passes the gradient of G; by default in training.
+            calc_aux_loss: whether there is a loss, else 0; by default in training.
+            deterministic: take the likelier value of each bit; by default in eval if deterministic_on_eval.
+            return_indices: see above.
+            reduce_aux_kl_loss: the mean of the loss, else one of each row.
+
+        Returns:
+            one_hot (..., 2^bits), typed as logits; indices (...) int64; loss () or (...) float32.
+
+        Raises:
+            ValueError: logits or a temperature that don't fit.
+        """
+        if deterministic is None:
+            deterministic = self.deterministic_on_eval and not self.training
+        indices = self.sample(logits, temperature, deterministic)
+        if self.training:
+            self._observe(indices, self._bits_of(indices), None)
+        one_hot = logits.new_zeros(*indices.shape, self.num_codes)
+        one_hot.scatter_(-1, indices.clamp_min(0).unsqueeze(-1), (indices >= 0).unsqueeze(-1).to(one_hot.dtype))
+        if self.training if straight_through is None else straight_through:
+            counts = (indices >= 0).unsqueeze(-1)
+            one_hot = _Soft.apply(torch.where(counts, logits, 0), one_hot)
+        loss = _wide(logits.new_zeros(()))
+        if self.training if calc_aux_loss is None else calc_aux_loss:
+            loss = self.calc_aux_loss(logits, reduce_aux_kl_loss)
+        return (one_hot, indices, loss) if return_indices else (one_hot, loss)
+
+    def _bits_of(self, indices: Tensor) -> Tensor:
+        return indices.unsqueeze(-1).bitwise_and(self.power_two) != 0
+
+
+class _Soft(torch.autograd.Function):
+    """one_hot, with the gradient of the probabilities G of all codes."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, one_hot: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return one_hot.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """sum_k grad_k G_k is linear in each p_b: fold the codes bit by bit from the highest, and differentiate
+        that."""
+        (logits,) = ctx.saved_tensors
+        p = _wide(logits).sigmoid()
+        halves, table = [], grad.to(p.dtype)
+        for b in reversed(range(p.shape[-1])):
+            low, high = table.chunk(2, -1)
+            halves.append((low, high))
+            table = torch.lerp(low, high, p[..., b : b + 1])
+        weight, slopes = torch.ones_like(table), []
+        for b, (low, high) in enumerate(reversed(halves)):
+            slopes.append((weight * (high - low)).sum(-1))
+            weight = torch.cat([weight * (1 - p[..., b : b + 1]), weight * p[..., b : b + 1]], -1)
+        return (torch.stack(slopes, -1) * p * (1 - p)).to(logits.dtype), None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
