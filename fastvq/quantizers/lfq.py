@@ -15,6 +15,8 @@ from ..parts.binary import CosineSimLinear, on_sphere, random_rotation, soft_cla
 from ..parts.entropy import Entropies, binary_entropies, random_share
 from ..parts.estimators import straight_through
 from ..parts.layout import Layout
+from ..parts.projection import projected_out, rotated
+from ..parts.rows import keep_finite, mean_of_rows
 from ..precision import KeepsBuffers, full_precision
 
 MOST_COUNTED_CODES = 2**24
@@ -213,7 +215,7 @@ class LFQ(Monitored, KeepsBuffers, nn.Module):
             indices = indices.unsqueeze(-1)
         codes = self.codes(indices).flatten(-2)
         if project_out:
-            codes = self._project_out(codes, (indices >= 0).any(-1))
+            codes = projected_out(self.project_out, codes, (indices >= 0).any(-1))
         images = indices.dim() >= 4  # with the axis of the codebooks
         channel_first = images if self.channel_first is None else self.channel_first
         return codes.movedim(-1, 1) if channel_first else codes
@@ -240,7 +242,7 @@ class LFQ(Monitored, KeepsBuffers, nn.Module):
         quantized, indices, loss, parts = self.quantize_rows(
             self.project_in(rows), counted, inv_temperature=inv_temperature, entropies=return_loss_breakdown
         )
-        quantized = layout.from_rows(self._project_out(quantized, counted).to(x.dtype))
+        quantized = layout.from_rows(projected_out(self.project_out, quantized, counted).to(x.dtype))
         indices = layout.indices(indices if self.keep_num_codebooks_dim else indices.squeeze(-1))
         result = Return(quantized, indices, loss)
         return (result, parts) if return_loss_breakdown else result
@@ -253,13 +255,12 @@ class LFQ(Monitored, KeepsBuffers, nn.Module):
         y is (..., C D), and `counted` bool (...) has the rows that count. `entropies`: also if they have no weight."""
         with full_precision(y):
             y = y if y.dtype == torch.float64 else y.float()
-            counted = counted & y.isfinite().all(-1)
-            y = y.masked_fill(~counted.unsqueeze(-1), 0)
+            y, counted = keep_finite(y, counted)
             if self.soft_clamp_input_value is not None:
                 y = soft_clamp(y, self.soft_clamp_input_value)
             y = y.unflatten(-1, (self.num_codebooks, self.codebook_dim))
             if self.orthogonal_rotation:
-                y = y @ self.orthogonal_rot.to(y.dtype)
+                y = rotated(y, self.orthogonal_rot).to(y.dtype)
             if self.spherical:
                 y = on_sphere(y, self.codebook_scale)
             bits = y > 0
@@ -285,14 +286,15 @@ class LFQ(Monitored, KeepsBuffers, nn.Module):
             if self.experimental_softplus_entropy_loss:
                 entropy_loss = F.softplus(entropy_loss + self.entropy_loss_offset)
         if self.training and self.commitment_loss_weight > 0:
-            commitment = _error(y, codes, counted)
+            commitment = mean_of_rows((y - codes).square().flatten(-2), counted)
         loss = entropy_loss * self.entropy_loss_weight + commitment * self.commitment_loss_weight
         return loss, LossBreakdown(found.per_sample, found.batch, commitment)
 
     @torch.no_grad()
     def _observe(self, indices: Tensor, y: Tensor, codes: Tensor, counted: Tensor) -> None:
         if self.codebook_size <= MOST_COUNTED_CODES:
-            self._health.observe_(indices.flatten(0, -2).T, _error(y, codes, counted))
+            error = mean_of_rows((y - codes).square().flatten(-2), counted)
+            self._health.observe_(indices.flatten(0, -2).T, error)
 
     @property
     def _coordinate(self) -> float:
@@ -304,33 +306,15 @@ class LFQ(Monitored, KeepsBuffers, nn.Module):
 
     def _place(self, codes: Tensor) -> Tensor:
         """Codes (..., D) from the frame in which bits are taken to that of y."""
-        return codes @ self.orthogonal_rot.to(codes.dtype).T if self.orthogonal_rotation else codes
-
-    def _project_out(self, codes: Tensor, counted: Tensor) -> Tensor:
-        if not isinstance(self.project_out, nn.Linear):
-            return codes
-        flat = codes.to(self.project_out.weight.dtype).flatten(0, -2)
-        projected = self.project_out(flat).view(*codes.shape[:-1], -1)
-        return projected.masked_fill(~counted.unsqueeze(-1), 0)  # else the bias would stand where no code does
+        return rotated(codes, self.orthogonal_rot.T).to(codes.dtype) if self.orthogonal_rotation else codes
 
 
 def counted_rows(layout: Layout, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """x as rows (B, N, dim), zeros where they don't count, and whether they do, bool (B, N): the finite ones in `mask`,
     which has the shape (B, N), (B, spatial) or its beginning."""
-    rows = layout.to_rows(x)
-    counted = rows.isfinite().all(-1)
-    if mask is not None:
-        leading = (layout.batch, *layout.spatial)
-        if mask.shape == leading[: mask.dim()]:
-            mask = mask.reshape(*mask.shape, *[1] * (len(leading) - mask.dim())).expand(leading)
-        elif mask.shape == counted.shape:
-            mask = mask.reshape(leading)
-        counted = counted & layout.rows_mask(mask)  # type: ignore[operator]
-    # Not left to the products that follow: zero times NaN would reach the gradients of a projection.
-    return rows.masked_fill(~counted.unsqueeze(-1), 0), counted
-
-
-def _error(y: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
-    """Mean of (y - codes)^2 over the elements (B, N, C, D) of the rows that count."""
-    squares = (y - codes.detach()).square().flatten(-2).mean(-1)
-    return squares.masked_fill(~counted, 0).sum() / counted.sum().clamp_min(1)
+    leading = (layout.batch, *layout.spatial)
+    if mask is not None and mask.shape == leading[: mask.dim()]:
+        mask = mask.reshape(*mask.shape, *[1] * (len(leading) - mask.dim())).expand(leading)
+    elif mask is not None and mask.shape == (layout.batch, layout.rows):
+        mask = mask.reshape(leading)
+    return keep_finite(layout.to_rows(x), layout.rows_mask(mask))

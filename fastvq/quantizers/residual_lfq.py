@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..health import Monitored
 from ..parts.dropout import QuantizeDropout
 from ..parts.layout import Layout
+from ..parts.projection import projected_out, projections
 from .grouped import Grouped
 from .lfq import LFQ, counted_rows
 
@@ -62,8 +63,7 @@ class ResidualLFQ(Monitored, nn.Module):
         self.channel_first = channel_first
         bits = max(codebook_size, 1).bit_length() - 1
         self.has_projections = bits != dim
-        self.project_in: nn.Module = nn.Linear(dim, bits) if self.has_projections else nn.Identity()
-        self.project_out: nn.Module = nn.Linear(bits, dim) if self.has_projections else nn.Identity()
+        self.project_in, self.project_out = projections(dim, bits)
         self.layers = nn.ModuleList()
         for level in range(num_quantizers):
             clamp = None if soft_clamp_input_value is None else soft_clamp_input_value * 0.5**level
@@ -138,7 +138,7 @@ class ResidualLFQ(Monitored, nn.Module):
             levels.append(indices.squeeze(-1))
             losses.append(kept.mask(level, loss, 0.0))
         indices = torch.stack(levels, -1)
-        quantized = layout.from_rows(self._project_out(total, (indices >= 0).any(-1)).to(x.dtype))
+        quantized = layout.from_rows(projected_out(self.project_out, total, (indices >= 0).any(-1)).to(x.dtype))
         if self._levels[0].keep_num_codebooks_dim:
             indices = indices.unsqueeze(-2)
         result = (quantized, layout.indices(indices), torch.stack(losses))
@@ -158,15 +158,9 @@ class ResidualLFQ(Monitored, nn.Module):
         """What `forward` gives as quantized for these indices, laid out as there, in the dtype of the codes."""
         if self._levels[0].keep_num_codebooks_dim:
             indices = indices.squeeze(-2)
-        total = self._project_out(self.get_codes_from_indices(indices).sum(0), (indices >= 0).any(-1))
+        total = projected_out(self.project_out, self.get_codes_from_indices(indices).sum(0), (indices >= 0).any(-1))
         channel_first = total.dim() >= 4 if self.channel_first is None else self.channel_first
         return total.movedim(-1, 1) if channel_first else total
-
-    def _project_out(self, codes: Tensor, counted: Tensor) -> Tensor:
-        if not isinstance(self.project_out, nn.Linear):
-            return codes
-        projected = self.project_out(codes.to(self.project_out.weight.dtype))
-        return projected.masked_fill(~counted.unsqueeze(-1), 0)  # else the bias would stand where no code does
 
 
 class GroupedResidualLFQ(Grouped):
