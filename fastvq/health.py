@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .precision import KeepsPrecision
 from .recompute import recomputing
+from .unsaved import ZeroAtFirst, give_memory_
 
 DEAD_SHARE_OF_UNIFORM = 0.1
 """A code is counted as dead below this share of what it would have if all codes were chosen equally often."""
@@ -55,7 +56,7 @@ class HealthReport(NamedTuple):
     quantization_error: Tensor
 
 
-class Health(KeepsPrecision, nn.Module):
+class Health(ZeroAtFirst, KeepsPrecision, nn.Module):
     """Counts on the device, without ever waiting for it, what a quantizer chooses in training. Nothing of it is saved.
 
     Args:
@@ -109,6 +110,10 @@ class Monitored:
     """
 
     _health: Health
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        give_memory_(self, state_dict)
 
     @property
     def _monitored(self) -> list[Monitored] | None:

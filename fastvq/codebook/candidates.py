@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import distributed
 from ..functional import lookup
 from ..ops import search
+from ..unsaved import ZeroAtFirst
 
 Candidates = tuple[Tensor, Tensor]
 
@@ -78,7 +79,7 @@ def compacted(candidates: Candidates) -> tuple[Tensor, Tensor]:
     return rows[order], filled.sum().long()
 
 
-class Reservoir(nn.Module):
+class Reservoir(ZeroAtFirst, nn.Module):
     """A memory of recent rows: the last `size` of those that were drawn for it, for a batch that is too small or too
     uniform to revive codes from. Not saved.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..unsaved import ZeroAtFirst
 from .candidates import Candidates, Reservoir, compacted, random_rows, slots, spread_over_ranks, spread_rows
 
 
@@ -61,7 +62,7 @@ class Revival:
         return min(size, self.at_once or (size if self.rows == "random" else 32))
 
 
-class Reviver(nn.Module):
+class Reviver(ZeroAtFirst, nn.Module):
     """A `Revival` at work on the codes of one codebook, head by head. Not saved."""
 
     steps: Tensor

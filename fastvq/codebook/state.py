@@ -12,6 +12,7 @@ from .. import distributed
 from ..functional import unit_norm
 from ..ops import ema_update_, search
 from ..precision import KeepsPrecision
+from ..unsaved import give_memory_
 from .affine import Affine
 from .candidates import Candidates
 from .kmeans import kmeans
@@ -250,6 +251,7 @@ class Codebook(KeepsPrecision, nn.Module):
                 saved = state_dict.get(prefix + name)
                 setattr(self, name, None if saved is None else torch.empty_like(saved, device=self.embed.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        give_memory_(self, state_dict)
         with torch.no_grad():
             for state in (self.embed, self.embed_avg, self.cluster_size):
                 state.data = state.data.float()  # assign=True puts in what the checkpoint has

@@ -101,11 +101,17 @@ def ema_update_(
     All tensors are float32 and on one device. Deterministic for any number of threads.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name.
+        TypeError, ValueError: what doesn't fit, by name. RuntimeError: it is called within a backward pass, as happens
+        where activation checkpointing repeats a compiled layer, which can't know that it is repeated.
 
     Source: van den Oord et al. 2017, appendix A.1, equations 6 to 8; smoothing as in Sonnet's VectorQuantizerEMA.
     """
     _check_ema_update(codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps)
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a codebook would learn a batch again, within backward: keep compiled layers that learn out of what"
+            " activation checkpointing repeats, or leave them uncompiled"
+        )
     backends.select("ema_update_", codebook.device)(
         codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps
     )
