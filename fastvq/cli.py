@@ -99,9 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     encode.add_argument("out", type=Path, metavar="OUT", help="file to write")
     encode.add_argument("--run", type=Path, metavar="DIR", dest="run_folder", help="the run whose model encodes images")
-    encode.add_argument(
-        "--model", default="adaptive", help="adaptive, static or the learned prior (default: %(default)s)"
-    )
+    encode.add_argument("--model", default="adaptive", help="of the codes: adaptive or static (default: %(default)s)")
     encode.add_argument("--codebook-size", type=int, help="of an .npy file; default: the largest code + 1")
     encode.set_defaults(run=_encode)
 
@@ -258,8 +256,7 @@ def _encode(options: argparse.Namespace) -> int:
     from fastvq.training import compress
 
     if options.source.suffix == ".npy":
-        how = {"model": options.model, "run": options.run_folder}
-        lines = compress.encode_array(options.source, options.out, options.codebook_size, **how)
+        lines = compress.encode_array(options.source, options.out, options.codebook_size, model=options.model)
     elif options.run_folder is None:
         raise CodingError("--run: which run's model encodes the images?")
     else:
@@ -273,7 +270,7 @@ def _decode(options: argparse.Namespace) -> int:
     from fastvq.training import compress
 
     if options.out.suffix == ".npy":
-        lines = compress.decode_array(options.source, options.out, run=options.run_folder)
+        lines = compress.decode_array(options.source, options.out)
     elif options.run_folder is None:
         raise CodingError("--run: which run's model decodes the images? For the codes alone, OUT ends in .npy")
     else:

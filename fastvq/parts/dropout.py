@@ -58,6 +58,13 @@ class Kept(NamedTuple):
             return torch.full_like(value, fill) if level >= self.levels else value
         return torch.where(self.levels > level, value, fill)
 
+    def rows(self, level: int, mask: Tensor | None, x: Tensor) -> Tensor | None:
+        """The mask of this level's rows x (..., D): `mask` (...) or None, and no row at all if it is left out."""
+        if isinstance(self.levels, int):
+            return mask
+        kept = (self.levels > level).expand(x.shape[:-1])
+        return kept if mask is None else kept & mask
+
 
 class QuantizeDropout(NamedTuple):
     """The settings of quantize dropout; see `kept_levels`."""

@@ -6,11 +6,20 @@ import torch
 from torch import Tensor, nn
 
 
-def projections(dim: int, codebook_dim: int, *, bias: bool = True) -> tuple[nn.Module, nn.Module]:
-    """(project_in, project_out) between dim and codebook_dim; identities where they are equal."""
+def projections(
+    dim: int, codebook_dim: int, *, bias: bool = True, layernorm: bool = False
+) -> tuple[nn.Module, nn.Module]:
+    """(project_in, project_out) between dim and codebook_dim, with a layer norm behind the first if asked for;
+    identities where they are equal.
+
+    Source: Yu et al., Vector-quantized Image Modeling with Improved VQGAN, 2021, section 3.2 (low-dimensional codes).
+    """
     if dim == codebook_dim:
         return nn.Identity(), nn.Identity()
-    return nn.Linear(dim, codebook_dim, bias=bias), nn.Linear(codebook_dim, dim, bias=bias)
+    into: nn.Module = nn.Linear(dim, codebook_dim, bias=bias)
+    if layernorm:
+        into = nn.Sequential(into, nn.LayerNorm(codebook_dim))
+    return into, nn.Linear(codebook_dim, dim, bias=bias)
 
 
 def projected_out(project_out: nn.Module, codes: Tensor, counts: Tensor) -> Tensor:

@@ -114,6 +114,7 @@ class GroupedResidualVQ(Grouped):
         x: Tensor,
         indices: Tensor | None = None,
         return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
         freeze_codebook: bool = False,
         mask: Tensor | None = None,
     ) -> tuple[Any, ...]:
@@ -121,9 +122,14 @@ class GroupedResidualVQ(Grouped):
 
         Args:
             x: (B, N, dim), (B, ..., dim), or (B, dim, H, W) if accept_image_fmap.
-            return_all_codes, freeze_codebook, mask: as for `ResidualVQ`.
+            indices: (G, B, ..., Q), for cross entropy; this and the others as for `ResidualVQ`.
 
         Returns:
-            quantized as x; indices (G, B, ..., Q); losses (G, Q); codes, a tuple of G tensors (Q, B, ..., D / G).
+            quantized as x; indices (G, B, ..., Q); losses (G, Q); codes, a tuple of G tensors (Q, B, ..., D / G). With
+            indices: (quantized, the sum of the groups' cross entropies).
         """
-        return self.quantize_groups(x, return_all_codes=return_all_codes, freeze_codebook=freeze_codebook, mask=mask)
+        options = {"sample_codebook_temp": sample_codebook_temp, "freeze_codebook": freeze_codebook, "mask": mask}
+        if indices is not None:
+            quantized, losses = self.quantize_groups(x, indices, **options)
+            return quantized, losses.sum(0)
+        return self.quantize_groups(x, return_all_codes=return_all_codes, **options)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..codebook import learn_together
-from ..functional import lookup, residual_quantize
+from ..functional import residual_quantize
 from ..health import Monitored
 from ..ops import residual_search
-from ..parts.dropout import QuantizeDropout, kept_levels
+from ..parts.beam import Level, beam_search
+from ..parts.dropout import Kept, QuantizeDropout
+from ..parts.estimators import directional_reparam, scale_gradient
+from ..parts.implicit import NeuralCodes
 from ..parts.layout import Layout, codes_layout
+from ..parts.projection import projected_out, projections
+from ..parts.tables import Implicit, Shared, Table
 from .vector_quantize import VectorQuantize
 
 
@@ -32,18 +38,27 @@ class ResidualVQ(Monitored, nn.Module):
         codebook_dim: D, the dimension of the codes; one pair of linear projections stands around all levels where it
             isn't dim.
         shared_codebook: all levels use one codebook, which learns from the residuals of all.
+        diveq: learn the codes by `fastvq.parts.directional_reparam` between x and the sum of its codes, alone.
+        heads: 1.
         quantize_dropout: in training, leave out the levels after a random one.
         quantize_dropout_cutoff_index: the first level that may be the last.
         quantize_dropout_multiple_of: the number of levels that are kept is rounded up to a multiple of it.
         accept_image_fmap: x is (B, dim, H, W).
+        implicit_neural_codebook: every level but the first transforms its codes by a network, conditioned on the sum
+            of those before (`fastvq.parts.implicit`); codes and networks learn by gradient.
+        mlp_kwargs: dim_hidden and depth of these networks.
+        beam_size, eval_beam_size: ways that stay open in the search, in training and in eval (`fastvq.parts.beam`).
+        beam_score_quantizer_weights: of each level's error in the search.
+        quant_grad_frac: share of a level's gradient that the level before gets through the residual.
+        return_zeros_for_masked_padding: masked vectors come back as zero; if False, as they were.
         settings: of every level's `VectorQuantize`: decay, kmeans_init, threshold_ema_dead_code ...
 
     Raises:
-        ValueError: an argument that can't be, by name. TypeError: one that doesn't exist, or doesn't yet.
+        ValueError: an argument that can't be, by name. TypeError: one that doesn't exist.
 
     Numerics: search is exact for residuals rounded to float32, whatever the dtype of x (`fastvq.residual_search`).
 
-    Source: Zeghidour et al., SoundStream, 2021, algorithm 1 and section III-C (dropout).
+    Source: Zeghidour et al., SoundStream, 2021, algorithm 1 and section III-C (dropout); the options' at their parts.
     """
 
     def __init__(
@@ -54,10 +69,19 @@ class ResidualVQ(Monitored, nn.Module):
         codebook_size: int | tuple[int, ...],
         codebook_dim: int | None = None,
         shared_codebook: bool = False,
+        diveq: bool = False,
+        heads: int = 1,
         quantize_dropout: bool = False,
         quantize_dropout_cutoff_index: int = 0,
         quantize_dropout_multiple_of: int = 1,
         accept_image_fmap: bool = False,
+        implicit_neural_codebook: bool = False,
+        mlp_kwargs: dict[str, Any] | None = None,
+        beam_size: int | None = None,
+        eval_beam_size: int | None = None,
+        beam_score_quantizer_weights: Sequence[float] | None = None,
+        quant_grad_frac: float = 0.0,
+        return_zeros_for_masked_padding: bool = True,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -68,26 +92,61 @@ class ResidualVQ(Monitored, nn.Module):
             raise ValueError(f"num_quantizers: must be the number of levels, at least 1, got {num_quantizers}")
         if shared_codebook and len(set(sizes)) > 1:
             raise ValueError(f"codebook_size: must be one number where the codebook is shared, got {codebook_size}")
-        QuantizeDropout(
+        if heads != 1:
+            raise ValueError(f"heads: must be 1 for residual quantization, got {heads}")
+        if eval_beam_size is not None and beam_size is None:
+            raise ValueError("beam_size: must be given beside eval_beam_size")
+        for name, beams in (("beam_size", beam_size), ("eval_beam_size", eval_beam_size)):
+            if beams is not None and beams < 1:
+                raise ValueError(f"{name}: must be at least 1, got {beams}")
+        weights = (1.0,) * len(sizes) if beam_score_quantizer_weights is None else tuple(beam_score_quantizer_weights)
+        if len(weights) != len(sizes):
+            raise ValueError(f"beam_score_quantizer_weights: must be {len(sizes)} numbers, got {weights}")
+        if not 0 <= quant_grad_frac <= 1:
+            raise ValueError(f"quant_grad_frac: must lie in [0, 1], got {quant_grad_frac}")
+        dropout = QuantizeDropout(
             len(sizes), quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of
-        ).check()
+        )
+        dropout.check()
+        if shared_codebook:
+            settings["manual_ema_update"] = False  # it follows at the end anyway
+            settings["manual_in_place_optimizer_update"] = True
+        if diveq or implicit_neural_codebook:
+            settings.update(learnable_codebook=True, ema_update=False)
+        if diveq:
+            settings.update(route_gradients_to_input=False, commitment_weight=0.0)
         codebook_dim = dim if codebook_dim is None else codebook_dim
 
         self.dim, self.codebook_dim = dim, codebook_dim
         self.num_quantizers, self.codebook_sizes = len(sizes), sizes
+        self.uniform_codebook_size = len(set(sizes)) == 1
         self.shared_codebook = shared_codebook
+        self.diveq = diveq
+        self.quant_grad_frac = 1.0 if diveq else quant_grad_frac
         self.quantize_dropout = quantize_dropout and len(sizes) > 1
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
         self.accept_image_fmap = accept_image_fmap
+        self.implicit_neural_codebook = implicit_neural_codebook
+        self.beam_size = beam_size
+        self.eval_beam_size = beam_size if eval_beam_size is None else eval_beam_size
+        self.beam_score_weights = weights
+        self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
 
-        projects = codebook_dim != dim
-        self.project_in = nn.Linear(dim, codebook_dim) if projects else nn.Identity()
-        self.project_out = nn.Linear(codebook_dim, dim) if projects else nn.Identity()
+        self.project_in, self.project_out = projections(dim, codebook_dim)
+        self.has_projections = codebook_dim != dim
         self.layers = nn.ModuleList([VectorQuantize(dim=codebook_dim, codebook_size=k, **settings) for k in sizes])
+        if any(layer.has_projections for layer in self._levels):
+            raise ValueError("codebook_dim: must be given to ResidualVQ itself")
+        self.mlps = (
+            nn.ModuleList([NeuralCodes(codebook_dim, **(mlp_kwargs or {})) for _ in sizes[1:]])
+            if implicit_neural_codebook
+            else (None,) * (len(sizes) - 1)
+        )
         if shared_codebook:
             for layer in self._levels:
                 layer._codebook = self._levels[0]._codebook
+                layer._in_place = self._levels[0]._in_place
 
     @property
     def _levels(self) -> list[VectorQuantize]:
@@ -106,16 +165,18 @@ class ResidualVQ(Monitored, nn.Module):
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:
         """The codes of all levels, (Q, K, D), or a tuple of (K_q, D) where the sizes differ."""
         codes = tuple(layer.codebook for layer in self._levels)
-        return torch.stack(codes) if len(set(self.codebook_sizes)) == 1 else codes
+        return torch.stack(codes) if self.uniform_codebook_size else codes
 
     def forward(
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        *,
+        indices: Tensor | list[Tensor] | None = None,
         return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
         freeze_codebook: bool = False,
-        rand_quantize_dropout_fixed_seed: int | None = None,
+        beam_size: int | None = None,
+        rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """(quantized, indices, losses) of x, and all codes if asked for.
 
@@ -124,96 +185,205 @@ class ResidualVQ(Monitored, nn.Module):
             mask: bool, shaped as the vectors, as in `VectorQuantize`.
             return_all_codes: also return the codes of each level.
             freeze_codebook: leave the codebooks as they are.
+            beam_size: for this call, instead of the layer's own.
             rand_quantize_dropout_fixed_seed: decides where dropout cuts; by default torch's generator does.
 
         Returns:
-            quantized, shaped and typed as x; indices int64 (B, N, Q), (B, Q) or (B, H, W, Q), -1 for levels dropped and
-            vectors that don't count; losses (Q,) float32, zero for levels dropped; codes (Q, B, N, D).
+            quantized, shaped and typed as x; indices int64 (B, N, Q), (B, Q), (B, ..., Q) or (B, H, W, Q), -1 for
+            levels dropped and vectors that don't count; losses (Q,) float32, zero for levels dropped; codes
+            (Q, B, N, D).
 
         Raises:
             ValueError, TypeError: x or mask that don't fit.
         """
         layout = self._layout(x)
+        rows = layout.to_rows(x)
         rows_mask = layout.rows_mask(mask)
-        projected = self.project_in(layout.to_rows(x))
-        projects = isinstance(self.project_out, nn.Linear)
-        if projects and projected.dtype in (torch.float16, torch.bfloat16):
-            projected = projected.float()  # what is projected back isn't rounded in between
-        kept = self._kept_levels(rand_quantize_dropout_fixed_seed)
+        flat_mask = None if rows_mask is None else rows_mask.reshape(1, -1)
+        projected = self._projected_in(rows)
+        kept = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
         learning = self.training and not (freeze_codebook or self._levels[0].freeze_codebook)
-        at_once = self._searches_at_once(learning) and not (self._levels[0].learnable_codebook and learning)
-        through_levels = self._all_levels if at_once else self._level_by_level
-        total, indices, losses = through_levels(projected, rows_mask, learning, kept)
-        dropped = self.num_quantizers - kept
-        indices = nn.functional.pad(indices, (0, dropped), value=-1)
+        if learning and not self._ready:
+            self._initialise_levels(projected.detach(), flat_mask)
+        given = self._given(projected, flat_mask, beam_size, kept)
+        through = self._all_levels if self._all_at_once(learning) else self._level_by_level
+        total, found, losses = through(projected, flat_mask, learning, kept, given)
+        if given is not None and not self.training:
+            weight = self._levels[0].commitment_weight
+            losses = losses * weight if weight else losses
+        elif not self.training:
+            losses = torch.zeros_like(losses)
+        dropped = self.num_quantizers - found.shape[-1]
+        found = nn.functional.pad(found, (0, dropped), value=-1).view(*rows.shape[:2], self.num_quantizers)
         losses = nn.functional.pad(losses, (0, dropped))
-        quantized = layout.from_rows(self._project_out(total, indices).to(x.dtype))
-        indices = layout.indices(indices)
-        result = (quantized, indices, losses)
-        return (*result, self.get_codes_from_indices(indices)) if return_all_codes else result
 
-    def _all_levels(self, x: Tensor, mask: Tensor | None, learning: bool, kept: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantized (..., D), indices (..., kept) and losses (kept,) of all levels in one pass; then each learns."""
+        quantized = projected_out(
+            self.project_out, total.view(*rows.shape[:2], self.codebook_dim), (found >= 0).any(-1)
+        ).to(x.dtype)
+        if rows_mask is not None and not self.return_zeros_for_masked_padding:
+            quantized = torch.where(rows_mask[..., None], quantized, rows)
+        result = (layout.from_rows(quantized), layout.indices(found), losses)
+        return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
+
+    def _all_levels(
+        self, x: Tensor, mask: Tensor | None, learning: bool, kept: Kept, given: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantized (1, R, D), indices (1, R, kept) and losses (kept,) of all levels in one pass; then each learns."""
         first = self._levels[0]
-        quantized, indices, losses, residuals = residual_quantize(
-            x if self.training else x.detach(),
-            torch.stack([layer.codebook.detach() for layer in self._levels[:kept]]),
+        levels = [level for place, level in enumerate(self._levels) if not kept.drops(place)]
+        codebooks = torch.stack([level._codebook.codes[0].detach() for level in levels])
+        found = (
+            given[0, :, : len(levels)]
+            if given is not None
+            else residual_search(x[0].detach(), codebooks, mask=_only(mask))
+        )
+        found = torch.stack([kept.mask(place, one, -1) for place, one in enumerate(found.unbind(-1))], -1)
+        quantized, _, errors, residuals = residual_quantize(
+            x[0] if self.training else x[0].detach(),
+            codebooks,
             gradient="rotation" if first.rotation_trick else "ste",
             commitment_weight=1.0,
-            mask=mask,
+            indices=found,
             keep_residuals=learning,
             copy_codebooks=False,
         )
+        chosen = found.T[:, None]  # [Q, 1, R]
         if self.training:
-            self._observe(indices, losses.detach())
+            for level, one, error in zip(levels, chosen, errors.detach(), strict=True):
+                level._health.observe_(one, error)
         if learning:
-            self._learn(residuals, indices)
-        weight = first.commitment_weight if self.training else 0.0
-        return quantized, indices, losses * weight if weight else torch.zeros_like(losses)
+            self._learn(levels, residuals[:, None], chosen, kept)
+        if self.training:
+            errors = errors * first.commitment_weight if first.has_commitment_loss else torch.zeros_like(errors)
+        return quantized[None], found[None], errors
 
     def _level_by_level(
-        self, x: Tensor, mask: Tensor | None, learning: bool, kept: int
+        self, x: Tensor, mask: Tensor | None, learning: bool, kept: Kept, given: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, where each level must search by itself or its codebook takes a gradient."""
+        """The same, where each level must search by itself or does more than search."""
+        residual = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        start, total = residual, torch.zeros_like(residual)
+        levels, steps = [], []
+        for place, level in enumerate(self._levels):
+            if kept.drops(place):
+                break
+            step = level.quantize_rows(
+                level.inputs(residual),
+                kept.rows(place, mask, residual),
+                learning=learning,
+                indices=None if given is None else kept.mask(place, given[..., place], -1),
+                table=self._table(place, total),
+            )
+            residual = residual - scale_gradient(step.quantized, self.quant_grad_frac)
+            total = total + step.quantized
+            levels.append(level)
+            steps.append(step)
+        open_steps = [place for place, step in enumerate(steps) if not step.learned]
+        if learning and open_steps:
+            self._learn(
+                [levels[place] for place in open_steps],
+                [steps[place].inputs.detach() for place in open_steps],
+                [steps[place].indices for place in open_steps],
+                kept,
+            )
+        if learning and self.shared_codebook:
+            levels[0].update_in_place_optimizer()
+        if self.training:
+            losses = [
+                kept.mask(place, level.losses(step)[0], 0)
+                for place, (level, step) in enumerate(zip(levels, steps, strict=True))
+            ]
+        else:
+            losses = [step.commitment for step in steps]
+        found = torch.stack([step.indices for step in steps], -1)
+        if self.diveq and self.training:
+            absent = (found < 0).all(-1, keepdim=True)
+            total = directional_reparam(start.masked_fill(absent, 0), total).masked_fill(absent, 0)
+        return total, found, torch.stack(losses)
+
+    def _learn(
+        self, levels: list[VectorQuantize], inputs: Tensor | list[Tensor], indices: Tensor | list[Tensor], kept: Kept
+    ) -> None:
+        """Moves the codebooks to their inputs (1, R, D), with indices (1, R)."""
+        weights = None
+        if isinstance(kept.levels, Tensor):  # a level left out doesn't decay
+            weights = [(kept.levels > self._levels.index(level)).float() for level in levels]
+        learn_together([level._codebook for level in levels], inputs, indices, weight=weights)
+
+    def _given(self, x: Tensor, mask: Tensor | None, beam_size: int | None, kept: Kept) -> Tensor | None:
+        """The indices (1, R, levels) that a beam search finds, or None for the greedy search."""
+        own = self.beam_size if self.training else self.eval_beam_size
+        beams = own if beam_size is None else beam_size
+        if beams is None or beams <= 1:
+            return None
+        x = x.detach()
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        levels = [self._beam_level(place) for place in range(self.num_quantizers) if not kept.drops(place)]
+        weights: Sequence[float] | Tensor = self.beam_score_weights[: len(levels)]
+        if isinstance(kept.levels, Tensor):  # beyond the last level that is kept, the best way stays the first
+            places = torch.arange(len(levels), device=x.device)
+            weights = x.new_tensor(self.beam_score_weights, dtype=torch.float64) * (places < kept.levels)
+        return beam_search(x[0], levels, beams, weights=weights, mask=_only(mask))[None]
+
+    def _beam_level(self, place: int) -> Level:
+        level = self._levels[place]
+
+        def propose(residuals: Tensor, totals: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
+            codes, make = level._codebook.codes.detach(), self._table(place, totals[None])
+            table = Shared(codes, level._codebook.metric) if make is None else make(codes)
+            inputs = level.inputs(residuals[None])
+            indices = table.nearest_k(inputs, min(k, table.size), None if mask is None else mask[None])
+            return indices[0], table.lookup(indices)[0], inputs[0]
+
+        return propose
+
+    def _table(self, place: int, total: Tensor) -> Callable[[Tensor], Table] | None:
+        """What makes the table of a level from its codes, given the sum (1, R, D) of those before."""
+        network = self.mlps[place - 1] if place > 0 else None
+        if network is None:
+            return None
+        metric = self._levels[place]._codebook.metric
+        return lambda codes: Implicit(codes, cast(NeuralCodes, network), total, metric)
+
+    def _initialise_levels(self, x: Tensor, mask: Tensor | None) -> None:
+        """k-means, a level at a time, on what the greedy search leaves over."""
         residual = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         total = torch.zeros_like(residual)
-        levels, losses, residuals = [], [], []
-        for layer in self._levels[:kept]:
-            inputs = layer._project_in(residual)
-            residuals.append(layer._project_in(residual.detach()))
-            quantized, indices, loss = layer.quantize_rows(inputs, mask, learning=learning and not self.shared_codebook)
-            residual = residual - quantized.detach()
-            total = total + quantized
-            levels.append(indices)
-            losses.append(loss)
-        indices = torch.stack(levels, -1)
-        if learning and self.shared_codebook:
-            self._learn(torch.stack(residuals), indices)
-        return total, indices, torch.stack(losses)
+        for place, level in enumerate(self._levels):
+            inputs = level.inputs(residual)
+            if not level._codebook._ready:
+                level._codebook.initialise_(inputs, mask)
+            codes, make = level._codebook.codes.detach(), self._table(place, total)
+            table = Shared(codes, level._codebook.metric) if make is None else make(codes)
+            chosen = table.lookup(table.nearest(inputs, mask)).detach()
+            residual, total = residual - chosen, total + chosen
 
-    def _observe(self, indices: Tensor, errors: Tensor) -> None:
-        for layer, chosen, error in zip(self._levels, indices.unbind(-1), errors, strict=False):
-            layer._health.observe_(chosen.flatten(), error)
+    @property
+    def _ready(self) -> bool:
+        return all(level._codebook._ready for level in self._levels)
 
-    def _learn(self, residuals: Tensor, indices: Tensor) -> None:
-        """Moves the codebooks to the residuals (levels, ..., D), with their indices (..., levels)."""
-        codebooks = [layer._codebook for layer in self._levels[: len(residuals)]]
-        learn_together(codebooks, residuals.flatten(1, -2)[:, None], indices.flatten(0, -2).T[:, None])
-
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The indices alone, of all levels, shaped as `forward` returns them. Touches no state."""
         layout = self._layout(x)
-        rows = self.project_in(layout.to_rows(x)).detach()
-        if self._searches_at_once(False):
-            codebooks = torch.stack([layer.codebook.detach() for layer in self._levels])
-            found = residual_search(rows.flatten(0, -2), codebooks).reshape(*rows.shape[:-1], -1)
-        else:
-            levels, residual = [], rows.float() if rows.dtype != torch.float64 else rows
-            for layer in self._levels:
-                levels.append(layer.encode(residual))
-                residual = residual - lookup(layer.codebook, levels[-1])
-            found = torch.stack(levels, -1)
-        return layout.indices(found)
+        rows_mask = layout.rows_mask(mask)
+        flat_mask = None if rows_mask is None else rows_mask.reshape(1, -1)
+        projected = self._projected_in(layout.to_rows(x)).detach()
+        found = self._given(projected, flat_mask, self.eval_beam_size, Kept(self.num_quantizers))
+        if found is None:
+            found = self._greedy(projected, flat_mask)
+        return layout.indices(found.view(layout.batch, layout.rows, self.num_quantizers))
+
+    def _greedy(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The indices (1, R, Q) of x (1, R, D)."""
+        if self._plain:
+            codebooks = torch.stack([level._codebook.codes[0].detach() for level in self._levels])
+            return residual_search(x[0], codebooks, mask=_only(mask))[None]
+        return beam_search(
+            x[0].float() if x.dtype != torch.float64 else x[0],
+            [self._beam_level(place) for place in range(self.num_quantizers)],
+            1,
+            mask=_only(mask),
+        )[None]
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes (Q, ..., D) of indices (..., Q), zeros for -1. Indices of the first levels alone will do."""
@@ -221,38 +391,55 @@ class ResidualVQ(Monitored, nn.Module):
             raise ValueError(
                 f"indices: must have shape (..., 1 to {self.num_quantizers} levels), got {tuple(indices.shape)}"
             )
-        given = indices.unbind(-1)
-        absent = torch.full_like(given[0], -1)
-        given += (absent,) * (self.num_quantizers - len(given))
-        return torch.stack([lookup(layer.codebook, i) for layer, i in zip(self._levels, given, strict=True)])
+        flat = indices.flatten(0, -2)[None]
+        total = self._levels[0]._codebook.embed.new_zeros(1, flat.shape[1], self.codebook_dim)
+        codes: list[Tensor] = []
+        for place, level in enumerate(self._levels):
+            if place >= indices.shape[-1]:
+                codes.append(torch.zeros_like(codes[0]))
+                continue
+            make = self._table(place, total)
+            table = Shared(level._codebook.codes) if make is None else make(level._codebook.codes)
+            codes.append(table.lookup(flat[..., place]))
+            total = total + codes[-1]
+        return torch.stack(codes).view(self.num_quantizers, *indices.shape[:-1], self.codebook_dim)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` gives as quantized for these indices, vectors last unless accept_image_fmap."""
-        total = self._project_out(self.get_codes_from_indices(indices).sum(0), indices)
-        return codes_layout(total, self.accept_image_fmap)
+        total = self.get_codes_from_indices(indices).sum(0)
+        return codes_layout(projected_out(self.project_out, total, (indices >= 0).any(-1)), self.accept_image_fmap)
 
-    def _searches_at_once(self, learning: bool) -> bool:
-        """Whether one pass can search all levels. Each must by itself where it is yet to be initialised from what the
-        ones before it leave over, and where residuals aren't what it compares."""
-        pending = learning and any(not layer._codebook._ready for layer in self._levels)
-        return not (pending or len(set(self.codebook_sizes)) > 1 or self._levels[0].use_cosine_sim)
+    @property
+    def _plain(self) -> bool:
+        """Whether one pass can search all levels: they compare residuals themselves with codes of one number."""
+        first = self._levels[0]
+        return self.uniform_codebook_size and not (first.use_cosine_sim or self.implicit_neural_codebook)
 
-    def _kept_levels(self, seed: int | None) -> int:
-        if not (self.training and self.quantize_dropout):
-            return self.num_quantizers
-        return kept_levels(
+    def _all_at_once(self, learning: bool) -> bool:
+        """Whether a forward pass can take all levels at once."""
+        return self._plain and self.quant_grad_frac == 0 and self._levels[0].is_plain(self.training, learning)
+
+    def _projected_in(self, rows: Tensor) -> Tensor:
+        """Rows (B, N, dim) as the levels see them, (1, R, D)."""
+        projected = self.project_in(rows)
+        if self.has_projections and projected.dtype in (torch.float16, torch.bfloat16):
+            projected = projected.float()  # what is projected back isn't rounded in between
+        return projected.flatten(0, 1)[None]
+
+    @property
+    def _dropout(self) -> QuantizeDropout:
+        return QuantizeDropout(
             self.num_quantizers,
-            cutoff_index=self.quantize_dropout_cutoff_index,
-            multiple_of=self.quantize_dropout_multiple_of,
-            seed=seed,
+            self.quantize_dropout,
+            self.quantize_dropout_cutoff_index,
+            self.quantize_dropout_multiple_of,
         )
-
-    def _project_out(self, total: Tensor, indices: Tensor) -> Tensor:
-        if not isinstance(self.project_out, nn.Linear):
-            return total
-        projected = self.project_out(total.to(self.project_out.weight.dtype))
-        return projected.masked_fill((indices < 0).all(-1, keepdim=True), 0)  # else the bias would stand alone
 
     def _layout(self, x: Tensor) -> Layout:
         spatial = (2,) if self.accept_image_fmap else None
         return Layout.of(x, self.dim, channel_first=self.accept_image_fmap, spatial=spatial)
+
+
+def _only(mask: Tensor | None) -> Tensor | None:
+    """(1, R) as (R,)."""
+    return None if mask is None else mask[0]

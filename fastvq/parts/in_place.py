@@ -1,0 +1,59 @@
+"""Gradient steps of a codebook within the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import distributed
+
+
+class InPlaceStep:
+    """Steps an optimizer on a loss of the codebook alone, before the layer's output is computed.
+
+        codes <- optimizer(codes, d loss / d codes),   loss = mean (sg[x] - e_index)^2
+
+    so that the codes which the encoder meets have answered its vectors already.
+
+    Args:
+        build: makes the optimizer, from parameters.
+        parameters: the codebook's.
+
+    Source: Huh et al., Straightening Out the Straight-Through Estimator, 2023, section 4.2 (alternated optimization).
+    """
+
+    def __init__(
+        self, build: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer], parameters: Iterable[nn.Parameter]
+    ) -> None:
+        self.parameters = list(parameters)
+        self.optimizer = build(self.parameters)
+
+    def backward(self, loss: Callable[[], Tensor]) -> Tensor:
+        """Adds the gradient of `loss()` to the parameters'; returns the loss, detached."""
+        with torch.enable_grad():
+            value = loss()
+            for parameter, grad in zip(
+                self.parameters, torch.autograd.grad(value, self.parameters, allow_unused=True), strict=True
+            ):
+                if grad is not None:
+                    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        return value.detach()
+
+    @torch.no_grad()
+    def step(self, together: bool) -> None:
+        """Steps with the gradients, averaged over the ranks if they learn `together`, and clears them."""
+        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if together and grads:
+            distributed.sum_(*grads)
+            for grad in grads:
+                grad.div_(distributed.world_size())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def optimizer_of(step: InPlaceStep | None) -> Any:
+    """The optimizer itself, or None."""
+    return None if step is None else step.optimizer
