@@ -18,6 +18,7 @@ DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
         ("docs/coding.md", "bits_per_code"),
         ("docs/prior.md", "bits of each"),
         ("docs/quantizers.md", "usage"),
+        ("docs/contexts.md", "the same 343 codes"),
     ],
 )
 def test_code_runs(capsys, document, printed):
