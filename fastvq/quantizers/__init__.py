@@ -7,8 +7,10 @@ from .evo_lfq import EvoLFQ
 from .fsp import FSP
 from .fsq import FSQ
 from .grouped import GroupedResidualVQ
+from .hierarchical_vq import HierarchicalVQ
 from .latent_quantize import LatentQuantize
 from .lfq import LFQ
+from .random_projection import RandomProjectionQuantizer
 from .residual_fsq import GroupedResidualFSQ, ResidualFSQ
 from .residual_lfq import GroupedResidualLFQ, ResidualLFQ
 from .residual_sim_vq import ResidualSimVQ
@@ -26,7 +28,9 @@ __all__ = [
     "GroupedResidualFSQ",
     "GroupedResidualLFQ",
     "GroupedResidualVQ",
+    "HierarchicalVQ",
     "LatentQuantize",
+    "RandomProjectionQuantizer",
     "ResidualFSQ",
     "ResidualLFQ",
     "ResidualSimVQ",

@@ -1,0 +1,268 @@
+"""Residual quantization over scales: coarse codes for the whole, finer ones for what they leave over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..health import Health, Monitored
+from ..parts.layout import Layout
+from ..parts.nested_dropout import NestedDropout
+from ..parts.rows import finite_rows
+from .vector_quantize import VectorQuantize
+
+Scale = int | Sequence[int]
+
+
+class Phi(nn.Module):
+    """A convolution that repairs what interpolation blurred: (1 - ratio) x + ratio conv(x).
+
+    Source: Tian et al., Visual Autoregressive Modeling (VAR), 2024, algorithm 1.
+    """
+
+    def __init__(self, dim: int, spatial_dims: int, ratio: float) -> None:
+        super().__init__()
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1]
+        self.conv = kind(dim, dim, 3, padding=1)
+        self.resi_ratio = abs(float(ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.resi_ratio <= 1e-8:
+            return x
+        return x.lerp(self.conv(x.to(self.conv.weight.dtype)).to(x.dtype), self.resi_ratio)
+
+
+class HierarchicalVQ(Monitored, nn.Module):
+    """Codes a signal at growing resolutions, each for what the coarser ones left over, with the API of
+    vector_quantize_pytorch.
+
+        r_0 = x,   q_l = phi(up(VQ_l(pool_l(r_l)))),   r_{l+1} = r_l - q_l,   reconstruction = sum_l q_l
+        loss = mean_l of the levels' losses
+
+    pool_l averages over the cells of level l's grid and up interpolates to the size of x. Positions that are masked out
+    or not finite are left out of the averages; the output is zero there. A cell that has none gets index
+    -1.
+
+    Args:
+        dim: dimension of the vectors.
+        codebook_size: K, or one for each level.
+        scales: the levels' grids, each a number for all axes or one for each, none smaller than the one before.
+        shared_codebook: all levels use one codebook, which learns from level after level.
+        channel_first: x is (B, dim, ...), else (B, ..., dim).
+        quant_resi: the ratio of phi; 0 for none.
+        share_quant_resi: 1: one phi for all levels; 0 or less: each its own; else so many, spread over the levels.
+        nested_dropout: in training, the probability of putting out the first levels alone. All levels learn anyway.
+        nested_dropout_min_levels: how many are then kept at least.
+        accept_image_fmap, accept_3d_fmap: x has 2 or 3 spatial axes, else 1.
+        sync_codebook, decay, commitment_weight, rotation_trick, kmeans_init, kmeans_iters, threshold_ema_dead_code,
+        stochastic_sample_codes, sample_codebook_temp, orthogonal_reg_weight, orthogonal_reg_max_codes,
+        orthogonal_reg_active_codes_only: of the levels' `VectorQuantize`.
+
+    State: vq, or vqs one for each level; phi_shared, or phi_levels.
+
+    Raises:
+        ValueError: an argument that can't be, by name.
+
+    Numerics: residuals are float32 at least; search is exact for the averages.
+
+    Source: Tian et al., Visual Autoregressive Modeling (VAR), 2024, algorithm 1; nested dropout: Rippel et al. 2014.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        codebook_size: int | tuple[int, ...],
+        scales: Sequence[Scale],
+        shared_codebook: bool = True,
+        channel_first: bool = True,
+        sync_codebook: bool | None = None,
+        decay: float = 0.99,
+        commitment_weight: float = 1.0,
+        rotation_trick: bool = False,
+        kmeans_init: bool = True,
+        kmeans_iters: int = 10,
+        threshold_ema_dead_code: float = 2,
+        stochastic_sample_codes: bool = False,
+        sample_codebook_temp: float = 0.1,
+        orthogonal_reg_weight: float = 0.0,
+        orthogonal_reg_max_codes: int = 128,
+        orthogonal_reg_active_codes_only: bool = False,
+        quant_resi: float = 0.5,
+        share_quant_resi: int = 1,
+        nested_dropout: float = 0.0,
+        nested_dropout_min_levels: int = 1,
+        accept_image_fmap: bool = False,
+        accept_3d_fmap: bool = False,
+    ) -> None:
+        super().__init__()
+        if accept_image_fmap and accept_3d_fmap:
+            raise ValueError("accept_image_fmap, accept_3d_fmap: only one of them may be True")
+        self.dim, self.channel_first = dim, channel_first
+        self.spatial_dims = 2 if accept_image_fmap else 3 if accept_3d_fmap else 1
+        self.scales = tuple(scales)
+        self.level_shapes = tuple(self._shape("scales", scale) for scale in scales)
+        self.num_levels = len(self.level_shapes)
+        if not self.level_shapes or min(map(min, self.level_shapes)) < 1:
+            raise ValueError(f"scales: must be at least one, of positive sizes, got {self.scales}")
+        for coarse, fine in zip(self.level_shapes, self.level_shapes[1:], strict=False):
+            if any(a > b for a, b in zip(coarse, fine, strict=True)):
+                raise ValueError(f"scales: must not shrink from level to level, got {self.scales}")
+        sizes = (codebook_size,) * self.num_levels if isinstance(codebook_size, int) else tuple(codebook_size)
+        if len(sizes) != self.num_levels or (shared_codebook and len(set(sizes)) > 1):
+            like = "one number" if shared_codebook else f"one number, or one for each of {self.num_levels} scales"
+            raise ValueError(f"codebook_size: must be {like}, got {codebook_size}")
+        self.codebook_sizes = sizes
+        self.nested_dropout, self.nested_dropout_min_levels = nested_dropout, nested_dropout_min_levels
+        self._dropout.check()
+
+        settings: dict[str, Any] = {
+            "dim": dim,
+            "decay": decay,
+            "commitment_weight": commitment_weight,
+            "rotation_trick": rotation_trick,
+            "kmeans_init": kmeans_init,
+            "kmeans_iters": kmeans_iters,
+            "threshold_ema_dead_code": threshold_ema_dead_code,
+            "stochastic_sample_codes": stochastic_sample_codes,
+            "sample_codebook_temp": sample_codebook_temp,
+            "orthogonal_reg_weight": orthogonal_reg_weight,
+            "orthogonal_reg_max_codes": orthogonal_reg_max_codes,
+            "orthogonal_reg_active_codes_only": orthogonal_reg_active_codes_only,
+            "sync_codebook": sync_codebook,
+        }
+        self.vq: VectorQuantize | None = None
+        self.vqs: nn.ModuleList | None = None
+        if shared_codebook:
+            self.vq = VectorQuantize(codebook_size=sizes[0], **settings)
+        else:
+            self.vqs = nn.ModuleList([VectorQuantize(codebook_size=size, **settings) for size in sizes])
+
+        self.phi_shared: Phi | None = None
+        self.phi_levels: nn.ModuleList | None = None
+        if share_quant_resi == 1:
+            self.phi_shared = Phi(dim, self.spatial_dims, quant_resi)
+        else:
+            phis = self.num_levels if share_quant_resi <= 0 else min(self.num_levels, int(share_quant_resi))
+            self.phi_levels = nn.ModuleList([Phi(dim, self.spatial_dims, quant_resi) for _ in range(phis)])
+
+    @property
+    def _dropout(self) -> NestedDropout:
+        return NestedDropout(self.num_levels, self.nested_dropout, self.nested_dropout_min_levels)
+
+    @property
+    def _health(self) -> Health:  # type: ignore[override]
+        return cast(VectorQuantize, self.vq)._health
+
+    @property
+    def _monitored(self) -> list[Monitored] | None:
+        return None if self.vqs is None else [cast(Monitored, vq) for vq in self.vqs]
+
+    def get_vq(self, level: int) -> VectorQuantize:
+        """The quantizer of a level."""
+        return cast(VectorQuantize, self.vq if self.vqs is None else self.vqs[level])
+
+    def choose_phi(self, level: int) -> Phi:
+        """The phi of a level."""
+        if self.phi_levels is None:
+            return cast(Phi, self.phi_shared)
+        place = level / max(self.num_levels - 1, 1)
+        return cast(Phi, self.phi_levels[round(place * (len(self.phi_levels) - 1))])
+
+    def forward(
+        self,
+        x: Tensor,
+        indices: None = None,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        sample_codebook_temp: float | None = None,
+        return_cutoff: bool = False,
+    ) -> tuple[Any, ...]:
+        """(reconstruction, indices, loss) of x, and where nested dropout cut if asked for.
+
+        Args:
+            x: (B, dim, ...) or, if not channel_first, (B, ..., dim), with the spatial axes the layer is for.
+            indices: None; `get_output_from_indices` takes indices.
+            mask: bool (B, ...), True for the positions that count. lens: int (B,), the same for one spatial axis.
+            sample_codebook_temp: as for `VectorQuantize`.
+            return_cutoff: also return the last level in the reconstruction, or None if that has all of them; a tensor
+                where nested dropout may cut in a compiled graph.
+
+        Returns:
+            reconstruction, shaped and typed as x; a tuple of int64 (B, *grid), one for each level; loss () float32.
+
+        Raises:
+            ValueError, TypeError: what doesn't fit, by name.
+        """
+        if indices is not None:
+            raise ValueError("indices: must be None; get_output_from_indices reconstructs from them")
+        layout = Layout.of(x, self.dim, channel_first=self.channel_first, spatial=(self.spatial_dims,))
+        rows = layout.to_rows(x)
+        counted = finite_rows(rows)
+        rows_mask = layout.rows_mask(mask, lens)
+        counted = layout.indices(counted if rows_mask is None else counted & rows_mask).unsqueeze(1)
+        residual = x if self.channel_first else x.movedim(-1, 1)
+        residual = residual if x.dtype == torch.float64 else residual.float()
+        residual = residual.masked_fill(~counted, 0)
+        options = {} if sample_codebook_temp is None else {"sample_codebook_temp": sample_codebook_temp}
+
+        outputs, found, losses = [], [], []
+        for level, shape in enumerate(self.level_shapes):
+            cells, cells_mask = self._pool(residual, counted, shape)
+            vq = self.get_vq(level)
+            quantized, chosen, loss = vq(cells.flatten(2).transpose(1, 2), mask=cells_mask.flatten(1), **options)
+            quantized = self._to_full(quantized.transpose(1, 2).unflatten(2, shape), layout.spatial, level)
+            residual = residual - quantized
+            outputs.append(quantized)
+            found.append(chosen.unflatten(1, shape))
+            losses.append(loss)
+        kept = self._dropout.draw(self.training, x)
+        total = sum(kept.mask(level, output, 0.0) for level, output in enumerate(outputs))
+        total = cast(Tensor, total).masked_fill(~counted, 0)
+        total = (total if self.channel_first else total.movedim(1, -1)).to(x.dtype)
+        losses = [kept.mask(level, loss, 0.0) for level, loss in enumerate(losses)]
+        result = (total, tuple(found), torch.stack(losses).sum() / kept.levels)
+        all_kept = isinstance(kept.levels, int) and kept.levels == self.num_levels
+        return (*result, None if all_kept else kept.levels - 1) if return_cutoff else result
+
+    def get_output_from_indices(self, indices: Sequence[Tensor], full_shape: Scale | None = None) -> Tensor:
+        """What `forward` reconstructs from the indices of all levels, without a mask.
+
+        Args:
+            indices: int64 (B, *grid), one for each level; -1 adds nothing.
+            full_shape: the spatial size to reconstruct; the finest grid by default.
+        """
+        grids = [tuple(level.shape[1:]) for level in indices]
+        if grids != list(self.level_shapes):
+            raise ValueError(f"indices: must have shapes (B, *grid) with grids {self.level_shapes}, got {grids}")
+        size = self.level_shapes[-1] if full_shape is None else self._shape("full_shape", full_shape)
+        outputs = []
+        for level, (shape, chosen) in enumerate(zip(self.level_shapes, indices, strict=True)):
+            codes = self.get_vq(level).get_output_from_indices(chosen.flatten(1))
+            outputs.append(self._to_full(codes.transpose(1, 2).unflatten(2, shape), size, level))
+        total = torch.stack(outputs).sum(0)
+        return total if self.channel_first else total.movedim(1, -1)
+
+    def _pool(self, residual: Tensor, counted: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The averages (B, dim, *shape) over what counts (B, 1, ...) in each cell, and which cells have any."""
+        pools: tuple[Any, ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+        pool = pools[self.spatial_dims - 1]
+        share = pool(counted.to(residual.dtype), shape)
+        cells = pool(residual.masked_fill(~counted, 0), shape) / torch.where(share > 0, share, 1)
+        return cells, (share > 0).squeeze(1)
+
+    def _to_full(self, codes: Tensor, size: tuple[int, ...], level: int) -> Tensor:
+        if tuple(codes.shape[2:]) != size:
+            mode = ("linear", "bilinear", "trilinear")[self.spatial_dims - 1]
+            codes = F.interpolate(codes, size=size, mode=mode, align_corners=False)
+        return self.choose_phi(level)(codes)
+
+    def _shape(self, name: str, scale: Scale) -> tuple[int, ...]:
+        shape = (scale,) * self.spatial_dims if isinstance(scale, int) else tuple(scale)
+        if len(shape) != self.spatial_dims:
+            raise ValueError(f"{name}: must have {self.spatial_dims} sizes, got {scale}")
+        return shape

@@ -1,0 +1,118 @@
+"""Codes of random projections: targets for self-supervised learning that nothing trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..health import Health, Monitored
+from ..parts.rows import finite_rows
+from ..precision import KeepsBuffers, full_precision
+from ..soft import cross_entropy
+from .vector_quantize import VectorQuantize
+
+
+class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
+    """Codes of normalised and randomly projected vectors, with the API of vector_quantize_pytorch.
+
+        y_h = norm(x) P_h,   index_h = argmax_k cos(y_h, e_hk)     (by each of H codebooks)
+
+    The quantizer is in eval whatever mode the module is in: neither projections nor codes learn.
+
+    Args:
+        dim: dimension of the vectors.
+        codebook_size: K.
+        codebook_dim: columns of P_h.
+        num_codebooks: H.
+        norm: give each vector zero mean and unit variance first, which keeps codes from collapsing.
+        settings: other arguments of the `VectorQuantize` behind.
+
+    State: rand_projs (H, dim, codebook_dim), float32 whatever the module is cast to; vq.
+
+    Numerics: norm and projection are float32 at least, and not autocast.
+
+    Source: Chiu et al., Self-supervised Learning with Random-projection Quantizer for Speech Recognition, 2022, section
+    3; several codebooks: Zhang et al., Google USM, 2023.
+    """
+
+    rand_projs: Tensor
+    _kept_buffers = ("rand_projs",)
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        codebook_size: int,
+        codebook_dim: int,
+        num_codebooks: int = 1,
+        norm: bool = True,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("codebook_dim", codebook_dim), ("num_codebooks", num_codebooks)):
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+        self.dim, self.num_codebooks = dim, num_codebooks
+        self.register_buffer("rand_projs", nn.init.xavier_normal_(torch.empty(num_codebooks, dim, codebook_dim)))
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False) if norm else nn.Identity()
+        self.vq = VectorQuantize(
+            dim=codebook_dim * num_codebooks,
+            heads=num_codebooks,
+            codebook_size=codebook_size,
+            use_cosine_sim=True,
+            separate_codebook_per_head=True,
+            **settings,
+        )
+        self.vq.eval()
+
+    @property
+    def _health(self) -> Health:  # type: ignore[override]
+        return self.vq._health
+
+    def train(self, mode: bool = True) -> RandomProjectionQuantizer:
+        super().train(mode)
+        self.vq.eval()
+        return self
+
+    def forward(self, x: Tensor, indices: Tensor | None = None) -> Tensor:
+        """Indices of x; or, given indices, the cross-entropy of the codes' similarities to them.
+
+        Args:
+            x: (B, N, dim), any floating dtype.
+            indices: int64 (B, N), or (B, N, H) for several codebooks.
+
+        Returns:
+            int64 (B, N) or (B, N, H), -1 for vectors that are not finite; or the loss ().
+
+        Raises:
+            ValueError, TypeError: x or indices that don't fit.
+        """
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"x: must have shape (B, N, dim) with dim={self.dim}, got {tuple(x.shape)}")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"x: must be floating point, got {x.dtype}")
+        with full_precision(x):
+            normed = self.norm(x if x.dtype == torch.float64 else x.float())
+            projected = torch.einsum("bnd,hde->bnhe", normed, self.rand_projs.to(normed.dtype)).flatten(2)
+        projected = projected.to(next(self.vq.project_in.parameters(), projected).dtype)
+        if indices is not None:
+            return self._cross_entropy(projected, indices)
+        found = self.vq(projected)[1]
+        if self.training:
+            self._health.observe_(found.movedim(-1, 0) if self.num_codebooks > 1 else found)
+        return found
+
+    def _cross_entropy(self, projected: Tensor, indices: Tensor) -> Tensor:
+        shape = (*projected.shape[:2], self.num_codebooks)
+        if indices.shape not in (shape, shape[:2] if self.num_codebooks == 1 else shape):
+            raise ValueError(f"indices: must be shaped as those of x, {shape}, got {tuple(indices.shape)}")
+        rows = self.vq.inputs(projected)  # [H, R, D]
+        targets = indices.reshape(-1, self.num_codebooks).T.masked_fill(~finite_rows(rows), -1)
+        counts = (targets >= 0).sum(1)
+        losses = [
+            cross_entropy(own, codes, chosen, metric="dot")
+            for own, codes, chosen in zip(rows, self.vq.codebook, targets, strict=True)
+        ]
+        return (torch.stack(losses) * counts).sum() / counts.sum().clamp_min(1)
