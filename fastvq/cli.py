@@ -99,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     encode.add_argument("out", type=Path, metavar="OUT", help="file to write")
     encode.add_argument("--run", type=Path, metavar="DIR", dest="run_folder", help="the run whose model encodes images")
-    encode.add_argument("--model", default="adaptive", help="of the codes: adaptive or static (default: %(default)s)")
+    encode.add_argument(
+        "--model", default="adaptive", help="adaptive, static or the learned prior (default: %(default)s)"
+    )
     encode.add_argument("--codebook-size", type=int, help="of an .npy file; default: the largest code + 1")
     encode.set_defaults(run=_encode)
 
@@ -256,7 +258,8 @@ def _encode(options: argparse.Namespace) -> int:
     from fastvq.training import compress
 
     if options.source.suffix == ".npy":
-        lines = compress.encode_array(options.source, options.out, options.codebook_size, model=options.model)
+        how = {"model": options.model, "run": options.run_folder}
+        lines = compress.encode_array(options.source, options.out, options.codebook_size, **how)
     elif options.run_folder is None:
         raise CodingError("--run: which run's model encodes the images?")
     else:
@@ -270,7 +273,7 @@ def _decode(options: argparse.Namespace) -> int:
     from fastvq.training import compress
 
     if options.out.suffix == ".npy":
-        lines = compress.decode_array(options.source, options.out)
+        lines = compress.decode_array(options.source, options.out, run=options.run_folder)
     elif options.run_folder is None:
         raise CodingError("--run: which run's model decodes the images? For the codes alone, OUT ends in .npy")
     else:

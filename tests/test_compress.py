@@ -82,7 +82,10 @@ def test_a_damaged_or_foreign_file_leaves_nothing_behind(run, tmp_path, capsys):
         (["encode", "absent", "out.fvq", "--run={run}"], "absent doesn't exist"),
         (["encode", "{images}", "out.fvq"], "--run: which run's model encodes the images?"),
         (["encode", "{images}", "out.fvq", "--run=absent"], "absent"),
-        (["encode", "{images}", "out.fvq", "--run={run}", "--model=zip"], "model: must be one of static, adaptive"),
+        (
+            ["encode", "{images}", "out.fvq", "--run={run}", "--model=zip"],
+            "model: must be one of static, adaptive, prior",
+        ),
         (["encode", "absent.npy", "out.fvq"], "absent.npy can't be read as .npy"),
         (["decode", "absent.fvq", "out", "--run={run}"], "absent.fvq"),
         (["decode", "{images}/00.png", "out", "--run={run}"], "not a file of fastvq codes"),

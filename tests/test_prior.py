@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastvq.models import TransformerPrior
-from fastvq.models.prior import _Block, _draw
+from fastvq.models.priors.draw import draw
 
 from .cases import close, generator
 
@@ -20,7 +21,7 @@ def make(size=7, grid=(3, 4), **options):
     """A prior that isn't uniform: its head is drawn, not zero."""
     prior = TransformerPrior(size, grid, dim=16, depth=2, heads=2, **options).eval()
     torch.nn.init.normal_(prior.head.weight, generator=generator())
-    for embedding in (*prior.codes, prior.labels, *prior.axes):
+    for embedding in (*prior.inputs.codes, prior.inputs.labels, *prior.inputs.axes):
         torch.nn.init.normal_(embedding.weight, generator=generator(1))
     return prior
 
@@ -88,7 +89,7 @@ def test_cached_sampling_has_the_logits_of_the_full_forward(grid, guidance, monk
     labels = torch.tensor([0, 2])
     seen = []
     monkeypatch.setattr(
-        "fastvq.models.prior._draw", lambda logits, *rest: (seen.append(logits), _draw(logits, *rest))[1]
+        "fastvq.models.priors.base.draw", lambda logits, *rest: (seen.append(logits), draw(logits, *rest))[1]
     )
     codes = prior.sample(2, labels, guidance=guidance, generator=generator())
     assert codes.shape == (2, *grid)
@@ -96,14 +97,17 @@ def test_cached_sampling_has_the_logits_of_the_full_forward(grid, guidance, monk
     torch.testing.assert_close(torch.stack(seen, 1), full, rtol=1e-4, atol=1e-4)
 
 
-def test_sampling_works_on_one_place_at_a_time(monkeypatch):
-    prior, lengths = make(), []
-    forward = _Block.forward
-    monkeypatch.setattr(
-        _Block, "forward", lambda self, x, cache: (lengths.append(x.shape[1]), forward(self, x, cache))[1]
-    )
-    prior.sample(2)
-    assert lengths == [1] * (12 * 2)
+def operations(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def test_sampling_costs_what_one_forward_costs():
+    """Linear work for each code; recomputing all before it would cost `places` times as much."""
+    prior = make(grid=(6, 6))
+    codes = some_codes(prior, 2)
+    assert operations(lambda: prior.sample(2)) < 1.1 * operations(lambda: prior(codes))
 
 
 def test_samples_are_as_frequent_as_they_are_likely():
@@ -138,7 +142,7 @@ def test_which_codes_the_limits_leave():
         "cold": (0.5, None, None),
     }
     drawn = {
-        name: torch.bincount(_draw(logits, *options, generator()), minlength=5) / 20_000
+        name: torch.bincount(draw(logits, *options, generator()), minlength=5) / 20_000
         for name, options in settings.items()
     }
     expected = {

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -163,3 +164,22 @@ def test_commands(run, tmp_path, monkeypatch, capsys):
     assert main(["sample", str(run), f"--out={tmp_path}/x.png", "--guidance=2"]) == 2
     assert "guidance: of 2.0 needs labels" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_files_coded_with_the_prior(run, tmp_path, capsys):
+    train_prior(run, TINY, progress=False)
+    coded, again = tmp_path / "held_out.fvq", tmp_path / "again.npy"
+    assert main(["encode", "held-out", str(coded), f"--run={run}", "--model=prior"]) == 0
+    assert main(["decode", str(coded), str(again), f"--run={run}"]) == 0
+    codes = train_prior(run, resume=True, progress=False)[1].test
+    assert np.array_equal(np.load(again), codes.numpy())
+    assert main(["encode", str(again), str(tmp_path / "array.fvq"), f"--run={run}", "--model=prior"]) == 0
+    assert main(["decode", str(coded), str(tmp_path / "out"), f"--run={run}"]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == len(codes)
+    capsys.readouterr()
+    assert main(["decode", str(coded), str(tmp_path / "no.npy")]) == 2
+    assert "--run: which run's prior" in capsys.readouterr().err
+    train_prior(run, dataclasses.replace(TINY, seed=5), progress=False)
+    assert main(["decode", str(coded), str(tmp_path / "no.npy"), f"--run={run}"]) == 2
+    assert "coded with another prior" in capsys.readouterr().err
+    assert not (tmp_path / "no.npy").exists()

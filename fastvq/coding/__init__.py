@@ -1,6 +1,6 @@
 """Codes to bytes and back: `encode` and `decode`, for files that decode to the same codes on every machine.
 
-    codes -- tree.py: binary decisions --> models.py: integer probabilities --> stream.py: range coder
+    codes -- tree.py: binary decisions --> models.py, learned.py: integer probabilities --> stream.py: range coder
           -- container.py: shape, codebook size, fingerprint of the model, digest --> bytes
 
 docs/coding.md says what is promised and why. Needs `pip install "fastvq-torch[coding]"`.
@@ -10,5 +10,17 @@ from __future__ import annotations
 
 from .codec import decode, encode, load, measure, save
 from .container import CodingError, Header, fingerprint, read_header
+from .learned import prior_fingerprint
 
-__all__ = ["CodingError", "Header", "decode", "encode", "fingerprint", "load", "measure", "read_header", "save"]
+__all__ = [
+    "CodingError",
+    "Header",
+    "decode",
+    "encode",
+    "fingerprint",
+    "load",
+    "measure",
+    "prior_fingerprint",
+    "read_header",
+    "save",
+]

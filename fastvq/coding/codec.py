@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from fastvq.files import whole
 
-from . import tree
+from . import learned, tree
 from .container import LARGEST_CODEBOOK, MODELS, CodingError, Header, pack, unpack
 from .models import Adaptive, Model, Static
 from .stream import Decoder, Encoder
-from .tree import Ints
+from .tree import Ints, Open
+
+if TYPE_CHECKING:
+    from fastvq.models import Prior
 
 LARGEST_BATCH = 64
 """Samples that are coded side by side at most. They learn from each other only afterwards."""
@@ -24,7 +28,15 @@ LARGEST_BATCH = 64
 _Decide = Callable[[Ints, Ints | None], Ints]
 
 
-def encode(codes: Tensor, codebook_size: int, *, model: str = "adaptive", fingerprint: bytes = bytes(8)) -> bytes:
+def encode(
+    codes: Tensor,
+    codebook_size: int,
+    *,
+    model: str = "adaptive",
+    fingerprint: bytes = bytes(8),
+    prior: Prior | None = None,
+    labels: Tensor | None = None,
+) -> bytes:
     """Codes as bytes from which `decode` gets them back, on every machine.
 
     Args:
@@ -33,34 +45,42 @@ def encode(codes: Tensor, codebook_size: int, *, model: str = "adaptive", finger
             sequence.
         codebook_size: K.
         model: "static", one frequency for each code, which are part of the data; or "adaptive", which learns from the
-            codes to the left and above while it codes, and is the smaller nearly always.
+            codes to the left and above while it codes, and is the smaller nearly always; or "prior", a learned one.
         fingerprint: 8 bytes of `fastvq.coding.fingerprint(model)`, that `decode` can check.
+        prior: for "prior", one that has learned what such codes look like. Decoding takes the same one, and as long as
+            sampling from it.
+        labels: for "prior", (B,), the classes of the samples, which become part of the data.
 
     Returns:
         The bytes; the same for the same codes, whatever machine, dtype or device they come from.
 
     Raises:
-        CodingError: codes out of range, of another dtype or without axes; an unknown model.
+        CodingError: codes out of range, of another dtype or without axes; an unknown model; codes, -1 among them, or
+        labels that the prior doesn't know.
 
-    Numerics: probabilities are computed in integers (`fastvq.coding.models`).
+    Numerics: probabilities are computed in integers (`fastvq.coding.models`), the prior's in exact fixed point
+    (`fastvq.coding.fixed`).
 
     Source: Martin, Range encoding, 1979; the coder is that of the library constriction (Bamler, 2022).
     """
-    data, _ = _encode(codes, codebook_size, model, fingerprint)
+    data, _ = _encode(codes, codebook_size, model, fingerprint, prior, labels)
     return data
 
 
-def decode(data: bytes, *, fingerprint: bytes | None = None, max_codes: int = 1 << 26) -> Tensor:
+def decode(
+    data: bytes, *, fingerprint: bytes | None = None, prior: Prior | None = None, max_codes: int = 1 << 26
+) -> Tensor:
     """The codes that `encode` was given, int64.
 
     Args:
         data: what `encode` returned.
         fingerprint: if given, the one that the data must have been encoded with.
+        prior: for data encoded with one, the same; for others it isn't used.
         max_codes: refuse to decode more; their memory is 8 bytes each.
 
     Raises:
-        CodingError: data that are damaged, truncated or of another kind, codes of another model, or too many. No other
-        error, and never wrong codes. Time and memory are bounded by the length of the data and max_codes.
+        CodingError: data that are damaged, truncated or of another kind, codes of another model or prior, or too many.
+        No other error, and never wrong codes. Time and memory are bounded by the length of the data and max_codes.
     """
     header, words = unpack(data)
     if fingerprint is not None and fingerprint != header.fingerprint:
@@ -70,8 +90,12 @@ def decode(data: bytes, *, fingerprint: bytes | None = None, max_codes: int = 1 
         )
     if header.number > max_codes:
         raise CodingError(f"{header.number} codes, more than max_codes={max_codes}")
+    if header.prior is not None:
+        learned.check_file(header, header.prior, prior)
     decoder = Decoder(words)
     try:
+        if header.prior is not None and prior is not None:
+            return torch.from_numpy(learned.decode(decoder, header, header.prior, prior).reshape(header.shape))
         model = _read_table(decoder, header) if header.model == "static" else Adaptive(header.alphabet)
         symbols = np.full(_lanes(header.shape), -1, np.int64)
         _walk(symbols, header, model, lambda probabilities, _: decoder.decide(probabilities))
@@ -80,14 +104,16 @@ def decode(data: bytes, *, fingerprint: bytes | None = None, max_codes: int = 1 
     return torch.from_numpy(symbols.reshape(header.shape) - header.missing)
 
 
-def measure(codes: Tensor, codebook_size: int) -> dict[str, dict[str, float]]:
-    """For each model, "bits_per_code" by its own probabilities, tables included, and "bytes" of the whole file; and
-    "uniform", what log2 K bits a code would be."""
+def measure(
+    codes: Tensor, codebook_size: int, *, prior: Prior | None = None, labels: Tensor | None = None
+) -> dict[str, dict[str, float]]:
+    """For each model, "bits_per_code" by its own probabilities, tables and labels included, and "bytes" of the whole
+    file; "uniform", what log2 K bits a code would be; and "huffman", whole bits for each code by its frequency."""
     count = max(1, codes.numel())
     uniform = math.log2(codebook_size) if codebook_size > 1 else 0.0
     results = {"uniform": {"bits_per_code": uniform, "bytes": float(math.ceil(uniform * codes.numel() / 8))}}
-    for model in MODELS:
-        data, bits = _encode(codes, codebook_size, model, bytes(8))
+    for model in MODELS if prior is not None else MODELS[:2]:
+        data, bits = _encode(codes, codebook_size, model, bytes(8), prior, labels)
         results[model] = {"bits_per_code": bits / count, "bytes": float(len(data))}
     return results
 
@@ -113,7 +139,9 @@ def load(path: Path) -> bytes:
         return start + stream.read()
 
 
-def _encode(codes: Tensor, codebook_size: int, model: str, fingerprint: bytes) -> tuple[bytes, float]:
+def _encode(
+    codes: Tensor, codebook_size: int, model: str, fingerprint: bytes, prior: Prior | None, labels: Tensor | None
+) -> tuple[bytes, float]:
     header, symbols = _checked(codes, codebook_size, model, fingerprint)
     encoder = Encoder()
 
@@ -122,6 +150,9 @@ def _encode(codes: Tensor, codebook_size: int, model: str, fingerprint: bytes) -
         encoder.decide(right, probabilities)
         return right
 
+    if model == "prior":
+        header = learned.encode(encoder, header, symbols, prior, labels, decide)
+        return pack(header, encoder.words()), encoder.bits
     if model == "static":
         predictor: Model = _write_table(encoder, header, symbols)
     else:
@@ -185,8 +216,7 @@ def _walk(symbols: Ints, header: Header, model: Model, decide: _Decide, *, known
     """All decisions of all symbols (samples, places) in the order of the format. Unless they are known, `symbols` is
     filled with what `decide` says."""
     alphabet = header.alphabet
-    depths = tree.depths(alphabet)
-    if symbols.size == 0 or depths == 0:
+    if symbols.size == 0 or tree.depths(alphabet) == 0:
         symbols[:] = 0
         return
     for batch in _batches(len(symbols)):
@@ -194,20 +224,14 @@ def _walk(symbols: Ints, header: Header, model: Model, decide: _Decide, *, known
         outside = np.full(len(block), alphabet, np.int64)
         for place, (left, above) in enumerate(_neighbours(header.shape)):
             contexts = [block[:, at] if at >= 0 else outside for at in (left, above)]
-            prefix = np.zeros(len(block), np.int64)
-            for depth in range(depths):
-                open_ = tree.decided(prefix, depth, alphabet)
-                right = np.zeros(len(block), np.int64)
-                if open_.any():
-                    nodes = (1 << depth) + prefix[open_]
-                    by_left, by_above = contexts[0][open_], contexts[1][open_]
-                    truth = (block[open_, place] >> (depths - depth - 1)) & 1 if known else None
-                    decided = decide(model.predict(nodes, by_left, by_above), truth)
-                    model.learn(nodes, by_left, by_above, decided)
-                    right[open_] = decided
-                prefix = 2 * prefix + right
-            if not known:
-                block[:, place] = prefix
+
+            def one(nodes: Ints, open_: Open, truth: Ints | None, contexts: list[Ints] = contexts) -> Ints:
+                by_left, by_above = contexts[0][open_], contexts[1][open_]
+                decided = decide(model.predict(nodes, by_left, by_above), truth)
+                model.learn(nodes, by_left, by_above, decided)
+                return decided
+
+            block[:, place] = tree.walk(len(block), alphabet, one, block[:, place] if known else None)
 
 
 def _write_table(encoder: Encoder, header: Header, symbols: Ints) -> Static:

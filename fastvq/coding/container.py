@@ -4,6 +4,7 @@
     1         version, 1             8  fingerprint of the model, or zeros
     1         how it is coded        4  codebook size
     1         1 if there is a -1     4  for each axis, its length
+    17        with a prior only: 1 if samples have labels, 8 fingerprint of the prior, 8 BLAKE2b of the codes
     ...       the range coder's 32-bit words
     8         BLAKE2b of all that stands before
 
@@ -23,16 +24,25 @@ from torch import nn
 from . import tree
 from .models import LEAST_BITS
 
-MODELS = ("static", "adaptive")
+MODELS = ("static", "adaptive", "prior")
 MAGIC, VERSION = b"FVQ\x1a", 1
 LARGEST_CODEBOOK = 1 << 24
 _HEAD = struct.Struct("<4sBBBB8sI")
+_PRIOR = struct.Struct("<B8s8s")
 _DIGEST = 8
 _AXES = 8
 
 
 class CodingError(ValueError):
     """Codes that can't be coded, or data that aren't what they should be; the message says what is wrong."""
+
+
+class PriorHeader(NamedTuple):
+    """What a file that is coded with a prior says of it."""
+
+    labelled: bool
+    identity: bytes  # 8 bytes
+    codes: bytes  # 8 bytes of BLAKE2b, of the symbols as little-endian int64
 
 
 class Header(NamedTuple):
@@ -43,6 +53,7 @@ class Header(NamedTuple):
     codebook_size: int
     shape: tuple[int, ...]
     fingerprint: bytes  # 8 bytes, zeros for none
+    prior: PriorHeader | None = None
 
     @property
     def number(self) -> int:
@@ -64,11 +75,15 @@ def pack(header: Header, words: bytes) -> bytes:
         header.fingerprint,
         header.codebook_size,
     )
-    body = head + struct.pack(f"<{len(header.shape)}I", *header.shape) + words
-    return body + _digest(body)
+    body = head + struct.pack(f"<{len(header.shape)}I", *header.shape)
+    if header.prior is not None:
+        body += _PRIOR.pack(*header.prior)
+    body += words
+    return body + digest(body)
 
 
-def _digest(body: bytes) -> bytes:
+def digest(body: bytes) -> bytes:
+    """8 bytes."""
     return hashlib.blake2b(body, digest_size=_DIGEST).digest()
 
 
@@ -90,14 +105,19 @@ def unpack(data: bytes) -> tuple[Header, bytes]:
     _, version, model, missing, axes, fingerprint, codebook_size = _HEAD.unpack_from(data)
     if version != VERSION:
         raise CodingError(f"written in version {version} of the format; this fastvq reads version {VERSION}")
-    body, digest = data[:-_DIGEST], data[-_DIGEST:]
-    if _digest(body) != digest:
+    body, expected = data[:-_DIGEST], data[-_DIGEST:]
+    if digest(body) != expected:
         raise CodingError("damaged or truncated: the digest at the end doesn't fit what stands before it")
-    start = _HEAD.size + 4 * axes
-    if model >= len(MODELS) or missing > 1 or not 1 <= axes <= _AXES or start > len(body):
+    learned = model < len(MODELS) and MODELS[model] == "prior"
+    start = _HEAD.size + 4 * axes + learned * _PRIOR.size
+    if model >= len(MODELS) or missing + learned > 1 or not 1 <= axes <= _AXES or start > len(body):
         raise CodingError(f"a header that can't be: model {model}, flag {missing}, {axes} axes")
     shape = struct.unpack_from(f"<{axes}I", body, _HEAD.size)
-    header = Header(MODELS[model], bool(missing), codebook_size, shape, fingerprint)
+    prior = None
+    if learned:
+        labelled, identity, codes = _PRIOR.unpack_from(body, start - _PRIOR.size)
+        prior = PriorHeader(bool(labelled), identity, codes)
+    header = Header(MODELS[model], bool(missing), codebook_size, shape, fingerprint, prior)
     if not 1 <= codebook_size <= LARGEST_CODEBOOK:
         raise CodingError(f"a codebook of {codebook_size} codes; it may have 1 to {LARGEST_CODEBOOK}")
     if math.prod(max(1, length) for length in shape) >= 1 << 60:

@@ -30,7 +30,8 @@ class Model(Protocol):
     def learn(self, nodes: Ints, left: Ints, above: Ints, right: Ints) -> None: ...
 
 
-def _clipped(probabilities: Ints) -> Ints:
+def clipped(probabilities: Ints) -> Ints:
+    """Kept where both outcomes remain possible."""
     return np.clip(probabilities, LEAST, ONE - LEAST)
 
 
@@ -38,7 +39,7 @@ class Static:
     """One probability a node, from how often the symbols of the whole file pass it."""
 
     def __init__(self, passing: Ints, right: Ints) -> None:
-        self._table = _clipped(right * ONE // np.maximum(passing, 1))
+        self._table = clipped(right * ONE // np.maximum(passing, 1))
 
     def predict(self, nodes: Ints, left: Ints, above: Ints) -> Ints:
         return self._table[nodes]
@@ -108,7 +109,7 @@ class Adaptive:
         below_above = self._above.blend(by_above, shortest)
         left_weight, above_weight = self._left.seen[by_left] + 1, self._above.seen[by_above] + 1
         mean = (after_left * left_weight + below_above * above_weight) // (left_weight + above_weight)
-        return _clipped(self._both.blend(by_both, mean))
+        return clipped(self._both.blend(by_both, mean))
 
     def learn(self, nodes: Ints, left: Ints, above: Ints, right: Ints) -> None:
         by_left, by_above, by_both = self._all_slots(nodes, left, above)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Open = NDArray[np.bool_]
 
 
 def depths(alphabet: int) -> int:
@@ -19,7 +20,7 @@ def depths(alphabet: int) -> int:
     return (alphabet - 1).bit_length()
 
 
-def decided(prefix: Ints, depth: int, alphabet: int) -> NDArray[np.bool_]:
+def decided(prefix: Ints, depth: int, alphabet: int) -> Open:
     """Whether both children of the nodes at `depth` that `prefix` leads to hold symbols."""
     below = depths(alphabet) - depth - 1
     return ((2 * prefix + 1) << below) < alphabet
@@ -49,3 +50,24 @@ def for_passed(passing: Ints, right: Ints, alphabet: int, number: Callable[[int,
             right[node] = number(int(right[node]), int(passing[node])) if is_open else 0
             if 2 * node < len(passing):
                 passing[2 * node : 2 * node + 2] = passing[node] - right[node], right[node]
+
+
+def walk(
+    count: int, alphabet: int, decide: Callable[[Ints, Open, Ints | None], Ints], truth: Ints | None = None
+) -> Ints:
+    """The symbols (count,) that decisions lead to, those of all symbols at a depth at once.
+
+    Args:
+        decide: from the nodes of symbols at which there is something to decide, which of the `count` symbols these
+            are, and what is true of them if that is known, to what is decided: 1 for right.
+        truth: the symbols, where they are known.
+    """
+    prefix = np.zeros(count, np.int64)
+    for depth in range(depths(alphabet)):
+        open_ = decided(prefix, depth, alphabet)
+        right = np.zeros(count, np.int64)
+        if open_.any():
+            bits = None if truth is None else (truth[open_] >> (depths(alphabet) - depth - 1)) & 1
+            right[open_] = decide((1 << depth) + prefix[open_], open_, bits)
+        prefix = 2 * prefix + right
+    return prefix

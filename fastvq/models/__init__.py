@@ -7,7 +7,7 @@ x -- Encoder --> features -- bottleneck --> codes -- Decoder --> reconstruction
 from __future__ import annotations
 
 from fastvq.models.conv import Decoder, Encoder, ResidualBlock
-from fastvq.models.prior import TransformerPrior
+from fastvq.models.priors import Prior, TransformerPrior
 from fastvq.models.vqvae import VQVAE, Bottleneck, NoBottleneck, VQVAEOutput
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Decoder",
     "Encoder",
     "NoBottleneck",
+    "Prior",
     "ResidualBlock",
     "TransformerPrior",
     "VQVAEOutput",

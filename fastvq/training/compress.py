@@ -16,8 +16,9 @@ from fastvq.data.folder import SUFFIXES, read_image
 from fastvq.data.images import DataError, to_float
 from fastvq.extras import require
 from fastvq.files import whole
-from fastvq.models import VQVAE
+from fastvq.models import VQVAE, Prior
 from fastvq.training.build import load_images, load_model
+from fastvq.training.prior import load_prior
 
 HELD_OUT = "held-out"
 _BATCH = 100
@@ -30,7 +31,8 @@ def encode_images(run: Path, source: Path, path: Path, *, model: str = "adaptive
         run: folder of the run whose model encodes.
         source: an image, a folder of images, or "held-out" for those that the run never learned from.
         path: the file to write.
-        model: how the codes are coded, see `fastvq.coding.encode`.
+        model: how the codes are coded, see `fastvq.coding.encode`; "prior" is the run's own, which is told the classes
+            of held-out images where they have some.
 
     Raises:
         CheckpointError, DataError, CodingError: a run, an image or a model that can't be.
@@ -39,15 +41,19 @@ def encode_images(run: Path, source: Path, path: Path, *, model: str = "adaptive
     size = config.codebook_size
     if config.bottleneck == "none":
         raise CodingError(f"{run} was trained without a bottleneck: it has no codes")
+    prior = _prior(run, model)
+    labels = None
     if str(source) == HELD_OUT:
-        images = load_images(config).test
+        held_out = load_images(config)
+        images = held_out.test
+        labels = held_out.test_labels if prior is not None and prior.classes else None
     else:
         files = _image_files(source)
         images = torch.stack([read_image(f, image_size=config.image_size, grayscale=config.grayscale) for f in files])
     codes = _codes(vqvae, images)
-    data = coding.encode(codes, size, model=model, fingerprint=coding.fingerprint(vqvae))
+    data = coding.encode(codes, size, model=model, fingerprint=coding.fingerprint(vqvae), prior=prior, labels=labels)
     coding.save(path, data)
-    if not torch.equal(coding.decode(coding.load(path)), codes):
+    if not torch.equal(coding.decode(coding.load(path), prior=prior), codes):
         raise CodingError(f"{path} doesn't decode to the codes that it was written from")
     bits = 8 * len(data) / codes.numel()
     return [
@@ -67,7 +73,7 @@ def decode_images(run: Path, source: Path, folder: Path) -> list[str]:
     if folder.exists():
         raise DataError(f"{folder} exists: choose another folder")
     vqvae, _ = load_model(run)
-    codes = coding.decode(coding.load(source), fingerprint=coding.fingerprint(vqvae))
+    codes = _decoded(source, run, fingerprint=coding.fingerprint(vqvae))
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -81,8 +87,14 @@ def decode_images(run: Path, source: Path, folder: Path) -> list[str]:
     return [f"{len(codes)} images: {folder}"]
 
 
-def encode_array(source: Path, path: Path, codebook_size: int | None, *, model: str = "adaptive") -> list[str]:
-    """Write the codes of an .npy file, integers of any shape with samples along the first axis, to a coded file."""
+def encode_array(
+    source: Path, path: Path, codebook_size: int | None, *, model: str = "adaptive", run: Path | None = None
+) -> list[str]:
+    """Write the codes of an .npy file, integers of any shape with samples along the first axis, to a coded file.
+
+    Args:
+        run: for the model "prior", the run whose prior codes them.
+    """
     try:
         values = np.load(source, allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -90,19 +102,40 @@ def encode_array(source: Path, path: Path, codebook_size: int | None, *, model: 
     if not np.issubdtype(values.dtype, np.integer):
         raise CodingError(f"{source} must hold integers, got {values.dtype}")
     codes = torch.from_numpy(values.astype(np.int64))
+    prior = _prior(run, model)
+    if codebook_size is None and prior is not None:
+        codebook_size = prior.codebook_size
     size = codebook_size if codebook_size is not None else int(codes.max()) + 1 if codes.numel() else 1
-    data = coding.encode(codes, size, model=model)
+    data = coding.encode(codes, size, model=model, prior=prior)
     coding.save(path, data)
     bits = 8 * len(data) / max(1, codes.numel())
     return [f"{path}: {len(data)} bytes, {bits:.2f} bits a code ({np.log2(size):.2f} without a model of them)"]
 
 
-def decode_array(source: Path, path: Path) -> list[str]:
-    """Write the codes of a file as .npy, int64."""
-    codes = coding.decode(coding.load(source)).numpy()
+def decode_array(source: Path, path: Path, *, run: Path | None = None) -> list[str]:
+    """Write the codes of a file as .npy, int64.
+
+    Args:
+        run: for a file coded with a prior, the run that it belongs to.
+    """
+    codes = _decoded(source, run).numpy()
     with whole(path) as partial, partial.open("wb") as stream:
         np.save(stream, codes)
     return [f"{path}: {codes.shape} codes"]
+
+
+def _prior(run: Path | None, model: str) -> Prior | None:
+    if model != "prior":
+        return None
+    if run is None:
+        raise CodingError("--run: which run's prior codes them?")
+    return load_prior(run)[0]
+
+
+def _decoded(source: Path, run: Path | None, fingerprint: bytes | None = None) -> Tensor:
+    data = coding.load(source)
+    prior = _prior(run, coding.read_header(data).model)
+    return coding.decode(data, fingerprint=fingerprint, prior=prior)
 
 
 def _codes(vqvae: VQVAE, images: Tensor) -> Tensor:

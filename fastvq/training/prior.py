@@ -204,9 +204,9 @@ def load_prior(run: Path) -> tuple[TransformerPrior, VQVAE]:
     """
     model, run_config = load_model(run)
     config, _, tensors = _load_state(run, fingerprint(model).hex())
-    axes = sorted(name for name in tensors if name.startswith("model.axes."))
+    axes = sorted(name for name in tensors if name.startswith("model.inputs.axes."))
     grid = tuple(len(tensors[name]) for name in axes)
-    prior = build_prior(config, run_config, grid, len(tensors["model.labels.weight"]) - 1)
+    prior = build_prior(config, run_config, grid, len(tensors["model.inputs.labels.weight"]) - 1)
     prior.load_state_dict(_part(tensors, "model"))
     return prior.eval(), model
 
