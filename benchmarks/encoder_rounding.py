@@ -1,0 +1,60 @@
+"""What the encoder network's own rounding does to the codes of a run's held-out images.
+
+    python benchmarks/encoder_rounding.py runs/demo
+
+The search is exact: equal latents give equal codes. But a convolution adds in another order when the batch, the number
+of threads or the memory format is another, and a latent that lies between two codes may then fall to the other one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+
+from fastvq.data.images import to_float
+from fastvq.training import load_images, load_model
+
+FIRST, LAST = torch.contiguous_format, torch.channels_last
+WAYS = [
+    *((batch, threads, LAST, torch.float32) for batch, threads in ((100, 1), (100, 2), (1, 1), (1, 2), (7, 1))),
+    *((batch, threads, LAST, torch.float32) for batch, threads in ((1000, 1), (1000, 2))),
+    *((batch, threads, FIRST, torch.float32) for batch, threads in ((100, 1), (100, 2), (1, 1), (1000, 2))),
+    (100, 2, LAST, torch.float64),
+    (100, 2, LAST, torch.bfloat16),
+]
+"""Batch, threads, memory format and the encoder's dtype. float64 stands for whatever another machine rounds."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    options = parser.parse_args()
+    model, config = load_model(options.run)
+    images = to_float(load_images(config).test)
+    reference: list[torch.Tensor] = []
+    print("| batch | threads | memory format | dtype | codes that change | latents differ by at most (of their size) |")
+    print("|---|---|---|---|---|---|")
+    for batch, threads, layout, dtype in WAYS:
+        torch.set_num_threads(threads)
+        encoder = copy.deepcopy(model.encoder).to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
+        with torch.no_grad():
+            parts = images.to(dtype).contiguous(memory_format=layout).split(batch)
+            latents = torch.cat([encoder(part) for part in parts]).float()
+            _, codes, _ = model.bottleneck(latents.flatten(2).transpose(1, 2))
+        if not reference:
+            reference = [latents, codes]
+        changed = int((codes != reference[1]).sum())
+        difference = float((latents - reference[0]).abs().max() / reference[0].square().mean().sqrt())
+        name = "channels last" if layout == LAST else "channels first"
+        print(
+            f"| {batch} | {threads} | {name} | {str(dtype).removeprefix('torch.')} | {changed} of {codes.numel()} |"
+            f" {difference:.0e} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
