@@ -11,12 +11,13 @@ import torch
 from fastvq import coding
 from fastvq.coding import CodingError, container
 from fastvq.models import TransformerPrior
+from fastvq.models.priors import PRIORS
 
 from .cases import generator
 from .test_coding import correlated, mutated, resealed
 
-KINDS = {"transformer": TransformerPrior}
-OPTIONS = {"transformer": {"dim": 16, "depth": 2, "heads": 2}}
+KINDS = PRIORS
+OPTIONS = {"transformer": {"dim": 16, "depth": 2, "heads": 2}, "pixelcnn": {"dim": 16, "depth": 3}, "lstm": {"dim": 16}}
 
 
 def make(kind="transformer", size=13, grid=(3, 4), seed=0, **options):

@@ -1,13 +1,13 @@
 """Models built around a quantizer: convolutional encoders and decoders, the VQ-VAE, and a prior over its indices.
 
 x -- Encoder --> features -- bottleneck --> codes -- Decoder --> reconstruction
-                                 '-- indices, the compressed form of x -- TransformerPrior --> bits, new indices
+                                 '-- indices, the compressed form of x -- Prior --> bits, new indices
 """
 
 from __future__ import annotations
 
 from fastvq.models.conv import Decoder, Encoder, ResidualBlock
-from fastvq.models.priors import Prior, TransformerPrior
+from fastvq.models.priors import LSTMPrior, PixelCNNPrior, Prior, TransformerPrior
 from fastvq.models.vqvae import VQVAE, Bottleneck, NoBottleneck, VQVAEOutput
 
 __all__ = [
@@ -15,7 +15,9 @@ __all__ = [
     "Bottleneck",
     "Decoder",
     "Encoder",
+    "LSTMPrior",
     "NoBottleneck",
+    "PixelCNNPrior",
     "Prior",
     "ResidualBlock",
     "TransformerPrior",

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from fastvq.models.priors.base import Prior
+from fastvq.models.priors.lstm import LSTMPrior
+from fastvq.models.priors.pixel_cnn import PixelCNNPrior
 from fastvq.models.priors.transformer import TransformerPrior
 
-__all__ = ["Prior", "TransformerPrior"]
+PRIORS: dict[str, type[Prior]] = {"transformer": TransformerPrior, "pixelcnn": PixelCNNPrior, "lstm": LSTMPrior}
+"""By the name that settings have for them."""
+
+__all__ = ["PRIORS", "LSTMPrior", "PixelCNNPrior", "Prior", "TransformerPrior"]

@@ -1,0 +1,77 @@
+"""The prior that remembers: a recurrent network along the raster."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastvq.models.priors.arithmetic import Arithmetic
+from fastvq.models.priors.base import Prior
+from fastvq.models.priors.inputs import Inputs, start_from, zero_head
+
+_State = tuple[tuple[Tensor, Tensor], list[list[Tensor]]]  # what `Inputs` needs, and (h, c) of each layer
+
+
+class LSTMPrior(Prior):
+    """A stack of LSTM layers over grids of codes in raster order, told the same neighbours as the transformer.
+
+        i, f, g, o = W x_t + U h_{t-1} + b;  c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g);  h_t = sigmoid(o) tanh(c_t)
+
+    Args:
+        codebook_size, grid, classes, label_dropout: see `Prior`.
+        dim: width. depth: layers.
+        dropout: in training, of the input and of what each layer hands on.
+        vectors: (K, D), what the codes stand for, from which similar codes start alike.
+
+    Shapes: codes (B, *grid) int64 in [0, K); labels (B,) int64 in [0, classes), or None for none.
+
+    Raises:
+        ValueError: an argument that can't be, by name; codes or labels that don't fit.
+
+    Source: Hochreiter and Schmidhuber, Long Short-Term Memory, 1997; with the forget gate of Gers et al., 2000.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        grid: tuple[int, ...],
+        *,
+        dim: int = 256,
+        depth: int = 2,
+        classes: int = 0,
+        dropout: float = 0.1,
+        label_dropout: float = 0.1,
+        vectors: Tensor | None = None,
+    ) -> None:
+        sizes = {"dim": dim, "depth": depth, "dropout": dropout}
+        super().__init__(codebook_size, grid, classes=classes, label_dropout=label_dropout, **sizes)
+        self.inputs = Inputs(codebook_size, self.grid, classes, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.lstm = nn.LSTM(dim, dim, depth, batch_first=True, dropout=dropout if depth > 1 else 0.0)
+        self.norm = nn.LayerNorm(dim)
+        self.head = zero_head(dim, codebook_size)
+        if vectors is not None:
+            start_from(vectors, codebook_size, [e.weight for e in self.inputs.codes], [self.head.weight])
+
+    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        flat = self.checked(codes)
+        x = self.inputs(flat, self.label_rows(labels, len(flat), flat.device))
+        x, _ = self.lstm(self.dropout(x))
+        return self.head(self.norm(self.dropout(x)))
+
+    def begin(self, arithmetic: Arithmetic, labels: Tensor) -> _State:
+        begun = self.inputs.begin(arithmetic, labels)
+        return begun, [[begun[1].new_zeros(begun[1].shape) for _ in range(2)] for _ in range(self.lstm.num_layers)]
+
+    def step(self, arithmetic: Arithmetic, state: _State, codes: Tensor, place: int) -> Tensor:
+        begun, layers = state
+        x = self.inputs.at(arithmetic, begun, codes, place)
+        for number, kept in enumerate(layers):
+            w, u, b, d = (
+                getattr(self.lstm, f"{name}_l{number}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            )
+            gates = arithmetic.linear(x, w, b) + arithmetic.linear(kept[0], u, d)
+            i, f, g, o = gates.chunk(4, -1)
+            new = arithmetic.multiply(arithmetic.sigmoid(i), arithmetic.tanh(g))
+            kept[1] = arithmetic.multiply(arithmetic.sigmoid(f), kept[1]) + new
+            x = kept[0] = arithmetic.multiply(arithmetic.sigmoid(o), arithmetic.tanh(kept[1]))
+        return arithmetic.linear(arithmetic.norm(x, self.norm), self.head.weight, self.head.bias)
