@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -132,3 +133,29 @@ def assert_inference_mode_works(layer, x):
         for one, other in zip(layer(x), expected, strict=True):
             if isinstance(other, Tensor):
                 assert torch.equal(one, other)
+
+
+def assert_exports(layer, x):
+    """As a program for any batch size, in eval."""
+    layer.eval()
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    more = torch.cat([x, x.flip(0)])
+    for one, other in zip(program(more), layer(more), strict=True):
+        if isinstance(other, Tensor):
+            torch.testing.assert_close(one, other, **TOLERANCE[torch.float32])
+
+
+def assert_runs_in_onnxruntime(layer, x, path, method="forward"):
+    """With equal indices."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from fastvq import onnx
+
+    layer.eval()
+    onnx.export(layer, x, path, method=method)
+    session = onnxruntime.InferenceSession(path)
+    expected = getattr(layer, method)(x)
+    expected = [e for e in (expected if isinstance(expected, tuple) else (expected,)) if isinstance(e, Tensor)]
+    (name,) = (given.name for given in session.get_inputs())
+    for one, other in zip(session.run(None, {name: x.numpy()}), expected, strict=False):
+        close(torch.from_numpy(one), other.detach())

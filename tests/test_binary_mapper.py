@@ -157,6 +157,10 @@ def test_shapes_and_copies():
     contract.assert_inference_mode_works(layer, vectors(2, 9, 3))
 
 
+def test_exported():
+    contract.assert_exports(fastvq.BinaryMapper(3, deterministic_on_eval=True), vectors(2, 9, 3))
+
+
 def test_compiled():
     contract.assert_compiles(fastvq.BinaryMapper(3), vectors(2, 9, 3), deterministic=True, straight_through=True)
 

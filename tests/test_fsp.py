@@ -197,6 +197,10 @@ def test_shapes_and_copies():
     contract.assert_inference_mode_works(layer, vectors(2, 9, 6))
 
 
+def test_exported():
+    contract.assert_exports(fastvq.FSP(LEVELS, dim=6), vectors(2, 9, 6))
+
+
 def test_compiled():
     contract.assert_compiles(fastvq.FSP(LEVELS, dim=6, quantize_rate=1.0), vectors(2, 9, 6))
 

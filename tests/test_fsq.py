@@ -325,6 +325,18 @@ def test_compiled_by_inductor():
     contract.assert_compiles(layer, torch.stack([near, vectors(12, 4)]), backend="inductor", modes=(True,))
 
 
+def test_exported(tmp_path):
+    """Many levels take a third path in ONNX, which has no bisection."""
+    layer = fastvq.FSQ([8, 5, 50, 3], num_codebooks=2)
+    images = torch.cat(
+        [vectors(2, 8, 3, 5), layer._bound.thresholds.bounds[2, :30].view(2, 1, 3, 5).repeat(1, 8, 1, 1)]
+    )
+    contract.assert_exports(layer, images)
+    contract.assert_runs_in_onnxruntime(layer, images, tmp_path / "forward.onnx")
+    indices = layer(images)[1]
+    contract.assert_runs_in_onnxruntime(layer, indices, tmp_path / "decode.onnx", method="indices_to_codes")
+
+
 def test_compiled_with_all_options():
     layer = fastvq.FSQ([5, 5, 40], num_codebooks=2, preserve_symmetry=True, channel_first=True)
     contract.assert_compiles(layer, vectors(2, 6, 9))

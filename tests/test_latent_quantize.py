@@ -11,6 +11,7 @@ import vector_quantize_pytorch as vqp
 from torch import nn
 
 import fastvq
+from fastvq.quantizers import latent_quantize
 
 from . import contract
 from .cases import HALF, close
@@ -159,6 +160,18 @@ def test_in_place_optimizer(training):
     assert module.project_in.weight.grad.isfinite().all()
 
 
+def test_in_place_steps_are_the_same_on_every_rank(monkeypatch):
+    """They take the mean of the gradients, here that of one rank and another with none."""
+    monkeypatch.setattr(latent_quantize, "mean", lambda grad: grad / 2)
+    x, moved = vectors(2, 3, 30), []
+    for rate in (2.0, 1.0):
+        module = spread(layer(in_place_codebook_optimizer=partial(torch.optim.SGD, lr=rate)))
+        module(x)
+        moved.append(torch.cat(list(module.values_per_latent)).detach())
+        monkeypatch.undo()
+    close(*moved)
+
+
 def test_learned_values_in_any_order_are_coded():
     module = spread(layer())
     indices = torch.arange(160)[None]
@@ -260,6 +273,10 @@ def test_more_codes_than_int32_can_number():
     quantized, indices, _ = module(vectors(1, 10, 20))
     assert indices.dtype == torch.int64
     assert torch.equal(module.indices_to_codes(indices), quantized)
+
+
+def test_exported():
+    contract.assert_exports(layer(dim=6), vectors(2, 6, 9))
 
 
 def test_compiled():

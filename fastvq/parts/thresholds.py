@@ -52,6 +52,8 @@ class Thresholds(KeepsPrecision, nn.Module):
             for threshold in bounds.unbind(1):
                 levels += z >= threshold
             return levels
+        if torch.compiler.is_exporting():  # ONNX has no bisection
+            return (z.unsqueeze(-1) >= bounds).sum(-1, dtype=torch.int32)
         columns = z.reshape(-1, z.shape[-1]).T.contiguous()
         levels = torch.searchsorted(bounds, columns, right=True, out_int32=True)
         return levels.T.reshape(z.shape)

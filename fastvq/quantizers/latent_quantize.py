@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..distributed import mean
 from ..ops import search
 from ..parts.estimators import straight_through
 from ..parts.layout import Layout, codes_layout
@@ -195,16 +196,15 @@ class LatentQuantize(LevelUse, nn.Module):
         return loss
 
     def _step(self, latents: Tensor, counts: Tensor) -> None:
-        """A step of the values' own optimizer, which leaves gradients of everything else alone."""
+        """A step of the values' own optimizer, the same on every rank, which leaves all other gradients alone."""
         optimizer = self.in_place_codebook_optimizer
         assert optimizer is not None
         with torch.enable_grad():
             latents = latents.detach()
             loss = self._weights[1] * self._error(latents, self._values_of(self._nearest(latents)), counts)
-            for values, grad in zip(
-                self.values_per_latent, torch.autograd.grad(loss, list(self.values_per_latent)), strict=True
-            ):
-                values.grad = grad
+            grads = torch.autograd.grad(loss, list(self.values_per_latent))
+        for values, grad in zip(self.values_per_latent, grads, strict=True):
+            values.grad = mean(grad)
         optimizer.step()
         optimizer.zero_grad()
 
