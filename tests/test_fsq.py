@@ -333,8 +333,6 @@ def test_exported(tmp_path):
     )
     contract.assert_exports(layer, images)
     contract.assert_runs_in_onnxruntime(layer, images, tmp_path / "forward.onnx")
-    indices = layer(images)[1]
-    contract.assert_runs_in_onnxruntime(layer, indices, tmp_path / "decode.onnx", method="indices_to_codes")
 
 
 def test_compiled_with_all_options():

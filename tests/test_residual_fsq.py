@@ -166,10 +166,9 @@ def test_compiled():
     contract.assert_compiles(layer, vectors(2, 9, 4), modes=(True,), rand_quantize_dropout_fixed_seed=1)
 
 
-def test_exported(tmp_path):
+def test_exported():
     layer = fastvq.ResidualFSQ(**SETTINGS, dim=6)
     contract.assert_exports(layer, vectors(2, 9, 6))
-    contract.assert_runs_in_onnxruntime(layer, vectors(2, 9, 6), tmp_path / "forward.onnx")
 
 
 @pytest.mark.parametrize(
