@@ -12,6 +12,7 @@ import vector_quantize_pytorch as vqp
 from vector_quantize_pytorch import finite_scalar_perturbation as theirs_module
 
 import fastvq
+from fastvq.parts import moments
 from fastvq.parts.squash import CUMULATIVE, SYMMETRIC
 from fastvq.quantizers import fsp
 
@@ -31,7 +32,7 @@ OPTIONS = {
     "quantized": {"quantize_rate": 1.0},
     **{name: {"act_name": name} for name in CUMULATIVE},
     **{f"{name}, inverse": {"act_name": name, "need_inv_act": True} for name in CUMULATIVE},
-    **{f"norm {name}": {"vector_norm": name} for name in fsp.PRESETS},
+    **{f"norm {name}": {"vector_norm": name} for name in moments.PRESETS},
 }
 
 
@@ -42,7 +43,7 @@ def pair(**options):
 
 
 def test_signatures():
-    for ours, theirs in ((fastvq.FSP, vqp.FSP), (fsp.VectorNorm, theirs_module.VectorNorm)):
+    for ours, theirs in ((fastvq.FSP, vqp.FSP), (moments.VectorNorm, theirs_module.VectorNorm)):
         first, second = (inspect.signature(cls.__init__).parameters.values() for cls in (ours, theirs))
         assert [(p.name, p.default) for p in first] == [(p.name, p.default) for p in second]
 
@@ -102,12 +103,12 @@ def test_slopes(name):
 
 def test_moments_against_numbers_known():
     batch = torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0], [4.0, 4.0]])
-    moments = fsp.batch_stats(batch)
-    close(moments.mean, torch.tensor([1.0, 2.5]))
-    close(moments.variance, torch.tensor([4.0, 5 / 3]))
-    close(moments.skewness, torch.tensor([(3 * -1 + 27) / 8 / 4, 0.0]))
-    close(moments.kurtosis, torch.tensor([(3 + 81) / 16 / 4 - 3, 2 * (1.5**4 + 0.5**4) / 4 / (5 / 3) ** 2 - 3]))
-    for one, other in zip(moments, theirs_module.batch_stats(batch), strict=True):
+    found = moments.batch_stats(batch)
+    close(found.mean, torch.tensor([1.0, 2.5]))
+    close(found.variance, torch.tensor([4.0, 5 / 3]))
+    close(found.skewness, torch.tensor([(3 * -1 + 27) / 8 / 4, 0.0]))
+    close(found.kurtosis, torch.tensor([(3 + 81) / 16 / 4 - 3, 2 * (1.5**4 + 0.5**4) / 4 / (5 / 3) ** 2 - 3]))
+    for one, other in zip(found, theirs_module.batch_stats(batch), strict=True):
         close(one, other)
 
 

@@ -204,8 +204,10 @@ def test_more_codes_than_int32_can_number():
     assert layer.code_counts.shape == (16, 4)
     assert layer.usage().shape == (16,)
     with pytest.raises(ValueError, match=r"^levels: have"):
-        fastvq.FSQ([256] * 8)
-    assert fastvq.FSQ([256] * 8, return_indices=False)(z[..., :8])[1] is None
+        fastvq.FSQ([256] * 9)
+    huge = fastvq.FSQ([256] * 9, return_indices=False)
+    assert huge(z[..., :9])[1] is None
+    assert (huge.code_counts.sum(1) == 200).all()
     last = torch.full((1, 1, 9), 9.0)
     assert fastvq.FSQ([128] * 9)(last)[1].item() == 2**63 - 1
 

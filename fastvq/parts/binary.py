@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..functional import unit_norm
 
 
-def soft_clamp(x: Tensor, limit: float) -> Tensor:
+def soft_clamp(x: Tensor, limit: float | Tensor) -> Tensor:
     """limit tanh(x / limit): x near zero, never beyond -limit and limit, with a gradient everywhere."""
     return (x / limit).tanh() * limit
 

@@ -35,10 +35,10 @@ class LevelUse(Monitored):
     def _monitored(self) -> list[Monitored] | None:
         return list(self._dimensions) or None  # type: ignore[arg-type]
 
-    def _observe(self, indices: Tensor, levels: Tensor, error: Tensor | None) -> None:
-        """Counts indices (...) and levels (..., d), where the index isn't -1, with their mean squared error ()
-        where there is such a thing."""
+    def _observe(self, indices: Tensor, levels: Tensor, counts: Tensor, error: Tensor | None) -> None:
+        """Counts indices (...), -1 for nothing, or levels (..., d) where counts, bool that broadcasts to (...), is
+        True; with their mean squared error () where there is such a thing."""
         if not len(self._dimensions):
             self._health.observe_(indices.long(), error)
         for dimension, column in zip(self._dimensions, levels.unbind(-1), strict=False):
-            cast(_Dimension, dimension)._health.observe_(column.long().masked_fill(indices < 0, -1), error)
+            cast(_Dimension, dimension)._health.observe_(column.long().masked_fill(~counts, -1), error)

@@ -132,7 +132,7 @@ class BinaryMapper(LevelUse, nn.Module):
             deterministic = self.deterministic_on_eval and not self.training
         indices = self.sample(logits, temperature, deterministic)
         if self.training:
-            self._observe(indices, self._bits_of(indices), None)
+            self._observe(indices, self._bits_of(indices), indices >= 0, None)
         one_hot = logits.new_zeros(*indices.shape, self.num_codes)
         one_hot.scatter_(-1, indices.clamp_min(0).unsqueeze(-1), (indices >= 0).unsqueeze(-1).to(one_hot.dtype))
         if self.training if straight_through is None else straight_through:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..parts.binary import random_rotation
 from ..parts.bound import Bound
 from ..parts.estimators import straight_through
 from ..parts.layout import Layout, codes_layout
@@ -127,8 +128,7 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
         register_radix(self, levels)
         self._bound = Bound(levels, symmetric=preserve_symmetry, hard=bound_hard_clamp)
         if orthogonal_rotation:
-            rotation = torch.empty(self.codebook_dim, self.codebook_dim, dtype=torch.float32)
-            self.register_buffer("orthogonal_rot", nn.init.orthogonal_(rotation))
+            self.register_buffer("orthogonal_rot", random_rotation(self.codebook_dim).float())
         self._count_levels(levels)
 
     @property
@@ -232,7 +232,7 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
         codes, levels, error = self._bound(self._rotate(latents), counts, with_error=training)
         indices = join_levels(levels, self._bound.levels).masked_fill(~counts, -1)
         if error is not None:
-            self._observe(indices, levels, mean_of_rows(error, counts))
+            self._observe(indices, levels, counts, mean_of_rows(error, counts))
         if training and self.noise_dropout:
             codes = torch.where(counts.unsqueeze(-1), self.maybe_apply_noise(codes), 0)
         return self._rotate_back(codes).to(latents.dtype), indices

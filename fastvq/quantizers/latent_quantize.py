@@ -175,7 +175,8 @@ class LatentQuantize(LevelUse, nn.Module):
         selected = self._values_of(levels)
         indices = join_levels(levels, self._sizes).masked_fill(~counts[..., None], -1)
         if self.training:
-            self._observe(indices, levels, self._error(latents.detach(), selected.detach(), counts))
+            error = self._error(latents.detach(), selected.detach(), counts)
+            self._observe(indices, levels, counts[..., None], error)
         codes = straight_through(latents, torch.where(counts[..., None, None], selected, 0))
         codes = codes.flatten(2).to(projected.dtype)
         quantized = layout.from_rows(projected_out(self.project_out, codes, counts)).to(z.dtype)

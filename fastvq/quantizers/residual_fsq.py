@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..health import Monitored
+from ..parts.binary import soft_clamp
 from ..parts.dropout import Kept, QuantizeDropout
 from ..parts.layout import Layout, codes_layout
 from ..parts.projection import projected_out, projections
@@ -44,9 +45,9 @@ class ResidualFSQ(Monitored, KeepsBuffers, nn.Module):
     Raises:
         ValueError: an argument, or a pair of arguments, that can't be; it is named.
 
-    Numerics: residuals are float64 (float32 on devices without it) and compared with exact thresholds, so that fine
-    levels aren't rounding noise, and are the same on every device. Vectors that are not finite get index -1 and a zero
-    output.
+    Numerics: the soft clamp and the residuals are float64 (float32 on devices without it) and compared with exact
+    thresholds, so that fine levels aren't rounding noise (docs/exactness.md). Vectors that are not finite get index -1
+    and a zero output.
 
     Source: Zeghidour et al., SoundStream, 2021, algorithm 1; Mentzer et al., Finite Scalar Quantization, 2023.
     """
@@ -216,8 +217,7 @@ class ResidualFSQ(Monitored, KeepsBuffers, nn.Module):
     def _soft_clamp(self, latents: Tensor) -> Tensor:
         if self.soft_clamp_input_value is None:
             return latents
-        limit = self.soft_clamp_input_value.to(latents.dtype)
-        return (latents / limit).tanh() * limit
+        return soft_clamp(latents, self.soft_clamp_input_value.to(latents.dtype))
 
 
 def _residual_dtype(x: Tensor) -> torch.dtype:
