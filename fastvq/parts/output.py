@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..functional import quantize
+from ..soft import soft_lookup
 from .estimators import directional_reparam, rotate_to, straight_through, synchronous
 from .heads import behind_each_other
 from .losses import squared_errors
@@ -28,12 +30,15 @@ class Estimator(NamedTuple):
         noise_variance: of "directional".
         sync_update_v: share of the output's gradient for codes that are learned, beside x's.
         route: whether x gets the output's gradient at all; if not, codes that are learned do.
+        soft_temperature: where x isn't routed to, it gets the gradient of the soft assignment with this temperature
+            instead (`fastvq.soft_lookup`): straight-through Gumbel-softmax, for indices that were sampled.
     """
 
     kind: str = "rotation"
     noise_variance: float = 5e-3
     sync_update_v: float = 0.0
     route: bool = True
+    soft_temperature: float | None = None
 
     def output(self, x: Tensor, table: Table, indices: Tensor, *, pulled: bool) -> Output:
         """The codes of rows x (C, R, D), and the mean squared error of the rows with a code.
@@ -48,13 +53,21 @@ class Estimator(NamedTuple):
         routed = self.route and x.requires_grad
         if isinstance(table, Shared) and indices.dim() == 2 and self.kind != "directional":
             quantized, error = self._fused(x, table, indices, pulled)
-            if not routed:
+            if not routed and self.soft_temperature is not None:
+                quantized = self._soft(x, table, indices)
+            elif not routed:
                 quantized = table.lookup(indices).to(x.dtype) if pulled else quantized.detach()
         else:
             quantized, error = self._composed(x, table, indices, pulled, routed)
         if routed and pulled and self.sync_update_v > 0:
             quantized = synchronous(quantized, table.lookup(indices), self.sync_update_v)
         return Output(quantized, error)
+
+    def _soft(self, x: Tensor, table: Shared, indices: Tensor) -> Tensor:
+        assert self.soft_temperature is not None
+        heads = zip(x, table.codes, indices, strict=True)
+        scale = 1 / self.soft_temperature
+        return torch.stack([soft_lookup(*head, metric=table.soft_metric, scale=scale) for head in heads])
 
     def _fused(self, x: Tensor, table: Shared, indices: Tensor, pulled: bool) -> Output:
         codes = table.codes.flatten(0, 1)

@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .. import reference
 from ..functional import lookup
-from ..ops import search, topk_search
+from ..ops import sample, search, topk_search
 from ..ops.searches import LARGEST_K
+from ..soft import cross_entropy, mean_assignment_entropy
 from .heads import behind_each_other
-from .implicit import NeuralCodes
+from .implicit import CHUNK_ELEMENTS, NeuralCodes
 
 
 class Table(ABC):
@@ -33,6 +36,25 @@ class Table(ABC):
     def lookup(self, indices: Tensor) -> Tensor:
         """The codes (C, R, ..., D) of indices (C, R, ...), zeros for -1; differentiable."""
 
+    @abstractmethod
+    def draw(self, x: Tensor, temperature: float, k: int | None, mask: Tensor | None) -> Tensor:
+        """Indices (C, R), or (C, R, k) without repetition, drawn as `fastvq.ops.sample` does, -1 likewise."""
+
+    @abstractmethod
+    def spread(self, x: Tensor, shape: tuple[int, int], temperature: float, mask: Tensor | None) -> Tensor:
+        """How evenly the vectors at each position of a batch share the codes: the entropy of their mean assignment,
+        averaged over positions and codebooks; (), in nats, differentiable.
+
+            p_bnk = softmax_k(temperature s_bnk),  m_nk = mean_b p_bnk,  spread = mean_n -sum_k m_nk ln max(m_nk, 1e-5)
+
+        The rows x (C, R, D) of each codebook are R = (..., B, N) with the `shape` (B, N).
+        """
+
+    @abstractmethod
+    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The mean of -ln softmax(s)_target over the rows with a target (C, R) that isn't -1, with s = -|x - e|, or
+        <x, e> for the metric "dot"; (), differentiable in x and the codes."""
+
 
 class Shared(Table):
     """One table for all rows: codes (C, K, D)."""
@@ -49,6 +71,43 @@ class Shared(Table):
     def lookup(self, indices: Tensor) -> Tensor:
         codes = lookup(self.codes.flatten(0, 1), behind_each_other(indices, self.size))
         return codes.unflatten(0, indices.shape[:2])
+
+    def draw(self, x: Tensor, temperature: float, k: int | None, mask: Tensor | None) -> Tensor:
+        codes = self.codes.detach()
+        if k is None:
+            seed = torch.randint(2**63 - 1, ())
+            indices = sample(x, codes, temperature=temperature, seed=seed, metric=self.metric)
+            return indices if mask is None else indices.masked_fill(~mask, -1)
+        step = max(1, CHUNK_ELEMENTS // self.size)
+        heads = [
+            torch.cat([drawn(part, own[None], temperature, k, self.metric) for part in rows.split(step)])
+            for rows, own in zip(x, codes, strict=True)
+        ]
+        return _within(torch.stack(heads), mask)
+
+    def spread(self, x: Tensor, shape: tuple[int, int], temperature: float, mask: Tensor | None) -> Tensor:
+        values = []
+        for place, (rows, codes) in enumerate(zip(x, self.codes, strict=True)):
+            counted = None if mask is None else mask[place].view(-1, shape[1])
+            rows = rows.reshape(-1, *shape[1:], rows.shape[-1])
+            values.append(
+                mean_assignment_entropy(rows, codes, metric=self.soft_metric, scale=temperature, mask=counted)
+            )
+        return torch.stack(values).mean()
+
+    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        counted = (targets >= 0) & x.isfinite().all(-1)
+        losses = [
+            cross_entropy(rows, codes, chosen, metric=self.soft_metric)
+            for rows, codes, chosen in zip(x, self.codes, targets, strict=True)
+        ]
+        counts = counted.sum(1)
+        return (torch.stack(losses) * counts).sum() / counts.sum().clamp_min(1)
+
+    @property
+    def soft_metric(self) -> str:
+        """The metric of `fastvq.soft_assign`."""
+        return "dot" if self.metric == "dot" else "distance"
 
 
 class PerRow(Table):
@@ -70,7 +129,25 @@ class PerRow(Table):
     def lookup(self, indices: Tensor) -> Tensor:
         flat = indices.reshape(*indices.shape[:2], -1)
         codes = self.codes.gather(2, flat.clamp_min(0)[..., None].expand(*flat.shape, self.codes.shape[-1]))
-        return codes.masked_fill((flat < 0)[..., None], 0).reshape(*indices.shape, -1)
+        return codes.masked_fill((flat < 0)[..., None], 0).reshape(*indices.shape, self.codes.shape[-1])
+
+    def draw(self, x: Tensor, temperature: float, k: int | None, mask: Tensor | None) -> Tensor:
+        indices = drawn(x.flatten(0, 1), self.codes.detach().flatten(0, 1), temperature, k or 1, self.metric)
+        indices = _within(indices.view(*x.shape[:2], -1), mask)
+        return indices if k is not None else indices.squeeze(-1)
+
+    def spread(self, x: Tensor, shape: tuple[int, int], temperature: float, mask: Tensor | None) -> Tensor:
+        counted = x.isfinite().all(-1) if mask is None else mask & x.isfinite().all(-1)
+        rows = x.masked_fill(~counted[..., None], 0).flatten(0, 1)
+        p = (_logits(rows, self.codes.flatten(0, 1), self.metric) * temperature).softmax(-1)
+        counts = counted.view(len(x), -1, shape[1], 1)
+        mean = (p.view(*counts.shape[:3], -1) * counts).sum(1) / counts.sum(1).clamp_min(1)
+        entropies = -(mean * mean.clamp_min(1e-5).log()).sum(-1)
+        return entropies.sum() / counts.any(1).sum().clamp_min(1)
+
+    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        total = _negative_log(x.flatten(0, 1), self.codes.flatten(0, 1), targets.flatten(), self.metric)
+        return total / ((targets >= 0) & x.isfinite().all(-1)).sum().clamp_min(1)
 
 
 class Implicit(Table):
@@ -101,10 +178,71 @@ class Implicit(Table):
         codes = self.network(lookup(self.codes, chosen), condition=condition)
         return codes.masked_fill((chosen < 0)[..., None], 0)[None]
 
+    def draw(self, x: Tensor, temperature: float, k: int | None, mask: Tensor | None) -> Tensor:
+        rows = x[0].detach()
+        found = rows.new_empty((len(rows), k or 1), dtype=torch.int64)
+        for place, codes in self.network.by_rows(self.codes.detach(), self.condition.detach()):
+            found[place] = drawn(rows[place], codes, temperature, k or 1, self.metric)
+        indices = _within(found[None], mask)
+        return indices if k is not None else indices.squeeze(-1)
+
+    def spread(self, x: Tensor, shape: tuple[int, int], temperature: float, mask: Tensor | None) -> Tensor:
+        raise ValueError("codebook_diversity_loss_weight: must be 0 for implicit codebooks")
+
+    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        def part(rows: Tensor, codes: Tensor, condition: Tensor, chosen: Tensor) -> Tensor:
+            transformed = self.network(codes[None], condition=condition[:, None])
+            return _negative_log(rows, transformed, chosen, self.metric)
+
+        step = max(1, CHUNK_ELEMENTS // (self.size * self.network.widest))
+        pieces = zip(x[0].split(step), self.condition.split(step), targets[0].split(step), strict=True)
+        # Each chunk is transformed again in the backward pass, so that one of them is held at a time.
+        losses = [
+            checkpoint(part, rows, self.codes, condition, chosen, use_reentrant=False)
+            for rows, condition, chosen in pieces
+        ]
+        counted = ((targets >= 0) & x.isfinite().all(-1)).sum().clamp_min(1)
+        return torch.stack(losses).sum() / counted if losses else x.sum() * 0
+
 
 def ranked(x: Tensor, codes: Tensor, k: int, metric: str, mask: Tensor | None) -> Tensor:
     """`fastvq.topk_search` for any k up to K: beyond its limit, by the definition."""
     if k <= LARGEST_K:
         return topk_search(x, codes, k, metric=metric, mask=mask)
     indices = reference.topk_search(x, codes, k, metric=metric)
+    return indices if mask is None else indices.masked_fill(~mask[..., None], -1)
+
+
+def drawn(x: Tensor, codes: Tensor, temperature: float, k: int, metric: str) -> Tensor:
+    """k indices (R, k) for each row of x (R, D), drawn without repetition from softmax(s / temperature) over codes
+    (1, K, D) or (R, K, D): the largest of s / temperature + Gumbel noise. -1 for rows that aren't finite. It holds
+    R x K: for a chunk of rows.
+
+    Source: Kool et al., Stochastic Beams and Where to Find Them, 2019.
+    """
+    logits = _logits(x, codes, metric) / temperature
+    noise = -(-torch.rand_like(logits).clamp_min(torch.finfo(logits.dtype).tiny).log()).log()
+    indices = (logits + noise).topk(k, dim=1).indices
+    return indices.masked_fill(~x.isfinite().all(1, keepdim=True), -1)
+
+
+def _logits(x: Tensor, codes: Tensor, metric: str) -> Tensor:
+    rows = x.to(torch.promote_types(x.dtype, codes.dtype))[:, None]
+    if metric == "dot":
+        return (rows * codes).sum(-1)
+    if len(codes) == 1 and not codes.requires_grad and not x.requires_grad:
+        middle = codes.mean(1)  # far from the origin the products that cdist takes would cancel
+        return -torch.cdist(rows[:, 0] - middle, codes[0] - middle)
+    return -torch.linalg.vector_norm(rows - codes, dim=-1)
+
+
+def _negative_log(x: Tensor, codes: Tensor, targets: Tensor, metric: str) -> Tensor:
+    """The sum over rows x (R, D) of -ln softmax(s)_target over their codes (R, K, D)."""
+    counted = (targets >= 0) & x.isfinite().all(-1)
+    logits = _logits(x.masked_fill(~counted[:, None], 0), codes, metric)
+    return F.cross_entropy(logits, targets.masked_fill(~counted, -1), ignore_index=-1, reduction="sum")
+
+
+def _within(indices: Tensor, mask: Tensor | None) -> Tensor:
+    """Indices (C, R, k) with -1 where the mask (C, R) is False."""
     return indices if mask is None else indices.masked_fill(~mask[..., None], -1)

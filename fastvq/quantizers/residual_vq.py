@@ -94,6 +94,8 @@ class ResidualVQ(Monitored, nn.Module):
             raise ValueError(f"codebook_size: must be one number where the codebook is shared, got {codebook_size}")
         if heads != 1:
             raise ValueError(f"heads: must be 1 for residual quantization, got {heads}")
+        if implicit_neural_codebook and settings.get("codebook_diversity_loss_weight"):
+            raise ValueError("codebook_diversity_loss_weight: must be 0 beside implicit_neural_codebook=True")
         if eval_beam_size is not None and beam_size is None:
             raise ValueError("beam_size: must be given beside eval_beam_size")
         for name, beams in (("beam_size", beam_size), ("eval_beam_size", eval_beam_size)):
@@ -178,12 +180,16 @@ class ResidualVQ(Monitored, nn.Module):
         beam_size: int | None = None,
         rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """(quantized, indices, losses) of x, and all codes if asked for.
+        """(quantized, indices, losses) of x, and all codes if asked for; with indices given, (quantized, the sum of the
+        levels' cross entropies).
 
         Args:
             x: (B, N, dim), (B, dim) or (B, ..., dim); (B, dim, H, W) if accept_image_fmap. Any floating dtype.
             mask: bool, shaped as the vectors, as in `VectorQuantize`.
+            indices: as this layer returns them, or a list of a tensor for each level: the loss is the cross entropy of
+                each level's soft assignment to them, without those that are -1. Nothing is dropped then.
             return_all_codes: also return the codes of each level.
+            sample_codebook_temp: for this call, instead of the levels' own.
             freeze_codebook: leave the codebooks as they are.
             beam_size: for this call, instead of the layer's own.
             rand_quantize_dropout_fixed_seed: decides where dropout cuts; by default torch's generator does.
@@ -201,17 +207,31 @@ class ResidualVQ(Monitored, nn.Module):
         rows_mask = layout.rows_mask(mask)
         flat_mask = None if rows_mask is None else rows_mask.reshape(1, -1)
         projected = self._projected_in(rows)
-        kept = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
+        if isinstance(indices, list):
+            indices = torch.stack(indices, -1)
+        targets = None if indices is None else layout.indices_to_rows(indices).flatten(0, 1)[None]
+        kept = self._dropout.draw(self.training and targets is None, x, rand_quantize_dropout_fixed_seed)
         learning = self.training and not (freeze_codebook or self._levels[0].freeze_codebook)
         if learning and not self._ready:
             self._initialise_levels(projected.detach(), flat_mask)
-        given = self._given(projected, flat_mask, beam_size, kept)
-        through = self._all_levels if self._all_at_once(learning) else self._level_by_level
-        total, found, losses = through(projected, flat_mask, learning, kept, given)
-        if given is not None and not self.training:
+        given = self._given(projected, flat_mask, beam_size, kept, sample_codebook_temp)
+        if targets is None and self._all_at_once(learning):
+            total, found, losses = self._all_levels(projected, flat_mask, learning, kept, given)
+        else:
+            total, found, losses = self._level_by_level(
+                projected,
+                flat_mask,
+                learning,
+                kept,
+                given,
+                shape=(layout.batch, layout.rows),
+                targets=targets,
+                temperature=sample_codebook_temp,
+            )
+        if targets is None and given is not None and not self.training:
             weight = self._levels[0].commitment_weight
             losses = losses * weight if weight else losses
-        elif not self.training:
+        elif targets is None and not self.training:
             losses = torch.zeros_like(losses)
         dropped = self.num_quantizers - found.shape[-1]
         found = nn.functional.pad(found, (0, dropped), value=-1).view(*rows.shape[:2], self.num_quantizers)
@@ -222,6 +242,8 @@ class ResidualVQ(Monitored, nn.Module):
         ).to(x.dtype)
         if rows_mask is not None and not self.return_zeros_for_masked_padding:
             quantized = torch.where(rows_mask[..., None], quantized, rows)
+        if targets is not None:
+            return layout.from_rows(quantized), losses.sum()
         result = (layout.from_rows(quantized), layout.indices(found), losses)
         return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
 
@@ -258,9 +280,19 @@ class ResidualVQ(Monitored, nn.Module):
         return quantized[None], found[None], errors
 
     def _level_by_level(
-        self, x: Tensor, mask: Tensor | None, learning: bool, kept: Kept, given: Tensor | None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        learning: bool,
+        kept: Kept,
+        given: Tensor | None,
+        *,
+        shape: tuple[int, int],
+        targets: Tensor | None,
+        temperature: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, where each level must search by itself or does more than search."""
+        """The same, where each level must search by itself or does more than search. The losses are cross entropies
+        with targets (1, R, Q), if there are any."""
         residual = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         start, total = residual, torch.zeros_like(residual)
         levels, steps = [], []
@@ -270,8 +302,11 @@ class ResidualVQ(Monitored, nn.Module):
             step = level.quantize_rows(
                 level.inputs(residual),
                 kept.rows(place, mask, residual),
+                shape=shape,
                 learning=learning,
                 indices=None if given is None else kept.mask(place, given[..., place], -1),
+                targets=None if targets is None else targets[..., place],
+                temperature=temperature,
                 table=self._table(place, total),
             )
             residual = residual - scale_gradient(step.quantized, self.quant_grad_frac)
@@ -288,7 +323,9 @@ class ResidualVQ(Monitored, nn.Module):
             )
         if learning and self.shared_codebook:
             levels[0].update_in_place_optimizer()
-        if self.training:
+        if targets is not None:
+            losses = [step.cross_entropy for step in steps if step.cross_entropy is not None]
+        elif self.training:
             losses = [
                 kept.mask(place, level.losses(step)[0], 0)
                 for place, (level, step) in enumerate(zip(levels, steps, strict=True))
@@ -310,7 +347,9 @@ class ResidualVQ(Monitored, nn.Module):
             weights = [(kept.levels > self._levels.index(level)).float() for level in levels]
         learn_together([level._codebook for level in levels], inputs, indices, weight=weights)
 
-    def _given(self, x: Tensor, mask: Tensor | None, beam_size: int | None, kept: Kept) -> Tensor | None:
+    def _given(
+        self, x: Tensor, mask: Tensor | None, beam_size: int | None, kept: Kept, temperature: float | None
+    ) -> Tensor | None:
         """The indices (1, R, levels) that a beam search finds, or None for the greedy search."""
         own = self.beam_size if self.training else self.eval_beam_size
         beams = own if beam_size is None else beam_size
@@ -318,21 +357,22 @@ class ResidualVQ(Monitored, nn.Module):
             return None
         x = x.detach()
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        levels = [self._beam_level(place) for place in range(self.num_quantizers) if not kept.drops(place)]
+        levels = [self._beam_level(place, temperature) for place in range(self.num_quantizers) if not kept.drops(place)]
         weights: Sequence[float] | Tensor = self.beam_score_weights[: len(levels)]
         if isinstance(kept.levels, Tensor):  # beyond the last level that is kept, the best way stays the first
             places = torch.arange(len(levels), device=x.device)
             weights = x.new_tensor(self.beam_score_weights, dtype=torch.float64) * (places < kept.levels)
         return beam_search(x[0], levels, beams, weights=weights, mask=_only(mask))[None]
 
-    def _beam_level(self, place: int) -> Level:
+    def _beam_level(self, place: int, temperature: float | None = None) -> Level:
         level = self._levels[place]
+        temperature = level.sample_codebook_temp if temperature is None else temperature
 
         def propose(residuals: Tensor, totals: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
             codes, make = level._codebook.codes.detach(), self._table(place, totals[None])
             table = Shared(codes, level._codebook.metric) if make is None else make(codes)
-            inputs = level.inputs(residuals[None])
-            indices = table.nearest_k(inputs, min(k, table.size), None if mask is None else mask[None])
+            inputs, own_mask = level.inputs(residuals[None]), None if mask is None else mask[None]
+            indices = level.choose(table, inputs, own_mask, min(k, table.size), temperature)
             return indices[0], table.lookup(indices)[0], inputs[0]
 
         return propose
@@ -368,7 +408,7 @@ class ResidualVQ(Monitored, nn.Module):
         rows_mask = layout.rows_mask(mask)
         flat_mask = None if rows_mask is None else rows_mask.reshape(1, -1)
         projected = self._projected_in(layout.to_rows(x)).detach()
-        found = self._given(projected, flat_mask, self.eval_beam_size, Kept(self.num_quantizers))
+        found = self._given(projected, flat_mask, self.eval_beam_size, Kept(self.num_quantizers), 0.0)
         if found is None:
             found = self._greedy(projected, flat_mask)
         return layout.indices(found.view(layout.batch, layout.rows, self.num_quantizers))
@@ -380,7 +420,7 @@ class ResidualVQ(Monitored, nn.Module):
             return residual_search(x[0], codebooks, mask=_only(mask))[None]
         return beam_search(
             x[0].float() if x.dtype != torch.float64 else x[0],
-            [self._beam_level(place) for place in range(self.num_quantizers)],
+            [self._beam_level(place, 0.0) for place in range(self.num_quantizers)],
             1,
             mask=_only(mask),
         )[None]

@@ -38,6 +38,8 @@ class Step(NamedTuple):
     quantized: Tensor  # (C, R, D), or (C, R, k, D) for top-k
     indices: Tensor  # (C, R), or (C, R, k)
     commitment: Tensor  # () or, for top-k, (C, R, k)
+    diversity: Tensor  # ()
+    cross_entropy: Tensor | None  # (), with targets
     in_place: Tensor  # ()
     learned: bool  # whether the codebook has learned from them already
 
@@ -72,8 +74,16 @@ class VectorQuantize(Monitored, nn.Module):
         channel_last: vectors are (B, N, dim); if False, (B, dim, N).
         accept_image_fmap, accept_3d_fmap: x is (B, dim, H, W), or (B, dim, T, H, W).
         commitment_weight: beta; 0 for no loss.
+        commitment_use_cross_entropy_loss: the commitment loss is the cross entropy of the soft assignment to the code
+            that was chosen, `fastvq.cross_entropy`.
         orthogonal_reg_weight, orthogonal_reg_active_codes_only, orthogonal_reg_max_codes: of
             `fastvq.parts.losses.orthogonality`, for all codes, those that this batch uses, or so many random ones.
+        codebook_diversity_loss_weight, codebook_diversity_temperature: of minus the `spread` of
+            `fastvq.parts.tables`, the entropy of the codes' mean soft assignment.
+        stochastic_sample_codes: in training, draw each code as probable as its soft assignment says (`fastvq.sample`).
+        sample_codebook_temp: temperature of that; 0 for the nearest code.
+        straight_through: where route_gradients_to_input is False, pass x the gradient of the soft assignment: Gumbel
+            straight-through. Elsewhere the plain straight-through estimate stands in for it.
         rotation_trick: estimate the gradient by the rotation trick, else straight through; by default where dim > 1.
         directional_reparam, directional_reparam_variance: learn the codes by `fastvq.parts.directional_reparam` alone.
         sync_codebook: learn with the other ranks, should there be any when it learns; None for yes.
@@ -289,16 +299,18 @@ class VectorQuantize(Monitored, nn.Module):
         accum_ema_update: bool = False,
         ema_update: bool | None = None,
     ) -> tuple[Any, ...]:
-        """(quantized, indices, loss) of x.
+        """(quantized, indices, loss) of x; with indices given, (quantized, their cross entropy).
 
         Args:
             x: (B, N, dim), (B, dim) or (B, ..., dim); (B, dim, N) if not channel_last; (B, dim, H, W) if
                 accept_image_fmap; (B, dim, T, H, W) if accept_3d_fmap. Any floating dtype.
+            indices: as this layer returns them, to be learned to predict: the loss is the cross entropy of the soft
+                assignment of x to them, without those that are -1.
             mask: bool, shaped as the indices of one head, True for the vectors that count. The others cost nothing in
                 the loss, touch no codebook and come back as index -1 and zero.
             lens: int (B,), the same for sequences: the first lens[b] vectors count.
             topk: give the so many nearest codes of each vector, and learn from none. For one head.
-            freeze_codebook: for this call, instead of the layer's own.
+            sample_codebook_temp, freeze_codebook: for this call, instead of the layer's own.
             return_loss_breakdown: also return a `LossBreakdown`.
             codebook_transform_fn: makes codes (C, B, N, K, D) of the codes (C, K, D), for each vector its own.
             ema_update_weight: factor of this step's (1 - decay), (K,) or (H, K), or a function of (sums, counts).
@@ -318,13 +330,16 @@ class VectorQuantize(Monitored, nn.Module):
         layout = self._layout(x)
         rows = layout.to_rows(x)
         rows_mask = layout.rows_mask(mask, lens)
+        targets = None if indices is None else self._heads.split_indices(layout.indices_to_rows(indices))
         step = self.quantize_rows(
             self.inputs(rows),
             self._heads.split_mask(rows_mask),
+            shape=(layout.batch, layout.rows),
             learning=self.training and not frozen,
             topk=topk,
+            targets=targets,
+            temperature=sample_codebook_temp,
             transform=codebook_transform_fn,
-            shape=(layout.batch, layout.rows),
         )
         if self.training and not (frozen or step.learned or topk):
             self._codebook.learn_(
@@ -343,6 +358,8 @@ class VectorQuantize(Monitored, nn.Module):
             extra = [1] * (quantized.dim() - 2)
             original = rows if topk is None else rows.unsqueeze(2)
             quantized = torch.where(rows_mask.view(*rows_mask.shape, *extra), quantized, original)
+        if step.cross_entropy is not None:
+            return layout.from_rows(quantized), step.cross_entropy
         if topk is not None:
             loss, commitment = (
                 layout.indices(self._heads.join_indices(each, layout.batch, layout.rows)) if each.dim() else each
@@ -363,63 +380,85 @@ class VectorQuantize(Monitored, nn.Module):
         x: Tensor,
         mask: Tensor | None,
         *,
+        shape: tuple[int, int],
         learning: bool,
         topk: int | None = None,
         indices: Tensor | None = None,
+        targets: Tensor | None = None,
+        temperature: float | None = None,
         table: Callable[[Tensor], Table] | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
-        shape: tuple[int, int] | None = None,
     ) -> Step:
         """`forward` between the projections, without the learning.
 
         Args:
-            x: `inputs` (C, R, D). mask: bool (C, R), or None.
+            x: `inputs` (C, R, D). mask: bool (C, R), or None. shape: (B, N), the vectors that the rows are parts of.
             learning: whether the codebook may change: by k-means, affine statistics or its in-place optimizer.
             topk: codes for each row.
             indices: (C, R), where they are known already.
+            targets: (C, R), to take the cross entropy with.
+            temperature: instead of sample_codebook_temp.
             table: makes the table of the codes (C, K, D).
-            transform: codebook_transform_fn, beside the `shape` (B, N) of its vectors.
+            transform: codebook_transform_fn.
         """
         if learning:
             self._codebook.initialise_(x.detach(), mask)
         pulled = self.learnable_codebook and learning
 
+        temperature = self.sample_codebook_temp if temperature is None else temperature
+
         def current() -> Table:
             codes = self._codebook.codes
-            codes = codes if pulled else codes.detach()
+            if not (learning and codes.requires_grad):
+                codes = codes.detach()
+            elif self._is_soft or targets is not None:
+                codes = codes.clone()  # which the backward pass meets as they are now
             if transform is not None:
                 return PerRow(transform(codes).reshape(*x.shape[:2], *codes.shape[1:]), self._codebook.metric)
             return Shared(codes, self._codebook.metric) if table is None else table(codes)
 
         where = current()
-        chosen = self._choose(where, x, mask, topk) if indices is None else indices
+        chosen = self.choose(where, x, mask, topk, temperature) if indices is None else indices
         in_place, learned = x.new_zeros((), dtype=torch.float32), False
         if self._in_place is not None and learning:
             self._codebook.learn_(x.detach(), chosen)
             learned = True
-            estimator = self._estimator
+            estimator = self._estimator(temperature)
             in_place = self._in_place.backward(
                 lambda: estimator.output(x.detach(), current(), chosen, pulled=True).error
             )
             if not self.manual_in_place_optimizer_update:
                 self.update_in_place_optimizer()
             where = current()
-            chosen = self._choose(where, x, mask, topk) if indices is None else indices
+            chosen = self.choose(where, x, mask, topk, temperature) if indices is None else indices
         # In eval nothing flows back, as in vector_quantize_pytorch.
-        quantized, error = self._estimator.output(x if self.training else x.detach(), where, chosen, pulled=pulled)
+        estimator = self._estimator(temperature)
+        quantized, error = estimator.output(x if self.training else x.detach(), where, chosen, pulled=pulled)
         if self.training and topk is None:
             self._health.observe_(chosen if self.separate_codebook_per_head else chosen.flatten(), error.detach())
-        return Step(x, where, quantized, chosen, error, in_place, learned)
+        diversity = torch.zeros_like(in_place)
+        if self.training and self.codebook_diversity_loss_weight > 0:
+            diversity = -where.spread(x, shape, self.codebook_diversity_temperature, mask)
+        if self.training and self.commitment_use_cross_entropy_loss and self.has_commitment_loss and topk is None:
+            error = where.cross_entropy(x, chosen)
+        entropy = (
+            None
+            if targets is None
+            else where.cross_entropy(x, targets if mask is None else targets.masked_fill(~mask, -1))
+        )
+        return Step(x, where, quantized, chosen, error, diversity, entropy, in_place, learned)
 
     def losses(self, step: Step) -> tuple[Tensor, LossBreakdown]:
         """The loss of a step, () or that of each code for top-k, and what it is made of; after the codebook's learning,
         since orthogonality is that of the codes to come."""
         zero = torch.zeros_like(step.in_place)
-        commitment = diversity = orthogonal = zero
+        commitment = orthogonal = zero
         loss = torch.zeros_like(step.commitment)
         if step.indices.dim() == 3 and not self.training:
             commitment = step.commitment
             loss = commitment * self.commitment_weight if self.has_commitment_loss else commitment
+        if self.training and self.codebook_diversity_loss_weight > 0:
+            loss = loss + step.diversity * self.codebook_diversity_loss_weight
         if self.training and self.has_commitment_loss:
             commitment = step.commitment
             loss = loss + commitment * self.commitment_weight
@@ -431,7 +470,7 @@ class VectorQuantize(Monitored, nn.Module):
             codes = self._codebook.embed.clone()
             orthogonal = orthogonality(codes, used, most=self.orthogonal_reg_max_codes)
             loss = loss + orthogonal * self.orthogonal_reg_weight
-        return loss, LossBreakdown(commitment, diversity, orthogonal, step.in_place)
+        return loss, LossBreakdown(commitment, step.diversity, orthogonal, step.in_place)
 
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """Lets the codebook learn from x with these indices, as the forward pass does that found them.
@@ -490,8 +529,11 @@ class VectorQuantize(Monitored, nn.Module):
         absent = indices < 0
         return projected_out(self.project_out, codes, ~(absent.all(-1) if self.heads > 1 else absent))
 
-    def _choose(self, table: Table, x: Tensor, mask: Tensor | None, topk: int | None) -> Tensor:
+    def choose(self, table: Table, x: Tensor, mask: Tensor | None, topk: int | None, temperature: float) -> Tensor:
+        """Indices (C, R), or (C, R, k) for top-k, of x (C, R, D): the nearest codes, or random ones."""
         x = x.detach()
+        if self.training and self.stochastic_sample_codes and temperature > 0:
+            return table.draw(x, temperature, topk, mask)
         return table.nearest(x, mask) if topk is None else table.nearest_k(x, topk, mask)
 
     def is_plain(self, training: bool, learning: bool) -> bool:
@@ -499,14 +541,22 @@ class VectorQuantize(Monitored, nn.Module):
         if not training:
             return True
         passes_on = self.route_gradients_to_input and not self.directional_reparam
-        only_searches = not (self.orthogonal_reg_weight or self.codebook_diversity_loss_weight)
+        only_searches = not (self.orthogonal_reg_weight or self.stochastic_sample_codes or self._is_soft)
         moves = learning and (self.learnable_codebook or self._codebook.affine is not None)
         return passes_on and only_searches and not moves
 
     @property
-    def _estimator(self) -> Estimator:
+    def _is_soft(self) -> bool:
+        """Whether training takes a loss of the soft assignment."""
+        entropy = self.commitment_use_cross_entropy_loss and self.has_commitment_loss
+        return entropy or self.codebook_diversity_loss_weight > 0
+
+    def _estimator(self, temperature: float) -> Estimator:
         kind = "rotation" if self.rotation_trick else "directional" if self.directional_reparam else "ste"
-        return Estimator(kind, self.directional_reparam_variance, self.sync_update_v, self.route_gradients_to_input)
+        soft = temperature if self.straight_through and self.training and temperature > 0 else None
+        return Estimator(
+            kind, self.directional_reparam_variance, self.sync_update_v, self.route_gradients_to_input, soft
+        )
 
     def _checked_topk(self, topk: int | None) -> int | None:
         if topk is None:

@@ -290,3 +290,62 @@ def test_checkpoints_load_both_ways(kind):
         assert (ours.state_dict()[name].shape, ours.state_dict()[name].dtype) == (tensor.shape, tensor.dtype)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     assert torch.equal(ours.eval()(batch())[1], theirs.eval()(batch())[1])
+
+
+@pytest.mark.parametrize(
+    "options", [{"commitment_use_cross_entropy_loss": True}, {"codebook_diversity_loss_weight": 2.0}], ids=str
+)
+def test_soft_losses(options):
+    ours, theirs = pair(**options, codebook_diversity_temperature=3.0, ema_update=False)
+    for seed in range(2):
+        assert_equal_steps(ours, theirs, batch(seed=seed), seed)
+
+
+@pytest.mark.parametrize("kind", ["plain", "cosine", "implicit", "projected", "dropout"])
+def test_cross_entropy_of_given_indices(kind):
+    """vector_quantize_pytorch fails here. Level by level, of what the levels before leave over."""
+    ours = pair(**OPTIONS[kind])[0]
+    x, targets = batch().requires_grad_(), torch.randint(-1, SIZE, (2, 20, LEVELS), generator=generator(4))
+    with torch.no_grad():
+        codes = ours.eval()(x, return_all_codes=True)[3]
+    quantized, loss = ours.train()(x, indices=targets, freeze_codebook=True)
+    residual, total, expected = ours.project_in(x), 0, 0
+    for level in range(LEVELS):
+        codebook = ours.codebooks[level].detach()
+        table = codebook[None, None]
+        if kind == "implicit" and level:
+            table = ours.mlps[level - 1](codebook, condition=torch.as_tensor(total)[:, :, None])
+        inputs = torch.nn.functional.normalize(residual, dim=-1) if kind == "cosine" else residual
+        difference = inputs[:, :, None] - table
+        logits = (inputs[:, :, None] * table).sum(-1) if kind == "cosine" else -difference.norm(dim=-1)
+        expected = expected + torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets[..., level].flatten(), ignore_index=-1
+        )
+        residual, total = residual - codes[level], total + codes[level]
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    loss.backward()
+    assert x.grad.any()
+    close(quantized.detach(), ours.project_out(codes.sum(0)).detach())
+    listed = ours(x, indices=list(targets.unbind(-1)), freeze_codebook=True)[1]
+    torch.testing.assert_close(listed, loss)
+
+
+@pytest.mark.parametrize("kind", ["plain", "implicit", "beam", "shared"])
+def test_sampling(kind):
+    ours = pair(**OPTIONS[kind], stochastic_sample_codes=True, sample_codebook_temp=0.5)[0]
+    ours.requires_grad_(True)
+    indices = [ours(batch(), freeze_codebook=True)[1] for _ in range(2)]
+    assert not torch.equal(*indices)
+    ours(batch())[2].sum()
+    cold = ours(batch(), sample_codebook_temp=0.0, freeze_codebook=True)[1]
+    assert torch.equal(cold, ours.eval()(batch())[1])
+
+
+def test_groups_take_indices_for_cross_entropy():
+    torch.manual_seed(0)
+    ours = fastvq.GroupedResidualVQ(dim=DIM, groups=2, codebook_size=SIZE, num_quantizers=3)
+    x, targets = batch(), torch.randint(SIZE, (2, 2, 20, 3), generator=generator(4))
+    quantized, loss = ours.eval()(x, indices=targets)
+    parts = [rvq(part, indices=own) for rvq, part, own in zip(ours.rvqs, x.chunk(2, -1), targets, strict=True)]
+    close(loss, sum(part[1] for part in parts))
+    close(quantized, torch.cat([part[0] for part in parts], -1))
