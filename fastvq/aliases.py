@@ -14,7 +14,7 @@ import types
 
 PEER = "vector_quantize_pytorch"
 
-# Each module's names; one that doesn't stand in fastvq itself follows the module that has it.
+# NAME of fastvq itself, place:NAME of a module in it, place:NAME:THEIRS where that has another name.
 MODULES = {
     "binary_mapper": "BinaryMapper",
     "evo_lookup_free_quantization": "EvoLFQ LFQ quantizers.evo_lfq:Return quantizers.evo_lfq:Result",
@@ -22,12 +22,15 @@ MODULES = {
     "finite_scalar_quantization": "FSQ quantizers.fsq:round_ste quantizers.fsq:floor_ste",
     "hierarchical_vq": "HierarchicalVQ VectorQuantize",
     "latent_quantization": "LatentQuantize",
-    "lookup_free_quantization": "LFQ parts.binary:CosineSimLinear quantizers.lfq:LossBreakdown quantizers.lfq:Return",
+    "lookup_free_quantization": (
+        "LFQ parts.binary:CosineSimLinear quantizers.lfq:LossBreakdown quantizers.lfq:Return "
+        "distributed:active:is_distributed distributed:mean:maybe_distributed_mean"
+    ),
     "random_projection_quantizer": "RandomProjectionQuantizer VectorQuantize",
     "residual_fsq": "ResidualFSQ GroupedResidualFSQ FSQ",
     "residual_lfq": "ResidualLFQ GroupedResidualLFQ LFQ",
     "residual_sim_vq": "ResidualSimVQ SimVQ",
-    "residual_vq": "ResidualVQ GroupedResidualVQ VectorQuantize quantizers.residual_vq:MLP",
+    "residual_vq": "ResidualVQ GroupedResidualVQ VectorQuantize parts.implicit:NeuralCodes:MLP",
     "sim_vq": "SimVQ parts.estimators:rotate_to",
     "utils": (
         "Sequential quantizers.sequential:QUANTIZE_KLASSES VectorQuantize ResidualVQ GroupedResidualVQ "
@@ -36,7 +39,8 @@ MODULES = {
     ),
     "vector_quantize_pytorch": (
         "VectorQuantize quantizers.vector_quantize:LossBreakdown codebook:Codebook parts.estimators:rotate_to "
-        "parts.estimators:straight_through parts.estimators:directional_reparam"
+        "parts.estimators:straight_through parts.estimators:directional_reparam "
+        "parts.losses:orthogonality:orthogonal_loss_fn distributed:active:is_distributed"
     ),
 }
 
@@ -49,10 +53,11 @@ def register(package: types.ModuleType) -> None:
         module.__spec__ = importlib.machinery.ModuleSpec(full_name, None, origin=__name__)
         module.__package__ = package.__name__
         for entry in contents.split():
-            place, _, attribute = entry.rpartition(":")
+            *place, attribute = entry.split(":")[:2]
+            theirs = entry.rpartition(":")[2]
             try:  # until every class is there
-                home = importlib.import_module(f"{package.__name__}.{place}") if place else package
-                setattr(module, attribute, getattr(home, attribute))
+                home = importlib.import_module(".".join([package.__name__, *place]))
+                setattr(module, theirs, getattr(home, attribute))
             except (AttributeError, ModuleNotFoundError):
                 continue
         sys.modules[full_name] = module
