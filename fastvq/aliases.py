@@ -55,11 +55,8 @@ def register(package: types.ModuleType) -> None:
         for entry in contents.split():
             *place, attribute = entry.split(":")[:2]
             theirs = entry.rpartition(":")[2]
-            try:  # until every class is there
-                home = importlib.import_module(".".join([package.__name__, *place]))
-                setattr(module, theirs, getattr(home, attribute))
-            except (AttributeError, ModuleNotFoundError):
-                continue
+            home = importlib.import_module(".".join([package.__name__, *place]))
+            setattr(module, theirs, getattr(home, attribute))
         sys.modules[full_name] = module
         setattr(package, name, module)
 

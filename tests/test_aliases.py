@@ -16,6 +16,8 @@ import torch
 import fastvq
 from fastvq import aliases
 
+from .cases import close
+
 vqp = pytest.importorskip("vector_quantize_pytorch", reason="vector_quantize_pytorch isn't installed")
 
 
@@ -39,8 +41,53 @@ def test_every_class_has_its_path(name):
     ours = importlib.import_module(f"fastvq.{name}")
     assert getattr(fastvq, name) is ours
     assert importlib.util.find_spec(f"fastvq.{name}") is ours.__spec__
-    names = [n for n in classes(theirs) if hasattr(fastvq, n)]
-    assert [n for n in names if getattr(ours, n, None) is not getattr(fastvq, n)] == []
+    names = list(classes(theirs))
+    assert [n for n in names if not inspect.isclass(getattr(ours, n, None))] == []
+    exported = [n for n in names if hasattr(vqp, n)]
+    assert [n for n in exported if getattr(ours, n) is not getattr(fastvq, n)] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("vector_quantize_pytorch", "LossBreakdown"),
+        ("lookup_free_quantization", "LossBreakdown"),
+        ("lookup_free_quantization", "Return"),
+        ("evo_lookup_free_quantization", "Return"),
+        ("evo_lookup_free_quantization", "Result"),
+    ],
+)
+def test_tuples_have_the_same_fields(path, name):
+    ours, theirs = (getattr(importlib.import_module(f"{p}.{path}"), name) for p in ("fastvq", vqp.__name__))
+    assert ours._fields == theirs._fields
+
+
+def test_functions_are_theirs():
+    """Functions that are imported from the peer's modules, on data where it is right."""
+    x, e = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
+    for path, name, arguments in [
+        ("vector_quantize_pytorch", "rotate_to", (x, e)),
+        ("vector_quantize_pytorch", "straight_through", (x, e)),
+        ("sim_vq", "rotate_to", (x, e)),
+        ("vector_quantize_pytorch", "orthogonal_loss_fn", (x[None],)),
+        ("finite_scalar_quantization", "round_ste", (x,)),
+        ("finite_scalar_quantization", "floor_ste", (x,)),
+        ("lookup_free_quantization", "maybe_distributed_mean", (x,)),
+    ]:
+        results = []
+        for package in ("fastvq", vqp.__name__):
+            value = getattr(importlib.import_module(f"{package}.{path}"), name)(*arguments)
+            (gradient,) = torch.autograd.grad(value.square().sum(), x)
+            results.append((value.detach(), gradient))
+        close(*results)
+    for act in ("tanh", "sigmoid", "normal", "laplace", "cauchy"):
+        ours, theirs = (
+            importlib.import_module(f"{p}.finite_scalar_perturbation").build_cdf_act(act)
+            for p in ("fastvq", vqp.__name__)
+        )
+        close(ours[0](x.detach()), theirs[0](x.detach()))
+        probabilities = torch.linspace(0.05, 0.95, 9)
+        close(ours[1](probabilities), theirs[1](probabilities))
 
 
 def test_objects_name_their_real_home():

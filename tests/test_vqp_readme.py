@@ -27,9 +27,6 @@ REFUSED = {
     25: "x: must have shape .* with dim=9, got \\(2, 3, 9\\)",
 }
 
-# Not there yet.
-PENDING = {13}
-
 
 def imported(block):
     return re.findall(r"^from vector_quantize_pytorch import (\w+)$", block, re.M)
@@ -51,10 +48,7 @@ def test_the_readme_is_the_one_we_know():
     assert all(imported(block) for block in BLOCKS)
 
 
-@pytest.mark.parametrize(
-    "number",
-    [pytest.param(n, marks=pytest.mark.xfail(reason="not there yet") if n in PENDING else ()) for n in range(26)],
-)
+@pytest.mark.parametrize("number", range(26))
 @pytest.mark.usefixtures("_standing_in")
 def test_block(number):
     names = {"__name__": "readme", **GIVEN.get(number, {})}
