@@ -33,6 +33,8 @@ COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra
 SOURCES = [
     "search.cpp",
     "residual_search.cpp",
+    "topk_search.cpp",
+    "sample.cpp",
     "frame.cpp",
     "packed.cpp",
     "tier_pass.cpp",

@@ -76,6 +76,15 @@ def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
     return torch.ops.fastvq.native_residual_search(x.contiguous(), codebooks.contiguous())
 
 
+def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2") -> Tensor:
+    return torch.ops.fastvq.native_topk_search(x.contiguous(), codebook.contiguous(), k, metric=metric)
+
+
+def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, metric: str = "l2") -> Tensor:
+    x, codebook = x.contiguous(), codebook.contiguous()
+    return torch.ops.fastvq.native_sample(x, codebook, temperature=temperature, seed=seed, metric=metric)
+
+
 def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.fastvq.native_quantize_forward(
         x.contiguous(), codebook.contiguous(), indices.contiguous(), keep_codes
@@ -120,7 +129,7 @@ def ema_update_(*tensors: Tensor, decay: float, eps: float) -> None:
 OPS: Ops = {
     "search": search,
     "residual_search": residual_search,
-    "topk_search": eager.topk_search,
+    "topk_search": topk_search,
     "quantize_forward": quantize_forward,
     "quantize_backward": quantize_backward,
     "residual_quantize_forward": residual_quantize_forward,
@@ -131,5 +140,5 @@ OPS: Ops = {
     "binary_assign_backward": eager.binary_assign_backward,
     "soft_assign_forward": eager.soft_assign_forward,
     "soft_assign_backward": eager.soft_assign_backward,
-    "sample": eager.sample,
+    "sample": sample,
 }

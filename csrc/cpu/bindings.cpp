@@ -17,7 +17,9 @@
 #include "quantize.h"
 #include "residual_quantize.h"
 #include "residual_search.h"
+#include "sample.h"
 #include "search.h"
+#include "topk_search.h"
 
 namespace {
 
@@ -93,6 +95,35 @@ Tensor search(const Tensor& x, const Tensor& codebook, std::string metric) {
   for (int64_t h = 0; h < (heads ? x.size(0) : 1); ++h)
     fastvq::search(fastvq::active_isa(), fastvq::active_precision(), matrix_of(x, h), matrix_of(codebook, h), kind,
                    out + h * rows, PARALLEL);
+  return indices;
+}
+
+Tensor topk_search(const Tensor& x, const Tensor& codebook, int64_t k, std::string metric) {
+  const bool heads = x.dim() == 3;
+  const int64_t rows = x.size(-2);
+  Tensor indices = heads ? torch::stable::new_empty(x, {x.size(0), rows, k}, ScalarType::Long)
+                         : torch::stable::new_empty(x, {rows, k}, ScalarType::Long);
+  int64_t* out = static_cast<int64_t*>(indices.mutable_data_ptr());
+  const auto kind = metric == "dot" ? fastvq::Metric::dot : fastvq::Metric::l2;
+  const IeeeArithmetic arithmetic;
+  for (int64_t h = 0; h < (heads ? x.size(0) : 1); ++h)
+    fastvq::topk_search(fastvq::active_isa(), matrix_of(x, h), matrix_of(codebook, h), kind, k, out + h * rows * k,
+                        PARALLEL);
+  return indices;
+}
+
+Tensor sample(const Tensor& x, const Tensor& codebook, double temperature, const Tensor& seed, std::string metric) {
+  const bool heads = x.dim() == 3;
+  const int64_t rows = x.size(-2);
+  Tensor indices = heads ? torch::stable::new_empty(x, {x.size(0), rows}, ScalarType::Long)
+                         : torch::stable::new_empty(x, {rows}, ScalarType::Long);
+  int64_t* out = static_cast<int64_t*>(indices.mutable_data_ptr());
+  const auto kind = metric == "dot" ? fastvq::Metric::dot : fastvq::Metric::l2;
+  const auto key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+  const IeeeArithmetic arithmetic;
+  for (int64_t h = 0; h < (heads ? x.size(0) : 1); ++h)
+    fastvq::sample(fastvq::active_isa(), matrix_of(x, h), matrix_of(codebook, h), kind,
+                   {temperature, key, static_cast<uint32_t>(h)}, out + h * rows, PARALLEL);
   return indices;
 }
 
@@ -225,6 +256,8 @@ void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_avg, const T
 
 STABLE_TORCH_LIBRARY_IMPL(fastvq, CPU, m) {
   m.impl("native_search", TORCH_BOX(&search));
+  m.impl("native_topk_search", TORCH_BOX(&topk_search));
+  m.impl("native_sample", TORCH_BOX(&sample));
   m.impl("native_residual_search", TORCH_BOX(&residual_search));
   m.impl("native_quantize_forward", TORCH_BOX(&quantize_forward));
   m.impl("native_quantize_backward", TORCH_BOX(&quantize_backward));

@@ -5,6 +5,7 @@
 #include "estimator.h"
 #include "rows.h"
 #include "scan.h"
+#include "tiles.h"
 #include "vector.h"
 
 #ifndef FASTVQ_ISA
@@ -55,6 +56,9 @@ const Isa& FASTVQ_NAME(FASTVQ_ISA, _isa)() {
                             error,
                             take,
                             gradient,
+                            scores,
+                            at_most,
+                            perturb,
                             direct};
   return self;
 }

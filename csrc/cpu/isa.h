@@ -85,6 +85,16 @@ struct DirectCodes {
   const int64_t* list;  // which codes the positions [begin, end) stand for; null: themselves
 };
 
+// How scores become perturbed logits; see sample.h. What float32 makes of one is in error by less than
+//     unit (error / |x - e| + 2^-19 size) + 2e-5       with size |x - e|, or |score| where that isn't asked for
+// where the constants cover the noise, which is below 23, and its sum with the logit.
+struct Perturbation {
+  uint32_t key_low, key_high, row_low, row_high, head;
+  uint32_t block;  // the first code / 4
+  bool distance;   // logits are -unit sqrt(2 score + squares), else -unit score
+  float squares, error, unit;
+};
+
 struct Isa {
   const char* name;
   int lanes;
@@ -111,6 +121,15 @@ struct Isa {
   float (*take)(float* x, const float* e, int64_t dim, float* sum);
   void (*gradient)(const float* x, const float* e, const float* g, int64_t dim, bool rotate, float shortest,
                    float factor, bool add, float* out);
+  // t = half - <y, f> of tile_rows rows and the codes of the panels [begin, end), of the float32 tier; row r is written
+  // to out + r * stride, codes in order.
+  void (*scores)(const uint32_t* rows, const PackedCodes& codes, int64_t begin, int64_t end, float* out,
+                 int64_t stride);
+  // The positions of the values that are at most `limit`, and how many they are. count is a multiple of lanes.
+  int64_t (*at_most)(const float* values, int64_t count, float limit, int32_t* out);
+  // Scores to their perturbed logits, negated and less their error: the smallest that they can be. Returns the largest
+  // lower end. count is a multiple of 4 lanes, the first of the codes one of 4.
+  float (*perturb)(float* values, int64_t count, const Perturbation& perturbation);
   // Up to DIRECT_ROWS rows against the codes [begin, end). Rows are float32, padded with zeros to a multiple of
   // lanes, row r at rows + r * row_stride.
   void (*direct)(const float* rows, int64_t row_stride, int count, const DirectCodes& codes, int64_t begin, int64_t end,

@@ -49,6 +49,17 @@ inline V higher(V a, V b) {
   return a < b ? b : a;
 }
 
+inline FloatVec square_root(FloatVec v) {
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
+#elif defined(__AVX2__)
+  return (FloatVec)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int l = 0; l < LANES; ++l) v[l] = __builtin_sqrtf(v[l]);
+  return v;
+#endif
+}
+
 // Bit l of the result is set where lane l of `condition` is.
 inline uint32_t mask_of(IntVec condition) {
 #if defined(__AVX512F__)

@@ -1,0 +1,18 @@
+// The k nearest codes in order. The certificate of search.h holds with the k-th smallest score in the place of the
+// smallest: docs/streams.md.
+#pragma once
+
+#include <cstdint>
+
+#include "frame.h"
+#include "isa.h"
+#include "matrix.h"
+
+namespace fastvq {
+
+// Writes the k nearest codes of row n, nearest first, to indices[n * k ...]; -1 where there are fewer finite codes, and
+// in a row that isn't finite.
+void topk_search(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, int64_t k, int64_t* indices,
+                 const Parallel& parallel);
+
+}  // namespace fastvq
