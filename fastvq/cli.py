@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     prior = commands.add_parser("prior", help="learn which codes follow which in a run's data")
     prior.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
     prior.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    prior.add_argument("--kind", help="transformer (the default), pixelcnn or lstm")
     prior.add_argument("--steps", type=int, help="default: 1400")
     prior.set_defaults(run=_prior)
 
@@ -229,7 +230,8 @@ def _reconstruct(options: argparse.Namespace) -> int:
 def _prior(options: argparse.Namespace) -> int:
     from fastvq.training import prior
 
-    config = prior.PriorConfig() if options.steps is None else prior.PriorConfig(steps=options.steps)
+    given = {name: getattr(options, name) for name in ("kind", "steps") if getattr(options, name) is not None}
+    config = prior.PriorConfig(**given)
     learned = prior.train_prior(options.run_folder, config, resume=options.resume)
     if learned is None:
         print(f"stopped, saved; go on with: fastvq prior {shlex.quote(str(options.run_folder))} --resume")

@@ -15,14 +15,18 @@ from PIL import Image
 
 from fastvq.cli import main
 from fastvq.models import VQVAE
+from fastvq.models.priors import PRIORS
 from fastvq.training import CheckpointError, ConfigError, TrainConfig, Trainer, load_images
 from fastvq.training import prior as training
 from fastvq.training.build import load_model
-from fastvq.training.prior import PriorConfig, bits_per_code, forget_prior, load_prior, tokenize, train_prior
+from fastvq.training.prior import PriorConfig, PriorTrainer, bits_per_code, forget_prior, load_prior, train_prior
+from fastvq.training.tokens import tokenize
 
 from .runs import tiny_run
 
-TINY = PriorConfig(steps=6, batch_size=8, dim=16, depth=1, heads=2, warmup_steps=2, checkpoint_every=2)
+TINY = PriorConfig(
+    steps=6, batch_size=8, dim=16, depth=1, heads=2, warmup_steps=2, log_every=2, evaluate_every=3, checkpoint_every=3
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +84,24 @@ def test_labels_follow_the_mirrored_images(run):
     assert torch.equal(codes.train_labels, labelled.train_labels.repeat(2))
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(run, monkeypatch):
-    assert train_prior(run, TINY, progress=False) is not None
+@pytest.mark.parametrize("kind", PRIORS)
+def test_interrupted_and_resumed_equals_uninterrupted(run, monkeypatch, kind):
+    config = dataclasses.replace(TINY, kind=kind)
+    assert train_prior(run, config, progress=False) is not None
     whole = weights(run)
     forget_prior(run)
-    assert not list((run / "prior").iterdir())
-    original = training._train_step
+    assert not list((run / "prior").glob("codes*"))
+    assert not list((run / "prior" / "checkpoints").iterdir())
+    original = PriorTrainer.train_step
 
-    def step_and_interrupt(prior, optimizer, codes, config, step):
-        if step == 2:
+    def step_and_interrupt(trainer):
+        if trainer.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(prior, optimizer, codes, config, step)
+        original(trainer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_train_step", step_and_interrupt)
-        assert train_prior(run, TINY, progress=False) is None
+        patch.setattr(PriorTrainer, "train_step", step_and_interrupt)
+        assert train_prior(run, config, progress=False) is None
     torch.manual_seed(99)
     assert not equal(weights(run), whole)
     prior, codes = train_prior(run, resume=True, progress=False)
@@ -107,13 +114,13 @@ def test_states_that_cannot_be_used(run):
     with pytest.raises(CheckpointError, match="has no prior yet: fastvq prior"):
         load_prior(run)
     train_prior(run, TINY, progress=False)
-    state = run / "prior" / "state.safetensors"
+    state = max((run / "prior").glob("checkpoints/*")) / "state.safetensors"
     whole = state.read_bytes()
     for spoilt in (whole[:100], whole[:-10], b"", b"\xff" * 200):
         state.write_bytes(spoilt)
         with pytest.raises(CheckpointError, match="is damaged"):
             load_prior(run)
-    state.write_bytes(whole.replace(json.dumps(TINY.seed).encode(), b"0"))
+    state.write_bytes(whole)
     load_prior(run)
     other = next((run / "checkpoints").glob("step-*"))
     config = TrainConfig(**json.loads((other / "checkpoint.json").read_text())["config"])
@@ -130,6 +137,7 @@ def test_states_that_cannot_be_used(run):
     ("settings", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"kind": "oracle"}, "kind must be one of transformer, pixelcnn, lstm, got 'oracle'"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
         ({"heads": 3}, "heads: must divide dim=16, got 3"),
         ({"batch_size": 1000}, "batch_size 1000 is more than the"),
@@ -149,7 +157,9 @@ def test_learning_rate_rises_and_falls():
 
 
 def test_commands(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "PriorConfig", lambda steps=6: dataclasses.replace(TINY, steps=steps))
+    monkeypatch.setattr(
+        training, "PriorConfig", lambda steps=6, kind="transformer": dataclasses.replace(TINY, steps=steps, kind=kind)
+    )
     assert main(["sample", str(run), f"--out={tmp_path}/s.png"]) == 2
     assert "has no prior yet" in capsys.readouterr().err
     assert main(["prior", str(run), "--steps=3"]) == 0

@@ -29,8 +29,8 @@ from fastvq.training import (
 )
 from fastvq.training.batches import batch_rows, flip_some
 from fastvq.training.evaluation import reconstruct
+from fastvq.training.loop import forget_run
 from fastvq.training.metrics import read_metrics
-from fastvq.training.trainer import forget_run
 
 # 392 vectors a batch for 16 codes: with this threshold some code is revived at random in nearly every step.
 TINY = TrainConfig(

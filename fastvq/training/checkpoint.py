@@ -15,14 +15,14 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fastvq.extras import require
-from fastvq.training.config import ConfigError, TrainConfig
+from fastvq.training.config import ConfigError, Settings, TrainConfig
 
 _FORMAT = 1
 _KEEP = 2
@@ -41,16 +41,18 @@ class Checkpoint:
     Attributes:
         step: optimizer steps done.
         seconds: time spent training so far.
-        config: the run's settings.
+        config: the run's settings, `Settings` of some type.
         data_fingerprint: of the images it learnt from, see `Images.fingerprint`.
         tensors: everything else, under names with dots.
+        built_from: what the model was built from that the settings don't say.
     """
 
     step: int
     seconds: float
-    config: TrainConfig
+    config: Any
     data_fingerprint: str
     tensors: dict[str, Tensor]
+    built_from: dict[str, Any] = field(default_factory=dict)
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors whose name starts with `prefix.`, without that prefix."""
@@ -84,6 +86,7 @@ def save(run: Path, checkpoint: Checkpoint) -> Path:
         "data_fingerprint": checkpoint.data_fingerprint,
         "state_sha256": hashlib.sha256(state).hexdigest(),
         "config": checkpoint.config.to_json(),
+        "built_from": checkpoint.built_from,
     }
     _write_to_disk(partial / _DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
     _flush_folder(partial)
@@ -101,8 +104,8 @@ def discard(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def load_latest(run: Path) -> Checkpoint:
-    """Read the run's latest checkpoint.
+def load_latest(run: Path, settings: type[Settings] = TrainConfig) -> Checkpoint:
+    """Read the run's latest checkpoint, whose settings are of this type.
 
     Raises:
         CheckpointError: the run has none, or the latest is damaged.
@@ -111,13 +114,13 @@ def load_latest(run: Path) -> Checkpoint:
     if not folders:
         raise CheckpointError(f"{run} holds no checkpoint")
     try:
-        return _load(folders[-1])
+        return _load(folders[-1], settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         earlier = f" to go on from {folders[-2].name}" if len(folders) > 1 else " and start again"
         raise CheckpointError(f"{folders[-1]} is damaged ({error}): delete it{earlier}") from error
 
 
-def _load(folder: Path) -> Checkpoint:
+def _load(folder: Path, settings: type[Settings]) -> Checkpoint:
     description: dict[str, Any] = json.loads((folder / _DESCRIPTION).read_text())
     if description["format"] != _FORMAT:
         raise ConfigError(f"format {description['format']}, this version reads {_FORMAT}")
@@ -127,9 +130,10 @@ def _load(folder: Path) -> Checkpoint:
     return Checkpoint(
         step=description["step"],
         seconds=description["seconds"],
-        config=TrainConfig.from_json(description["config"]),
+        config=settings.from_json(description["config"]),
         data_fingerprint=description["data_fingerprint"],
         tensors=require("safetensors.torch").load(state),
+        built_from=description.get("built_from", {}),
     )
 
 

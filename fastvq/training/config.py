@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SHIPPED_DATA = "fashion-mnist"
 FULL_DATA = "fashion-mnist-full"
@@ -21,7 +24,46 @@ def _setting(default: Any, description: str) -> Any:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class Settings:
+    """What all settings of a training share: JSON and back, and the fields that `Loop` reads."""
+
+    if TYPE_CHECKING:
+        steps: int
+        log_every: int
+        evaluate_every: int
+        checkpoint_every: int
+
+    def learning_rate_at(self, step: int) -> float:
+        """Of step 0, 1, ..."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as a JSON object."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, settings: dict[str, Any]) -> Self:
+        """Return the settings of a JSON object made by `to_json`.
+
+        Raises:
+            ConfigError: a setting is missing, unknown or out of range.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if names != settings.keys():
+            raise ConfigError(
+                f"settings of another version: missing {sorted(names - settings.keys())},"
+                f" unknown {sorted(settings.keys() - names)}"
+            )
+        return cls(**settings)
+
+    def differences(self, other: Settings) -> dict[str, tuple[Any, Any]]:
+        """Return {name: (value here, value there)} of all settings that differ."""
+        here, there = self.to_json(), other.to_json()
+        return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
     """Everything that decides the weights of a run: equal settings and equal data give equal weights.
 
     Each field carries its description as metadata, from which the command line makes its options.
@@ -76,30 +118,6 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be {_describe_range(low, high)}, got {value}")
         if self.image_size % 2**self.downsamples:
             raise ConfigError(f"image_size {self.image_size} is no multiple of 2**downsamples = {2**self.downsamples}")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings as a JSON object."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, settings: dict[str, Any]) -> TrainConfig:
-        """Return the settings of a JSON object made by `to_json`.
-
-        Raises:
-            ConfigError: a setting is missing, unknown or out of range.
-        """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if names != settings.keys():
-            raise ConfigError(
-                f"settings of another version: missing {sorted(names - settings.keys())},"
-                f" unknown {sorted(settings.keys() - names)}"
-            )
-        return cls(**settings)
-
-    def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
-        """Return {name: (value here, value there)} of all settings that differ."""
-        here, there = self.to_json(), other.to_json()
-        return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
 
     def learning_rate_at(self, step: int) -> float:
         """Return `peak * min(1, (step + 1) / warmup) * (1 + cos(pi step / steps)) / 2` for step 0, 1, ..."""

@@ -20,10 +20,11 @@ from fastvq.training.checkpoint import CheckpointError, checkpoint_folders
 from fastvq.training.compress import HELD_OUT, encode_images
 from fastvq.training.config import TrainConfig
 from fastvq.training.evaluation import Evaluation, evaluate
+from fastvq.training.loop import forget_run
 from fastvq.training.prior import PriorConfig, bits_per_code, forget_prior, train_prior
 from fastvq.training.report import picture_reconstructions, picture_run
 from fastvq.training.sampling import picture_completions, picture_samples
-from fastvq.training.trainer import Trainer, forget_run
+from fastvq.training.trainer import Trainer
 
 DEMO = TrainConfig(evaluate_every=400)
 DEMO_PRIOR = PriorConfig()

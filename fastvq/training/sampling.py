@@ -11,7 +11,7 @@ from torch import Tensor
 from fastvq import plots
 from fastvq.data import Images
 from fastvq.data.images import to_float
-from fastvq.models import VQVAE, TransformerPrior
+from fastvq.models import VQVAE, Prior
 from fastvq.training.build import load_images, load_model
 from fastvq.training.prior import load_prior
 from fastvq.training.report import shown_rows
@@ -21,13 +21,11 @@ _COMPLETED = 8
 
 
 @torch.no_grad()
-def picture_samples(
-    path: Path, prior: TransformerPrior, model: VQVAE, images: Images, *, seed: int = 0, **settings: Any
-) -> None:
+def picture_samples(path: Path, prior: Prior, model: VQVAE, images: Images, *, seed: int = 0, **settings: Any) -> None:
     """Draw samples beside held-out images: a row for each class, or four rows where there are no classes.
 
     Args:
-        settings: of `TransformerPrior.sample`: temperature, top_k, top_p, guidance.
+        settings: of `Prior.sample`: temperature, top_k, top_p, guidance.
     """
     generator = torch.Generator().manual_seed(seed)
     classes = list(range(prior.classes)) if prior.classes else [None] * 4
@@ -57,7 +55,7 @@ def picture_samples(
 
 @torch.no_grad()
 def picture_completions(
-    path: Path, prior: TransformerPrior, model: VQVAE, images: Images, *, seed: int = 0, **settings: Any
+    path: Path, prior: Prior, model: VQVAE, images: Images, *, seed: int = 0, **settings: Any
 ) -> None:
     """Draw held-out images whose upper half of codes the prior completes, three times each."""
     generator = torch.Generator().manual_seed(seed)
@@ -90,7 +88,7 @@ def sample_run(run: Path, path: Path, *, complete: bool, seed: int, **settings: 
     """Draw samples of a run's prior, or completions of held-out images, to a picture.
 
     Raises:
-        CheckpointError: the run has no prior. ValueError: a setting of `TransformerPrior.sample` that can't be.
+        CheckpointError: the run has no prior. ValueError: a setting of `Prior.sample` that can't be.
     """
     prior, model = load_prior(run)
     _, config = load_model(run)
