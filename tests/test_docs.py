@@ -17,6 +17,7 @@ DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
         ("README.md", "tensor("),
         ("docs/coding.md", "bits_per_code"),
         ("docs/prior.md", "bits of each"),
+        ("docs/learning.md", "of it dead"),
         ("docs/quantizers.md", "usage"),
         ("docs/contexts.md", "the same 343 codes"),
     ],
