@@ -9,14 +9,17 @@ takes these and changes nothing.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .distributed import checksum, recomputing
 
-__all__ = ["History", "recomputing"]
+if TYPE_CHECKING:
+    from .codebook import Codebook
+
+__all__ = ["History", "Repeatable", "recomputing"]
 
 REMEMBERED = 2
 """Forward passes whose codes are kept: those of a layer that is used twice before the backward pass."""
@@ -26,34 +29,36 @@ class History:
     """The codes that the last forward passes searched, by the vectors that they were given."""
 
     def __init__(self) -> None:
-        self._passes: deque[tuple[Tensor, Tensor]] = deque(maxlen=REMEMBERED)
+        self._passes: deque[tuple[Tensor, list[Tensor | None]]] = deque(maxlen=REMEMBERED)
 
-    def remember(self, x: Tensor, codes: Tensor) -> None:
-        """Keeps `codes` for the recomputation with the vectors x (..., D): a tensor that nobody will write to."""
-        if not torch.compiler.is_compiling():
-            self._passes.append((_mark(x), codes.detach()))
+    def remember(self, x: Tensor, codes: list[Tensor | None]) -> None:
+        """Keeps `codes` for the recomputation with the vectors x (..., D): tensors that nobody will write to."""
+        self._passes.append((_mark(x), codes))
 
-    def recall(self, x: Tensor) -> Tensor:
+    def recall(self, x: Tensor) -> list[Tensor | None]:
         """The codes that were kept for x, which are then forgotten.
 
         Raises:
             RuntimeError: x isn't among the last passes.
         """
-        # A single one needn't be looked for: a GPU may compute x slightly otherwise the second time.
-        found = 0 if len(self._passes) == 1 else None
-        mark = None if found == 0 else _mark(x)
-        for place in reversed(range(len(self._passes))):
-            if found is None and mark is not None and torch.equal(self._passes[place][0], mark):
-                found = place
-        if found is None:
-            raise RuntimeError(
-                "a recomputation within backward doesn't repeat one of the layer's last"
-                f" {REMEMBERED} forward passes: run backward sooner after forward, or freeze the codebook"
-            )
-        codes = self._passes[found][1]
-        del self._passes[found]
+        place = self._find(x)
+        codes = self._passes[place][1]
+        del self._passes[place]
         return codes
 
+    def _find(self, x: Tensor) -> int:
+        if len(self._passes) == 1:  # needn't match: a GPU may compute x slightly otherwise the second time
+            return 0
+        mark = _mark(x)
+        for place in reversed(range(len(self._passes))):
+            if torch.equal(self._passes[place][0], mark):
+                return place
+        raise RuntimeError(
+            f"a recomputation within backward doesn't repeat one of the layer's last {REMEMBERED} forward passes: run"
+            " backward sooner after forward, or freeze the codebook"
+        )
+
+    # What is kept belongs to a backward pass of this process, and to no copy of the layer.
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
@@ -67,3 +72,33 @@ class History:
 def _mark(x: Tensor) -> Tensor:
     """What tells one batch from another: a sum over the bits of its first rows."""
     return checksum(x.detach().reshape(-1, x.shape[-1])[:64])
+
+
+class Repeatable:
+    """For a layer whose codebooks learn in its forward: `_begin_pass` before the codes are used, `_note_pass` when they
+    have been and before they learn, `_end_pass` at the end, each with the vectors x (..., D).
+
+    The layer says in `_learning_codebooks` which these are, and has a `_history`.
+    """
+
+    _history: History
+
+    @property
+    def _learning_codebooks(self) -> list[Codebook]:
+        raise NotImplementedError
+
+    def _begin_pass(self, x: Tensor) -> None:
+        if recomputing():
+            for codebook, codes in zip(self._learning_codebooks, self._history.recall(x), strict=True):
+                codebook.replayed = codes
+
+    def _note_pass(self, x: Tensor) -> None:
+        # Dynamo traces checkpointing as a whole, and doesn't let it change state.
+        if not torch.compiler.is_compiling() and not recomputing():
+            codebooks = self._learning_codebooks
+            self._history.remember(x, [c.codes.detach().clone() if c.learns() else None for c in codebooks])
+
+    def _end_pass(self) -> None:
+        if recomputing():
+            for codebook in self._learning_codebooks:
+                codebook.replayed = None

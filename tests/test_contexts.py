@@ -55,9 +55,6 @@ class Model(nn.Module):
         return self.decoder(quantized), indices, loss.sum()
 
 
-NOT_YET = pytest.mark.xfail(reason="the layers don't recall their codes yet")
-
-
 def batch(seed):
     return torch.randn(4, 16, DIM, generator=generator(seed)).requires_grad_()
 
@@ -91,7 +88,6 @@ def assert_same_runs(ours, expected):
         assert torch.equal(one, other)
 
 
-@NOT_YET
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_changes_nothing(kind, use_reentrant):
@@ -103,7 +99,6 @@ def test_checkpointing_changes_nothing(kind, use_reentrant):
     assert_same_runs(train(Model(kind, segment)), train(Model(kind)))
 
 
-@NOT_YET
 @pytest.mark.parametrize("kind", ["plain", "residual, dropout"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointed_micro_batches(kind, use_reentrant):
@@ -115,7 +110,6 @@ def test_checkpointed_micro_batches(kind, use_reentrant):
     assert_same_runs(train(Model(kind, segment), micro_batches=2), train(Model(kind), micro_batches=2))
 
 
-@NOT_YET
 @pytest.mark.parametrize("kind", ["plain", "residual"])
 def test_nested_checkpoints(kind):
     def segment(part, x):

@@ -30,17 +30,17 @@ def test_a_forward_within_backward_is_known(use_reentrant):
 def test_passes_are_recalled_by_their_vectors():
     history = History()
     first, second = torch.randn(9, 4), torch.randn(9, 4)
-    history.remember(first, torch.zeros(2, 4))
-    history.remember(second, torch.ones(2, 4))
-    assert not history.recall(first).any()
+    history.remember(first, [torch.zeros(2, 4)])
+    history.remember(second, [torch.ones(2, 4)])
+    assert not history.recall(first)[0].any()
     # Only one is left, which needn't match: a GPU may compute it slightly otherwise.
-    assert history.recall(second + 1e-7).all()
+    assert history.recall(second + 1e-7)[0].all()
 
 
 def test_a_pass_too_long_ago_is_an_error():
     history = History()
     for _ in range(3):
-        history.remember(torch.randn(9, 4), torch.zeros(2, 4))
+        history.remember(torch.randn(9, 4), [torch.zeros(2, 4)])
     with pytest.raises(RuntimeError, match="doesn't repeat one of the layer's last 2 forward passes"):
         history.recall(torch.randn(9, 4))
 
@@ -48,15 +48,15 @@ def test_a_pass_too_long_ago_is_an_error():
 def test_two_equal_passes_are_recalled_backwards():
     history = History()
     x = torch.randn(9, 4)
-    history.remember(x, torch.zeros(2, 4))
-    history.remember(x, torch.ones(2, 4))
-    assert history.recall(x).all()
-    assert not history.recall(x).any()
+    history.remember(x, [torch.zeros(2, 4)])
+    history.remember(x, [torch.ones(2, 4)])
+    assert history.recall(x)[0].all()
+    assert not history.recall(x)[0].any()
 
 
 def test_a_history_is_not_copied():
     history = History()
-    history.remember(torch.randn(9, 4), torch.zeros(2, 4))
+    history.remember(torch.randn(9, 4), [torch.zeros(2, 4)])
     for other in (copy.deepcopy(history), pickle.loads(pickle.dumps(history))):
         with pytest.raises(RuntimeError):
             other.recall(torch.randn(9, 4))

@@ -30,9 +30,10 @@ def learn_together(
 ) -> None:
     """Moves each codebook to its vectors, and revives its dead codes. Nothing waits for the device.
 
-    All take part in one `accumulate` and, over several ranks, in one all-reduce: that of their counts, sums and rows
-    for revival, so that every rank comes to the same bits. A codebook that stands here more than once, because levels
-    share it, takes its turns in the moving averages, and its codes follow once, at the end.
+    A forward that is recomputed for its gradient changes nothing. All take part in one `accumulate` and, over several
+    ranks, in one all-reduce: that of their counts, sums and rows for revival, so that every rank comes to the same
+    bits. A codebook that stands here more than once, because levels share it, takes its turns in the moving averages,
+    and its codes follow once, at the end.
 
     Args:
         codebooks: Q of them, with one D.
@@ -44,7 +45,7 @@ def learn_together(
         accumulate_only: keep counts and sums for the next step without this, or for `Codebook.commit_`.
     """
     learning = [codebook.learns(ema_update) for codebook in codebooks]
-    if not any(learning) or not len(codebooks):
+    if not any(learning) or not len(codebooks) or distributed.recomputing():
         return
     if not all(learning):
         kept = [place for place, learns in enumerate(learning) if learns]

@@ -93,6 +93,7 @@ class Codebook(KeepsPrecision, nn.Module):
         self.reviver = Reviver(revival, size, dim, heads) if reviving and revival is not None else None
         self.vq_bridge = bridge
         self.affine = None if affine is None else Affine(self, heads, dim, **affine)
+        self.replayed: Tensor | None = None  # what a recomputed forward takes for `codes`
         # The host's copy of `initted`: asking the tensor would wait for the device at every step.
         self._ready = not kmeans_init
 
@@ -100,7 +101,10 @@ class Codebook(KeepsPrecision, nn.Module):
     def codes(self) -> Tensor:
         """The codes that vectors are compared with, (H, K, D): embed, or its image under bridge and affine map."""
         codes = self.embed if self.vq_bridge is None else self.vq_bridge(self.embed)
-        return codes if self.affine is None else self.affine.of_codes(self, codes)
+        codes = codes if self.affine is None else self.affine.of_codes(self, codes)
+        if self.replayed is None:
+            return codes
+        return self.replayed + (codes - codes.detach()) if codes.requires_grad else self.replayed
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Indices (H, N) of x (H, N, D); -1 where the mask (H, N) is False."""
@@ -110,7 +114,7 @@ class Codebook(KeepsPrecision, nn.Module):
     def initialise_(self, x: Tensor, mask: Tensor | None = None) -> None:
         """k-means on the rows of x (H, N, D) that are finite and in the mask (H, N), unless it has run already; then
         follows their mean and variance, where the codes do."""
-        if self._ready and self.affine is None:
+        if (self._ready and self.affine is None) or distributed.recomputing():
             return
         valid = x.isfinite().all(-1)
         if mask is not None:
@@ -238,7 +242,7 @@ class Codebook(KeepsPrecision, nn.Module):
     @torch.no_grad()
     def revive_(self, x: Tensor, valid: Tensor) -> None:
         """Puts dead codes on rows of x (H, N, D) with valid (H, N), without a step of learning."""
-        if self.reviver is None:
+        if self.reviver is None or distributed.recomputing():
             return
         found = self.candidates(self.own_rows(x), valid)
         if self.together():

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..codebook import learn_together
+from ..codebook import Codebook, learn_together
 from ..functional import residual_quantize
 from ..health import Monitored
 from ..ops import residual_search
@@ -19,10 +19,11 @@ from ..parts.implicit import NeuralCodes
 from ..parts.layout import Layout, codes_layout
 from ..parts.projection import projected_out, projections
 from ..parts.tables import Implicit, Shared, Table
+from ..recompute import History, Repeatable
 from .vector_quantize import VectorQuantize
 
 
-class ResidualVQ(Monitored, nn.Module):
+class ResidualVQ(Repeatable, Monitored, nn.Module):
     """Codes each vector by one code of each level, with the API of vector_quantize_pytorch.
 
         r_0 = project_in(x),   index_q = argmin_k |r_q - e_qk|^2,   r_{q+1} = r_q - sg[e_q,index_q]
@@ -135,6 +136,7 @@ class ResidualVQ(Monitored, nn.Module):
         self.beam_score_weights = weights
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
 
+        self._history = History()
         self.project_in, self.project_out = projections(dim, codebook_dim)
         self.has_projections = codebook_dim != dim
         self.layers = nn.ModuleList([VectorQuantize(dim=codebook_dim, codebook_size=k, **settings) for k in sizes])
@@ -149,6 +151,10 @@ class ResidualVQ(Monitored, nn.Module):
             for layer in self._levels:
                 layer._codebook = self._levels[0]._codebook
                 layer._in_place = self._levels[0]._in_place
+
+    @property
+    def _learning_codebooks(self) -> list[Codebook]:
+        return list(dict.fromkeys(level._codebook for level in self._levels))
 
     @property
     def _levels(self) -> list[VectorQuantize]:
@@ -212,6 +218,8 @@ class ResidualVQ(Monitored, nn.Module):
         targets = None if indices is None else layout.indices_to_rows(indices).flatten(0, 1)[None]
         kept = self._dropout.draw(self.training and targets is None, x, rand_quantize_dropout_fixed_seed)
         learning = self.training and not (freeze_codebook or self._levels[0].freeze_codebook)
+        if learning:
+            self._begin_pass(projected)
         if learning and not self._ready:
             self._initialise_levels(projected.detach(), flat_mask)
         given = self._given(projected, flat_mask, beam_size, kept, sample_codebook_temp)
@@ -228,6 +236,8 @@ class ResidualVQ(Monitored, nn.Module):
                 targets=targets,
                 temperature=sample_codebook_temp,
             )
+        if learning:
+            self._end_pass()
         if targets is None and given is not None and not self.training:
             weight = self._levels[0].commitment_weight
             losses = losses * weight if weight else losses
@@ -274,6 +284,7 @@ class ResidualVQ(Monitored, nn.Module):
             for level, one, error in zip(levels, chosen, errors.detach(), strict=True):
                 level._health.observe_(one, error)
         if learning:
+            self._note_pass(x)
             self._learn(levels, residuals[:, None], chosen, kept)
         if self.training:
             errors = errors * first.commitment_weight if first.has_commitment_loss else torch.zeros_like(errors)
@@ -313,6 +324,8 @@ class ResidualVQ(Monitored, nn.Module):
             total = total + step.quantized
             levels.append(level)
             steps.append(step)
+        if learning:
+            self._note_pass(x)
         open_steps = [place for place, step in enumerate(steps) if not step.learned]
         if learning and open_steps:
             self._learn(

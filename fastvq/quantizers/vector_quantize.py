@@ -18,6 +18,7 @@ from ..parts.losses import orthogonality, used_codes
 from ..parts.output import Estimator
 from ..parts.projection import projected_out, projections
 from ..parts.tables import PerRow, Shared, Table
+from ..recompute import History, Repeatable, recomputing
 from .settings import check_vector_quantize
 
 
@@ -44,7 +45,7 @@ class Step(NamedTuple):
     learned: bool  # whether the codebook has learned from them already
 
 
-class VectorQuantize(Monitored, nn.Module):
+class VectorQuantize(Repeatable, Monitored, nn.Module):
     """Replaces each vector by its nearest code and learns the codebook, with the API of vector_quantize_pytorch.
 
         quantized = project_out(e_index),   index = argmin_k |project_in(x) - e_k|^2
@@ -252,12 +253,17 @@ class VectorQuantize(Monitored, nn.Module):
             bridge=vq_bridge,
         )
         self._health = Health(codebook_size, heads if separate_codebook_per_head else None)
+        self._history = History()
         self.manual_in_place_optimizer_update = manual_in_place_optimizer_update
         self._in_place = (
             None
             if in_place_codebook_optimizer is None
             else InPlaceStep(in_place_codebook_optimizer, self._codebook.parameters())
         )
+
+    @property
+    def _learning_codebooks(self) -> list[Codebook]:
+        return [self._codebook]
 
     @property
     def ema_update(self) -> bool:
@@ -331,17 +337,23 @@ class VectorQuantize(Monitored, nn.Module):
         rows = layout.to_rows(x)
         rows_mask = layout.rows_mask(mask, lens)
         targets = None if indices is None else self._heads.split_indices(layout.indices_to_rows(indices))
+        inputs = self.inputs(rows)
+        learning = self.training and not frozen
+        if learning:
+            self._begin_pass(inputs)
         step = self.quantize_rows(
-            self.inputs(rows),
+            inputs,
             self._heads.split_mask(rows_mask),
             shape=(layout.batch, layout.rows),
-            learning=self.training and not frozen,
+            learning=learning,
             topk=topk,
             targets=targets,
             temperature=sample_codebook_temp,
             transform=codebook_transform_fn,
         )
-        if self.training and not (frozen or step.learned or topk):
+        if learning:
+            self._note_pass(inputs)
+        if learning and not (step.learned or topk):
             self._codebook.learn_(
                 step.inputs.detach(),
                 step.indices,
@@ -350,6 +362,8 @@ class VectorQuantize(Monitored, nn.Module):
                 accumulate_only=accum_ema_update,
             )
         loss, breakdown = self.losses(step)
+        if learning:
+            self._end_pass()
 
         joined = self._heads.join_indices(step.indices, layout.batch, layout.rows)
         quantized = self._heads.join(step.quantized, layout.batch, layout.rows)
@@ -420,7 +434,7 @@ class VectorQuantize(Monitored, nn.Module):
         where = current()
         chosen = self.choose(where, x, mask, topk, temperature) if indices is None else indices
         in_place, learned = x.new_zeros((), dtype=torch.float32), False
-        if self._in_place is not None and learning:
+        if self._in_place is not None and learning and not recomputing():
             self._codebook.learn_(x.detach(), chosen)
             learned = True
             estimator = self._estimator(temperature)
