@@ -61,7 +61,7 @@ def test_steps(kind, training):
     options, shape = OPTIONS[kind]
     ours, theirs = (module.train(training) for module in pair("HierarchicalVQ", **options))
     optimizers = [torch.optim.SGD(module.parameters(), lr=0.05) for module in (ours, theirs)]
-    for seed in range(4):
+    for seed in range(2):
         theirs.load_state_dict(ours.state_dict())
         *_, indices, _, cutoff = plain(ours, theirs, batch(*shape, seed=seed), seed)
         decoded = [module.get_output_from_indices(indices).detach() for module in (ours, theirs)]
@@ -194,7 +194,8 @@ def test_errors_name_the_argument(call, message):
 
 def test_compiled_training_step():
     """With nested dropout the graph has all levels and keeps as many as eager mode does."""
-    assert_compiles(hierarchical_vq(nested_dropout=1.0, shared_codebook=False), batch(2, DIM, 8, 8))
+    ours = hierarchical_vq(nested_dropout=1.0, shared_codebook=False, scales=(1, 2))
+    assert_compiles(ours, batch(2, DIM, 4, 4))
 
 
 def test_travels():

@@ -97,7 +97,7 @@ class EvoLFQ(Monitored, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.zero.device
+        return self.lfq.mask.device
 
     def forward(self, x: Any, **kwargs: Any) -> Any:
         """(reconstructed, indices, entropy_aux_loss) of x; kwargs are `LFQ`'s, whose loss breakdown comes second."""
