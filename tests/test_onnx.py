@@ -103,6 +103,8 @@ LAYERS = {
     "cosine": lambda: fastvq.VectorQuantize(D, 30, use_cosine_sim=True),
     "residual": lambda: fastvq.ResidualVQ(dim=D, num_quantizers=3, codebook_size=30),
     "residual, sizes": lambda: fastvq.ResidualVQ(dim=D, codebook_size=(30, 20), codebook_dim=5),
+    "SimVQ": lambda: fastvq.SimVQ(D, 30),
+    "bits": lambda: fastvq.LFQ(dim=D, codebook_size=16, orthogonal_rotation=True),
 }
 
 
@@ -123,12 +125,11 @@ def test_layers(tmp_path, kind):
 
     if kind == "residual":
         return
-    fastvq_onnx.export(
-        layer, indices, tmp_path / "decode.onnx", method="get_output_from_indices", dynamic_shapes=shapes
-    )
+    decode = "get_output_from_indices" if hasattr(layer, "get_output_from_indices") else "indices_to_codes"
+    fastvq_onnx.export(layer, indices, tmp_path / "decode.onnx", method=decode, dynamic_shapes=shapes)
     indices = indices.flip(0)[:2]
     (decoded,) = run(tmp_path / "decode.onnx", indices)
-    close(decoded, layer.get_output_from_indices(indices).detach())
+    close(decoded, getattr(layer, decode)(indices).detach())
 
 
 def test_a_model_around_a_layer(tmp_path):
