@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements of the largest temporary that a search holds: 16 MiB of float32."""
@@ -47,10 +46,9 @@ class NeuralCodes(nn.Module):
             h = h + layer(h)
         return F.normalize(h, dim=-1) if self.l2norm_output else h
 
-    @torch.no_grad()
     def by_rows(self, codes: Tensor, condition: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The transformed codes (n, K, D) of n rows at a time, for codes (K, D) and condition (R, D): with the rows'
-        place, and no more of them than fit CHUNK_ELEMENTS."""
+        place, and no more of them than fit CHUNK_ELEMENTS. For use without gradient."""
         step = max(1, CHUNK_ELEMENTS // (len(codes) * self.widest))
         for start in range(0, len(condition), step):
             place = slice(start, start + step)

@@ -164,12 +164,13 @@ class Implicit(Table):
     def nearest_k(self, x: Tensor, k: int, mask: Tensor | None) -> Tensor:
         rows = x[0].detach()
         found = rows.new_empty((len(rows), k), dtype=torch.int64)
-        for place, codes in self.network.by_rows(self.codes.detach(), self.condition.detach()):
-            chunk = rows[place, None]
-            if k == 1:
-                found[place] = search(chunk, codes, metric=self.metric)
-            else:
-                found[place] = ranked(chunk, codes, k, self.metric, None)[:, 0]
+        with torch.no_grad():
+            for place, codes in self.network.by_rows(self.codes, self.condition):
+                chunk = rows[place, None]
+                if k == 1:
+                    found[place] = search(chunk, codes, metric=self.metric)
+                else:
+                    found[place] = ranked(chunk, codes, k, self.metric, None)[:, 0]
         return (found if mask is None else found.masked_fill(~mask[0][:, None], -1))[None]
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -181,8 +182,9 @@ class Implicit(Table):
     def draw(self, x: Tensor, temperature: float, k: int | None, mask: Tensor | None) -> Tensor:
         rows = x[0].detach()
         found = rows.new_empty((len(rows), k or 1), dtype=torch.int64)
-        for place, codes in self.network.by_rows(self.codes.detach(), self.condition.detach()):
-            found[place] = drawn(rows[place], codes, temperature, k or 1, self.metric)
+        with torch.no_grad():
+            for place, codes in self.network.by_rows(self.codes, self.condition):
+                found[place] = drawn(rows[place], codes, temperature, k or 1, self.metric)
         indices = _within(found[None], mask)
         return indices if k is not None else indices.squeeze(-1)
 
