@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -143,6 +144,17 @@ def assert_exports(layer, x):
     for one, other in zip(program(more), layer(more), strict=True):
         if isinstance(other, Tensor):
             torch.testing.assert_close(one, other, **TOLERANCE[torch.float32])
+
+
+def assert_traces_are_saved(layer, x):
+    with torch.no_grad():
+        traced = torch.jit.trace(layer.eval(), x, strict=False)
+        stream = io.BytesIO()
+        torch.jit.save(traced, stream)
+        stream.seek(0)
+        for one, other in zip(torch.jit.load(stream)(x), layer(x), strict=True):
+            if isinstance(other, Tensor):
+                assert torch.equal(one, other)
 
 
 def assert_runs_in_onnxruntime(layer, x, path):

@@ -159,6 +159,7 @@ def test_shapes_and_copies():
 
 def test_exported():
     contract.assert_exports(fastvq.BinaryMapper(3, deterministic_on_eval=True), vectors(2, 9, 3))
+    contract.assert_traces_are_saved(fastvq.BinaryMapper(3, deterministic_on_eval=True), vectors(2, 9, 3))
 
 
 def test_compiled():

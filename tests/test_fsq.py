@@ -334,6 +334,7 @@ def test_exported(tmp_path):
         [vectors(2, 8, 3, 5), layer._bound.thresholds.bounds[2, :30].view(2, 1, 3, 5).repeat(1, 8, 1, 1)]
     )
     contract.assert_exports(layer, images)
+    contract.assert_traces_are_saved(layer, images)
     contract.assert_runs_in_onnxruntime(layer, images, tmp_path / "forward.onnx")
 
 

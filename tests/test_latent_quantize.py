@@ -277,6 +277,7 @@ def test_more_codes_than_int32_can_number():
 
 def test_exported():
     contract.assert_exports(layer(dim=6), vectors(2, 6, 9))
+    contract.assert_traces_are_saved(layer(dim=6), vectors(2, 6, 9))
 
 
 def test_compiled():

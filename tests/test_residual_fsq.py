@@ -169,6 +169,7 @@ def test_compiled():
 def test_exported():
     layer = fastvq.ResidualFSQ(**SETTINGS, dim=6)
     contract.assert_exports(layer, vectors(2, 9, 6))
+    contract.assert_traces_are_saved(layer, vectors(2, 9, 6))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def straight_through(x: Tensor, q: Tensor, indices: Tensor | None = None) -> Ten
     Source: van den Oord et al. 2017, section 3.2; Bengio et al. 2013.
     """
     _check_same_shape(x, q)
-    return _Estimate.apply(x, q.detach(), indices, "ste")
+    return _estimate(x, q, indices, "ste")
 
 
 def rotate_to(x: Tensor, q: Tensor, indices: Tensor | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def rotate_to(x: Tensor, q: Tensor, indices: Tensor | None = None) -> Tensor:
     Source: Fifty et al., Restructuring Vector Quantization with the Rotation Trick, 2024, section 4.2.
     """
     _check_same_shape(x, q)
-    return _Estimate.apply(x, q.detach(), indices, "rotation")
+    return _estimate(x, q, indices, "rotation")
 
 
 def directional_reparam(x: Tensor, q: Tensor, noise_variance: float = 5e-3) -> Tensor:
@@ -94,6 +94,12 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     if factor == 0:
         return x.detach()
     return x if factor == 1 else factor * x + (1 - factor) * x.detach()
+
+
+def _estimate(x: Tensor, q: Tensor, indices: Tensor | None, gradient: str) -> Tensor:
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return q.detach().to(x.dtype)  # plain operations, which a trace can save
+    return _Estimate.apply(x, q.detach(), indices, gradient)
 
 
 class _Estimate(torch.autograd.Function):

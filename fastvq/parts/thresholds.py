@@ -78,4 +78,6 @@ def sloped(z: Tensor, value: Tensor, slope: Tensor) -> Tensor:
 
     Source: Bengio et al. 2013 (straight-through); Mentzer et al. 2023, appendix A.1.
     """
+    if not (torch.is_grad_enabled() and z.requires_grad):
+        return value.to(z.dtype)  # plain operations, which a trace can save
     return _Sloped.apply(z, value.detach(), slope.detach())
