@@ -4,12 +4,14 @@
 #   make gpu-check  what can be shown about the GPU kernels on a machine without a GPU; some minutes
 #   make format     rewrites the sources as `make lint` wants them
 # PYTHON chooses the interpreter of .venv, TORCH the torch that goes into it; PYTEST is handed on by `make test`.
+# WORKERS files of tests run at a time.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # The compiler whose counts are in kernels/counts.json.
 TRITON ?= triton==3.9.0
 PYTEST ?=
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
@@ -28,7 +30,7 @@ demo: $(VENV)/train.stamp
 	$(BIN)/fastvq demo --out runs/demo
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(PYTEST)
 
 lint: $(VENV)/lint.stamp $(VENV)/train.stamp
 	$(BIN)/ruff check .
@@ -50,7 +52,7 @@ gpu-check: $(VENV)/test.stamp
 	$(BIN)/python -m fastvq.kernels.aot
 	@echo "The same kernels in Triton's interpreter, and a training step on the meta device, which mixes no devices and"
 	@echo "never waits for one:"
-	$(BIN)/python -m pytest tests/kernels tests/test_devices.py
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile tests/kernels tests/test_devices.py
 
 clean:
 	rm -rf build $(VENV) fastvq/_native.* fastvq/native_build.json
