@@ -28,8 +28,8 @@ REMEMBERED = 2
 class History:
     """The codes that the last forward passes searched, by the vectors that they were given."""
 
-    def __init__(self) -> None:
-        self._passes: deque[tuple[Tensor, list[Tensor | None]]] = deque(maxlen=REMEMBERED)
+    def __init__(self, passes: int = REMEMBERED) -> None:
+        self._passes: deque[tuple[Tensor, list[Tensor | None]]] = deque(maxlen=passes)
 
     def remember(self, x: Tensor, codes: list[Tensor | None]) -> None:
         """Keeps `codes` for the recomputation with the vectors x (..., D): tensors that nobody will write to."""
@@ -54,19 +54,19 @@ class History:
             if torch.equal(self._passes[place][0], mark):
                 return place
         raise RuntimeError(
-            f"a recomputation within backward doesn't repeat one of the layer's last {REMEMBERED} forward passes: run"
-            " backward sooner after forward, or freeze the codebook"
+            "a recomputation within backward doesn't repeat one of the layer's last"
+            f" {self._passes.maxlen} forward passes: run backward sooner after forward, or freeze the codebook"
         )
 
     # What is kept belongs to a backward pass of this process, and to no copy of the layer.
     def __getstate__(self) -> dict[str, Any]:
-        return {}
+        return {"passes": self._passes.maxlen}
 
-    def __setstate__(self, _: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def __deepcopy__(self, _: dict[int, Any]) -> History:
-        return History()
+        return History(**self.__getstate__())
 
 
 def _mark(x: Tensor) -> Tensor:

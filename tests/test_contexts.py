@@ -17,6 +17,19 @@ from .layers import state
 
 DIM, SIZE = 6, 12
 
+
+class Scales(nn.Module):
+    """`HierarchicalVQ` with the indices of its levels in one tensor."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.vq = fastvq.HierarchicalVQ(dim=DIM, codebook_size=SIZE, scales=(1, 4, 16), channel_first=False, **options)
+
+    def forward(self, x):
+        quantized, indices, loss = self.vq(x)
+        return quantized, torch.cat(indices, 1), loss
+
+
 LAYERS = {
     "plain": lambda: fastvq.VectorQuantize(DIM, SIZE, decay=0.8),
     "straight through": lambda: fastvq.VectorQuantize(DIM, SIZE, rotation_trick=False),
@@ -34,6 +47,14 @@ LAYERS = {
     "residual, one codebook": lambda: fastvq.ResidualVQ(
         dim=DIM, num_quantizers=3, codebook_size=SIZE, shared_codebook=True
     ),
+    "SimVQ": lambda: fastvq.SimVQ(DIM, SIZE),
+    "SimVQ, dropout": lambda: fastvq.ResidualSimVQ(
+        dim=DIM, num_quantizers=3, codebook_size=SIZE, quantize_dropout=True
+    ),
+    "LFQ": lambda: fastvq.LFQ(dim=DIM, codebook_size=16, frac_per_sample_entropy=0.5, orthogonal_rotation=True),
+    "LFQ, dropout": lambda: fastvq.ResidualLFQ(dim=DIM, num_quantizers=3, codebook_size=16, quantize_dropout=True),
+    "one codebook for all scales": Scales,
+    "scales, k-means": lambda: Scales(shared_codebook=False, nested_dropout=0.5),
 }
 
 

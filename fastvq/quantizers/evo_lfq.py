@@ -56,8 +56,6 @@ class EvoLFQ(Monitored, nn.Module):
     (tournaments); Syswerda, Uniform Crossover in Genetic Algorithms, 1989.
     """
 
-    zero: Tensor
-
     def __init__(
         self,
         encoder: nn.Module,
@@ -89,7 +87,6 @@ class EvoLFQ(Monitored, nn.Module):
         self.pop_size, self.elitism_count = pop_size, elitism_count
         self.mutation_rate, self.tournament_size = mutation_rate, tournament_size
         self.generations = generations
-        self.register_buffer("zero", torch.tensor(0.0), persistent=False)
 
     @property
     def _health(self) -> Health:  # type: ignore[override]

@@ -13,6 +13,7 @@ from ..health import Health, Monitored
 from ..parts.layout import Layout
 from ..parts.nested_dropout import NestedDropout
 from ..parts.rows import finite_rows
+from ..recompute import REMEMBERED, History
 from .vector_quantize import VectorQuantize
 
 Scale = int | Sequence[int]
@@ -139,6 +140,7 @@ class HierarchicalVQ(Monitored, nn.Module):
         self.vqs: nn.ModuleList | None = None
         if shared_codebook:
             self.vq = VectorQuantize(codebook_size=sizes[0], **settings)
+            self.vq._history = History(REMEMBERED * self.num_levels)
         else:
             self.vqs = nn.ModuleList([VectorQuantize(codebook_size=size, **settings) for size in sizes])
 
@@ -210,6 +212,8 @@ class HierarchicalVQ(Monitored, nn.Module):
         residual = residual.masked_fill(~counted, 0)
         options = {} if sample_codebook_temp is None else {"sample_codebook_temp": sample_codebook_temp}
 
+        # Drawn before the codebooks draw, which in a recomputed forward they don't.
+        kept = self._dropout.draw(self.training, x)
         outputs, found, losses = [], [], []
         for level, shape in enumerate(self.level_shapes):
             cells, cells_mask = self._pool(residual, counted, shape)
@@ -220,7 +224,6 @@ class HierarchicalVQ(Monitored, nn.Module):
             outputs.append(quantized)
             found.append(chosen.unflatten(1, shape))
             losses.append(loss)
-        kept = self._dropout.draw(self.training, x)
         total = sum(kept.mask(level, output, 0.0) for level, output in enumerate(outputs))
         total = cast(Tensor, total).masked_fill(~counted, 0)
         total = (total if self.channel_first else total.movedim(1, -1)).to(x.dtype)

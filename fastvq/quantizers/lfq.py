@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,6 @@ class LFQ(Monitored, KeepsBuffers, nn.Module):
     """
 
     mask: Tensor
-    zero: Tensor
     orthogonal_rot: Tensor
     _kept_buffers = ("orthogonal_rot",)
 
@@ -171,14 +170,18 @@ class LFQ(Monitored, KeepsBuffers, nn.Module):
         self.force_quantization_f32 = force_quantization_f32
 
         self.register_buffer("mask", 2 ** torch.arange(self.codebook_dim - 1, -1, -1))
-        self.register_buffer("zero", torch.tensor(0.0), persistent=False)
+        self._dtype = torch.get_default_dtype()
         counted = codebook_size if codebook_size <= MOST_COUNTED_CODES else 0
         self._health = Health(counted, None if num_codebooks == 1 else num_codebooks)
 
     @property
     def dtype(self) -> torch.dtype:
         """What codes come in."""
-        return self.zero.dtype
+        return self._dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._dtype = fn(torch.zeros(1, dtype=self._dtype)).dtype
+        return super()._apply(fn, recurse)
 
     @property
     def codebook(self) -> Tensor:

@@ -124,7 +124,7 @@ class ResidualLFQ(Monitored, nn.Module):
         rows, counted = counted_rows(layout, x, mask)
         residual = self.project_in(rows)
         residual = residual if residual.dtype == torch.float64 else residual.float()
-        kept = self._dropout.draw(self.training and torch.is_grad_enabled(), x, rand_quantize_dropout_fixed_seed)
+        kept = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
         total, absent = torch.zeros_like(residual), torch.full_like(counted, -1, dtype=torch.int64)
         levels, losses = [], []
         for level, layer in enumerate(self._levels):
