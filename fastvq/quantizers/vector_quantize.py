@@ -102,6 +102,7 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
         sync_update_v: share of the output's gradient that the codes get, see `fastvq.parts.synchronous`.
         return_zeros_for_masked_padding: masked vectors come back as zero; if False, as they were.
         route_gradients_to_input: if False the output's gradient stops at the codes, which take it if learnable.
+        revival: what to do with dead codes, instead of threshold_ema_dead_code (`fastvq.codebook.Revival`).
 
     Raises:
         ValueError: an argument, or a pair of arguments, that can't be; it is named.
@@ -161,6 +162,8 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
         sync_update_v: float = 0.0,
         return_zeros_for_masked_padding: bool = True,
         route_gradients_to_input: bool = True,
+        *,
+        revival: Revival | None = None,
     ) -> None:
         super().__init__()
         by_gradient = directional_reparam or vq_bridge is not None
@@ -177,7 +180,7 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
             eps=eps,
             commitment_weight=commitment_weight,
             kmeans_iters=kmeans_iters,
-            threshold_ema_dead_code=threshold_ema_dead_code,
+            threshold_ema_dead_code=threshold_ema_dead_code if revival is None else revival.threshold,
             orthogonal_reg_weight=orthogonal_reg_weight,
             orthogonal_reg_max_codes=orthogonal_reg_max_codes,
             codebook_diversity_loss_weight=codebook_diversity_loss_weight,
@@ -244,7 +247,7 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
             kmeans_iters=kmeans_iters,
             sync=sync_codebook,
             sync_kmeans=sync_kmeans,
-            revival=Revival(threshold_ema_dead_code),
+            revival=Revival(threshold_ema_dead_code) if revival is None else revival,
             cosine=use_cosine_sim,
             learnable=learnable_codebook or orthogonal_reg_weight > 0,
             ema_update=ema_update,
