@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, help="train for fewer or more steps than usual")
     demo.add_argument("--ceiling-steps", type=int, help="the same for the network without a bottleneck")
     demo.add_argument("--prior-steps", type=int, help="the same for the prior")
+    demo.add_argument("--classifier-steps", type=int, help="the same for the classifier that judges samples")
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="time the search of your shape beside other libraries, or run the suite")
@@ -285,12 +286,15 @@ def _decode(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from fastvq.training.demo import CEILING_STEPS, DEMO, DEMO_PRIOR, run_demo
+    from fastvq.training import demo
 
-    config = DEMO if options.steps is None else dataclasses.replace(DEMO, steps=options.steps)
-    ceiling_steps = CEILING_STEPS if options.ceiling_steps is None else options.ceiling_steps
-    prior = DEMO_PRIOR if options.prior_steps is None else dataclasses.replace(DEMO_PRIOR, steps=options.prior_steps)
-    done = run_demo(options.out, config=config, ceiling_steps=ceiling_steps, prior_config=prior, resume=options.resume)
+    config = demo.DEMO if options.steps is None else dataclasses.replace(demo.DEMO, steps=options.steps)
+    prior = demo.DEMO_PRIOR
+    if options.prior_steps is not None:
+        prior = dataclasses.replace(prior, steps=options.prior_steps)
+    given = {name: getattr(options, name) for name in ("ceiling_steps", "classifier_steps")}
+    steps = {name: value for name, value in given.items() if value is not None}
+    done = demo.run_demo(options.out, config=config, prior_config=prior, resume=options.resume, **steps)
     if done is None:
         print(f"stopped, saved; go on with: fastvq demo --out {shlex.quote(str(options.out))} --resume")
         return _INTERRUPTED

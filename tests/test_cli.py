@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastvq.cli import main
+from fastvq.training import demo
 from fastvq.training.checkpoint import checkpoint_folders
 from fastvq.training.metrics import read_metrics
+from fastvq.training.prior import PriorConfig
 
 TINY = [
     "--codebook-size=16", "--dim=8", "--width=8", "--residual-width=4", "--encoder-blocks=1", "--decoder-blocks=1",
@@ -128,10 +132,17 @@ def test_a_folder_is_colour_by_default_and_resumes_from_anywhere(
     assert main(["train", "--out=../run", "--resume", "--data=../images"]) == 0
 
 
-def test_demo_writes_pictures_metrics_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+SMALL_PRIOR = PriorConfig(dim=16, depth=1)
+SHORT_DEMO = ["--ceiling-steps=2", "--prior-steps=2", "--classifier-steps=2"]
+
+
+def test_demo_writes_pictures_metrics_a_page_and_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "demo"
+    monkeypatch.setattr(demo, "DEMO_PRIOR", SMALL_PRIOR)
     for _ in range(2):
-        assert main(["demo", f"--out={run}", "--steps=3", "--ceiling-steps=2", "--prior-steps=2"]) == 0
+        assert main(["demo", f"--out={run}", *SHORT_DEMO, "--steps=3"]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert 0 < metrics["psnr_db"] < 40
     assert 0 < metrics["ceiling_psnr_db"] < 40
@@ -144,9 +155,35 @@ def test_demo_writes_pictures_metrics_and_a_table(tmp_path: Path, capsys: pytest
     bits = metrics["bits_per_code"]
     assert bits["uniform"] == 9.0
     assert 0 < bits["adaptive"] < bits["static"]
+    assert bits["static"] - 0.5 < bits["huffman"] < bits["static"] + 1
+    assert metrics["kl_bits_per_image"] == 441.0
+    assert metrics["prior_bits_per_image"] == pytest.approx(49 * bits["prior"])
+    assert metrics["bits_per_dimension"]["uniform"] == pytest.approx(441 / 784)
+    for name in ("sample_agreement", "plain_sample_agreement", "real_agreement", "reconstruction_agreement"):
+        assert 0 <= metrics[name] <= 1
+    sizes = {size["name"]: size for size in metrics["sizes"]}
+    ideal, file = (next(size["bytes"] for name, size in sizes.items() if text in name) for text in ("ideal, c", "file"))
+    assert file == metrics["coded_bytes"]
+    labels = 1000 * math.log2(10) / 8
+    assert abs(file - ideal - labels) <= 0.005 * (ideal + labels) + 64
+    assert sizes["PNG"]["bytes"] < sizes["pixels"]["bytes"] == 784_000
+    page = (run / "index.html").read_text()
+    shown = re.findall(r'src="([^"]+)"', page)
+    assert len(shown) == 7
+    assert all((run / name).exists() for name in shown)
+    assert f"{metrics['psnr_db']:.2f} dB" in page
+    assert "http" not in page
     assert 0 < bits["prior"] < 10
     assert metrics["coded_bytes"] == (run / "images.fvq").stat().st_size < metrics["pixel_bytes"] / 10
-    for name in ("reconstructions.png", "curves.png", "usage.png", "codes.png", "samples.png", "completions.png"):
+    for name in (
+        "reconstructions.png",
+        "curves.png",
+        "usage.png",
+        "codes.png",
+        "samples.png",
+        "completions.png",
+        "neighbours.png",
+    ):
         assert (run / name).stat().st_size > 10_000
     table = capsys.readouterr().out
     assert f"{metrics['psnr_db']:.2f} dB" in table
@@ -205,7 +242,8 @@ def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         if trainer.step == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    arguments = ["demo", f"--out={tmp_path}", "--steps=4", "--ceiling-steps=3", "--prior-steps=2"]
+    arguments = ["demo", f"--out={tmp_path}", *SHORT_DEMO, "--steps=4", "--ceiling-steps=3"]
+    monkeypatch.setattr(demo, "DEMO_PRIOR", SMALL_PRIOR)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", step_and_interrupt)
         assert main(arguments) == 130

@@ -14,6 +14,7 @@ import fastvq
 from fastvq import coding
 from fastvq.coding import CodingError, container, models, tree
 from fastvq.coding.codec import LARGEST_BATCH, _batches, _neighbours
+from fastvq.coding.huffman import huffman_bits
 
 from .cases import generator
 
@@ -295,3 +296,13 @@ def test_neighbours_and_batches():
     assert sizes[:5] == [1, 1, 2, 4, 8]
     assert max(sizes) == LARGEST_BATCH
     assert sum(sizes) == 300
+
+
+def test_huffman_is_between_the_entropy_and_a_bit_more():
+    assert huffman_bits(np.array([0] * 4 + [1] * 2 + [2, 3])) == 4 * 1 + 2 * 2 + 2 * 3
+    assert huffman_bits(np.array([7, 7])) == 0
+    assert huffman_bits(np.array([], np.int64)) == 0
+    codes = correlated(100, 5, 5, 40)
+    shares = torch.bincount(codes.flatten()).double() / codes.numel()
+    entropy = -(shares * shares.clamp_min(1e-300).log2()).sum().item()
+    assert entropy <= coding.measure(codes, 40)["huffman"]["bits_per_code"] < entropy + 1

@@ -15,6 +15,7 @@ from fastvq.files import whole
 
 from . import learned, tree
 from .container import LARGEST_CODEBOOK, MODELS, CodingError, Header, pack, unpack
+from .huffman import huffman_bits
 from .models import Adaptive, Model, Static
 from .stream import Decoder, Encoder
 from .tree import Ints, Open
@@ -112,6 +113,8 @@ def measure(
     count = max(1, codes.numel())
     uniform = math.log2(codebook_size) if codebook_size > 1 else 0.0
     results = {"uniform": {"bits_per_code": uniform, "bytes": float(math.ceil(uniform * codes.numel() / 8))}}
+    huffman = huffman_bits(codes.detach().cpu().long().numpy().ravel())
+    results["huffman"] = {"bits_per_code": huffman / count, "bytes": float(math.ceil(huffman / 8))}
     for model in MODELS if prior is not None else MODELS[:2]:
         data, bits = _encode(codes, codebook_size, model, bytes(8), prior, labels)
         results[model] = {"bits_per_code": bits / count, "bytes": float(len(data))}

@@ -1,5 +1,5 @@
-"""The main job: a VQ-VAE on the shipped images, its ceiling without a bottleneck, a prior over its codes, the held-out
-images in one small file, pictures and a short table."""
+"""The main job: a VQ-VAE on the shipped images, its ceiling without a bottleneck, a prior over its codes, samples, the
+held-out images in one small file, and a page that shows all of it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,33 @@ from typing import Any
 import torch
 
 import fastvq
-from fastvq import coding
+from fastvq.data import Images
 from fastvq.files import whole
 from fastvq.training.build import load_images
 from fastvq.training.checkpoint import CheckpointError, checkpoint_folders
+from fastvq.training.classifier import STEPS
 from fastvq.training.compress import HELD_OUT, encode_images
 from fastvq.training.config import TrainConfig
 from fastvq.training.evaluation import Evaluation, evaluate
 from fastvq.training.loop import forget_run
+from fastvq.training.measures import judge_samples, measure_sizes
+from fastvq.training.page import write_page
 from fastvq.training.prior import PriorConfig, bits_per_code, forget_prior, train_prior
 from fastvq.training.report import picture_reconstructions, picture_run
-from fastvq.training.sampling import picture_completions, picture_samples
+from fastvq.training.sampling import picture_completions, picture_neighbours, picture_samples
 from fastvq.training.trainer import Trainer
 
 DEMO = TrainConfig(evaluate_every=400)
 DEMO_PRIOR = PriorConfig()
-SAMPLING: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95}
+SAMPLING: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "guidance": 1.5}
+_STAGES = [
+    ("a VQ-VAE learns the images", 150),
+    ("the same network without a bottleneck, as the ceiling", 20),
+    ("a prior learns which of its codes go together", 190),
+    ("samples, completions, and a classifier that judges them", 35),
+    ("the held-out images as files of every kind", 30),
+]
+"""What the stages do, and about how many seconds each takes on 2 cores that have nothing else to do."""
 _MARKER = ".demo"
 CEILING_STEPS = 600
 
@@ -39,17 +50,19 @@ def run_demo(
     config: TrainConfig = DEMO,
     ceiling_steps: int = CEILING_STEPS,
     prior_config: PriorConfig = DEMO_PRIOR,
+    classifier_steps: int = STEPS,
     resume: bool = False,
 ) -> dict[str, Any] | None:
     """Train, measure and draw; return what metrics.json holds, or None if the run was interrupted.
 
     Args:
-        folder: gets the pictures, `metrics.json`, `metrics.jsonl`, `checkpoints/`, `images.fvq`, the prior in `prior/`
-            and the ceiling run in `ceiling/`. An earlier demo there is replaced.
+        folder: gets `index.html`, the pictures, `metrics.json`, `metrics.jsonl`, `checkpoints/`, `images.fvq`, the
+            prior in `prior/` and the ceiling run in `ceiling/`. An earlier demo there is replaced.
         config: settings of the run with a codebook; the ceiling run differs in `bottleneck` and `steps` alone.
         ceiling_steps: how long the network without a bottleneck trains. A longer run would end higher: the ceiling is
             a lower bound.
         prior_config: settings of the prior.
+        classifier_steps: of the classifier that judges samples.
         resume: go on with an interrupted demo.
     """
     started = time.monotonic()
@@ -66,6 +79,8 @@ def run_demo(
     (folder / _MARKER).touch()
     print(f"{images.name}: {len(images.train)} images to learn from, {len(images.test)} held out", flush=True)
 
+    _say(1)
+
     def show(trainer: Trainer, evaluation: Evaluation) -> None:
         path = picture_reconstructions(trainer.folder, trainer.model, images, evaluation, step=trainer.step)
         if trainer.step <= config.evaluate_every:
@@ -77,47 +92,89 @@ def run_demo(
     evaluation = evaluate(trainer.model, images.test)
     pictures = picture_run(trainer, evaluation)
 
-    print("the same network without a bottleneck, as the ceiling:", flush=True)
+    _say(2)
     began = bool(checkpoint_folders(folder / "ceiling"))
     ceiling_trainer = Trainer(ceiling_config, images, folder / "ceiling", resume=resume and began)
     if not ceiling_trainer.fit():
         return None
     ceiling = evaluate(ceiling_trainer.model, images.test)
 
-    print("a prior over its codes:", flush=True)
+    _say(3)
+    prior_started = time.monotonic()
     learned = train_prior(folder, prior_config, resume=resume)
     if learned is None:
         return None
     prior, codes = learned
-    pictures += [folder / "samples.png", folder / "completions.png"]
-    picture_samples(pictures[-2], prior, trainer.model, images, **SAMPLING)
-    picture_completions(pictures[-1], prior, trainer.model, images, **SAMPLING)
-    sizes = coding.measure(codes.test, config.codebook_size)
-    bits = {name: size["bits_per_code"] for name, size in sizes.items()}
-    bits["prior"] = bits_per_code(prior, codes.test, codes.test_labels)
-    encode_images(folder, Path(HELD_OUT), folder / "images.fvq")
+    prior_seconds = time.monotonic() - prior_started
+    bits_of_prior = bits_per_code(prior, codes.test, codes.test_labels) * codes.test.numel()
 
-    height, width = (size // 2**config.downsamples for size in images.test.shape[-2:])
+    _say(4)
+    sampling = SAMPLING if prior.classes else {name: SAMPLING[name] for name in SAMPLING if name != "guidance"}
+    for name, picture in (
+        ("samples", picture_samples),
+        ("completions", picture_completions),
+        ("neighbours", picture_neighbours),
+    ):
+        pictures.append(folder / f"{name}.png")
+        picture(pictures[-1], prior, trainer.model, images, **sampling)
+    judged = judge_samples(prior, trainer.model, images, sampling, steps=classifier_steps)
+
+    _say(5)
+    print("\n".join(encode_images(folder, Path(HELD_OUT), folder / "images.fvq", model="prior")), flush=True)
+    coded = (folder / "images.fvq").stat().st_size
+    bits, sizes = measure_sizes(
+        images,
+        codes,
+        config.codebook_size,
+        psnr_db=evaluation.psnr_db,
+        prior_bits=bits_of_prior,
+        prior_file=coded,
+    )
+    codes_per_image = codes.test[0].numel()
     metrics = {
         "psnr_db": evaluation.psnr_db,
         "perplexity": evaluation.perplexity,
         "usage": evaluation.usage,
         "ceiling_psnr_db": ceiling.psnr_db,
-        "codes_per_image": height * width,
+        "codes_per_image": codes_per_image,
         "codebook_size": config.codebook_size,
         "bits_per_code": bits,
-        "coded_bytes": (folder / "images.fvq").stat().st_size,
+        "kl_bits_per_image": codes_per_image * bits["uniform"],
+        "prior_bits_per_image": codes_per_image * bits["prior"],
+        "bits_per_dimension": {name: value * codes.test.numel() / images.test.numel() for name, value in bits.items()},
+        "coded_bytes": coded,
         "pixel_bytes": images.test.numel(),
+        "sizes": sizes,
+        **judged,
+        "sampling": ", ".join(f"{name} {value}" for name, value in sampling.items()),
         "steps": trainer.step,
         "seconds": round(trainer.seconds, 1),
         "ceiling_steps": ceiling_trainer.step,
         "ceiling_seconds": round(ceiling_trainer.seconds, 1),
         "prior_steps": prior_config.steps,
+        "prior_seconds": round(prior_seconds, 1),
         "total_seconds": round(time.monotonic() - started, 1),
+        **_setting(trainer, images),
+    }
+    with whole(folder / "metrics.json") as partial:
+        partial.write_text(json.dumps(metrics, indent=2) + "\n")
+    page = write_page(folder, metrics)
+    print(_table(metrics))
+    print(f"all pictures and tables: {page}")
+    return metrics
+
+
+def _say(stage: int) -> None:
+    what, seconds = _STAGES[stage - 1]
+    print(f"\n[{stage}/{len(_STAGES)}] {what}: about {seconds} s on 2 quiet cores", flush=True)
+
+
+def _setting(trainer: Trainer, images: Images) -> dict[str, Any]:
+    return {
         "train_images": len(images.train),
         "test_images": len(images.test),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "settings": config.to_json(),
+        "settings": trainer.config.to_json(),
         "threads": torch.get_num_threads(),
         "versions": {
             "fastvq": fastvq.__version__,
@@ -125,11 +182,6 @@ def run_demo(
             "python": platform.python_version(),
         },
     }
-    with whole(folder / "metrics.json") as partial:
-        partial.write_text(json.dumps(metrics, indent=2) + "\n")
-    print(_table(metrics))
-    print("pictures: " + ", ".join(str(path) for path in pictures))
-    return metrics
 
 
 def _table(metrics: dict[str, Any]) -> str:
@@ -145,7 +197,15 @@ def _table(metrics: dict[str, Any]) -> str:
         ("the images in one file", f"{metrics['coded_bytes']} bytes; their pixels: {metrics['pixel_bytes']}"),
         *(
             (f"bits a code, {name}", f"{metrics['bits_per_code'][name]:.2f}")
-            for name in ("uniform", "static", "adaptive", "prior")
+            for name in ("uniform", "huffman", "static", "adaptive", "prior")
+        ),
+        *(
+            (text, f"{metrics[name]:.0%}")
+            for name, text in (
+                ("sample_agreement", "samples of the class asked for"),
+                ("real_agreement", "the same for real images"),
+            )
+            if metrics[name] is not None
         ),
         ("perplexity of the codes", f"{metrics['perplexity']:.0f} of {metrics['codebook_size']}"),
         ("training", f"{metrics['steps']} steps, {metrics['seconds']:.0f} s"),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastvq
 from fastvq import plots
 from fastvq.data import Images
 from fastvq.data.images import to_float
@@ -18,6 +19,7 @@ from fastvq.training.report import shown_rows
 
 _REAL, _DRAWN = 3, 7
 _COMPLETED = 8
+_NEAREST = 5
 
 
 @torch.no_grad()
@@ -81,6 +83,29 @@ def picture_completions(
         title=f"{images.name}: the prior completes held-out images",
         caption=f"The first {half} of {codes.shape[1]} rows of codes are given; the prior draws the others. The"
         " seam should not show, and where the upper half leaves it open, the drawn ones should differ.",
+    )
+
+
+@torch.no_grad()
+def picture_neighbours(
+    path: Path, prior: Prior, model: VQVAE, images: Images, *, seed: int = 0, **settings: Any
+) -> None:
+    """Draw samples, one of each class or ten, beside the training images nearest to each, mirrored ones included."""
+    count = prior.classes or 10
+    labels = torch.arange(count) if prior.classes else None
+    codes = prior.sample(count, labels, generator=torch.Generator().manual_seed(seed), **settings)
+    drawn = model.decode(codes).clamp(0, 1)
+    learned = to_float(torch.cat([images.train, images.train.flip(-1)]))
+    near = fastvq.topk_search(drawn.flatten(1), learned.flatten(1), _NEAREST)
+    rows = [torch.cat([image[None], learned[of]]) for image, of in zip(drawn, near, strict=True)]
+    plots.save_grid(
+        path,
+        rows,
+        [_class_name(images, label) if prior.classes else "" for label in range(count)],
+        ["sampled", *(["nearest"] + [f"{n + 1}." for n in range(1, _NEAREST)])],
+        title=f"{images.name}: samples and the training images nearest to them",
+        caption="Nearest by the squared difference of all pixels, among all images that the models learned from and"
+        " their mirror images. A copy would look like its first neighbour in every detail.",
     )
 
 
