@@ -8,7 +8,8 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .cases import TOLERANCE, close, generator
 
@@ -144,6 +145,31 @@ def assert_exports(layer, x):
     for one, other in zip(program(more), layer(more), strict=True):
         if isinstance(other, Tensor):
             torch.testing.assert_close(one, other, **TOLERANCE[torch.float32])
+
+
+def assert_checkpointing_changes_nothing(layer, x):
+    """Activation checkpointing of either kind: the results, gradients and state of a step without it."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, use_reentrant):
+            super().__init__()
+            self.inner, self.use_reentrant = copy.deepcopy(layer), use_reentrant
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=self.use_reentrant)
+
+    wrapped = [Checkpointed(use_reentrant) for use_reentrant in (True, False)]
+    results, x_grad, grads = step(layer, x)
+    for module in wrapped:
+        found, found_x_grad, found_grads = step(module, x)
+        for one, other in zip(found, results, strict=True):
+            if isinstance(other, Tensor):
+                assert torch.equal(one, other)
+        assert_close(found_x_grad, x_grad, gradients=True)
+        assert_close({name.removeprefix("inner."): g for name, g in found_grads.items()}, grads, gradients=True)
+        assert torch.equal(module.inner.code_counts, layer.code_counts)
+        for name, value in layer.state_dict().items():
+            assert torch.equal(module.inner.state_dict()[name], value)
 
 
 def assert_traces_are_saved(layer, x):

@@ -157,6 +157,10 @@ def test_shapes_and_copies():
     contract.assert_inference_mode_works(layer, vectors(2, 9, 3))
 
 
+def test_checkpointing():
+    contract.assert_checkpointing_changes_nothing(fastvq.BinaryMapper(3), vectors(2, 9, 3))
+
+
 def test_exported():
     contract.assert_exports(fastvq.BinaryMapper(3, deterministic_on_eval=True), vectors(2, 9, 3))
     contract.assert_traces_are_saved(fastvq.BinaryMapper(3, deterministic_on_eval=True), vectors(2, 9, 3))

@@ -198,6 +198,10 @@ def test_shapes_and_copies():
     contract.assert_inference_mode_works(layer, vectors(2, 9, 6))
 
 
+def test_checkpointing():
+    contract.assert_checkpointing_changes_nothing(fastvq.FSP(LEVELS, dim=6, quantize_rate=0.5), vectors(2, 9, 6))
+
+
 def test_exported():
     contract.assert_exports(fastvq.FSP(LEVELS, dim=6), vectors(2, 9, 6))
 

@@ -327,6 +327,11 @@ def test_compiled_by_inductor():
     contract.assert_compiles(layer, torch.stack([near, vectors(12, 4)]), backend="inductor", modes=(True,))
 
 
+def test_checkpointing():
+    layer = fastvq.FSQ([5, 5, 5], dim=6, preserve_symmetry=True, noise_dropout=0.5)
+    contract.assert_checkpointing_changes_nothing(layer, vectors(2, 9, 6))
+
+
 def test_exported(tmp_path):
     """Many levels take a third path in ONNX, which has no bisection."""
     layer = fastvq.FSQ([8, 5, 50, 3], num_codebooks=2)

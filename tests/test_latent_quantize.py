@@ -275,6 +275,12 @@ def test_more_codes_than_int32_can_number():
     assert torch.equal(module.indices_to_codes(indices), quantized)
 
 
+def test_checkpointing():
+    contract.assert_checkpointing_changes_nothing(layer(dim=6), vectors(2, 6, 9))
+    module = layer(dim=6, in_place_codebook_optimizer=partial(torch.optim.SGD, lr=2.0))
+    contract.assert_checkpointing_changes_nothing(module, vectors(2, 6, 9))
+
+
 def test_exported():
     contract.assert_exports(layer(dim=6), vectors(2, 6, 9))
     contract.assert_traces_are_saved(layer(dim=6), vectors(2, 6, 9))

@@ -196,16 +196,24 @@ class LatentQuantize(LevelUse, nn.Module):
             loss = loss + quantization * self._error(latents.detach(), selected, counts)
         return loss
 
+    @torch.no_grad()
     def _step(self, latents: Tensor, counts: Tensor) -> None:
-        """A step of the values' own optimizer, the same on every rank, which leaves all other gradients alone."""
+        """A step of the values' own optimizer, the same on every rank, which leaves all other gradients alone.
+
+        The gradient of the quantization loss is written out: a graph in here would be one more for checkpointing to
+        recompute.
+        """
         optimizer = self.in_place_codebook_optimizer
         assert optimizer is not None
-        with torch.enable_grad():
-            latents = latents.detach()
-            loss = self._weights[1] * self._error(latents, self._values_of(self._nearest(latents)), counts)
-            grads = torch.autograd.grad(loss, list(self.values_per_latent))
+        levels = self._nearest(latents).clamp_min(0)
+        pull = torch.where(counts[..., None, None], self._values_of(levels) - latents, 0)
+        elements = (counts.sum() * self.effective_codebook_dim).clamp_min(1)
+        first = torch.arange(0, self.codebook_dim * max(self._sizes), max(self._sizes), device=levels.device)
+        grads = pull.new_zeros(self.codebook_dim * max(self._sizes))
+        grads.index_add_(0, (levels + first).flatten(), (2 * self._weights[1] * pull / elements).flatten())
+        grads = mean(grads).view(self.codebook_dim, -1)
         for values, grad in zip(self.values_per_latent, grads, strict=True):
-            values.grad = mean(grad)
+            values.grad = grad[: len(values)].to(values.dtype)
         optimizer.step()
         optimizer.zero_grad()
 

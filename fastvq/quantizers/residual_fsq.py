@@ -34,7 +34,7 @@ class ResidualFSQ(Monitored, KeepsBuffers, nn.Module):
         dim: dimension of the vectors that come in and go out; linear projections stand around the codes where it isn't
             len(levels).
         is_channel_first: x is (B, dim, ...), and indices are (B, Q, ...).
-        quantize_dropout: in training with gradients, leave out the levels after a random one.
+        quantize_dropout: in training, leave out the levels after a random one.
         quantize_dropout_cutoff_index: the first level that may be the last.
         quantize_dropout_multiple_of: the number of levels that are kept is rounded up to a multiple of it.
         soft_clamp_input_value: c, a number or one for each dimension; None for no soft clamp. Follows from the levels
@@ -144,7 +144,7 @@ class ResidualFSQ(Monitored, KeepsBuffers, nn.Module):
         Raises:
             ValueError, TypeError: x, mask or lens that don't fit.
         """
-        kept = self._dropout.draw(self.training and torch.is_grad_enabled(), x, rand_quantize_dropout_fixed_seed)
+        kept = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
         result = self._forward(x, mask, lens, kept, training=self.training)
         return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
 
