@@ -124,6 +124,25 @@ def test_a_position_that_is_not_finite_counts_as_masked():
         assert one.isfinite().all()
 
 
+def test_orthogonality():
+    options = IMAGES | {"orthogonal_reg_weight": 0.5, "shared_codebook": False}
+    ours, theirs = pair("HierarchicalVQ", **options)
+    assert_same_step(ours, theirs, batch(2, DIM, 4, 4))
+
+
+def test_sampled_codes():
+    """In training, by temperature; in eval the nearest."""
+    ours = hierarchical_vq(stochastic_sample_codes=True, sample_codebook_temp=1e-4)
+    x = batch(2, DIM, 8, 8)
+    cold = ours(x)[1][2]
+    warm = ours(x, sample_codebook_temp=1e4)[1][2]
+    ours.eval()
+    nearest = ours(x)[1][2]
+    assert (warm != cold).float().mean() > 0.5
+    assert (cold == nearest).float().mean() > 0.5
+    assert torch.equal(ours(x, sample_codebook_temp=1e4)[1][2], nearest)
+
+
 def test_kmeans_and_revival():
     ours = hierarchical_vq(kmeans_init=True, threshold_ema_dead_code=2)
     for seed in range(5):

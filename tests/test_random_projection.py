@@ -102,7 +102,7 @@ def test_health(num_codebooks):
         (lambda: quantizer(codebook_size=0), "codebook_size: must be"),
         (lambda: quantizer()(torch.zeros(2, 3, DIM + 1)), "x: must have shape"),
         (lambda: quantizer()(torch.zeros(2, 3, DIM).long()), "x: must be floating"),
-        (lambda: quantizer()(torch.zeros(2, 3, DIM), torch.zeros(2, 4).long()), "indices: must be shaped"),
+        (lambda: quantizer()(torch.zeros(2, 3, DIM), torch.zeros(2, 4).long()), "indices: must have shape"),
     ],
 )
 def test_errors_name_the_argument(call, message):

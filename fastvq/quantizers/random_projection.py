@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..health import Health, Monitored
-from ..parts.rows import finite_rows
 from ..precision import KeepsBuffers, full_precision
-from ..soft import cross_entropy
 from .vector_quantize import VectorQuantize
 
 
@@ -98,21 +96,8 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
             projected = torch.einsum("bnd,hde->bnhe", normed, self.rand_projs.to(normed.dtype)).flatten(2)
         projected = projected.to(next(self.vq.project_in.parameters(), projected).dtype)
         if indices is not None:
-            return self._cross_entropy(projected, indices)
+            return self.vq(projected, indices=indices)[1]
         found = self.vq(projected)[1]
         if self.training:
             self._health.observe_(found.movedim(-1, 0) if self.num_codebooks > 1 else found)
         return found
-
-    def _cross_entropy(self, projected: Tensor, indices: Tensor) -> Tensor:
-        shape = (*projected.shape[:2], self.num_codebooks)
-        if indices.shape not in (shape, shape[:2] if self.num_codebooks == 1 else shape):
-            raise ValueError(f"indices: must be shaped as those of x, {shape}, got {tuple(indices.shape)}")
-        rows = self.vq.inputs(projected)  # [H, R, D]
-        targets = indices.reshape(-1, self.num_codebooks).T.masked_fill(~finite_rows(rows), -1)
-        counts = (targets >= 0).sum(1)
-        losses = [
-            cross_entropy(own, codes, chosen, metric="dot")
-            for own, codes, chosen in zip(rows, self.vq.codebook, targets, strict=True)
-        ]
-        return (torch.stack(losses) * counts).sum() / counts.sum().clamp_min(1)
