@@ -1,0 +1,77 @@
+// The exponential moving averages of cluster sizes and sums, and the codebook that follows from them: csrc/cpu/
+// ema_update.h in two launches.
+#pragma once
+
+#include "values.cuh"
+
+namespace fastvq::cuda {
+
+constexpr int EMA_THREADS = 256;
+constexpr int64_t EMA_PARTS = 256;  // blocks that sum the cluster sizes, at most
+constexpr int EMA_CODES = 16;       // of a block
+
+struct EmaState {
+  float *codebook, *cluster_size, *embed_avg;
+  const float *counts, *sums;
+  double* totals;  // [parts]: of the updated cluster sizes
+  int64_t size, dim, parts;
+  double decay, eps;
+};
+
+// a moved towards b by weight, exact at both ends.
+__device__ inline float lerp(float a, float b, float weight) {
+  return weight < 0.5f ? a + weight * (b - a) : b - (b - a) * (1.0f - weight);
+}
+
+// A block has a part of the codes, the same for every device: so is the order of the sum.
+static __global__ void __launch_bounds__(EMA_THREADS) ema_sizes(EmaState state) {
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  const float weight = static_cast<float>(1.0 - state.decay);
+  double total = 0.0;
+  for (int64_t k = static_cast<int64_t>(blockIdx.x) * EMA_THREADS + threadIdx.x; k < state.size;
+       k += state.parts * EMA_THREADS) {
+    const float moved = lerp(state.cluster_size[k], state.counts[k], weight);
+    state.cluster_size[k] = moved;
+    total += moved;
+  }
+  total = combine_block(total, Sum{}, scratch);
+  if (threadIdx.x == 0) state.totals[blockIdx.x] = total;
+}
+
+// A block has EMA_CODES codes, whose smoothed sizes it works out once.
+static __global__ void __launch_bounds__(EMA_THREADS) ema_codes(EmaState state) {
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  float* smoothed = reinterpret_cast<float*>(scratch + EMA_THREADS / WARP);
+  double total = 0.0;
+  for (int64_t part = threadIdx.x; part < state.parts; part += EMA_THREADS) total += state.totals[part];
+  total = combine_block(total, Sum{}, scratch);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * EMA_CODES, last = min(first + EMA_CODES, state.size);
+  if (threadIdx.x < EMA_CODES && first + threadIdx.x < last) {
+    const double size = state.cluster_size[first + threadIdx.x];
+    const double share = (size + state.eps) / (total + static_cast<double>(state.size) * state.eps);
+    smoothed[threadIdx.x] = static_cast<float>(share * total);
+  }
+  __syncthreads();
+  const float weight = static_cast<float>(1.0 - state.decay);
+  const int elements = static_cast<int>((last - first) * state.dim);
+  for (int at = threadIdx.x; at < elements; at += EMA_THREADS) {
+    const int64_t i = first * state.dim + at;
+    const float size = smoothed[at / static_cast<int>(state.dim)];
+    const float moved = lerp(state.embed_avg[i], state.sums[i], weight);
+    state.embed_avg[i] = moved;
+    if (size > 0.0f) state.codebook[i] = moved / size;
+  }
+}
+
+template <class Take>
+void ema_update(EmaState state, Stream stream, const Take& take) {
+  state.parts = min(EMA_PARTS, max(int64_t{1}, ceil_div(state.size, EMA_THREADS)));
+  state.totals = static_cast<double*>(take(sizeof(double) * state.parts));
+  const int sums = EMA_THREADS / WARP * static_cast<int>(sizeof(double));
+  launch(ema_sizes, dim3(static_cast<unsigned>(state.parts)), EMA_THREADS, sums, stream, state);
+  if (state.size > 0)
+    launch(ema_codes, dim3(static_cast<unsigned>(ceil_div(state.size, EMA_CODES))), EMA_THREADS,
+           sums + EMA_CODES * static_cast<int>(sizeof(float)), stream, state);
+}
+
+}  // namespace fastvq::cuda

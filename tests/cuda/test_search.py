@@ -1,0 +1,142 @@
+"""search and residual_search of csrc/cuda, in the emulator: every index is the specification's."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+from fastvq import reference
+
+from ..cases import ADVERSARIAL, DTYPES, FLOAT64_ONLY, METRICS, generator
+from . import emulation
+from .emulation import ORDERS, run
+
+# One group of codes and less; several tiles, with a rest; columns that fill what is packed, and that don't.
+SHAPES = {
+    "few": [(5, 9, 3), (7, 75, 33), (13, 130, 8)],
+    "cores": [(5, 9, 3), (7, 75, 16), (13, 130, 8), (6, 300, 2)],
+    "matrix": [(5, 9, 3), (7, 75, 33), (13, 130, 64)],
+    "three_products": [(5, 9, 3), (7, 75, 33)],
+    "define": [(5, 9, 3), (7, 75, 33)],
+}
+
+
+@functools.cache
+def cases(path):
+    given = []
+    for (name, data), shape, metric in itertools.product(ADVERSARIAL.items(), SHAPES[path], METRICS):
+        x, codebook = data(*shape, generator())
+        given.append((f"{name} {shape} {metric}", x, codebook, metric, reference.search(x, codebook, metric=metric)))
+    return given
+
+
+# What is run in all orders of the threads.
+SOME = ("gaussian", "duplicate_codes", "rounded_midpoints", "offset", "far_codes", "bad_vectors", "bad_codes")
+
+
+def wrong(path, given, **options):
+    """The names of the cases in which some index isn't the specification's."""
+    calls = [emulation.search(x, codebook, metric, path) for _, x, codebook, metric, _ in given]
+    answers = run(calls, **options)
+    return [case[0] for case, (found, *_) in zip(given, answers, strict=True) if not torch.equal(found, case[-1])]
+
+
+@pytest.mark.parametrize("path", SHAPES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_adversarial_data(order, path):
+    given = [case for case in cases(path) if order == "forward" or case[0].partition(" ")[0] in SOME]
+    assert not wrong(path, given, order=order, seed=11)
+
+
+@pytest.mark.parametrize("unit", ["a100", "h100"])
+def test_as_tensor_cores_compute(unit):
+    """Sums that are cut off as on these GPUs: docs/gpu.md."""
+    for path in ("matrix", "three_products"):
+        given = [case for case in cases(path) if "l2" in case[0] and "(13, " not in case[0]]
+        assert not wrong(path, given, unit=unit)
+
+
+def test_dtypes():
+    given = []
+    for a, b, path in itertools.product(DTYPES, DTYPES, ("few", "cores", "matrix")):
+        x, codebook = ADVERSARIAL["half_denormals" if a == b else "gaussian"](9, 40, 7, generator())
+        x, codebook = x.to(a), codebook.to(b)
+        given.append((path, x, codebook, reference.search(x, codebook)))
+    for data in FLOAT64_ONLY.values():
+        x, codebook = data(6, 20, 5, generator())
+        given.append(("cores", x, codebook, reference.search(x, codebook)))
+    answers = run(emulation.search(x, codebook, path=path) for path, x, codebook, _ in given)
+    for (path, x, codebook, expected), (found, *_) in zip(given, answers, strict=True):
+        assert torch.equal(found, expected), (path, x.dtype, codebook.dtype)
+
+
+@pytest.mark.parametrize("processors", [1, 40])
+def test_shapes_heads_and_splits(processors):
+    """With 40 processors the codes are shared out among blocks. Rows beyond a block, and beyond what few rows are."""
+    given = []
+    for (n, k, d), name in itertools.product(
+        [(1, 1, 1), (65, 400, 6), (600, 40, 12), (130, 70, 40), (70, 500, 24), (3, 20, 700), (66, 9, 520), (0, 5, 3)],
+        ("gaussian", "duplicate_codes", "bad_vectors"),
+    ):
+        x, codebook = ADVERSARIAL[name](n, k, d, generator()) if n else (torch.empty(0, d), torch.randn(k, d))
+        given.append((x, codebook))
+    for n, k, d in [(3, 7, 5), (70, 33, 5), (70, 33, 20)]:
+        pairs = [ADVERSARIAL[name](n, k, d, generator()) for name in ("gaussian", "offset", "far_codes")]
+        given.append(tuple(torch.stack(t) for t in zip(*pairs, strict=True)))
+    answers = run((emulation.search(*pair) for pair in given), processors=processors, order="shuffled")
+    for (x, codebook), (found, *_) in zip(given, answers, strict=True):
+        assert torch.equal(found, reference.search(x, codebook)), (x.shape, codebook.shape)
+
+
+def left_open(data, shape, path):
+    x, codebook = ADVERSARIAL[data](*shape, generator())
+    ((found, counts),) = run([emulation.search(x, codebook, path=path)])
+    assert torch.equal(found, reference.search(x, codebook))
+    return [int(count) / len(x) for count in counts]
+
+
+@pytest.mark.parametrize(
+    ("data", "path", "dim", "first", "second"),
+    [
+        ("clustered", "cores", 8, 0.0, None),
+        ("gaussian", "cores", 8, 0.002, None),
+        ("offset", "cores", 8, 0.02, None),
+        ("clustered", "matrix", 32, 0.01, 0.0),
+        ("gaussian", "matrix", 32, 0.06, 0.002),
+    ],
+)
+def test_the_scans_settle_most_rows(data, path, dim, first, second):
+    shares = left_open(data, (1024, 512, dim), path)
+    print(
+        f"{data} {(1024, 512, dim)}: left open by the first scan {shares[0]:.2%}, by the second {max(shares[1], 0):.2%}"
+    )
+    assert 0 <= shares[0] <= first
+    if second is not None:
+        assert 0 <= shares[1] <= second
+
+
+def stacks():
+    g = generator()
+    for n, q, k, d in [(1, 3, 40, 8), (9, 4, 33, 5), (21, 2, 100, 64), (140, 3, 20, 9), (130, 2, 30, 33), (0, 2, 3, 2)]:
+        codebooks = torch.randn(q, k, d, generator=g) * 0.5 ** torch.arange(q)[:, None, None]
+        yield torch.randn(n, d, generator=g), codebooks
+    x, codebooks = torch.randn(7, 6, generator=g), torch.randn(3, 11, 6, generator=g)
+    x[2, 1] = torch.nan
+    codebooks[1, :, 2] = torch.inf
+    codebooks[2, 5] = codebooks[2, 3]
+    yield x, codebooks
+    yield x.half(), codebooks.bfloat16()
+    yield x.double(), codebooks[:, :4]
+    yield x, codebooks.double()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("processors", [1, 5])
+def test_residual_search(processors, order):
+    given = list(stacks())
+    answers = run((emulation.residual_search(*case) for case in given), order=order, seed=2, processors=processors)
+    for (x, codebooks), (found, *_) in zip(given, answers, strict=True):
+        assert torch.equal(found, reference.residual_search(x, codebooks)), (x.shape, codebooks.shape)
