@@ -5,6 +5,11 @@ from 2.10 on. Metadata is in pyproject.toml.
 
     FASTVQ_NATIVE=0   leave it out          FASTVQ_NATIVE=1   fail where it can't be built
     (unset)           build it where a C++ compiler is, go without it where none is
+
+The CUDA kernels are a library of their own, built by csrc/cuda/build.py.
+
+    FASTVQ_CUDA=0     leave it out          FASTVQ_CUDA=1     fail where it can't be built
+    (unset)           build it where nvcc is and torch is a CUDA build
 """
 
 from __future__ import annotations
@@ -13,6 +18,8 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,6 +32,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc" / "cpu"
+CUDA = ROOT / "csrc" / "cuda"
 BUILD_RECORD = "native_build.json"
 STABLE_ABI = "0x020a000000000000"  # torch 2.10
 
@@ -71,6 +79,11 @@ def torch_root() -> Path | None:
     return None
 
 
+def has_cuda(torch: Path) -> bool:
+    version = torch / "version.py"
+    return version.exists() and re.search(r"^cuda\b[^=]*= *['\"]", version.read_text(), re.M) is not None
+
+
 class BuildNative(build_ext):
     """Builds the native library, or records why the package goes without it."""
 
@@ -89,8 +102,32 @@ class BuildNative(build_ext):
             print(f"fastvq: going without the native backend: {record['reason']}", file=sys.stderr)
             for stale in self.package_dir().glob("_native.*"):
                 stale.unlink()
+        record["cuda"] = self.cuda_record()
         target = self.package_dir() / BUILD_RECORD
         target.write_text(json.dumps(record, indent=2) + "\n")
+
+    def cuda_record(self) -> dict[str, object]:
+        wanted = os.environ.get("FASTVQ_CUDA", "")
+        library = self.package_dir() / "_native_cuda.so"
+        library.unlink(missing_ok=True)
+        if wanted == "0":
+            return {"built": False, "reason": "left out by FASTVQ_CUDA=0 at build time"}
+        torch = torch_root()
+        if wanted != "1" and not (torch and has_cuda(torch)):
+            return {"built": False, "reason": "torch was no CUDA build at build time; FASTVQ_CUDA=1 builds it anyway"}
+        cuda = runpy.run_path(str(CUDA / "build.py"))
+        objects = Path(self.build_temp).resolve() / "cuda"
+        try:
+            if torch is None:
+                raise RuntimeError("no torch 2.10 or newer found to build against")
+            built = cuda["build"](objects, torch, os.environ.get("CXX") or "g++")
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            if wanted == "1":
+                raise
+            reason = getattr(error, "stdout", None) or str(error)
+            return {"built": False, "reason": reason.strip()[-2000:]}
+        self.copy_file(str(objects / cuda["LIBRARY"]), str(library))
+        return {"built": True, **built}
 
     def package_dir(self) -> Path:
         path = ROOT / "fastvq" if self.inplace or self.editable_mode else Path(self.build_lib) / "fastvq"
@@ -98,7 +135,7 @@ class BuildNative(build_ext):
         return path
 
     def get_outputs(self) -> list[str]:
-        return [str(p) for p in self.package_dir().glob("_native.*")] + [str(self.package_dir() / BUILD_RECORD)]
+        return [str(p) for p in self.package_dir().glob("_native*.so")] + [str(self.package_dir() / BUILD_RECORD)]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
