@@ -1,7 +1,7 @@
 # The two commands are `make demo` and `make test`; each sets up what it needs in .venv first.
 #   make lint       ruff, mypy, clang-format
 #   make bench      the benchmark suite, which writes docs/benchmarks.md; about 13 minutes
-#   make gpu-check  what can be shown about the GPU kernels on a machine without a GPU; some minutes
+#   make gpu-check  what can be shown about the GPU kernels on a machine without a GPU; some ten minutes
 #   make format     rewrites the sources as `make lint` wants them
 # PYTHON chooses the interpreter of .venv, TORCH the torch that goes into it; PYTEST is handed on by `make test`.
 # WORKERS files of tests run at a time.
@@ -15,7 +15,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
-CXX_SOURCES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h')
+CXX_SOURCES := $(shell find csrc tests/native tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(filter csrc/%,$(CXX_SOURCES)) setup.py pyproject.toml
 CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
 
@@ -53,9 +53,12 @@ gpu-check: $(VENV)/test.stamp
 	@echo "The same kernels in Triton's interpreter, and a training step on the meta device, which mixes no devices and"
 	@echo "never waits for one:"
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile tests/kernels tests/test_devices.py
+	@echo "The CUDA kernels: compiled by nvcc for sm_80, sm_90a and sm_100 and loaded, where nvcc is; run in the emulator,"
+	@echo "by the reference and by sanitizers, where Boost.Context is:"
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile tests/cuda -rsP
 
 clean:
-	rm -rf build $(VENV) fastvq/_native.* fastvq/native_build.json
+	rm -rf build $(VENV) fastvq/_native.* fastvq/_native_cuda.so fastvq/native_build.json
 
 # The package is installed in place; a change in csrc/ or in the metadata installs it again.
 $(VENV)/build.stamp:

@@ -1,12 +1,12 @@
 """Which backend serves a call, and why not the others.
 
-    native     C++, on the CPU
+    native     C++, on the CPU; CUDA, on NVIDIA GPUs
     triton     Triton kernels, on NVIDIA and AMD GPUs
     torch      certified search in chunked torch operations, on any device with float64
     reference  the specification; never chosen by itself
 
-By itself, native serves the CPU and triton a GPU, or torch where they can't. A request, by `use_backend` or by
-FASTVQ_BACKEND in the environment, is met or fails with the reason: it never falls back.
+By itself, native serves the CPU, and a GPU triton, else native, where it is NVIDIA's, and torch what they can't. A
+request, by `use_backend` or by FASTVQ_BACKEND in the environment, is met or fails with the reason: it never falls back.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ BACKENDS = {
 
 def automatic(device: torch.device) -> tuple[str, ...]:
     """The backends that are tried where none was requested, in this order."""
+    if device.type == "cuda":
+        return ("triton", "native", "torch")
     return ("native", "torch") if device.type == "cpu" else ("triton", "torch")
 
 
@@ -94,6 +96,8 @@ def select(op: str, device: torch.device) -> Callable[..., Any]:
     for name in automatic(device):
         backend = BACKENDS[name]
         if not (reason := backend.unavailable(device)):
+            if name == "native" and device.type == "cuda":
+                _warn_once(native.UNTRIED)
             return backend.ops[op]
         if reason.startswith("FASTVQ_ISA"):  # a choice that can't be met
             raise RuntimeError(reason)
@@ -107,9 +111,13 @@ _said: set[str] = set()
 
 
 def _say_once(name: str, reason: str) -> None:
-    if name not in _said:
-        _said.add(name)
-        warnings.warn(f"fastvq runs without its {name} backend, exact but slower: {reason}", stacklevel=2)
+    _warn_once(f"fastvq runs without its {name} backend, exact but slower: {reason}")
+
+
+def _warn_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=3)
 
 
 def info() -> dict[str, Any]:

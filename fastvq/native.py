@@ -1,10 +1,15 @@
-"""The native backend: loads the compiled library and calls the ops that it implements."""
+"""The native backend: loads the compiled libraries and calls the ops that they implement.
+
+On the CPU these are all but those that `OPS` takes from the torch backend. On NVIDIA GPUs there are CUDA kernels for
+the searches, `accumulate` and `ema_update_`; torch operations serve the rest.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +66,47 @@ def peak(kind: str, threads: int) -> float | None:
     return rate if rate > 0 else None
 
 
+CAPABILITY = (8, 0)
+"""The least that an NVIDIA GPU must have: float16 matrix units that sum in float32, and asynchronous copies."""
+
+UNTRIED = (
+    "fastvq's CUDA kernels serve this device. They have been compiled, and run in an emulator, but not on a GPU yet "
+    "(docs/gpu.md); FASTVQ_BACKEND=torch leaves them out"
+)
+
+
+@functools.cache
+def _load_cuda() -> str:
+    """Loads the CUDA library; why it can't be used, else empty."""
+    record = build_record().get("cuda", {"built": False, "reason": "the package was built without it"})
+    if not record["built"]:
+        return f"no CUDA kernels were built: {record['reason']}. FASTVQ_CUDA=1 pip install builds them, by nvcc"
+    path = _PACKAGE / "_native_cuda.so"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path} doesn't load: {error}"
+    return ""
+
+
+def _unavailable_on_cuda(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return "the CUDA kernels run on NVIDIA GPUs"
+    if not torch.cuda.is_available():
+        return "no cuda device is available"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        least, found = (".".join(map(str, numbers)) for numbers in (CAPABILITY, capability))
+        return f"needs compute capability {least}, this device has {found}"
+    return _load_cuda()
+
+
 def unavailable(device: torch.device) -> str:
     """Why this backend can't serve `device`; empty where it can."""
+    if device.type == "cuda":
+        return _unavailable_on_cuda(device)
     if device.type != "cpu":
-        return f"the native kernels of this release run on cpu, not on {device.type}"
+        return f"the native kernels of this release run on cpu and cuda, not on {device.type}"
     return _load()[1]
 
 
@@ -126,14 +168,23 @@ def ema_update_(*tensors: Tensor, decay: float, eps: float) -> None:
             target.copy_(result)
 
 
+def _on_cpu(kernel: Callable[..., Any], operations: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel on the CPU; torch operations on a device that has none."""
+
+    def call(x: Tensor, *arguments: Any, **options: Any) -> Any:
+        return (kernel if x.device.type == "cpu" else operations)(x, *arguments, **options)
+
+    return call
+
+
 OPS: Ops = {
     "search": search,
     "residual_search": residual_search,
-    "topk_search": topk_search,
-    "quantize_forward": quantize_forward,
-    "quantize_backward": quantize_backward,
-    "residual_quantize_forward": residual_quantize_forward,
-    "residual_quantize_backward": residual_quantize_backward,
+    "topk_search": _on_cpu(topk_search, eager.OPS["topk_search"]),
+    "quantize_forward": _on_cpu(quantize_forward, eager.OPS["quantize_forward"]),
+    "quantize_backward": _on_cpu(quantize_backward, eager.OPS["quantize_backward"]),
+    "residual_quantize_forward": _on_cpu(residual_quantize_forward, eager.OPS["residual_quantize_forward"]),
+    "residual_quantize_backward": _on_cpu(residual_quantize_backward, eager.OPS["residual_quantize_backward"]),
     "accumulate": accumulate,
     "ema_update_": ema_update_,
     "binary_assign_forward": eager.binary_assign_forward,

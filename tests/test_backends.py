@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -49,6 +50,29 @@ def test_torch_serves_a_gpu_that_triton_cannot(monkeypatch):
         assert chosen(CUDA) == "torch"
 
 
+def test_native_serves_a_gpu_without_triton_and_says_that_nobody_has_tried_it(monkeypatch):
+    monkeypatch.setattr(backends, "_said", set())
+    for name, reason in (("triton", "triton isn't installed"), ("native", "")):
+        backend = dataclasses.replace(backends.BACKENDS[name], unavailable=lambda device, reason=reason: reason)
+        monkeypatch.setitem(backends.BACKENDS, name, backend)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert chosen(CUDA) == "native"
+        assert chosen(CUDA) == "native"
+    assert [str(one.message).partition(":")[0] for one in said] == [
+        "fastvq runs without its triton backend, exact but slower",
+        native.UNTRIED,
+    ]
+
+
+def test_operations_serve_what_has_no_cuda_kernel(monkeypatch):
+    """Here on the meta device, which has none either."""
+    monkeypatch.setattr(native, "quantize_forward", None)
+    x, codebook = torch.empty(3, 2, device="meta"), torch.empty(4, 2, device="meta")
+    quantized, _, _ = native.OPS["quantize_forward"](x, codebook, torch.empty(3, device="meta").long(), False)
+    assert quantized.shape == x.shape
+
+
 def test_every_backend_has_every_op():
     names = {tuple(sorted(backend.ops)) for backend in backends.BACKENDS.values()}
     steps = ("quantize_backward", "quantize_forward", "residual_quantize_backward", "residual_quantize_forward")
@@ -87,7 +111,7 @@ def test_an_unknown_name():
 
 @pytest.mark.parametrize(
     ("name", "device", "reason"),
-    [("native", CUDA, "run on cpu, not on cuda"), ("torch", MPS, "no float64"), ("reference", MPS, "no float64")],
+    [("native", CUDA, "no cuda device is available"), ("torch", MPS, "no float64"), ("reference", MPS, "no float64")],
 )
 def test_a_request_never_falls_back(name, device, reason):
     with fastvq.use_backend(name), pytest.raises(RuntimeError, match=f"{name!r} was requested for search.*{reason}"):
