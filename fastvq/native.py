@@ -191,5 +191,5 @@ OPS: Ops = {
     "binary_assign_backward": eager.binary_assign_backward,
     "soft_assign_forward": eager.soft_assign_forward,
     "soft_assign_backward": eager.soft_assign_backward,
-    "sample": sample,
+    "sample": _on_cpu(sample, eager.OPS["sample"]),
 }
