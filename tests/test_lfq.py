@@ -263,6 +263,19 @@ def test_health():
     close(lfq.quantization_error(), (x - result.quantized).square().mean().detach())
 
 
+def test_health_of_many_codes():
+    """Counts the bits."""
+    lfq = fastvq.LFQ(dim=40, entropy_loss_weight=0.0)
+    x = batch(2, 30, 40).abs()
+    x[..., :20] *= -1
+    x[0, 0, 0] = torch.nan
+    lfq(x)
+    assert torch.equal(lfq.code_counts, torch.tensor([[59, 0], [0, 59]]).repeat_interleave(20, 0))
+    assert torch.equal(lfq.usage(), torch.full((40,), 0.5))
+    evo = fastvq.EvoLFQ(nn.Identity(), nn.Identity(), lfq)
+    assert torch.equal(evo.usage(), lfq.usage())
+
+
 def test_shifting_half_of_the_vectors_to_other_codes_changes_the_batch_entropy_alone():
     lfq = fastvq.LFQ(dim=2)
     _, parts = lfq(torch.tensor([[[5.0, 5.0], [-5.0, -5.0]]]), return_loss_breakdown=True)

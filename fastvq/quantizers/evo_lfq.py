@@ -89,6 +89,10 @@ class EvoLFQ(Monitored, nn.Module):
         self.generations = generations
 
     @property
+    def _monitored(self) -> list[Monitored] | None:
+        return self.lfq._monitored
+
+    @property
     def _health(self) -> Health:  # type: ignore[override]
         return self.lfq._health
 

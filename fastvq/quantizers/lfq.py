@@ -10,16 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..health import Health, Monitored
 from ..parts.binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
 from ..parts.entropy import Entropies, binary_entropies, random_share
 from ..parts.estimators import straight_through
 from ..parts.layout import Layout
+from ..parts.level_use import LevelUse
 from ..parts.projection import projected_out, rotated
 from ..parts.rows import keep_finite, mean_of_rows
 from ..precision import KeepsBuffers, full_precision
 
-MOST_COUNTED_CODES = 2**24
 MOST_BITS_OF_ENTROPY = 30
 
 
@@ -39,7 +38,7 @@ class LossBreakdown(NamedTuple):
     commitment: Tensor
 
 
-class LFQ(Monitored, KeepsBuffers, nn.Module):
+class LFQ(LevelUse, KeepsBuffers, nn.Module):
     """Quantizes each dimension to one bit, with the API of vector_quantize_pytorch. There is no codebook to look up.
 
         y = project_in(x),   bit_d = y_d > 0,   quantized = project_out(v (2 bit - 1)),   index = sum_d bit_d 2^(D-1-d)
@@ -75,7 +74,7 @@ class LFQ(Monitored, KeepsBuffers, nn.Module):
         ValueError: an argument that can't be, by name.
 
     Numerics: memory is O(N 2^(D/2) + 2^D) for the entropies and O(N D) without; with an entropy_loss_weight of 0 they
-    are left out unless asked for. `health` counts codes up to K = 2^24.
+    are left out unless asked for. `health` counts codes up to K = 2^18, beyond that each bit.
 
     Source: Yu et al., Language Model Beats Diffusion, 2023, equations 3 to 5; sphere: Zhao et al., Binary Spherical
     Quantization, 2024; rotation: Chee et al., QuIP, 2023.
@@ -171,8 +170,7 @@ class LFQ(Monitored, KeepsBuffers, nn.Module):
 
         self.register_buffer("mask", 2 ** torch.arange(self.codebook_dim - 1, -1, -1))
         self._dtype = torch.get_default_dtype()
-        counted = codebook_size if codebook_size <= MOST_COUNTED_CODES else 0
-        self._health = Health(counted, None if num_codebooks == 1 else num_codebooks)
+        self._count_levels([2] * self.codebook_dim, None if num_codebooks == 1 else num_codebooks)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -271,7 +269,8 @@ class LFQ(Monitored, KeepsBuffers, nn.Module):
             indices = self.bits_to_indices(bits).masked_fill(~counted.unsqueeze(-1), -1)
             loss, parts = self._losses(y, codes, counted, inv_temperature, entropies)
             if self.training:
-                self._observe(indices, y, codes, counted)
+                error = mean_of_rows((y - codes).detach().square().flatten(-2), counted)
+                self._observe(indices.flatten(0, -2).T, bits, counted.unsqueeze(-1), error)
                 codes = straight_through(self.activation(y), codes)
             codes = self._place(codes).masked_fill(~counted[..., None, None], 0)
         return codes.flatten(-2), indices, loss, parts
@@ -292,12 +291,6 @@ class LFQ(Monitored, KeepsBuffers, nn.Module):
             commitment = mean_of_rows((y - codes).square().flatten(-2), counted)
         loss = entropy_loss * self.entropy_loss_weight + commitment * self.commitment_loss_weight
         return loss, LossBreakdown(found.per_sample, found.batch, commitment)
-
-    @torch.no_grad()
-    def _observe(self, indices: Tensor, y: Tensor, codes: Tensor, counted: Tensor) -> None:
-        if self.codebook_size <= MOST_COUNTED_CODES:
-            error = mean_of_rows((y - codes).square().flatten(-2), counted)
-            self._health.observe_(indices.flatten(0, -2).T, error)
 
     @property
     def _coordinate(self) -> float:
