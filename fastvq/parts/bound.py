@@ -83,10 +83,10 @@ class Bound(KeepsPrecision, nn.Module):
             f = SYMMETRIC[self.squash]
             moved = z + self.shift
             bounded = f.apply(moved)
-            error = (bounded * self.gain - self.lift - codes).square() if with_error else None
+            error = (bounded * self.gain).sub_(self.lift).sub_(codes).square_() if with_error else None
             if not differentiable:
                 return Rounded(codes, levels, error)
-            slope = (f.slope(moved, bounded) * self.gain).to(z.dtype)
+            slope = f.slope(moved, bounded).mul_(self.gain)
             if counts is not None:
                 slope = torch.where(counts.unsqueeze(-1), slope, 0)
         return Rounded(sloped(z, codes, slope), levels, error)
