@@ -4,9 +4,10 @@
                        |                     '-- commitment and codebook losses --> scalar
                        '-- accumulate(x, indices) --> counts, sums -- ema_update_ --> codebook
 
-Layers: `VectorQuantize`, `ResidualVQ`, `GroupedResidualVQ`; `fastvq.parts` has what they are composed from. The same
-as functions: `quantize`, `residual_quantize`, `search`, `topk_search`, `sample`, `residual_search`, `accumulate`,
-`ema_update_`; soft assignments: `soft_assign`, `binary_assign`, `cross_entropy`, `soft_lookup`.
+Layers: `VectorQuantize`, `ResidualVQ`, `SimVQ`, `FSQ`, `LFQ` and the others of vector_quantize_pytorch, each by example
+in docs/quantizers.md; `fastvq.parts` has what they are composed from. As functions: `quantize`, `residual_quantize`,
+`search`, `topk_search`, `sample`, `residual_search`, `accumulate`, `ema_update_`; soft assignments: `soft_assign`,
+`binary_assign`, `cross_entropy`, `soft_lookup`.
 Health of a codebook: `usage`, `perplexity`, `dead_share`, and each quantizer's `health()`. Which code runs:
 `use_backend`, and `fastvq info` on the command line.
 """
