@@ -53,11 +53,20 @@ void allow_shared(void (*kernel)(P...), int shared) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "shared memory");
 }
 
+inline cudaLaunchConfig_t launch_config(dim3 grid, int threads, int shared, Stream stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  return config;
+}
+
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, int threads, int shared, Stream stream, A... arguments) {
   allow_shared(kernel, shared);
-  kernel<<<grid, threads, shared, stream> > >(P(arguments)...);
-  check(cudaGetLastError(), "launch");
+  const cudaLaunchConfig_t config = launch_config(grid, threads, shared, stream);
+  check(cudaLaunchKernelEx(&config, kernel, P(arguments)...), "launch");
 }
 
 // All blocks at once on the device, which is what grid_barrier needs. As many blocks as fit, `wanted` at most.
@@ -69,10 +78,13 @@ void launch_together(void (*kernel)(P...), int wanted, int threads, int shared, 
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared), "occupancy");
   const int blocks = wanted < each * machine.processors ? wanted : each * machine.processors;
   if (blocks < 1) throw std::runtime_error("the device has no room for a block of this kernel");
-  void* pointers[] = {&arguments...};
-  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), pointers,
-                                    static_cast<size_t>(shared), stream),
-        "cooperative launch");
+  cudaLaunchConfig_t config = launch_config(dim3(blocks), threads, shared, stream);
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, P(arguments)...), "cooperative launch");
 }
 
 inline void fill_zero(void* data, size_t bytes, Stream stream) {
