@@ -123,7 +123,6 @@ def test_autocast():
     assert changed[1] > 0
 
 
-@pytest.mark.xfail(reason="the layers don't recall their codes yet")
 def test_reentrant_checkpointing():
     """The moving averages move once, and the gradient is that without checkpointing."""
     results = []
