@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fastvq
 
 from .cases import generator
+from .every import QUANTIZERS, batch_for, make, tensors
 from .layers import state
 
 DIM, SIZE = 6, 12
@@ -118,6 +120,62 @@ def test_checkpointing_changes_nothing(kind, use_reentrant):
         return checkpoint(part, x, use_reentrant=use_reentrant)
 
     assert_same_runs(train(Model(kind, segment)), train(Model(kind)))
+
+
+def train_alone(kind, use, steps=2):
+    """The same of a quantizer behind a linear map, with an objective of whatever it returns."""
+    layer, encoder = make(kind), nn.Linear(DIM, DIM)
+    parameters = [p for p in (*encoder.parameters(), *layer.parameters()) if p.requires_grad]
+    seen = []
+
+    def part(x):
+        rows = encoder(x.transpose(1, 2)).transpose(1, 2) if kind == "LatentQuantize" else encoder(x)
+        return tuple(tensors(layer(rows)))
+
+    for step in range(steps):
+        torch.manual_seed(step)
+        x = batch_for(kind, seed=step).requires_grad_()
+        results = use(part, x)
+        objective = sum(r.square().sum() for r in results if r.requires_grad)
+        seen += [r.detach() for r in results]
+        if isinstance(objective, torch.Tensor):
+            objective.backward()
+        with torch.no_grad():
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    seen.append(parameter.grad)
+                    parameter -= 0.05 * parameter.grad
+                    parameter.grad = None
+        seen += [x.grad] if x.grad is not None else []
+        seen += state(layer).values()
+    return seen
+
+
+# The reentrant kind runs the first pass without gradients, for which DiVeQ draws no noise.
+@pytest.mark.parametrize(
+    ("kind", "use_reentrant"), [(k, r) for k in QUANTIZERS for r in (True, False) if not (r and k == "DiVeQ")]
+)
+def test_checkpointing_every_quantizer(kind, use_reentrant):
+    ours = train_alone(kind, lambda part, x: checkpoint(part, x, use_reentrant=use_reentrant))
+    assert_same_runs(ours, train_alone(kind, lambda part, x: part(x)))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_copies_go_on_alike(kind, trained):
+    layer = make(kind)
+    if trained:
+        layer(batch_for(kind))
+    copies = [layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+    for seed in (1, 2):
+        results = []
+        for one in copies:
+            torch.manual_seed(seed)
+            results.append(tensors(one(batch_for(kind, seed=seed))))
+        for result in results[1:]:
+            assert all(map(torch.equal, results[0], result))
+    for one in copies[1:]:
+        assert all(map(torch.equal, state(layer).values(), state(one).values()))
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual, dropout"])

@@ -14,6 +14,8 @@ from torch.export import Dim
 import fastvq
 from fastvq import models
 
+from .every import QUANTIZERS, batch_for, make, tensors
+
 DIM = 8
 
 pytestmark = pytest.mark.filterwarnings(
@@ -89,6 +91,22 @@ def test_layers_export(kind, strict):
     x[1, 2, 3] = torch.nan
     for ours, expected in zip(program.module()(x), layer(x), strict=True):
         assert torch.equal(ours, expected)
+
+
+# These take the number of vectors of the example: their searches go over the rows in pieces.
+ONE_SIZE = ("residual, beam", "residual, implicit")
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_every_quantizer_exports(kind):
+    layer = make(kind).eval()
+    axes = {0: Dim("batch"), 2 if kind == "LatentQuantize" else 1: Dim("length")}
+    shapes = None if kind in ONE_SIZE else (axes,)
+    program = torch.export.export(layer, (batch_for(kind),), dynamic_shapes=shapes).module()
+    x = batch_for(kind, seed=1) if kind in ONE_SIZE else batch_for(kind, rows=3, length=7, seed=1)
+    ours, expected = tensors(program(x)), tensors(layer(x))
+    assert len(ours) == len(expected)
+    assert all(map(torch.equal, ours, expected))
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -33,7 +33,8 @@ class InPlaceStep:
 
     def backward(self, loss: Callable[[], Tensor]) -> Tensor:
         """Adds the gradient of `loss()` to the parameters'; returns the loss, detached."""
-        with torch.enable_grad():
+        # Hooks of our own, so that those of activation checkpointing don't take this graph for the layer's.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             value = loss()
             for parameter, grad in zip(
                 self.parameters, torch.autograd.grad(value, self.parameters, allow_unused=True), strict=True

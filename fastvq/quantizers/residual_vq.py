@@ -324,6 +324,10 @@ class ResidualVQ(Repeatable, Monitored, nn.Module):
             total = total + step.quantized
             levels.append(level)
             steps.append(step)
+        found = torch.stack([step.indices for step in steps], -1)
+        if self.diveq and self.training:  # before learning draws random numbers, which a repeated pass doesn't
+            absent = (found < 0).all(-1, keepdim=True)
+            total = directional_reparam(start.masked_fill(absent, 0), total).masked_fill(absent, 0)
         if learning:
             self._note_pass(x)
         open_steps = [place for place, step in enumerate(steps) if not step.learned]
@@ -345,10 +349,6 @@ class ResidualVQ(Repeatable, Monitored, nn.Module):
             ]
         else:
             losses = [step.commitment for step in steps]
-        found = torch.stack([step.indices for step in steps], -1)
-        if self.diveq and self.training:
-            absent = (found < 0).all(-1, keepdim=True)
-            total = directional_reparam(start.masked_fill(absent, 0), total).masked_fill(absent, 0)
         return total, found, torch.stack(losses)
 
     def _learn(
