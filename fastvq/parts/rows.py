@@ -26,6 +26,12 @@ def keep_finite(rows: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tenso
     return torch.where(counts.unsqueeze(-1), rows, 0), counts
 
 
+def mark_bad(rows: Tensor, counts: Tensor) -> Tensor:
+    """Rows (..., D) with NaN where one doesn't count, bool (...): behind a projection or a normalisation, how the zeros of
+    `keep_finite` tell that no code is theirs. They pass no gradient."""
+    return torch.where(counts.unsqueeze(-1), rows, torch.nan)
+
+
 def columns(rows: Tensor) -> Tensor:
     """A copy of rows (..., D) in which each column is contiguous: what differs between columns is then a constant of
     long inner loops, which vectorise; elementwise results keep the order."""

@@ -18,6 +18,7 @@ from ..parts.estimators import directional_reparam, scale_gradient
 from ..parts.implicit import NeuralCodes
 from ..parts.layout import Layout, codes_layout
 from ..parts.projection import projected_out, projections
+from ..parts.rows import keep_finite, mark_bad
 from ..parts.tables import Implicit, Shared, Table
 from ..recompute import History, Repeatable
 from .vector_quantize import VectorQuantize
@@ -212,7 +213,7 @@ class ResidualVQ(Repeatable, Monitored, nn.Module):
         rows = layout.to_rows(x)
         rows_mask = layout.rows_mask(mask)
         flat_mask = None if rows_mask is None else rows_mask.reshape(1, -1)
-        projected = self._projected_in(rows)
+        projected = self._projected_in(rows, rows_mask)
         if isinstance(indices, list):
             indices = torch.stack(indices, -1)
         targets = None if indices is None else layout.indices_to_rows(indices).flatten(0, 1)[None]
@@ -472,12 +473,16 @@ class ResidualVQ(Repeatable, Monitored, nn.Module):
         """Whether a forward pass can take all levels at once."""
         return self._plain and self.quant_grad_frac == 0 and self._levels[0].is_plain(self.training, learning)
 
-    def _projected_in(self, rows: Tensor) -> Tensor:
-        """Rows (B, N, dim) as the levels see them, (1, R, D)."""
+    def _projected_in(self, rows: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Rows (B, N, dim) as the levels see them, (1, R, D); where they are projected, NaN for what isn't finite, and
+        outside of the mask (B, N)."""
+        if not self.has_projections:
+            return rows.flatten(0, 1)[None]
+        rows, counts = keep_finite(rows, mask)
         projected = self.project_in(rows)
-        if self.has_projections and projected.dtype in (torch.float16, torch.bfloat16):
+        if projected.dtype in (torch.float16, torch.bfloat16):
             projected = projected.float()  # what is projected back isn't rounded in between
-        return projected.flatten(0, 1)[None]
+        return mark_bad(projected, counts).flatten(0, 1)[None]
 
     @property
     def _dropout(self) -> QuantizeDropout:

@@ -17,6 +17,7 @@ from ..parts.layout import Layout, codes_layout
 from ..parts.losses import orthogonality, used_codes
 from ..parts.output import Estimator
 from ..parts.projection import projected_out, projections
+from ..parts.rows import keep_finite, mark_bad
 from ..parts.tables import PerRow, Shared, Table
 from ..recompute import History, Repeatable, recomputing
 from .settings import check_vector_quantize
@@ -340,7 +341,7 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
         rows = layout.to_rows(x)
         rows_mask = layout.rows_mask(mask, lens)
         targets = None if indices is None else self._heads.split_indices(layout.indices_to_rows(indices))
-        inputs = self.inputs(rows)
+        inputs = self.inputs(rows, rows_mask)
         learning = self.training and not frozen
         if learning:
             self._begin_pass(inputs)
@@ -386,11 +387,17 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
         result = (layout.from_rows(quantized), layout.indices(joined), loss)
         return (*result, breakdown) if return_loss_breakdown else result
 
-    def inputs(self, rows: Tensor) -> Tensor:
+    def inputs(self, rows: Tensor, mask: Tensor | None = None) -> Tensor:
         """Rows (B, N, dim) as the codebooks see them, (C, R, D): projected, split, and of unit length for cosine
-        similarity."""
+        similarity; NaN for what isn't finite, and outside of the mask (B, N)."""
+        if not (self.has_projections or self.use_cosine_sim or self.heads > 1):
+            return self._heads.split(rows)
+        rows, counts = keep_finite(rows, mask)
         split = self._heads.split(self.project_in(rows))
-        return unit_norm(split.float()) if self.use_cosine_sim else split
+        split = unit_norm(split.float()) if self.use_cosine_sim else split
+        marks = self._heads.split_mask(counts)
+        assert marks is not None
+        return mark_bad(split, marks)
 
     def quantize_rows(
         self,
