@@ -27,8 +27,8 @@ def keep_finite(rows: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tenso
 
 
 def mark_bad(rows: Tensor, counts: Tensor) -> Tensor:
-    """Rows (..., D) with NaN where one doesn't count, bool (...): behind a projection or a normalisation, how the zeros of
-    `keep_finite` tell that no code is theirs. They pass no gradient."""
+    """Rows (..., D) with NaN where one doesn't count, bool (...): behind a projection or a normalisation, this tells
+    that no code is theirs. They pass no gradient."""
     return torch.where(counts.unsqueeze(-1), rows, torch.nan)
 
 
