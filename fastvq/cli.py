@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     prior.add_argument("--resume", action="store_true", help="go on with an interrupted training")
     prior.add_argument("--kind", help="transformer (the default), pixelcnn or lstm")
     prior.add_argument("--steps", type=int, help="default: 1400")
+    prior.add_argument(
+        "--compare", type=float, metavar="SECONDS", help="only train each kind for so much processor time, and compare"
+    )
     prior.set_defaults(run=_prior)
 
     sample = commands.add_parser("sample", help="draw new images with a run's prior")
@@ -233,6 +236,11 @@ def _prior(options: argparse.Namespace) -> int:
 
     given = {name: getattr(options, name) for name in ("kind", "steps") if getattr(options, name) is not None}
     config = prior.PriorConfig(**given)
+    if options.compare is not None:
+        from fastvq.training.compare import compare_priors
+
+        print("\n".join(compare_priors(options.run_folder, options.compare, config=config)))
+        return 0
     learned = prior.train_prior(options.run_folder, config, resume=options.resume)
     if learned is None:
         print(f"stopped, saved; go on with: fastvq prior {shlex.quote(str(options.run_folder))} --resume")

@@ -19,6 +19,7 @@ from fastvq.models.priors import PRIORS
 from fastvq.training import CheckpointError, ConfigError, TrainConfig, Trainer, load_images
 from fastvq.training import prior as training
 from fastvq.training.build import load_model
+from fastvq.training.compare import compare_priors
 from fastvq.training.prior import PriorConfig, PriorTrainer, bits_per_code, forget_prior, load_prior, train_prior
 from fastvq.training.tokens import tokenize
 
@@ -174,6 +175,20 @@ def test_commands(run, tmp_path, monkeypatch, capsys):
     assert main(["sample", str(run), f"--out={tmp_path}/x.png", "--guidance=2"]) == 2
     assert "guidance: of 2.0 needs labels" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_priors_are_compared_after_equal_time(run):
+    train_prior(run, TINY, progress=False)
+    kept = weights(run)
+    table = "\n".join(compare_priors(run, 0.2, config=dataclasses.replace(TINY, dim=None), progress=False))
+    records = json.loads((run / "priors.json").read_text())
+    assert [record["kind"] for record in records] == list(PRIORS)
+    for record in records:
+        assert 0 < record["bits_per_code"] < 10
+        assert f"| {record['kind']} | {record['bits_per_code']:.3f} |" in table
+        assert record["steps"] > 1
+        assert record["processor_seconds"] < 5
+    assert equal(weights(run), kept)
 
 
 def test_files_coded_with_the_prior(run, tmp_path, capsys):

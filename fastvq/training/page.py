@@ -69,8 +69,8 @@ def _prior(metrics: dict[str, Any]) -> list[str]:
             ["model of the codes", "bits a code"],
             [
                 ["all codes alike (log2 K)", f"{bits['uniform']:.2f}"],
-                ["how frequent each is (static)", f"{bits['static']:.2f}"],
-                ["the same in whole bits (Huffman)", f"{bits['huffman']:.2f}"],
+                ["how frequent each is (static, its table included)", f"{bits['static']:.2f}"],
+                ["the same in whole bits (Huffman, without its table)", f"{bits['huffman']:.2f}"],
                 ["after its neighbours (adaptive)", f"{bits['adaptive']:.2f}"],
                 ["the learned prior, given the class", f"{bits['prior']:.2f}"],
             ],
