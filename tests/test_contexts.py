@@ -160,6 +160,37 @@ def test_checkpointing_every_quantizer(kind, use_reentrant):
     assert_same_runs(ours, train_alone(kind, lambda part, x: part(x)))
 
 
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_eval_changes_nothing(kind):
+    """Under inference_mode too, after which it trains as if nothing had been."""
+    layer = make(kind)
+    twin = copy.deepcopy(layer)
+    layer.eval()
+    before = state(layer)
+    results = tensors(layer(batch_for(kind)))
+    with torch.inference_mode():
+        assert all(map(torch.equal, tensors(layer(batch_for(kind))), results))
+    assert all(map(torch.equal, state(layer).values(), before.values()))
+    layer.train()
+    for one in (layer, twin):
+        torch.manual_seed(1)
+        one(batch_for(kind, seed=1).requires_grad_())
+    assert all(map(torch.equal, state(layer).values(), state(twin).values()))
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_modules(kind, dtype):
+    """They train and evaluate in that dtype; the statistics of learning stay in float32."""
+    layer = make(kind).to(dtype)
+    for train in (True, False):
+        layer.train(train)
+        first = tensors(layer(batch_for(kind).to(dtype).requires_grad_()))[0]
+        assert not first.is_floating_point() or (first.dtype == dtype and first.isfinite().all())
+    kept = [t for name, t in state(layer).items() if name.endswith(("cluster_size", "embed_avg", "_codebook.embed"))]
+    assert {t.dtype for t in kept} <= {torch.float32}
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("kind", QUANTIZERS)
 def test_copies_go_on_alike(kind, trained):

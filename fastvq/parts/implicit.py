@@ -41,9 +41,11 @@ class NeuralCodes(nn.Module):
         """Codes (..., D), each with its condition (..., D); the leading shapes are broadcast."""
         # The two halves of the weight apart: what is broadcast is only added, not multiplied again.
         of_condition, of_codes = self.proj_in.weight.chunk(2, 1)
-        h = F.linear(condition, of_condition, self.proj_in.bias) + F.linear(codes, of_codes)
+        # In the dtype of the module, which may be half precision where the codes are not.
+        h = F.linear(condition.to(of_codes), of_condition, self.proj_in.bias) + F.linear(codes.to(of_codes), of_codes)
         for layer in self.layers:
             h = h + layer(h)
+        h = h.to(codes.dtype)
         return F.normalize(h, dim=-1) if self.l2norm_output else h
 
     def by_rows(self, codes: Tensor, condition: Tensor) -> Iterator[tuple[slice, Tensor]]:
