@@ -43,6 +43,7 @@ SOURCES = [
     "residual_search.cpp",
     "topk_search.cpp",
     "sample.cpp",
+    "soft.cpp",
     "frame.cpp",
     "packed.cpp",
     "tier_pass.cpp",

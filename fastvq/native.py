@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .reference import Ops
+from .reference import Ops, result_dtype
 
 _PACKAGE = Path(__file__).parent
 _REBUILD = (
@@ -127,6 +127,24 @@ def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, met
     return torch.ops.fastvq.native_sample(x, codebook, temperature=temperature, seed=seed, metric=metric)
 
 
+def soft_assign_forward(x: Tensor, codebook: Tensor, mask: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+    if result_dtype(x, codebook) == torch.float64:  # kernels are in float32
+        return eager.soft_assign_forward(x, codebook, mask, **options)
+    return torch.ops.fastvq.native_soft_assign_forward(*_contiguous(x, codebook, mask), **options)
+
+
+def soft_assign_backward(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, logsumexp: Tensor, *grads: Tensor | None, **options: Any
+) -> tuple[Tensor, ...]:
+    if result_dtype(x, codebook) == torch.float64:
+        return eager.soft_assign_backward(x, codebook, mask, logsumexp, *grads, **options)
+    return torch.ops.fastvq.native_soft_assign_backward(*_contiguous(x, codebook, mask, logsumexp, *grads), **options)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.fastvq.native_quantize_forward(
         x.contiguous(), codebook.contiguous(), indices.contiguous(), keep_codes
@@ -189,7 +207,7 @@ OPS: Ops = {
     "ema_update_": ema_update_,
     "binary_assign_forward": eager.binary_assign_forward,
     "binary_assign_backward": eager.binary_assign_backward,
-    "soft_assign_forward": eager.soft_assign_forward,
-    "soft_assign_backward": eager.soft_assign_backward,
+    "soft_assign_forward": _on_cpu(soft_assign_forward, eager.OPS["soft_assign_forward"]),
+    "soft_assign_backward": _on_cpu(soft_assign_backward, eager.OPS["soft_assign_backward"]),
     "sample": _on_cpu(sample, eager.OPS["sample"]),
 }

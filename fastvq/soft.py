@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from .ops import soft_assign_backward, soft_assign_forward
 from .reference import result_dtype
 
-LARGEST_MEAN = 1 << 22
+LARGEST_MEAN = 1 << 20
 """Elements of the (positions, K) means that `mean_assignment_entropy` holds at once."""
 
 

@@ -20,6 +20,7 @@ DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
         ("docs/learning.md", "of it dead"),
         ("docs/quantizers.md", "usage"),
         ("docs/contexts.md", "the same 343 codes"),
+        ("docs/streams.md", "torch.Size([262144])"),
     ],
 )
 def test_code_runs(capsys, document, printed):

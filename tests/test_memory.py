@@ -105,3 +105,20 @@ def test_the_measurement_sees_a_matrix():
     assert matrix_mb > 6 * LIMIT_MB
     layer = "fastvq.VectorQuantize(d, k)"
     assert peak_mb("torch", layer, also="distances = x.detach() @ measured.codebook.T") > matrix_mb
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        "fastvq.topk_search(x, e, 8)",
+        "fastvq.sample(x[:2048], e, temperature=1.0, seed=torch.tensor(1))",
+        "*fastvq.soft_assign(x, e, floor=1e-5)",
+        "fastvq.cross_entropy(x, e, torch.zeros(len(x), dtype=torch.int64))",
+        "fastvq.mean_assignment_entropy(x.view(2, -1, x.shape[1]), e)",
+        "fastvq.soft_lookup(x, e, torch.zeros(len(x), dtype=torch.int64))",
+        "*fastvq.binary_assign(x[:, :13], floor=1e-5)",
+    ],
+)
+def test_streams(backend, results):
+    layer = f"(lambda e: lambda rows: (lambda x: (x.sum(), {results}))(rows[0]))(torch.randn(k, d, requires_grad=True))"
+    assert peak_mb(backend, layer) < LIMIT_MB

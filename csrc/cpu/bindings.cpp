@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cfenv>
+#include <cmath>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -19,6 +21,7 @@
 #include "residual_search.h"
 #include "sample.h"
 #include "search.h"
+#include "soft.h"
 #include "topk_search.h"
 
 namespace {
@@ -218,6 +221,53 @@ Tensor residual_quantize_backward(const Tensor& x, const Tensor& codebooks, cons
   return x_grad;
 }
 
+fastvq::SoftInput soft_input(const Tensor& x, const Tensor& codebook, const std::optional<Tensor>& mask,
+                             const std::string& metric, double scale, double floor) {
+  const auto kind = metric == "dot"  ? fastvq::SoftMetric::dot
+                    : metric == "l2" ? fastvq::SoftMetric::l2
+                                     : fastvq::SoftMetric::distance;
+  const fastvq::Matrix rows{dtype_of(x), x.const_data_ptr(), x.size(0) * x.size(1), x.size(2)};
+  const bool* kept = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+  const float log_floor = floor > 0.0 ? static_cast<float>(std::log(floor)) : -1e6f;
+  return {rows, matrix_of(codebook), x.size(0), kept, kind, static_cast<float>(scale), log_floor};
+}
+
+std::tuple<Tensor, Tensor, Tensor> soft_assign_forward(const Tensor& x, const Tensor& codebook,
+                                                       std::optional<Tensor> mask, std::string metric, double scale,
+                                                       double floor, bool statistics) {
+  const int64_t groups = x.size(0), rows = x.size(1);
+  Tensor logsumexp = torch::stable::new_empty(x, {groups, rows}, ScalarType::Float);
+  Tensor entropy = torch::stable::new_empty(x, {groups, statistics ? rows : 0}, ScalarType::Float);
+  Tensor mean = torch::stable::new_empty(x, {groups, statistics ? codebook.size(0) : 0}, ScalarType::Float);
+  const auto floats = [](Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
+  const IeeeArithmetic arithmetic;
+  fastvq::soft_assign_forward(fastvq::active_isa(), soft_input(x, codebook, mask, metric, scale, floor),
+                              floats(logsumexp), statistics ? floats(entropy) : nullptr,
+                              statistics ? floats(mean) : nullptr, PARALLEL);
+  return {logsumexp, entropy, mean};
+}
+
+std::tuple<Tensor, Tensor> soft_assign_backward(const Tensor& x, const Tensor& codebook, std::optional<Tensor> mask,
+                                                const Tensor& logsumexp, std::optional<Tensor> logsumexp_grad,
+                                                std::optional<Tensor> entropy_grad, std::optional<Tensor> mean_grad,
+                                                std::optional<Tensor> code_grad, std::string metric, double scale,
+                                                double floor, bool need_x, bool need_codebook) {
+  const int64_t groups = x.size(0), rows = x.size(1), dim = x.size(2), size = codebook.size(0);
+  Tensor x_grad = torch::stable::new_empty(x, {groups, rows, need_x ? dim : 0}, ScalarType::Float);
+  Tensor codebook_grad = torch::stable::new_empty(x, {need_codebook ? size : 0, dim}, ScalarType::Float);
+  const auto given = [](const std::optional<Tensor>& t) {
+    return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+  };
+  const fastvq::SoftGradients gradients{given(logsumexp_grad), given(entropy_grad), given(mean_grad), given(code_grad)};
+  const IeeeArithmetic arithmetic;
+  fastvq::soft_assign_backward(fastvq::active_isa(), soft_input(x, codebook, mask, metric, scale, floor),
+                               static_cast<const float*>(logsumexp.const_data_ptr()), gradients,
+                               need_x ? static_cast<float*>(x_grad.mutable_data_ptr()) : nullptr,
+                               need_codebook ? static_cast<float*>(codebook_grad.mutable_data_ptr()) : nullptr,
+                               PARALLEL);
+  return {x_grad, codebook_grad};
+}
+
 std::tuple<Tensor, Tensor> accumulate(const Tensor& x, const Tensor& indices, int64_t codebook_size) {
   const fastvq::Matrix rows = matrix_of(x);
   Tensor counts = torch::stable::new_empty(x, {codebook_size}, ScalarType::Float);
@@ -259,6 +309,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastvq, CPU, m) {
   m.impl("native_topk_search", TORCH_BOX(&topk_search));
   m.impl("native_sample", TORCH_BOX(&sample));
   m.impl("native_residual_search", TORCH_BOX(&residual_search));
+  m.impl("native_soft_assign_forward", TORCH_BOX(&soft_assign_forward));
+  m.impl("native_soft_assign_backward", TORCH_BOX(&soft_assign_backward));
   m.impl("native_quantize_forward", TORCH_BOX(&quantize_forward));
   m.impl("native_quantize_backward", TORCH_BOX(&quantize_backward));
   m.impl("native_residual_quantize_forward", TORCH_BOX(&residual_quantize_forward));

@@ -5,6 +5,7 @@
 #include "estimator.h"
 #include "rows.h"
 #include "scan.h"
+#include "softmax.h"
 #include "tiles.h"
 #include "vector.h"
 
@@ -59,6 +60,7 @@ const Isa& FASTVQ_NAME(FASTVQ_ISA, _isa)() {
                             scores,
                             at_most,
                             perturb,
+                            &SOFT,
                             direct};
   return self;
 }

@@ -95,6 +95,35 @@ struct Perturbation {
   float squares, error, unit;
 };
 
+enum class SoftMetric { distance, l2, dot };
+
+// How the logits of a row get u = dL/dp from upstream gradients; see soft.h.
+struct Slope {
+  float logsumexp, entropy_grad, log_floor;
+  const float* share;  // dL/dmean / rows, or null
+  bool products;       // u begins as what it holds, negated
+};
+
+// Kernels of soft.h over the codes of a row, `count` of them, a multiple of lanes; -infinity is the logit of no code.
+struct SoftKernels {
+  // Scores to squared distances, max(0, 2 score + square).
+  void (*squares)(float* scores, int64_t count, float square);
+  // Scores (dot) or squared distances to logits; returns the largest.
+  float (*logits)(float* values, int64_t count, SoftMetric metric, float scale);
+  // The sum of exp(logit - shift).
+  float (*exp_sum)(const float* logits, int64_t count, float shift);
+  // mean += p; returns -sum p max(ln p, log_floor).
+  float (*assign)(const float* logits, int64_t count, float logsumexp, float log_floor, float* mean);
+  // p and u; returns sum p u.
+  float (*slopes)(const float* logits, int64_t count, const Slope& slope, float* p, float* u);
+  // p to the weight of e - x in the gradient of x: p (u - centre) scale, times 2 for l2, over |x - e| for distance.
+  void (*weights)(const float* logits, int64_t count, SoftMetric metric, float scale, float centre, const float* u,
+                  float* p);
+  // c[r] += sum over j < count of a[r * row_step + j * step] b[j], with rows of dim elements, a multiple of lanes.
+  void (*multiply_add)(const float* a, int64_t row_step, int64_t step, int64_t rows, int64_t count, const float* b,
+                       int64_t dim, float* c);
+};
+
 struct Isa {
   const char* name;
   int lanes;
@@ -130,6 +159,7 @@ struct Isa {
   // Scores to their perturbed logits, negated and less their error: the smallest that they can be. Returns the largest
   // lower end. count is a multiple of 4 lanes, the first of the codes one of 4.
   float (*perturb)(float* values, int64_t count, const Perturbation& perturbation);
+  const SoftKernels* soft;
   // Up to DIRECT_ROWS rows against the codes [begin, end). Rows are float32, padded with zeros to a multiple of
   // lanes, row r at rows + r * row_stride.
   void (*direct)(const float* rows, int64_t row_stride, int count, const DirectCodes& codes, int64_t begin, int64_t end,

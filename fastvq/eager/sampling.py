@@ -26,7 +26,8 @@ def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, met
     heads = zip(x, codebook, indices, strict=True) if x.dim() == 3 else [(x, codebook, indices)]
     for head, (xh, eh, out) in enumerate(heads):
         sampler = _Sampler(eh, head, temperature, seed.to(x.device), metric)
-        rows = max(1, searches._tile_elements(x.device) // min(len(eh), searches.TILE_CODES))
+        # Words are int64, and there are several of a tile.
+        rows = max(1, searches._tile_elements(x.device) // 4 // min(len(eh), searches.TILE_CODES))
         for first in range(0, len(xh), rows):
             sampler.write(xh[first : first + rows], first, out[first : first + rows])
     return indices.squeeze(-1)
