@@ -67,11 +67,12 @@ def test_the_file_is_as_long_as_the_prior_says(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_bytes_by_any_number_of_threads_and_beside_any_others(kind):
     prior = make(kind)
-    codes = correlated(600, 3, 4, 13)
+    codes = correlated(300, 3, 4, 13)
     torch.set_num_threads(1)
     data = coded(codes, prior)
     torch.set_num_threads(2)
-    assert coded(codes, prior) == data
+    with torch.autocast("cpu", torch.bfloat16):
+        assert coded(codes, prior) == data
     assert torch.equal(coding.decode(data, prior=prior), codes)
 
 
