@@ -56,7 +56,7 @@ SHAPES = {"channels first": (3, DIM, 15), "images": (3, DIM, 3, 5)}
 def test_defaults():
     theirs = inspect.signature(vqp.VectorQuantize.__init__).parameters
     ours = inspect.signature(fastvq.VectorQuantize.__init__).parameters
-    assert set(ours) <= set(theirs)
+    assert set(ours) == {*theirs, "revival"}
     # theirs takes None and then decides as ours does at once
     assert theirs["learnable_codebook"].default is None
     for name in set(ours) - {"learnable_codebook"}:

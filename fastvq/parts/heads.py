@@ -26,12 +26,16 @@ class Heads(NamedTuple):
 
     def split(self, x: Tensor) -> Tensor:
         """Vectors (B, N, H D) as rows (C, R, D)."""
+        if self.number == 1:
+            return x.flatten(0, 1)[None]
         parts = x.unflatten(-1, (self.number, x.shape[-1] // self.number))  # [B, N, H, D]
         return self._rows(parts)
 
     def split_indices(self, indices: Tensor) -> Tensor:
         """Indices (B, N, H), or (B, N) for one head, as (C, R)."""
-        return self._rows((indices if self.number > 1 else indices.unsqueeze(-1)).unsqueeze(-1)).squeeze(-1)
+        if self.number == 1:
+            return indices.flatten()[None]
+        return self._rows(indices.unsqueeze(-1)).squeeze(-1)
 
     def split_mask(self, mask: Tensor | None) -> Tensor | None:
         """A mask (B, N) as (C, R)."""
@@ -41,13 +45,16 @@ class Heads(NamedTuple):
 
     def join(self, rows: Tensor, batch: int, n: int) -> Tensor:
         """Rows (C, R, ..., D) as vectors (B, N, ..., H D)."""
+        if self.number == 1:
+            return rows.reshape(batch, n, *rows.shape[2:])
         parts = self._parts(rows, batch, n)  # [B, N, H, ..., D]
         return parts.movedim(2, -2).flatten(-2)
 
     def join_indices(self, indices: Tensor, batch: int, n: int) -> Tensor:
         """Indices (C, R, ...) as (B, N, H, ...), or (B, N, ...) for one head."""
-        parts = self._parts(indices, batch, n)
-        return parts if self.number > 1 else parts.squeeze(2)
+        if self.number == 1:
+            return indices.reshape(batch, n, *indices.shape[2:])
+        return self._parts(indices, batch, n)
 
     def _rows(self, parts: Tensor) -> Tensor:
         """(B, N, H, D) as (C, R, D)."""

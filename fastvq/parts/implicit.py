@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,14 +39,19 @@ class NeuralCodes(nn.Module):
         self.widest = max(dim, hidden)
 
     def forward(self, codes: Tensor, *, condition: Tensor) -> Tensor:
-        """Codes (..., D), each with its condition (..., D); the leading shapes are broadcast."""
-        # The two halves of the weight apart: what is broadcast is only added, not multiplied again.
-        of_condition, of_codes = self.proj_in.weight.chunk(2, 1)
-        # In the dtype of the module, which may be half precision where the codes are not.
-        h = F.linear(condition.to(of_codes), of_condition, self.proj_in.bias) + F.linear(codes.to(of_codes), of_codes)
+        """Codes (..., D), each with its condition (..., D); the leading shapes are broadcast. Computed in the network's
+        dtype, autocast or not; returned in that of the codes."""
+        with torch.autocast(codes.device.type, enabled=False):
+            return self._transform(codes, condition).to(codes.dtype)
+
+    def _transform(self, codes: Tensor, condition: Tensor) -> Tensor:
+        weight = self.proj_in.weight
+        # Its two halves apart: what is broadcast is only added, not multiplied again.
+        of_condition, of_codes = weight.chunk(2, 1)
+        h = F.linear(condition.to(weight.dtype), of_condition, self.proj_in.bias)
+        h = h + F.linear(codes.to(weight.dtype), of_codes)
         for layer in self.layers:
             h = h + layer(h)
-        h = h.to(codes.dtype)
         return F.normalize(h, dim=-1) if self.l2norm_output else h
 
     def by_rows(self, codes: Tensor, condition: Tensor) -> Iterator[tuple[slice, Tensor]]:

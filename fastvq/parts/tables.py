@@ -175,7 +175,7 @@ class Implicit(Table):
 
     def lookup(self, indices: Tensor) -> Tensor:
         chosen = indices[0]
-        condition = self.condition.view(len(chosen), *[1] * (chosen.dim() - 1), -1)
+        condition = self.condition.view(len(chosen), *[1] * (chosen.dim() - 1), self.condition.shape[-1])
         codes = self.network(lookup(self.codes, chosen), condition=condition)
         return codes.masked_fill((chosen < 0)[..., None], 0)[None]
 

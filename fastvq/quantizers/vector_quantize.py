@@ -432,7 +432,8 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
         temperature = self.sample_codebook_temp if temperature is None else temperature
 
         def current() -> Table:
-            codes = self._codebook.codes
+            with torch.autocast(x.device.type, enabled=False):  # a bridge
+                codes = self._codebook.codes
             if not (learning and codes.requires_grad):
                 codes = codes.detach()
             elif self._is_soft or targets is not None:
