@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
@@ -51,17 +49,6 @@ LAYERS = {
     "images": {"accept_image_fmap": True},
 }
 SHAPES = {"channels first": (3, DIM, 15), "images": (3, DIM, 3, 5)}
-
-
-def test_defaults():
-    theirs = inspect.signature(vqp.VectorQuantize.__init__).parameters
-    ours = inspect.signature(fastvq.VectorQuantize.__init__).parameters
-    assert set(ours) == {*theirs, "revival"}
-    # theirs takes None and then decides as ours does at once
-    assert theirs["learnable_codebook"].default is None
-    for name in set(ours) - {"learnable_codebook"}:
-        assert ours[name].default == theirs[name].default, name
-    assert list(ours)[:4] == list(theirs)[:4]
 
 
 @pytest.mark.parametrize("kind", LAYERS)

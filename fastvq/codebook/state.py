@@ -102,7 +102,8 @@ class Codebook(KeepsPrecision, nn.Module):
         """The codes that vectors are compared with, (H, K, D): embed, or its image under bridge and affine map."""
         codes = self.embed if self.vq_bridge is None else self.vq_bridge(self.embed)
         codes = codes if self.affine is None else self.affine.of_codes(self, codes)
-        if self.replayed is None:
+        # Checkpointing may break a recomputation off once it has what it needs, before the layer ends its pass.
+        if self.replayed is None or not distributed.recomputing():
             return codes
         return self.replayed + (codes - codes.detach()) if codes.requires_grad else self.replayed
 

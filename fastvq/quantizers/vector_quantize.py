@@ -444,7 +444,7 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
 
         where = current()
         chosen = self.choose(where, x, mask, topk, temperature) if indices is None else indices
-        in_place, learned = x.new_zeros((), dtype=torch.float32), False
+        in_place, learned = None, False
         if self._in_place is not None and learning and not recomputing():
             self._codebook.learn_(x.detach(), chosen)
             learned = True
@@ -461,7 +461,8 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
         quantized, error = estimator.output(x if self.training else x.detach(), where, chosen, pulled=pulled)
         if self.training and topk is None:
             self._health.observe_(chosen if self.separate_codebook_per_head else chosen.flatten(), error.detach())
-        diversity = torch.zeros_like(in_place)
+        zero = x.new_zeros((), dtype=error.dtype)
+        diversity = zero
         if self.training and self.codebook_diversity_loss_weight > 0:
             diversity = -where.spread(x, shape, self.codebook_diversity_temperature, mask)
         if self.training and self.commitment_use_cross_entropy_loss and self.has_commitment_loss and topk is None:
@@ -471,22 +472,23 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
             if targets is None
             else where.cross_entropy(x, targets if mask is None else targets.masked_fill(~mask, -1))
         )
-        return Step(x, where, quantized, chosen, error, diversity, entropy, in_place, learned)
+        return Step(
+            x, where, quantized, chosen, error, diversity, entropy, zero if in_place is None else in_place, learned
+        )
 
     def losses(self, step: Step) -> tuple[Tensor, LossBreakdown]:
         """The loss of a step, () or that of each code for top-k, and what it is made of; after the codebook's learning,
         since orthogonality is that of the codes to come."""
-        zero = torch.zeros_like(step.in_place)
-        commitment = orthogonal = zero
-        loss = torch.zeros_like(step.commitment)
-        if step.indices.dim() == 3 and not self.training:
+        commitment = orthogonal = zero = step.commitment.new_zeros(())
+        loss = zero if step.commitment.dim() == 0 else torch.zeros_like(step.commitment)
+        by_code = step.indices.dim() == 3  # top-k: told in eval too
+        if self.has_commitment_loss and (self.training or by_code):
             commitment = step.commitment
-            loss = commitment * self.commitment_weight if self.has_commitment_loss else commitment
+            loss = commitment * self.commitment_weight
+        elif by_code and not self.training:
+            loss = commitment = step.commitment
         if self.training and self.codebook_diversity_loss_weight > 0:
             loss = loss + step.diversity * self.codebook_diversity_loss_weight
-        if self.training and self.has_commitment_loss:
-            commitment = step.commitment
-            loss = loss + commitment * self.commitment_weight
         if self.training and self.orthogonal_reg_weight > 0:
             used = None
             if self.orthogonal_reg_active_codes_only:
@@ -551,6 +553,8 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
         return heads.join(codes, 1, flat.shape[1]).view(*leading, heads.number * self.codebook_dim)
 
     def _projected_out(self, codes: Tensor, indices: Tensor) -> Tensor:
+        if not self.has_projections:
+            return codes
         absent = indices < 0
         return projected_out(self.project_out, codes, ~(absent.all(-1) if self.heads > 1 else absent))
 
