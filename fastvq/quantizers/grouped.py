@@ -65,10 +65,12 @@ class Grouped(Monitored, nn.Module):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes (G, Q, B, ..., D / G) of indices (G, B, ..., Q)."""
+        self._check_groups(indices)
         return torch.stack([rvq.get_codes_from_indices(i) for rvq, i in zip(self._groups, indices, strict=True)])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` gives as quantized for indices (G, B, ..., Q)."""
+        self._check_groups(indices)
         outputs = [rvq.get_output_from_indices(i) for rvq, i in zip(self._groups, indices, strict=True)]
         return torch.cat(outputs, dim=self.split_dim)
 
@@ -81,6 +83,8 @@ class Grouped(Monitored, nn.Module):
         tuple of (Q, B, ..., D / G), one for each group."""
         if self.training and any(getattr(rvq, "quantize_dropout", False) for rvq in self._groups):
             forward["rand_quantize_dropout_fixed_seed"] = common_seed(x)
+        if len(indices):
+            self._check_groups(indices)
         given = [{"indices": i} for i in indices]
         quantized, *others = zip(
             *(
@@ -91,6 +95,10 @@ class Grouped(Monitored, nn.Module):
         )
         codes = [others.pop()] if forward.get("return_all_codes") else []
         return torch.cat(quantized, dim=self.split_dim), *(torch.stack(other) for other in others), *codes
+
+    def _check_groups(self, indices: Any) -> None:
+        if len(indices) != self.groups:
+            raise ValueError(f"indices: must be of G={self.groups} groups, got {len(indices)}")
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.dim() < 2 or x.shape[self.split_dim] != self.dim:

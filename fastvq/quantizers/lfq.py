@@ -18,6 +18,7 @@ from ..parts.level_use import LevelUse
 from ..parts.projection import projected_out, rotated
 from ..parts.rows import keep_finite, mean_of_rows
 from ..precision import KeepsBuffers, full_precision
+from .settings import check_positive
 
 MOST_BITS_OF_ENTROPY = 30
 
@@ -114,6 +115,8 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
             raise ValueError("dim, codebook_size: at least one of them must be given")
         if codebook_size is None:
             codebook_size = 2 ** (dim or 0)
+        check_positive("codebook_size", codebook_size)
+        codebook_size = int(codebook_size)
         if codebook_size < 2 or codebook_size.bit_count() != 1 or codebook_size > 2**62:
             raise ValueError(f"codebook_size: must be a power of 2 from 2 to 2^62, got {codebook_size}")
         if codebook_size > 2**MOST_BITS_OF_ENTROPY and entropy_loss_weight:

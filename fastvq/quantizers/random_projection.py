@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..health import Health, Monitored
 from ..precision import KeepsBuffers, full_precision
+from .settings import check_positive
 from .vector_quantize import VectorQuantize
 
 
@@ -50,8 +51,12 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("codebook_dim", codebook_dim), ("num_codebooks", num_codebooks)):
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+            check_positive(name, value)
+        for name in ("heads", "use_cosine_sim", "separate_codebook_per_head"):
+            if name in settings:
+                raise ValueError(f"{name}: is chosen by num_codebooks, and can't be given")
+        if settings.get("kmeans_init"):
+            raise ValueError("kmeans_init: must be False, since the codebooks are random and never learn")
         self.dim, self.num_codebooks = dim, num_codebooks
         self.register_buffer("rand_projs", nn.init.xavier_normal_(torch.empty(num_codebooks, dim, codebook_dim)))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False) if norm else nn.Identity()

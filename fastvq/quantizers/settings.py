@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 
@@ -14,13 +15,16 @@ def check_vector_quantize(**given: Any) -> None:
         "commitment_weight",
         "kmeans_iters",
         "threshold_ema_dead_code",
+        "sample_codebook_temp",
         "orthogonal_reg_weight",
         "codebook_diversity_loss_weight",
         "directional_reparam_variance",
     ):
         if not given[name] >= 0:
             raise ValueError(f"{name}: must not be negative, got {given[name]}")
-    for name in ("decay", "sync_update_v"):
+    if not isinstance(given["kmeans_iters"], Integral):
+        raise ValueError(f"kmeans_iters: must be an integer, got {given['kmeans_iters']!r}")
+    for name in ("decay", "sync_update_v", "affine_param_batch_decay", "affine_param_codebook_decay"):
         if not 0 <= given[name] <= 1:
             raise ValueError(f"{name}: must lie in [0, 1], got {given[name]}")
     if not given["codebook_diversity_temperature"] > 0:
@@ -54,5 +58,6 @@ def check_vector_quantize(**given: Any) -> None:
 
 
 def check_positive(name: str, value: Any) -> None:
-    if not (isinstance(value, int) and value >= 1):
+    """Raises a ValueError that names the argument unless it is an integer, numpy's too, of at least 1."""
+    if not (isinstance(value, Integral) and int(value) >= 1):
         raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")

@@ -11,6 +11,7 @@ from ..functional import lookup, quantize
 from ..health import Health, Monitored
 from ..parts.layout import Layout, codes_layout
 from ..precision import KeepsBuffers, full_precision
+from .settings import check_positive
 
 
 class SimVQ(Monitored, KeepsBuffers, nn.Module):
@@ -63,8 +64,7 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
         super().__init__()
         frozen_dim = dim if frozen_codebook_dim is None else frozen_codebook_dim
         for name, value in (("dim", dim), ("codebook_size", codebook_size), ("frozen_codebook_dim", frozen_dim)):
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+            check_positive(name, value)
         if not input_to_quantize_commit_loss_weight >= 0:
             raise ValueError(
                 "input_to_quantize_commit_loss_weight: must not be negative, got"
@@ -79,6 +79,10 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
         codebook = torch.randn(codebook_size, frozen_dim) * frozen_dim**-0.5
         if init_fn is not None:
             codebook = init_fn(codebook)
+            if codebook.shape != (codebook_size, frozen_dim):
+                raise ValueError(
+                    f"init_fn: must keep the shape {(codebook_size, frozen_dim)}, gave {tuple(codebook.shape)}"
+                )
         if codebook_transform is None:
             codebook_transform = nn.Linear(frozen_dim, dim, bias=False)
         self.code_transform = codebook_transform

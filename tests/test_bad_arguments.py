@@ -1,0 +1,52 @@
+"""Arguments that can't be, of every quantizer: the error begins with their name. More in each one's tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fastvq
+
+X = torch.randn(2, 5, 8)
+
+
+def vq(**options):
+    return fastvq.VectorQuantize(**{"dim": 8, "codebook_size": 16} | options)
+
+
+def rvq(**options):
+    return fastvq.ResidualVQ(**{"dim": 8, "num_quantizers": 2, "codebook_size": 16} | options)
+
+
+def grouped():
+    return fastvq.GroupedResidualVQ(dim=8, groups=2, num_quantizers=2, codebook_size=16).eval()
+
+
+def random_projection(**options):
+    return fastvq.RandomProjectionQuantizer(dim=8, codebook_size=16, codebook_dim=4, **options)
+
+
+CASES = {
+    "a size that is no integer": ("codebook_size", lambda: vq(codebook_size=16.0)),
+    "rounds that are no integer": ("kmeans_iters", lambda: vq(kmeans_iters=1.5)),
+    "a negative temperature": ("sample_codebook_temp", lambda: vq(sample_codebook_temp=-1.0)),
+    "a decay above 1": ("affine_param_batch_decay", lambda: vq(affine_param=True, affine_param_batch_decay=5.0)),
+    "a size of LFQ": ("codebook_size", lambda: fastvq.LFQ(codebook_size=16.0)),
+    "codes of SimVQ": ("init_fn", lambda: fastvq.SimVQ(8, 16, init_fn=lambda codes: codes[:3])),
+    "k-means of what never learns": ("kmeans_init", lambda: random_projection(kmeans_init=True)),
+    "heads beside num_codebooks": ("heads", lambda: random_projection(heads=2)),
+    "too few groups": ("indices", lambda: grouped().get_output_from_indices(torch.zeros(1, 2, 5, 2).long())),
+    "too many groups": ("indices", lambda: grouped()(X, indices=torch.zeros(3, 2, 5, 2).long())),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_argument_is_named(case):
+    name, call = CASES[case]
+    with pytest.raises((ValueError, TypeError), match=f"^{name}: "):
+        call()
+
+
+def test_numpys_integers_are_integers():
+    assert vq(dim=np.int64(8), codebook_size=np.int32(16))(X)[1].shape == (2, 5)
