@@ -16,7 +16,12 @@
 
 namespace fastvq::cuda {
 
-constexpr int SORT_THREADS = 128, DIGITS = 256, DIGIT_BITS = 8;
+// Fewer where each thread is one of the CPU's: tests/cuda/emulation.py.
+#ifndef FASTVQ_DIGIT_BITS
+#define FASTVQ_DIGIT_BITS 8
+#endif
+
+constexpr int SORT_THREADS = 128, DIGIT_BITS = FASTVQ_DIGIT_BITS, DIGITS = 1 << DIGIT_BITS;
 constexpr int SEGMENT = 512;           // rows that a warp sorts, at least
 constexpr int64_t SEGMENTS = 1 << 13;  // at most
 constexpr int PIECE = 256, ADD_THREADS = 128;

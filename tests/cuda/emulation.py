@@ -25,7 +25,7 @@ FLAGS += ["-Wno-unknown-pragmas", "-DFASTVQ_EMULATED"]
 VARIANTS = {
     "plain": ["-O1"],
     "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DBOOST_USE_ASAN"],
-    "thread": ["-O1", "-g", "-fsanitize=thread"],
+    "thread": ["-O1", "-g", "-fsanitize=thread", "-DFASTVQ_DIGIT_BITS=2"],
 }
 ORDERS = ("forward", "reverse", "shuffled")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}

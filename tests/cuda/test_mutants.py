@@ -230,8 +230,8 @@ ORDER = {"address": "reverse", "thread": "threads"}
 # Each kernel, in shapes that leave rests; few, since each CUDA thread becomes one of the CPU's under ThreadSanitizer.
 SMALL = (
     search("few", "duplicate_codes", 9, 21, 6),
-    search("cores", "bad_codes", 5, 150, 3),
-    search("matrix", "rounded_midpoints", 3, 70, 20),
+    search("cores", "bad_codes", 5, 100, 3),
+    search("matrix", "rounded_midpoints", 2, 70, 20),
     residual(5, 2, 17, 6),
     accumulate(300, 4, 3),
     ema_update,
