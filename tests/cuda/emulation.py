@@ -60,10 +60,19 @@ def machine_flags() -> list[str]:
     return ["-mfma", "-mf16c"] if " fma" in known and " f16c" in known else []
 
 
+_directories: list[tempfile.TemporaryDirectory] = []
+
+
+def scratch() -> Path:
+    """A directory that is there until Python ends."""
+    _directories.append(tempfile.TemporaryDirectory(prefix="fastvq-cuda-"))
+    return Path(_directories[-1].name)
+
+
 def build(variant: str, kernels: Path = CSRC) -> Path:
     """The program, from the kernels in another directory maybe."""
     cxx = next(filter(shutil.which, CXX))
-    program = Path(tempfile.mkdtemp(prefix="fastvq-cuda-")) / "emulate"
+    program = scratch() / "emulate"
     command = [
         cxx,
         *FLAGS,

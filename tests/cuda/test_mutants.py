@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -191,7 +190,7 @@ MUTANTS = (
 @functools.cache
 def mutated() -> Path:
     """A copy of the kernels that can make each of the mistakes."""
-    copy = Path(tempfile.mkdtemp(prefix="fastvq-mutants-"))
+    copy = emulation.scratch()
     for path in CSRC.glob("*.*h"):
         shutil.copy(path, copy)
     for number, mutant in enumerate(MUTANTS, 1):
