@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .distributed import checksum, recomputing
+from .distributed import recomputing
 
 if TYPE_CHECKING:
     from .codebook import Codebook
@@ -23,6 +23,9 @@ __all__ = ["History", "Repeatable", "recomputing"]
 
 REMEMBERED = 2
 """Forward passes whose codes are kept: those of a layer that is used twice before the backward pass."""
+
+
+MARK_ROWS = 16
 
 
 class History:
@@ -70,8 +73,8 @@ class History:
 
 
 def _mark(x: Tensor) -> Tensor:
-    """What tells one batch from another: a sum over the bits of its first rows."""
-    return checksum(x.detach().reshape(-1, x.shape[-1])[:64])
+    """What tells one batch from another: a copy of its first rows, NaN as 0."""
+    return x.detach().reshape(-1, x.shape[-1])[:MARK_ROWS].nan_to_num()
 
 
 class Repeatable:

@@ -31,6 +31,10 @@ CASES = {
     "a size that is no integer": ("codebook_size", lambda: vq(codebook_size=16.0)),
     "rounds that are no integer": ("kmeans_iters", lambda: vq(kmeans_iters=1.5)),
     "a negative temperature": ("sample_codebook_temp", lambda: vq(sample_codebook_temp=-1.0)),
+    "two policies": (
+        "revival, threshold_ema_dead_code",
+        lambda: vq(revival=fastvq.Revival(), threshold_ema_dead_code=2),
+    ),
     "a decay above 1": ("affine_param_batch_decay", lambda: vq(affine_param=True, affine_param_batch_decay=5.0)),
     "a size of LFQ": ("codebook_size", lambda: fastvq.LFQ(codebook_size=16.0)),
     "codes of SimVQ": ("init_fn", lambda: fastvq.SimVQ(8, 16, init_fn=lambda codes: codes[:3])),

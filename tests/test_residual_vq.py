@@ -215,3 +215,44 @@ def test_refuses_inputs_by_name():
         layer(vectors(2, 50, 12), torch.ones(2, 49, dtype=torch.bool))
     with pytest.raises(ValueError, match="indices: must have shape"):
         layer.get_codes_from_indices(torch.zeros(2, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_codebook": True}, {"use_cosine_sim": True}], ids=str)
+def test_updates_kept_for_a_commit(options):
+    """The statistics of several batches, coded by the same codebooks, make one step."""
+    kept = fastvq.ResidualVQ(dim=6, num_quantizers=3, codebook_size=10, **options)
+    whole = copy.deepcopy(kept)
+    batches = torch.randn(3, 2, 9, 6)
+    before = copy.deepcopy(kept.state_dict())
+    for x in batches:
+        kept(x, accum_ema_update=True)
+    for name, value in kept.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    kept.commit_ema_update()
+    assert not torch.equal(kept.layers[0].codebook, before["layers.0._codebook.embed"][0])
+    if not options.get("shared_codebook"):  # whose levels take turns when they learn from one batch
+        whole(batches.flatten(0, 1))
+        for name, value in whole.state_dict().items():
+            torch.testing.assert_close(kept.state_dict()[name], value)
+    moved = copy.deepcopy(kept.state_dict())
+    kept.commit_ema_update()
+    for name, value in kept.state_dict().items():
+        assert torch.equal(value, moved[name])
+
+
+def test_lens_are_a_mask():
+    layer = fastvq.ResidualVQ(dim=6, num_quantizers=2, codebook_size=10).eval()
+    x = torch.randn(2, 5, 6)
+    indices = layer(x, lens=torch.tensor([3, 5]))[1]
+    assert torch.equal(indices, layer(x, torch.arange(5) < torch.tensor([[3], [5]]))[1])
+    assert (indices[0, 3:] == -1).all()
+
+
+def test_arguments_of_a_call_that_cannot_be():
+    layer = fastvq.ResidualVQ(dim=6, num_quantizers=2, codebook_size=10)
+    x = torch.randn(2, 5, 6)
+    with pytest.raises(ValueError, match="^beam_size: must be at least 1, got 0"):
+        layer(x, beam_size=0)
+    for shape in ((2, 5), (2, 5, 3)):
+        with pytest.raises(ValueError, match=r"^indices: must have shape \(\.\.\., Q=2\)"):
+            layer(x, indices=torch.zeros(shape, dtype=torch.int64))

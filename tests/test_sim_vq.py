@@ -185,3 +185,15 @@ def test_the_peers_example():
     x = batch(1, 16, 8, 8)
     assert_same_outputs(ours(x), theirs(x))
     assert torch.equal(ours(x)[0], ours.indices_to_codes(ours(x)[1]))
+
+
+def test_masks():
+    layer = fastvq.SimVQ(6, 10)
+    x = torch.randn(2, 5, 6)
+    mask = torch.arange(5) < torch.tensor([[3], [5]])
+    quantized, indices, loss = layer(x, mask)
+    assert (indices[~mask] == -1).all()
+    assert not quantized[~mask].any()
+    close(loss, layer(x[mask])[2])
+    for one, other in zip(layer(x, lens=torch.tensor([3, 5])), (quantized, indices, loss), strict=True):
+        assert torch.equal(one, other)

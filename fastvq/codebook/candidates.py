@@ -46,14 +46,14 @@ def spread_rows(x: Tensor, valid: Tensor, codes: Tensor, count: int, metric: str
     for _ in range(taken):
         # The largest of ln w + Gumbel noise falls on each row with a probability proportional to w.
         noise = -torch.empty_like(distances).exponential_().log()
-        pick = (distances.log() + noise).argmax()
+        # As a tensor of one element: an index without an axis would be read by the host.
+        pick = (distances.log() + noise).argmax(keepdim=True)
         chosen.append(pick)
         filled.append(distances[pick] > 0)
         distances = torch.minimum(distances, (rows - rows[pick]).square().sum(1))
     if not taken:
         return _padded(rows, valid, count)
-    picks = torch.stack(chosen)
-    return _padded(rows[picks], torch.stack(filled), count)
+    return _padded(rows[torch.cat(chosen)], torch.cat(filled), count)
 
 
 def _padded(rows: Tensor, filled: Tensor, count: int) -> Candidates:

@@ -31,6 +31,18 @@ class InPlaceStep:
         self.parameters = list(parameters)
         self.optimizer = build(self.parameters)
 
+    def follow(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Steps these parameters from now on, where loading with `assign=True` has put them in the place of the ones it
+        was built for; the optimizer's state of those is dropped."""
+        new = list(parameters)
+        if all(one is other for one, other in zip(self.parameters, new, strict=True)):
+            return
+        place = dict(zip(map(id, self.parameters), new, strict=True))
+        for group in self.optimizer.param_groups:
+            group["params"] = [place.get(id(parameter), parameter) for parameter in group["params"]]
+        self.optimizer.state.clear()
+        self.parameters = new
+
     def backward(self, loss: Callable[[], Tensor]) -> Tensor:
         """Adds the gradient of `loss()` to the parameters'; returns the loss, detached."""
         # Hooks of our own, so that those of activation checkpointing don't take this graph for the layer's.

@@ -186,6 +186,8 @@ class ResidualVQ(Repeatable, Monitored, nn.Module):
         freeze_codebook: bool = False,
         beam_size: int | None = None,
         rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
+        lens: Tensor | None = None,
+        accum_ema_update: bool = False,
     ) -> tuple[Tensor, ...]:
         """(quantized, indices, losses) of x, and all codes if asked for; with indices given, (quantized, the sum of the
         levels' cross entropies).
@@ -200,6 +202,8 @@ class ResidualVQ(Repeatable, Monitored, nn.Module):
             freeze_codebook: leave the codebooks as they are.
             beam_size: for this call, instead of the layer's own.
             rand_quantize_dropout_fixed_seed: decides where dropout cuts; by default torch's generator does.
+            lens: int (B,), a mask for sequences: the first lens[b] vectors count.
+            accum_ema_update: keep this batch's statistics for the next step of learning, or `commit_ema_update`.
 
         Returns:
             quantized, shaped and typed as x; indices int64 (B, N, Q), (B, Q), (B, ..., Q) or (B, H, W, Q), -1 for
@@ -211,11 +215,15 @@ class ResidualVQ(Repeatable, Monitored, nn.Module):
         """
         layout = self._layout(x)
         rows = layout.to_rows(x)
-        rows_mask = layout.rows_mask(mask)
+        rows_mask = layout.rows_mask(mask, lens)
         flat_mask = None if rows_mask is None else rows_mask.reshape(1, -1)
         projected = self._projected_in(rows, rows_mask)
         if isinstance(indices, list):
             indices = torch.stack(indices, -1)
+        if indices is not None and indices.shape[-1:] != (self.num_quantizers,):
+            raise ValueError(f"indices: must have shape (..., Q={self.num_quantizers}), got {tuple(indices.shape)}")
+        if beam_size is not None and not beam_size >= 1:
+            raise ValueError(f"beam_size: must be at least 1, got {beam_size}")
         targets = None if indices is None else layout.indices_to_rows(indices).flatten(0, 1)[None]
         kept = self._dropout.draw(self.training and targets is None, x, rand_quantize_dropout_fixed_seed)
         learning = self.training and not (freeze_codebook or self._levels[0].freeze_codebook)
@@ -225,7 +233,9 @@ class ResidualVQ(Repeatable, Monitored, nn.Module):
             self._initialise_levels(projected.detach(), flat_mask)
         given = self._given(projected, flat_mask, beam_size, kept, sample_codebook_temp)
         if targets is None and self._all_at_once(learning):
-            total, found, losses = self._all_levels(projected, flat_mask, learning, kept, given)
+            total, found, losses = self._all_levels(
+                projected, flat_mask, learning, kept, given, accumulate_only=accum_ema_update
+            )
         else:
             total, found, losses = self._level_by_level(
                 projected,
@@ -236,6 +246,7 @@ class ResidualVQ(Repeatable, Monitored, nn.Module):
                 shape=(layout.batch, layout.rows),
                 targets=targets,
                 temperature=sample_codebook_temp,
+                accumulate_only=accum_ema_update,
             )
         if learning:
             self._end_pass()
@@ -259,7 +270,14 @@ class ResidualVQ(Repeatable, Monitored, nn.Module):
         return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
 
     def _all_levels(
-        self, x: Tensor, mask: Tensor | None, learning: bool, kept: Kept, given: Tensor | None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        learning: bool,
+        kept: Kept,
+        given: Tensor | None,
+        *,
+        accumulate_only: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantized (1, R, D), indices (1, R, kept) and losses (kept,) of all levels in one pass; then each learns."""
         first = self._levels[0]
@@ -286,7 +304,7 @@ class ResidualVQ(Repeatable, Monitored, nn.Module):
                 level._health.observe_(one, error)
         if learning:
             self._note_pass(x)
-            self._learn(levels, residuals[:, None], chosen, kept)
+            self._learn(levels, residuals[:, None], chosen, kept, accumulate_only)
         if self.training:
             errors = errors * first.commitment_weight if first.has_commitment_loss else torch.zeros_like(errors)
         return quantized[None], found[None], errors
@@ -302,6 +320,7 @@ class ResidualVQ(Repeatable, Monitored, nn.Module):
         shape: tuple[int, int],
         targets: Tensor | None,
         temperature: float | None,
+        accumulate_only: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same, where each level must search by itself or does more than search. The losses are cross entropies
         with targets (1, R, Q), if there are any."""
@@ -338,6 +357,7 @@ class ResidualVQ(Repeatable, Monitored, nn.Module):
                 [steps[place].inputs.detach() for place in open_steps],
                 [steps[place].indices for place in open_steps],
                 kept,
+                accumulate_only,
             )
         if learning and self.shared_codebook:
             levels[0].update_in_place_optimizer()
@@ -353,13 +373,26 @@ class ResidualVQ(Repeatable, Monitored, nn.Module):
         return total, found, torch.stack(losses)
 
     def _learn(
-        self, levels: list[VectorQuantize], inputs: Tensor | list[Tensor], indices: Tensor | list[Tensor], kept: Kept
+        self,
+        levels: list[VectorQuantize],
+        inputs: Tensor | list[Tensor],
+        indices: Tensor | list[Tensor],
+        kept: Kept,
+        accumulate_only: bool,
     ) -> None:
         """Moves the codebooks to their inputs (1, R, D), with indices (1, R)."""
         weights = None
         if isinstance(kept.levels, Tensor):  # a level left out doesn't decay
             weights = [(kept.levels > self._levels.index(level)).float() for level in levels]
-        learn_together([level._codebook for level in levels], inputs, indices, weight=weights)
+        codebooks = [level._codebook for level in levels]
+        learn_together(codebooks, inputs, indices, weight=weights, accumulate_only=accumulate_only)
+
+    @torch.no_grad()
+    def commit_ema_update(self) -> None:
+        """One step of all levels' averages with what `forward(..., accum_ema_update=True)` has kept, if it has."""
+        held = [codebook for codebook in self._learning_codebooks if codebook.held_counts is not None]
+        none = [codebook.embed.new_zeros(1, 0, self.codebook_dim) for codebook in held]
+        learn_together(held, none, [rows.new_zeros(1, 0, dtype=torch.int64) for rows in none])
 
     def _given(
         self, x: Tensor, mask: Tensor | None, beam_size: int | None, kept: Kept, temperature: float | None

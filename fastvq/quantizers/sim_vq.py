@@ -96,11 +96,15 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
         with full_precision(self.frozen_codebook):
             return self.code_transform(self.frozen_codebook.to(weight.dtype))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, lens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(quantized, indices, loss) of x.
 
         Args:
             x: (B, ..., dim), or (B, dim, ...) if channel_first; any floating dtype.
+            mask: bool (B, ...), True for the vectors that count; the others come back as index -1 and zero.
+            lens: int (B,), the same for sequences: the first lens[b] vectors count.
 
         Returns:
             quantized, shaped and typed as x; indices int64 (B, ...); loss () float32.
@@ -109,7 +113,7 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
             ValueError, TypeError: x doesn't fit.
         """
         layout = Layout.of(x, self.dim, channel_first=self.channel_first)
-        quantized, indices, loss = self.quantize_rows(layout.to_rows(x), self.codebook)
+        quantized, indices, loss = self.quantize_rows(layout.to_rows(x), self.codebook, layout.rows_mask(mask, lens))
         return layout.from_rows(quantized), layout.indices(indices), loss
 
     def quantize_rows(self, x: Tensor, codebook: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -173,6 +173,8 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
         if rotation_trick is None:
             rotation_trick = dim > 1 and not (directional_reparam or straight_through)
         codebook_dim = dim if codebook_dim is None else codebook_dim
+        if revival is not None and threshold_ema_dead_code:
+            raise ValueError("revival, threshold_ema_dead_code: only one of them may be given")
         check_vector_quantize(
             dim=dim,
             codebook_size=codebook_size,
@@ -452,6 +454,7 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
             self._codebook.learn_(x.detach(), chosen)
             learned = True
             estimator = self._estimator(temperature)
+            self._in_place.follow(self._codebook.parameters())
             in_place = self._in_place.backward(
                 lambda: estimator.output(x.detach(), current(), chosen, pulled=True).error
             )
@@ -524,6 +527,10 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
             inputs = self._heads.split(x.detach())
             inputs = unit_norm(inputs.float()) if self.use_cosine_sim else inputs
             self._codebook.revive_(inputs, inputs.isfinite().all(-1))
+
+    def commit_ema_update(self) -> None:
+        """One step of the moving averages with what `forward(..., accum_ema_update=True)` has kept, if it has."""
+        self._codebook.commit_()
 
     def update_in_place_optimizer(self) -> None:
         """Steps the in-place optimizer with the gradients gathered, over all ranks."""
