@@ -56,6 +56,7 @@ def test_heads(heads, learnable):
 
 WEIGHTS = {
     "one": torch.tensor(0.25),
+    "a number": 0.25,
     "each code": torch.linspace(0, 1, K),
     "each head and code": torch.linspace(0, 1, K)[None],
     "a function": lambda sums, counts: (counts > 4).float(),
@@ -71,7 +72,7 @@ def test_weights(kind):
     weight = WEIGHTS[kind]
     if kind == "a function":
         weight = (torch.bincount(indices[0, indices[0] >= 0], minlength=K) > 4).float()
-    averaged(size, average, x[0], indices[0], decay=0.5, weight=weight.reshape(-1) if weight.dim() else weight)
+    averaged(size, average, x[0], indices[0], decay=0.5, weight=torch.as_tensor(weight).flatten())
     assert_state(codebook, 0, size, average)
 
 
@@ -238,3 +239,25 @@ def test_a_bridge_maps_the_codes():
     codebook = Codebook(D, K, learnable=True, ema_update=False, bridge=bridge)
     close(codebook.codes, bridge(codebook.embed))
     assert "vq_bridge.weight" in codebook.state_dict()
+
+
+def test_what_is_held_belongs_to_the_codes_it_was_held_for():
+    codebook = Codebook(D, K)
+    codebook.learn_(*batch(), accumulate_only=True)
+    state = copy.deepcopy(codebook.state_dict())
+    codebook.load_state_dict(state)
+    codebook.commit_()
+    for name, value in codebook.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
+@pytest.mark.parametrize("revival", [Revival(2.0, rows="kmeans++", reservoir=16, at_once=3), Revival(0.1, every=2)])
+def test_policies_compile(revival):
+    torch._dynamo.reset()
+    codebook = Codebook(D, K, revival=revival)
+    codebook.cluster_size.zero_()
+    before = codebook.embed.clone()
+    step = torch.compile(lambda x, indices: codebook.learn_(x, indices), fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        step(*batch(seed=seed))
+    assert not torch.equal(codebook.embed, before)

@@ -84,7 +84,7 @@ LAYERS = {
     "FSQ": ("fastvq.FSQ([8, 8, 8, 16])", "4", ""),
     "residual FSQ": ("fastvq.ResidualFSQ(dim=d, levels=[8, 8, 8, 16], num_quantizers=2)", "d", ""),
     "FSP": ("fastvq.FSP([16, 16, 32], dim=d)", "d", ""),
-    "LatentQuantize": ("fastvq.LatentQuantize([16, 16, 32], d)", "d", ""),
+    "LatentQuantize": ("(lambda q: lambda x: q(x.mT))(fastvq.LatentQuantize([16, 16, 32], d))", "d", ""),
     "hierarchical": (
         "fastvq.HierarchicalVQ(dim=d, codebook_size=k, scales=(1, 64, 8192), channel_first=False, kmeans_iters=1)",
         "d",
@@ -96,7 +96,8 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_training_step_of_every_quantizer(name):
     layer, dim, forward = LAYERS[name]
-    several = 2 if name in ("topk", "beam", "hierarchical") else 1  # these hold several codes or scales of each vector
+    # These hold several codes or scales of each vector, or the mean probabilities of some positions.
+    several = 2 if name in ("topk", "beam", "hierarchical", "diversity") else 1
     assert peak_mb("native", layer, dim=dim, forward=forward) < several * LIMIT_MB
 
 
@@ -121,4 +122,5 @@ def test_the_measurement_sees_a_matrix():
 )
 def test_streams(backend, results):
     layer = f"(lambda e: lambda rows: (lambda x: (x.sum(), {results}))(rows[0]))(torch.randn(k, d, requires_grad=True))"
-    assert peak_mb(backend, layer) < LIMIT_MB
+    tiles = 2 if backend == "torch" else 1  # torch operations hold several temporaries of a tile
+    assert peak_mb(backend, layer) < tiles * LIMIT_MB

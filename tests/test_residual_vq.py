@@ -251,7 +251,7 @@ def test_lens_are_a_mask():
 def test_arguments_of_a_call_that_cannot_be():
     layer = fastvq.ResidualVQ(dim=6, num_quantizers=2, codebook_size=10)
     x = torch.randn(2, 5, 6)
-    with pytest.raises(ValueError, match="^beam_size: must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^beam_size: must be at least 1, got 0"):
         layer(x, beam_size=0)
     for shape in ((2, 5), (2, 5, 3)):
         with pytest.raises(ValueError, match=r"^indices: must have shape \(\.\.\., Q=2\)"):

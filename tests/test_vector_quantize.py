@@ -139,6 +139,7 @@ FROZEN = [
     {"threshold_ema_dead_code": 2},
     {"use_cosine_sim": True},
     {"learnable_codebook": True},
+    {"orthogonal_reg_weight": 1.0},
     {"kmeans_init": True, "threshold_ema_dead_code": 5},
 ]
 

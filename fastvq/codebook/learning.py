@@ -15,7 +15,7 @@ from .candidates import Candidates
 if TYPE_CHECKING:
     from .state import Codebook
 
-Weight = Tensor | Callable[[Tensor, Tensor], Tensor]
+Weight = float | Tensor | Callable[[Tensor, Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -142,7 +142,7 @@ def _share(codebook: Codebook, counts: Tensor, sums: Tensor, weight: Weight | No
     """The weight as (H, K)."""
     if weight is None:
         return None
-    given = weight(sums, counts) if callable(weight) else weight
+    given = torch.as_tensor(weight(sums, counts) if callable(weight) else weight, device=counts.device)
     given = given[None] if given.dim() == 1 else given
     shape = (codebook.heads, codebook.size)
     if given.dim() and given.shape != shape:

@@ -256,6 +256,7 @@ class Codebook(KeepsPrecision, nn.Module):
                 saved = state_dict.get(prefix + name)
                 setattr(self, name, None if saved is None else torch.empty_like(saved, device=self.embed.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.held_counts = self.held_sums = None  # statistics of other codes
         give_memory_(self, state_dict)
         with torch.no_grad():
             for state in (self.embed, self.embed_avg, self.cluster_size):

@@ -186,6 +186,7 @@ class ResidualVQ(Repeatable, Monitored, nn.Module):
         freeze_codebook: bool = False,
         beam_size: int | None = None,
         rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
+        *,
         lens: Tensor | None = None,
         accum_ema_update: bool = False,
     ) -> tuple[Tensor, ...]:

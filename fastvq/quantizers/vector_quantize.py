@@ -44,6 +44,7 @@ class Step(NamedTuple):
     cross_entropy: Tensor | None  # (), with targets
     in_place: Tensor  # ()
     learned: bool  # whether the codebook has learned from them already
+    learning: bool  # whether it may change
 
 
 class VectorQuantize(Repeatable, Monitored, nn.Module):
@@ -478,8 +479,9 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
             if targets is None
             else where.cross_entropy(x, targets if mask is None else targets.masked_fill(~mask, -1))
         )
+        in_place_loss = zero if in_place is None else in_place
         return Step(
-            x, where, quantized, chosen, error, diversity, entropy, zero if in_place is None else in_place, learned
+            x, where, quantized, chosen, error, diversity, entropy, in_place_loss, learned=learned, learning=learning
         )
 
     def losses(self, step: Step) -> tuple[Tensor, LossBreakdown]:
@@ -500,7 +502,7 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
             if self.orthogonal_reg_active_codes_only:
                 used = used_codes(step.indices.flatten(1), self.codebook_size)
             # A copy, since the codes may move before the backward pass.
-            codes = self._codebook.embed.clone()
+            codes = self._codebook.embed.clone() if step.learning else self._codebook.embed.detach()
             orthogonal = orthogonality(codes, used, most=self.orthogonal_reg_max_codes)
             loss = loss + orthogonal * self.orthogonal_reg_weight
         return loss, LossBreakdown(commitment, step.diversity, orthogonal, step.in_place)

@@ -273,9 +273,10 @@ def test_signatures(arguments):
     ):
         ours = inspect.signature(getattr(mine, arguments[0])).parameters
         theirs = inspect.signature(getattr(other, arguments[0])).parameters
-        assert [n for n, p in ours.items() if p.kind != p.VAR_KEYWORD] == [
-            n for n, p in theirs.items() if p.kind != p.VAR_KEYWORD
-        ]
+        expected = [n for n, p in theirs.items() if p.kind != p.VAR_KEYWORD]
+        assert [n for n, p in ours.items() if p.kind != p.VAR_KEYWORD][: len(expected)] == expected
+        added = [p for n, p in ours.items() if n not in theirs]
+        assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in added)
         for name, parameter in theirs.items():
             if parameter.kind != parameter.VAR_KEYWORD and name != "mlp_kwargs":
                 assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
