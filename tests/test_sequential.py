@@ -63,3 +63,13 @@ def test_a_quantizer_that_gives_one_tensor():
 def test_exactly_one(count):
     with pytest.raises(ValueError, match=r"^fns: must contain exactly one quantizer, got (none|FSQ, FSQ)"):
         fastvq.Sequential(nn.Linear(2, 2), *[fastvq.FSQ([5, 5]) for _ in range(count)])
+
+
+def test_health_is_the_quantizers():
+    quantizer = fastvq.VectorQuantize(8, 16)
+    chain = fastvq.Sequential(torch.nn.Identity(), quantizer)
+    chain(torch.randn(2, 5, 8))
+    assert int(chain.code_counts.sum()) == 10
+    assert chain.usage() == quantizer.usage() > 0
+    chain.reset_health()
+    assert chain.usage() == 0

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..health import Monitored
+from ..health import HealthReport, Monitored
 
 QUANTIZE_KLASSES = (Monitored,)
 """What counts as a quantizer: every one of fastvq."""
 
 
-class Sequential(nn.Module):
+class Sequential(Monitored, nn.Module):
     """Modules in a row, exactly one of them a quantizer, with the API of vector_quantize_pytorch.
 
     What comes before the quantizer and after it, such as convolutions, is applied to the first of its results; the
@@ -31,6 +31,24 @@ class Sequential(nn.Module):
         if len(quantizers) != 1:
             raise ValueError(f"fns: must contain exactly one quantizer, got {', '.join(quantizers) or 'none'}")
         self.fns = nn.ModuleList(fns)
+
+    @property
+    def quantizer(self) -> Any:
+        """The one among them."""
+        return next(fn for fn in self.fns if isinstance(fn, QUANTIZE_KLASSES))
+
+    @property
+    def code_counts(self) -> Tensor:
+        """Those of the quantizer."""
+        return self.quantizer.code_counts
+
+    def health(self) -> HealthReport:
+        """That of the quantizer."""
+        return self.quantizer.health()
+
+    def reset_health(self) -> None:
+        """Starts it afresh."""
+        self.quantizer.reset_health()
 
     def forward(self, x: Tensor, **options: Any) -> tuple[Any, ...]:
         """(the last module's result, the quantizer's other results ...) of x. `options` are the quantizer's."""
