@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,4 +40,6 @@ class KeepsBuffers:
 
 def full_precision(like: Tensor) -> AbstractContextManager[None]:
     """Where autocast is off on the device of `like`."""
+    if like.is_meta:  # which has no autocast
+        return nullcontext()
     return torch.autocast(like.device.type, enabled=False)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..precision import full_precision
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements of the largest temporary that a search holds: 16 MiB of float32."""
@@ -41,7 +42,7 @@ class NeuralCodes(nn.Module):
     def forward(self, codes: Tensor, *, condition: Tensor) -> Tensor:
         """Codes (..., D), each with its condition (..., D); the leading shapes are broadcast. Computed in the network's
         dtype, autocast or not; returned in that of the codes."""
-        with torch.autocast(codes.device.type, enabled=False):
+        with full_precision(codes):
             return self._transform(codes, condition).to(codes.dtype)
 
     def _transform(self, codes: Tensor, condition: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ..parts.output import Estimator
 from ..parts.projection import projected_out, projections
 from ..parts.rows import keep_finite, mark_bad
 from ..parts.tables import PerRow, Shared, Table
+from ..precision import full_precision
 from ..recompute import History, Repeatable, recomputing
 from .settings import check_vector_quantize
 
@@ -438,7 +439,7 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
         temperature = self.sample_codebook_temp if temperature is None else temperature
 
         def current() -> Table:
-            with torch.autocast(x.device.type, enabled=False):  # a bridge
+            with full_precision(x):  # a bridge
                 codes = self._codebook.codes
             if not (learning and codes.requires_grad):
                 codes = codes.detach()
