@@ -141,7 +141,7 @@ def draw(name: str, curves: Curves, path: Path) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")
     plots.save_figure(figure, path)
 
 

@@ -170,7 +170,7 @@ def save_usage(path: Path, counts: Tensor, *, perplexity: float, title: str) -> 
     axes.set_xlim(-0.5, len(ordered) - 0.5)
     axes.set_xlabel("code, by rank")
     axes.set_ylabel("times chosen")
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, loc="upper right")  # "best" may take seconds
     save_figure(figure, path)
 
 

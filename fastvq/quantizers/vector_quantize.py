@@ -439,8 +439,11 @@ class VectorQuantize(Repeatable, Monitored, nn.Module):
         temperature = self.sample_codebook_temp if temperature is None else temperature
 
         def current() -> Table:
-            with full_precision(x):  # a bridge
+            if self._codebook.vq_bridge is None:
                 codes = self._codebook.codes
+            else:
+                with full_precision(x):
+                    codes = self._codebook.codes
             if not (learning and codes.requires_grad):
                 codes = codes.detach()
             elif self._is_soft or targets is not None:
