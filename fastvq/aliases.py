@@ -38,7 +38,7 @@ MODULES = {
         "LatentQuantize SimVQ ResidualSimVQ HierarchicalVQ"
     ),
     "vector_quantize_pytorch": (
-        "VectorQuantize quantizers.vector_quantize:LossBreakdown codebook:Codebook parts.estimators:rotate_to "
+        "VectorQuantize quantizers.row_quantizer:LossBreakdown codebook:Codebook parts.estimators:rotate_to "
         "parts.estimators:straight_through parts.estimators:directional_reparam "
         "parts.losses:orthogonality:orthogonal_loss_fn distributed:active:is_distributed"
     ),

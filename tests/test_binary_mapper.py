@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-
 import pytest
 import torch
 import vector_quantize_pytorch as vqp
 from torch.nn import functional as F
 
 import fastvq
-from fastvq.quantizers import binary_mapper
 
 from . import contract
 from .cases import HALF, close
@@ -20,16 +16,6 @@ from .contract import vectors
 
 def pair(bits=5, **options):
     return fastvq.BinaryMapper(bits, **options), vqp.BinaryMapper(bits, **options)
-
-
-def test_signatures():
-    for method in ("__init__", "forward", "log_prob", "calc_aux_loss"):
-        ours, theirs = (
-            inspect.signature(getattr(cls, method)).parameters.values()
-            for cls in (fastvq.BinaryMapper, vqp.BinaryMapper)
-        )
-        assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs]
-    assert math.log(2) == binary_mapper.NAT
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from torch import nn
@@ -36,16 +34,6 @@ def weights(genes):
     """The number that the bits spell."""
     values = 2.0 ** torch.arange(genes[0].numel() - 1, -1, -1)
     return ((genes > 0).flatten(1) * values).sum(-1)
-
-
-def test_signatures():
-    ours, theirs = inspect.signature(fastvq.EvoLFQ).parameters, inspect.signature(vqp.EvoLFQ).parameters
-    assert {n: (p.kind, p.default) for n, p in ours.items()} == {n: (p.kind, p.default) for n, p in theirs.items()}
-    methods = [n for n in vars(vqp.EvoLFQ) if inspect.isfunction(getattr(vqp.EvoLFQ, n)) and not n.startswith("_")]
-    assert len(methods) == 10
-    for name in methods:
-        ours, theirs = (inspect.signature(getattr(c, name)).parameters for c in (fastvq.EvoLFQ, vqp.EvoLFQ))
-        assert [(n, p.kind, p.default) for n, p in ours.items()] == [(n, p.kind, p.default) for n, p in theirs.items()]
 
 
 @pytest.mark.parametrize("options", [{}, {"codebook_size": 8}, {"codebook_size": 8, "num_codebooks": 2}])

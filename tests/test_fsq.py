@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 
 import numpy as np
@@ -40,13 +39,6 @@ def pair(levels=(8, 5, 5, 5), **options):
     ours, theirs = fastvq.FSQ(list(levels), **options), vqp.FSQ(list(levels), **options)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
-
-
-def test_signature():
-    def parameters(cls):
-        return [(p.name, p.kind, p.default) for p in inspect.signature(cls.__init__).parameters.values()]
-
-    assert parameters(fastvq.FSQ) == parameters(vqp.FSQ)
 
 
 @pytest.mark.parametrize("training", [True, False])

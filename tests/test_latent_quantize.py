@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 
 import pytest
@@ -39,13 +38,6 @@ def spread(module):
         for values in module.values_per_latent:
             values.copy_(vectors(len(values), seed=len(values), scale=0.5))
     return module
-
-
-def test_signature():
-    ours, theirs = (
-        inspect.signature(cls.__init__).parameters.values() for cls in (fastvq.LatentQuantize, vqp.LatentQuantize)
-    )
-    assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs]
 
 
 @pytest.mark.parametrize("kind", OPTIONS)

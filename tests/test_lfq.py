@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import pytest
@@ -12,7 +11,7 @@ from torch import nn
 import fastvq
 
 from .cases import close, generator
-from .peers import assert_compiles, assert_same_outputs, assert_same_step, assert_travels, pair, vqp
+from .peers import assert_compiles, assert_same_outputs, assert_same_step, assert_travels, pair
 
 
 def batch(*shape, seed=0):
@@ -65,18 +64,6 @@ SHAPES = {"channel first": [(3, -1, 7), (2, -1, 3, 4)], "channel last": [(3, 7, 
 def shapes_of(kind, dim):
     shapes = SHAPES.get(kind, [(3, 15, -1), (2, -1, 3, 4), (2, -1, 2, 3, 2)])
     return [[dim if size == -1 else size for size in shape] for shape in shapes]
-
-
-def test_signature():
-    ours = inspect.signature(fastvq.LFQ).parameters
-    theirs = inspect.signature(vqp.LFQ).parameters
-    assert list(ours) == list(theirs)
-    for name in set(ours) - {"straight_through_activation"}:  # theirs is an nn.Identity()
-        assert (ours[name].kind, ours[name].default) == (theirs[name].kind, theirs[name].default)
-    forward = inspect.signature(fastvq.LFQ.forward).parameters
-    assert {name: p.default for name, p in forward.items()} == {
-        name: p.default for name, p in inspect.signature(vqp.LFQ.forward).parameters.items()
-    }
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -322,3 +309,15 @@ def test_compiled_training_step(options):
 
 def test_travels():
     assert_travels(fastvq.LFQ(dim=7, codebook_size=32, orthogonal_rotation=True), batch(2, 5, 7))
+
+
+def test_lengths_are_a_mask():
+    layer = fastvq.LFQ(dim=8, codebook_size=16).eval()
+    x, lens = torch.randn(2, 5, 8), torch.tensor([3, 5])
+    mask = torch.arange(5) < lens[:, None]
+    masked, counted = layer(x, mask=mask), layer(x, lens=lens)
+    for one, other in zip(masked, counted, strict=True):
+        assert torch.equal(one, other)
+    assert (masked[1][~mask] == -1).all()
+    assert not masked[0][~mask].any()
+    assert torch.equal(masked[1][mask], layer(x)[1][mask])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
 import fastvq
 
 from .cases import close, generator
-from .peers import assert_travels, pair, vqp
+from .peers import assert_travels, pair
 
 DIM = 12
 
@@ -25,13 +23,6 @@ def quantizer(**options):
 
 
 OPTIONS = [{}, {"num_codebooks": 3}, {"norm": False}, {"num_codebooks": 2, "commitment_weight": 0.25}]
-
-
-def test_signature():
-    ours = inspect.signature(fastvq.RandomProjectionQuantizer).parameters
-    theirs = inspect.signature(vqp.RandomProjectionQuantizer).parameters
-    for name in set(theirs) - {"kwargs"}:
-        assert (ours[name].kind, ours[name].default) == (theirs[name].kind, theirs[name].default)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -119,3 +110,13 @@ def test_compiled():
 
 def test_travels():
     assert_travels(quantizer(num_codebooks=2), batch())
+
+
+def test_masks_and_lengths():
+    layer = fastvq.RandomProjectionQuantizer(dim=8, codebook_size=16, codebook_dim=4, num_codebooks=2)
+    x, lens = torch.randn(2, 5, 8), torch.tensor([3, 5])
+    mask = torch.arange(5) < lens[:, None]
+    assert torch.equal(layer(x, mask=mask), layer(x).masked_fill(~mask[..., None], -1))
+    assert torch.equal(layer(x, lens=lens), layer(x, mask=mask))
+    targets = layer(x)
+    torch.testing.assert_close(layer(x, targets, lens=lens), layer(x, targets.masked_fill(~mask[..., None], -1)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 import vector_quantize_pytorch as vqp
@@ -31,14 +29,6 @@ def pair(**options):
     ours, theirs = fastvq.ResidualFSQ(**SETTINGS | options), vqp.ResidualFSQ(**SETTINGS | options)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
-
-
-@pytest.mark.parametrize("name", ["ResidualFSQ", "GroupedResidualFSQ"])
-def test_signature(name):
-    theirs = inspect.signature(getattr(vqp, name).__init__).parameters
-    ours = inspect.signature(getattr(fastvq, name).__init__).parameters
-    for parameter in list(theirs.values())[:-1]:
-        assert (ours[parameter.name].kind, ours[parameter.name].default) == (parameter.kind, parameter.default)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
@@ -43,17 +41,6 @@ OPTIONS = {
     "axis for codebooks": {"keep_num_codebooks_dim": True},
 }
 DECODED_OTHERWISE = ("spherical", "rotated")  # the peer decodes without either
-
-
-def test_signatures():
-    for name in ("ResidualLFQ", "GroupedResidualLFQ"):
-        for method in ("__init__", "forward"):
-            ours = inspect.signature(getattr(getattr(fastvq, name), method)).parameters
-            theirs = inspect.signature(getattr(getattr(vqp, name), method)).parameters
-            positional = [p for p in theirs if theirs[p].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD]
-            assert list(ours)[: len(positional)] == positional
-            for p in set(theirs) - {"kwargs"}:
-                assert (ours[p].kind, ours[p].default) == (theirs[p].kind, theirs[p].default)
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -221,3 +208,15 @@ def test_compiled_training_step():
 
 def test_travels():
     assert_travels(residual_lfq(dim=7), batch(2, 9, 7))
+
+
+def test_lengths_are_a_mask():
+    layer = fastvq.ResidualLFQ(dim=8, num_quantizers=2, codebook_size=16).eval()
+    x, lens = torch.randn(2, 5, 8), torch.tensor([3, 5])
+    mask = torch.arange(5) < lens[:, None]
+    masked, counted = layer(x, mask=mask), layer(x, lens=lens)
+    for one, other in zip(masked, counted, strict=True):
+        assert torch.equal(one, other)
+    assert (masked[1][~mask] == -1).all()
+    assert not masked[0][~mask].any()
+    assert torch.equal(masked[1][mask], layer(x)[1][mask])

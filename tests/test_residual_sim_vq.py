@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
 import fastvq
 
 from .cases import close, generator
-from .peers import assert_compiles, assert_same_step, assert_travels, pair, vqp
+from .peers import assert_compiles, assert_same_step, assert_travels, pair
 
 DIM, SIZE, LEVELS = 6, 17, 4
 
@@ -36,14 +34,6 @@ OPTIONS = {
     "dropout by twos": {"quantize_dropout": True, "quantize_dropout_multiple_of": 2},
     "dropout, channel first": {"quantize_dropout": True, "channel_first": True},
 }
-
-
-def test_signature():
-    ours = inspect.signature(fastvq.ResidualSimVQ).parameters
-    theirs = inspect.signature(vqp.ResidualSimVQ).parameters
-    assert {name: (p.kind, p.default) for name, p in ours.items()} == {
-        name: (p.kind, p.default) for name, p in theirs.items()
-    }
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -167,3 +157,15 @@ def test_compiled_training_step():
 
 def test_travels():
     assert_travels(residual_sim_vq(quantize_dropout=True), batch())
+
+
+def test_masks_and_lengths():
+    layer = fastvq.ResidualSimVQ(dim=8, num_quantizers=2, codebook_size=10).eval()
+    x, lens = torch.randn(2, 5, 8), torch.tensor([3, 5])
+    mask = torch.arange(5) < lens[:, None]
+    masked, counted = layer(x, mask=mask), layer(x, lens=lens)
+    for one, other in zip(masked, counted, strict=True):
+        assert torch.equal(one, other)
+    assert (masked[1][~mask] == -1).all()
+    assert not masked[0][~mask].any()
+    assert torch.equal(masked[1][mask], layer(x)[1][mask])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from torch import nn
@@ -48,14 +46,6 @@ def built(kind):
 
 def pair_transform(package, options):
     return package.SimVQ(DIM, SIZE, **(options | {"codebook_transform": options["codebook_transform"]()}))
-
-
-def test_signature():
-    ours = inspect.signature(fastvq.SimVQ).parameters
-    theirs = inspect.signature(vqp.SimVQ).parameters
-    assert list(ours) == list(theirs)
-    for name in set(ours) - {"init_fn"}:  # theirs is the identity, written as a function
-        assert (ours[name].kind, ours[name].default) == (theirs[name].kind, theirs[name].default)
 
 
 @pytest.mark.parametrize("kind", OPTIONS)

@@ -301,7 +301,7 @@ def test_backends_agree():
         ({"decay": 1.1}, ValueError, "decay: must lie in"),
         ({"eps": -1.0}, ValueError, "eps: must not be negative"),
         ({"commitment_weight": -1.0}, ValueError, "commitment_weight: must not be negative"),
-        ({"kmeans_iters": -1}, ValueError, "kmeans_iters: must not be negative"),
+        ({"kmeans_iters": -1}, ValueError, "kmeans_iters: must be an integer that isn't negative"),
         ({"threshold_ema_dead_code": -1}, ValueError, "threshold_ema_dead_code: must not be negative"),
         ({"learnable_codebook": True, "ema_update": True}, ValueError, "ema_update: must be False"),
         ({"learnable_codebook": True, "use_cosine_sim": True}, ValueError, "learnable_codebook: must be False"),

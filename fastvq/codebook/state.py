@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ class Codebook(KeepsPrecision, nn.Module):
         bridge: a module that maps embed to the codes that are used, (H, K, D) -> (H, K, D), before the affine map; or
             None.
         The others: see `fastvq.VectorQuantize`.
+
+    Raises:
+        ValueError: decay, eps or kmeans_iters that can't be.
     """
 
     initted: Tensor
@@ -67,6 +71,13 @@ class Codebook(KeepsPrecision, nn.Module):
         bridge: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay: must lie in [0, 1], got {decay}")
+        if not eps >= 0:
+            raise ValueError(f"eps: must not be negative, got {eps}")
+        rounds: Any = kmeans_iters
+        if not (isinstance(rounds, Integral) and int(rounds) >= 0):
+            raise ValueError(f"kmeans_iters: must be an integer that isn't negative, got {kmeans_iters!r}")
         self.dim, self.size, self.heads = dim, size, heads
         self.decay, self.eps = decay, eps
         self.kmeans_iters = kmeans_iters

@@ -125,6 +125,9 @@ class GroupedResidualVQ(Grouped):
         sample_codebook_temp: float | None = None,
         freeze_codebook: bool = False,
         mask: Tensor | None = None,
+        *,
+        lens: Tensor | None = None,
+        accum_ema_update: bool = False,
     ) -> tuple[Any, ...]:
         """(quantized, indices, losses) of x, and all codes if asked for.
 
@@ -136,8 +139,19 @@ class GroupedResidualVQ(Grouped):
             quantized as x; indices (G, B, ..., Q); losses (G, Q); codes, a tuple of G tensors (Q, B, ..., D / G). With
             indices: (quantized, the sum of the groups' cross entropies).
         """
-        options = {"sample_codebook_temp": sample_codebook_temp, "freeze_codebook": freeze_codebook, "mask": mask}
+        options = {
+            "sample_codebook_temp": sample_codebook_temp,
+            "freeze_codebook": freeze_codebook,
+            "mask": mask,
+            "lens": lens,
+            "accum_ema_update": accum_ema_update,
+        }
         if indices is not None:
             quantized, losses = self.quantize_groups(x, indices, **options)
             return quantized, losses.sum(0)
         return self.quantize_groups(x, return_all_codes=return_all_codes, **options)
+
+    def commit_ema_update(self) -> None:
+        """`ResidualVQ.commit_ema_update` of every group."""
+        for rvq in self._groups:
+            rvq.commit_ema_update()

@@ -164,15 +164,15 @@ class HierarchicalVQ(Monitored, nn.Module):
     def _monitored(self) -> list[Monitored] | None:
         return None if self.vqs is None else [cast(Monitored, vq) for vq in self.vqs]
 
-    def get_vq(self, level: int) -> VectorQuantize:
+    def get_vq(self, level_index: int) -> VectorQuantize:
         """The quantizer of a level."""
-        return cast(VectorQuantize, self.vq if self.vqs is None else self.vqs[level])
+        return cast(VectorQuantize, self.vq if self.vqs is None else self.vqs[level_index])
 
-    def choose_phi(self, level: int) -> Phi:
+    def choose_phi(self, level_index: int) -> Phi:
         """The phi of a level."""
         if self.phi_levels is None:
             return cast(Phi, self.phi_shared)
-        place = level / max(self.num_levels - 1, 1)
+        place = level_index / max(self.num_levels - 1, 1)
         return cast(Phi, self.phi_levels[round(place * (len(self.phi_levels) - 1))])
 
     def forward(
@@ -183,6 +183,8 @@ class HierarchicalVQ(Monitored, nn.Module):
         lens: Tensor | None = None,
         sample_codebook_temp: float | None = None,
         return_cutoff: bool = False,
+        *,
+        accum_ema_update: bool = False,
     ) -> tuple[Any, ...]:
         """(reconstruction, indices, loss) of x, and where nested dropout cut if asked for.
 
@@ -191,6 +193,7 @@ class HierarchicalVQ(Monitored, nn.Module):
             indices: None; `get_output_from_indices` takes indices.
             mask: bool (B, ...), True for the positions that count. lens: int (B,), the same for one spatial axis.
             sample_codebook_temp: as for `VectorQuantize`.
+            accum_ema_update: keep this batch's statistics for the next step of learning, or `commit_ema_update`.
             return_cutoff: also return the last level in the reconstruction, or None if that has all of them; a tensor
                 where nested dropout may cut in a compiled graph.
 
@@ -210,7 +213,7 @@ class HierarchicalVQ(Monitored, nn.Module):
         residual = x if self.channel_first else x.movedim(-1, 1)
         residual = residual if x.dtype == torch.float64 else residual.float()
         residual = residual.masked_fill(~counted, 0)
-        options = {} if sample_codebook_temp is None else {"sample_codebook_temp": sample_codebook_temp}
+        options = {"sample_codebook_temp": sample_codebook_temp, "accum_ema_update": accum_ema_update}
 
         # Drawn before the codebooks draw, which in a recomputed forward they don't.
         kept = self._dropout.draw(self.training, x)
@@ -249,6 +252,11 @@ class HierarchicalVQ(Monitored, nn.Module):
             outputs.append(self._to_full(codes.transpose(1, 2).unflatten(2, shape), size, level))
         total = torch.stack(outputs).sum(0)
         return total if self.channel_first else total.movedim(1, -1)
+
+    def commit_ema_update(self) -> None:
+        """`VectorQuantize.commit_ema_update` of every level; of the one codebook that they share."""
+        for vq in dict.fromkeys(self.get_vq(level) for level in range(self.num_levels)):
+            vq.commit_ema_update()
 
     def _pool(self, residual: Tensor, counted: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """The averages (B, dim, *shape) over what counts (B, 1, ...) in each cell, and which cells have any."""

@@ -225,7 +225,13 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
         return codes.movedim(-1, 1) if channel_first else codes
 
     def forward(
-        self, x: Tensor, inv_temperature: float = 100.0, return_loss_breakdown: bool = False, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        inv_temperature: float = 100.0,
+        return_loss_breakdown: bool = False,
+        mask: Tensor | None = None,
+        *,
+        lens: Tensor | None = None,
     ) -> Return | tuple[Return, LossBreakdown]:
         """(quantized, indices, entropy_aux_loss) of x.
 
@@ -234,6 +240,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
             inv_temperature: of the assignments whose entropies the loss takes.
             return_loss_breakdown: also return what the loss consists of.
             mask: bool, True for the vectors that count: (B,), (B, N) or (B, spatial).
+            lens: int (B,), a mask for sequences: the first lens[b] vectors count.
 
         Returns:
             quantized, shaped and typed as x; indices int64; entropy_aux_loss () float32. Then a `LossBreakdown`.
@@ -242,7 +249,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
             ValueError, TypeError: x or mask that don't fit.
         """
         layout = Layout.of(x, self.dim, channel_first=self.channel_first)
-        rows, counted = counted_rows(layout, x, mask)
+        rows, counted = counted_rows(layout, x, mask, lens)
         quantized, indices, loss, parts = self.quantize_rows(
             self.project_in(rows), counted, inv_temperature=inv_temperature, entropies=return_loss_breakdown
         )
@@ -308,7 +315,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
         return rotated(codes, self.orthogonal_rot.T).to(codes.dtype) if self.orthogonal_rotation else codes
 
 
-def counted_rows(layout: Layout, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def counted_rows(layout: Layout, x: Tensor, mask: Tensor | None, lens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x as rows (B, N, dim), zeros where they don't count, and whether they do, bool (B, N): the finite ones in `mask`,
     which has the shape (B, N), (B, spatial) or its beginning."""
     leading = (layout.batch, *layout.spatial)
@@ -316,4 +323,4 @@ def counted_rows(layout: Layout, x: Tensor, mask: Tensor | None) -> tuple[Tensor
         mask = mask.reshape(*mask.shape, *[1] * (len(leading) - mask.dim())).expand(leading)
     elif mask is not None and mask.shape == (layout.batch, layout.rows):
         mask = mask.reshape(leading)
-    return keep_finite(layout.to_rows(x), layout.rows_mask(mask))
+    return keep_finite(layout.to_rows(x), layout.rows_mask(mask, lens))

@@ -79,15 +79,24 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
         self.vq.eval()
         return self
 
-    def forward(self, x: Tensor, indices: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        indices: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+    ) -> Tensor:
         """Indices of x; or, given indices, the cross-entropy of the codes' similarities to them.
 
         Args:
             x: (B, N, dim), any floating dtype.
             indices: int64 (B, N), or (B, N, H) for several codebooks.
+            mask: bool (B, N), True for the vectors that count; the others get -1. lens: int (B,), the same: the first
+                lens[b] vectors.
 
         Returns:
-            int64 (B, N) or (B, N, H), -1 for vectors that are not finite; or the loss ().
+            int64 (B, N) or (B, N, H), -1 for vectors that are not finite or don't count; or the loss ().
 
         Raises:
             ValueError, TypeError: x or indices that don't fit.
@@ -101,8 +110,8 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
             projected = torch.einsum("bnd,hde->bnhe", normed, self.rand_projs.to(normed.dtype)).flatten(2)
         projected = projected.to(next(self.vq.project_in.parameters(), projected).dtype)
         if indices is not None:
-            return self.vq(projected, indices=indices)[1]
-        found = self.vq(projected)[1]
+            return self.vq(projected, indices=indices, mask=mask, lens=lens)[1]
+        found = self.vq(projected, mask=mask, lens=lens)[1]
         if self.training:
             self._health.observe_(found.movedim(-1, 0) if self.num_codebooks > 1 else found)
         return found

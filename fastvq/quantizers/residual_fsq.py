@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..health import Monitored
 from ..parts.binary import soft_clamp
-from ..parts.dropout import Kept, QuantizeDropout
+from ..parts.dropout import Kept
 from ..parts.layout import Layout, codes_layout
 from ..parts.projection import projected_out, projections
 from ..parts.radix import checked_levels
@@ -18,9 +17,10 @@ from ..parts.rows import columns, finite_rows, keep_finite
 from ..precision import KeepsBuffers
 from .fsq import FSQ
 from .grouped import Grouped
+from .levels import Levels
 
 
-class ResidualFSQ(Monitored, KeepsBuffers, nn.Module):
+class ResidualFSQ(KeepsBuffers, Levels[FSQ]):
     """Codes each vector by one `FSQ` code of each level, with the API of vector_quantize_pytorch.
 
         r_0 = c tanh(project_in(x) / c),   code_q = s_q FSQ(r_q / s_q),   r_{q+1} = r_q - sg[code_q]
@@ -73,8 +73,6 @@ class ResidualFSQ(Monitored, KeepsBuffers, nn.Module):
     ) -> None:
         super().__init__()
         sizes = checked_levels(levels, at_least=2)
-        if num_quantizers < 1:
-            raise ValueError(f"num_quantizers: must be at least 1, got {num_quantizers}")
         if bound_hard_clamp and soft_clamp_input_value is not None:
             raise ValueError("soft_clamp_input_value: follows from the levels beside bound_hard_clamp=True")
         for name in {"num_codebooks", "keep_num_codebooks_dim", "channel_first", "return_indices"} & set(settings):
@@ -84,16 +82,8 @@ class ResidualFSQ(Monitored, KeepsBuffers, nn.Module):
 
         self.levels = levels
         self.dim = len(sizes) if dim is None else dim
-        self.num_quantizers = num_quantizers
         self.is_channel_first = is_channel_first
-        self.quantize_dropout = quantize_dropout and num_quantizers > 1
-        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
-        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
-        self._dropout = QuantizeDropout(
-            num_quantizers, self.quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of
-        )
-        if self.quantize_dropout:
-            self._dropout.check()
+        self._set_dropout(num_quantizers, quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
 
         self.has_projections = self.dim != len(sizes)
         self.project_in, self.project_out = projections(self.dim, len(sizes))
@@ -106,14 +96,6 @@ class ResidualFSQ(Monitored, KeepsBuffers, nn.Module):
         self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32), persistent=False)
         clamp = None if soft_clamp_input_value is None else torch.as_tensor(soft_clamp_input_value).float()
         self.register_buffer("soft_clamp_input_value", clamp, persistent=False)
-
-    @property
-    def _levels(self) -> list[FSQ]:
-        return [cast(FSQ, layer) for layer in self.layers]
-
-    @property
-    def _monitored(self) -> list[Monitored]:
-        return list(self._levels)
 
     @property
     def codebooks(self) -> Tensor:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..health import Monitored
-from ..parts.dropout import QuantizeDropout
 from ..parts.layout import Layout
 from ..parts.projection import projected_out, projections
 from .grouped import Grouped
+from .levels import Levels
 from .lfq import LFQ, counted_rows
 
 
-class ResidualLFQ(Monitored, nn.Module):
+class ResidualLFQ(Levels[LFQ]):
     """Codes each vector by D bits at each of Q levels of `LFQ`, with the API of vector_quantize_pytorch.
 
         r_0 = project_in(x),   quantized = project_out(sum_q LFQ_q(r_q)),   r_{q+1} = r_q - sg[LFQ_q(r_q)]
@@ -54,12 +53,10 @@ class ResidualLFQ(Monitored, nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        if num_quantizers < 1:
-            raise ValueError(f"num_quantizers: must be at least 1, got {num_quantizers}")
         for name in ("num_codebooks", "has_projections"):
             if settings.get(name, 1) not in (1, None):
                 raise ValueError(f"{name}: must be left to the levels of a residual quantizer, got {settings[name]}")
-        self.dim, self.num_quantizers = dim, num_quantizers
+        self.dim = dim
         self.channel_first = channel_first
         bits = max(codebook_size, 1).bit_length() - 1
         self.has_projections = bits != dim
@@ -70,27 +67,7 @@ class ResidualLFQ(Monitored, nn.Module):
             self.layers.append(
                 LFQ(codebook_size=codebook_size, codebook_scale=0.5**level, soft_clamp_input_value=clamp, **settings)
             )
-        self.quantize_dropout = quantize_dropout and num_quantizers > 1
-        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
-        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
-        self._dropout.check()
-
-    @property
-    def _dropout(self) -> QuantizeDropout:
-        return QuantizeDropout(
-            self.num_quantizers,
-            self.quantize_dropout,
-            self.quantize_dropout_cutoff_index,
-            self.quantize_dropout_multiple_of,
-        )
-
-    @property
-    def _levels(self) -> list[LFQ]:
-        return [cast(LFQ, layer) for layer in self.layers]
-
-    @property
-    def _monitored(self) -> list[Monitored]:
-        return list(self._levels)
+        self._set_dropout(num_quantizers, quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
 
     @property
     def codebooks(self) -> Tensor:
@@ -105,11 +82,13 @@ class ResidualLFQ(Monitored, nn.Module):
         mask: Tensor | None = None,
         return_all_codes: bool = False,
         rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
+        *,
+        lens: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """(quantized, indices, losses) of x, and all codes if asked for.
 
         Args:
-            x, mask: as for `LFQ`.
+            x, mask, lens: as for `LFQ`.
             return_all_codes: also return the codes of each level.
             rand_quantize_dropout_fixed_seed: decides where dropout cuts; by default torch's generator does.
 
@@ -121,7 +100,7 @@ class ResidualLFQ(Monitored, nn.Module):
             ValueError, TypeError: x or mask that don't fit.
         """
         layout = Layout.of(x, self.dim, channel_first=self.channel_first)
-        rows, counted = counted_rows(layout, x, mask)
+        rows, counted = counted_rows(layout, x, mask, lens)
         residual = self.project_in(rows)
         residual = residual if residual.dtype == torch.float64 else residual.float()
         kept = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
@@ -146,10 +125,7 @@ class ResidualLFQ(Monitored, nn.Module):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes (Q, B, ..., D) of indices (B, ..., Q), zeros for -1. Indices of the first levels alone will do."""
-        if not 1 <= indices.shape[-1] <= self.num_quantizers:
-            raise ValueError(
-                f"indices: must have shape (..., 1 to {self.num_quantizers} levels), got {tuple(indices.shape)}"
-            )
+        self._check_levels(indices)
         codes = [layer.codes(level) for layer, level in zip(self._levels, indices.unbind(-1), strict=False)]
         codes += [torch.zeros_like(codes[0])] * (self.num_quantizers - len(codes))
         return torch.stack(codes)
@@ -176,14 +152,21 @@ class GroupedResidualLFQ(Grouped):
     def group_settings(self, **settings: Any) -> dict[str, Any]:
         return {"channel_first": True, **settings} if self.accept_image_fmap else settings
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, return_all_codes: bool = False) -> tuple[Any, ...]:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        return_all_codes: bool = False,
+        *,
+        lens: Tensor | None = None,
+    ) -> tuple[Any, ...]:
         """(quantized, indices, losses) of x, and all codes if asked for.
 
         Args:
             x: (B, N, dim), or (B, dim, ...) if accept_image_fmap.
-            mask, return_all_codes: as for `ResidualLFQ`.
+            mask, lens, return_all_codes: as for `ResidualLFQ`.
 
         Returns:
             quantized as x; indices (G, B, ..., Q); losses (G, Q); codes, a tuple of G tensors (Q, B, ..., D).
         """
-        return self.quantize_groups(x, mask=mask, return_all_codes=return_all_codes)
+        return self.quantize_groups(x, mask=mask, lens=lens, return_all_codes=return_all_codes)

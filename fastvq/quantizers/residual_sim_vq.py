@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import lookup
-from ..health import Monitored
-from ..parts.dropout import QuantizeDropout
 from ..parts.layout import Layout, codes_layout
+from .levels import Levels
 from .sim_vq import SimVQ
 
 
-class ResidualSimVQ(Monitored, nn.Module):
+class ResidualSimVQ(Levels[SimVQ]):
     """Codes each vector by one code of each of Q levels of `SimVQ`, with the API of vector_quantize_pytorch.
 
         r_0 = x,   quantized = sum_q SimVQ_q(r_q),   r_{q+1} = r_q - sg[SimVQ_q(r_q)]
@@ -55,33 +54,10 @@ class ResidualSimVQ(Monitored, nn.Module):
         super().__init__()
         if heads != 1:
             raise ValueError(f"heads: must be 1 for a residual quantizer, got {heads}")
-        if num_quantizers < 1:
-            raise ValueError(f"num_quantizers: must be at least 1, got {num_quantizers}")
         self.channel_first = channel_first
-        self.num_quantizers = num_quantizers
-        self.quantize_dropout = quantize_dropout and num_quantizers > 1
-        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
-        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
+        self._set_dropout(num_quantizers, quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
         settings = {"channel_first": channel_first, "rotation_trick": rotation_trick} | sim_vq_kwargs
         self.layers = nn.ModuleList([SimVQ(dim, codebook_size, **settings) for _ in range(num_quantizers)])
-        self._dropout.check()
-
-    @property
-    def _dropout(self) -> QuantizeDropout:
-        return QuantizeDropout(
-            self.num_quantizers,
-            self.quantize_dropout,
-            self.quantize_dropout_cutoff_index,
-            self.quantize_dropout_multiple_of,
-        )
-
-    @property
-    def _levels(self) -> list[SimVQ]:
-        return [cast(SimVQ, layer) for layer in self.layers]
-
-    @property
-    def _monitored(self) -> list[Monitored]:
-        return list(self._levels)
 
     @property
     def codebook_size(self) -> int:
@@ -99,7 +75,13 @@ class ResidualSimVQ(Monitored, nn.Module):
         return torch.stack([layer.codebook for layer in self._levels])
 
     def forward(
-        self, x: Tensor, return_all_codes: bool = False, rand_quantize_dropout_fixed_seed: int | Tensor | None = None
+        self,
+        x: Tensor,
+        return_all_codes: bool = False,
+        rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """(quantized, indices, losses) of x, and all codes if asked for.
 
@@ -107,10 +89,11 @@ class ResidualSimVQ(Monitored, nn.Module):
             x: (B, ..., dim), or (B, dim, ...) if channel_first; any floating dtype.
             return_all_codes: also return the codes of each level.
             rand_quantize_dropout_fixed_seed: decides where dropout cuts; by default torch's generator does.
+            mask, lens: as for `SimVQ`.
 
         Returns:
-            quantized, shaped and typed as x; indices int64 (B, ..., Q), -1 for levels dropped and vectors that aren't
-            finite; losses (Q,) float32, zero for levels dropped; codes (Q, B, ..., dim), or (Q, B, dim, ...).
+            quantized, shaped and typed as x; indices int64 (B, ..., Q), -1 for levels dropped and vectors that
+            don't count; losses (Q,) float32, zero for levels dropped; codes (Q, B, ..., dim), or (Q, B, dim, ...).
 
         Raises:
             ValueError, TypeError: x doesn't fit.
@@ -120,13 +103,15 @@ class ResidualSimVQ(Monitored, nn.Module):
         residual = layout.to_rows(x)
         residual = residual.float() if x.dtype in (torch.float16, torch.bfloat16) else residual
         total = torch.zeros_like(residual)
-        every = torch.ones(residual.shape[:-1], dtype=torch.bool, device=x.device)
+        rows_mask = layout.rows_mask(mask, lens)
         levels, losses, codebooks = [], [], []
         for level, layer in enumerate(self._levels):
             if kept.drops(level):
                 break
             codebooks.append(layer.codebook)
-            quantized, indices, loss = layer.quantize_rows(residual, codebooks[-1], kept.mask(level, every, False))
+            quantized, indices, loss = layer.quantize_rows(
+                residual, codebooks[-1], kept.rows(level, rows_mask, residual)
+            )
             residual = residual - quantized.detach()
             total = total + quantized
             levels.append(indices)
@@ -144,10 +129,7 @@ class ResidualSimVQ(Monitored, nn.Module):
         """The codes (Q, B, ..., dim), or (Q, B, dim, ...) if channel_first, of indices (B, ..., Q); zeros for -1.
         Indices of the first levels alone will do."""
         given = indices.shape[-1]
-        if not 1 <= given <= self.num_quantizers:
-            raise ValueError(
-                f"indices: must have shape (..., 1 to {self.num_quantizers} levels), got {tuple(indices.shape)}"
-            )
+        self._check_levels(indices)
         return self._codes([layer.codebook for layer in self._levels[:given]], indices)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:

@@ -7,13 +7,11 @@ from typing import Any
 
 
 def check_vector_quantize(**given: Any) -> None:
-    """Raises a ValueError that names the argument, or the pair."""
+    """Raises a ValueError that names the argument, or the pair. What a codebook is given, `Codebook` checks."""
     for name in ("dim", "codebook_size", "codebook_dim", "heads"):
         check_positive(name, given[name])
     for name in (
-        "eps",
         "commitment_weight",
-        "kmeans_iters",
         "threshold_ema_dead_code",
         "sample_codebook_temp",
         "orthogonal_reg_weight",
@@ -22,9 +20,7 @@ def check_vector_quantize(**given: Any) -> None:
     ):
         if not given[name] >= 0:
             raise ValueError(f"{name}: must not be negative, got {given[name]}")
-    if not isinstance(given["kmeans_iters"], Integral):
-        raise ValueError(f"kmeans_iters: must be an integer, got {given['kmeans_iters']!r}")
-    for name in ("decay", "sync_update_v", "affine_param_batch_decay", "affine_param_codebook_decay"):
+    for name in ("sync_update_v", "affine_param_batch_decay", "affine_param_codebook_decay"):
         if not 0 <= given[name] <= 1:
             raise ValueError(f"{name}: must lie in [0, 1], got {given[name]}")
     if not given["codebook_diversity_temperature"] > 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 
 import pytest
 import torch
@@ -263,23 +262,6 @@ def test_diveq_learns_from_the_task_alone_and_adds_no_noise_in_eval():
     ours.eval()
     quantized, indices, _ = ours(batch())
     close(quantized, ours.get_output_from_indices(indices).detach())
-
-
-@pytest.mark.parametrize("arguments", [("__init__",), ("forward",)], ids=str)
-def test_signatures(arguments):
-    for mine, other in (
-        (fastvq.ResidualVQ, vqp.ResidualVQ),
-        (fastvq.GroupedResidualVQ, vqp.GroupedResidualVQ),
-    ):
-        ours = inspect.signature(getattr(mine, arguments[0])).parameters
-        theirs = inspect.signature(getattr(other, arguments[0])).parameters
-        expected = [n for n, p in theirs.items() if p.kind != p.VAR_KEYWORD]
-        assert [n for n, p in ours.items() if p.kind != p.VAR_KEYWORD][: len(expected)] == expected
-        added = [p for n, p in ours.items() if n not in theirs]
-        assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in added)
-        for name, parameter in theirs.items():
-            if parameter.kind != parameter.VAR_KEYWORD and name != "mlp_kwargs":
-                assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
 
 
 @pytest.mark.parametrize("kind", ["plain", "projected", "implicit", "beam", "shared"])

@@ -225,17 +225,6 @@ def test_synchronous_updates_reach_the_codes():
     close(grads[2][0], sums)
 
 
-def test_signatures():
-    import inspect
-
-    for function in ("__init__", "forward", "update_indices", "expire_codes_"):
-        mine = inspect.signature(getattr(fastvq.VectorQuantize, function)).parameters
-        other = inspect.signature(getattr(vqp.VectorQuantize, function)).parameters
-        assert [name for name in mine if name != "revival"] == list(other)
-        for name, parameter in other.items():
-            assert (mine[name].kind, mine[name].default) == (parameter.kind, parameter.default), name
-
-
 def test_the_codebook_of_separate_heads_is_set():
     ours = pair(**HEADS["separate heads"])[0]
     codes = torch.randn(2, SIZE, 4, generator=generator())
