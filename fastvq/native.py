@@ -20,6 +20,21 @@ from . import eager
 from .reference import Ops, result_dtype
 
 _PACKAGE = Path(__file__).parent
+KERNELS = (
+    "search",
+    "residual_search",
+    "topk_search",
+    "sample",
+    "soft_assign_forward",
+    "soft_assign_backward",
+    "quantize_forward",
+    "quantize_backward",
+    "residual_quantize_forward",
+    "residual_quantize_backward",
+    "accumulate",
+    "ema_update_",
+)
+"""What the CPU library must have: one that is older than this module may lack some."""
 _REBUILD = (
     "install a C++17 compiler (Debian: apt install g++), then fastvq again: pip install --force-reinstall --no-deps"
 )
@@ -46,6 +61,9 @@ def _load() -> tuple[str, str]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return "", f"{path} doesn't load: {error}"
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    if missing := [name for name in KERNELS if not has(f"fastvq::native_{name}", "CPU")]:
+        return "", f"{path} is of another version, without {', '.join(missing)}. Build it again: {_REBUILD}"
     library.fastvq_native_isa.restype = ctypes.c_char_p
     error_text = ctypes.c_char_p()
     isa = library.fastvq_native_isa(ctypes.byref(error_text))

@@ -148,6 +148,15 @@ def test_why_the_library_is_missing(record, monkeypatch, tmp_path):
     assert "left out" in reason or "doesn't load" in reason
 
 
+@pytest.mark.skipif(not native.instruction_set(), reason="the native library wasn't built")
+def test_a_library_of_another_version(monkeypatch):
+    # An op of ours that the library doesn't have: torch operations serve it everywhere.
+    monkeypatch.setattr(native, "KERNELS", (*native.KERNELS, "binary_assign_forward"))
+    isa, reason = native._load.__wrapped__()
+    assert isa == ""
+    assert "is of another version, without binary_assign_forward. Build it again: install" in reason
+
+
 def test_the_environment_chooses():
     code = "import fastvq; from fastvq import backends; print(backends._requested, end='')"
     assert python(code, FASTVQ_BACKEND="reference").stdout == "reference"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..parts.indices import checked_indices
 from ..parts.layout import Layout, codes_layout
 from ..parts.level_use import LevelUse
 from ..parts.moments import VectorNorm
@@ -118,6 +119,7 @@ class FSP(LevelUse, nn.Module):
     def indices_to_codes(self, indices: Tensor, eps: float = 1e-6) -> Tensor:
         """What `forward` gives as quantized in eval for these indices, (B, ...) to (B, ..., dim), or (B, dim, ...) if
         channel_first; zero for -1. eps: how close to 0 and 1 the inverse of F is taken."""
+        indices = checked_indices(indices, self.codebook_size)
         codes = projected_out(self.project_out, self._on_scale(self.indices_to_act_value(indices), eps), indices >= 0)
         return codes_layout(codes, self.channel_first)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..parts.binary import random_rotation
 from ..parts.bound import Bound
 from ..parts.estimators import straight_through
+from ..parts.indices import checked_indices
 from ..parts.layout import Layout, codes_layout
 from ..parts.level_use import LevelUse
 from ..parts.projection import projected_out, projections, rotated
@@ -177,6 +178,7 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """What `forward` gives as quantized for these indices, (B, N) or (B, N, num_codebooks) to (B, N, dim); channels
         second for images, video and channel_first. Zero for -1."""
+        indices = checked_indices(indices, self.codebook_size)
         spatial = indices.dim() - 1 - int(self.keep_num_codebooks_dim)
         codes = self.codes_of(indices)
         if self.keep_num_codebooks_dim:

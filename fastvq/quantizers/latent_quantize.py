@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..distributed import mean
 from ..ops import search
 from ..parts.estimators import straight_through
+from ..parts.indices import checked_indices
 from ..parts.layout import Layout, codes_layout
 from ..parts.level_use import LevelUse
 from ..parts.projection import projected_out, projections
@@ -141,6 +142,7 @@ class LatentQuantize(LevelUse, nn.Module):
     def indices_to_codes(self, indices: Tensor, project_out: bool = True) -> Tensor:
         """What `forward` gives as quantized for these indices, (B, ...) to (B, dim, ...); zero for -1. Without
         project_out, the values themselves."""
+        indices = checked_indices(indices, self.codebook_size)
         codes = self._codes(indices)
         if self.keep_num_codebooks_dim:
             codes, indices = codes.flatten(-2), indices.amax(-1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
 from ..health import Monitored
 from ..parts.dropout import QuantizeDropout
+from ..parts.indices import checked_indices
 
 Level = TypeVar("Level", bound=Monitored)
 
@@ -48,9 +49,10 @@ class Levels(Monitored, nn.Module, Generic[Level]):
     def _monitored(self) -> list[Monitored]:
         return list(self._levels)
 
-    def _check_levels(self, indices: Tensor) -> None:
-        """Indices (..., 1 to Q)."""
+    def _checked_levels(self, indices: Tensor) -> Tensor:
+        """Indices (..., 1 to Q) to decode, as `fastvq.parts.indices` gives them."""
         if not 1 <= indices.shape[-1] <= self.num_quantizers:
             raise ValueError(
                 f"indices: must have shape (..., 1 to {self.num_quantizers} levels), got {tuple(indices.shape)}"
             )
+        return checked_indices(indices, [cast(Any, level).codebook_size for level in self._levels])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..parts.binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
 from ..parts.entropy import Entropies, binary_entropies, random_share
 from ..parts.estimators import straight_through
+from ..parts.indices import checked_indices
 from ..parts.layout import Layout
 from ..parts.level_use import LevelUse
 from ..parts.projection import projected_out, rotated
@@ -215,6 +216,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
             indices: int64 (B, ...), or (B, ..., num_codebooks) where they have that axis.
             project_out: if False, the codes themselves, D for each codebook.
         """
+        indices = checked_indices(indices, self.codebook_size)
         if not self.keep_num_codebooks_dim:
             indices = indices.unsqueeze(-1)
         codes = self.codes(indices).flatten(-2)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..parts.binary import soft_clamp
 from ..parts.dropout import Kept
+from ..parts.indices import checked_indices
 from ..parts.layout import Layout, codes_layout
 from ..parts.projection import projected_out, projections
 from ..parts.radix import checked_levels
@@ -174,7 +175,7 @@ class ResidualFSQ(KeepsBuffers, Levels[FSQ]):
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` gives as quantized for these indices, in float32 or the projection's dtype."""
         total: Tensor = sum(self._codes(indices))  # type: ignore[assignment]
-        counts = (self._channels_last(indices) >= 0).any(-1)
+        counts = (self._channels_last(checked_indices(indices, self.codebook_size)) >= 0).any(-1)
         output = projected_out(self.project_out, total if self.has_projections else total.float(), counts)
         return codes_layout(output, self.is_channel_first)
 
@@ -186,7 +187,7 @@ class ResidualFSQ(KeepsBuffers, Levels[FSQ]):
                 f"{'second' if self.is_channel_first else 'last'} axis, got {indices.shape[-1]}"
             )
         dtype = _residual_dtype(indices)
-        given = list(indices.unbind(-1))
+        given = list(checked_indices(indices, self._levels[0].codebook_size).unbind(-1))
         given += [torch.full_like(given[0], -1)] * (self.num_quantizers - len(given))
         return [
             layer.codes_of(chosen, dtype) * scale

@@ -125,7 +125,7 @@ class ResidualLFQ(Levels[LFQ]):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes (Q, B, ..., D) of indices (B, ..., Q), zeros for -1. Indices of the first levels alone will do."""
-        self._check_levels(indices)
+        indices = self._checked_levels(indices)
         codes = [layer.codes(level) for layer, level in zip(self._levels, indices.unbind(-1), strict=False)]
         codes += [torch.zeros_like(codes[0])] * (self.num_quantizers - len(codes))
         return torch.stack(codes)
@@ -134,6 +134,7 @@ class ResidualLFQ(Levels[LFQ]):
         """What `forward` gives as quantized for these indices, laid out as there, in the dtype of the codes."""
         if self._levels[0].keep_num_codebooks_dim:
             indices = indices.squeeze(-2)
+        indices = self._checked_levels(indices)
         total = projected_out(self.project_out, self.get_codes_from_indices(indices).sum(0), (indices >= 0).any(-1))
         channel_first = total.dim() >= 4 if self.channel_first is None else self.channel_first
         return total.movedim(-1, 1) if channel_first else total

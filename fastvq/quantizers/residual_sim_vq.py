@@ -128,8 +128,8 @@ class ResidualSimVQ(Levels[SimVQ]):
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes (Q, B, ..., dim), or (Q, B, dim, ...) if channel_first, of indices (B, ..., Q); zeros for -1.
         Indices of the first levels alone will do."""
+        indices = self._checked_levels(indices)
         given = indices.shape[-1]
-        self._check_levels(indices)
         return self._codes([layer.codebook for layer in self._levels[:given]], indices)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:

@@ -260,7 +260,7 @@ class ResidualVQ(ResidualRows):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes (Q, ..., D) of indices (..., Q), zeros for -1. Indices of the first levels alone will do."""
-        self._check_levels(indices)
+        indices = self._checked_levels(indices)
         flat = indices.flatten(0, -2)[None]
         total = self._levels[0]._codebook.embed.new_zeros(1, flat.shape[1], self.codebook_dim)
         codes: list[Tensor] = []
@@ -276,6 +276,7 @@ class ResidualVQ(ResidualRows):
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` gives as quantized for these indices, vectors last unless accept_image_fmap."""
+        indices = self._checked_levels(indices)
         total = self.get_codes_from_indices(indices).sum(0)
         return codes_layout(projected_out(self.project_out, total, (indices >= 0).any(-1)), self.accept_image_fmap)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import lookup, quantize
 from ..health import Health, Monitored
+from ..parts.indices import checked_indices
 from ..parts.layout import Layout, codes_layout
 from ..precision import KeepsBuffers, full_precision
 from .settings import check_positive
@@ -97,7 +98,7 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
             return self.code_transform(self.frozen_codebook.to(weight.dtype))
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, lens: Tensor | None = None
+        self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(quantized, indices, loss) of x.
 
@@ -134,4 +135,4 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """The codes of indices (B, ...), zeros for -1: (B, ..., dim), or (B, dim, ...) if channel_first. Differentiable
         in the transform's parameters."""
-        return codes_layout(lookup(self.codebook, indices), self.channel_first)
+        return codes_layout(lookup(self.codebook, checked_indices(indices, self.codebook_size)), self.channel_first)

@@ -13,6 +13,7 @@ from ..functional import unit_norm
 from ..health import Health
 from ..parts.heads import Heads
 from ..parts.in_place import InPlaceStep
+from ..parts.indices import checked_indices
 from ..parts.layout import Layout, codes_layout
 from ..parts.projection import projections
 from ..recompute import History
@@ -363,10 +364,11 @@ class VectorQuantize(RowQuantizer):
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes (..., D) of indices (...), or (..., H D) of (..., H) for several heads, zeros for -1; channels
         first, (B, D, ...), where the layer is."""
-        return codes_layout(self._decode(indices), self._channel_first)
+        return codes_layout(self._decode(checked_indices(indices, self.codebook_size)), self._channel_first)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` gives as quantized for these indices, in float32 or the projection's dtype."""
+        indices = checked_indices(indices, self.codebook_size)
         return codes_layout(self._projected_out(self._decode(indices), indices), self._channel_first)
 
     def _checked_topk(self, topk: int | None) -> int | None:
