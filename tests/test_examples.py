@@ -25,11 +25,12 @@ def test_train_vqvae(tmp_path: Path) -> None:
 
 def test_compress(tmp_path: Path) -> None:
     coded = tmp_path / "out.fvq"
-    command = [sys.executable, str(EXAMPLES / "compress.py"), "--steps", "3", "--out", str(coded)]
+    command = [sys.executable, str(EXAMPLES / "compress.py"), "--steps=3", "--prior-steps=3", "--out", str(coded)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert f"out.fvq: {coded.stat().st_size} bytes for 784000 pixels" in done.stdout
-    assert "adaptive: " in done.stdout
+    for model in ("uniform", "huffman", "static", "adaptive", "prior"):
+        assert f"\n{model}: " in f"\n{done.stdout}"
     assert "decoded again: " in done.stdout
 
 

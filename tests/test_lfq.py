@@ -309,15 +309,3 @@ def test_compiled_training_step(options):
 
 def test_travels():
     assert_travels(fastvq.LFQ(dim=7, codebook_size=32, orthogonal_rotation=True), batch(2, 5, 7))
-
-
-def test_lengths_are_a_mask():
-    layer = fastvq.LFQ(dim=8, codebook_size=16).eval()
-    x, lens = torch.randn(2, 5, 8), torch.tensor([3, 5])
-    mask = torch.arange(5) < lens[:, None]
-    masked, counted = layer(x, mask=mask), layer(x, lens=lens)
-    for one, other in zip(masked, counted, strict=True):
-        assert torch.equal(one, other)
-    assert (masked[1][~mask] == -1).all()
-    assert not masked[0][~mask].any()
-    assert torch.equal(masked[1][mask], layer(x)[1][mask])

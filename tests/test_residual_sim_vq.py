@@ -157,15 +157,3 @@ def test_compiled_training_step():
 
 def test_travels():
     assert_travels(residual_sim_vq(quantize_dropout=True), batch())
-
-
-def test_masks_and_lengths():
-    layer = fastvq.ResidualSimVQ(dim=8, num_quantizers=2, codebook_size=10).eval()
-    x, lens = torch.randn(2, 5, 8), torch.tensor([3, 5])
-    mask = torch.arange(5) < lens[:, None]
-    masked, counted = layer(x, mask=mask), layer(x, lens=lens)
-    for one, other in zip(masked, counted, strict=True):
-        assert torch.equal(one, other)
-    assert (masked[1][~mask] == -1).all()
-    assert not masked[0][~mask].any()
-    assert torch.equal(masked[1][mask], layer(x)[1][mask])

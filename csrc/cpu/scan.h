@@ -62,6 +62,27 @@ struct Int16 {
   }
 };
 
+// The scores of a panel's codes, half of them in `low`, for a tile of rows.
+template <class P, class Half>
+inline __attribute__((always_inline)) void panel(const uint32_t* rows, const uint32_t* codes, const Half* halves,
+                                                 int64_t units, typename P::Scores (&low)[TILE],
+                                                 typename P::Scores (&high)[TILE]) {
+  using Scores = typename P::Scores;
+  const Scores h0 = load<Scores>(halves), h1 = load<Scores>(halves + LANES);
+#pragma GCC unroll 16
+  for (int r = 0; r < TILE; ++r) low[r] = h0, high[r] = h1;
+#pragma GCC unroll 1
+  for (int64_t j = 0; j < units; ++j, codes += WIDTH) {
+    const UnitVec e0 = load<UnitVec>(codes), e1 = load<UnitVec>(codes + LANES);
+#pragma GCC unroll 16
+    for (int r = 0; r < TILE; ++r) {
+      const uint32_t x = rows[r * units + j];
+      low[r] = P::mac(low[r], x, e0);
+      high[r] = P::mac(high[r], x, e1);
+    }
+  }
+}
+
 // Panels of one group against one tile of rows. Their minimum, per row and lane, stays in registers; `first` and `last`
 // say whether these are the first and the last panels of the group.
 template <class P>
@@ -72,21 +93,9 @@ inline void tile(const uint32_t* rows, const uint32_t* codes, const uint32_t* ha
 #pragma GCC unroll 16
   for (int r = 0; r < TILE; ++r) minimum[r] = first ? P::largest() : load<Scores>(minima.current + r * LANES);
 #pragma GCC unroll 1
-  for (int64_t p = 0; p < panels; ++p, halves += WIDTH) {
-    const Scores h0 = load<Scores>(halves), h1 = load<Scores>(halves + LANES);
+  for (int64_t p = 0; p < panels; ++p, codes += units * WIDTH, halves += WIDTH) {
     Scores low[TILE], high[TILE];
-#pragma GCC unroll 16
-    for (int r = 0; r < TILE; ++r) low[r] = h0, high[r] = h1;
-#pragma GCC unroll 1
-    for (int64_t j = 0; j < units; ++j, codes += WIDTH) {
-      const UnitVec e0 = load<UnitVec>(codes), e1 = load<UnitVec>(codes + LANES);
-#pragma GCC unroll 16
-      for (int r = 0; r < TILE; ++r) {
-        const uint32_t x = rows[r * units + j];
-        low[r] = P::mac(low[r], x, e0);
-        high[r] = P::mac(high[r], x, e1);
-      }
-    }
+    panel<P>(rows, codes, halves, units, low, high);
 #pragma GCC unroll 16
     for (int r = 0; r < TILE; ++r) minimum[r] = lower(minimum[r], lower(low[r], high[r]));
   }

@@ -11,21 +11,8 @@ namespace {
 void scores(const uint32_t* rows, const PackedCodes& codes, int64_t begin, int64_t end, float* out, int64_t stride) {
   const int64_t units = codes.unit_count;
   for (int64_t p = begin; p < end; ++p, out += WIDTH) {
-    const uint32_t* e = codes.units + p * units * WIDTH;
-    const FloatVec h0 = load<FloatVec>(codes.halves + p * WIDTH), h1 = load<FloatVec>(codes.halves + p * WIDTH + LANES);
     FloatVec low[TILE], high[TILE];
-#pragma GCC unroll 16
-    for (int r = 0; r < TILE; ++r) low[r] = h0, high[r] = h1;
-#pragma GCC unroll 1
-    for (int64_t j = 0; j < units; ++j, e += WIDTH) {
-      const UnitVec e0 = load<UnitVec>(e), e1 = load<UnitVec>(e + LANES);
-#pragma GCC unroll 16
-      for (int r = 0; r < TILE; ++r) {
-        const uint32_t x = rows[r * units + j];
-        low[r] = Float32::mac(low[r], x, e0);
-        high[r] = Float32::mac(high[r], x, e1);
-      }
-    }
+    panel<Float32>(rows, codes.units + p * units * WIDTH, codes.halves + p * WIDTH, units, low, high);
 #pragma GCC unroll 16
     for (int r = 0; r < TILE; ++r) store(out + r * stride, low[r]), store(out + r * stride + LANES, high[r]);
   }
