@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from . import learned, tree
 from .container import LARGEST_CODEBOOK, MODELS, CodingError, Header, pack, unpack
 from .huffman import huffman_bits
 from .models import Adaptive, Model, Static
-from .stream import Decoder, Encoder
+from .stream import Coder, Decoder, Encoder
 from .tree import Ints, Open
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 LARGEST_BATCH = 64
 """Samples that are coded side by side at most. They learn from each other only afterwards."""
-
-_Decide = Callable[[Ints, Ints | None], Ints]
 
 
 def encode(
@@ -99,7 +97,7 @@ def decode(
             return torch.from_numpy(learned.decode(decoder, header, header.prior, prior).reshape(header.shape))
         model = _read_table(decoder, header) if header.model == "static" else Adaptive(header.alphabet)
         symbols = np.full(_lanes(header.shape), -1, np.int64)
-        _walk(symbols, header, model, lambda probabilities, _: decoder.decide(probabilities))
+        _walk(symbols, header, model, decoder)
     except (AssertionError, ValueError) as error:
         raise CodingError(f"data that this coder can't have written: {error}") from error
     return torch.from_numpy(symbols.reshape(header.shape) - header.missing)
@@ -147,20 +145,14 @@ def _encode(
 ) -> tuple[bytes, float]:
     header, symbols = _checked(codes, codebook_size, model, fingerprint)
     encoder = Encoder()
-
-    def decide(probabilities: Ints, right: Ints | None) -> Ints:
-        assert right is not None
-        encoder.decide(right, probabilities)
-        return right
-
     if model == "prior":
-        header = learned.encode(encoder, header, symbols, prior, labels, decide)
+        header = learned.encode(encoder, header, symbols, prior, labels)
         return pack(header, encoder.words()), encoder.bits
     if model == "static":
         predictor: Model = _write_table(encoder, header, symbols)
     else:
         predictor = Adaptive(header.alphabet)
-    _walk(symbols, header, predictor, decide, known=True)
+    _walk(symbols, header, predictor, encoder, known=True)
     return pack(header, encoder.words()), encoder.bits
 
 
@@ -215,26 +207,45 @@ def _batches(samples: int) -> Iterator[slice]:
         size = min(first, LARGEST_BATCH)
 
 
-def _walk(symbols: Ints, header: Header, model: Model, decide: _Decide, *, known: bool = False) -> None:
+def _walk(symbols: Ints, header: Header, model: Model, coder: Coder, *, known: bool = False) -> None:
     """All decisions of all symbols (samples, places) in the order of the format. Unless they are known, `symbols` is
-    filled with what `decide` says."""
+    filled with what the coder says."""
     alphabet = header.alphabet
     if symbols.size == 0 or tree.depths(alphabet) == 0:
         symbols[:] = 0
         return
     for batch in _batches(len(symbols)):
         block = symbols[batch]
+        if len(block) == 1:
+            alone = block[0].tolist()
+            _walk_one(alone, header, model, coder, known=known)
+            block[0] = alone
+            continue
         outside = np.full(len(block), alphabet, np.int64)
         for place, (left, above) in enumerate(_neighbours(header.shape)):
             contexts = [block[:, at] if at >= 0 else outside for at in (left, above)]
 
-            def one(nodes: Ints, open_: Open, truth: Ints | None, contexts: list[Ints] = contexts) -> Ints:
+            def some(nodes: Ints, open_: Open, truth: Ints | None, contexts: list[Ints] = contexts) -> Ints:
                 by_left, by_above = contexts[0][open_], contexts[1][open_]
-                decided = decide(model.predict(nodes, by_left, by_above), truth)
+                decided = coder.decide(model.predict(nodes, by_left, by_above), truth)
                 model.learn(nodes, by_left, by_above, decided)
                 return decided
 
-            block[:, place] = tree.walk(len(block), alphabet, one, block[:, place] if known else None)
+            block[:, place] = tree.walk(len(block), alphabet, some, block[:, place] if known else None)
+
+
+def _walk_one(symbols: list[int], header: Header, model: Model, coder: Coder, *, known: bool) -> None:
+    """The same of a single sample."""
+    for place, (left_at, above_at) in enumerate(_neighbours(header.shape)):
+        left = symbols[left_at] if left_at >= 0 else header.alphabet
+        above = symbols[above_at] if above_at >= 0 else header.alphabet
+
+        def one(node: int, truth: int | None, left: int = left, above: int = above) -> int:
+            decided = coder.decide_one(model.predict_one(node, left, above), truth)
+            model.learn_one(node, left, above, decided)
+            return decided
+
+        symbols[place] = tree.walk_one(header.alphabet, one, symbols[place] if known else None)
 
 
 def _write_table(encoder: Encoder, header: Header, symbols: Ints) -> Static:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,14 +14,12 @@ from . import tables, tree
 from .container import CodingError, Header, PriorHeader, digest, fingerprint
 from .fixed import Fixed, exponentials
 from .models import ONE, clipped
-from .stream import Decoder, Encoder
+from .stream import Coder, Decoder, Encoder
 from .tree import Ints, Open
 
 if TYPE_CHECKING:
     from fastvq.models import Prior
 
-Decide = Callable[[Ints, Ints | None], Ints]
-"""From probabilities, and what is true of the decisions where that is known, to what is decided."""
 LANES = 256
 """Samples that are coded side by side. Each depends on itself alone; the number is part of the format."""
 
@@ -33,9 +30,7 @@ def prior_fingerprint(prior: Prior) -> bytes:
     return hashlib.blake2b(fingerprint(prior) + described.encode(), digest_size=8).digest()
 
 
-def encode(
-    encoder: Encoder, header: Header, symbols: Ints, prior: Prior | None, labels: Tensor | None, decide: Decide
-) -> Header:
+def encode(encoder: Encoder, header: Header, symbols: Ints, prior: Prior | None, labels: Tensor | None) -> Header:
     """Code labels and symbols; return the header with what a decoder has to know of the prior."""
     if prior is None:
         raise CodingError('model: "prior" needs prior=, the one to code with')
@@ -49,7 +44,7 @@ def encode(
             raise CodingError(str(error)) from error
         for label in labels.tolist():
             encoder.number(label, prior.classes - 1)
-    _walk(symbols, labels, prior, decide, known=True)
+    _walk(symbols, labels, prior, encoder, known=True)
     about = PriorHeader(labels is not None, prior_fingerprint(prior), _digest_of(symbols))
     return header._replace(prior=about)
 
@@ -70,7 +65,7 @@ def decode(decoder: Decoder, header: Header, about: PriorHeader, prior: Prior) -
     labels = None
     if about.labelled:
         labels = torch.tensor([decoder.number(prior.classes - 1) for _ in range(len(symbols))], dtype=torch.int64)
-    _walk(symbols, labels, prior, lambda probabilities, _: decoder.decide(probabilities))
+    _walk(symbols, labels, prior, decoder)
     if _digest_of(symbols) != about.codes:
         raise CodingError("the codes aren't those that were encoded")
     return symbols
@@ -98,12 +93,12 @@ def _walk(
     symbols: Ints,
     labels: Tensor | None,
     prior: Prior,
-    decide: Decide,
+    coder: Coder,
     *,
     known: bool = False,
 ) -> None:
     """All decisions of all symbols (samples, places): LANES samples after the other, of these place by place. Unless
-    they are known, `symbols` is filled with what `decide` says."""
+    they are known, `symbols` is filled with what the coder says."""
     fixed, size = Fixed(), prior.codebook_size
     rows = prior.label_rows(labels, len(symbols), torch.device("cpu"))
     for first in range(0, len(symbols) if tree.depths(size) else 0, LANES):
@@ -114,7 +109,7 @@ def _walk(
             chances = _chances(prior.step(fixed, state, codes, place))
 
             def one(nodes: Ints, open_: Open, truth: Ints | None, chances: Ints = chances) -> Ints:
-                return decide(chances[np.flatnonzero(open_), nodes], truth)
+                return coder.decide(chances[np.flatnonzero(open_), nodes], truth)
 
             block[:, place] = tree.walk(len(block), size, one, block[:, place] if known else None)
             codes[:, place] = torch.from_numpy(block[:, place])

@@ -6,7 +6,7 @@ at least 1/2839 bit, and a file of a given size can't claim to hold more than so
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -18,16 +18,22 @@ LEAST = 16
 LEAST_BITS = 3.5e-4
 """Bits that a decision costs at least, -log2(1 - 2^-12), rounded down."""
 _TABLE = 1 << 20
+_HASH = 0x9E3779B97F4A7C15
 _TRUST = 2  # seen decisions that outweigh what the shorter context says
 _FORGET = 1 << 14  # decisions after which a context halves its counts
 
 
 class Model(Protocol):
-    """Predicts decisions at `nodes` from the symbols to the left and above, and learns what they were."""
+    """Predicts decisions at `nodes` from the symbols to the left and above, and learns what they were; many at once, or
+    a single one in Python's integers, for which arrays are slow."""
 
     def predict(self, nodes: Ints, left: Ints, above: Ints) -> Ints: ...
 
     def learn(self, nodes: Ints, left: Ints, above: Ints, right: Ints) -> None: ...
+
+    def predict_one(self, node: int, left: int, above: int) -> int: ...
+
+    def learn_one(self, node: int, left: int, above: int, right: int) -> None: ...
 
 
 def clipped(probabilities: Ints) -> Ints:
@@ -40,6 +46,7 @@ class Static:
 
     def __init__(self, passing: Ints, right: Ints) -> None:
         self._table = clipped(right * ONE // np.maximum(passing, 1))
+        self._view = self._table.data
 
     def predict(self, nodes: Ints, left: Ints, above: Ints) -> Ints:
         return self._table[nodes]
@@ -47,17 +54,20 @@ class Static:
     def learn(self, nodes: Ints, left: Ints, above: Ints, right: Ints) -> None:
         pass
 
+    def predict_one(self, node: int, left: int, above: int) -> int:
+        return self._view[node]
+
+    def learn_one(self, node: int, left: int, above: int, right: int) -> None:
+        pass
+
 
 class _Counts:
-    """Decisions seen, and how many of them went right, by context."""
+    """Decisions seen, and how many of them went right, by context. The views are for one at a time."""
 
     def __init__(self, size: int) -> None:
         self.seen = np.zeros(size, np.int64)
         self.right = np.zeros(size, np.int64)
-
-    def blend(self, slots: Ints, shorter: Ints) -> Ints:
-        """The share that went right, with what a shorter context says as `_TRUST` decisions more."""
-        return (self.right[slots] * ONE + _TRUST * shorter) // (self.seen[slots] + _TRUST)
+        self.seen_view, self.right_view = self.seen.data, self.right.data
 
     def add(self, slots: Ints, right: Ints) -> None:
         np.add.at(self.seen, slots, 1)
@@ -67,6 +77,33 @@ class _Counts:
             full = np.unique(full)
             self.seen[full] >>= 1
             self.right[full] >>= 1
+
+    def add_one(self, slot: int, right: int) -> None:
+        seen, rights = self.seen_view, self.right_view
+        seen[slot] += 1
+        rights[slot] += right
+        if seen[slot] > _FORGET:
+            seen[slot] >>= 1
+            rights[slot] >>= 1
+
+
+Number = TypeVar("Number", int, Ints)
+Cell = tuple[Number, Number]
+"""What a context has seen, and how many of that went right."""
+
+
+def _blend(cell: Cell[Number], shorter: Number) -> Number:
+    """The share that went right, with what a shorter context says as `_TRUST` decisions more."""
+    seen, right = cell
+    return (right * ONE + _TRUST * shorter) // (seen + _TRUST)
+
+
+def _blended(none: Cell[Number], left: Cell[Number], above: Cell[Number], both: Cell[Number]) -> Number:
+    shortest = (2 * none[1] + 1) * ONE // (2 * none[0] + 2)
+    left_weight, above_weight = left[0] + 1, above[0] + 1
+    after_left, below_above = _blend(left, shortest), _blend(above, shortest)
+    mean = (after_left * left_weight + below_above * above_weight) // (left_weight + above_weight)
+    return _blend(both, mean)
 
 
 class Adaptive:
@@ -86,16 +123,18 @@ class Adaptive:
         size = min(_TABLE, self._nodes * self._symbols)
         self._left, self._above = _Counts(size), _Counts(size)
         self._both = _Counts(min(_TABLE, size * self._symbols))
+        self._counts = (self._none, self._left, self._above, self._both)
 
-    def _slots(self, table: _Counts, nodes: Ints, context: Ints) -> Ints:
+    def _slots(self, table: _Counts, nodes: Number, context: Number) -> Number:
         key = context * self._nodes + nodes
-        size = len(table.seen)
-        if size < _TABLE:
+        if len(table.seen) < _TABLE:
             return key
-        mixed = key.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        if isinstance(key, int):
+            return (key * _HASH & (1 << 64) - 1) >> 44
+        mixed = key.astype(np.uint64) * np.uint64(_HASH)
         return (mixed >> np.uint64(44)).astype(np.int64)  # the highest 20 bits
 
-    def _all_slots(self, nodes: Ints, left: Ints, above: Ints) -> tuple[Ints, Ints, Ints]:
+    def _all_slots(self, nodes: Number, left: Number, above: Number) -> tuple[Number, Number, Number]:
         return (
             self._slots(self._left, nodes, left),
             self._slots(self._above, nodes, above),
@@ -103,17 +142,19 @@ class Adaptive:
         )
 
     def predict(self, nodes: Ints, left: Ints, above: Ints) -> Ints:
-        by_left, by_above, by_both = self._all_slots(nodes, left, above)
-        shortest = (2 * self._none.right[nodes] + 1) * ONE // (2 * self._none.seen[nodes] + 2)
-        after_left = self._left.blend(by_left, shortest)
-        below_above = self._above.blend(by_above, shortest)
-        left_weight, above_weight = self._left.seen[by_left] + 1, self._above.seen[by_above] + 1
-        mean = (after_left * left_weight + below_above * above_weight) // (left_weight + above_weight)
-        return clipped(self._both.blend(by_both, mean))
+        slots = (nodes, *self._all_slots(nodes, left, above))
+        cells = [(counts.seen[at], counts.right[at]) for counts, at in zip(self._counts, slots, strict=True)]
+        return clipped(_blended(*cells))
 
     def learn(self, nodes: Ints, left: Ints, above: Ints, right: Ints) -> None:
-        by_left, by_above, by_both = self._all_slots(nodes, left, above)
-        self._none.add(nodes, right)
-        self._left.add(by_left, right)
-        self._above.add(by_above, right)
-        self._both.add(by_both, right)
+        for counts, at in zip(self._counts, (nodes, *self._all_slots(nodes, left, above)), strict=True):
+            counts.add(at, right)
+
+    def predict_one(self, node: int, left: int, above: int) -> int:
+        slots = (node, *self._all_slots(node, left, above))
+        cells = [(counts.seen_view[at], counts.right_view[at]) for counts, at in zip(self._counts, slots, strict=True)]
+        return min(max(_blended(*cells), LEAST), ONE - LEAST)
+
+    def learn_one(self, node: int, left: int, above: int, right: int) -> None:
+        for counts, at in zip(self._counts, (node, *self._all_slots(node, left, above)), strict=True):
+            counts.add_one(at, right)

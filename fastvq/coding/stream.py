@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,20 +36,41 @@ def _digits(value: int, limit: int) -> list[tuple[int, int]]:
     return [(value >> shift & ((1 << _DIGIT) - 1), largest) for shift, largest in _places(limit)]
 
 
+class Coder(Protocol):
+    """Takes decisions with the probabilities, in the units of `models`, that they go right: 1 for right.
+
+    An encoder is told what is true of them and says that; a decoder says what was encoded.
+    """
+
+    def decide(self, probabilities: Ints, truth: Ints | None) -> Ints: ...
+
+    def decide_one(self, probability: int, truth: int | None) -> int: ...
+
+
 class Encoder:
-    """Takes decisions with their probabilities; `bits` is their ideal length so far."""
+    """A `Coder`; `bits` is the ideal length of all that it took so far."""
 
     def __init__(self) -> None:
         stream = _constriction().stream
         self._encoder = stream.queue.RangeEncoder()
         self._decision = stream.model.Bernoulli(perfect=False)
         self._uniform = stream.model.Uniform()
+        self._one = stream.model.Bernoulli
         self.bits = 0.0
 
-    def decide(self, right: Ints, probabilities: Ints) -> None:
+    def decide(self, probabilities: Ints, truth: Ints | None) -> Ints:
+        assert truth is not None
         chances = probabilities / ONE
-        self.bits -= float(np.log2(np.where(right == 1, chances, 1 - chances)).sum())
-        self._encoder.encode(right.astype(np.int32), self._decision, chances)
+        self.bits -= float(np.log2(np.where(truth == 1, chances, 1 - chances)).sum())
+        self._encoder.encode(truth.astype(np.int32), self._decision, chances)
+        return truth
+
+    def decide_one(self, probability: int, truth: int | None) -> int:
+        assert truth is not None
+        chance = probability / ONE
+        self.bits -= math.log2(chance if truth else 1 - chance)
+        self._encoder.encode(truth, self._one(chance, perfect=False))
+        return truth
 
     def number(self, value: int, limit: int) -> None:
         """One of 0 ... limit, all alike."""
@@ -61,15 +83,21 @@ class Encoder:
 
 
 class Decoder:
+    """A `Coder`."""
+
     def __init__(self, words: bytes) -> None:
         stream = _constriction().stream
         self._decoder = stream.queue.RangeDecoder(np.frombuffer(words, "<u4").astype(np.uint32))
         self._decision = stream.model.Bernoulli(perfect=False)
         self._uniform = stream.model.Uniform()
+        self._one = stream.model.Bernoulli
 
-    def decide(self, probabilities: Ints) -> Ints:
+    def decide(self, probabilities: Ints, truth: Ints | None = None) -> Ints:
         right: NDArray[np.int32] = self._decoder.decode(self._decision, probabilities / ONE)
         return right.astype(np.int64)
+
+    def decide_one(self, probability: int, truth: int | None = None) -> int:
+        return int(self._decoder.decode(self._one(probability / ONE, perfect=False)))
 
     def number(self, limit: int) -> int:
         value = 0

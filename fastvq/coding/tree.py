@@ -52,6 +52,18 @@ def for_passed(passing: Ints, right: Ints, alphabet: int, number: Callable[[int,
                 passing[2 * node : 2 * node + 2] = passing[node] - right[node], right[node]
 
 
+def walk_one(alphabet: int, decide: Callable[[int, int | None], int], truth: int | None = None) -> int:
+    """`walk` for a single symbol."""
+    prefix = 0
+    for below in range(depths(alphabet) - 1, -1, -1):
+        right = 0
+        if (2 * prefix + 1) << below < alphabet:
+            node = (1 << depths(alphabet) - below - 1) + prefix
+            right = decide(node, None if truth is None else truth >> below & 1)
+        prefix = 2 * prefix + right
+    return prefix
+
+
 def walk(
     count: int, alphabet: int, decide: Callable[[Ints, Open, Ints | None], Ints], truth: Ints | None = None
 ) -> Ints:
