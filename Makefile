@@ -4,7 +4,8 @@
 #   make gpu-check  what can be shown about the GPU kernels on a machine without a GPU; some ten minutes
 #   make format     rewrites the sources as `make lint` wants them
 # PYTHON chooses the interpreter of .venv, TORCH the torch that goes into it; PYTEST is handed on by `make test`.
-# WORKERS files of tests run at a time.
+# WORKERS files of tests run at a time, in the order of their names: pytest-xdist's own order, by the number of tests, begins
+# the files with few long tests last.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -12,6 +13,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 PYTEST ?=
 WORKERS ?= 2
+SPREAD := --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
@@ -30,7 +32,7 @@ demo: $(VENV)/train.stamp
 	$(BIN)/fastvq demo --out runs/demo
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(PYTEST)
+	$(BIN)/python -m pytest $(SPREAD) $(PYTEST)
 
 lint: $(VENV)/lint.stamp $(VENV)/train.stamp
 	$(BIN)/ruff check .
@@ -52,10 +54,10 @@ gpu-check: $(VENV)/test.stamp
 	$(BIN)/python -m fastvq.kernels.aot
 	@echo "The same kernels in Triton's interpreter, and a training step on the meta device, which mixes no devices and"
 	@echo "never waits for one:"
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile tests/kernels tests/test_devices.py
+	$(BIN)/python -m pytest $(SPREAD) tests/kernels tests/test_devices.py
 	@echo "The CUDA kernels: compiled by nvcc for sm_80, sm_90a and sm_100 and loaded, where nvcc is; run in the emulator,"
 	@echo "by the reference and by sanitizers, where Boost.Context is:"
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile tests/cuda -rsP
+	$(BIN)/python -m pytest $(SPREAD) tests/cuda -rsP
 
 clean:
 	rm -rf build $(VENV) fastvq/_native.* fastvq/_native_cuda.so fastvq/native_build.json

@@ -181,7 +181,7 @@ def test_masks():
     layer = fastvq.SimVQ(6, 10)
     x = torch.randn(2, 5, 6)
     mask = torch.arange(5) < torch.tensor([[3], [5]])
-    quantized, indices, loss = layer(x, mask)
+    quantized, indices, loss = layer(x, mask=mask)
     assert (indices[~mask] == -1).all()
     assert not quantized[~mask].any()
     close(loss, layer(x[mask])[2])
