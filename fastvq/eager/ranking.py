@@ -19,7 +19,7 @@ def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2") -> T
             out.copy_(topk_search(xh, eh, k, metric=metric))
         return indices
     frame = searches._frame(codebook, metric)
-    rows = max(1, searches._tile_elements(x.device) // min(len(codebook), searches.TILE_CODES))
+    rows = max(1, searches._tile_elements(x.device) // max(min(len(codebook), searches.TILE_CODES), 8 * k))
     for part, out in zip(x.split(rows), indices.split(rows), strict=True):
         _topk_rows(part, frame, metric, out)
     return indices

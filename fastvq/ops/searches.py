@@ -83,15 +83,11 @@ def search(x: Tensor, codebook: Tensor, *, metric: str = "l2", mask: Tensor | No
     return run(x, codebook) if mask is None else _of_masked_rows(run, x, codebook, mask)
 
 
-LARGEST_K = 32
-"""Codes that `topk_search` gives for a row at most."""
-
-
 def _check_topk_search(x: Tensor, codebook: Tensor, k: int, metric: str, mask: Tensor | None) -> None:
     check_search(x, codebook, metric, mask)
-    most = min(LARGEST_K, codebook.shape[-2])
-    if not 1 <= k <= most:
-        raise ValueError(f"k: must lie in [1, {most}] for {codebook.shape[-2]} codes, got {k}")
+    size = codebook.shape[-2]
+    if not 1 <= k <= size:
+        raise ValueError(f"k: must lie in [1, {size}] for {size} codes, got {k}")
 
 
 def _topk_search_fake(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
@@ -108,7 +104,7 @@ def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2", mask
 
     Args:
         x, codebook, metric, mask: as for `search`.
-        k: how many, from 1 to 32 and at most K.
+        k: how many, from 1 to K.
 
     Returns:
         int64 indices (N, k) or (H, N, k). All are -1 in a row that isn't finite or masked out; where fewer than k codes

@@ -9,10 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .. import reference
 from ..functional import lookup
 from ..ops import sample, search, topk_search
-from ..ops.searches import LARGEST_K
 from ..soft import cross_entropy, mean_assignment_entropy
 from .heads import behind_each_other
 from .implicit import CHUNK_ELEMENTS, NeuralCodes
@@ -66,7 +64,7 @@ class Shared(Table):
         return search(x, self.codes.detach(), metric=self.metric, mask=mask)
 
     def nearest_k(self, x: Tensor, k: int, mask: Tensor | None) -> Tensor:
-        return ranked(x, self.codes.detach(), k, self.metric, mask)
+        return topk_search(x, self.codes.detach(), k, metric=self.metric, mask=mask)
 
     def lookup(self, indices: Tensor) -> Tensor:
         codes = lookup(self.codes.flatten(0, 1), behind_each_other(indices, self.size))
@@ -123,7 +121,7 @@ class PerRow(Table):
 
     def nearest_k(self, x: Tensor, k: int, mask: Tensor | None) -> Tensor:
         rows, codes = x.flatten(0, 1)[:, None], self.codes.detach().flatten(0, 1)
-        indices = ranked(rows, codes, k, self.metric, None).view(*x.shape[:2], k)
+        indices = topk_search(rows, codes, k, metric=self.metric).view(*x.shape[:2], k)
         return indices if mask is None else indices.masked_fill(~mask[..., None], -1)
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -170,7 +168,7 @@ class Implicit(Table):
                 if k == 1:
                     found[place] = search(chunk, codes, metric=self.metric)
                 else:
-                    found[place] = ranked(chunk, codes, k, self.metric, None)[:, 0]
+                    found[place] = topk_search(chunk, codes, k, metric=self.metric)[:, 0]
         return (found if mask is None else found.masked_fill(~mask[0][:, None], -1))[None]
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -205,14 +203,6 @@ class Implicit(Table):
         ]
         counted = ((targets >= 0) & x.isfinite().all(-1)).sum().clamp_min(1)
         return torch.stack(losses).sum() / counted if losses else x.sum() * 0
-
-
-def ranked(x: Tensor, codes: Tensor, k: int, metric: str, mask: Tensor | None) -> Tensor:
-    """`fastvq.topk_search` for any k up to K: beyond its limit, by the definition."""
-    if k <= LARGEST_K:
-        return topk_search(x, codes, k, metric=metric, mask=mask)
-    indices = reference.topk_search(x, codes, k, metric=metric)
-    return indices if mask is None else indices.masked_fill(~mask[..., None], -1)
 
 
 def drawn(x: Tensor, codes: Tensor, temperature: float, k: int, metric: str) -> Tensor:

@@ -111,10 +111,3 @@ def test_draws(kind, metric):
 def test_an_implicit_codebook_has_no_spread():
     with pytest.raises(ValueError, match="codebook_diversity_loss_weight: must be 0"):
         make("implicit")[0].spread(rows(), (4, 10), 1.0, None)
-
-
-def test_more_than_topk_search_gives():
-    x, codes = torch.randn(6, 3), torch.randn(50, 3)
-    indices = tables.ranked(x, codes, 50, "l2", torch.tensor([True] * 5 + [False]))
-    assert torch.equal(indices[:5], reference.topk_search(x, codes, 50)[:5])
-    assert (indices[5] == -1).all()
