@@ -77,16 +77,22 @@ _SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);
 _ENDS = ("EXIT", "RET", "BRX", "JMX")
 
 
-def read_sass(text: str) -> list[Instruction]:
-    """The program that `cuobjdump -sass` shows."""
+def read_sass(text: str, *, calls_leave: bool = False) -> list[Instruction]:
+    """The program that `cuobjdump -sass` shows.
+
+    With `calls_leave` a call over one instruction, under a guard, is a branch: how ptxas leaves nvcc's loops on sm_80.
+    Calls return else.
+    """
     found = _SASS.findall(text)
     places = {int(address, 16): place for place, (address, *_) in enumerate(found)}
     program = []
-    for _, guard, name, operands in found:
+    for place, (_, guard, name, operands) in enumerate(found):
         jump = None
-        if name.startswith("BRA"):
+        if name.startswith(("BRA", "CALL")):
             addresses = re.findall(r"0x([0-9a-f]+)", operands)
             jump = places.get(int(addresses[-1], 16)) if addresses else None
+            if name.startswith("CALL") and not (calls_leave and guard and jump == place + 2):
+                jump = None
         # BRA.U UP0 and BRA.DIV are conditional without a guard.
         certain = not guard and not re.search(r"U?P\d|UR\d", operands)
         ends = (name.split(".")[0] in _ENDS and not guard) or (jump is not None and certain)

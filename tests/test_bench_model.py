@@ -84,11 +84,15 @@ class TestTerms:
         assert terms.cache == pytest.approx(2 * 640 * 260 / (5120 * 1.755e9))
 
     def test_others_by_hand(self):
-        bf16, tf32, plain = (model.rival_terms(model.DEVICES["h100"], r, Shape(65536, 1024, 8)) for r in model.RIVALS)
+        h100 = model.DEVICES["h100"]
+        bf16, tf32, cuvs, plain = (model.rival_terms(h100, rival, Shape(65536, 1024, 8)) for rival in model.RIVALS)
         pairs = 65536 * 1024
         assert (bf16.matrix, tf32.matrix) == pytest.approx((2 * pairs * 16 / 989.4e12, 4 * pairs * 16 / 989.4e12))
         assert bf16.epilogue == tf32.epilogue == pytest.approx(6.5 / 4.4 * plain.epilogue)
         assert tf32.memory == pytest.approx((65536 * 40 + 1024 * 36) / 3.35e12)
+        # Three products of tf32 by mma.sync, in tiles of 32 rows.
+        assert cuvs.matrix == pytest.approx(3 * tf32.matrix / 0.63)
+        assert cuvs.cache == pytest.approx(4 * tf32.cache)
 
     @pytest.mark.parametrize(("dim", "published"), [(64, 20.0e-3), (128, 21.1e-3), (256, 29.4e-3)])
     def test_no_published_time_is_below_its_roof(self, dim, published):

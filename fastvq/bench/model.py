@@ -1,7 +1,8 @@
 """How long a search on a GPU should take at best: a roofline from counted instructions and the device's data sheet.
 
 Nothing here is measured, and everything printed says so. The counts are those of `kernels/counts.json`, which
-`python -m fastvq.kernels.aot` takes from the compiled code; a full GPU at its boost clock is assumed, so that latency,
+`python -m fastvq.kernels.aot` takes from the compiled code, and for the CUDA kernels (`cuda_model`) those of
+`cuda_counts.json`; a full GPU at its boost clock is assumed, so that latency,
 the last wave of blocks and heat come on top. What the second scan leaves open isn't part of it.
 """
 
@@ -12,7 +13,10 @@ import json
 import math
 from typing import Any, NamedTuple
 
+from . import cuda_model
+from .cuda_model import load_cuda_counts
 from .data import BenchError, Shape
+from .devices import DEVICES, LAUNCH_SECONDS, Device, Terms, device_named
 from .peers import TRITON
 from .report import duration, table
 
@@ -20,39 +24,8 @@ LABEL = "prediction, not a measurement"
 OPEN_SHARE = 0.01
 """Of rows that the first scan leaves open: what clustered data show on the CPU. SHOWN beside it is a bad case."""
 SHOWN = 0.05
-LAUNCH_SECONDS = 3e-6
-"""From one kernel to the next of a stream: an assumption."""
 FILLS = 3
 """Launches of a search that only set memory to zero."""
-
-
-class Device(NamedTuple):
-    """A data sheet. Lane operations a second are `units * lanes * clock`."""
-
-    target: str
-    reported: str
-    units: int
-    lanes: int
-    clock: float
-    matrix: float
-    memory: float
-    cache: float
-
-
-# Units and clocks are those of the SXM and OAM modules. `lanes` is what a unit's schedulers issue in a clock: 4 warps
-# of 32, or 4 wavefronts of 64 every fourth clock. (An A100 adds and multiplies float32 at half of that as well, which
-# is left out: what is counted is nearly all comparison.) NVIDIA publishes the rate of the L2 cache for A100 alone, 5120
-# bytes a clock; for H100 the same is assumed, for B200, which is two such dies, twice that.
-DEVICES = {
-    # NVIDIA A100 80GB data sheet and A100 architecture white paper.
-    "a100": Device("sm_80", "A100-SXM4-80GB", 108, 128, 1.41e9, 312e12, 2.039e12, 5120 * 1.41e9),
-    # NVIDIA H100 SXM5 data sheet, dense; H100 architecture white paper.
-    "h100": Device("sm_90", "H100 80GB HBM3", 132, 128, 1.755e9, 989.4e12, 3.35e12, 5120 * 1.755e9),
-    # NVIDIA Blackwell data sheet, dense; the clock is what gives its peak with 8192 multiply-adds a unit, 148 units.
-    "b200": Device("sm_100", "B200", 148, 128, 1.856e9, 2250e12, 8e12, 2 * 5120 * 1.856e9),
-    # AMD CDNA 3 white paper; the cache is the Infinity Cache, for a codebook that outgrows an XCD's 4 MB.
-    "mi300x": Device("gfx942", "MI300X", 304, 64, 2.1e9, 1307.4e12, 5.3e12, 17.2e12),
-}
 
 
 class Rival(NamedTuple):
@@ -63,35 +36,20 @@ class Rival(NamedTuple):
     alu: float
     rate: float
     element: int
+    tile: int = 128
+    """Rows for which a code is read once."""
+    sync: bool = False
+    """Whether its products are mma.sync."""
 
 
+# cuVS: three products of tf32 parts in tiles of 32 rows by CUTLASS for sm_80 (fused_distance_nn/gemm.h), which is fused
+# with the least distance. Its instructions weren't counted; less than a half norm and an argmin they can't be.
 RIVALS = (
     Rival("flash-kmeans as published, bf16, not exact", 6.5, 1.0, 2),
     Rival("flash-kmeans as published, tf32, not exact", 6.5, 0.5, 4),
+    Rival("cuVS as published, 3 products of tf32, not exact", 4.4, 0.5 / 3, 4, tile=32, sync=True),
     Rival("half norm + argmin, bf16, not exact", 4.4, 1.0, 2),
 )
-
-
-class Terms(NamedTuple):
-    """Seconds that each part of a device needs for a pass over the codes."""
-
-    matrix: float
-    epilogue: float
-    memory: float
-    cache: float
-
-    @property
-    def binding(self) -> str:
-        return max(self._fields, key=lambda name: getattr(self, name))
-
-    @property
-    def overlapped(self) -> float:
-        return max(self)
-
-    @property
-    def serial(self) -> float:
-        """If the matrix units stand still during the epilogue and the other way round."""
-        return max(self.matrix + self.epilogue, self.memory, self.cache)
 
 
 def load_counts() -> dict[str, Any]:
@@ -107,17 +65,6 @@ def load_counts() -> dict[str, Any]:
             f"model: fastvq.kernels has no counts.json; python -m fastvq.kernels.aot --write makes it: {error}"
         ) from error
     return json.loads(text)
-
-
-def device_named(name: str) -> Device:
-    """The data sheet of a device of this model.
-
-    Raises:
-        BenchError: there is none.
-    """
-    if name not in DEVICES:
-        raise BenchError(f"model: must be one of {', '.join(DEVICES)}, got {name!r}")
-    return DEVICES[name]
 
 
 def scan_for(counts: dict[str, Any], target: str, dim: int, products: int) -> dict[str, Any]:
@@ -172,22 +119,22 @@ def scan_terms(
         streamed += math.ceil(shape.k / config["BLOCK_K"]) * rows * (code - 4)
     return Terms(
         matrix=2 * pairs * multiplied / device.matrix,
-        epilogue=pairs * _epilogue(record, flattered=flattered) / (device.units * device.lanes * device.clock),
+        epilogue=pairs * _epilogue(record, flattered=flattered) / device.issue,
         memory=(rows * (shape.d * element + 8) + shape.k * code) / device.memory,
         cache=streamed / device.cache,
     )
 
 
 def rival_terms(device: Device, rival: Rival, shape: Shape) -> Terms:
-    """The same for a search that keeps an argmin, in tiles of 128 rows."""
+    """The same for a search that keeps an argmin."""
     columns = max(16, 1 << (shape.d - 1).bit_length())
     pairs = shape.n * shape.k
     code = shape.d * rival.element + 4
     return Terms(
-        matrix=2 * pairs * columns / (rival.rate * device.matrix),
-        epilogue=pairs * rival.alu / (device.units * device.lanes * device.clock),
+        matrix=2 * pairs * columns / (rival.rate * (device.sync if rival.sync else 1.0) * device.matrix),
+        epilogue=pairs * rival.alu / device.issue,
         memory=(shape.n * (shape.d * rival.element + 8) + shape.k * code) / device.memory,
-        cache=math.ceil(shape.n / 128) * shape.k * code / device.cache,
+        cache=math.ceil(shape.n / rival.tile) * shape.k * code / device.cache,
     )
 
 
@@ -221,6 +168,10 @@ def predict(name: str, shape: Shape, *, open_share: float = OPEN_SHARE, element:
             begin.overlapped + again.overlapped + rest,
             begin.serial + again.serial + rest,
         )
+    cuda = _cuda_ways(device, shape, open_share, element)
+    for title, way in cuda["ways"].items():
+        parts |= {f"{title}: {part}": terms for part, terms in way.parts.items()}
+        totals[title] = way.total()
     for rival in RIVALS:
         terms = rival_terms(device, rival, shape)
         parts[rival.name] = terms
@@ -235,8 +186,31 @@ def predict(name: str, shape: Shape, *, open_share: float = OPEN_SHARE, element:
         "parts": {part: terms._asdict() | {"binding": terms.binding} for part, terms in parts.items()},
         "packing": packing,
         "launches": launches,
+        "cuda": {
+            "compiler": cuda["compiler"],
+            "scans": [scan for way in cuda["ways"].values() for scan in way.scans],
+            "ways": {t: {"packing": w.packing, "launches": w.launches} for t, w in cuda["ways"].items()},
+        },
         "totals": {part: {"overlapped": best, "serial": worst} for part, (best, worst) in totals.items()},
     }
+
+
+CUDA = "CUDA kernels"
+"""What csrc/cuda's own way of serving a shape is called in a prediction."""
+CUDA_INSTEAD = "CUDA kernels, were it on matrix units"
+
+
+def _cuda_ways(device: Device, shape: Shape, open_share: float, element: int) -> dict[str, Any]:
+    """The ways that the CUDA kernels have for a shape, by title; none on a device that isn't NVIDIA's."""
+    if not device.target.startswith("sm_"):
+        return {"compiler": None, "ways": {}}
+    counts = load_cuda_counts()
+    named = zip((CUDA, CUDA_INSTEAD), cuda_model.ways(counts["limits"], shape), strict=False)
+    ways = {
+        title: cuda_model.way_named(counts, device, way, shape, open_share=open_share, element=element)
+        for title, way in named
+    }
+    return {"compiler": counts["compiler"], "ways": ways}
 
 
 def _launches(record: dict[str, Any]) -> int:
@@ -257,6 +231,17 @@ def lines(predicted: dict[str, Any]) -> list[str]:
         f"{scan['columns']:g} columns, tiles of {scan['config']['BLOCK_N']} rows x {scan['config']['BLOCK_K']} codes"
         for scan in predicted["scans"]
     ]
+    by_nvcc = [
+        f"{scan['kernel']}: {scan['alu']:.2f} ALU instructions a distance{_halved(scan)}, "
+        f"{scan['float32']:g} float32 products, {scan['shared']:.2f} bytes of shared memory a turn"
+        for scan in predicted["cuda"]["scans"]
+    ]
+    if by_nvcc:
+        counted += [f"and in that of {predicted['cuda']['compiler']}:", *by_nvcc]
+    launches = "; ".join(
+        f"{title}: {_time(way['packing'])}, {way['launches']} launches {duration(way['launches'] * LAUNCH_SECONDS)}"
+        for title, way in predicted["cuda"]["ways"].items()
+    )
     return [
         f"{LABEL}: {shape} on {predicted['device']}",
         f"Counted in the code that triton {predicted['triton']} makes for {predicted['target']}:",
@@ -266,6 +251,7 @@ def lines(predicted: dict[str, Any]) -> list[str]:
         "",
         f"Packing the codebook {_time(predicted['packing'])}, {predicted['launches']} launches "
         f"{duration(predicted['launches'] * LAUNCH_SECONDS)} ({LABEL}); both are part of each search of fastvq:",
+        *([f"({launches})"] if launches else []),
         "",
         table(totals, [f"total ({LABEL})", "if all overlaps", "if matrix and epilogue don't"]),
         "",
@@ -273,10 +259,12 @@ def lines(predicted: dict[str, Any]) -> list[str]:
     ]
 
 
-_NAMES = {"matrix": "matrix units", "epilogue": "epilogue", "memory": "HBM", "cache": "L2"}
+_NAMES = {"matrix": "matrix units", "epilogue": "epilogue", "memory": "HBM", "cache": "L2", "shared": "shared memory"}
 
 
 def _time(seconds: float) -> str:
+    if seconds == 0:
+        return "-"
     return duration(seconds) if seconds >= 1e-4 else f"{1e6 * seconds:.2f} us"
 
 

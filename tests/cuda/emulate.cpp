@@ -155,6 +155,18 @@ void run_needs() {
   say("ema_codes", EMA_THREADS, EMA_THREADS / WARP * 8 + EMA_CODES * 4);
 }
 
+// Of each scan: rows of a block, codes of a group.
+void run_tiles() {
+  const auto say = [](const char* kernel, int rows, int group) { std::printf("%s %d %d\n", kernel, rows, group); };
+  say("scan_cores<4>", CORES_THREADS * ROWS_EACH<4>, CORES_GROUP);
+  say("scan_cores<8>", CORES_THREADS * ROWS_EACH<8>, CORES_GROUP);
+  say("scan_cores<16>", CORES_THREADS * ROWS_EACH<16>, CORES_GROUP);
+  say("scan_matrix<1, 2, 32>", MatrixTile<1, 2, 32>::ROWS, MATRIX_GROUP);
+  say("scan_matrix<1, 2, 64>", MatrixTile<1, 2, 64>::ROWS, MATRIX_GROUP);
+  say("scan_matrix<1, 1, 64>", MatrixTile<1, 1, 64>::ROWS, MATRIX_GROUP);
+  say("scan_matrix<2, 1, 32>", MatrixTile<2, 1, 32>::ROWS, MATRIX_GROUP);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -182,6 +194,8 @@ int main(int count, char** arguments) {
       run_residual_search();
     else if (op == "need")
       run_needs();
+    else if (op == "tile")
+      run_tiles();
     else
       fail("no op " + op);
   }

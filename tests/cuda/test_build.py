@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,14 +28,14 @@ LARGEST_DIM = 512
 """Of the scans; longer rows are left to `define`."""
 
 
-def load_build():
-    spec = importlib.util.spec_from_file_location("fastvq_cuda_build", CSRC / "build.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"fastvq_cuda_{name}", CSRC / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-cuda = load_build()
+cuda, counts = load("build"), load("counts")
 pytestmark = pytest.mark.skipif(
     cuda.find_nvcc() is None, reason="no nvcc (CUDA_HOME, CUDA_PATH or PATH): the CUDA kernels aren't compiled here"
 )
@@ -49,32 +48,23 @@ def library():
     return OUT / cuda.LIBRARY
 
 
-def plain(mangled):
-    """scan_cores<8> for its mangled name."""
-    found = re.match(r"_ZN6fastvq4cuda(\d+)", mangled)
-    name = mangled[found.end() :]
-    kernel, rest = name[: int(found[1])], name[int(found[1]) :]
-    numbers = re.match(r"I((?:Li\d+E)+)E", rest)
-    return kernel + ("<" + ", ".join(re.findall(r"Li(\d+)E", numbers[1])) + ">" if numbers else "")
-
-
-def needs():
-    """Threads and shared memory of each kernel for the longest rows that it takes."""
+def answer(op):
+    """What the emulator's program says of each kernel, in two numbers."""
     done = subprocess.run(
         [str(emulation.program())],
-        input=b"need" + Call("").integers(LARGEST_DIM).sent[0],
+        input=op.encode() + (Call("").integers(LARGEST_DIM).sent[0] if op == "need" else b""),
         capture_output=True,
         check=True,
     )
     lines = (line.rsplit(" ", 2) for line in done.stdout.decode().splitlines())
-    return {kernel: (int(threads), int(shared)) for kernel, threads, shared in lines}
+    return {kernel: (int(first), int(second)) for kernel, first, second in lines}
 
 
 def test_every_kernel_fits_every_device(library):
-    limits, seen = needs(), collections.defaultdict(set)
+    limits, seen = answer("need"), collections.defaultdict(set)
     print(f"{'kernel':24} {'device':7} registers  shared bytes, D={LARGEST_DIM}  blocks of a processor")
     for entry in cuda.resources(OUT):
-        kernel, device = plain(entry["name"]), entry["arch"]
+        kernel, device = counts.plain(entry["name"]), entry["arch"]
         threads, shared = limits[kernel]
         block_shared, all_shared, registers, warps = DEVICES[device]
         own = -(-int(entry["registers"]) // 8) * 8 * threads
@@ -108,51 +98,46 @@ def test_it_loads_and_serves_cuda_beside_a_torch_without(library):
     assert json.loads(done.stdout) == dict.fromkeys(("search", "residual_search", "accumulate", "ema_update_"), True)
 
 
-def instructions(library, device):
-    """Of each scan the innermost loop that multiplies: how often each instruction stands there."""
-    triton = pytest.importorskip("triton", reason="cuobjdump comes with Triton")
-    from fastvq.kernels.assembly import natural_loops, read_sass
-
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [str(cuobjdump), "-sass", "-arch", device, str(OUT / "search.cu.o")]
-    listing = subprocess.run(command, text=True, capture_output=True, check=True).stdout
-    for part in re.split(r"\n\s+Function : ", listing)[1:]:
-        kernel = plain(part.split("\n", 1)[0].strip())
-        if not kernel.startswith("scan_"):
-            continue
-        program = read_sass(part)
-        multiplies = re.compile("FFMA" if kernel.startswith("scan_cores") else "HMMA")
-        for loop in sorted(natural_loops(program), key=len):
-            if any(multiplies.match(program[place].name) for place in loop):
-                yield kernel, collections.Counter(program[place].name.split(".")[0] for place in loop)
-                break
+def test_the_counts_are_those_of_this_code(library):
+    """What `fastvq bench --model` predicts from: instructions a distance, and the limits and tiles of the source."""
+    if counts.find_cuobjdump(cuda.find_nvcc()) is None:
+        pytest.skip("no cuobjdump: of nvcc's toolkit, in PATH, or Triton's")
+    stored, found = json.loads(counts.COUNTS.read_text()), counts.document(OUT)
+    assert counts.differences(stored, found) == []
+    tiles = answer("tile")
+    for record in found["records"]:
+        assert (record["rows"], record["group"]) == tiles[record["kernel"]]
+    assert {record["kernel"] for record in found["records"]} == set(tiles)
+    for record in found["records"]:
+        # A distance on CUDA cores is D multiply-adds, two of them an instruction on sm_100.
+        if record["products"] == 0:
+            assert record["float32"] == record["step"]
+            assert (record["alu"] < record["float32"]) == (record["target"] == "sm_100")
 
 
-# ALU instructions a distance that a scan's innermost loop may have at most, on H100 and on B200.
-MOST = {"scan_cores<4>": (5.2, 2.7), "scan_cores<8>": (9.2, 4.7), "scan_cores<16>": (17.3, 8.7)}
-MOST |= {"scan_matrix<1, 2, 32>": (3.5, 2.8), "scan_matrix<1, 2, 64>": (3.6, 2.6)}
+def test_counts_that_moved_are_named():
+    stored = json.loads(counts.COUNTS.read_text())
+    found = json.loads(counts.COUNTS.read_text())
+    first, second, *_ = found["records"]
+    assert counts.differences(stored, found) == []
+    first["alu"] *= 1.05
+    assert counts.differences(stored, found) == []
+    first["alu"] *= 1.2
+    second["rows"] += 1
+    found["records"].pop()
+    found["limits"]["cores_dim"] = 8
+    said = counts.differences(stored, found)
+    assert len(said) == 4
+    for part in (
+        f"{first['kernel']} {first['target']}: alu is",
+        "rows is",
+        "is only in cuda_counts.json",
+        "cores_dim: is 8",
+    ):
+        assert any(part in line for line in said), part
 
 
-@pytest.mark.parametrize("device", ["sm_90a", "sm_100"])
-def test_instructions_a_distance(library, device):
-    """Sums of the cores' scan are D multiply-adds of a distance each, or half as many of two. A step of the matrix scan
-    takes 64 codes to two blocks of 16 rows: 64 distances a lane. The published counts: flash-kmeans 6 to 7."""
-    from fastvq.kernels.assembly import ALU, HALF_RATE
-
-    seen = set()
-    for kernel, counts in instructions(library, device):
-        if kernel.startswith("scan_cores"):
-            columns = int(kernel[len("scan_cores<") : -1])
-            distances = (counts["FFMA"] + 2 * counts["FFMA2"]) / columns
-        elif kernel.startswith("scan_matrix<1, 2"):
-            distances = 64
-        else:
-            continue
-        alu = sum(count for name, count in counts.items() if name in ALU) / distances
-        half = sum(count for name, count in counts.items() if name in HALF_RATE) / distances
-        print(f"{kernel:24} {device:7} {alu:5.2f} ALU instructions a distance, {half:4.2f} of them at half rate")
-        assert alu <= MOST[kernel][device == "sm_100"], kernel
-        seen.add(kernel)
-    assert seen == set(MOST)
-    packed = any(counts["FFMA2"] for _, counts in instructions(library, device))
-    assert packed == (device == "sm_100")
+def test_a_limit_that_is_gone_from_the_source(monkeypatch):
+    monkeypatch.setitem(counts.LIMITS, "cores_dim", ("search.cuh", "CORES_DIMENSIONS"))
+    with pytest.raises(ValueError, match=r"search\.cuh: no longer says CORES_DIMENSIONS"):
+        counts.limit("cores_dim")

@@ -135,6 +135,14 @@ class TestReading:
         _, instruction = assembly.read_sass(f"/*0010*/  FADD R1, R1, R1 ; /* 0x0 */\n/*0020*/  {line} ; /* 0x0 */")
         assert (instruction.jump, instruction.falls_through) == (jump, falls_through)
 
+    def test_a_guarded_call_over_an_instruction_leaves_a_loop(self):
+        lines = ["FADD R1, R1, R1", "@P2 CALL.REL.NOINC 0x30", "BRA 0x0", "CALL.REL.NOINC 0x50", "EXIT", "RET R2 0x0"]
+        sass = "\n".join(f"/*{16 * i:04x}*/   {line} ; /* 0x0 */" for i, line in enumerate(lines))
+        assert [i.jump for i in assembly.read_sass(sass)] == [None, None, 0, None, None, None]
+        leaving = assembly.read_sass(sass, calls_leave=True)
+        assert [i.jump for i in leaving] == [None, 3, 0, None, None, None]
+        assert assembly.natural_loops(leaving) == [frozenset({0, 1, 2})]
+
     @pytest.mark.parametrize(
         ("name", "expected"),
         [

@@ -6,7 +6,11 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 import fastvq.kernels
+from fastvq.bench import cuda_model, model
+from fastvq.bench.data import Shape
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,3 +50,49 @@ def test_the_span_in_the_readme():
     ).groups()
     assert (float(low), float(worst)) == (round(min(values), 1), round(max(values), 1))
     assert float(high) == round(sorted(values)[-2], 1)
+
+
+def table(head):
+    """{row: {column: number}} of the table of docs/gpu.md that begins like that."""
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    _, columns, rows = re.search(rf"^\| ({re.escape(head)}) \|(.*)\|\n\|[-|]+\|\n((?:\|.*\|\n)+)", text, re.M).groups()
+    names = [column.strip() for column in columns.split("|")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
+    return {first: dict(zip(names, map(float, rest), strict=True)) for first, *rest in cells}
+
+
+SCANS = {"cores, D to 4": (4, 0), "cores, D to 8": (8, 0), "cores, D to 16": (16, 0), "matrix units, D to 32": (32, 1)}
+SCANS |= {"matrix units, D to 64 and each 64 more": (64, 1), "matrix units, three products": (64, 3)}
+
+
+def test_instructions_of_the_cuda_scans():
+    counts = cuda_model.load_cuda_counts()
+    shown = table("scan")
+    assert set(shown) == set(SCANS)
+    for name, (dim, products) in SCANS.items():
+        for target, value in shown[name].items():
+            assert value == pytest.approx(cuda_model.scan_for(counts, target, dim, products)["alu"], abs=0.0051), name
+
+
+def test_lanes_a_distance():
+    counts, shown = cuda_model.load_cuda_counts(), table("prediction, lanes a distance")
+    many = Shape(1 << 20, 1 << 20, 16)
+    for name in ("a100", "h100", "b200"):
+        device = model.DEVICES[name]
+        lanes = device.issue / (many.n * many.k)
+        expected = {}
+        for scan in ("cores, D to 4", "cores, D to 8", "cores, D to 16"):
+            record = cuda_model.scan_for(counts, device.target, *SCANS[scan])
+            expected[scan] = cuda_model.scan_terms(device, record, many, many.n).overlapped
+        record = cuda_model.scan_for(counts, device.target, 16, 1)
+        terms = cuda_model.scan_terms(device, record, many, many.n)
+        for what, term in (("instructions", "epilogue"), ("products", "matrix"), ("shared memory", "shared")):
+            expected[f"matrix units, D to 32: {what}"] = getattr(terms, term)
+        triton = model.scan_for(model.load_counts(), device.target, 13, 1)
+        expected["Triton's scan, D to 13"] = model.scan_terms(device, triton, many._replace(d=13), many.n).overlapped
+        flash, _, cuvs, _ = (model.rival_terms(device, rival, many).overlapped for rival in model.RIVALS)
+        expected["flash-kmeans as published"] = flash
+        expected["cuVS as published, three products of tf32, D to 16"] = cuvs
+        assert set(shown) == set(expected)
+        for row, seconds in expected.items():
+            assert shown[row][name.upper()] == pytest.approx(lanes * seconds, abs=0.011), (row, name)
