@@ -40,8 +40,8 @@ SHARED_CLOCK = 128
 # of 32, or 4 wavefronts of 64 every fourth clock. NVIDIA publishes the rate of the L2 cache for A100 alone, 5120
 # bytes a clock; for H100 the same is assumed, for B200, which is two such dies, twice that. `float32`: CUDA C++
 # Programming Guide, throughput of native arithmetic instructions; by the peak of its data sheet a B200 has no more of
-# them where an instruction is two multiply-adds. `sync`: A100 has no other matrix instruction; on H100 it is what Luo et
-# al. measure on average (arXiv 2501.12084: 62.9 %); for B200 the rate of H100 is assumed, a unit and clock.
+# them where an instruction is two multiply-adds. `sync`: A100 has no other matrix instruction; for H100 it is what Luo
+# et al. measure on average (arXiv 2501.12084: 62.9 %); for B200 the rate of H100 is assumed, a unit and clock.
 DEVICES = {
     # NVIDIA A100 80GB data sheet and A100 architecture white paper.
     "a100": Device("sm_80", "A100-SXM4-80GB", 108, 128, 1.41e9, 312e12, 2.039e12, 5120 * 1.41e9, float32=64),
