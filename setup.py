@@ -52,6 +52,7 @@ SOURCES = [
     "quantize.cpp",
     "residual_quantize.cpp",
     "accumulate.cpp",
+    "min_distance.cpp",
     "peak.cpp",
     "bindings.cpp",
 ]

@@ -11,6 +11,7 @@ import fastvq
 from fastvq import ops, reference
 from fastvq.bench.data import Shape, clustered
 from fastvq.bench.training import LEVELS, RESIDUAL_STEP, STEPS
+from fastvq.codebook.candidates import spread_rows
 
 BACKENDS = ("native", "torch")
 
@@ -58,6 +59,27 @@ class BenchOps:
         reference.ema_update_(*expected, **options)
         torch.testing.assert_close(ours, expected)
         timed(benchmark, backend, f"ema_update_ {shape}", functools.partial(fastvq.ema_update_, *state, **options))
+
+    def bench_min_distance(self, benchmark, backend, shape):
+        x, _ = clustered(shape)
+        distances, expected = torch.full((shape.n,), torch.inf), torch.full((shape.n,), torch.inf)
+        call = functools.partial(fastvq.min_distance_, distances, x, x[:1].clone())
+        call()
+        reference.min_distance_(expected, x, x[:1])
+        torch.testing.assert_close(distances, expected)
+        timed(benchmark, backend, f"min_distance_ {shape}", call)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def bench_spread_rows(benchmark, backend, draws=64):
+    """k-means++: each draw takes random numbers and a pass over x."""
+    x, codebook = clustered(STEPS[0])
+    valid = torch.ones(len(x), dtype=torch.bool)
+    call = functools.partial(spread_rows, x, valid, codebook, draws, "l2")
+    rows, filled = call()
+    assert bool(filled.all())
+    assert len(rows.unique(dim=0)) == draws
+    timed(benchmark, backend, f"{draws} draws of k-means++ {STEPS[0]}", call)
 
 
 @pytest.mark.parametrize("name", ["one pass", "level by level"])

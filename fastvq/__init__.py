@@ -6,8 +6,8 @@
 
 Layers: `VectorQuantize`, `ResidualVQ`, `SimVQ`, `FSQ`, `LFQ` and the others of vector_quantize_pytorch, each by example
 in docs/quantizers.md; `fastvq.parts` has what they are composed from. As functions: `quantize`, `residual_quantize`,
-`search`, `topk_search`, `sample`, `residual_search`, `accumulate`, `ema_update_`; soft assignments: `soft_assign`,
-`binary_assign`, `cross_entropy`, `soft_lookup`.
+`search`, `topk_search`, `sample`, `residual_search`, `accumulate`, `ema_update_`, `min_distance_`; soft assignments:
+`soft_assign`, `binary_assign`, `cross_entropy`, `soft_lookup`.
 Health of a codebook: `usage`, `perplexity`, `dead_share`, and each quantizer's `health()`. Which code runs:
 `use_backend`, and `fastvq info` on the command line.
 """
@@ -22,7 +22,7 @@ from .binary import BinaryAssignment, binary_assign
 from .codebook import Revival
 from .functional import Quantized, ResidualQuantized, quantize, residual_quantize
 from .health import HealthReport, dead_share, perplexity, usage
-from .ops import accumulate, ema_update_, residual_search, sample, search, topk_search
+from .ops import accumulate, ema_update_, min_distance_, residual_search, sample, search, topk_search
 from .quantizers import (
     FSP,
     FSQ,
@@ -78,6 +78,7 @@ __all__ = [
     "dead_share",
     "ema_update_",
     "mean_assignment_entropy",
+    "min_distance_",
     "perplexity",
     "quantize",
     "residual_quantize",

@@ -1,7 +1,7 @@
 """The native backend: loads the compiled libraries and calls the ops that they implement.
 
 On the CPU these are all but those that `OPS` takes from the torch backend. On NVIDIA GPUs there are CUDA kernels for
-the searches, `accumulate` and `ema_update_`; torch operations serve the rest.
+the searches, `accumulate`, `ema_update_` and `min_distance_`; torch operations serve the rest.
 """
 
 from __future__ import annotations
@@ -204,6 +204,13 @@ def ema_update_(*tensors: Tensor, decay: float, eps: float) -> None:
             target.copy_(result)
 
 
+def min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
+    work = distances.contiguous()
+    torch.ops.fastvq.native_min_distance_(work, x.contiguous(), codes.contiguous())
+    if work is not distances:
+        distances.copy_(work)
+
+
 def _on_cpu(kernel: Callable[..., Any], operations: Callable[..., Any]) -> Callable[..., Any]:
     """The kernel on the CPU; torch operations on a device that has none."""
 
@@ -223,6 +230,7 @@ OPS: Ops = {
     "residual_quantize_backward": _on_cpu(residual_quantize_backward, eager.OPS["residual_quantize_backward"]),
     "accumulate": accumulate,
     "ema_update_": ema_update_,
+    "min_distance_": min_distance_,
     "binary_assign_forward": eager.binary_assign_forward,
     "binary_assign_backward": eager.binary_assign_backward,
     "soft_assign_forward": _on_cpu(soft_assign_forward, eager.OPS["soft_assign_forward"]),

@@ -79,6 +79,7 @@ WITHOUT_KERNEL = (
     "soft_assign_forward",
     "soft_assign_backward",
     "sample",
+    "min_distance_",
 )
 """Ops that the torch backend serves here too."""
 

@@ -79,7 +79,7 @@ def test_every_backend_has_every_op():
     binary = ("binary_assign_backward", "binary_assign_forward")
     searches = ("residual_search", "sample", "search")
     soft = ("soft_assign_backward", "soft_assign_forward")
-    assert names == {("accumulate", *binary, "ema_update_", *steps, *searches, *soft, "topk_search")}
+    assert names == {("accumulate", *binary, "ema_update_", "min_distance_", *steps, *searches, *soft, "topk_search")}
 
 
 def test_requests_nest_and_end():

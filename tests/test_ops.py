@@ -74,6 +74,10 @@ def sample_inputs():
         yield "soft_assign_backward", (x, codebook, kept, logsumexp, *grads), settings | needs
         needs = {"need_x": False, "need_codebook": True}
         yield "soft_assign_backward", (x, codebook, kept, logsumexp, *grads[:2], None, None), settings | needs
+    for dtype in cases.DTYPES:
+        yield "min_distance_", (normal(7).abs(), normal(7, 5, dtype=dtype), normal(2, 5)), {}
+    yield "min_distance_", (normal(14).abs()[::2], normal(5, 7).T, normal(1, 5, dtype=torch.float16)), {}
+    yield "min_distance_", (normal(0), normal(0, 5), normal(1, 5)), {}
     for shape in [(6, 5), (1, 1)]:
         state = [normal(*shape), normal(shape[0]).abs(), normal(*shape), normal(shape[0]).abs(), normal(*shape)]
         yield "ema_update_", tuple(state), {"decay": 0.9, "eps": 1e-5}
@@ -208,6 +212,7 @@ X, CODES = torch.zeros(3, 4), torch.zeros(5, 4)
 META = torch.zeros(5, 4, device="meta")
 INDICES = torch.zeros(3, dtype=torch.int64)
 LEVELS = torch.zeros(2, 5, 4)
+FAR = torch.ones(3)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +259,19 @@ LEVELS = torch.zeros(2, 5, 4)
         ("accumulate", (X, INDICES, 0), {}, ValueError, "codebook_size: must be at least 1, got 0"),
         ("accumulate", (X.int(), INDICES, 5), {}, TypeError, "x: must be float32"),
         ("accumulate", (X[None], INDICES, 5), {}, ValueError, r"x: must have shape \(N, D\)"),
+        ("min_distance_", (FAR, X[None], CODES), {}, ValueError, r"x: must have shape \(N, D\), got \(1, 3, 4\)"),
+        ("min_distance_", (FAR, X.int(), CODES), {}, TypeError, "x: must be float32"),
+        ("min_distance_", (FAR, X, CODES[0]), {}, ValueError, r"codes: must have shape \(M, D\), got \(4,\)"),
+        ("min_distance_", (FAR, X, CODES[:0]), {}, ValueError, "codes: must hold at least one code"),
+        ("min_distance_", (FAR, X, CODES[:, :3]), {}, ValueError, "codes: must have the dimension of x, D=4"),
+        (
+            "min_distance_",
+            (FAR[:2], X, CODES),
+            {},
+            ValueError,
+            r"distances: must be torch.float32 of shape \(3,\), got",
+        ),
+        ("min_distance_", (FAR.double(), X, CODES), {}, ValueError, "distances: must be torch.float32 of shape"),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -304,7 +322,7 @@ def test_ema_update_refuses_by_name(change, error, message):
 
 
 def test_functions_are_documented():
-    for name in ("search", "residual_search", "accumulate", "ema_update_"):
+    for name in ("search", "residual_search", "accumulate", "ema_update_", "min_distance_"):
         function = getattr(fastvq, name)
         assert function.__name__ == name
         assert "Raises:" in function.__doc__

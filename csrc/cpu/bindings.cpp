@@ -15,6 +15,7 @@
 
 #include "accumulate.h"
 #include "ema_update.h"
+#include "min_distance.h"
 #include "peak.h"
 #include "quantize.h"
 #include "residual_quantize.h"
@@ -302,6 +303,12 @@ void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_avg, const T
               [&](int64_t begin, int64_t end) { fastvq::update_codes(state, decay, eps, total, begin, end); });
 }
 
+void min_distance_(Tensor distances, const Tensor& x, const Tensor& codes) {
+  const IeeeArithmetic arithmetic;
+  fastvq::min_distance(fastvq::active_isa(), matrix_of(x), matrix_of(codes),
+                       static_cast<float*>(distances.mutable_data_ptr()), PARALLEL);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastvq, CPU, m) {
@@ -317,6 +324,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastvq, CPU, m) {
   m.impl("native_residual_quantize_backward", TORCH_BOX(&residual_quantize_backward));
   m.impl("native_accumulate", TORCH_BOX(&accumulate));
   m.impl("native_ema_update_", TORCH_BOX(&ema_update_));
+  m.impl("native_min_distance_", TORCH_BOX(&min_distance_));
 }
 
 // Read by fastvq/native.py: the instruction set in use, or why FASTVQ_ISA or FASTVQ_TIER can't be met.

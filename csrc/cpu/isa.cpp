@@ -51,6 +51,7 @@ const Isa& FASTVQ_NAME(FASTVQ_ISA, _isa)() {
                             INT16,
                             load_values,
                             add,
+                            lower_distances,
                             quantize,
                             interleave,
                             subtract,

@@ -136,6 +136,10 @@ struct Isa {
   Loaded (*load)(DType dtype, const void* v, const float* centre, double scale, int64_t dim, float* out);
   // sums += v, in float64.
   void (*add)(DType dtype, const void* v, int64_t dim, double* sums);
+  // distances[n] = min(distances[n], |row n - code|^2) for each code, in float64 and rounded once; a row whose distance
+  // is 0 isn't read, and what is no number changes nothing. Code m is at codes + m * stride, padded with zeros.
+  void (*lower_distances)(DType dtype, const void* rows, int64_t count, int64_t dim, const double* codes,
+                          int64_t code_count, int64_t stride, float* distances);
   // out = the int16 nearest to y * inverse, or its negative, in pairs; returns |y * inverse - out|^2.
   float (*quantize)(const float* y, float inverse, bool negate, int64_t dim, uint32_t* out);
   // out[j * stride + l] = rows[l * row_stride + j] for the lanes l < live, zero for the other lanes.

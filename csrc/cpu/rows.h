@@ -9,6 +9,8 @@ namespace {
 
 constexpr int DOUBLES = LANES / 2;
 typedef float HalfFloatVec __attribute__((vector_size(DOUBLES * 4)));
+typedef uint32_t HalfUnitVec __attribute__((vector_size(DOUBLES * 4)));
+typedef uint16_t HalfShortVec __attribute__((vector_size(DOUBLES * 2)));
 typedef double DoubleVec __attribute__((vector_size(DOUBLES * 8)));
 
 // Zero times anything but a finite number is NaN: one multiplication an element instead of a classification.
@@ -73,6 +75,11 @@ inline DoubleVec wide(const float* p) {
   return __builtin_convertvector(load<HalfFloatVec>(p), DoubleVec);
 }
 
+inline DoubleVec wide(const detail::Half* p) {
+  const HalfUnitVec bits = __builtin_convertvector(load<HalfShortVec>(p), HalfUnitVec);
+  return __builtin_convertvector(widen_half_units<HalfFloatVec>(bits), DoubleVec);
+}
+
 template <class T>
 inline DoubleVec wide(const T* p) {
   DoubleVec values;
@@ -103,6 +110,41 @@ void add_as(const T* v, int64_t dim, double* sums) {
 
 void add(DType dtype, const void* v, int64_t dim, double* sums) {
   with_elements(dtype, v, [&](const auto* elements) { add_as(elements, dim, sums); });
+}
+
+inline double sum_pairwise(DoubleVec v) {
+  double parts[DOUBLES];
+  store(parts, v);
+#pragma GCC unroll 4
+  for (int step = DOUBLES / 2; step > 0; step /= 2)
+    for (int l = 0; l < step; ++l) parts[l] += parts[l + step];
+  return parts[0];
+}
+
+template <class T>
+void lower_distances_as(const T* rows, int64_t count, int64_t dim, const double* codes, int64_t code_count,
+                        int64_t stride, float* distances) {
+  for (int64_t n = 0; n < count; ++n) {
+    float nearest = distances[n];
+    for (int64_t m = 0; m < code_count && !(nearest <= 0.0f); ++m) {
+      const double* code = codes + m * stride;
+      DoubleVec sum{};
+      for_wide(rows + n * dim, dim, [&](int64_t j, DoubleVec value) {
+        const DoubleVec difference = value - load<DoubleVec>(code + j);
+        sum += difference * difference;
+      });
+      const float found = static_cast<float>(sum_pairwise(sum));
+      if (found < nearest || nearest != nearest) nearest = found;
+    }
+    distances[n] = nearest;
+  }
+}
+
+void lower_distances(DType dtype, const void* rows, int64_t count, int64_t dim, const double* codes, int64_t code_count,
+                     int64_t stride, float* distances) {
+  with_elements(dtype, rows, [&](const auto* elements) {
+    lower_distances_as(elements, count, dim, codes, code_count, stride, distances);
+  });
 }
 
 float quantize(const float* y, float inverse, bool negate, int64_t dim, uint32_t* out) {

@@ -152,12 +152,16 @@ inline FloatVec widen_bfloat16(ShortVec bits) {
   return (FloatVec)(__builtin_convertvector(bits, UnitVec) << 16);
 }
 
-// As detail::widen, lane by lane.
+// As detail::widen, lane by lane, of float16 bits in 32-bit units.
+template <class Floats, class Units>
+inline Floats widen_half_units(Units bits) {
+  const Units sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13;
+  const Units scaled = (Units)((Floats)magnitude * 0x1p112f);
+  return (Floats)((magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled) | sign);
+}
+
 inline FloatVec widen_half(ShortVec values) {
-  const UnitVec bits = __builtin_convertvector(values, UnitVec);
-  const UnitVec sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13;
-  const UnitVec scaled = (UnitVec)((FloatVec)magnitude * 0x1p112f);
-  return (FloatVec)((magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled) | sign);
+  return widen_half_units<FloatVec>(__builtin_convertvector(values, UnitVec));
 }
 
 inline FloatVec widen(const float* p) {

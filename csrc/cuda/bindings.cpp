@@ -112,6 +112,12 @@ void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_avg, const T
                            codebook.size(1), decay, eps);
 }
 
+void min_distance_(Tensor distances, const Tensor& x, const Tensor& codes) {
+  const OnDevice device(x);
+  fastvq::cuda::min_distance(device.context(), values_of(x), values_of(codes), x.size(0), codes.size(0), x.size(1),
+                             pointer<float>(distances));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastvq, CUDA, m) {
@@ -119,6 +125,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastvq, CUDA, m) {
   m.impl("native_residual_search", TORCH_BOX(&residual_search));
   m.impl("native_accumulate", TORCH_BOX(&accumulate));
   m.impl("native_ema_update_", TORCH_BOX(&ema_update_));
+  m.impl("native_min_distance_", TORCH_BOX(&min_distance_));
 }
 
 // Read by fastvq/native.py: loading the library has registered the ops above.

@@ -34,4 +34,8 @@ void accumulate(const Context& context, Values x, const int64_t* indices, int64_
 void ema_update(const Context& context, float* codebook, float* cluster_size, float* embed_avg, const float* counts,
                 const float* sums, int64_t size, int64_t dim, double decay, double eps);
 
+// x [n, dim], codes [count, dim], distances [n], in place.
+void min_distance(const Context& context, Values x, Values codes, int64_t n, int64_t count, int64_t dim,
+                  float* distances);
+
 }  // namespace fastvq::cuda

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..functional import lookup
-from ..ops import search
+from ..ops import min_distance_, search
 from ..unsaved import ZeroAtFirst
 
 Candidates = tuple[Tensor, Tensor]
@@ -39,8 +39,8 @@ def spread_rows(x: Tensor, valid: Tensor, codes: Tensor, count: int, metric: str
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007, with given first centres.
     """
     taken = min(count, len(x))
-    rows = torch.where(valid[:, None], x.float(), 0)
-    distances = (rows - lookup(codes.float(), search(rows, codes, metric=metric))).square().sum(1)
+    # A row whose distance is zero is never drawn, and stays where it is.
+    distances = (x.float() - lookup(codes.float(), search(x, codes, metric=metric))).square().sum(1)
     distances = torch.where(valid, distances, 0)
     chosen, filled = [], []
     for _ in range(taken):
@@ -50,10 +50,10 @@ def spread_rows(x: Tensor, valid: Tensor, codes: Tensor, count: int, metric: str
         pick = (distances.log() + noise).argmax(keepdim=True)
         chosen.append(pick)
         filled.append(distances[pick] > 0)
-        distances = torch.minimum(distances, (rows - rows[pick]).square().sum(1))
+        min_distance_(distances, x, x[pick])
     if not taken:
-        return _padded(rows, valid, count)
-    return _padded(rows[torch.cat(chosen)], torch.cat(filled), count)
+        return _padded(x, valid, count)
+    return _padded(x[torch.cat(chosen)], torch.cat(filled), count)
 
 
 def _padded(rows: Tensor, filled: Tensor, count: int) -> Candidates:

@@ -14,6 +14,7 @@ from .binary import binary_assign_backward, binary_assign_forward
 from .ranking import topk_search
 from .sampling import sample
 from .searches import search
+from .seeding import min_distance_
 from .soft import soft_assign_backward, soft_assign_forward
 
 
@@ -32,6 +33,7 @@ OPS: Ops = {
     "residual_quantize_backward": reference.residual_quantize_backward,
     "accumulate": reference.accumulate,
     "ema_update_": reference.ema_update_,
+    "min_distance_": min_distance_,
     "binary_assign_forward": binary_assign_forward,
     "binary_assign_backward": binary_assign_backward,
     "soft_assign_forward": soft_assign_forward,

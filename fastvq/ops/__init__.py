@@ -6,6 +6,7 @@ from .binary import binary_assign_backward, binary_assign_forward
 from .learning import accumulate, ema_update_
 from .sampling import sample
 from .searches import residual_search, search, topk_search
+from .seeding import min_distance_
 from .soft import soft_assign_backward, soft_assign_forward
 from .steps import (
     GRADIENTS,
@@ -21,6 +22,7 @@ __all__ = [
     "binary_assign_backward",
     "binary_assign_forward",
     "ema_update_",
+    "min_distance_",
     "quantize_backward",
     "quantize_forward",
     "residual_quantize_backward",

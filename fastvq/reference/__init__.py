@@ -14,6 +14,7 @@ from .binary import binary_assign_backward, binary_assign_forward
 from .learning import accumulate, check_indices, ema_update_
 from .sampling import sample
 from .searches import compute_dtype, residual_search, scores_by_definition, search, topk_search, widen
+from .seeding import min_distance_
 from .soft import result_dtype, soft_assign_backward, soft_assign_forward
 from .steps import (
     SHORTEST,
@@ -37,6 +38,7 @@ OPS: Ops = {
     "residual_quantize_backward": residual_quantize_backward,
     "accumulate": accumulate,
     "ema_update_": ema_update_,
+    "min_distance_": min_distance_,
     "binary_assign_forward": binary_assign_forward,
     "binary_assign_backward": binary_assign_backward,
     "soft_assign_forward": soft_assign_forward,
@@ -55,6 +57,7 @@ __all__ = [
     "compute_dtype",
     "difference",
     "ema_update_",
+    "min_distance_",
     "quantize_backward",
     "quantize_forward",
     "residual_quantize_backward",

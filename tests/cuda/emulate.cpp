@@ -11,6 +11,7 @@
 
 #include "accumulate.cuh"
 #include "ema_update.cuh"
+#include "min_distance.cuh"
 #include "residual_search.cuh"
 #include "search.cuh"
 
@@ -79,6 +80,17 @@ void run_ema_update() {
   write(state.codebook, elements * sizeof(float));
   write(state.cluster_size, state.size * sizeof(float));
   write(state.embed_avg, elements * sizeof(float));
+}
+
+void run_min_distance() {
+  Memory memory;
+  NewCodes added{};
+  added.n = read<int64_t>(), added.count = read<int64_t>(), added.dim = static_cast<int>(read<int64_t>());
+  added.distances = static_cast<float*>(read_block(memory, added.n * sizeof(float)));
+  added.x = read_values(memory, added.n * added.dim);
+  added.codes = read_values(memory, added.count * added.dim);
+  min_distance(added, machine_of(0), nullptr);
+  write(added.distances, added.n * sizeof(float));
 }
 
 void run_search() {
@@ -153,6 +165,7 @@ void run_needs() {
   say("add_up", ADD_THREADS, 0);
   say("ema_sizes", EMA_THREADS, EMA_THREADS / WARP * 8);
   say("ema_codes", EMA_THREADS, EMA_THREADS / WARP * 8 + EMA_CODES * 4);
+  say("lower_distances", DISTANCE_THREADS, 0);
 }
 
 // Of each scan: rows of a block, codes of a group.
@@ -188,6 +201,8 @@ int main(int count, char** arguments) {
       run_accumulate();
     else if (op == "ema_")
       run_ema_update();
+    else if (op == "mind")
+      run_min_distance();
     else if (op == "sear")
       run_search();
     else if (op == "resi")

@@ -167,6 +167,11 @@ def ema_update(*tensors: Tensor, decay: float, eps: float) -> Call:
     return call
 
 
+def min_distance(distances: Tensor, x: Tensor, codes: Tensor) -> Call:
+    call = Call("mind").integers(x.shape[0], *codes.shape).tensor(distances)
+    return call.tensor(x, typed=True).tensor(codes, typed=True).returns(torch.float32, x.shape[0])
+
+
 PATHS = {"automatic": 0, "few": 1, "cores": 2, "matrix": 3, "three_products": 4, "define": 5}
 """The kernels that a search is forced through; "three_products" is "matrix" without its first scan."""
 

@@ -85,7 +85,7 @@ import json, sys
 import torch, fastvq
 torch.ops.load_library(sys.argv[1])
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-ops = ("search", "residual_search", "accumulate", "ema_update_")
+ops = ("search", "residual_search", "accumulate", "ema_update_", "min_distance_")
 print(json.dumps({op: has(f"fastvq::native_{op}", "CUDA") for op in ops}))
 x = torch.randn(9, 4)
 assert torch.equal(fastvq.search(x, x), torch.arange(9))
@@ -95,7 +95,8 @@ assert torch.equal(fastvq.search(x, x), torch.arange(9))
 def test_it_loads_and_serves_cuda_beside_a_torch_without(library):
     done = subprocess.run([sys.executable, "-c", LOADS, str(library)], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == dict.fromkeys(("search", "residual_search", "accumulate", "ema_update_"), True)
+    ops = ("search", "residual_search", "accumulate", "ema_update_", "min_distance_")
+    assert json.loads(done.stdout) == dict.fromkeys(ops, True)
 
 
 def test_the_counts_are_those_of_this_code(library):

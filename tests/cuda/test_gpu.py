@@ -90,12 +90,31 @@ def test_accumulate_and_update():
         close(tuple(t.cpu() for t in on_device), state)
 
 
+def test_min_distance():
+    g = generator()
+    for dtype in DTYPES:
+        for n, m, d in [(1, 1, 1), (5000, 3, 7), (100_000, 1, 64), (300, 2, 1000)]:
+            x, codes = torch.randn(n, d, generator=g).to(dtype), torch.randn(m, d, generator=g)
+            expected = 2 * d * torch.rand(n, generator=g)
+            found = expected.cuda()
+            reference.min_distance_(expected, x, codes)
+            fastvq.min_distance_(found, x.cuda(), codes.cuda())
+            torch.testing.assert_close(found.cpu(), expected, rtol=2.0**-23, atol=0)
+
+
+def lowered(x, c):
+    distances = torch.full((len(x),), 50.0, device=x.device)
+    fastvq.min_distance_(distances, x, c[:2])
+    return distances
+
+
 CALLS = {
     "search, few rows": lambda x, c: fastvq.search(x[:30], c),
     "search": lambda x, c: fastvq.search(x, c),
     "search, small vectors": lambda x, c: fastvq.search(x[:, :8].contiguous(), c[:, :8].contiguous()),
     "residual_search, few rows": lambda x, c: fastvq.residual_search(x[:30], c[None]),
     "residual_search": lambda x, c: fastvq.residual_search(x, c[None]),
+    "min_distance_": lowered,
     "accumulate": lambda x, c: fastvq.accumulate(x, torch.arange(len(x), device=x.device) % len(c), len(c)),
 }
 

@@ -60,6 +60,18 @@ def accumulate(n: int, k: int, d: int) -> Callable[[], Case]:
     return case
 
 
+def min_distance(n: int, m: int, d: int) -> Callable[[], Case]:
+    def case() -> Case:
+        g = generator()
+        distances = 2 * d * torch.rand(n, generator=g)
+        x, codes = torch.randn(n, d, generator=g), torch.randn(m, d, generator=g)
+        expected = distances.clone()
+        reference.min_distance_(expected, x, codes)
+        return emulation.min_distance(distances, x, codes), (expected,)
+
+    return case
+
+
 def ema_update() -> Case:
     tensors = [torch.rand(*shape, generator=generator()) for shape in [(20, 3), (20,), (20, 3), (20,), (20, 3)]]
     call = emulation.ema_update(*tensors, decay=0.9, eps=1e-5)
@@ -158,6 +170,22 @@ MUTANTS = (
         "address", "heap-buffer-overflow",
     ),
     Mutant(
+        "rows behind the last one have distances", min_distance(9, 1, 5),
+        "min_distance.cuh", "row < added.n ? added.distances[row] : 0.0f",
+        "MUTANT || row < added.n ? added.distances[row] : 0.0f",
+        "address", "heap-buffer-overflow",
+    ),
+    Mutant(
+        "lanes leave before the sum of their warp", min_distance(9, 1, 5),
+        "min_distance.cuh", "float nearest = before;", "float nearest = before;\n    if (MUTANT && !open) continue;",
+        "emulator", "deadlock|different places|lane that isn't there",
+    ),
+    Mutant(
+        "only the last code counts", min_distance(40, 3, 5),
+        "min_distance.cuh", "fminf(nearest, static_cast<float>(sum))",
+        "fminf(MUTANT ? before : nearest, static_cast<float>(sum))",
+    ),
+    Mutant(
         "ties take the highest code", search("define", "duplicate_codes", 30, 60, 8),
         "direct.cuh", "return a.code < b.code ? a : b;", "return (a.code < b.code) != MUTANT ? a : b;",
     ),
@@ -234,6 +262,7 @@ SMALL = (
     residual(5, 2, 17, 6),
     accumulate(300, 4, 3),
     ema_update,
+    min_distance(9, 2, 6),
 )
 LARGER = (
     search("few", "exact_midpoints", 9, 21, 33),
@@ -243,6 +272,7 @@ LARGER = (
     search("define", "gaussian", 4, 10, 70),
     residual(130, 1, 9, 3),
     accumulate(530, 300, 1),
+    min_distance(300, 3, 33),
 )
 
 

@@ -1,12 +1,14 @@
-// The torch-free search and accumulate of csrc/cpu against the definition, written as a loop. Built by
+// The torch-free search, accumulate and min_distance of csrc/cpu against the definition, written as a loop. Built by
 // tests/test_native_builds.py under sanitizers and for other processors; exits with the number of wrong answers.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <vector>
 
 #include "accumulate.h"
 #include "cases.h"
+#include "min_distance.h"
 #include "residual_search.h"
 #include "search.h"
 
@@ -95,6 +97,22 @@ int64_t check(const Isa& isa, Precision precision, const Case& c, DType dtype, M
   for (int64_t index : indices)
     if (index >= 0) ++expected[index];
   wrong += counts != expected;
+
+  std::vector<float> distances(n, std::numeric_limits<float>::infinity());
+  fastvq::min_distance(isa, rows, {dtype, codes.data(), k, d}, distances.data(), in_pieces);
+  for (int64_t i = 0; i < n; ++i) {
+    float nearest = std::numeric_limits<float>::infinity();
+    for (int64_t m = 0; m < k; ++m) {
+      double sum = 0;
+      for (int64_t j = 0; j < d; ++j) {
+        const double difference = static_cast<double>(x[i * d + j]) - static_cast<double>(codes[m * d + j]);
+        sum += difference * difference;
+      }
+      nearest = std::fmin(nearest, static_cast<float>(sum));
+    }
+    // Sums in another order differ in one rounding to float32.
+    wrong += !(distances[i] == nearest || std::fabs(distances[i] - nearest) <= std::ldexp(nearest, -23) + 1e-44f);
+  }
   if (wrong)
     std::printf("%s, %s: %s, metric %s, N=%d K=%d D=%d: %d wrong\n", isa.name, name_of(precision), c.name,
                 metric == Metric::l2 ? "l2" : "dot", static_cast<int>(n), static_cast<int>(k), static_cast<int>(d),
