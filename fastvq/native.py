@@ -33,6 +33,7 @@ KERNELS = (
     "residual_quantize_backward",
     "accumulate",
     "ema_update_",
+    "min_distance_",
 )
 """What the CPU library must have: one that is older than this module may lack some."""
 _REBUILD = (
