@@ -3,7 +3,8 @@
 Activation checkpointing (torch.utils.checkpoint, both kinds) runs a layer's forward again within the backward pass. By
 then the codebook has learned from the batch; searched again, it would give other codes and other gradients, and it
 would learn twice. So a layer that learns remembers the codes that it searched, and a forward within a backward pass
-takes these and changes nothing.
+takes these and changes nothing. It remembers them only where checkpointing may be at work: a copy of the codebook is
+much of a small step.
 """
 
 from __future__ import annotations
@@ -72,6 +73,12 @@ class History:
         return History(**self.__getstate__())
 
 
+def _may_be_repeated() -> bool:
+    """Whether this forward may be the first pass of activation checkpointing, which runs it without gradients
+    (reentrant) or with hooks on what autograd saves (not reentrant)."""
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def _mark(x: Tensor) -> Tensor:
     """What tells one batch from another: a copy of its first rows, NaN as 0."""
     return x.detach().reshape(-1, x.shape[-1])[:MARK_ROWS].nan_to_num()
@@ -97,7 +104,7 @@ class Repeatable:
 
     def _note_pass(self, x: Tensor) -> None:
         # Dynamo traces checkpointing as a whole, and doesn't let it change state.
-        if not torch.compiler.is_compiling() and not recomputing():
+        if not torch.compiler.is_compiling() and _may_be_repeated() and not recomputing():
             codebooks = self._learning_codebooks
             self._history.remember(x, [c.codes.detach().clone() if c.learns() else None for c in codebooks])
 
