@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,19 +87,37 @@ class Health(ZeroAtFirst, KeepsPrecision, nn.Module):
             return
         heads = self.code_counts.view(-1, self.code_counts.shape[-1])
         flat = indices.reshape(len(heads), -1)
-        counted = flat >= 0
-        heads.scatter_add_(1, flat.clamp_min(0), counted.to(heads.dtype))
+        counted = (flat >= 0).long()
+        heads.scatter_add_(1, flat.clamp_min(0), counted)
         if error is not None:
-            rows = counted.sum().to(self.weight.dtype)
+            rows = counted.sum()
             self.weight.add_(rows)
-            step = (error.detach().to(self.error) - self.error) * (rows / self.weight.clamp_min(1))
-            self.error.add_(torch.where(rows > 0, step, 0))
+            error = torch.where(rows > 0, error.detach().to(self.error), self.error)
+            self.error.lerp_(error, rows / self.weight.clamp_min(1))
 
     def reset_(self) -> None:
         """Counts from here on."""
         self.code_counts.zero_()
         self.error.zero_()
         self.weight.zero_()
+
+
+@torch.no_grad()
+def observe_levels_(levels: Sequence[Health], indices: Tensor, errors: Tensor) -> None:
+    """`observe_` of each level with its own of the indices (Q, ...) and errors (Q,), in fewer operations."""
+    if recomputing():
+        return
+    flat = indices.flatten(1)
+    counted = (flat >= 0).long()
+    for health, places, once in zip(levels, flat.clamp_min(0).unbind(), counted.unbind(), strict=True):
+        health.code_counts.scatter_add_(0, places, once)
+    rows = counted.sum(1)
+    weights, means = [health.weight for health in levels], [health.error for health in levels]
+    torch._foreach_add_(weights, list(rows.to(weights[0].dtype).unbind()))
+    before = torch.stack(means)
+    errors = torch.where(rows > 0, errors.detach().to(before), before)
+    after = before.lerp(errors, rows / torch.stack(weights).clamp_min(1))
+    torch._foreach_copy_(means, list(after.unbind()))
 
 
 class Monitored:

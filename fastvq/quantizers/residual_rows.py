@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..codebook import Codebook, learn_together
 from ..functional import residual_quantize
+from ..health import observe_levels_
 from ..ops import residual_search
 from ..parts.beam import Level, beam_search
 from ..parts.dropout import Kept
@@ -52,13 +53,14 @@ class ResidualRows(Repeatable, Levels[VectorQuantize]):
         """Quantized (1, R, D), indices (1, R, kept) and losses (kept,) of all levels in one pass; then each learns."""
         first = self._levels[0]
         levels = [level for place, level in enumerate(self._levels) if not kept.drops(place)]
-        codebooks = torch.stack([level._codebook.codes[0].detach() for level in levels])
+        codebooks = _stacked(levels)
         found = (
             given[0, :, : len(levels)]
             if given is not None
             else residual_search(x[0].detach(), codebooks, mask=_only(mask))
         )
-        found = torch.stack([kept.mask(place, one, -1) for place, one in enumerate(found.unbind(-1))], -1)
+        if isinstance(kept.levels, Tensor):
+            found = torch.stack([kept.mask(place, one, -1) for place, one in enumerate(found.unbind(-1))], -1)
         quantized, _, errors, residuals = residual_quantize(
             x[0] if self.training else x[0].detach(),
             codebooks,
@@ -70,8 +72,7 @@ class ResidualRows(Repeatable, Levels[VectorQuantize]):
         )
         chosen = found.T[:, None]  # [Q, 1, R]
         if self.training:
-            for level, one, error in zip(levels, chosen, errors.detach(), strict=True):
-                level._health.observe_(one, error)
+            observe_levels_([level._health for level in levels], chosen, errors)
         if learning:
             self._note_pass(x)
             self._learn(levels, residuals[:, None], chosen, kept, accumulate_only)
@@ -222,8 +223,7 @@ class ResidualRows(Repeatable, Levels[VectorQuantize]):
     def _greedy(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The indices (1, R, Q) of x (1, R, D)."""
         if self._plain:
-            codebooks = torch.stack([level._codebook.codes[0].detach() for level in self._levels])
-            return residual_search(x[0], codebooks, mask=_only(mask))[None]
+            return residual_search(x[0], _stacked(self._levels), mask=_only(mask))[None]
         return beam_search(
             x[0].float() if x.dtype != torch.float64 else x[0],
             [self._beam_level(place, 0.0) for place in range(self.num_quantizers)],
@@ -240,6 +240,11 @@ class ResidualRows(Repeatable, Levels[VectorQuantize]):
     def _all_at_once(self, learning: bool) -> bool:
         """Whether a forward pass can take all levels at once."""
         return self._plain and self.quant_grad_frac == 0 and self._levels[0].is_plain(self.training, learning)
+
+
+def _stacked(levels: list[VectorQuantize]) -> Tensor:
+    """The codes (Q, K, D) of levels with one codebook each, without a gradient: a copy."""
+    return torch.cat([level._codebook.codes for level in levels]).detach()
 
 
 def _only(mask: Tensor | None) -> Tensor | None:

@@ -233,13 +233,15 @@ class ResidualVQ(ResidualRows):
             losses = losses * weight if weight else losses
         elif targets is None and not self.training:
             losses = torch.zeros_like(losses)
-        dropped = self.num_quantizers - found.shape[-1]
-        found = nn.functional.pad(found, (0, dropped), value=-1).view(*rows.shape[:2], self.num_quantizers)
-        losses = nn.functional.pad(losses, (0, dropped))
+        if dropped := self.num_quantizers - found.shape[-1]:
+            found = nn.functional.pad(found, (0, dropped), value=-1)
+            losses = nn.functional.pad(losses, (0, dropped))
+        found = found.view(*rows.shape[:2], self.num_quantizers)
 
-        quantized = projected_out(
-            self.project_out, total.view(*rows.shape[:2], self.codebook_dim), (found >= 0).any(-1)
-        ).to(x.dtype)
+        quantized = total.view(*rows.shape[:2], self.codebook_dim)
+        if self.has_projections:
+            quantized = projected_out(self.project_out, quantized, (found >= 0).any(-1))
+        quantized = quantized.to(x.dtype)
         if rows_mask is not None and not self.return_zeros_for_masked_padding:
             quantized = torch.where(rows_mask[..., None], quantized, rows)
         if targets is not None:
@@ -284,7 +286,7 @@ class ResidualVQ(ResidualRows):
         """Rows (B, N, dim) as the levels see them, (1, R, D); where they are projected, NaN for what isn't finite, and
         outside of the mask (B, N)."""
         if not self.has_projections:
-            return rows.flatten(0, 1)[None]
+            return rows.reshape(1, rows.shape[0] * rows.shape[1], rows.shape[2])
         rows, counts = keep_finite(rows, mask)
         projected = self.project_in(rows)
         if projected.dtype in (torch.float16, torch.bfloat16):
