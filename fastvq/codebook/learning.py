@@ -84,22 +84,37 @@ def _statistics(
     codebooks: Sequence[Codebook], inputs: Tensor | Sequence[Tensor], indices: Tensor | Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """counts (H, K) and sums (H, K, D) of each codebook, by one pass over all rows: one codebook behind the other."""
+    sizes = [codebook.heads * codebook.size for codebook in codebooks]
+    rows = inputs if isinstance(inputs, Tensor) else [x.flatten(0, 1) for x in inputs]
+    rows = rows.flatten(0, -2) if isinstance(rows, Tensor) else rows[0] if len(rows) == 1 else torch.cat(rows)
+    counts, sums = accumulate(rows, _behind_each_other(codebooks, indices), sum(sizes))
+    return (
+        [part.view(codebook.heads, -1) for codebook, part in zip(codebooks, _parts(counts, sizes), strict=True)],
+        [
+            part.view(codebook.heads, codebook.size, -1)
+            for codebook, part in zip(codebooks, _parts(sums, sizes), strict=True)
+        ],
+    )
+
+
+def _parts(together: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    return (together,) if len(sizes) == 1 else together.split(sizes)
+
+
+def _behind_each_other(codebooks: Sequence[Codebook], indices: Tensor | Sequence[Tensor]) -> Tensor:
+    """The indices in one codebook that holds the heads of all, flat; -1 stays."""
+    if len(codebooks) == codebooks[0].heads == 1:
+        return indices[0].flatten()
+    if isinstance(indices, Tensor) and len({codebook.size for codebook in codebooks}) == 1:
+        chosen = indices.flatten(0, 1)
+        starts = torch.arange(0, len(chosen) * codebooks[0].size, codebooks[0].size, device=chosen.device)
+        return torch.where(chosen < 0, -1, chosen + starts[:, None]).flatten()
     offset, shifted = 0, []
     for codebook, chosen in zip(codebooks, indices, strict=True):
         starts = torch.arange(offset, offset + codebook.heads * codebook.size, codebook.size, device=chosen.device)
         shifted.append(torch.where(chosen < 0, -1, chosen + starts[:, None]).flatten())
         offset += codebook.heads * codebook.size
-    rows = inputs if isinstance(inputs, Tensor) else [x.flatten(0, 1) for x in inputs]
-    rows = rows.flatten(0, -2) if isinstance(rows, Tensor) else rows[0] if len(rows) == 1 else torch.cat(rows)
-    counts, sums = accumulate(rows, shifted[0] if len(shifted) == 1 else torch.cat(shifted), offset)
-    sizes = [codebook.heads * codebook.size for codebook in codebooks]
-    return (
-        [part.view(codebook.heads, -1) for codebook, part in zip(codebooks, counts.split(sizes), strict=True)],
-        [
-            part.view(codebook.heads, codebook.size, -1)
-            for codebook, part in zip(codebooks, sums.split(sizes), strict=True)
-        ],
-    )
+    return torch.cat(shifted)
 
 
 Step = tuple[Tensor, Tensor, Tensor | None]

@@ -122,19 +122,19 @@ class Codebook(KeepsPrecision, nn.Module):
         """Indices (H, N) of x (H, N, D); -1 where the mask (H, N) is False."""
         return search(x, self.codes.detach(), metric=self.metric, mask=mask)
 
-    @torch.no_grad()
     def initialise_(self, x: Tensor, mask: Tensor | None = None) -> None:
         """k-means on the rows of x (H, N, D) that are finite and in the mask (H, N), unless it has run already; then
         follows their mean and variance, where the codes do."""
         if (self._ready and self.affine is None) or distributed.recomputing():
             return
-        valid = x.isfinite().all(-1)
-        if mask is not None:
-            valid = valid & mask
-        if not self._ready:
-            self._run_kmeans_(x, valid)
-        if self.affine is not None:
-            self.affine.observe_(self, self.embed.detach(), x, valid)
+        with torch.no_grad():
+            valid = x.isfinite().all(-1)
+            if mask is not None:
+                valid = valid & mask
+            if not self._ready:
+                self._run_kmeans_(x, valid)
+            if self.affine is not None:
+                self.affine.observe_(self, self.embed.detach(), x, valid)
 
     def _run_kmeans_(self, x: Tensor, valid: Tensor) -> None:
         together = self.together() and self.sync_kmeans
@@ -209,7 +209,7 @@ class Codebook(KeepsPrecision, nn.Module):
         if self.held_counts is not None and self.held_sums is not None:
             counts.add_(self.held_counts)
             sums.add_(self.held_sums)
-        self.held_counts = self.held_sums = None
+            self.held_counts = self.held_sums = None
 
     @torch.no_grad()
     def commit_(self) -> None:
