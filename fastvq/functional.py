@@ -92,7 +92,8 @@ def quantize(
     if indices is None:
         indices = search(rows.detach(), codebook.detach(), metric=metric, mask=kept)
     else:
-        indices = _given(indices, x.shape[:-1]).reshape(-1)
+        indices = _given(indices, x.shape[:-1])
+        indices = indices if x.dim() == 2 else indices.reshape(-1)
         if kept is not None:
             indices = indices.masked_fill(~kept, -1)
     if _differentiates(rows, codebook):
@@ -100,7 +101,9 @@ def quantize(
     else:
         quantized, _, error = quantize_forward(rows, codebook, indices, False)
         loss = _weighted(error, commitment_weight + codebook_weight)
-    return Quantized(quantized.reshape(x.shape), indices.reshape(x.shape[:-1]), loss)
+    if x.dim() != 2:
+        quantized, indices = quantized.reshape(x.shape), indices.reshape(x.shape[:-1])
+    return Quantized(quantized, indices, loss)
 
 
 def _differentiates(*tensors: Tensor) -> bool:
@@ -109,6 +112,8 @@ def _differentiates(*tensors: Tensor) -> bool:
 
 
 def _weighted(error: Tensor, weight: float) -> Tensor:
+    if weight == 1:
+        return error
     return error * weight if weight else torch.zeros_like(error)
 
 
@@ -132,7 +137,7 @@ def _check_choices(gradient: str, **weights: float) -> None:
 def _rows(x: Tensor) -> Tensor:
     if x.dim() == 0:
         raise ValueError("x: must have shape (..., D), got a scalar")
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _given(indices: Tensor, shape: torch.Size) -> Tensor:
@@ -245,7 +250,8 @@ def residual_quantize(
     if indices is None:
         indices = residual_search(rows.detach(), codebooks.detach(), mask=kept)
     else:
-        indices = _given(indices, torch.Size([*x.shape[:-1], len(codebooks)])).reshape(-1, len(codebooks))
+        indices = _given(indices, torch.Size([*x.shape[:-1], len(codebooks)]))
+        indices = indices if x.dim() == 2 else indices.reshape(-1, len(codebooks))
         if kept is not None:
             indices = indices.masked_fill(~kept[:, None], -1)
     held = codebooks.detach()
@@ -257,12 +263,10 @@ def residual_quantize(
     else:
         quantized, errors, residuals = residual_quantize_forward(rows, held, indices, keep_residuals)
         losses = _weighted(errors, commitment_weight)
-    return ResidualQuantized(
-        quantized.reshape(x.shape),
-        indices.reshape(*x.shape[:-1], len(codebooks)),
-        losses,
-        residuals.reshape(len(residuals), *x.shape),
-    )
+    if x.dim() != 2:
+        quantized, indices = quantized.reshape(x.shape), indices.reshape(*x.shape[:-1], len(codebooks))
+        residuals = residuals.reshape(len(residuals), *x.shape)
+    return ResidualQuantized(quantized, indices, losses, residuals)
 
 
 class _ResidualQuantize(torch.autograd.Function):

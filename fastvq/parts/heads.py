@@ -27,14 +27,14 @@ class Heads(NamedTuple):
     def split(self, x: Tensor) -> Tensor:
         """Vectors (B, N, H D) as rows (C, R, D)."""
         if self.number == 1:
-            return x.flatten(0, 1)[None]
+            return x.reshape(1, x.shape[0] * x.shape[1], x.shape[2])
         parts = x.unflatten(-1, (self.number, x.shape[-1] // self.number))  # [B, N, H, D]
         return self._rows(parts)
 
     def split_indices(self, indices: Tensor) -> Tensor:
         """Indices (B, N, H), or (B, N) for one head, as (C, R)."""
         if self.number == 1:
-            return indices.flatten()[None]
+            return indices.reshape(1, indices.numel())
         return self._rows(indices.unsqueeze(-1)).squeeze(-1)
 
     def split_mask(self, mask: Tensor | None) -> Tensor | None:
