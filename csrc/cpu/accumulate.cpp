@@ -37,12 +37,16 @@ void RowsByCode::sum(const Isa& isa, const Matrix& x, int64_t begin, int64_t end
   int64_t k = std::lower_bound(start_.begin(), start_.end(), begin) - start_.begin();
   for (; k + 1 < static_cast<int64_t>(start_.size()) && (start_[k] < end || end == row_count()); ++k) {
     const int64_t count = start_[k + 1] - start_[k];
+    counts[k] = static_cast<float>(count);
+    if (count == 0) {  // most codes, in a small batch
+      std::fill_n(sums + k * x.dim, x.dim, 0.0f);
+      continue;
+    }
     std::fill(total.begin(), total.end(), 0.0);
     for (int64_t i = start_[k]; i < start_[k + 1]; ++i) {
       if (i + AHEAD < row_count()) prefetch(x.row(order_[i + AHEAD]), row_bytes);
       isa.add(x.dtype, x.row(order_[i]), x.dim, total.data());
     }
-    counts[k] = static_cast<float>(count);
     for (int64_t j = 0; j < x.dim; ++j) sums[k * x.dim + j] = static_cast<float>(total[j]);
   }
 }

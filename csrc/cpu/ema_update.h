@@ -28,6 +28,18 @@ inline double update_cluster_size(const EmaState& state, double decay) {
   return total;
 }
 
+// a <- lerp(a, b, weight), of a row of a code.
+inline void lerp_row(float* __restrict a, const float* __restrict b, float weight, int64_t dim) {
+  if (weight < 0.5f)  // outside of the loops, so that they vectorise
+    for (int64_t j = 0; j < dim; ++j) a[j] = a[j] + weight * (b[j] - a[j]);
+  else
+    for (int64_t j = 0; j < dim; ++j) a[j] = b[j] - (b[j] - a[j]) * (1.0f - weight);
+}
+
+inline void divide_row(const float* __restrict a, float divisor, float* __restrict out, int64_t dim) {
+  for (int64_t j = 0; j < dim; ++j) out[j] = a[j] / divisor;
+}
+
 // Step 2, for the codes [begin, end): embed_avg <- lerp(embed_avg, sums, 1 - decay), then
 // codebook <- embed_avg / smoothed with smoothed = (cluster_size + eps) / (total + size eps) total; a code whose
 // smoothed size isn't positive stays as it is.
@@ -36,11 +48,9 @@ inline void update_codes(const EmaState& state, double decay, double eps, double
   for (int64_t k = begin; k < end; ++k) {
     const double share = (state.cluster_size[k] + eps) / (total + static_cast<double>(state.size) * eps);
     const float smoothed = static_cast<float>(share * total);
-    const bool alive = smoothed > 0.0f;
-    for (int64_t i = k * state.dim; i < (k + 1) * state.dim; ++i) {
-      state.embed_avg[i] = lerp(state.embed_avg[i], state.sums[i], weight);
-      if (alive) state.codebook[i] = state.embed_avg[i] / smoothed;
-    }
+    const int64_t row = k * state.dim;
+    lerp_row(state.embed_avg + row, state.sums + row, weight, state.dim);
+    if (smoothed > 0.0f) divide_row(state.embed_avg + row, smoothed, state.codebook + row, state.dim);
   }
 }
 
