@@ -84,21 +84,19 @@ def _statistics(
     codebooks: Sequence[Codebook], inputs: Tensor | Sequence[Tensor], indices: Tensor | Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """counts (H, K) and sums (H, K, D) of each codebook, by one pass over all rows: one codebook behind the other."""
-    sizes = [codebook.heads * codebook.size for codebook in codebooks]
     rows = inputs if isinstance(inputs, Tensor) else [x.flatten(0, 1) for x in inputs]
     rows = rows.flatten(0, -2) if isinstance(rows, Tensor) else rows[0] if len(rows) == 1 else torch.cat(rows)
+    sizes = [codebook.heads * codebook.size for codebook in codebooks]
     counts, sums = accumulate(rows, _behind_each_other(codebooks, indices), sum(sizes))
-    return (
-        [part.view(codebook.heads, -1) for codebook, part in zip(codebooks, _parts(counts, sizes), strict=True)],
-        [
-            part.view(codebook.heads, codebook.size, -1)
-            for codebook, part in zip(codebooks, _parts(sums, sizes), strict=True)
-        ],
-    )
-
-
-def _parts(together: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    return (together,) if len(sizes) == 1 else together.split(sizes)
+    shapes = [(codebook.heads, codebook.size) for codebook in codebooks]
+    if len(shapes) == 1:
+        return [counts.view(shapes[0])], [sums.view(*shapes[0], -1)]
+    if len(set(shapes)) == 1:
+        every = (len(codebooks), *shapes[0])
+        return list(counts.view(every).unbind()), list(sums.view(*every, -1).unbind())
+    parts = zip(shapes, counts.split(sizes), sums.split(sizes), strict=True)
+    of_each = [(count.view(shape), total.view(*shape, -1)) for shape, count, total in parts]
+    return [count for count, _ in of_each], [total for _, total in of_each]
 
 
 def _behind_each_other(codebooks: Sequence[Codebook], indices: Tensor | Sequence[Tensor]) -> Tensor:

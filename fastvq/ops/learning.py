@@ -55,14 +55,20 @@ def _check_ema_update(
 ) -> None:
     if codebook.dim() != 2:
         raise ValueError(f"codebook: must have shape (K, D), got {tuple(codebook.shape)}")
-    named = [("codebook", codebook), ("cluster_size", cluster_size), ("embed_avg", embed_avg)]
-    for name, tensor in [*named, ("counts", counts), ("sums", sums)]:
-        shape = codebook.shape if name in ("codebook", "embed_avg", "sums") else codebook.shape[:1]
+    like_codes, like_sizes, device = codebook.shape, codebook.shape[:1], codebook.device
+    for name, tensor, shape in (
+        ("codebook", codebook, like_codes),
+        ("cluster_size", cluster_size, like_sizes),
+        ("embed_avg", embed_avg, like_codes),
+        ("counts", counts, like_sizes),
+        ("sums", sums, like_codes),
+    ):
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name}: must be float32 whatever the module's dtype is, got {tensor.dtype}")
         if tensor.shape != shape:
             raise ValueError(f"{name}: must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        check_same_device(name, tensor, codebook, "codebook")
+        if tensor.device != device:
+            check_same_device(name, tensor, codebook, "codebook")
     if not 0 <= decay <= 1:
         raise ValueError(f"decay: must lie in [0, 1], got {decay}")
     if not eps >= 0:

@@ -72,15 +72,17 @@ class Layout(NamedTuple):
         """x as rows (B, N, dim)."""
         if self.channel_first:
             return x.flatten(2).transpose(1, 2)
-        return x.reshape(self.batch, self.rows, x.shape[-1])
+        return x if len(self.spatial) == 1 else x.reshape(self.batch, self.rows, x.shape[-1])
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """Rows (B, N, ..., dim) as x was; axes between N and dim, as of top-k, come behind the spatial ones."""
-        rows = rows.reshape(self.batch, *self.spatial, *rows.shape[2:])
+        rows = self.indices(rows)
         return rows.movedim(-1, 1) if self.channel_first else rows
 
     def indices(self, indices: Tensor) -> Tensor:
         """Indices, or any value of a row, (B, N, ...) as (B, spatial, ...)."""
+        if len(self.spatial) == 1:
+            return indices
         return indices.reshape(self.batch, *self.spatial, *indices.shape[2:])
 
     def indices_to_rows(self, indices: Tensor) -> Tensor:

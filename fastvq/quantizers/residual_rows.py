@@ -76,8 +76,10 @@ class ResidualRows(Repeatable, Levels[VectorQuantize]):
         if learning:
             self._note_pass(x)
             self._learn(levels, residuals[:, None], chosen, kept, accumulate_only)
-        if self.training:
-            errors = errors * first.commitment_weight if first.has_commitment_loss else torch.zeros_like(errors)
+        if self.training and not first.has_commitment_loss:
+            errors = torch.zeros_like(errors)
+        elif self.training and first.commitment_weight != 1:
+            errors = errors * first.commitment_weight
         return quantized[None], found[None], errors
 
     def _level_by_level(

@@ -262,25 +262,37 @@ class ResidualVQ(ResidualRows):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes (Q, ..., D) of indices (..., Q), zeros for -1. Indices of the first levels alone will do."""
-        indices = self._checked_levels(indices)
-        flat = indices.flatten(0, -2)[None]
-        total = self._levels[0]._codebook.embed.new_zeros(1, flat.shape[1], self.codebook_dim)
-        codes: list[Tensor] = []
-        for place, level in enumerate(self._levels):
-            if place >= indices.shape[-1]:
-                codes.append(torch.zeros_like(codes[0]))
-                continue
-            make = self._table(place, total)
-            table = Shared(level._codebook.codes) if make is None else make(level._codebook.codes)
-            codes.append(table.lookup(flat[..., place]))
-            total = total + codes[-1]
-        return torch.stack(codes).view(self.num_quantizers, *indices.shape[:-1], self.codebook_dim)
+        return self._codes(self._checked_levels(indices))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` gives as quantized for these indices, vectors last unless accept_image_fmap."""
         indices = self._checked_levels(indices)
-        total = self.get_codes_from_indices(indices).sum(0)
-        return codes_layout(projected_out(self.project_out, total, (indices >= 0).any(-1)), self.accept_image_fmap)
+        total = self._codes(indices).sum(0)
+        if self.has_projections:
+            total = projected_out(self.project_out, total, (indices >= 0).any(-1))
+        return codes_layout(total, self.accept_image_fmap)
+
+    def _codes(self, indices: Tensor) -> Tensor:
+        """The codes (Q, ..., D) of indices (..., 1 to Q), zeros for levels that aren't there."""
+        if self.implicit_neural_codebook:
+            codes = self._implicit_codes(indices)
+        else:
+            chosen = zip(self._levels, indices.clamp_min(0).unbind(-1), strict=False)
+            codes = torch.stack([nn.functional.embedding(one, level._codebook.codes[0]) for level, one in chosen])
+            codes = codes.masked_fill((indices < 0).movedim(-1, 0).unsqueeze(-1), 0)
+        missing = self.num_quantizers - len(codes)
+        return torch.cat([codes, codes.new_zeros(missing, *codes.shape[1:])]) if missing else codes
+
+    def _implicit_codes(self, indices: Tensor) -> Tensor:
+        """The codes (levels, ..., D) of indices (..., levels), each level's with the sum of those before."""
+        total = self._levels[0]._codebook.embed.new_zeros(1, indices[..., 0].numel(), self.codebook_dim)
+        codes: list[Tensor] = []
+        for place, one in enumerate(indices.unbind(-1)):
+            codebook, make = self._levels[place]._codebook.codes, self._table(place, total)
+            table = Shared(codebook) if make is None else make(codebook)
+            codes.append(table.lookup(one.flatten()[None]))
+            total = total + codes[-1]
+        return torch.stack(codes).view(len(codes), *indices.shape[:-1], self.codebook_dim)
 
     def _projected_in(self, rows: Tensor, mask: Tensor | None = None) -> Tensor:
         """Rows (B, N, dim) as the levels see them, (1, R, D); where they are projected, NaN for what isn't finite, and

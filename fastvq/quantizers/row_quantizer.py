@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codebook import Codebook
-from ..functional import unit_norm
+from ..functional import lookup, unit_norm
 from ..health import Monitored
 from ..parts.heads import Heads
 from ..parts.in_place import InPlaceStep
@@ -39,9 +39,9 @@ class Step(NamedTuple):
     quantized: Tensor  # (C, R, D), or (C, R, k, D) for top-k
     indices: Tensor  # (C, R), or (C, R, k)
     commitment: Tensor  # () or, for top-k, (C, R, k)
-    diversity: Tensor  # ()
+    diversity: Tensor | None  # (), where it is asked for
     cross_entropy: Tensor | None  # (), with targets
-    in_place: Tensor  # ()
+    in_place: Tensor | None  # (), with an in-place optimizer
     learned: bool  # whether the codebook has learned from them already
     learning: bool  # whether it may change
 
@@ -171,8 +171,7 @@ class RowQuantizer(Repeatable, Monitored, nn.Module):
         quantized, error = estimator.output(x if self.training else x.detach(), where, chosen, pulled=pulled)
         if self.training and topk is None:
             self._health.observe_(chosen if self.separate_codebook_per_head else chosen.flatten(), error.detach())
-        zero = x.new_zeros((), dtype=error.dtype)
-        diversity = zero
+        diversity = None
         if self.training and self.codebook_diversity_loss_weight > 0:
             diversity = -where.spread(x, shape, self.codebook_diversity_temperature, mask)
         if self.training and self.commitment_use_cross_entropy_loss and self.has_commitment_loss and topk is None:
@@ -182,9 +181,8 @@ class RowQuantizer(Repeatable, Monitored, nn.Module):
             if targets is None
             else where.cross_entropy(x, targets if mask is None else targets.masked_fill(~mask, -1))
         )
-        in_place_loss = zero if in_place is None else in_place
         return Step(
-            x, where, quantized, chosen, error, diversity, entropy, in_place_loss, learned=learned, learning=learning
+            x, where, quantized, chosen, error, diversity, entropy, in_place, learned=learned, learning=learning
         )
 
     def losses(self, step: Step) -> tuple[Tensor, LossBreakdown]:
@@ -195,10 +193,10 @@ class RowQuantizer(Repeatable, Monitored, nn.Module):
         by_code = step.indices.dim() == 3  # top-k: told in eval too
         if self.has_commitment_loss and (self.training or by_code):
             commitment = step.commitment
-            loss = commitment * self.commitment_weight
+            loss = commitment if self.commitment_weight == 1 else commitment * self.commitment_weight
         elif by_code and not self.training:
             loss = commitment = step.commitment
-        if self.training and self.codebook_diversity_loss_weight > 0:
+        if step.diversity is not None:
             loss = loss + step.diversity * self.codebook_diversity_loss_weight
         if self.training and self.orthogonal_reg_weight > 0:
             used = None
@@ -208,7 +206,8 @@ class RowQuantizer(Repeatable, Monitored, nn.Module):
             codes = self._codebook.embed.clone() if step.learning else self._codebook.embed.detach()
             orthogonal = orthogonality(codes, used, most=self.orthogonal_reg_max_codes)
             loss = loss + orthogonal * self.orthogonal_reg_weight
-        return loss, LossBreakdown(commitment, step.diversity, orthogonal, step.in_place)
+        diversity, in_place = (zero if each is None else each for each in (step.diversity, step.in_place))
+        return loss, LossBreakdown(commitment, diversity, orthogonal, in_place)
 
     def choose(self, table: Table, x: Tensor, mask: Tensor | None, topk: int | None, temperature: float) -> Tensor:
         """Indices (C, R), or (C, R, k) for top-k, of x (C, R, D): the nearest codes, or random ones."""
@@ -241,12 +240,13 @@ class RowQuantizer(Repeatable, Monitored, nn.Module):
 
     def _decode(self, indices: Tensor) -> Tensor:
         heads = self._heads
-        if heads.number > 1 and indices.shape[-1:] != (heads.number,):
+        if heads.number == 1:
+            return lookup(self._codebook.codes[0], indices)
+        if indices.shape[-1:] != (heads.number,):
             raise ValueError(f"indices: must have shape (..., H={heads.number}), got {tuple(indices.shape)}")
-        flat = (indices.flatten(0, -2) if heads.number > 1 else indices.flatten())[None]
+        flat = indices.flatten(0, -2)[None]
         codes = Shared(self._codebook.codes).lookup(heads.split_indices(flat))
-        leading = indices.shape[:-1] if heads.number > 1 else indices.shape
-        return heads.join(codes, 1, flat.shape[1]).view(*leading, heads.number * self.codebook_dim)
+        return heads.join(codes, 1, flat.shape[1]).view(*indices.shape[:-1], heads.number * self.codebook_dim)
 
     def _projected_out(self, codes: Tensor, indices: Tensor) -> Tensor:
         if not self.has_projections:

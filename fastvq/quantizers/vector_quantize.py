@@ -329,7 +329,8 @@ class VectorQuantize(RowQuantizer):
             )
             breakdown = breakdown._replace(commitment=commitment)
         result = (layout.from_rows(quantized), layout.indices(joined), loss)
-        return (*result, breakdown) if return_loss_breakdown else result
+        # A loss of its own: what is added to it in place stays out of the breakdown.
+        return (*result[:2], loss.clone(), breakdown) if return_loss_breakdown else result
 
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """Lets the codebook learn from x with these indices, as the forward pass does that found them.
