@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
     prior = commands.add_parser("prior", help="learn which codes follow which in a run's data")
     prior.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
-    prior.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    prior.add_argument("--resume", action="store_true", help="go on with an interrupted training, in its own settings")
     prior.add_argument("--kind", help="transformer (the default), pixelcnn or lstm")
     prior.add_argument("--steps", type=int, help="default: 1400")
     prior.add_argument(
@@ -97,7 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.set_defaults(run=_sample)
 
-    encode = commands.add_parser("encode", help="write the codes of images, or of an array, to a small file")
+    encode = commands.add_parser(
+        "encode",
+        help="write the codes of images, or of an array, to a small file",
+        description="Writes the codes of images, or of an array, to a small file. Images are scaled and cropped to the "
+        "square that the run's model knows; the file keeps their order, not their names.",
+    )
     encode.add_argument(
         "source", type=Path, metavar="IN", help="an image, a folder of images, held-out, or codes in an .npy file"
     )
@@ -113,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("source", type=Path, metavar="IN", help="the file")
     decode.add_argument("out", type=Path, metavar="OUT", help="a new folder for images, or an .npy file for the codes")
     decode.add_argument("--run", type=Path, metavar="DIR", dest="run_folder", help="the run whose model decodes images")
+    decode.add_argument("--max-codes", type=int, help="refuse an array of more (default: 67108864)")
     decode.set_defaults(run=_decode)
 
     demo = commands.add_parser("demo", help="train on the shipped images and show what came of it")
@@ -241,6 +247,8 @@ def _prior(options: argparse.Namespace) -> int:
 
         print("\n".join(compare_priors(options.run_folder, options.compare, config=config)))
         return 0
+    if options.resume:
+        prior.check_resumed(options.run_folder, given)
     learned = prior.train_prior(options.run_folder, config, resume=options.resume)
     if learned is None:
         print(f"stopped, saved; go on with: fastvq prior {shlex.quote(str(options.run_folder))} --resume")
@@ -284,7 +292,8 @@ def _decode(options: argparse.Namespace) -> int:
     from fastvq.training import compress
 
     if options.out.suffix == ".npy":
-        lines = compress.decode_array(options.source, options.out, run=options.run_folder)
+        limit = {} if options.max_codes is None else {"max_codes": options.max_codes}
+        lines = compress.decode_array(options.source, options.out, run=options.run_folder, **limit)
     elif options.run_folder is None:
         raise CodingError("--run: which run's model decodes the images? For the codes alone, OUT ends in .npy")
     else:

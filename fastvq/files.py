@@ -14,6 +14,8 @@ def whole(path: Path) -> Iterator[Path]:
 
     Whoever reads meanwhile, or after a kill, finds the file as it was before. Missing folders are made.
     """
+    if not path.name or path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: a file is to be written")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -13,7 +13,7 @@ import torch
 
 import fastvq
 from fastvq import coding
-from fastvq.coding import CodingError, container, models, tree
+from fastvq.coding import CodingError, codec, container, models, tree
 from fastvq.coding.codec import LARGEST_BATCH, _batches, _neighbours
 from fastvq.coding.huffman import huffman_bits
 
@@ -309,10 +309,32 @@ def test_one_at_a_time_is_as_many_at_once(alphabet, monkeypatch):
         arrays.learn(*at, np.array([right]))
         if step % 3:
             assert mixed.predict_one(int(node), int(left), int(above)) == expected[0]
-            mixed.learn_one(int(node), int(left), int(above), int(right))
+            mixed.learn_few([(int(node), int(left), int(above))], [int(right)])
         else:
             assert mixed.predict(*at) == expected
             mixed.learn(*at, np.array([right]))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("shape", [(1, 40), (7, 30, 2), (12, 9), (40, 3, 3)], ids=str)
+def test_a_few_side_by_side_are_as_many(model, shape, monkeypatch):
+    monkeypatch.setattr(models, "_FORGET", 20)
+    codes = torch.randint(-1, 5, shape, generator=generator()).square() - 1
+    expected = []
+    for few in (0, codec.FEW, 64):
+        monkeypatch.setattr(codec, "FEW", few)
+        expected.append(coding.encode(codes, 16, model=model))
+        assert torch.equal(coding.decode(expected[-1]), codes)
+    assert expected[0] == expected[1] == expected[2]
+
+
+def test_a_codebook_size_of_any_integer_type(tmp_path):
+    codes = torch.tensor([[3, 0, 4]])
+    expected = coding.encode(codes, 5)
+    for size in (np.int64(5), codes.max() + 1):
+        assert coding.encode(codes, size) == expected
+    coding.save(str(tmp_path / "c.fvq"), expected)
+    assert coding.load(str(tmp_path / "c.fvq")) == expected
 
 
 def test_neighbours_and_batches():

@@ -48,6 +48,19 @@ def test_round_trip(kind, size, grid):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_prior_in_training_codes_as_in_eval(kind):
+    """Labels are left out of some samples in training, which no decoder could guess."""
+    prior = make(kind, 9, (3, 4), classes=3, label_dropout=0.5)
+    codes, labels = torch.randint(0, 9, (40, 3, 4), generator=generator()), torch.arange(40) % 3
+    data = coded(codes, prior, labels=labels)
+    before = torch.get_rng_state()
+    assert coded(codes, prior.train(), labels=labels) == data
+    assert torch.equal(coding.decode(data, prior=prior), codes)
+    assert prior.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_file_is_as_long_as_the_prior_says(kind):
     """Within half a per cent and 64 bytes of -log2 p in floats, labels included."""
     prior = make(kind, 64, (5, 5), classes=10)

@@ -101,6 +101,84 @@ def test_what_cannot_be_is_named(run, tmp_path, monkeypatch, capsys, command, me
     assert not list(tmp_path.iterdir())
 
 
+HOSTILE = {
+    "a codebook of another size": (1024, (1, 4, 4), 0),
+    "one axis": (24, (16,), 0),
+    "no samples' axis": (24, (4, 4), 0),
+    "no places": (24, (2, 0, 4), 0),
+    "levels": (24, (2, 4, 4, 2), 0),
+    "another grid": (24, (1, 2, 8), 0),
+    "codes that are missing": (24, (2, 4, 4), -1),
+    "one code, without end": (1, (1, 4000, 4000), 0),
+    "one code, images without end": (1, (4_000_000, 4, 4), 0),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_codes_that_are_no_images_are_refused_before_they_are_decoded(kind, run, tmp_path, monkeypatch, capsys):
+    folder, _ = run
+    model, config = load_model(folder)
+    assert (config.codebook_size, config.image_size) == (24, SIZE)
+    size, shape, value = HOSTILE[kind]
+    codes = torch.full((1,), value).expand(shape)
+    coded = tmp_path / "hostile.fvq"
+    coded.write_bytes(coding.encode(codes, size, model="static", fingerprint=coding.fingerprint(model)))
+    monkeypatch.setattr(coding, "decode", lambda *_, **__: pytest.fail("it was decoded"))
+    assert main(["decode", str(coded), str(tmp_path / "out"), f"--run={folder}"]) == 2
+    assert "an image of " in (said := capsys.readouterr().err)
+    assert "is 4 x 4 codes in [0, 24)" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["hostile.fvq"]
+
+
+def test_codes_that_would_not_come_back_are_not_written(run, tmp_path, monkeypatch, capsys):
+    folder, images = run
+    coded = tmp_path / "images.fvq"
+    coded.write_bytes(b"as it was")
+    monkeypatch.setattr(coding, "decode", lambda *_, **__: torch.zeros(1))
+    assert main(["encode", str(images), str(coded), f"--run={folder}"]) == 2
+    assert "nothing was written" in capsys.readouterr().err
+    assert coded.read_bytes() == b"as it was"
+
+
+def test_a_folder_with_the_name_of_the_held_out_images(run, tmp_path, monkeypatch, capsys):
+    folder, images = run
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "held-out").symlink_to(images, target_is_directory=True)
+    assert main(["encode", "./held-out", "a.fvq", f"--run={folder}"]) == 2
+    assert "give its full path" in capsys.readouterr().err
+    (images / "folder.png").mkdir()
+    try:
+        assert main(["encode", str(tmp_path / "held-out"), "a.fvq", f"--run={folder}"]) == 0
+    finally:
+        (images / "folder.png").rmdir()
+
+
+def test_more_codes_than_allowed(tmp_path, capsys):
+    np.save(tmp_path / "in.npy", np.zeros((3, 5), np.uint8))
+    coded, out = str(tmp_path / "c.fvq"), str(tmp_path / "out.npy")
+    assert main(["encode", str(tmp_path / "in.npy"), coded]) == 0
+    assert main(["decode", coded, out, "--max-codes=14"]) == 2
+    assert "15 codes, more than max_codes=14" in capsys.readouterr().err
+    assert main(["decode", coded, out, "--max-codes=15"]) == 0
+
+
+def test_files_that_are_no_arrays(tmp_path, capsys):
+    source, coded = tmp_path / "in.npy", str(tmp_path / "c.fvq")
+    np.savez(tmp_path / "several.npz", a=np.zeros(3))
+    header = b"\x93NUMPY\x01\x00v\x00{'descr': '<i8', 'fortran_order': False, 'shape': (99999999999,), }"
+    for data in (b"", (tmp_path / "several.npz").read_bytes(), header.ljust(127) + b"\n"):
+        source.write_bytes(data)
+        assert main(["encode", str(source), coded]) == 2
+        assert "in.npy can't be read as .npy" in capsys.readouterr().err
+    np.save(source, np.array([2**64 - 1, 3], np.uint64))
+    assert main(["encode", str(source), coded]) == 2
+    assert "codes must lie in [-1, 2^24), got 18446744073709551615" in capsys.readouterr().err
+    np.save(source, np.full((2, 3), -1))
+    assert main(["encode", str(source), coded]) == 0
+    assert main(["encode", str(source), str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
 def test_arrays_that_are_no_codes(tmp_path, capsys):
     np.save(tmp_path / "in.npy", np.zeros(3))
     assert main(["encode", str(tmp_path / "in.npy"), str(tmp_path / "c.fvq")]) == 2

@@ -143,6 +143,8 @@ def test_temperature_top_k_and_top_p():
     greedy = prior.sample(3, temperature=0.0)
     assert torch.equal(greedy[0], greedy[1])
     assert torch.equal(prior.sample(3, top_k=1), greedy)
+    for temperature in (1e-45, 1e-42, 1e-29):
+        assert torch.equal(prior.sample(3, temperature=temperature), greedy)
     assert torch.equal(prior.sample(3, top_p=1e-6), greedy)
     first, second = (prior.sample(3, generator=generator(4)) for _ in range(2))
     assert torch.equal(first, second)
@@ -249,6 +251,11 @@ def test_refuses_by_name(options, message):
         (lambda p: make().bits(some_codes(p), torch.zeros(6, dtype=torch.int64)), "was made without classes"),
         (lambda p: p.sample(0), "count: must be at least 1"),
         (lambda p: p.sample(1, temperature=-1), "temperature: must not be negative"),
+        (lambda p: p.sample(1, temperature=math.inf), "temperature: must not be negative, nor infinite, got inf"),
+        (lambda p: p.sample(1, guidance=math.nan), "guidance: must be finite, got nan"),
+        (lambda p: p.sample(1, guidance=math.inf), "guidance: must be finite, got inf"),
+        (lambda p: p.sample(1, given=torch.full((1, 3, 4), p.codebook_size)), "given: must lie in \\[-1, "),
+        (lambda p: p.sample(1, given=torch.full((1, 3, 4), -2)), "given: must lie in \\[-1, "),
         (lambda p: p.sample(1, top_k=0), "top_k: must be at least 1"),
         (lambda p: p.sample(1, top_p=0.0), r"top_p: must lie in \(0, 1\]"),
         (lambda p: p.sample(1, guidance=2.0), "guidance: of 2.0 needs labels"),

@@ -74,6 +74,24 @@ def test_codes_are_written_once_and_belong_to_the_model(run, monkeypatch):
     assert torch.equal(other.train, 23 - plain.train)
 
 
+@pytest.mark.parametrize("spoil", ["description", "truncated", "gone", "another shape"])
+def test_damaged_codes_are_written_again(run, spoil):
+    model, config = load_model(run)
+    images = load_images(config)
+    expected = tokenize(run, model, images, flip=False).train.clone()
+    train, described = run / "prior" / "codes-train.npy", run / "prior" / "codes.json"
+    if spoil == "description":
+        described.write_text(described.read_text()[:-5])
+    elif spoil == "truncated":
+        train.write_bytes(train.read_bytes()[:-4])
+    elif spoil == "gone":
+        train.unlink()
+    else:
+        np.save(train, np.zeros((3, 4, 4), np.int32))
+    assert torch.equal(tokenize(run, model, images, flip=False).train, expected)
+    assert np.array_equal(np.load(train), expected.numpy())
+
+
 def test_labels_follow_the_mirrored_images(run):
     model, config = load_model(run)
     images = load_images(config)
@@ -166,6 +184,8 @@ def test_commands(run, tmp_path, monkeypatch, capsys):
     assert main(["prior", str(run), "--steps=3"]) == 0
     assert "bits a code" in capsys.readouterr().out
     monkeypatch.undo()
+    assert main(["prior", str(run), "--resume", "--steps=4", "--kind=lstm"]) == 2
+    assert "keeps its settings: kind transformer, not lstm, steps 3, not 4" in capsys.readouterr().err
     for name, options in (("s", []), ("c", ["--complete", "--temperature=0.8", "--top-k=5", "--seed=3"])):
         assert main(["sample", str(run), f"--out={tmp_path}/{name}.png", *options]) == 0
         with Image.open(tmp_path / f"{name}.png") as image:

@@ -8,11 +8,12 @@ docs/coding.md says what is promised and why. Needs `pip install "fastvq-torch[c
 
 from __future__ import annotations
 
-from .codec import decode, encode, load, measure, save
+from .codec import MAX_CODES, decode, encode, load, measure, save
 from .container import CodingError, Header, fingerprint, read_header
 from .learned import prior_fingerprint
 
 __all__ = [
+    "MAX_CODES",
     "CodingError",
     "Header",
     "decode",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +24,12 @@ from .tree import Ints, Open
 if TYPE_CHECKING:
     from fastvq.models import Prior
 
+MAX_CODES = 1 << 26
+"""Codes that `decode` takes by itself at most."""
 LARGEST_BATCH = 64
 """Samples that are coded side by side at most. They learn from each other only afterwards."""
+FEW = 12
+"""Samples side by side up to which lists are faster than arrays."""
 
 
 def encode(
@@ -67,7 +72,7 @@ def encode(
 
 
 def decode(
-    data: bytes, *, fingerprint: bytes | None = None, prior: Prior | None = None, max_codes: int = 1 << 26
+    data: bytes, *, fingerprint: bytes | None = None, prior: Prior | None = None, max_codes: int = MAX_CODES
 ) -> Tensor:
     """The codes that `encode` was given, int64.
 
@@ -119,13 +124,13 @@ def measure(
     return results
 
 
-def save(path: Path, data: bytes) -> None:
+def save(path: Path | str, data: bytes) -> None:
     """Write a file that appears whole or not at all."""
-    with whole(path) as partial:
+    with whole(Path(path)) as partial:
         partial.write_bytes(data)
 
 
-def load(path: Path) -> bytes:
+def load(path: Path | str) -> bytes:
     """The bytes of a file, if it is one of codes. Another isn't read beyond its beginning.
 
     Raises:
@@ -133,7 +138,7 @@ def load(path: Path) -> bytes:
     """
     from .container import MAGIC
 
-    with path.open("rb") as stream:
+    with Path(path).open("rb") as stream:
         start = stream.read(len(MAGIC))
         if start != MAGIC:
             raise CodingError(f"{path}: not a file of fastvq codes")
@@ -161,6 +166,10 @@ def _checked(codes: Tensor, codebook_size: int, model: str, fingerprint: bytes) 
         raise CodingError(f"model: must be one of {', '.join(MODELS)}, got {model!r}")
     if len(fingerprint) != 8:
         raise CodingError(f"fingerprint: must be 8 bytes, got {len(fingerprint)}")
+    try:
+        codebook_size = operator.index(codebook_size)
+    except TypeError:
+        raise CodingError(f"codebook_size: must be an integer, got {codebook_size!r}") from None
     if not 1 <= codebook_size <= LARGEST_CODEBOOK:
         raise CodingError(f"codebook_size: must lie in [1, {LARGEST_CODEBOOK}], got {codebook_size}")
     if codes.dtype.is_floating_point or codes.dtype.is_complex or codes.dtype == torch.bool:
@@ -169,9 +178,10 @@ def _checked(codes: Tensor, codebook_size: int, model: str, fingerprint: bytes) 
         raise CodingError(f"codes: must have 1 to 8 axes, got shape {tuple(codes.shape)}")
     if max(codes.shape) >= 1 << 32:
         raise CodingError(f"codes: an axis may be up to 2^32 - 1 long, got shape {tuple(codes.shape)}")
-    values = codes.detach().cpu().long().numpy()
+    values = codes.detach().cpu().numpy()
     if values.size and not (values.min() >= -1 and values.max() < codebook_size):
         raise CodingError(f"codes: must lie in [-1, {codebook_size}), got {values.min()} to {values.max()}")
+    values = values.astype(np.int64)
     missing = bool(values.size and values.min() < 0)
     header = Header(model, missing, codebook_size, tuple(codes.shape), fingerprint)
     return header, values.reshape(_lanes(header.shape)) + missing
@@ -216,10 +226,10 @@ def _walk(symbols: Ints, header: Header, model: Model, coder: Coder, *, known: b
         return
     for batch in _batches(len(symbols)):
         block = symbols[batch]
-        if len(block) == 1:
-            alone = block[0].tolist()
-            _walk_one(alone, header, model, coder, known=known)
-            block[0] = alone
+        if len(block) <= FEW:
+            few = block.T.tolist()
+            _walk_few(few, header, model, coder, known=known)
+            block[:] = np.array(few).T
             continue
         outside = np.full(len(block), alphabet, np.int64)
         for place, (left, above) in enumerate(_neighbours(header.shape)):
@@ -234,18 +244,30 @@ def _walk(symbols: Ints, header: Header, model: Model, coder: Coder, *, known: b
             block[:, place] = tree.walk(len(block), alphabet, some, block[:, place] if known else None)
 
 
-def _walk_one(symbols: list[int], header: Header, model: Model, coder: Coder, *, known: bool) -> None:
-    """The same of a single sample."""
+def _walk_few(symbols: list[list[int]], header: Header, model: Model, coder: Coder, *, known: bool) -> None:
+    """The same in lists, place by place, of a few samples: arrays of so few would be slower."""
+    count = len(symbols[0])
+    outside = [header.alphabet] * count
     for place, (left_at, above_at) in enumerate(_neighbours(header.shape)):
-        left = symbols[left_at] if left_at >= 0 else header.alphabet
-        above = symbols[above_at] if above_at >= 0 else header.alphabet
+        left = symbols[left_at] if left_at >= 0 else outside
+        above = symbols[above_at] if above_at >= 0 else outside
 
-        def one(node: int, truth: int | None, left: int = left, above: int = above) -> int:
-            decided = coder.decide_one(model.predict_one(node, left, above), truth)
-            model.learn_one(node, left, above, decided)
-            return decided
+        def some(
+            nodes: list[int],
+            open_: list[int],
+            truth: list[int] | None,
+            left: list[int] = left,
+            above: list[int] = above,
+        ) -> list[int]:
+            contexts = [(node, left[at], above[at]) for node, at in zip(nodes, open_, strict=True)]
+            rights = [
+                coder.decide_one(model.predict_one(*context), None if truth is None else truth[i])
+                for i, context in enumerate(contexts)
+            ]
+            model.learn_few(contexts, rights)
+            return rights
 
-        symbols[place] = tree.walk_one(header.alphabet, one, symbols[place] if known else None)
+        symbols[place] = tree.walk_few(count, header.alphabet, some, symbols[place] if known else None)
 
 
 def _write_table(encoder: Encoder, header: Header, symbols: Ints) -> Static:

@@ -6,6 +6,7 @@ at least 1/2839 bit, and a file of a given size can't claim to hold more than so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -23,9 +24,13 @@ _TRUST = 2  # seen decisions that outweigh what the shorter context says
 _FORGET = 1 << 14  # decisions after which a context halves its counts
 
 
+Context = tuple[int, int, int]
+"""A node, and the symbols to the left and above."""
+
+
 class Model(Protocol):
     """Predicts decisions at `nodes` from the symbols to the left and above, and learns what they were; many at once, or
-    a single one in Python's integers, for which arrays are slow."""
+    a few in Python's integers, for which arrays are slow."""
 
     def predict(self, nodes: Ints, left: Ints, above: Ints) -> Ints: ...
 
@@ -33,7 +38,7 @@ class Model(Protocol):
 
     def predict_one(self, node: int, left: int, above: int) -> int: ...
 
-    def learn_one(self, node: int, left: int, above: int, right: int) -> None: ...
+    def learn_few(self, contexts: Sequence[Context], rights: Sequence[int]) -> None: ...
 
 
 def clipped(probabilities: Ints) -> Ints:
@@ -57,12 +62,12 @@ class Static:
     def predict_one(self, node: int, left: int, above: int) -> int:
         return self._view[node]
 
-    def learn_one(self, node: int, left: int, above: int, right: int) -> None:
+    def learn_few(self, contexts: Sequence[Context], rights: Sequence[int]) -> None:
         pass
 
 
 class _Counts:
-    """Decisions seen, and how many of them went right, by context. The views are for one at a time."""
+    """Decisions seen, and how many of them went right, by context. The views are for a few at a time."""
 
     def __init__(self, size: int) -> None:
         self.seen = np.zeros(size, np.int64)
@@ -78,13 +83,15 @@ class _Counts:
             self.seen[full] >>= 1
             self.right[full] >>= 1
 
-    def add_one(self, slot: int, right: int) -> None:
-        seen, rights = self.seen_view, self.right_view
-        seen[slot] += 1
-        rights[slot] += right
-        if seen[slot] > _FORGET:
-            seen[slot] >>= 1
-            rights[slot] >>= 1
+    def add_few(self, slots: Sequence[int], rights: Sequence[int]) -> None:
+        all_seen, all_right = self.seen_view, self.right_view
+        for slot, right in zip(slots, rights, strict=True):
+            all_seen[slot] += 1
+            all_right[slot] += right
+        for slot in set(slots):  # as in `add`, after all of them
+            if all_seen[slot] > _FORGET:
+                all_seen[slot] >>= 1
+                all_right[slot] >>= 1
 
 
 Number = TypeVar("Number", int, Ints)
@@ -155,6 +162,7 @@ class Adaptive:
         cells = [(counts.seen_view[at], counts.right_view[at]) for counts, at in zip(self._counts, slots, strict=True)]
         return min(max(_blended(*cells), LEAST), ONE - LEAST)
 
-    def learn_one(self, node: int, left: int, above: int, right: int) -> None:
-        for counts, at in zip(self._counts, (node, *self._all_slots(node, left, above)), strict=True):
-            counts.add_one(at, right)
+    def learn_few(self, contexts: Sequence[Context], rights: Sequence[int]) -> None:
+        slots = zip(*((context[0], *self._all_slots(*context)) for context in contexts), strict=True)
+        for counts, at in zip(self._counts, slots, strict=True):
+            counts.add_few(at, rights)

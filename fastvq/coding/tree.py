@@ -52,16 +52,23 @@ def for_passed(passing: Ints, right: Ints, alphabet: int, number: Callable[[int,
                 passing[2 * node : 2 * node + 2] = passing[node] - right[node], right[node]
 
 
-def walk_one(alphabet: int, decide: Callable[[int, int | None], int], truth: int | None = None) -> int:
-    """`walk` for a single symbol."""
-    prefix = 0
+def walk_few(
+    count: int,
+    alphabet: int,
+    decide: Callable[[list[int], list[int], list[int] | None], list[int]],
+    truth: list[int] | None = None,
+) -> list[int]:
+    """`walk` in lists of Python's integers; `decide` is given which symbols these are as a list of places."""
+    prefixes = [0] * count
     for below in range(depths(alphabet) - 1, -1, -1):
-        right = 0
-        if (2 * prefix + 1) << below < alphabet:
-            node = (1 << depths(alphabet) - below - 1) + prefix
-            right = decide(node, None if truth is None else truth >> below & 1)
-        prefix = 2 * prefix + right
-    return prefix
+        open_ = [place for place, prefix in enumerate(prefixes) if (2 * prefix + 1) << below < alphabet]
+        prefixes = [2 * prefix for prefix in prefixes]
+        if open_:
+            nodes = [(1 << depths(alphabet) - below - 1) + prefixes[place] // 2 for place in open_]
+            bits = None if truth is None else [truth[place] >> below & 1 for place in open_]
+            for place, right in zip(open_, decide(nodes, open_, bits), strict=True):
+                prefixes[place] += right
+    return prefixes
 
 
 def walk(

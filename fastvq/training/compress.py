@@ -44,6 +44,8 @@ def encode_images(run: Path, source: Path, path: Path, *, model: str = "adaptive
     prior = _prior(run, model)
     labels = None
     if str(source) == HELD_OUT:
+        if source.exists():
+            raise DataError(f"{source} stands for the run's held-out images, but is here too: give its full path")
         held_out = load_images(config)
         images = held_out.test
         labels = held_out.test_labels if prior is not None and prior.classes else None
@@ -52,9 +54,9 @@ def encode_images(run: Path, source: Path, path: Path, *, model: str = "adaptive
         images = torch.stack([read_image(f, image_size=config.image_size, grayscale=config.grayscale) for f in files])
     codes = _codes(vqvae, images)
     data = coding.encode(codes, size, model=model, fingerprint=coding.fingerprint(vqvae), prior=prior, labels=labels)
+    if not torch.equal(coding.decode(data, prior=prior, max_codes=codes.numel()), codes):
+        raise CodingError(f"{source}: the codes don't decode to what they were; nothing was written")
     coding.save(path, data)
-    if not torch.equal(coding.decode(coding.load(path), prior=prior), codes):
-        raise CodingError(f"{path} doesn't decode to the codes that it was written from")
     bits = 8 * len(data) / codes.numel()
     return [
         f"{len(images)} images of {images[0].numel()} bytes, {codes[0].numel()} codes each",
@@ -67,20 +69,30 @@ def decode_images(run: Path, source: Path, folder: Path) -> list[str]:
     """Write the images that a file's codes stand for as PNG files into a new folder; return lines to print.
 
     Raises:
-        CheckpointError, CodingError: a run or a file that can't be, or one of another model.
+        CheckpointError, CodingError: a run or a file that can't be, one of another model, or codes that are no images.
         DataError: the folder exists.
     """
     if folder.exists():
         raise DataError(f"{folder} exists: choose another folder")
-    vqvae, _ = load_model(run)
-    codes = _decoded(source, run, fingerprint=coding.fingerprint(vqvae))
+    vqvae, config = load_model(run)
+    data = coding.load(source)
+    side = config.image_size // 2**config.downsamples
+    header, expected = coding.read_header(data), (config.codebook_size, (side, side), False)
+    if (header.codebook_size, header.shape[1:], header.missing) != expected:
+        holes = ", some of them missing" if header.missing else ""
+        raise CodingError(
+            f"{source} holds codes of shape {header.shape} in [0, {header.codebook_size}){holes}; an image of {run} is"
+            f" {side} x {side} codes in [0, {config.codebook_size})"
+        )
+    codes = _decoded(data, run, fingerprint=coding.fingerprint(vqvae))
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        with torch.no_grad():
-            restored = [vqvae.decode(batch).clamp(0, 1) for batch in codes.split(_BATCH)]
-        for number, image in enumerate(torch.cat(restored) if restored else []):
-            _write_png(partial / f"{number:06d}.png", image)
+        for first, batch in zip(range(0, len(codes), _BATCH), codes.split(_BATCH), strict=True):
+            with torch.no_grad():
+                restored = vqvae.decode(batch).clamp(0, 1)
+            for number, image in enumerate(restored, first):
+                _write_png(partial / f"{number:06d}.png", image)
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -97,28 +109,33 @@ def encode_array(
     """
     try:
         values = np.load(source, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise CodingError(f"{source} can't be read as .npy: {error}") from error
+    if not isinstance(values, np.ndarray):
+        raise CodingError(f"{source} can't be read as .npy: it holds several arrays")
     if not np.issubdtype(values.dtype, np.integer):
         raise CodingError(f"{source} must hold integers, got {values.dtype}")
+    if values.size and int(values.max()) > np.iinfo(np.int64).max:
+        raise CodingError(f"{source}: codes must lie in [-1, 2^24), got {values.max()}")
     codes = torch.from_numpy(values.astype(np.int64))
     prior = _prior(run, model)
     if codebook_size is None and prior is not None:
         codebook_size = prior.codebook_size
-    size = codebook_size if codebook_size is not None else int(codes.max()) + 1 if codes.numel() else 1
+    size = codebook_size if codebook_size is not None else max(1, int(codes.max()) + 1) if codes.numel() else 1
     data = coding.encode(codes, size, model=model, prior=prior)
     coding.save(path, data)
     bits = 8 * len(data) / max(1, codes.numel())
     return [f"{path}: {len(data)} bytes, {bits:.2f} bits a code ({np.log2(size):.2f} without a model of them)"]
 
 
-def decode_array(source: Path, path: Path, *, run: Path | None = None) -> list[str]:
+def decode_array(source: Path, path: Path, *, run: Path | None = None, max_codes: int = coding.MAX_CODES) -> list[str]:
     """Write the codes of a file as .npy, int64.
 
     Args:
         run: for a file coded with a prior, the run that it belongs to.
+        max_codes: a file of more is refused.
     """
-    codes = _decoded(source, run).numpy()
+    codes = _decoded(coding.load(source), run, max_codes=max_codes).numpy()
     with whole(path) as partial, partial.open("wb") as stream:
         np.save(stream, codes)
     return [f"{path}: {codes.shape} codes"]
@@ -132,10 +149,11 @@ def _prior(run: Path | None, model: str) -> Prior | None:
     return load_prior(run)[0]
 
 
-def _decoded(source: Path, run: Path | None, fingerprint: bytes | None = None) -> Tensor:
-    data = coding.load(source)
+def _decoded(
+    data: bytes, run: Path | None, *, fingerprint: bytes | None = None, max_codes: int = coding.MAX_CODES
+) -> Tensor:
     prior = _prior(run, coding.read_header(data).model)
-    return coding.decode(data, fingerprint=fingerprint, prior=prior)
+    return coding.decode(data, fingerprint=fingerprint, prior=prior, max_codes=max_codes)
 
 
 def _codes(vqvae: VQVAE, images: Tensor) -> Tensor:
@@ -144,7 +162,7 @@ def _codes(vqvae: VQVAE, images: Tensor) -> Tensor:
 
 def _image_files(source: Path) -> list[Path]:
     if source.is_dir():
-        files = sorted(path for path in source.rglob("[!.]*") if path.suffix.lower() in SUFFIXES)
+        files = sorted(p for p in source.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:
             raise DataError(f"{source} holds no images (files that end in {', '.join(sorted(SUFFIXES))})")
         return files

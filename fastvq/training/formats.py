@@ -13,7 +13,8 @@ from torch import Tensor
 from fastvq.extras import require
 from fastvq.training.evaluation import psnr_db
 
-_QUALITIES = (0, 2, 5, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90, 95, 100)
+BEST = 100
+"""The highest quality of WebP."""
 
 
 def format_sizes(images: Tensor, psnr_target: float) -> list[dict[str, Any]]:
@@ -30,12 +31,12 @@ def format_sizes(images: Tensor, psnr_target: float) -> list[dict[str, Any]]:
             "psnr_db": None,
         },
     ]
-    for quality in _QUALITIES:
+    for quality in range(BEST + 1):
         data = _saved(picture, "WEBP", quality=quality, method=6)
         with library.open(io.BytesIO(data)) as restored:
             error = np.asarray(restored.convert(picture.mode), np.float64) - sheet
         psnr = psnr_db(float(np.mean((error / 255) ** 2)))
-        if psnr >= psnr_target or quality == _QUALITIES[-1]:
+        if psnr >= psnr_target or quality == BEST:
             sizes.append({"name": f"WebP, quality {quality}", "bytes": len(data), "psnr_db": psnr})
             break
     return sizes

@@ -169,6 +169,16 @@ def train_prior(
     return (trainer.model.eval(), codes) if finished else None
 
 
+def check_resumed(run: Path, given: dict[str, Any]) -> None:
+    """Raises a ConfigError if a setting given by name differs from those of the prior that is gone on with."""
+    if checkpoint_folders(run / FOLDER):
+        own = load_latest(run / FOLDER, PriorConfig).config
+        pairs = [(name, getattr(own, name), value) for name, value in given.items()]
+        changed = [f"{name} {kept}, not {value}" for name, kept, value in pairs if kept != value]
+        if changed:
+            raise ConfigError(f"a resumed prior keeps its settings: {', '.join(changed)}")
+
+
 def codes_of(run: Path) -> tuple[VQVAE, Codes, int]:
     """A run's model, its data set as codes, and K.
 

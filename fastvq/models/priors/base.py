@@ -152,10 +152,14 @@ class Prior(nn.Module):
         if labels.shape != (count,) or labels.dtype != torch.int64:
             raise ValueError(f"labels: must be int64 of shape ({count},), got {labels.dtype} {tuple(labels.shape)}")
         _check_range("labels", labels, self.classes)
-        labels = labels.to(device)
-        if self.training and self.label_dropout:
-            labels = torch.where(torch.rand(count, device=device) < self.label_dropout, none, labels)
-        return labels
+        return labels.to(device)
+
+    def rows_to_learn(self, labels: Tensor | None, count: int, device: torch.device) -> Tensor:
+        """`label_rows`, of which in training some are left out."""
+        rows = self.label_rows(labels, count, device)
+        if labels is not None and self.training and self.label_dropout:
+            rows = rows.masked_fill(torch.rand(count, device=device) < self.label_dropout, self.classes)
+        return rows
 
     def checked(self, codes: Tensor) -> Tensor:
         """Codes that fit, as (B, places)."""
@@ -179,8 +183,10 @@ class Prior(nn.Module):
     ) -> None:
         if count < 1:
             raise ValueError(f"count: must be at least 1, got {count}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature: must not be negative, got {temperature}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature: must not be negative, nor infinite, got {temperature}")
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance: must be finite, got {guidance}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k: must be at least 1, got {top_k}")
         if top_p is not None and not 0 < top_p <= 1:
@@ -191,11 +197,13 @@ class Prior(nn.Module):
             raise ValueError(
                 f"given: must be int64 of shape {(count, *self.grid)}, got {given.dtype} {tuple(given.shape)}"
             )
+        if given is not None:
+            _check_range("given", given, self.codebook_size, least=-1)
         if self.training:
             raise ValueError("sample: call eval() first, or dropout disturbs it")
 
 
-def _check_range(name: str, values: Tensor, limit: int) -> None:
+def _check_range(name: str, values: Tensor, limit: int, *, least: int = 0) -> None:
     # Elsewhere than on the CPU the device asserts when it looks them up: looking here would wait for it.
-    if values.device.type == "cpu" and values.numel() and not (values.min() >= 0 and values.max() < limit):
-        raise ValueError(f"{name}: must lie in [0, {limit}), got {int(values.min())} to {int(values.max())}")
+    if values.device.type == "cpu" and values.numel() and not (values.min() >= least and values.max() < limit):
+        raise ValueError(f"{name}: must lie in [{least}, {limit}), got {int(values.min())} to {int(values.max())}")

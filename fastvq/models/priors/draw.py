@@ -7,14 +7,17 @@ import math
 import torch
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-30
+"""Below it only the likeliest code is left, and float32 has no room for the quotient."""
+
 
 def draw(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """A code (B,) from logits (B, K); the arguments are those of `Prior.sample`."""
-    if temperature == 0:
+    if temperature < LEAST_TEMPERATURE:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     probabilities = logits.softmax(-1)

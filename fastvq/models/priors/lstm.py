@@ -54,7 +54,7 @@ class LSTMPrior(Prior):
 
     def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         flat = self.checked(codes)
-        x = self.inputs(flat, self.label_rows(labels, len(flat), flat.device))
+        x = self.inputs(flat, self.rows_to_learn(labels, len(flat), flat.device))
         x, _ = self.lstm(self.dropout(x))
         return self.head(self.norm(self.dropout(x)))
 

@@ -72,7 +72,7 @@ class PixelCNNPrior(Prior):
 
     def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         flat = self.checked(codes)
-        rows = self.label_rows(labels, len(flat), flat.device)
+        rows = self.rows_to_learn(labels, len(flat), flat.device)
         vertical = horizontal = self.codes(flat).unflatten(1, (self.height, self.width))
         for layer in self.layers:
             vertical, horizontal = layer(vertical, horizontal, rows)

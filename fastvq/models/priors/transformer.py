@@ -62,7 +62,7 @@ class TransformerPrior(Prior):
 
     def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         flat = self.checked(codes)
-        x = self.inputs(flat, self.label_rows(labels, len(flat), flat.device))
+        x = self.inputs(flat, self.rows_to_learn(labels, len(flat), flat.device))
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
