@@ -36,6 +36,8 @@ KERNELS = (
     "min_distance_",
 )
 """What the CPU library must have: one that is older than this module may lack some."""
+CUDA_KERNELS = ("search", "residual_search", "accumulate", "ema_update_", "min_distance_")
+"""The same of the CUDA library."""
 _REBUILD = (
     "install a C++17 compiler (Debian: apt install g++), then fastvq again: pip install --force-reinstall --no-deps"
 )
@@ -62,9 +64,8 @@ def _load() -> tuple[str, str]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return "", f"{path} doesn't load: {error}"
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    if missing := [name for name in KERNELS if not has(f"fastvq::native_{name}", "CPU")]:
-        return "", f"{path} is of another version, without {', '.join(missing)}. Build it again: {_REBUILD}"
+    if other := _other_version(path, KERNELS, "CPU"):
+        return "", f"{other}. Build it again: {_REBUILD}"
     library.fastvq_native_isa.restype = ctypes.c_char_p
     error_text = ctypes.c_char_p()
     isa = library.fastvq_native_isa(ctypes.byref(error_text))
@@ -103,9 +104,22 @@ def _load_cuda() -> str:
     path = _PACKAGE / "_native_cuda.so"
     try:
         torch.ops.load_library(str(path))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path} doesn't load: {error}"
+    if other := _other_version(path, CUDA_KERNELS, "CUDA"):
+        return f"{other}. FASTVQ_CUDA=1 pip install builds it again"
+    library.fastvq_cuda_unfit.restype = ctypes.c_char_p
+    if unfit := library.fastvq_cuda_unfit().decode():
+        return f"the CUDA kernels can't run: {unfit}"
     return ""
+
+
+def _other_version(path: Path, kernels: tuple[str, ...], key: str) -> str:
+    """What a library that was loaded lacks of what this module calls; empty if nothing."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [name for name in kernels if not has(f"fastvq::native_{name}", key)]
+    return f"{path} is of another version, without {', '.join(missing)}" if missing else ""
 
 
 def _unavailable_on_cuda(device: torch.device) -> str:

@@ -132,3 +132,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastvq, CUDA, m) {
 extern "C" __attribute__((visibility("default"))) const char* fastvq_cuda_architectures() {
   return FASTVQ_ARCHITECTURES;
 }
+
+// Why the machine's driver can't run them; empty where it can.
+extern "C" __attribute__((visibility("default"))) const char* fastvq_cuda_unfit() {
+  return fastvq::cuda::unfit();
+}

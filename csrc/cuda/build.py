@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-KERNELS = ("search.cu", "residual_search.cu", "accumulate.cu", "ema_update.cu", "min_distance.cu")
+KERNELS = ("search.cu", "residual_search.cu", "accumulate.cu", "ema_update.cu", "min_distance.cu", "driver.cu")
 BINDINGS = "bindings.cpp"
 LIBRARY = "_native_cuda.so"
 STABLE_ABI = "0x020a000000000000"  # torch 2.10

@@ -12,11 +12,10 @@
 namespace fastvq::cuda {
 
 constexpr int FEW_THREADS = 128, FEW_WARPS = FEW_THREADS / WARP;
-constexpr int FEW_AT_ONCE = 8;        // rows that a code is read for
-constexpr int FEW_BLOCKS_EACH = 2;    // blocks for each processor
-constexpr int64_t SEARCH_FEW = 64;    // rows of a search that is done like that
-constexpr int64_t LEVELS_FEW = 128;   // of a residual search
-constexpr int LONGEST_ROW = 1 << 12;  // dimensions that eight rows in shared memory leave room for, in 128 KiB
+constexpr int FEW_AT_ONCE = 8;       // rows that a code is read for
+constexpr int FEW_BLOCKS_EACH = 2;   // blocks for each processor
+constexpr int64_t SEARCH_FEW = 64;   // rows of a search that is done like that
+constexpr int64_t LEVELS_FEW = 128;  // of a residual search
 
 struct FewRows {
   Values x;       // [heads, n, dim]

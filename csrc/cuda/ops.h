@@ -18,6 +18,9 @@ struct Context {
   std::function<void*(size_t)> take;
 };
 
+// Why the machine's driver can't run what was built; empty where it can.
+const char* unfit();
+
 // x [heads, n, dim], codebook [heads, size, dim], out [heads, n].
 void search(const Context& context, Values x, Values codebook, Metric metric, int64_t heads, int64_t n, int64_t size,
             int64_t dim, int64_t* out);

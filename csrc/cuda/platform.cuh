@@ -47,10 +47,15 @@ inline Machine machine_of(int device) {
 
 constexpr int SHARED_BY_DEFAULT = 48 << 10;
 
+// All that a block may have and not what this launch needs: the setting is the kernel's, and another thread, or a graph
+// that was captured, may be about to launch it with more. No kernel has shared memory of a fixed size besides.
 template <class... P>
 void allow_shared(void (*kernel)(P...), int shared) {
-  if (shared > SHARED_BY_DEFAULT)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "shared memory");
+  if (shared <= SHARED_BY_DEFAULT) return;
+  int device = 0;
+  check(cudaGetDevice(&device), "current device");
+  const int limit = machine_of(device).shared_limit;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "shared memory");
 }
 
 inline cudaLaunchConfig_t launch_config(dim3 grid, int threads, int shared, Stream stream) {

@@ -311,14 +311,19 @@ inline float from_half(uint16_t half) {
   return emulator::widen_half(half);
 }
 
+// Through memory: the compiler mustn't fuse what a GPU rounds by itself.
+inline double once(double value) {
+  volatile double rounded = value;
+  return rounded;
+}
 inline double minus(double a, double b) {
-  return a - b;
+  return once(a - b);
 }
 inline double plus(double a, double b) {
-  return a + b;
+  return once(a + b);
 }
 inline double times(double a, double b) {
-  return a * b;
+  return once(a * b);
 }
 
 }  // namespace fastvq::cuda

@@ -51,6 +51,14 @@ def test_adversarial_data(order, path):
     assert not wrong(path, given, order=order, seed=11)
 
 
+@pytest.mark.parametrize("path", SHAPES)
+def test_with_products_fused_into_sums(path):
+    """As nvcc may: bounds and indices hold all the same."""
+    if "-mfma" not in emulation.machine_flags():
+        pytest.skip("this processor has no fused multiply-add")
+    assert not wrong(path, cases(path), by=emulation.program("fused"))
+
+
 @pytest.mark.parametrize("unit", ["a100", "h100"])
 def test_as_tensor_cores_compute(unit):
     """Sums that are cut off as on these GPUs: docs/gpu.md."""
