@@ -161,7 +161,10 @@ class BuildNative(build_ext):
         except subprocess.CalledProcessError as error:
             print(error.stdout, file=sys.stderr)
             raise
-        self.copy_file(str(library), str(self.package_dir() / library.name))
+        # By a new name: a process that runs has the old file mapped.
+        partial = self.package_dir() / f".{library.name}.{os.getpid()}"
+        self.copy_file(str(library), str(partial))
+        partial.replace(self.package_dir() / library.name)
         version = subprocess.run([compiler, "--version"], check=True, text=True, stdout=subprocess.PIPE).stdout
         return {"compiler": version.splitlines()[0], "instruction_sets": list(ISA_FLAGS)}
 

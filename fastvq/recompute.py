@@ -73,10 +73,16 @@ class History:
         return History(**self.__getstate__())
 
 
+# torch's own way to see the hooks, which it doesn't promise to keep: without it every pass is remembered.
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
 def _may_be_repeated() -> bool:
     """Whether this forward may be the first pass of activation checkpointing, which runs it without gradients
     (reentrant) or with hooks on what autograd saves (not reentrant)."""
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    if not torch.is_grad_enabled() or _top_hooks is None:
+        return True
+    return _top_hooks(False) is not None
 
 
 def _mark(x: Tensor) -> Tensor:

@@ -165,3 +165,8 @@ def test_denormals_and_large_numbers(backend):
     found = lower(backend, distances, x, torch.zeros(1, 2))
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=2e-45)
     assert reference.min_distance_(distances, x, torch.zeros(1, 2)) is None
+
+
+def test_distances_that_share_memory_are_refused(backend):
+    with fastvq.use_backend(backend), pytest.raises(ValueError, match=r"^distances: must have a place of its own"):
+        fastvq.min_distance_(torch.full((1,), 9.0).expand(6), torch.randn(6, 2), torch.randn(1, 2))

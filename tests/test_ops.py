@@ -326,3 +326,20 @@ def test_functions_are_documented():
         function = getattr(fastvq, name)
         assert function.__name__ == name
         assert "Raises:" in function.__doc__
+
+
+def test_autograd_hears_of_what_is_written(backend):
+    """Kernels write through plain pointers; a gradient that needs what was there is an error everywhere."""
+    x, codes = torch.randn(5, 3), torch.randn(4, 3)
+    distances, weights = torch.full((5,), 9.0), torch.ones(5, requires_grad=True)
+    product = (weights * distances).sum()
+    state = [torch.randn(4, 3), torch.rand(4), torch.randn(4, 3)]
+    before = [t._version for t in state]
+    with fastvq.use_backend(backend):
+        fastvq.min_distance_(distances, x, codes)
+        fastvq.ema_update_(*state, torch.ones(4), torch.randn(4, 3), decay=0.9, eps=1e-5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    assert all(t._version > version for t, version in zip(state, before, strict=True))
+    with torch.inference_mode(), fastvq.use_backend(backend):
+        fastvq.min_distance_(torch.ones(5), x, codes)

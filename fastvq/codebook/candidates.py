@@ -36,6 +36,9 @@ def spread_rows(x: Tensor, valid: Tensor, codes: Tensor, count: int, metric: str
     """Up to `count` rows of x (N, D) far from the codes (K, D) and from each other: each is drawn with a probability
     proportional to its squared distance to the nearest code or row drawn before.
 
+    Each of several ranks draws its share from its own rows, by itself: the rows of two ranks may be near each other.
+    Distances whose squares float32 can't hold are all alike.
+
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007, with given first centres.
     """
     taken = min(count, len(x))

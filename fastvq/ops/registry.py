@@ -33,7 +33,8 @@ def op(
         for op_name, schema in schemas.items():
             _library.define(op_name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Without a graph, which would hold every temporary tensor of a search that nothing differentiates.
-        _library.impl(name, _without_graph(function), "CompositeExplicitAutograd")
+        run = _without_graph(_counting_versions(function, mutates) if mutates else function)
+        _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastvq::{name}", fake, lib=_library)
         overload = getattr(torch.ops.fastvq, name).default
 
@@ -58,6 +59,23 @@ def _without_graph(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         finally:
             torch._C._set_grad_enabled(True)
+
+    return run
+
+
+def _counting_versions(function: Callable[..., Any], mutates: tuple[str, ...]) -> Callable[..., Any]:
+    """Autograd counts the writes to a tensor, and refuses a gradient that would need what was there before; kernels
+    that write through plain pointers are told of here."""
+    places = [list(inspect.signature(function).parameters).index(name) for name in mutates]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        written = [args[place] for place in places if not args[place].is_inference()]
+        before = [tensor._version for tensor in written]
+        result = function(*args, **kwargs)
+        for tensor, version in zip(written, before, strict=True):
+            if tensor._version == version:
+                torch.autograd.graph.increment_version(tensor)
+        return result
 
     return run
 

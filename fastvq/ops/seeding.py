@@ -15,6 +15,8 @@ def _check_min_distance(distances: Tensor, x: Tensor, codes: Tensor) -> None:
     check_values("codes", codes, (2,), "(M, D)")
     check_codes("codes", codes, x)
     check_like("distances", distances, x, (x.shape[0],), torch.float32)
+    if len(distances) > 1 and 0 in distances.stride():
+        raise ValueError("distances: must have a place of its own for each row, but is expanded from fewer")
 
 
 def _min_distance_fake(distances: Tensor, x: Tensor, codes: Tensor) -> None:
@@ -41,9 +43,9 @@ def min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
     Numerics: the kernels take differences, squares and their sum in float64 and round to float32 once. They add in
     different orders, and agree to the bit but where a sum lies next to the middle between two float32 numbers: there to
     one unit in the last place. torch operations, which serve where there is no kernel, take float32 unless an argument
-    is float64, and err by less than (D + 3) 2^-24 of the distance. No number of threads changes a bit. A row equal to a
-    code has 0. What is no number, as the distance of a row that isn't finite, changes nothing, and any number replaces
-    it. Memory is O(N + M D). Not differentiable.
+    is float64, and err by less than (D + 3) 2^-24 of the distance. Squares beyond float32's range are infinite, those
+    below it 0. No number of threads changes a bit. A row equal to a code has 0. What is no number, as the distance of a
+    row that isn't finite, changes nothing, and any number replaces it. Memory is O(N + M D). Not differentiable.
 
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007, section 2.2.
     """
