@@ -34,7 +34,8 @@ BUILT = ROOT / "build" / "cuda"
 TOLERANCE = 0.1
 # Where the model needs a number of the source, it is read there.
 LIMITS = {"few_rows": ("few.cuh", "SEARCH_FEW"), "few_at_once": ("few.cuh", "FEW_AT_ONCE")}
-LIMITS |= {"cores_dim": ("search.cuh", "CORES_DIM"), "matrix_dim": ("search.cuh", "MATRIX_DIM")}
+LIMITS |= {"cores_dim": ("search.cuh", "CORES_DIM")}
+WHERE = ("registers", "shared memory", "streamed")
 Record = dict[str, Any]
 
 
@@ -83,7 +84,8 @@ def inner_loops(cuobjdump: str, device: str, objects: Path = BUILT) -> Iterator[
 def record_of(kernel: str, device: str, counts: collections.Counter[str]) -> Record:
     """What the model needs of a scan. Per distance: ALU instructions, those at half rate, float32 products and sums,
     bytes of shared memory. `products` of float16 parts, 0 on CUDA cores; a turn of the loop takes `step` columns;
-    `rows` of a block and codes of a `group` are the source's, with which tests/cuda/test_build.py compares them."""
+    `rows` of a block, codes of a `group` and `where` its rows are come from the source, with which
+    tests/cuda/test_build.py compares them."""
     numbers = [int(number) for number in re.findall(r"\d+", kernel.partition("<")[2])]
     if kernel.startswith("scan_cores"):
         (columns,) = numbers
@@ -91,9 +93,10 @@ def record_of(kernel: str, device: str, counts: collections.Counter[str]) -> Rec
         distances = (counts["FFMA"] + 2 * counts["FFMA2"]) / columns
         shape = {"products": 0, "step": columns, "rows": 512 if columns <= 8 else 256, "group": 32}
     else:
-        parts, blocks, chunk = numbers
+        parts, blocks, chunk, where, across = numbers
         distances = 32 * blocks  # a warp's 16 rows a block by 64 codes, of 32 lanes
-        shape = {"products": 2 * parts - 1, "step": chunk, "rows": 64 * blocks, "group": 16}
+        shape = {"products": 2 * parts - 1, "step": chunk, "rows": 64 * blocks // across, "group": 16}
+        shape |= {"where": WHERE[where], "across": across}
     single, double = ("FFMA", "FMUL", "FADD"), ("FFMA2", "FMUL2", "FADD2")
     # Reads of one address by all lanes take a clock, four matrices four, and so does what a warp brings of 16 bytes.
     clocks = counts["LDS"] + 4 * counts["LDSM"] + 4 * counts["LDGSTS"]

@@ -12,10 +12,18 @@ struct List {
   const int* count;  // [heads]
 };
 
+// Rows too long to stay with a block, as float16 parts; see pack_rows.
+struct PackedRows {
+  uint16_t* rows;  // [heads, parts, count, columns], by place in the list
+  float* shrinks;  // [heads, count]
+  int64_t count;   // n, and up to a whole block
+};
+
 struct Scan {
   Frame frame;
   Values x;  // [heads, n, dim]
   List list;
+  PackedRows packed;
   float* best;  // [heads, splits, 2, n]: best and second best, by place in the list
   int* group;   // [heads, splits, n]: of the best
   int64_t n;
@@ -66,6 +74,10 @@ struct Rest {
   int* count;  // [heads], zero before
   int64_t* out;
 };
+
+__host__ __device__ inline int finish_shared(int dim) {
+  return FINISH_WARPS * stride_of(dim) * static_cast<int>(sizeof(float));
+}
 
 // Final is a row whose best group is more than 2 B ahead of the others: its nearest code is in there, and found by
 // float32 distances and the definition. Other rows go on to the next tier. A warp has a row.

@@ -9,7 +9,7 @@
 
 namespace fastvq::cuda {
 
-constexpr int CORES_THREADS = 128, CORES_TILE = 2 * TILE, CORES_GROUP = 32;
+constexpr int CORES_THREADS = 128, CORES_TILE = 2 * TILE, CORES_GROUP = 32, CORES_COLUMNS = 16;
 
 // Rows of a thread: their elements and sums stay in registers.
 template <int COLUMNS>

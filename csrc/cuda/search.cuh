@@ -1,9 +1,9 @@
 // The nearest code of each row: which kernels serve which shape.
 //
-//   up to 64 rows          few: float32 distances to all codes, nothing packed
-//   up to 16 dimensions    cores: a float32 scan on CUDA cores; what stays open goes to `define`
-//   up to 512 dimensions   matrix: a scan in one float16 product, one in three for what stays open, and `define`
-//   anything else          define: float32 distances to all codes and the definition; for float64 the definition alone
+//   up to 64 rows         few: float32 distances to all codes, nothing packed
+//   up to 4 dimensions    cores: a float32 scan on CUDA cores; what stays open goes to `define`
+//   more                  matrix: a scan in one float16 product, one in three for what stays open, and `define`
+//   float64               define: the definition of each distance
 #pragma once
 
 #include <stdexcept>
@@ -15,9 +15,21 @@
 namespace fastvq::cuda {
 
 enum class Path : int { automatic, few, cores, matrix, three_products, define };
+constexpr const char* PATHS[] = {"automatic", "few", "cores", "matrix", "three_products", "define"};
+
+inline Path path_named(const std::string& name) {
+  std::string all;
+  for (const char* const& known : PATHS) {
+    if (name == known) return static_cast<Path>(&known - PATHS);
+    all += (all.empty() ? "" : ", ") + std::string(known);
+  }
+  throw std::runtime_error("FASTVQ_CUDA_PATH=" + name + ": unknown; may be " + all);
+}
 
 constexpr int64_t MOST_ROWS = int64_t{1} << 30, MOST_CODES = int64_t{1} << 30;
-constexpr int MOST_HEADS = 65535, CORES_DIM = 16, MATRIX_DIM = 512;
+constexpr int64_t MOST_FEW = 4096;  // rows for which `few` has memory: a range of each slice of the codes
+constexpr int MOST_HEADS = 65535;
+constexpr int CORES_DIM = 4;  // docs/gpu.md says why no more
 constexpr int MOST_SPLITS = 64, DEFINE_BLOCKS_EACH = 8, FINISH_BLOCKS_EACH = 16, SCAN_BLOCKS_EACH = 4;
 constexpr int LISTED_SHARE = 16;  // of the rows are expected in a list, where blocks are counted out
 
@@ -97,13 +109,13 @@ struct Search {
                                " dimensions");
     if (n > MOST_ROWS || codes.size > MOST_CODES || heads > MOST_HEADS)
       throw std::runtime_error("x, codebook: the CUDA kernels take up to 2^30 rows and codes and 65535 heads at once");
-    const bool few_fit = few_shared(codes.dim) <= machine.shared_limit;
-    if (path == Path::automatic)
-      path = n <= SEARCH_FEW && few_fit ? Path::few
-             : codes.dim <= CORES_DIM   ? Path::cores
-             : codes.dim <= MATRIX_DIM  ? Path::matrix
-                                        : Path::define;
-    if (codes.wide) path = Path::define;
+    if (codes.wide)
+      path = Path::define;
+    else if (path == Path::automatic)
+      path = chosen();
+    else if (!fits(path))
+      throw std::runtime_error("FASTVQ_CUDA_PATH=" + std::string(PATHS[static_cast<int>(path)]) + ": can't take " +
+                               std::to_string(n) + " rows of " + std::to_string(codes.dim) + " dimensions");
     if (path == Path::few)
       few();
     else if (path == Path::cores)
@@ -115,6 +127,18 @@ struct Search {
   }
 
  private:
+  Path chosen() const {
+    if (n <= SEARCH_FEW && fits(Path::few)) return Path::few;
+    if (codes.dim <= CORES_DIM) return Path::cores;
+    return fits(Path::matrix) ? Path::matrix : Path::define;
+  }
+
+  bool fits(Path path) const {
+    if (path == Path::few) return n <= MOST_FEW && few_shared(codes.dim) <= machine.shared_limit;
+    if (path == Path::cores) return codes.dim <= CORES_COLUMNS;
+    return path == Path::define || finish_shared(codes.dim) <= machine.shared_limit;
+  }
+
   void few() const {
     FewRows rows{};
     rows.x = x, rows.codes = codes, rows.out = out, rows.n = n;
@@ -143,60 +167,79 @@ struct Search {
     return static_cast<int>(ceil_div(tiles, ceil_div(tiles, most)));
   }
 
-  // Scans all rows, or those of the list, and returns the list of those that stay open.
+  // A scan of all rows, or of those of a list, and its launch.
+  Scan scan_of(const Frame& frame, Tier tier, List list) const {
+    Scan scan{};
+    scan.frame = frame, scan.x = x, scan.list = list, scan.n = n, scan.tier = tier, scan.metric = codes.metric;
+    return scan;
+  }
+
+  // Returns the list of the rows that stay open. A block leaves `across` results of a row.
   template <class Kernel>
-  List scan(Kernel kernel, int shared, const Frame& frame, Tier tier, List list, int block_rows, int tile,
-            int group) const {
-    const int64_t tiles = frame.padded / tile, blocks = ceil_div(n, block_rows);
-    const int splits = splits_for(list.rows ? ceil_div(blocks, LISTED_SHARE) : blocks, tiles);
-    Scan all{};
-    all.frame = frame, all.x = x, all.list = list, all.n = n, all.tier = tier, all.metric = codes.metric;
-    all.tiles = static_cast<int>(ceil_div(tiles, splits));
-    all.best = static_cast<float*>(take(sizeof(float) * 2 * heads * splits * n));
-    all.group = static_cast<int*>(take(sizeof(int) * heads * splits * n));
+  List run_scan(Kernel kernel, int shared, Scan scan, int block_rows, int tile, int group, int across) const {
+    const int64_t tiles = scan.frame.padded / tile, blocks = ceil_div(n, block_rows);
+    const int splits = splits_for(scan.list.rows ? ceil_div(blocks, LISTED_SHARE) : blocks, tiles);
+    scan.tiles = static_cast<int>(ceil_div(tiles, splits));
+    scan.best = static_cast<float*>(take(sizeof(float) * 2 * heads * splits * across * n));
+    scan.group = static_cast<int*>(take(sizeof(int) * heads * splits * across * n));
     const Rest rest = empty_list();
     const unsigned many = static_cast<unsigned>(heads);
     launch(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits), many), MATRIX_THREADS, shared,
-           stream, all, tiles);
-    const int64_t finishing = min(ceil_div(n, FINISH_WARPS), int64_t{FINISH_BLOCKS_EACH} * machine.processors);
-    launch(finish, dim3(static_cast<unsigned>(finishing), many), FINISH_THREADS,
-           FINISH_WARPS * stride_of(codes.dim) * static_cast<int>(sizeof(float)), stream, all, rest, splits, group);
+           stream, scan, tiles);
+    launch(finish, dim3(blocks_of(ceil_div(n, FINISH_WARPS)), many), FINISH_THREADS, finish_shared(codes.dim), stream,
+           scan, rest, splits * across, group);
     return {rest.rows, rest.count};
   }
 
+  // For kernels whose blocks take one item after the other.
+  unsigned blocks_of(int64_t items) const {
+    return static_cast<unsigned>(min(items, int64_t{FINISH_BLOCKS_EACH} * machine.processors));
+  }
+
   template <int COLUMNS>
-  List scan_of() const {
+  List scan_pairs() const {
     static_assert(CORES_THREADS == MATRIX_THREADS);
     const Frame frame = prepare(codes, heads, COLUMNS, true, stream, take);
-    return scan(scan_cores<COLUMNS>, cores_shared<COLUMNS>(), frame, Tier::cores, {nullptr, nullptr},
-                CORES_THREADS * ROWS_EACH<COLUMNS>, CORES_TILE, CORES_GROUP);
+    return run_scan(scan_cores<COLUMNS>, cores_shared<COLUMNS>(), scan_of(frame, Tier::cores, {nullptr, nullptr}),
+                    CORES_THREADS * ROWS_EACH<COLUMNS>, CORES_TILE, CORES_GROUP, 1);
   }
 
   void on_cores() const {
-    by_definition(codes.dim <= 4 ? scan_of<4>() : codes.dim <= 8 ? scan_of<8>() : scan_of<16>());
+    by_definition(codes.dim <= 4 ? scan_pairs<4>() : codes.dim <= 8 ? scan_pairs<8>() : scan_pairs<16>());
   }
 
-  template <int PARTS, int BLOCKS, int CHUNK>
-  bool on_tiles(const Frame& frame, List& list) const {
-    using Tile = MatrixTile<PARTS, BLOCKS, CHUNK>;
-    const int shared = Tile::shared(frame.columns);
-    if (shared > machine.shared_limit) return false;
-    list = scan(scan_matrix<PARTS, BLOCKS, CHUNK>, shared, frame, PARTS == 1 ? Tier::one_product : Tier::three_products,
-                list, Tile::ROWS, TILE, MATRIX_GROUP);
-    return true;
+  template <int PARTS, int BLOCKS, int CHUNK, int WHERE, int ACROSS>
+  List scan_parts(const Frame& frame, List list) const {
+    using Tile = MatrixTile<PARTS, BLOCKS, CHUNK, WHERE, ACROSS>;
+    Scan scan = scan_of(frame, PARTS == 1 ? Tier::one_product : Tier::three_products, list);
+    if (WHERE == STREAMED) {
+      scan.packed.count = ceil_div(n, Tile::ROWS) * Tile::ROWS;
+      scan.packed.rows =
+          static_cast<uint16_t*>(take(sizeof(uint16_t) * heads * PARTS * scan.packed.count * frame.columns));
+      scan.packed.shrinks = static_cast<float*>(take(sizeof(float) * heads * scan.packed.count));
+      launch(pack_rows<PARTS>, dim3(blocks_of(scan.packed.count / PACK_WARPS), static_cast<unsigned>(heads)),
+             PACK_THREADS, 0, stream, scan, Tile::ROWS);
+    }
+    return run_scan(scan_matrix<PARTS, BLOCKS, CHUNK, WHERE, ACROSS>, Tile::shared(frame.columns), scan, Tile::ROWS,
+                    Tile::WIDTH, MATRIX_GROUP, ACROSS);
   }
 
-  // A tier whose tiles don't fit the device's shared memory is passed over.
+  // Rows of more than one chunk stay in shared memory where they fit.
+  template <int PARTS, int BLOCKS, int ACROSS>
+  List scan_chunks(const Frame& frame, List list) const {
+    if (MatrixTile<PARTS, BLOCKS, 32, IN_SHARED_MEMORY, ACROSS>::shared(frame.columns) <= machine.shared_limit)
+      return scan_parts<PARTS, BLOCKS, 32, IN_SHARED_MEMORY, ACROSS>(frame, list);
+    return scan_parts<PARTS, BLOCKS, 32, STREAMED, ACROSS>(frame, list);
+  }
+
   void on_matrix_units(bool both) const {
     const Frame frame = prepare(codes, heads, padded_columns(codes.dim), false, stream, take);
     List list{nullptr, nullptr};
-    if (both) {
-      if (frame.columns == 32)
-        on_tiles<1, 2, 32>(frame, list);
-      else if (!on_tiles<1, 2, 64>(frame, list))
-        on_tiles<1, 1, 64>(frame, list);
-    }
-    on_tiles<2, 1, 32>(frame, list);
+    if (both)
+      list = frame.columns == 16   ? scan_parts<1, 4, 16, IN_REGISTERS, 1>(frame, list)
+             : frame.columns == 32 ? scan_parts<1, 4, 32, IN_REGISTERS, 1>(frame, list)
+                                   : scan_chunks<1, 4, 2>(frame, list);
+    list = frame.columns == 16 ? scan_parts<2, 2, 16, IN_REGISTERS, 1>(frame, list) : scan_chunks<2, 1, 1>(frame, list);
     by_definition(list);
   }
 };

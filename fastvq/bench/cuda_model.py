@@ -23,6 +23,12 @@ PASSES = 2
 """Over the codes that may be nearest: which is the least distance, and which codes may have it."""
 SCANNED = 12
 """Bytes that a scan leaves of a row: two scores and a group."""
+CORES_COLUMNS = 16
+"""That the scan on CUDA cores takes at most."""
+FINISH_WARPS = 4
+"""Rows that `finish` keeps in shared memory at a time."""
+TILE, STAGES, PADDING = 64, 3, 8
+"""Of the scan on matrix units: codes that come together, how many times at once, float16 numbers between vectors."""
 
 
 class Way(NamedTuple):
@@ -54,17 +60,20 @@ def load_cuda_counts() -> dict[str, Any]:
     return json.loads(text)
 
 
-def served_by(limits: dict[str, int], shape: Shape) -> str:
+def served_by(limits: dict[str, int], device: Device, shape: Shape) -> str:
     """Which way serves a shape by itself, as csrc/cuda/search.cuh chooses it: "few", "cores", "matrix" or "define"."""
     if shape.n <= limits["few_rows"]:
         return "few"
-    return "cores" if shape.d <= limits["cores_dim"] else "matrix" if shape.d <= limits["matrix_dim"] else "define"
+    if shape.d <= limits["cores_dim"]:
+        return "cores"
+    return "matrix" if FINISH_WARPS * 4 * shape.d <= device.shared else "define"
 
 
-def ways(limits: dict[str, int], shape: Shape) -> list[str]:
-    """The way that serves a shape, and the scan on matrix units where it could as well."""
-    served = served_by(limits, shape)
-    return [served, "matrix"] if served == "cores" else [served]
+def ways(limits: dict[str, int], device: Device, shape: Shape) -> list[str]:
+    """The way that serves a shape, and of the two scans the other one where it could as well."""
+    served = served_by(limits, device, shape)
+    others = {"cores": "matrix", "matrix": "cores"} if shape.d <= CORES_COLUMNS else {}
+    return [served, *([others[served]] if served in others else [])]
 
 
 def way_named(
@@ -84,7 +93,7 @@ def way_named(
         )
     tiers = [(0, 1.0)] if way == "cores" else [(1, 1.0), (3, open_share)]
     parts: dict[str, Terms] = {}
-    scans = [scan_for(counts, device.target, shape.d, products) for products, _ in tiers]
+    scans = [scan_for(counts, device, shape.d, products) for products, _ in tiers]
     for scan, (products, share) in zip(scans, tiers, strict=True):
         of_rows = "all rows" if products < 3 else f"{share:.3g} of the rows"
         how = "scan on CUDA cores" if way == "cores" else f"scan in {products} product{'s' * (products > 1)}"
@@ -95,37 +104,53 @@ def way_named(
     # Norms and packing read the codebook; what is packed is written, with two lengths and half a square of each code.
     packed = 4 * packed_columns(scans[0], shape.d)
     packing = shape.k * (2 * shape.d * element + packed + 20) / device.memory
-    # Norms, decision, packing; a fill, a scan and its end for each tier; the definition.
-    return Way(parts, packing, 3 + 3 * len(tiers) + 1, scans)
+    # Norms, decision, packing; a fill, a scan and its end for each tier, packing of rows that stream; the definition.
+    launches = 3 + 3 * len(tiers) + sum(scan.get("where") == "streamed" for scan in scans) + 1
+    return Way(parts, packing, launches, scans)
 
 
-def scan_for(counts: dict[str, Any], target: str, dim: int, products: int) -> dict[str, Any]:
-    """The record of the scan that takes vectors of `dim` dimensions in so many products, 0 for CUDA cores.
+def scan_for(counts: dict[str, Any], device: Device, dim: int, products: int) -> dict[str, Any]:
+    """The record of the scan that takes vectors of `dim` dimensions in so many products, 0 for CUDA cores, as
+    csrc/cuda/search.cuh chooses it.
 
     Raises:
         BenchError: none is shipped for the target.
     """
-    found = [r for r in counts["records"] if r["target"] == target and r["products"] == products]
-    # On CUDA cores whole vectors stand in registers; on matrix units columns come in steps.
-    step = dim if products == 0 else 32 if dim <= 32 else 64
-    fitting = [r for r in found if (r["step"] >= step if products == 0 else r["step"] <= step)]
+    found = [r for r in counts["records"] if r["target"] == device.target and r["products"] == products]
+    if products == 0:
+        fitting = sorted((r for r in found if r["step"] >= dim), key=lambda r: r["step"])
+    else:
+        columns = matrix_columns(dim)
+        whole = [r for r in found if r["where"] == "registers" and r["step"] == columns]
+        stay = [r for r in found if r["where"] == "shared memory" and shared_bytes(r, columns) <= device.shared]
+        fitting = whole or stay or [r for r in found if r["where"] == "streamed"]
     if not fitting:
         what = "on CUDA cores" if products == 0 else f"in {products} products"
         raise BenchError(
-            f"model: cuda_counts.json has no scan {what} of {dim} dimensions for {target}; "
+            f"model: cuda_counts.json has no scan {what} of {dim} dimensions for {device.target}; "
             "python csrc/cuda/counts.py --write makes it"
         )
-    if products == 0:
-        return min(fitting, key=lambda r: r["step"])
-    # The longest steps, and the blocks of the most rows, for which shared memory has room on all DEVICES.
-    return max(fitting, key=lambda r: (r["step"], r["rows"]))
+    return fitting[0]
+
+
+def matrix_columns(dim: int) -> int:
+    """Columns that a vector takes up on matrix units."""
+    return 16 if dim <= 16 else 32 if dim <= 32 else 64 * math.ceil(dim / 64)
+
+
+def shared_bytes(scan: dict[str, Any], columns: int) -> int:
+    """Of a block of a scan on matrix units."""
+    parts = 2 if scan["products"] == 3 else 1
+    streamed, stride = scan["where"] == "streamed", scan["step"] + PADDING
+    width = TILE * scan["across"]
+    stage = parts * (width + streamed * scan["rows"]) * stride * 2 + width * 4
+    rows = 0 if streamed else parts * scan["rows"] * (columns + PADDING) * 2 + scan["rows"] * 4
+    return STAGES * stage + rows
 
 
 def packed_columns(scan: dict[str, Any], dim: int) -> int:
     """Columns that a vector takes up for this scan."""
-    if scan["products"] == 0:
-        return scan["step"]
-    return 32 if dim <= 32 else 64 * math.ceil(dim / 64)
+    return scan["step"] if scan["products"] == 0 else matrix_columns(dim)
 
 
 def scan_terms(device: Device, scan: dict[str, Any], shape: Shape, rows: float, element: int = 4) -> Terms:
@@ -136,13 +161,16 @@ def scan_terms(device: Device, scan: dict[str, Any], shape: Shape, rows: float, 
     """
     columns, pairs = packed_columns(scan, shape.d), rows * shape.k
     turns = columns / scan["step"]
-    code = 4 * columns + 4 if scan["products"] == 0 else 2 * columns * (2 if scan["products"] == 3 else 1) + 4
+    vector = 4 * columns if scan["products"] == 0 else 2 * columns * (2 if scan["products"] == 3 else 1)
+    code, streamed = vector + 4, scan.get("where") == "streamed"
+    tiles = math.ceil(shape.k / (TILE * scan["across"])) if streamed else 0
     slots = max(scan["alu"], 2 * scan["half_rate"], scan["float32"] * device.lanes / device.float32)
     return Terms(
         matrix=2 * pairs * columns * scan["products"] / (device.sync * device.matrix),
         epilogue=pairs * slots / device.issue,
-        memory=(rows * (shape.d * element + SCANNED) + shape.k * code) / device.memory,
-        cache=math.ceil(rows / scan["rows"]) * shape.k * code / device.cache,
+        # Rows that stream are written once as float16 parts, and come again with every tile of codes.
+        memory=(rows * (shape.d * element + SCANNED + streamed * vector) + shape.k * code) / device.memory,
+        cache=(math.ceil(rows / scan["rows"]) * shape.k * code + tiles * rows * vector) / device.cache,
         shared=pairs * scan["shared"] * turns / (device.units * SHARED_CLOCK * device.clock),
     )
 

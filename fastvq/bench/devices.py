@@ -26,6 +26,8 @@ class Device(NamedTuple):
     """Lanes of a unit that multiply and add float32 in a clock."""
     sync: float = 1.0
     """Share of `matrix` that mma.sync reaches, the instruction of the CUDA kernels."""
+    shared: int = 227 << 10
+    """Bytes of shared memory that a block may have."""
 
     @property
     def issue(self) -> float:
@@ -44,7 +46,9 @@ SHARED_CLOCK = 128
 # et al. measure on average (arXiv 2501.12084: 62.9 %); for B200 the rate of H100 is assumed, a unit and clock.
 DEVICES = {
     # NVIDIA A100 80GB data sheet and A100 architecture white paper.
-    "a100": Device("sm_80", "A100-SXM4-80GB", 108, 128, 1.41e9, 312e12, 2.039e12, 5120 * 1.41e9, float32=64),
+    "a100": Device(
+        "sm_80", "A100-SXM4-80GB", 108, 128, 1.41e9, 312e12, 2.039e12, 5120 * 1.41e9, float32=64, shared=163 << 10
+    ),
     # NVIDIA H100 SXM5 data sheet, dense; H100 architecture white paper.
     "h100": Device("sm_90", "H100 80GB HBM3", 132, 128, 1.755e9, 989.4e12, 3.35e12, 5120 * 1.755e9, sync=0.63),
     # NVIDIA Blackwell data sheet, dense; the clock is what gives its peak with 8192 multiply-adds a unit, 148 units.

@@ -197,7 +197,8 @@ def predict(name: str, shape: Shape, *, open_share: float = OPEN_SHARE, element:
 
 CUDA = "CUDA kernels"
 """What csrc/cuda's own way of serving a shape is called in a prediction."""
-CUDA_INSTEAD = "CUDA kernels, were it on matrix units"
+CUDA_INSTEAD = {"cores": "CUDA kernels, were it on CUDA cores", "matrix": "CUDA kernels, were it on matrix units"}
+"""And the other scan, where there are two."""
 
 
 def _cuda_ways(device: Device, shape: Shape, open_share: float, element: int) -> dict[str, Any]:
@@ -205,10 +206,11 @@ def _cuda_ways(device: Device, shape: Shape, open_share: float, element: int) ->
     if not device.target.startswith("sm_"):
         return {"compiler": None, "ways": {}}
     counts = load_cuda_counts()
-    named = zip((CUDA, CUDA_INSTEAD), cuda_model.ways(counts["limits"], shape), strict=False)
+    own, *others = cuda_model.ways(counts["limits"], device, shape)
+    named = {CUDA: own} | {CUDA_INSTEAD[other]: other for other in others}
     ways = {
         title: cuda_model.way_named(counts, device, way, shape, open_share=open_share, element=element)
-        for title, way in named
+        for title, way in named.items()
     }
     return {"compiler": counts["compiler"], "ways": ways}
 

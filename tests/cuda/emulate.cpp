@@ -1,8 +1,9 @@
 // Runs the CUDA kernels in the emulator. Reads one call after the other from standard input and writes what each has
 // computed to standard output, both as tests/cuda/test_emulated.py has them.
 //
-//     emulate ORDER [SEED] [PROCESSORS] [UNIT]      ORDER forward, reverse, shuffled or threads; UNIT rounding, a100,
-//     h100
+//     emulate ORDER [SEED] [PROCESSORS] [UNIT] [SHARED]
+//
+// ORDER is forward, reverse, shuffled or threads; UNIT rounding, a100 or h100; SHARED a block's bytes of shared memory.
 #include <cstdio>
 #include <cstdlib>
 #include <list>
@@ -54,6 +55,12 @@ Values read_values(Memory& memory, int64_t count) {
   return {read_block(memory, size * count), dtype};
 }
 
+Path read_path() {
+  std::string name(read<int64_t>(), ' ');
+  if (std::fread(&name[0], name.size(), 1, stdin) != 1) emulator::fail("the input ends within a call");
+  return path_named(name);
+}
+
 void run_accumulate() {
   Memory memory;
   const auto n = read<int64_t>(), dim = read<int64_t>(), size = read<int64_t>();
@@ -97,7 +104,7 @@ void run_search() {
   Memory memory;
   const auto heads = read<int64_t>(), n = read<int64_t>(), size = read<int64_t>(), dim = read<int64_t>();
   const auto metric = static_cast<Metric>(read<int64_t>());
-  const auto path = static_cast<Path>(read<int64_t>());
+  const Path path = read_path();
   const Values x = read_values(memory, heads * n * dim);
   const Values codebook = read_values(memory, heads * size * dim);
   const Codes codes = codes_of(codebook, size, static_cast<int>(dim), metric, x);
@@ -119,7 +126,7 @@ void run_search() {
 void run_residual_search() {
   Memory memory;
   const auto levels = read<int64_t>(), n = read<int64_t>(), size = read<int64_t>(), dim = read<int64_t>();
-  const auto path = static_cast<Path>(read<int64_t>());
+  const Path path = read_path();
   const Values x = read_values(memory, n * dim);
   const Values codebooks = read_values(memory, levels * size * dim);
   const Codes codes = codes_of(codebooks, size, static_cast<int>(dim), Metric::l2, x);
@@ -131,6 +138,19 @@ void run_residual_search() {
   const bool few = path == Path::automatic || path == Path::few;
   residual_search(x, codes, n, static_cast<int>(levels), out, few, machine_of(0), nullptr, take, search);
   write(out, n * levels * sizeof(int64_t));
+}
+
+// Calls visit(name, tile, columns at most) for each scan on matrix units.
+template <class Visit>
+void for_matrix_scans(const Visit& visit) {
+  const int any = 1 << 20;
+  visit("scan_matrix<1, 4, 16, 0, 1>", MatrixTile<1, 4, 16, IN_REGISTERS, 1>{}, 16);
+  visit("scan_matrix<1, 4, 32, 0, 1>", MatrixTile<1, 4, 32, IN_REGISTERS, 1>{}, 32);
+  visit("scan_matrix<1, 4, 32, 1, 2>", MatrixTile<1, 4, 32, IN_SHARED_MEMORY, 2>{}, any);
+  visit("scan_matrix<1, 4, 32, 2, 2>", MatrixTile<1, 4, 32, STREAMED, 2>{}, any);
+  visit("scan_matrix<2, 2, 16, 0, 1>", MatrixTile<2, 2, 16, IN_REGISTERS, 1>{}, 16);
+  visit("scan_matrix<2, 1, 32, 1, 1>", MatrixTile<2, 1, 32, IN_SHARED_MEMORY, 1>{}, any);
+  visit("scan_matrix<2, 1, 32, 2, 1>", MatrixTile<2, 1, 32, STREAMED, 1>{}, any);
 }
 
 // For the table of docs/gpu.md: threads and bytes of shared memory of each kernel, at most, for `columns` columns.
@@ -147,11 +167,12 @@ void run_needs() {
   say("scan_cores<4>", CORES_THREADS, cores_shared<4>());
   say("scan_cores<8>", CORES_THREADS, cores_shared<8>());
   say("scan_cores<16>", CORES_THREADS, cores_shared<16>());
-  say("scan_matrix<1, 2, 32>", MATRIX_THREADS, MatrixTile<1, 2, 32>::shared(32));
-  say("scan_matrix<1, 2, 64>", MATRIX_THREADS, MatrixTile<1, 2, 64>::shared(columns));
-  say("scan_matrix<1, 1, 64>", MATRIX_THREADS, MatrixTile<1, 1, 64>::shared(columns));
-  say("scan_matrix<2, 1, 32>", MATRIX_THREADS, MatrixTile<2, 1, 32>::shared(columns));
-  say("finish", FINISH_THREADS, FINISH_WARPS * stride_of(columns) * 4);
+  for_matrix_scans([&](const char* kernel, auto tile, int most) {
+    say(kernel, MATRIX_THREADS, decltype(tile)::shared(std::min(columns, most)));
+  });
+  say("pack_rows<1>", PACK_THREADS, 0);
+  say("pack_rows<2>", PACK_THREADS, 0);
+  say("finish", FINISH_THREADS, finish_shared(columns));
   say("frame_norms", FRAME_THREADS, 4 * columns);
   say("frame_decide", FRAME_THREADS, FRAME_WARPS * 8);
   say("pack_pairs", FRAME_THREADS, 0);
@@ -174,10 +195,7 @@ void run_tiles() {
   say("scan_cores<4>", CORES_THREADS * ROWS_EACH<4>, CORES_GROUP);
   say("scan_cores<8>", CORES_THREADS * ROWS_EACH<8>, CORES_GROUP);
   say("scan_cores<16>", CORES_THREADS * ROWS_EACH<16>, CORES_GROUP);
-  say("scan_matrix<1, 2, 32>", MatrixTile<1, 2, 32>::ROWS, MATRIX_GROUP);
-  say("scan_matrix<1, 2, 64>", MatrixTile<1, 2, 64>::ROWS, MATRIX_GROUP);
-  say("scan_matrix<1, 1, 64>", MatrixTile<1, 1, 64>::ROWS, MATRIX_GROUP);
-  say("scan_matrix<2, 1, 32>", MatrixTile<2, 1, 32>::ROWS, MATRIX_GROUP);
+  for_matrix_scans([&](const char* kernel, auto tile, int) { say(kernel, decltype(tile)::ROWS, MATRIX_GROUP); });
 }
 
 }  // namespace
@@ -191,6 +209,7 @@ int main(int count, char** arguments) {
                                          : Order::forward;
   if (count > 2) settings.seed = static_cast<unsigned>(std::stoul(arguments[2]));
   if (count > 3) settings.processors = std::stoi(arguments[3]);
+  if (count > 5) settings.shared_limit = std::stoi(arguments[5]);
   if (unit_name == "a100") unit = truncating_unit<8, 1>;
   if (unit_name == "h100") unit = truncating_unit<16, 2>;
   if (const char* wrong = std::getenv("FASTVQ_MUTANT")) mutant = std::stoi(wrong);

@@ -112,6 +112,10 @@ class Call:
         self.sent.append(struct.pack(f"={len(values)}d", *values))
         return self
 
+    def text(self, text: str) -> Call:
+        self.integers(len(text)).sent.append(text.encode())
+        return self
+
     def tensor(self, tensor: Tensor, *, typed: bool = False) -> Call:
         """`typed`: its element type goes first."""
         if typed:
@@ -126,7 +130,7 @@ class Call:
 
 def run(
     calls: Iterable[Call], *, order: str = "forward", seed: int = 0, processors: int = 3, unit: str = "rounding",
-    by: Path | None = None, mutant: int = 0, timeout: float = 300,
+    shared: int = 99 << 10, by: Path | None = None, mutant: int = 0, timeout: float = 300,
 ) -> list[list[Tensor]]:  # fmt: skip
     """The results of each call.
 
@@ -135,7 +139,7 @@ def run(
     """
     calls = list(calls)
     sent = b"".join(call.op.encode() + b"".join(call.sent) for call in calls)
-    command = [str(by or program()), order, str(seed), str(processors), unit]
+    command = [str(by or program()), order, str(seed), str(processors), unit, str(shared)]
     done = subprocess.run(
         command, input=sent, capture_output=True, timeout=timeout, env=os.environ | {"FASTVQ_MUTANT": str(mutant)}
     )
@@ -174,19 +178,16 @@ def min_distance(distances: Tensor, x: Tensor, codes: Tensor) -> Call:
     return call.tensor(x, typed=True).tensor(codes, typed=True).returns(torch.float32, x.shape[0])
 
 
-PATHS = {"automatic": 0, "few": 1, "cores": 2, "matrix": 3, "three_products": 4, "define": 5}
-"""The kernels that a search is forced through; "three_products" is "matrix" without its first scan."""
-
-
 def search(x: Tensor, codebook: Tensor, metric: str = "l2", path: str = "automatic") -> Call:
-    """Returns the indices, and how many rows of the first head each of two scans leaves open, -1 without one."""
+    """Returns the indices, and how many rows of the first head each of two scans leaves open, -1 without one. `path`
+    are the kernels that it is forced through; "three_products" is "matrix" without its first scan."""
     heads = x.shape[0] if x.dim() == 3 else 1
-    call = Call("sear").integers(heads, x.shape[-2], *codebook.shape[-2:], int(metric == "dot"), PATHS[path])
+    call = Call("sear").integers(heads, x.shape[-2], *codebook.shape[-2:], int(metric == "dot")).text(path)
     call.tensor(x, typed=True).tensor(codebook, typed=True)
     return call.returns(torch.int64, *x.shape[:-1]).returns(torch.int64, 2)
 
 
 def residual_search(x: Tensor, codebooks: Tensor, path: str = "automatic") -> Call:
     levels, size, dim = codebooks.shape
-    call = Call("resi").integers(levels, x.shape[0], size, dim, PATHS[path])
+    call = Call("resi").integers(levels, x.shape[0], size, dim).text(path)
     return call.tensor(x, typed=True).tensor(codebooks, typed=True).returns(torch.int64, x.shape[0], levels)

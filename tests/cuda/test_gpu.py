@@ -19,11 +19,14 @@ pytestmark = [
 # One for each of the ways of a search, with rests, and some as large as they are used.
 SHAPES = [(5, 9, 3), (64, 300, 33), (70, 500, 3), (700, 1000, 8), (600, 999, 16), (500, 700, 33), (300, 400, 130)]
 LARGE = [
+    (65536, 16384, 3),
     (65536, 16384, 8),
+    (65536, 16384, 16),
     (65536, 8192, 64),
     (16384, 8192, 256),
     (20000, 4096, 512),
     (2000, 1000, 700),
+    (4096, 8192, 1024),
     (1, 2048, 256),
 ]
 
@@ -48,6 +51,14 @@ def test_adversarial_data(data, metric):
 def test_large(shape, data):
     x, codebook = ADVERSARIAL[data](*shape, generator())
     assert torch.equal(fastvq.search(x.cuda(), codebook.cuda()).cpu(), fastvq.search(x, codebook))
+
+
+@pytest.mark.parametrize("path", ["few", "cores", "matrix", "three_products", "define"])
+def test_each_path(path, monkeypatch):
+    for shape in [(300, 999, 16), (300, 700, 3), (257, 300, 5)]:
+        x, codebook = ADVERSARIAL["gaussian"](*shape, generator())
+        monkeypatch.setenv("FASTVQ_CUDA_PATH", path)
+        assert torch.equal(fastvq.search(x.cuda(), codebook.cuda()).cpu(), reference.search(x, codebook)), shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

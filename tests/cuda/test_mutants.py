@@ -203,6 +203,16 @@ MUTANTS = (
         "frame.cuh", "(inside / 2 % 4) * 16", "(inside / 2 + MUTANT) % 4 * 16",
     ),
     Mutant(
+        "rows that stream stand still", search("matrix", "gaussian", 5, 20, 270),
+        "scan_matrix.cuh", "scan.packed.count * columns + next_chunk * CHUNK;",
+        "scan.packed.count * columns + (MUTANT ? 0 : next_chunk * CHUNK);",
+    ),
+    Mutant(
+        "rows in registers are all of the first warp", search("three_products", "gaussian", 70, 90, 12),
+        "scan_matrix.cuh", "const int row_at = (warp_row + lane % 16)",
+        "const int row_at = ((MUTANT ? 0 : warp_row) + lane % 16)",
+    ),
+    Mutant(
         "far codes never come into question", search("cores", "far_codes", 60, 130, 8),
         "scan.cuh", "two.best - 2.0f * bound.bound > bound.far_floor",
         "(MUTANT || two.best - 2.0f * bound.bound > bound.far_floor)",
@@ -259,6 +269,7 @@ SMALL = (
     search("few", "duplicate_codes", 9, 21, 6),
     search("cores", "bad_codes", 5, 100, 3),
     search("matrix", "rounded_midpoints", 2, 70, 20),
+    search("matrix", "duplicate_codes", 2, 9, 12),
     residual(5, 2, 17, 6),
     accumulate(300, 4, 3),
     ema_update,
@@ -268,6 +279,7 @@ LARGER = (
     search("few", "exact_midpoints", 9, 21, 33),
     search("cores", "duplicate_codes", 140, 150, 15),
     search("matrix", "gaussian", 70, 130, 65),
+    search("matrix", "duplicate_codes", 5, 70, 270),
     search("define", "duplicate_codes", 4, 10, 7),
     search("define", "gaussian", 4, 10, 70),
     residual(130, 1, 9, 3),

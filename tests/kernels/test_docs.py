@@ -61,8 +61,10 @@ def table(head):
     return {first: dict(zip(names, map(float, rest), strict=True)) for first, *rest in cells}
 
 
-SCANS = {"cores, D to 4": (4, 0), "cores, D to 8": (8, 0), "cores, D to 16": (16, 0), "matrix units, D to 32": (32, 1)}
-SCANS |= {"matrix units, D to 64 and each 64 more": (64, 1), "matrix units, three products": (64, 3)}
+SCANS = {"cores, D to 4": (4, 0), "cores, D to 8": (8, 0), "cores, D to 16": (16, 0)}
+MATRIX = {"D to 16": 16, "D to 32": 32, "D to 64": 64, "streamed": 1024}
+SCANS |= {f"matrix units, {name}": (dim, 1) for name, dim in MATRIX.items()}
+SCANS |= {f"three products, {name}": (dim, 3) for name, dim in MATRIX.items() if dim != 64}
 
 
 def test_instructions_of_the_cuda_scans():
@@ -71,7 +73,8 @@ def test_instructions_of_the_cuda_scans():
     assert set(shown) == set(SCANS)
     for name, (dim, products) in SCANS.items():
         for target, value in shown[name].items():
-            assert value == pytest.approx(cuda_model.scan_for(counts, target, dim, products)["alu"], abs=0.0051), name
+            device = next(device for device in model.DEVICES.values() if device.target == target)
+            assert value == pytest.approx(cuda_model.scan_for(counts, device, dim, products)["alu"], abs=0.0051), name
 
 
 def test_lanes_a_distance():
@@ -82,12 +85,13 @@ def test_lanes_a_distance():
         lanes = device.issue / (many.n * many.k)
         expected = {}
         for scan in ("cores, D to 4", "cores, D to 8", "cores, D to 16"):
-            record = cuda_model.scan_for(counts, device.target, *SCANS[scan])
+            record = cuda_model.scan_for(counts, device, *SCANS[scan])
             expected[scan] = cuda_model.scan_terms(device, record, many, many.n).overlapped
-        record = cuda_model.scan_for(counts, device.target, 16, 1)
-        terms = cuda_model.scan_terms(device, record, many, many.n)
-        for what, term in (("instructions", "epilogue"), ("products", "matrix"), ("shared memory", "shared")):
-            expected[f"matrix units, D to 32: {what}"] = getattr(terms, term)
+        for scan in ("D to 16", "D to 32", "D to 64"):
+            record = cuda_model.scan_for(counts, device, MATRIX[scan], 1)
+            terms = cuda_model.scan_terms(device, record, many._replace(d=MATRIX[scan]), many.n)
+            for what, term in (("instructions", "epilogue"), ("products", "matrix"), ("shared memory", "shared")):
+                expected[f"matrix units, {scan}: {what}"] = getattr(terms, term)
         triton = model.scan_for(model.load_counts(), device.target, 13, 1)
         expected["Triton's scan, D to 13"] = model.scan_terms(device, triton, many._replace(d=13), many.n).overlapped
         flash, _, cuvs, _ = (model.rival_terms(device, rival, many).overlapped for rival in model.RIVALS)
