@@ -239,6 +239,7 @@ def _reconstruct(options: argparse.Namespace) -> int:
 
 def _prior(options: argparse.Namespace) -> int:
     from fastvq.training import prior
+    from fastvq.training.report import picture_prior
 
     given = {name: getattr(options, name) for name in ("kind", "steps") if getattr(options, name) is not None}
     config = prior.PriorConfig(**given)
@@ -256,6 +257,7 @@ def _prior(options: argparse.Namespace) -> int:
     model, codes = learned
     bits = prior.bits_per_code(model, codes.test, codes.test_labels)
     print(f"{len(codes.test)} held-out images: {bits:.2f} bits a code")
+    print(f"picture: {picture_prior(options.run_folder)}")
     return 0
 
 

@@ -130,22 +130,52 @@ def save_curves(path: Path, records: Sequence[dict[str, Any]], *, codebook_size:
         caption += f" Perplexity is the number of codes in effective use, at most {codebook_size}."
     figure = _figure(3.7 * len(panels), 4.2, title, caption)
     for axes, (label, key, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
-        for split, style, colour, text in (
-            ("train", "-", _BLUE, "training batches"),
-            ("test", "o", _ORANGE, "held-out images"),
-        ):
-            if lines[split]:
-                axes.plot(*zip(*lines[split], strict=True), style, color=colour, markersize=4, label=text)
+        _draw_splits(axes, lines)
         if key == "loss":
             axes.set_yscale("log")
         if key == "perplexity":
             axes.axhline(codebook_size, color=_GREY, linestyle=":", label=f"all {codebook_size} codes equally")
             axes.set_ylim(0, codebook_size * 1.08)
-        axes.set_xlabel("step")
         axes.set_ylabel(label)
-        axes.grid(alpha=0.25)
         axes.legend(fontsize=8, loc="upper right" if key == "loss" else "lower right")
     save_figure(figure, path)
+
+
+def save_bits(path: Path, records: Sequence[dict[str, Any]], *, codebook_size: int, title: str) -> None:
+    """Draw how many bits a prior needs for a code, over the steps of its training.
+
+    Args:
+        path: PNG file to write.
+        records: the lines of metrics.jsonl; those of split "test" are drawn as dots.
+        codebook_size: K; log2 K bits is what a code is worth where all are equally likely.
+    """
+    uniform = math.log2(codebook_size)
+    lines = {split: _points(records, split, "bits_per_code") for split in ("train", "test")}
+    reached = f", {lines['test'][-1][1]:.2f} at the end" if lines["test"] else ""
+    caption = (
+        f"Bits that the prior needs for a code of an image that it never saw (dots{reached}): the fewer, the better it"
+        " predicts. Dots that rise again mean overfitting. The line is measured while training, with dropout and"
+        " without some labels, which costs bits: at first the dots may lie below it."
+    )
+    figure, axes = figure_with(8, 4.4, title, caption)
+    axes.axhline(uniform, color=_GREY, linestyle=":", label=f"all {codebook_size} codes equally: {uniform:.2f} bits")
+    _draw_splits(axes, lines)
+    axes.set_ylabel("bits a code")
+    # Above the axes: a curve may pass anywhere below the dotted line.
+    axes.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    save_figure(figure, path)
+
+
+def _draw_splits(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
+    """Draw what was recorded over the steps: of training batches a line, of held-out images dots."""
+    for split, style, colour, text in (
+        ("train", "-", _BLUE, "training batches"),
+        ("test", "o", _ORANGE, "held-out images"),
+    ):
+        if lines[split]:
+            axes.plot(*zip(*lines[split], strict=True), style, color=colour, markersize=4, label=text)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.25)
 
 
 def save_usage(path: Path, counts: Tensor, *, perplexity: float, title: str) -> None:

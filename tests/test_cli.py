@@ -169,7 +169,7 @@ def test_demo_writes_pictures_metrics_a_page_and_a_table(
     assert sizes["PNG"]["bytes"] < sizes["pixels"]["bytes"] == 784_000
     page = (run / "index.html").read_text()
     shown = re.findall(r'src="([^"]+)"', page)
-    assert len(shown) == 7
+    assert len(shown) == 8
     assert all((run / name).exists() for name in shown)
     assert f"{metrics['psnr_db']:.2f} dB" in page
     assert "http" not in page
@@ -183,6 +183,7 @@ def test_demo_writes_pictures_metrics_a_page_and_a_table(
         "samples.png",
         "completions.png",
         "neighbours.png",
+        "prior/curves.png",
     ):
         assert (run / name).stat().st_size > 10_000
     table = capsys.readouterr().out

@@ -92,6 +92,29 @@ def test_curves_of_a_run_without_a_bottleneck_have_no_perplexity(tmp_path: Path,
     assert "Perplexity" not in texts(figures[0])
 
 
+def test_bits_of_a_prior(tmp_path: Path, figures: list[Figure]) -> None:
+    records = [{"step": step, "split": "train", "bits_per_code": 7 - step / 10} for step in range(1, 30)]
+    records += [{"step": step, "split": "test", "bits_per_code": 6.5 - step / 20} for step in (10, 20, 30)]
+    path = tmp_path / "bits.png"
+    plots.save_bits(path, records, codebook_size=128, title="Bits")
+    (figure,) = figures
+    (axes,) = figure.axes
+    for expected in ("Bits", "bits a code", "step", "training batches", "held-out images", "5.00 at the end"):
+        assert expected in texts(figure)
+    assert "all 128 codes equally: 7.00 bits" in texts(figure)
+    drawn = {line.get_label(): line for line in axes.lines}
+    assert drawn["held-out images"].get_xydata().tolist() == [[10, 6.0], [20, 5.5], [30, 5.0]]
+    assert drawn["training batches"].get_xydata()[0].tolist() == [1, 6.9]
+    assert set(drawn["all 128 codes equally: 7.00 bits"].get_ydata()) == {7.0}
+    assert ink(path, figure, 0) > 10
+
+
+def test_bits_of_a_prior_without_records_are_no_error(tmp_path: Path, figures: list[Figure]) -> None:
+    plots.save_bits(tmp_path / "bits.png", [], codebook_size=8, title="Bits")
+    assert "3.00 bits" in texts(figures[0])
+    assert "at the end" not in texts(figures[0])
+
+
 def test_usage(tmp_path: Path, figures: list[Figure]) -> None:
     path = tmp_path / "usage.png"
     plots.save_usage(path, torch.tensor([5, 0, 9, 2]), perplexity=2.6, title="Usage")

@@ -25,7 +25,7 @@ from fastvq.training.loop import forget_run
 from fastvq.training.measures import judge_samples, measure_sizes
 from fastvq.training.page import write_page
 from fastvq.training.prior import PriorConfig, bits_per_code, forget_prior, train_prior
-from fastvq.training.report import picture_reconstructions, picture_run
+from fastvq.training.report import picture_prior, picture_reconstructions, picture_run
 from fastvq.training.sampling import picture_completions, picture_neighbours, picture_samples
 from fastvq.training.trainer import Trainer
 
@@ -106,6 +106,7 @@ def run_demo(
         return None
     prior, codes = learned
     prior_seconds = time.monotonic() - prior_started
+    pictures.append(picture_prior(folder))
     bits_of_prior = bits_per_code(prior, codes.test, codes.test_labels) * codes.test.numel()
 
     _say(4)

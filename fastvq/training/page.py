@@ -75,6 +75,10 @@ def _prior(metrics: dict[str, Any]) -> list[str]:
                 ["the learned prior, given the class", f"{bits['prior']:.2f}"],
             ],
         ),
+        "<p>The curve shows it learn: the better it predicts the next code of a grid, the fewer bits that code takes."
+        " The dotted line is a prior to which all codes are alike. The dots are the held-out images: as long as they"
+        " fall, what it learns holds for images that it never saw, too.</p>",
+        _image("prior/curves.png", "Bits a code over the steps of the prior's training"),
         "<p>What predicts can also make up. Codes are drawn one after the other, each from the prior's probabilities"
         " after those before it, and decoded to pixels.</p>",
         _image("samples.png", "Images drawn by class beside real ones"),

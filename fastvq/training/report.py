@@ -13,8 +13,10 @@ from fastvq.data.folder import read_image
 from fastvq.data.images import to_float
 from fastvq.models import VQVAE
 from fastvq.training.build import load_images, load_model
+from fastvq.training.checkpoint import load_latest
 from fastvq.training.evaluation import Evaluation, evaluate, psnr_db, reconstruct
 from fastvq.training.metrics import read_metrics
+from fastvq.training.tokens import FOLDER
 from fastvq.training.trainer import Trainer
 
 _SHOWN = 16
@@ -85,6 +87,19 @@ def picture_run(trainer: Trainer, evaluation: Evaluation) -> list[Path]:
         title=f"{images.name}: images as integers",
     )
     return paths
+
+
+def picture_prior(run: Path) -> Path:
+    """Draw how the prior of a run learned, from its records, and return the picture's path."""
+    config = load_latest(run).config
+    folder = run / FOLDER
+    plots.save_bits(
+        folder / "curves.png",
+        read_metrics(folder / "metrics.jsonl"),
+        codebook_size=config.codebook_size,
+        title=f"{Path(config.data).name}: the prior's training",
+    )
+    return folder / "curves.png"
 
 
 def reconstruct_held_out(run: Path, path: Path) -> list[str]:
