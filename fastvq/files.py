@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,3 +24,27 @@ def whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Write into the folder that this yields: it becomes `folder`, which must be new, once the block has ended without
+    an error. Missing folders above it are made.
+
+    Raises:
+        FileExistsError: see `check_new`.
+    """
+    check_new(folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(folder: Path) -> None:
+    """Raises a FileExistsError if there is something by the name of a folder that is about to be written."""
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: choose another folder")

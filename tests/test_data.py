@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastvq.data import DataError, fashion_mnist, load_fashion_mnist, load_folder, load_full_fashion_mnist
-from fastvq.data.folder import read_image, split_by_file
+from fastvq.data.folder import read_image, split_by_file, write_images
 from fastvq.data.images import to_float
 
 
@@ -199,3 +199,15 @@ def test_sixteen_bit_and_transparent_images_keep_what_is_seen(tmp_path: Path) ->
 def test_hidden_files_are_no_images(folder: Path) -> None:
     (folder / "._hidden.png").write_bytes(b"not an image")
     assert len(load_folder(folder, image_size=8, grayscale=True, test_fraction=0.5).train) > 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_written_as_they_are_read(tmp_path: Path, channels: int) -> None:
+    pixels = torch.randint(0, 256, (3, channels, 8, 8), dtype=torch.uint8)
+    write_images(tmp_path, to_float(pixels), 7, ["b", "a", "b"])
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    assert names == ["a/000008.png", "b/000007.png", "b/000009.png"]
+    again = [read_image(tmp_path / name, image_size=8, grayscale=channels == 1) for name in names]
+    assert torch.equal(torch.stack(again), pixels[[1, 0, 2]])
+    write_images(tmp_path, to_float(pixels[:1]), 10)
+    assert (tmp_path / "000010.png").exists()

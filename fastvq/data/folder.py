@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,20 @@ def read_image(path: Path, *, image_size: int, grayscale: bool) -> Tensor:
         raise DataError(f"{path} is no readable image: {error}") from error
     pixels = np.atleast_3d(np.array(square, dtype=np.uint8))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def write_images(root: Path, images: Tensor, first: int, subfolders: Sequence[str] | None = None) -> None:
+    """Write images (N, C, H, W), float in [0, 1], of one channel or three, as PNG files numbered from `first` on.
+
+    Args:
+        root: a folder that is there.
+        subfolders: for each image, the folder in `root` that it goes to.
+    """
+    pillow = require("PIL.Image")
+    for row, pixels in enumerate((images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).squeeze(-1).cpu().numpy()):
+        folder = root / subfolders[row] if subfolders else root
+        folder.mkdir(exist_ok=True)
+        pillow.fromarray(pixels).save(folder / f"{first + row:06d}.png")
 
 
 def _eight_bit(image: Any) -> Any:

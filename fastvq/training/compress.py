@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +10,9 @@ from torch import Tensor
 
 from fastvq import coding
 from fastvq.coding import CodingError
-from fastvq.data.folder import SUFFIXES, read_image
+from fastvq.data.folder import SUFFIXES, read_image, write_images
 from fastvq.data.images import DataError, to_float
-from fastvq.extras import require
-from fastvq.files import whole
+from fastvq.files import check_new, whole, whole_folder
 from fastvq.models import VQVAE, Prior
 from fastvq.training.build import load_images, load_model
 from fastvq.training.prior import load_prior
@@ -70,10 +67,9 @@ def decode_images(run: Path, source: Path, folder: Path) -> list[str]:
 
     Raises:
         CheckpointError, CodingError: a run or a file that can't be, one of another model, or codes that are no images.
-        DataError: the folder exists.
+        FileExistsError: the folder exists.
     """
-    if folder.exists():
-        raise DataError(f"{folder} exists: choose another folder")
+    check_new(folder)
     vqvae, config = load_model(run)
     data = coding.load(source)
     side = config.image_size // 2**config.downsamples
@@ -85,17 +81,9 @@ def decode_images(run: Path, source: Path, folder: Path) -> list[str]:
             f" {side} x {side} codes in [0, {config.codebook_size})"
         )
     codes = _decoded(data, run, fingerprint=coding.fingerprint(vqvae))
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        for first, batch in zip(range(0, len(codes), _BATCH), codes.split(_BATCH), strict=True):
-            with torch.no_grad():
-                restored = vqvae.decode(batch).clamp(0, 1)
-            for number, image in enumerate(restored, first):
-                _write_png(partial / f"{number:06d}.png", image)
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(folder) as partial, torch.no_grad():
+        for first in range(0, len(codes), _BATCH):
+            write_images(partial, vqvae.decode(codes[first : first + _BATCH]).clamp(0, 1), first)
     return [f"{len(codes)} images: {folder}"]
 
 
@@ -169,9 +157,3 @@ def _image_files(source: Path) -> list[Path]:
     if not source.exists():
         raise DataError(f"{source} doesn't exist")
     return [source]
-
-
-def _write_png(path: Path, image: Tensor) -> None:
-    """An image (C, H, W) in [0, 1]."""
-    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).cpu().numpy()
-    require("PIL.Image").fromarray(pixels).save(path)
