@@ -107,11 +107,19 @@ def _parser() -> argparse.ArgumentParser:
         "source", type=Path, metavar="IN", help="an image, a folder of images, held-out, or codes in an .npy file"
     )
     encode.add_argument("out", type=Path, metavar="OUT", help="file to write")
-    encode.add_argument("--run", type=Path, metavar="DIR", dest="run_folder", help="the run whose model encodes images")
+    encode.add_argument(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        dest="run_folder",
+        help="the run whose model encodes images, or whose codes an .npy file holds",
+    )
     encode.add_argument(
         "--model", default="adaptive", help="adaptive, static or the learned prior (default: %(default)s)"
     )
-    encode.add_argument("--codebook-size", type=int, help="of an .npy file; default: the largest code + 1")
+    encode.add_argument(
+        "--codebook-size", type=int, help="of an .npy file; default: the run's, or the largest code + 1"
+    )
     encode.set_defaults(run=_encode)
 
     decode = commands.add_parser("decode", help="get images, or an array of codes, back from a coded file")

@@ -62,6 +62,16 @@ def test_arrays(tmp_path, capsys):
     assert np.array_equal(np.load(tmp_path / "out.npy"), codes)
 
 
+def test_an_array_of_a_runs_codes_decodes_to_images(run, tmp_path):
+    folder, _ = run
+    np.save(tmp_path / "in.npy", np.arange(32).reshape(2, 4, 4) % 5)
+    coded = tmp_path / "c.fvq"
+    assert main(["encode", str(tmp_path / "in.npy"), str(coded), f"--run={folder}"]) == 0
+    assert coding.read_header(coded.read_bytes()).codebook_size == 24
+    assert main(["decode", str(coded), str(tmp_path / "out"), f"--run={folder}"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000.png", "000001.png"]
+
+
 def test_a_damaged_or_foreign_file_leaves_nothing_behind(run, tmp_path, capsys):
     folder, images = run
     coded, out = tmp_path / "images.fvq", tmp_path / "out"

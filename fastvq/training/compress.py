@@ -93,7 +93,11 @@ def encode_array(
     """Write the codes of an .npy file, integers of any shape with samples along the first axis, to a coded file.
 
     Args:
-        run: for the model "prior", the run whose prior codes them.
+        codebook_size: K; by default the run's, or as many as the largest code needs.
+        run: the run whose codes they are: the file then decodes to images too. The model "prior" is its prior.
+
+    Raises:
+        CheckpointError, CodingError: a run, an array or a model that can't be.
     """
     try:
         values = np.load(source, allow_pickle=False)
@@ -106,11 +110,13 @@ def encode_array(
     if values.size and int(values.max()) > np.iinfo(np.int64).max:
         raise CodingError(f"{source}: codes must lie in [-1, 2^24), got {values.max()}")
     codes = torch.from_numpy(values.astype(np.int64))
-    prior = _prior(run, model)
-    if codebook_size is None and prior is not None:
-        codebook_size = prior.codebook_size
+    prior, signed = _prior(run, model), bytes(8)
+    if run is not None:
+        vqvae, config = load_model(run)
+        codebook_size = config.codebook_size if codebook_size is None else codebook_size
+        signed = coding.fingerprint(vqvae)
     size = codebook_size if codebook_size is not None else max(1, int(codes.max()) + 1) if codes.numel() else 1
-    data = coding.encode(codes, size, model=model, prior=prior)
+    data = coding.encode(codes, size, model=model, fingerprint=signed, prior=prior)
     coding.save(path, data)
     bits = 8 * len(data) / max(1, codes.numel())
     return [f"{path}: {len(data)} bytes, {bits:.2f} bits a code ({np.log2(size):.2f} without a model of them)"]
