@@ -11,7 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 import fastvq
 from fastvq import codebook, functional, reference
+from fastvq.data import Images
 from fastvq.eager import searches as eager
+from fastvq.training import TrainConfig, Trainer
 
 READS = (RuntimeError, NotImplementedError)
 
@@ -118,3 +120,35 @@ def test_the_torch_backend(meta, metric, monkeypatch):
     near, bound = frame.rows(torch.empty(50, 8, dtype=torch.float64))
     assert eager._limit(torch.empty(50), bound, torch.empty(50, dtype=torch.bool)).shape == (50,)
     assert eager._definition(near.double(), row, frame.exact, code, metric).shape == (2,)
+
+
+class Fed(TorchDispatchMode):
+    """Batches are made on the CPU and go to the device by copies that wait for nothing; else devices don't mix."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor) and x.dim()}
+        copies = func is torch.ops.aten._to_copy.default and kwargs.get("non_blocking")
+        assert len(devices) < 2 or copies, f"{func} meets tensors of {sorted(devices)}"
+        return result
+
+
+def test_the_other_mode_sees_two_devices_and_what_waits():
+    cpu, elsewhere = torch.zeros(3, dtype=torch.int64), torch.empty(5, 4, device="meta")
+    with Fed():
+        torch.nn.functional.embedding(cpu.to("meta", non_blocking=True), elsewhere)
+        for mistake in (lambda: torch.nn.functional.embedding(cpu, elsewhere), lambda: cpu.to("meta")):
+            with pytest.raises(AssertionError, match=r"meets tensors of \['cpu', 'meta'\]"):
+                mistake()
+
+
+def test_a_vqvaes_training_step(tmp_path):
+    """Up to k-means, which may wait once."""
+    pixels = torch.zeros(16, 1, 16, 16, dtype=torch.uint8)
+    images = Images("grey", pixels, pixels, ("grey",) * 16)
+    config = TrainConfig(data="grey", image_size=16, width=8, dim=8, codebook_size=24, batch_size=8, device="meta")
+    trainer = Trainer(config, images, tmp_path)
+    trainer.model.bottleneck._codebook._ready = True
+    with Fed():
+        for _ in range(2):
+            trainer.train_step()

@@ -34,7 +34,13 @@ def batch_rows(step: int, *, count: int, batch_size: int, seed: int) -> Tensor:
     return _epoch_order(seed, epoch, count)[position * batch_size : (position + 1) * batch_size]
 
 
+def moved(batch: Tensor, device: torch.device) -> Tensor:
+    """Return a batch on a device. From the CPU it gets there without waiting for what the device has still to do."""
+    # The other way nothing would say when it has arrived.
+    return batch.to(device, non_blocking=batch.device.type == "cpu")
+
+
 def flip_some(images: Tensor, step: int, *, seed: int) -> Tensor:
     """Return images (B, C, H, W) with each mirrored left to right with probability 1/2."""
     coins = torch.rand(len(images), generator=_generator(seed, "flip", step)) < 0.5
-    return torch.where(coins.to(images.device)[:, None, None, None], images.flip(-1), images)
+    return torch.where(moved(coins, images.device)[:, None, None, None], images.flip(-1), images)

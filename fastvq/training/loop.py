@@ -178,6 +178,18 @@ class Loop:
             torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], self.device)
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ConfigError: it isn't there, or torch was built without it.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device '{name}' can't be used here: {str(error).splitlines()[0]}") from error
+
+
 def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
     """Return a moment of Adam in the parameter's device and memory format, as Adam itself would have made it."""
     if value.shape != parameter.shape:

@@ -12,11 +12,11 @@ import fastvq
 from fastvq.data import DataError, Images
 from fastvq.data.images import to_float
 from fastvq.models import VQVAE
-from fastvq.training.batches import batch_rows, flip_some
+from fastvq.training.batches import batch_rows, flip_some, moved
 from fastvq.training.build import build_model
-from fastvq.training.config import ConfigError, TrainConfig
+from fastvq.training.config import TrainConfig
 from fastvq.training.evaluation import Evaluation, evaluate, psnr_db
-from fastvq.training.loop import Loop, Measures
+from fastvq.training.loop import Loop, Measures, usable_device
 
 OnEvaluation = Callable[["Trainer", Evaluation], object]
 
@@ -48,7 +48,7 @@ class Trainer(Loop):
         if config.batch_size > len(images.train):
             raise DataError(f"batch_size {config.batch_size} is more than the {len(images.train)} training images")
         self.images = images
-        self.device = _usable_device(config.device)
+        self.device = usable_device(config.device)
         torch.manual_seed(config.seed)
         # With channels last the grid's vectors reach the quantizer without a copy: a quarter of a CPU step's time.
         model = build_model(config).to(self.device)
@@ -62,7 +62,7 @@ class Trainer(Loop):
     def learn(self) -> None:
         config = self.config
         rows = batch_rows(self.step, count=len(self._train_images), batch_size=config.batch_size, seed=config.seed)
-        x = to_float(self._train_images[rows.to(self.device)])
+        x = to_float(self._train_images[moved(rows, self.device)])
         if config.flip:
             x = flip_some(x, self.step, seed=config.seed)
         output = self.model(x)
@@ -91,10 +91,3 @@ class Trainer(Loop):
 
     def more_state(self) -> dict[str, Tensor]:
         return {} if self._quantizer is None else {"window.code_counts": self._quantizer.code_counts}
-
-
-def _usable_device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device '{name}' can't be used here: {str(error).splitlines()[0]}") from error
