@@ -8,13 +8,13 @@ import dataclasses
 import json
 import shlex
 import sys
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fastvq
 from fastvq.extras import MissingExtraError
+from fastvq.options import add_settings, given_settings
 
 if TYPE_CHECKING:
     from fastvq.training import TrainConfig
@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fastvq.training.config import PriorConfig, TrainConfig
+
     parser = argparse.ArgumentParser(prog="fastvq", description="Exact vector quantization for PyTorch.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {fastvq.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -65,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a VQ-VAE on images")
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --out")
-    _add_settings(train)
+    add_settings(train, TrainConfig)
     train.set_defaults(run=_train)
 
     reconstruct = commands.add_parser("reconstruct", help="send images through a trained model's codes")
@@ -76,14 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
     reconstruct.set_defaults(run=_reconstruct)
 
-    prior = commands.add_parser("prior", help="learn which codes follow which in a run's data")
+    prior = commands.add_parser(
+        "prior",
+        help="learn which codes follow which in a run's data",
+        description="Learns in DIR/prior/ which codes follow which in a run's data, and says how many bits a code of"
+        " held-out images is worth. An earlier prior there is replaced.",
+    )
     prior.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
     prior.add_argument("--resume", action="store_true", help="go on with an interrupted training, in its own settings")
-    prior.add_argument("--kind", help="transformer (the default), pixelcnn or lstm")
-    prior.add_argument("--steps", type=int, help="default: 1400")
     prior.add_argument(
         "--compare", type=float, metavar="SECONDS", help="only train each kind for so much processor time, and compare"
     )
+    add_settings(prior, PriorConfig)
     prior.set_defaults(run=_prior)
 
     sample = commands.add_parser("sample", help="draw new images with a run's prior")
@@ -163,24 +169,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """Make one option of each field of TrainConfig; options not given leave no attribute behind."""
-    from fastvq.training import TrainConfig
-
-    group = parser.add_argument_group("settings")
-    types = typing.get_type_hints(TrainConfig)
-    for field in dataclasses.fields(TrainConfig):
-        kind: dict[str, Any] = {"type": types[field.name]}
-        if types[field.name] is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        group.add_argument(
-            "--" + field.name.replace("_", "-"),
-            default=argparse.SUPPRESS,
-            help=f"{field.metadata['help']} (default: {field.default})".replace("%", "%%"),
-            **kind,
-        )
-
-
 def _info(options: argparse.Namespace) -> int:
     from fastvq import backends
 
@@ -195,11 +183,7 @@ def _settings(options: argparse.Namespace) -> TrainConfig:
     from fastvq.training.checkpoint import load_latest
     from fastvq.training.config import FULL_DATA, SHIPPED_DATA
 
-    given = {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(TrainConfig)
-        if hasattr(options, field.name)
-    }
+    given = given_settings(options, TrainConfig)
     data = given.get("data", SHIPPED_DATA)
     if data not in (SHIPPED_DATA, FULL_DATA):
         # Resuming from another working directory must find the same folder.
@@ -247,13 +231,17 @@ def _reconstruct(options: argparse.Namespace) -> int:
 
 def _prior(options: argparse.Namespace) -> int:
     from fastvq.training import prior
+    from fastvq.training.config import ConfigError, PriorConfig
     from fastvq.training.report import picture_prior
 
-    given = {name: getattr(options, name) for name in ("kind", "steps") if getattr(options, name) is not None}
-    config = prior.PriorConfig(**given)
+    given = given_settings(options, PriorConfig)
+    config = PriorConfig(**given)
     if options.compare is not None:
-        from fastvq.training.compare import compare_priors
+        from fastvq.training.compare import DECIDED, compare_priors
 
+        useless = [name for name in DECIDED if name in given] + ["resume"] * options.resume
+        if useless:
+            raise ConfigError(f"--compare trains every kind anew for its time: leave out {', '.join(useless)}")
         print("\n".join(compare_priors(options.run_folder, options.compare, config=config)))
         return 0
     if options.resume:

@@ -17,8 +17,8 @@ from fastvq.cli import main
 from fastvq.models import VQVAE
 from fastvq.models.priors import PRIORS
 from fastvq.training import CheckpointError, ConfigError, TrainConfig, Trainer, load_images
-from fastvq.training import prior as training
 from fastvq.training.build import load_model
+from fastvq.training.checkpoint import load_latest
 from fastvq.training.compare import compare_priors
 from fastvq.training.prior import PriorConfig, PriorTrainer, bits_per_code, forget_prior, load_prior, train_prior
 from fastvq.training.tokens import tokenize
@@ -155,9 +155,6 @@ def test_states_that_cannot_be_used(run):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"kind": "oracle"}, "kind must be one of transformer, pixelcnn, lstm, got 'oracle'"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
         ({"heads": 3}, "heads: must divide dim=16, got 3"),
         ({"batch_size": 1000}, "batch_size 1000 is more than the"),
     ],
@@ -175,19 +172,28 @@ def test_learning_rate_rises_and_falls():
     assert abs(rates[6]) < 1e-12
 
 
-def test_commands(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        training, "PriorConfig", lambda steps=6, kind="transformer": dataclasses.replace(TINY, steps=steps, kind=kind)
-    )
+def options(config):
+    """A record of settings as options of the command line."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in config.to_json().items() if value is not None]
+
+
+def test_commands(run, tmp_path, capsys):
     assert main(["sample", str(run), f"--out={tmp_path}/s.png"]) == 2
     assert "has no prior yet" in capsys.readouterr().err
-    assert main(["prior", str(run), "--steps=3"]) == 0
-    assert "bits a code" in capsys.readouterr().out
-    monkeypatch.undo()
-    assert main(["prior", str(run), "--resume", "--steps=4", "--kind=lstm"]) == 2
-    assert "keeps its settings: kind transformer, not lstm, steps 3, not 4" in capsys.readouterr().err
-    for name, options in (("s", []), ("c", ["--complete", "--temperature=0.8", "--top-k=5", "--seed=3"])):
-        assert main(["sample", str(run), f"--out={tmp_path}/{name}.png", *options]) == 0
+    assert main(["prior", str(run), *options(dataclasses.replace(TINY, steps=3))]) == 0
+    said = capsys.readouterr().out
+    assert "bits a code" in said
+    assert f"picture: {run / 'prior' / 'curves.png'}" in said
+    with Image.open(run / "prior" / "curves.png") as image:
+        assert min(image.size) > 300
+    learned = load_latest(run / "prior", PriorConfig)
+    assert learned.config == dataclasses.replace(TINY, steps=3)
+    assert main(["prior", str(run), "--resume", "--steps=4", "--kind=lstm", "--dim=16", "--dropout=0.2"]) == 2
+    changed = "kind transformer, not lstm, dropout 0.1, not 0.2, steps 3, not 4"
+    assert f"a resumed prior keeps its settings: {changed}\n" in capsys.readouterr().err
+    assert main(["prior", str(run), "--resume", *options(dataclasses.replace(TINY, steps=3))]) == 0
+    for name, more in (("s", []), ("c", ["--complete", "--temperature=0.8", "--top-k=5", "--seed=3"])):
+        assert main(["sample", str(run), f"--out={tmp_path}/{name}.png", *more]) == 0
         with Image.open(tmp_path / f"{name}.png") as image:
             assert min(image.size) > 300
     assert main(["sample", str(run), f"--out={tmp_path}/x.png", "--top-p=0"]) == 2
@@ -195,6 +201,23 @@ def test_commands(run, tmp_path, monkeypatch, capsys):
     assert main(["sample", str(run), f"--out={tmp_path}/x.png", "--guidance=2"]) == 2
     assert "guidance: of 2.0 needs labels" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--dropout=1"], "dropout must be at least 0 and below 1, got 1.0"),
+        (["--compare=1", "--steps=3", "--resume"], "--compare trains every kind anew for its time: leave out steps"),
+        (["--compare=nan"], "seconds must be positive and finite, got nan"),
+    ],
+)
+def test_a_prior_stays_where_its_successor_cannot_be(run, given, message, capsys):
+    train_prior(run, TINY, progress=False)
+    kept, records = weights(run), (run / "prior" / "metrics.jsonl").read_bytes()
+    assert main(["prior", str(run), *given]) == 2
+    assert message in capsys.readouterr().err
+    assert equal(weights(run), kept)
+    assert (run / "prior" / "metrics.jsonl").read_bytes() == records
 
 
 def test_priors_are_compared_after_equal_time(run):

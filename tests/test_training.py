@@ -6,7 +6,9 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
+import typing
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ from fastvq.training import (
     psnr_db,
 )
 from fastvq.training.batches import batch_rows, flip_some
+from fastvq.training.config import PriorConfig, Settings
 from fastvq.training.evaluation import reconstruct
 from fastvq.training.loop import forget_run
 from fastvq.training.metrics import read_metrics
@@ -83,6 +86,38 @@ def test_settings_survive_json() -> None:
 def test_a_setting_out_of_range_is_named(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name):
         TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("kind", "oracle", "one of transformer, pixelcnn, lstm, got 'oracle'"),
+        ("dim", 0, "at least 1, got 0"),
+        ("depth", -2, "at least 1, got -2"),
+        ("heads", 0, "at least 1, got 0"),
+        ("dropout", 1.0, "at least 0 and below 1, got 1.0"),
+        ("label_dropout", -0.1, "at least 0 and below 1, got -0.1"),
+        ("steps", 0, "at least 1, got 0"),
+        ("learning_rate", 0.0, "positive, got 0.0"),
+        ("warmup_steps", -1, "at least 0, got -1"),
+        ("weight_decay", -0.05, "at least 0, got -0.05"),
+        ("seed", 2**63, f"between 0 and {2**63 - 1}, got {2**63}"),
+    ],
+)
+def test_a_priors_setting_out_of_range_is_named(name: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} must be {re.escape(message)}$"):
+        PriorConfig(**{name: value})
+
+
+@pytest.mark.parametrize("settings", [TrainConfig, PriorConfig])
+def test_every_number_has_a_range(settings: type[Settings]) -> None:
+    # Of a folder the size of the images is free.
+    given = {"data": "folder"} if settings is TrainConfig else {}
+    for name, kind in typing.get_type_hints(settings).items():
+        if kind not in (str, bool):
+            with pytest.raises(ConfigError, match=f"^{name} must be "):
+                settings(**given, **{name: math.nan})
+    assert PriorConfig(dropout=0, label_dropout=0, warmup_steps=0, weight_decay=0).dim is None
 
 
 def test_an_image_size_that_the_strides_do_not_divide_is_refused() -> None:

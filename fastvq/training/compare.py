@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -14,8 +15,11 @@ import torch
 from fastvq.coding import fingerprint
 from fastvq.files import whole
 from fastvq.models.priors import PRIORS
+from fastvq.training.config import ConfigError
 from fastvq.training.prior import PriorConfig, PriorTrainer, codebook_of, codes_of
 
+DECIDED = ("kind", "steps", "evaluate_every", "checkpoint_every")
+"""Settings that a comparison has its own values for."""
 _WARM_UP, _TIMED = 3, 12
 _LONG = 1 << 30
 
@@ -29,8 +33,13 @@ def compare_priors(run: Path, seconds: float, *, config: PriorConfig | None = No
     Args:
         run: folder of a run whose VQ-VAE is trained.
         seconds: of processor time, for each kind.
-        config: settings besides kind, size and steps.
+        config: settings besides those of `DECIDED`.
+
+    Raises:
+        CheckpointError, ConfigError: see `train_prior`; no such time.
     """
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"seconds must be positive and finite, got {seconds}")
     model, codes, codebook_size = codes_of(run)
     identity, vectors = fingerprint(model).hex(), codebook_of(model)
     records: list[dict[str, Any]] = []

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastvq.models.priors import PRIORS
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -25,13 +27,25 @@ def _setting(default: Any, description: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all settings of a training share: JSON and back, and the fields that `Loop` reads."""
+    """What all settings of a training share: JSON and back, the fields that `Loop` reads, and the ranges of all.
+
+    Each field carries its description as metadata, from which the command line makes its options.
+
+    Raises:
+        ConfigError: a value is out of its range; the message names the field.
+    """
 
     if TYPE_CHECKING:
         steps: int
         log_every: int
         evaluate_every: int
         checkpoint_every: int
+
+    def __post_init__(self) -> None:
+        for name in _RANGES:
+            value = getattr(self, name, None)
+            if value is not None:
+                check_range(name, value)
 
     def learning_rate_at(self, step: int) -> float:
         """Of step 0, 1, ..."""
@@ -64,13 +78,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """Everything that decides the weights of a run: equal settings and equal data give equal weights.
-
-    Each field carries its description as metadata, from which the command line makes its options.
-
-    Raises:
-        ConfigError: a value is out of its range; the message names the field.
-    """
+    """Everything that decides the weights of a run: equal settings and equal data give equal weights."""
 
     data: str = _setting(
         SHIPPED_DATA, f"'{SHIPPED_DATA}' (shipped subset), '{FULL_DATA}' (Debian's) or a folder of images"
@@ -112,10 +120,7 @@ class TrainConfig(Settings):
             raise ConfigError(f"bottleneck must be 'vq' or 'none', got {self.bottleneck!r}")
         if self.data in (SHIPPED_DATA, FULL_DATA) and (self.image_size != 28 or not self.grayscale):
             raise ConfigError(f"{self.data} is 28x28 grayscale: image_size and grayscale can't be changed")
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ConfigError(f"{name} must be {_describe_range(low, high)}, got {value}")
+        super().__post_init__()
         if self.image_size % 2**self.downsamples:
             raise ConfigError(f"image_size {self.image_size} is no multiple of 2**downsamples = {2**self.downsamples}")
 
@@ -125,21 +130,76 @@ class TrainConfig(Settings):
         return self.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
+@dataclass(frozen=True)
+class PriorConfig(Settings):
+    """Settings of a prior and of its training."""
+
+    kind: str = _setting("transformer", f"one of {', '.join(PRIORS)}")
+    dim: int | None = _setting(None, "width (default: the kind's own)")
+    depth: int | None = _setting(None, "blocks or layers (default: the kind's own)")
+    heads: int = _setting(4, "attention heads of the transformer, which divide its width")
+    dropout: float = _setting(0.1, "share of what layers hand on that is left out in training")
+    label_dropout: float = _setting(0.1, "share of samples that are learned without their label, for guidance")
+
+    steps: int = _setting(1400, "optimizer steps")
+    batch_size: int = _setting(48, "grids of codes a step")
+    learning_rate: float = _setting(3e-3, "peak learning rate of AdamW")
+    warmup_steps: int = _setting(50, "steps of linear warm-up, before a cosine decay to zero")
+    weight_decay: float = _setting(0.05, "of AdamW")
+    seed: int = _setting(0, "seed of weights, data order and dropout")
+
+    log_every: int = _setting(20, "steps between training records in prior/metrics.jsonl")
+    evaluate_every: int = _setting(350, "steps between evaluations on the held-out codes")
+    checkpoint_every: int = _setting(350, "steps between checkpoints")
+
+    def __post_init__(self) -> None:
+        if self.kind not in PRIORS:
+            raise ConfigError(f"kind must be one of {', '.join(PRIORS)}, got {self.kind!r}")
+        super().__post_init__()
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return `peak * (step + 1) / warmup` while that rises, then half a cosine down to zero."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        left = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, left)))
+
+    def model_settings(self) -> dict[str, Any]:
+        """What a prior of this kind is built from, besides the data."""
+        settings: dict[str, Any] = {"dropout": self.dropout, "label_dropout": self.label_dropout}
+        settings |= {name: getattr(self, name) for name in ("dim", "depth") if getattr(self, name) is not None}
+        return settings | ({"heads": self.heads} if self.kind == "transformer" else {})
+
+
 _SMALLEST = 1e-30
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    *((name, 1, math.inf) for name in ("image_size", "codebook_size", "dim", "width", "residual_width")),
-    *((name, 1, math.inf) for name in ("downsamples", "steps", "batch_size")),
-    *((name, 1, math.inf) for name in ("log_every", "evaluate_every", "checkpoint_every")),
-    *((name, 0, math.inf) for name in ("encoder_blocks", "decoder_blocks", "warmup_steps")),
-    *((name, 0, math.inf) for name in ("commitment_weight", "revival_threshold")),
-    *((name, _SMALLEST, math.inf) for name in ("learning_rate", "reconstruction_variance")),
-    ("test_fraction", _SMALLEST, 1 - 1e-9),
-    ("decay", 0, 1),
-    ("seed", 0, 2**63 - 1),
+_BELOW_ONE = 1 - 1e-9
+_COUNTS = (
+    *("image_size", "codebook_size", "dim", "width", "residual_width", "downsamples", "depth", "heads"),
+    *("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"),
 )
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(_COUNTS, (1, math.inf)),
+    **dict.fromkeys(("encoder_blocks", "decoder_blocks", "warmup_steps"), (0, math.inf)),
+    **dict.fromkeys(("commitment_weight", "revival_threshold", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("learning_rate", "reconstruction_variance"), (_SMALLEST, math.inf)),
+    **dict.fromkeys(("dropout", "label_dropout"), (0, _BELOW_ONE)),
+    "test_fraction": (_SMALLEST, _BELOW_ONE),
+    "decay": (0, 1),
+    "seed": (0, 2**63 - 1),
+}
+"""Least and largest value of each number among the settings, of whichever training it is one."""
+
+
+def check_range(name: str, value: float) -> None:
+    """Raises a ConfigError if a number is out of the range of the setting of this name."""
+    low, high = _RANGES[name]
+    if not low <= value <= high:
+        raise ConfigError(f"{name} must be {_describe_range(low, high)}, got {value}")
 
 
 def _describe_range(low: float, high: float) -> str:
+    if high == _BELOW_ONE:
+        return "between 0 and 1" if low == _SMALLEST else "at least 0 and below 1"
     if low == _SMALLEST:
-        return "positive" if high == math.inf else "between 0 and 1"
+        return "positive"
     return f"at least {low}" if high == math.inf else f"between {low} and {high}"

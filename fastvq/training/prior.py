@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +16,9 @@ from fastvq.models.priors import PRIORS
 from fastvq.training.batches import batch_rows
 from fastvq.training.build import load_images, load_model
 from fastvq.training.checkpoint import CheckpointError, checkpoint_folders, load_latest
-from fastvq.training.config import ConfigError, Settings
+from fastvq.training.config import ConfigError, PriorConfig
 from fastvq.training.loop import Loop, Measures, forget_run
 from fastvq.training.tokens import BATCH, FOLDER, Codes, forget_codes, tokenize
-
-
-@dataclass(frozen=True)
-class PriorConfig(Settings):
-    """Settings of a prior and of its training.
-
-    The learning rate rises over `warmup_steps` and falls to zero along half a cosine. `dim` and `depth` are the kind's
-    own where they are None; `heads` is the transformer's.
-    """
-
-    kind: str = "transformer"
-    steps: int = 1400
-    batch_size: int = 48
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.05
-    dim: int | None = None
-    depth: int | None = None
-    heads: int = 4
-    dropout: float = 0.1
-    label_dropout: float = 0.1
-    seed: int = 0
-    log_every: int = 20
-    evaluate_every: int = 350
-    checkpoint_every: int = 350
-
-    def __post_init__(self) -> None:
-        if self.kind not in PRIORS:
-            raise ConfigError(f"kind must be one of {', '.join(PRIORS)}, got {self.kind!r}")
-        for name in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("dim", "depth"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
-
-    def learning_rate_at(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        left = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, left)))
-
-    def model_settings(self) -> dict[str, Any]:
-        """What a prior of this kind is built from, besides the data."""
-        settings: dict[str, Any] = {"dropout": self.dropout, "label_dropout": self.label_dropout}
-        settings |= {name: getattr(self, name) for name in ("dim", "depth") if getattr(self, name) is not None}
-        return settings | ({"heads": self.heads} if self.kind == "transformer" else {})
 
 
 class PriorTrainer(Loop):
