@@ -13,7 +13,10 @@ import fastvq
 from fastvq import codebook, functional, reference
 from fastvq.data import Images
 from fastvq.eager import searches as eager
+from fastvq.models.priors import PRIORS
 from fastvq.training import TrainConfig, Trainer
+from fastvq.training.prior import PriorConfig, PriorTrainer, bits_per_code
+from fastvq.training.tokens import Codes
 
 READS = (RuntimeError, NotImplementedError)
 
@@ -152,3 +155,22 @@ def test_a_vqvaes_training_step(tmp_path):
     with Fed():
         for _ in range(2):
             trainer.train_step()
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize("kind", PRIORS)
+def test_a_priors_training(kind, classes, tmp_path):
+    """Codes and labels, which are on the CPU, go to the model's device; a step reads nothing back, an evaluation its
+    result."""
+    train, test = (torch.randint(0, 24, (count, 4, 4), dtype=torch.int32) for count in (16, 300))
+    labels = [torch.arange(len(codes)) % classes if classes else None for codes in (train, test)]
+    codes = Codes(train, test, *labels)
+    config = PriorConfig(kind=kind, dim=16, depth=2, batch_size=8, device="meta")
+    trainer = PriorTrainer(config, codes, 24, tmp_path, identity="", vectors=torch.randn(24, 8))
+    assert {tensor.device.type for tensor in trainer.model.state_dict().values()} == {"meta"}
+    trainer.model.train()
+    with Fed():
+        for _ in range(2):
+            trainer.train_step()
+        with pytest.raises(READS, match=r"item\(\)"):
+            bits_per_code(trainer.model.eval(), codes.test, codes.test_labels)

@@ -157,6 +157,7 @@ def test_states_that_cannot_be_used(run):
     [
         ({"heads": 3}, "heads: must divide dim=16, got 3"),
         ({"batch_size": 1000}, "batch_size 1000 is more than the"),
+        ({"device": "warp"}, "device 'warp' can't be used here: "),
     ],
 )
 def test_settings_that_cannot_be(run, settings, message):
@@ -207,8 +208,15 @@ def test_commands(run, tmp_path, capsys):
     ("given", "message"),
     [
         (["--dropout=1"], "dropout must be at least 0 and below 1, got 1.0"),
-        (["--compare=1", "--steps=3", "--resume"], "--compare trains every kind anew for its time: leave out steps"),
+        (
+            ["--compare=1", "--steps=3", "--resume"],
+            "--compare trains every kind anew for its time: leave out steps, re",
+        ),
         (["--compare=nan"], "seconds must be positive and finite, got nan"),
+        (
+            ["--compare=1", "--device=meta"],
+            "device must be 'cpu' where kinds are compared by processor time, got 'meta'",
+        ),
     ],
 )
 def test_a_prior_stays_where_its_successor_cannot_be(run, given, message, capsys):
@@ -218,6 +226,23 @@ def test_a_prior_stays_where_its_successor_cannot_be(run, given, message, capsys
     assert message in capsys.readouterr().err
     assert equal(weights(run), kept)
     assert (run / "prior" / "metrics.jsonl").read_bytes() == records
+
+
+def test_a_prior_from_before_it_had_a_device_is_read(run):
+    train_prior(run, TINY, progress=False)
+    kept = weights(run)
+    for path in (run / "prior" / "checkpoints").glob("*/checkpoint.json"):
+        description = json.loads(path.read_text())
+        del description["config"]["device"]
+        path.write_text(json.dumps(description))
+    assert equal(weights(run), kept)
+    assert equal(train_prior(run, resume=True, progress=False)[0].state_dict(), kept)
+
+
+def test_a_prior_comes_back_to_the_cpu(run, monkeypatch):
+    monkeypatch.setattr(PriorTrainer, "fit", lambda trainer, **_: bool(trainer.model.to("meta")))
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        train_prior(run, TINY, progress=False)
 
 
 def test_priors_are_compared_after_equal_time(run):

@@ -16,6 +16,7 @@ from fastvq.coding import fingerprint
 from fastvq.files import whole
 from fastvq.models.priors import PRIORS
 from fastvq.training.config import ConfigError
+from fastvq.training.loop import usable_device
 from fastvq.training.prior import PriorConfig, PriorTrainer, codebook_of, codes_of
 
 DECIDED = ("kind", "steps", "evaluate_every", "checkpoint_every")
@@ -33,13 +34,15 @@ def compare_priors(run: Path, seconds: float, *, config: PriorConfig | None = No
     Args:
         run: folder of a run whose VQ-VAE is trained.
         seconds: of processor time, for each kind.
-        config: settings besides those of `DECIDED`.
+        config: settings besides those of `DECIDED`; the device is the CPU, whose time is measured.
 
     Raises:
-        CheckpointError, ConfigError: see `train_prior`; no such time.
+        CheckpointError, ConfigError: see `train_prior`; no such time, or another device.
     """
     if not 0 < seconds < math.inf:
         raise ConfigError(f"seconds must be positive and finite, got {seconds}")
+    if config is not None and usable_device(config.device).type != "cpu":
+        raise ConfigError(f"device must be 'cpu' where kinds are compared by processor time, got '{config.device}'")
     model, codes, codebook_size = codes_of(run)
     identity, vectors = fingerprint(model).hex(), codebook_of(model)
     records: list[dict[str, Any]] = []

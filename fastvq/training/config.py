@@ -147,6 +147,7 @@ class PriorConfig(Settings):
     warmup_steps: int = _setting(50, "steps of linear warm-up, before a cosine decay to zero")
     weight_decay: float = _setting(0.05, "of AdamW")
     seed: int = _setting(0, "seed of weights, data order and dropout")
+    device: str = _setting("cpu", "torch device to train on")
 
     log_every: int = _setting(20, "steps between training records in prior/metrics.jsonl")
     evaluate_every: int = _setting(350, "steps between evaluations on the held-out codes")
@@ -156,6 +157,11 @@ class PriorConfig(Settings):
         if self.kind not in PRIORS:
             raise ConfigError(f"kind must be one of {', '.join(PRIORS)}, got {self.kind!r}")
         super().__post_init__()
+
+    @classmethod
+    def from_json(cls, settings: dict[str, Any]) -> Self:
+        # Priors that were trained before there was a choice of devices are still read.
+        return super().from_json({"device": "cpu"} | settings)
 
     def learning_rate_at(self, step: int) -> float:
         """Return `peak * (step + 1) / warmup` while that rises, then half a cosine down to zero."""

@@ -13,11 +13,11 @@ from fastvq import VectorQuantize
 from fastvq.coding import fingerprint
 from fastvq.models import VQVAE, Prior
 from fastvq.models.priors import PRIORS
-from fastvq.training.batches import batch_rows
+from fastvq.training.batches import batch_rows, moved
 from fastvq.training.build import load_images, load_model
 from fastvq.training.checkpoint import CheckpointError, checkpoint_folders, load_latest
 from fastvq.training.config import ConfigError, PriorConfig
-from fastvq.training.loop import Loop, Measures, forget_run
+from fastvq.training.loop import Loop, Measures, forget_run, usable_device
 from fastvq.training.tokens import BATCH, FOLDER, Codes, forget_codes, tokenize
 
 
@@ -32,6 +32,10 @@ class PriorTrainer(Loop):
         identity: of the model whose codes they are, `fingerprint(model).hex()`.
         vectors: (K, D), the codebook, see `TransformerPrior`.
         resume: go on from the latest checkpoint.
+
+    Raises:
+        ConfigError: settings that can't be, for these codes or here.
+        CheckpointError: see `Loop.begin`.
     """
 
     config: PriorConfig
@@ -52,10 +56,11 @@ class PriorTrainer(Loop):
             raise ConfigError(
                 f"batch_size {config.batch_size} is more than the {len(codes.train)} samples to learn from"
             )
-        self.codes = codes
+        self.codes, self.device = codes, usable_device(config.device)
         torch.manual_seed(config.seed)
         given = {"grid": tuple(codes.train.shape[1:]), "classes": codes.classes, **config.model_settings()}
-        model = _built(config.kind, codebook_size=codebook_size, vectors=vectors, **given)
+        # Made on the CPU, so that it starts from the same weights on every device.
+        model = _built(config.kind, codebook_size=codebook_size, vectors=vectors, **given).to(self.device)
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=config.weight_decay)
         built_from = {"kind": config.kind, "settings": model.settings}
         super().__init__(config, model, optimizer, folder, identity=identity, built_from=built_from)
@@ -64,8 +69,9 @@ class PriorTrainer(Loop):
     def learn(self) -> None:
         config, codes = self.config, self.codes
         rows = batch_rows(self.step, count=len(codes.train), batch_size=config.batch_size, seed=config.seed)
-        labels = None if codes.train_labels is None else codes.train_labels[rows]
-        loss = self.model.loss(codes.train[rows].long(), labels)
+        labels = None if codes.train_labels is None else moved(codes.train_labels[rows], self.device)
+        # Gathered where they are mapped: one small copy goes to the device.
+        loss = self.model.loss(moved(codes.train[rows], self.device).long(), labels)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -86,7 +92,7 @@ class PriorTrainer(Loop):
 def train_prior(
     run: Path, config: PriorConfig | None = None, *, resume: bool = False, progress: bool = True
 ) -> tuple[Prior, Codes] | None:
-    """Learn the prior of a run's codes; return it in eval mode with the codes, or None if it was interrupted.
+    """Learn the prior of a run's codes; return it, in eval mode and on the CPU, and the codes; None if interrupted.
 
     Args:
         run: folder of a run whose VQ-VAE is trained.
@@ -105,9 +111,11 @@ def train_prior(
         config = _state(run, model).config
     else:
         forget_run(folder)
-    with torch.random.fork_rng(devices=[]):
+    config = config or PriorConfig()
+    device = usable_device(config.device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         trainer = PriorTrainer(
-            config or PriorConfig(),
+            config,
             codes,
             codebook_size,
             folder,
@@ -116,7 +124,7 @@ def train_prior(
             resume=resume,
         )
         finished = trainer.fit(progress=progress)
-    return (trainer.model.eval(), codes) if finished else None
+    return (trainer.model.eval().cpu(), codes) if finished else None
 
 
 def check_resumed(run: Path, given: dict[str, Any]) -> None:
@@ -153,7 +161,7 @@ def forget_prior(run: Path) -> None:
 
 
 def load_prior(run: Path) -> tuple[Prior, VQVAE]:
-    """The trained prior of a run, in eval mode, and the model whose codes it knows.
+    """The trained prior of a run, in eval mode, and the model whose codes it knows, both on the CPU.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it belongs to another model.
@@ -167,10 +175,13 @@ def load_prior(run: Path) -> tuple[Prior, VQVAE]:
 
 @torch.no_grad()
 def bits_per_code(prior: Prior, codes: Tensor, labels: Tensor | None) -> float:
-    """The mean over codes (N, *grid) of -log2 p."""
+    """The mean over codes (N, *grid) of -log2 p, computed on the prior's device."""
+    device = next(prior.parameters()).device
     parts = labels.split(BATCH) if labels is not None else [None] * math.ceil(len(codes) / BATCH)
-    total = sum(float(prior.bits(part.long(), of).sum()) for part, of in zip(codes.split(BATCH), parts, strict=True))
-    return total / codes.numel()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for part, of in zip(codes.split(BATCH), parts, strict=True):
+        total += prior.bits(moved(part, device).long(), None if of is None else moved(of, device)).sum()
+    return total.item() / codes.numel()
 
 
 def _built(kind: str, *, codebook_size: int, grid: Any, **settings: Any) -> Prior:
