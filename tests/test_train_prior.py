@@ -207,6 +207,9 @@ def test_commands(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        (["--device=warp"], "device 'warp' can't be used here: "),
+        (["--heads=3", "--dim=16"], "heads: must divide dim=16, got 3"),
+        (["--batch-size=1000"], "batch_size 1000 is more than the"),
         (["--dropout=1"], "dropout must be at least 0 and below 1, got 1.0"),
         (
             ["--compare=1", "--steps=3", "--resume"],

@@ -32,6 +32,7 @@ class PriorTrainer(Loop):
         identity: of the model whose codes they are, `fingerprint(model).hex()`.
         vectors: (K, D), the codebook, see `TransformerPrior`.
         resume: go on from the latest checkpoint.
+        replace: delete a run that is in the folder, once the settings are known to be good.
 
     Raises:
         ConfigError: settings that can't be, for these codes or here.
@@ -51,6 +52,7 @@ class PriorTrainer(Loop):
         identity: str,
         vectors: Tensor | None = None,
         resume: bool = False,
+        replace: bool = False,
     ) -> None:
         if config.batch_size > len(codes.train):
             raise ConfigError(
@@ -64,6 +66,8 @@ class PriorTrainer(Loop):
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=config.weight_decay)
         built_from = {"kind": config.kind, "settings": model.settings}
         super().__init__(config, model, optimizer, folder, identity=identity, built_from=built_from)
+        if replace:
+            forget_run(folder)
         self.begin(resume=resume)
 
     def learn(self) -> None:
@@ -97,7 +101,8 @@ def train_prior(
     Args:
         run: folder of a run whose VQ-VAE is trained.
         config: settings; a resumed training keeps its own.
-        resume: go on from RUN/prior/, where there is a state. Without it, an earlier prior there is replaced.
+        resume: go on from RUN/prior/, where there is a state. Without it, an earlier prior there is replaced, once the
+            settings are known to be good.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -107,11 +112,7 @@ def train_prior(
     model, codes, codebook_size = codes_of(run)
     folder = run / FOLDER
     resume = resume and bool(checkpoint_folders(folder))
-    if resume:
-        config = _state(run, model).config
-    else:
-        forget_run(folder)
-    config = config or PriorConfig()
+    config = _state(run, model).config if resume else config or PriorConfig()
     device = usable_device(config.device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         trainer = PriorTrainer(
@@ -122,6 +123,7 @@ def train_prior(
             identity=fingerprint(model).hex(),
             vectors=codebook_of(model),
             resume=resume,
+            replace=not resume,
         )
         finished = trainer.fit(progress=progress)
     return (trainer.model.eval().cpu(), codes) if finished else None
