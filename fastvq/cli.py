@@ -92,15 +92,34 @@ def _parser() -> argparse.ArgumentParser:
     add_settings(prior, PriorConfig)
     prior.set_defaults(run=_prior)
 
-    sample = commands.add_parser("sample", help="draw new images with a run's prior")
+    sample = commands.add_parser(
+        "sample",
+        help="draw new images with a run's prior",
+        description="Draws new images with a run's prior. How OUT ends says what is written: .png, a picture of some"
+        " samples of each class beside real images; .npy, the codes alone, which `fastvq encode` takes; without a"
+        " suffix, a new folder of PNG files, with a subfolder for each class.",
+    )
     sample.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
-    sample.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
-    sample.add_argument("--complete", action="store_true", help="lower halves to the upper ones of held-out images")
-    sample.add_argument("--temperature", type=float, default=1.0, help="below 1 for likelier samples")
-    sample.add_argument("--top-k", type=int, help="draw among so many codes")
-    sample.add_argument("--top-p", type=float, help="draw among the codes that have this probability together")
-    sample.add_argument("--guidance", type=float, default=1.0, help="above 1 leans on the class")
-    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--out", type=Path, required=True, metavar="OUT", help="a .png, an .npy or a new folder")
+    sample.add_argument("--count", type=int, metavar="N", help="how many, in an .npy or a folder (default: 100)")
+    sample.add_argument(
+        "--label", type=int, metavar="L", help="there, of this class only, from 0 on (default: all classes in turn)"
+    )
+    sample.add_argument(
+        "--complete", action="store_true", help="a picture of lower halves to the upper ones of held-out images"
+    )
+    sample.add_argument("--temperature", type=float, default=1.0, help="below 1 for likelier samples (default: 1)")
+    sample.add_argument("--top-k", type=int, help="draw among so many codes (default: all)")
+    sample.add_argument(
+        "--top-p", type=float, help="draw among the codes that have this probability together (default: 1)"
+    )
+    sample.add_argument("--guidance", type=float, default=1.0, help="above 1 leans on the class (default: 1)")
+    sample.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="the same one draws the same samples, whatever N: fewer are the first of more (default: 0)",
+    )
     sample.set_defaults(run=_sample)
 
     encode = commands.add_parser(
@@ -259,14 +278,14 @@ def _prior(options: argparse.Namespace) -> int:
 
 def _sample(options: argparse.Namespace) -> int:
     from fastvq.training.config import ConfigError
-    from fastvq.training.sampling import sample_run
+    from fastvq.training.samples import sample_run
 
-    settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "guidance")}
+    given = ("count", "label", "complete", "seed", "temperature", "top_k", "top_p", "guidance")
     try:
-        sample_run(options.run_folder, options.out, complete=options.complete, seed=options.seed, **settings)
+        lines = sample_run(options.run_folder, options.out, **{name: getattr(options, name) for name in given})
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    print(f"picture: {options.out}")
+    print("\n".join(lines))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a prior makes up: new images by class, and lower halves to upper ones."""
+"""Pictures of what a prior makes up: new images by class, and lower halves to upper ones."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from fastvq import plots
 from fastvq.data import Images
 from fastvq.data.images import to_float
 from fastvq.models import VQVAE, Prior
-from fastvq.training.build import load_images, load_model
-from fastvq.training.prior import load_prior
 from fastvq.training.report import shown_rows
 
 _REAL, _DRAWN = 3, 7
@@ -43,7 +41,7 @@ def picture_samples(path: Path, prior: Prior, model: VQVAE, images: Images, *, s
         )
         start = row * _REAL if label is None else 0
         rows.append(torch.cat([_some(of_class, start, like=drawn[row]), drawn[row]]))
-        names.append("" if label is None else _class_name(images, label))
+        names.append("" if label is None else class_name(images, label))
     plots.save_grid(
         path,
         rows,
@@ -101,24 +99,12 @@ def picture_neighbours(
     plots.save_grid(
         path,
         rows,
-        [_class_name(images, label) if prior.classes else "" for label in range(count)],
+        [class_name(images, label) if prior.classes else "" for label in range(count)],
         ["sampled", *(["nearest"] + [f"{n + 1}." for n in range(1, _NEAREST)])],
         title=f"{images.name}: samples and the training images nearest to them",
         caption="Nearest by the squared difference of all pixels, among all images that the models learned from and"
         " their mirror images. A copy would look like its first neighbour in every detail.",
     )
-
-
-def sample_run(run: Path, path: Path, *, complete: bool, seed: int, **settings: Any) -> None:
-    """Draw samples of a run's prior, or completions of held-out images, to a picture.
-
-    Raises:
-        CheckpointError: the run has no prior. ValueError: a setting of `Prior.sample` that can't be.
-    """
-    prior, model = load_prior(run)
-    _, config = load_model(run)
-    picture = picture_completions if complete else picture_samples
-    picture(path, prior, model, load_images(config), seed=seed, **settings)
 
 
 def _some(images: Tensor, start: int, *, like: Tensor) -> Tensor:
@@ -128,7 +114,8 @@ def _some(images: Tensor, start: int, *, like: Tensor) -> Tensor:
     return to_float(images[torch.arange(start, start + _REAL) % len(images)])
 
 
-def _class_name(images: Images, label: int) -> str:
+def class_name(images: Images, label: int) -> str:
+    """What a class of a data set is called, by a held-out image of it."""
     assert images.test_labels is not None
     rows = (images.test_labels == label).nonzero()
     return images.test_names[int(rows[0])] if len(rows) else f"class {label}"
