@@ -231,17 +231,6 @@ def test_a_prior_stays_where_its_successor_cannot_be(run, given, message, capsys
     assert (run / "prior" / "metrics.jsonl").read_bytes() == records
 
 
-def test_a_prior_from_before_it_had_a_device_is_read(run):
-    train_prior(run, TINY, progress=False)
-    kept = weights(run)
-    for path in (run / "prior" / "checkpoints").glob("*/checkpoint.json"):
-        description = json.loads(path.read_text())
-        del description["config"]["device"]
-        path.write_text(json.dumps(description))
-    assert equal(weights(run), kept)
-    assert equal(train_prior(run, resume=True, progress=False)[0].state_dict(), kept)
-
-
 def test_a_prior_comes_back_to_the_cpu(run, monkeypatch):
     monkeypatch.setattr(PriorTrainer, "fit", lambda trainer, **_: bool(trainer.model.to("meta")))
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):

@@ -120,17 +120,6 @@ def test_every_number_has_a_range(settings: type[Settings]) -> None:
     assert PriorConfig(dropout=0, label_dropout=0, warmup_steps=0, weight_decay=0).dim is None
 
 
-def test_settings_of_a_prior_from_before_it_had_a_device() -> None:
-    config = PriorConfig(dim=8, depth=3)
-    settings = config.to_json()
-    assert PriorConfig.from_json(settings) == config
-    del settings["device"]
-    assert PriorConfig.from_json(settings) == config
-    del settings["seed"]
-    with pytest.raises(ConfigError, match=r"missing \['seed'\]"):
-        PriorConfig.from_json(settings)
-
-
 def test_an_image_size_that_the_strides_do_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match="image_size 30 is no multiple"):
         TrainConfig(data="folder", image_size=30)

@@ -158,11 +158,6 @@ class PriorConfig(Settings):
             raise ConfigError(f"kind must be one of {', '.join(PRIORS)}, got {self.kind!r}")
         super().__post_init__()
 
-    @classmethod
-    def from_json(cls, settings: dict[str, Any]) -> Self:
-        # Priors that were trained before there was a choice of devices are still read.
-        return super().from_json({"device": "cpu"} | settings)
-
     def learning_rate_at(self, step: int) -> float:
         """Return `peak * (step + 1) / warmup` while that rises, then half a cosine down to zero."""
         if step < self.warmup_steps:
