@@ -127,6 +127,10 @@ class TestTerms:
         assert terms.memory == pytest.approx(65536 * (32 + 20) / 3.35e12)
         half = cuda_model.finish_terms(H100, RECORDS[4], Shape(65536, 1024, 8), 65536)
         assert half.cache == pytest.approx(terms.cache / 2)
+        # A thread settles a short row, eight lanes a longer one.
+        assert terms.epilogue == pytest.approx(65536 * (250 + 8 * 20 + 32 * (8 * 4 + 20)) / H100.issue)
+        longer = cuda_model.finish_terms(H100, RECORDS[6], Shape(65536, 1024, 65), 65536)
+        assert longer.epilogue == pytest.approx(65536 * 8 * (250 + 12 * 20 + 16 * (12 * 4 + 20 + 12)) / H100.issue)
 
     def test_few_rows_by_hand(self):
         terms = cuda_model.few_terms(H100, Shape(9, 2048, 256), 8)

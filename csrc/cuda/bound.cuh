@@ -36,22 +36,24 @@ struct RowView {
   }
 };
 
-// What one pass over a row finds, in all lanes of the warp.
+// What one pass over a row finds.
 struct RowKind {
   float largest;
   bool finite, moved_finite;
 };
 
-__device__ inline RowKind kind_of(const RowView& row) {
+// In all lanes of a group of `width`, which have a row together.
+__device__ inline RowKind kind_of(const RowView& row, int width = WARP) {
   float largest = 0.0f;
   int bad = 0, over = 0;
-  for (int j = threadIdx.x % WARP; j < row.dim; j += WARP) {
+  for (int j = threadIdx.x % width; j < row.dim; j += width) {
     const float moved = row.moved(j);
     bad |= !is_finite(load(row.x, row.at + j));
     over |= !is_finite(moved);
     if (is_finite(moved)) largest = fmaxf(largest, fabsf(moved));
   }
-  return {combine_lanes(largest, Maximum{}), combine_lanes(bad, Maximum{}) == 0, combine_lanes(over, Maximum{}) == 0};
+  return {combine_lanes(largest, Maximum{}, width), combine_lanes(bad, Maximum{}, width) == 0,
+          combine_lanes(over, Maximum{}, width) == 0};
 }
 
 // B of a row, and the least that best - 2 B may be without a far code coming into question; both times `shrink`.
@@ -104,22 +106,49 @@ __device__ inline Bound bound_of(const RowSquares& row, float shrink, const Deci
   return {bound, far >= 4.01f * length ? -0.249f * far * (far * stretch) : INFINITY};
 }
 
-// The squared lengths that the bound needs, in all lanes of the warp.
-__device__ inline RowSquares squares_of(const RowView& row, float scale, Tier tier) {
-  RowSquares sum{};
-  for (int j = threadIdx.x % WARP; j < row.dim; j += WARP) {
-    const float y = row.moved(j) * scale;
-    sum.square += y * y;
-    if (tier == Tier::cores) continue;
-    const Parts parts = split(y);
-    const float rest = tier == Tier::one_product ? parts.high_rest : parts.low_rest;
-    const float low = parts.low * (1.0f / LOW_SCALE);
-    sum.rest += rest * rest;
-    sum.high += parts.high * parts.high;
-    sum.low += low * low;
-  }
-  return {combine_lanes(sum.square, Sum{}), combine_lanes(sum.rest, Sum{}), combine_lanes(sum.high, Sum{}),
-          combine_lanes(sum.low, Sum{})};
+__device__ inline void add_squares(RowSquares& sum, float y, Tier tier) {
+  sum.square += y * y;
+  if (tier == Tier::cores) return;
+  const Parts parts = split(y);
+  const float rest = tier == Tier::one_product ? parts.high_rest : parts.low_rest;
+  const float low = parts.low * (1.0f / LOW_SCALE);
+  sum.rest += rest * rest;
+  sum.high += parts.high * parts.high;
+  sum.low += low * low;
 }
+
+// The squared lengths that the bound needs, in all lanes of a group.
+__device__ inline RowSquares squares_of(const RowView& row, float scale, Tier tier, int width) {
+  RowSquares sum{};
+  for (int j = threadIdx.x % width; j < row.dim; j += width) add_squares(sum, row.moved(j) * scale, tier);
+  return {combine_lanes(sum.square, Sum{}, width), combine_lanes(sum.rest, Sum{}, width),
+          combine_lanes(sum.high, Sum{}, width), combine_lanes(sum.low, Sum{}, width)};
+}
+
+// A row of up to COLUMNS elements in one thread, about the centre: zeros where that isn't finite, and behind the last.
+template <int COLUMNS>
+struct ShortRow {
+  float moved[COLUMNS];
+  RowKind kind{0.0f, true, true};
+
+  __device__ explicit ShortRow(const RowView& row) {
+#pragma unroll
+    for (int j = 0; j < COLUMNS; ++j) {
+      const float value = j < row.dim ? load(row.x, row.at + j) : 0.0f;
+      const float about = j < row.dim && row.centre ? value - row.centre[j] : value;
+      kind.finite &= is_finite(value);
+      kind.moved_finite &= is_finite(about);
+      moved[j] = is_finite(about) ? about : 0.0f;
+      kind.largest = fmaxf(kind.largest, fabsf(moved[j]));
+    }
+  }
+
+  __device__ RowSquares squares(float scale, Tier tier) const {
+    RowSquares sum{};
+#pragma unroll
+    for (int j = 0; j < COLUMNS; ++j) add_squares(sum, moved[j] * scale, tier);
+    return sum;
+  }
+};
 
 }  // namespace fastvq::cuda

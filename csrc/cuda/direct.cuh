@@ -58,6 +58,18 @@ __device__ inline Range range_of(const Codes& codes, float value, float terms, b
   return is_finite(range.low) && is_finite(range.high) ? range : Range{-INFINITY, INFINITY};
 }
 
+// Adds a column to a score, and to what its error is relative to.
+__device__ __forceinline__ void add_column(Metric metric, float x, float e, float& value, float& terms) {
+  if (metric == Metric::l2) {
+    const float difference = x - e;
+    value += difference * difference;
+  } else {
+    const float product = x * e;
+    value -= product;
+    terms += fabsf(product);
+  }
+}
+
 // Scores of up to R rows in shared memory with a code for each group of `width` lanes, in all lanes of the group.
 template <int R>
 __device__ __forceinline__ void score(const Codes& codes, int64_t code, bool there, const float* rows, int count,
@@ -77,16 +89,7 @@ __device__ __forceinline__ void score(const Codes& codes, int64_t code, bool the
         const float4 x = *reinterpret_cast<const float4*>(rows + r * stride + j);
         const float xs[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (codes.metric == Metric::l2) {
-            const float difference = xs[i] - e[i];
-            value[r] += difference * difference;
-          } else {
-            const float product = xs[i] * e[i];
-            value[r] -= product;
-            terms[r] += fabsf(product);
-          }
-        }
+        for (int i = 0; i < 4; ++i) add_column(codes.metric, xs[i], e[i], value[r], terms[r]);
       }
     }
   }
@@ -173,8 +176,8 @@ __device__ inline Best nearer(Best a, Best b) {
   return a.code < b.code ? a : b;
 }
 
-__device__ inline Best nearest_of_lanes(Best best) {
-  for (int offset = WARP / 2; offset > 0; offset /= 2) {
+__device__ inline Best nearest_of_lanes(Best best, int width = WARP) {
+  for (int offset = width / 2; offset > 0; offset /= 2) {
     const Best other{__shfl_xor_sync(ALL_LANES, best.score, offset),
                      static_cast<int64_t>(__shfl_xor_sync(ALL_LANES, static_cast<long long>(best.code), offset))};
     best = nearer(best, other);
@@ -193,21 +196,71 @@ struct Candidates {
   }
 };
 
-// One warp: the nearest of the codes [begin, end) to a finite row, all of them candidates for it.
-__device__ inline int64_t nearest_in_warp(const Codes& codes, int64_t begin, int64_t end, const float* row, Values x,
-                                          int64_t row_at, int width) {
-  Range least[1];
-  scan_codes(codes, begin, end, row, 1, width, least);
-  const float limit = least[0].high;
-  Candidates seen;
-  for_candidates(codes, begin, end, row, limit, width, [&](int64_t code) { seen.add(code); });
-  const int count = combine_lanes(seen.count, Sum{});
-  const int64_t lowest = combine_lanes(static_cast<long long>(seen.lowest), Minimum{});
-  if (count <= 1) return count == 1 ? lowest : NO_CODE;
+// What the ranges of some codes say, seen one after the other. The code of the smallest low may be the nearest; if no
+// other low is at or below the limit, it is.
+struct Narrowed {
+  float limit = INFINITY, least = INFINITY, next = INFINITY;
+  int64_t found = NO_CODE;
+
+  __device__ void add(Range range, int64_t code) {
+    limit = fminf(limit, range.high);
+    next = fminf(next, fmaxf(least, range.low));
+    found = range.low < least ? code : found;
+    least = fminf(least, range.low);
+  }
+  __device__ bool decided() const { return next > limit; }
+  __device__ bool admits(Range range) const { return range.low <= limit && range.low < INFINITY; }
+};
+
+// The nearest of `count` codes to a finite row in shared memory, in all lanes of a group of `width`. Each group of the
+// warp has a row of its own, and may do without its answer.
+__device__ inline int64_t nearest_in_lanes(const Codes& codes, int64_t begin, int count, const float* row, Values x,
+                                           int64_t row_at, int width, bool wanted) {
+  const auto range_at = [&](int i) {
+    Range range[1];
+    score(codes, begin + i, begin + i < codes.size, row, 1, width, range);
+    return range[0];
+  };
+  Narrowed narrowed;
+  for (int i = 0; i < count; ++i) narrowed.add(range_at(i), begin + i);
+  if (__ballot_sync(ALL_LANES, wanted && !narrowed.decided()) == 0) return narrowed.found;
   Best best{0.0, NO_CODE};
-  for_candidates(codes, begin, end, row, limit, width,
-                 [&](int64_t code) { best = nearer(best, {defined(codes, code, x, row_at), code}); });
-  return nearest_of_lanes(best).code;
+  for (int i = 0; i < count; ++i) {
+    const Range range = range_at(i);
+    if (wanted && narrowed.admits(range) && i % width == static_cast<int>(threadIdx.x) % width)
+      best = nearer(best, {defined(codes, begin + i, x, row_at), begin + i});
+  }
+  return nearest_of_lanes(best, width).code;
+}
+
+// The same for a thread that holds the row, zeros behind its last element.
+template <int COLUMNS>
+__device__ inline int64_t nearest_in_thread(const Codes& codes, int64_t begin, int count, const float (&row)[COLUMNS],
+                                            Values x, int64_t row_at) {
+  const int64_t end = min(begin + count, codes.size);
+  const auto range_at = [&](int64_t code) {
+    float value = 0.0f, terms = 0.0f;
+    bool bad = false;
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j += 4) {
+      if (j >= codes.dim) break;
+      float e[4];
+      load_four(codes.values, codes.first + code * codes.dim + j, codes.dim - j, codes.aligned, e);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        bad |= !is_finite(e[i]);
+        add_column(codes.metric, row[j + i], e[i], value, terms);
+      }
+    }
+    return range_of(codes, value, terms, bad);
+  };
+  Narrowed narrowed;
+  for (int64_t code = begin; code < end; ++code) narrowed.add(range_at(code), code);
+  if (narrowed.decided()) return narrowed.found;
+  Best best{0.0, NO_CODE};
+  for (int64_t code = begin; code < end; ++code)
+    if (narrowed.admits(range_at(code))) best = nearer(best, {defined(codes, code, x, row_at), code});
+  return best.code;
 }
 
 // Scratch of a block for nearest_in_block: a Best for each warp.

@@ -59,6 +59,27 @@ __device__ inline void stage_rows(const Scan& scan, int64_t head, int64_t first,
   }
 }
 
+// The same for a block of rows of one chunk: a thread has a row.
+template <int PARTS, int ROWS, int CHUNK>
+__device__ inline void stage_short_rows(const Scan& scan, int64_t head, int64_t first, int64_t total, uint16_t* high,
+                                        uint16_t* low, float* shrinks) {
+  const int exponent = scan.frame.decision[head].exponent;
+  for (int i = threadIdx.x; i < ROWS; i += MATRIX_THREADS) {
+    const bool there = first + i < total;
+    RowView view = scan.view(head, there ? scan.row_at(head, first + i) : 0);
+    if (!there) view.dim = 0;
+    const ShortRow<CHUNK> row(view);
+    const RowScale scale = scale_of(row.kind.largest, scan.frame.codes.dim, exponent, scan.tier);
+#pragma unroll
+    for (int j = 0; j < CHUNK; ++j) {
+      const Parts parts = split(row.moved[j] * scale.scale);
+      high[i * (CHUNK + PADDING) + j] = to_half(parts.high);
+      if (PARTS == 2) low[i * (CHUNK + PADDING) + j] = to_half(parts.low);
+    }
+    shrinks[i] = scale.shrink;
+  }
+}
+
 constexpr int PACK_THREADS = 128, PACK_WARPS = PACK_THREADS / WARP;
 
 // The rows of a scan, or those of its list, as it streams them: by place, to whole blocks of `block_rows`.
@@ -130,7 +151,11 @@ static __global__ void __launch_bounds__(MATRIX_THREADS, PARTS* BLOCKS > 2 ? 2 :
   };
 #pragma unroll
   for (int ahead = 0; ahead < STAGES - 1; ++ahead) bring();
-  if (WHERE != STREAMED) {
+  if (WHERE == IN_REGISTERS) {
+    stage_short_rows<PARTS, Tile::ROWS, CHUNK>(scan, head, first_row, total, rows, rows + Tile::ROWS * row_stride,
+                                               shrinks);
+    __syncthreads();
+  } else if (WHERE == IN_SHARED_MEMORY) {
     constexpr int SHARE = Tile::ROWS / MATRIX_WARPS;
     stage_rows<PARTS>(scan, head, first_row + warp * SHARE, total, SHARE, row_stride, rows + warp * SHARE * row_stride,
                       rows + (Tile::ROWS + warp * SHARE) * row_stride, shrinks + warp * SHARE);

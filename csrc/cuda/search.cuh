@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "few.cuh"
+#include "finish.cuh"
 #include "scan_cores.cuh"
 #include "scan_matrix.cuh"
 
@@ -186,9 +187,18 @@ struct Search {
     const unsigned many = static_cast<unsigned>(heads);
     launch(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits), many), MATRIX_THREADS, shared,
            stream, scan, tiles);
-    launch(finish, dim3(blocks_of(ceil_div(n, FINISH_WARPS)), many), FINISH_THREADS, finish_shared(codes.dim), stream,
+    const int rows = codes.dim <= SHORT_COLUMNS ? FINISH_THREADS : FINISH_THREADS / lanes_each(codes.dim);
+    launch(finish_kernel(), dim3(blocks_of(ceil_div(n, rows)), many), FINISH_THREADS, finish_shared(codes.dim), stream,
            scan, rest, splits * across, group);
     return {rest.rows, rest.count};
+  }
+
+  auto finish_kernel() const -> void (*)(Scan, Rest, int, int) {
+    return codes.dim <= 4               ? finish_short<4>
+           : codes.dim <= 8             ? finish_short<8>
+           : codes.dim <= 16            ? finish_short<16>
+           : codes.dim <= SHORT_COLUMNS ? finish_short<SHORT_COLUMNS>
+                                        : finish_long;
   }
 
   // For kernels whose blocks take one item after the other.

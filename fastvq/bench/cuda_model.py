@@ -25,8 +25,11 @@ SCANNED = 12
 """Bytes that a scan leaves of a row: two scores and a group."""
 CORES_COLUMNS = 16
 """That the scan on CUDA cores takes at most."""
-FINISH_WARPS = 4
-"""Rows that `finish` keeps in shared memory at a time."""
+SHORT_COLUMNS, FINISH_THREADS = 32, 128
+"""Of csrc/cuda/finish.cuh: rows that a thread settles by itself, and threads of a block."""
+ROW_OPERATIONS, ELEMENT_OPERATIONS, CODE_OPERATIONS, SHUFFLE_OPERATIONS = 250, 20, 20, 4
+"""What each lane that settles a row does besides distances, about: bound, scale and the scan's results; for an element
+of its own the largest and the squares of its parts; for a code the range; for a halving of the lanes two shuffles."""
 TILE, STAGES, PADDING = 64, 3, 8
 """Of the scan on matrix units: codes that come together, how many times at once, float16 numbers between vectors."""
 
@@ -66,7 +69,8 @@ def served_by(limits: dict[str, int], device: Device, shape: Shape) -> str:
         return "few"
     if shape.d <= limits["cores_dim"]:
         return "cores"
-    return "matrix" if FINISH_WARPS * 4 * shape.d <= device.shared else "define"
+    rows = FINISH_THREADS // finish_lanes(shape.d)
+    return "matrix" if shape.d <= SHORT_COLUMNS or rows * 4 * shape.d <= device.shared else "define"
 
 
 def ways(limits: dict[str, int], device: Device, shape: Shape) -> list[str]:
@@ -175,10 +179,23 @@ def scan_terms(device: Device, scan: dict[str, Any], shape: Shape, rows: float, 
     )
 
 
+def finish_lanes(dim: int) -> int:
+    """Lanes that settle a row together."""
+    return 1 if dim <= SHORT_COLUMNS else 8 if dim <= 256 else 32
+
+
 def finish_terms(device: Device, scan: dict[str, Any], shape: Shape, rows: float, element: int = 4) -> Terms:
     """Each row again, and the codes of its best group: gathered from the cache, and their float32 distances."""
+    lanes = finish_lanes(shape.d)
+    own = 4 * math.ceil(shape.d / (4 * lanes))
+    code = (
+        own * (DISTANCE_OPERATIONS + FINITE_OPERATIONS) + CODE_OPERATIONS + SHUFFLE_OPERATIONS * int(math.log2(lanes))
+    )
+    operations = lanes * (ROW_OPERATIONS + own * ELEMENT_OPERATIONS + scan["group"] * code)
     terms = direct_terms(device, shape, rows, scan["group"], element)
-    return terms._replace(memory=rows * (shape.d * element + SCANNED + 8) / device.memory)
+    return terms._replace(
+        epilogue=rows * operations / device.issue, memory=rows * (shape.d * element + SCANNED + 8) / device.memory
+    )
 
 
 def direct_terms(device: Device, shape: Shape, rows: float, codes: int, element: int = 4) -> Terms:

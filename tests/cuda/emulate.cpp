@@ -172,7 +172,11 @@ void run_needs() {
   });
   say("pack_rows<1>", PACK_THREADS, 0);
   say("pack_rows<2>", PACK_THREADS, 0);
-  say("finish", FINISH_THREADS, finish_shared(columns));
+  say("finish_short<4>", FINISH_THREADS, 0);
+  say("finish_short<8>", FINISH_THREADS, 0);
+  say("finish_short<16>", FINISH_THREADS, 0);
+  say("finish_short<32>", FINISH_THREADS, 0);
+  say("finish_long", FINISH_THREADS, finish_shared(columns));
   say("frame_norms", FRAME_THREADS, 4 * columns);
   say("frame_decide", FRAME_THREADS, FRAME_WARPS * 8);
   say("pack_pairs", FRAME_THREADS, 0);

@@ -129,9 +129,9 @@ MUTANTS = (
         "value[r] = combine_lanes(value[r], Sum{}, MUTANT ? width / 2 : width);",
     ),
     Mutant(
-        "one lane shuffles alone", search("cores", "gaussian", 9, 60, 8),
-        "scan.cuh", "__shfl_sync(ALL_LANES, two.group, 0)",
-        "(MUTANT && lane > 0 ? 0 : __shfl_sync(ALL_LANES, two.group, 0))",
+        "one lane shuffles alone", search("matrix", "gaussian", 9, 60, 40),
+        "finish.cuh", "__shfl_sync(ALL_LANES, two.group, threadIdx.x % WARP - part)",
+        "(MUTANT && part > 0 ? 0 : __shfl_sync(ALL_LANES, two.group, threadIdx.x % WARP - part))",
         "emulator", "different places|deadlock",
     ),
     Mutant(
@@ -191,7 +191,7 @@ MUTANTS = (
     ),
     Mutant(
         "B is nothing", search("matrix", "rounded_midpoints", 60, 75, 33),
-        "scan.cuh", "> 2.0f * bound.bound &&", "> (MUTANT ? 0.0f : 2.0f) * bound.bound &&",
+        "finish.cuh", "> 2.0f * bound.bound &&", "> (MUTANT ? 0.0f : 2.0f) * bound.bound &&",
     ),
     Mutant(
         "the second best is lost", heads("cores", "nearly_equal_norms", 9, 300, 8),
@@ -201,6 +201,10 @@ MUTANTS = (
     Mutant(
         "codes of a tile are mixed up", search("matrix", "gaussian", 20, 75, 33),
         "frame.cuh", "(inside / 2 % 4) * 16", "(inside / 2 + MUTANT) % 4 * 16",
+    ),
+    Mutant(
+        "a thread takes the first code that may be the nearest", search("cores", "rounded_midpoints", 60, 75, 8),
+        "direct.cuh", "if (narrowed.decided()) return", "if (narrowed.decided() || MUTANT) return",
     ),
     Mutant(
         "rows that stream stand still", search("matrix", "gaussian", 5, 20, 270),
@@ -214,7 +218,7 @@ MUTANTS = (
     ),
     Mutant(
         "far codes never come into question", search("cores", "far_codes", 60, 130, 8),
-        "scan.cuh", "two.best - 2.0f * bound.bound > bound.far_floor",
+        "finish.cuh", "two.best - 2.0f * bound.bound > bound.far_floor",
         "(MUTANT || two.best - 2.0f * bound.bound > bound.far_floor)",
     ),
     Mutant(
