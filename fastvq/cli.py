@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("source", type=Path, metavar="IN", help="the file")
     decode.add_argument("out", type=Path, metavar="OUT", help="a new folder for images, or an .npy file for the codes")
     decode.add_argument("--run", type=Path, metavar="DIR", dest="run_folder", help="the run whose model decodes images")
-    decode.add_argument("--max-codes", type=int, help="refuse an array of more (default: 67108864)")
+    decode.add_argument("--max-codes", type=int, help="refuse a file of more (default: 67108864)")
     decode.set_defaults(run=_decode)
 
     demo = commands.add_parser("demo", help="train on the shipped images and show what came of it")
@@ -308,13 +308,13 @@ def _decode(options: argparse.Namespace) -> int:
     from fastvq.coding import CodingError
     from fastvq.training import compress
 
+    limit = {} if options.max_codes is None else {"max_codes": options.max_codes}
     if options.out.suffix == ".npy":
-        limit = {} if options.max_codes is None else {"max_codes": options.max_codes}
         lines = compress.decode_array(options.source, options.out, run=options.run_folder, **limit)
     elif options.run_folder is None:
         raise CodingError("--run: which run's model decodes the images? For the codes alone, OUT ends in .npy")
     else:
-        lines = compress.decode_images(options.run_folder, options.source, options.out)
+        lines = compress.decode_images(options.run_folder, options.source, options.out, **limit)
     print("\n".join(lines))
     return 0
 
@@ -330,7 +330,9 @@ def _demo(options: argparse.Namespace) -> int:
     steps = {name: value for name, value in given.items() if value is not None}
     done = demo.run_demo(options.out, config=config, prior_config=prior, resume=options.resume, **steps)
     if done is None:
-        print(f"stopped, saved; go on with: fastvq demo --out {shlex.quote(str(options.out))} --resume")
+        given = {name: getattr(options, name) for name in ("steps", "ceiling_steps", "prior_steps", "classifier_steps")}
+        again = "".join(f" --{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None)
+        print(f"stopped, saved; go on with: fastvq demo --out {shlex.quote(str(options.out))} --resume{again}")
         return _INTERRUPTED
     return 0
 

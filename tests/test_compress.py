@@ -140,6 +140,21 @@ def test_codes_that_are_no_images_are_refused_before_they_are_decoded(kind, run,
     assert [path.name for path in tmp_path.iterdir()] == ["hostile.fvq"]
 
 
+def test_a_limit_of_codes_holds_for_images_too(run, tmp_path, capsys):
+    coded = tmp_path / "images.fvq"
+    assert main(["encode", "held-out", str(coded), "--run", str(run[0])]) == 0
+    assert main(["decode", str(coded), str(tmp_path / "out"), "--run", str(run[0]), "--max-codes", "3"]) == 2
+    assert "codes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_codebook_that_is_not_the_runs(run, tmp_path, capsys):
+    np.save(tmp_path / "codes.npy", np.zeros((2, 4, 4), np.int64))
+    given = [str(tmp_path / "codes.npy"), str(tmp_path / "codes.fvq"), "--run", str(run[0]), "--codebook-size", "77"]
+    assert main(["encode", *given]) == 2
+    assert "--codebook-size" in capsys.readouterr().err
+
+
 def test_codes_that_would_not_come_back_are_not_written(run, tmp_path, monkeypatch, capsys):
     folder, images = run
     coded = tmp_path / "images.fvq"

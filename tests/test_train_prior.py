@@ -231,6 +231,20 @@ def test_a_prior_stays_where_its_successor_cannot_be(run, given, message, capsys
     assert (run / "prior" / "metrics.jsonl").read_bytes() == records
 
 
+def test_states_of_other_versions(run):
+    train_prior(run, TINY, progress=False)
+    kept = weights(run)
+    path = sorted((run / "prior" / "checkpoints").glob("*/checkpoint.json"))[-1]
+    description = json.loads(path.read_text())
+    del description["config"]["device"]
+    path.write_text(json.dumps(description))
+    assert equal(weights(run), kept)
+    path.write_text(json.dumps(description | {"config": description["config"] | {"mood": 1}}))
+    with pytest.raises(CheckpointError, match=r"step-\d+: settings of another version of fastvq: mood") as said:
+        load_prior(run)
+    assert "delete" not in str(said.value)
+
+
 def test_a_prior_comes_back_to_the_cpu(run, monkeypatch):
     monkeypatch.setattr(PriorTrainer, "fit", lambda trainer, **_: bool(trainer.model.to("meta")))
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
@@ -240,14 +254,14 @@ def test_a_prior_comes_back_to_the_cpu(run, monkeypatch):
 def test_priors_are_compared_after_equal_time(run):
     train_prior(run, TINY, progress=False)
     kept = weights(run)
-    table = "\n".join(compare_priors(run, 0.2, config=dataclasses.replace(TINY, dim=None), progress=False))
+    table = "\n".join(compare_priors(run, 0.5, config=dataclasses.replace(TINY, dim=None), progress=False))
     records = json.loads((run / "priors.json").read_text())
     assert [record["kind"] for record in records] == list(PRIORS)
     for record in records:
         assert 0 < record["bits_per_code"] < 10
         assert f"| {record['kind']} | {record['bits_per_code']:.3f} |" in table
         assert record["steps"] > 1
-        assert record["processor_seconds"] < 5
+        assert record["processor_seconds"] < 20
     assert equal(weights(run), kept)
 
 

@@ -108,13 +108,15 @@ def load_latest(run: Path, settings: type[Settings] = TrainConfig) -> Checkpoint
     """Read the run's latest checkpoint, whose settings are of this type.
 
     Raises:
-        CheckpointError: the run has none, or the latest is damaged.
+        CheckpointError: the run has none, or the latest is damaged or of another version.
     """
     folders = checkpoint_folders(run)
     if not folders:
         raise CheckpointError(f"{run} holds no checkpoint")
     try:
         return _load(folders[-1], settings)
+    except ConfigError as error:
+        raise CheckpointError(f"{folders[-1]}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         earlier = f" to go on from {folders[-2].name}" if len(folders) > 1 else " and start again"
         raise CheckpointError(f"{folders[-1]} is damaged ({error}): delete it{earlier}") from error

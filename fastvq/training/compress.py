@@ -62,7 +62,7 @@ def encode_images(run: Path, source: Path, path: Path, *, model: str = "adaptive
     ]
 
 
-def decode_images(run: Path, source: Path, folder: Path) -> list[str]:
+def decode_images(run: Path, source: Path, folder: Path, *, max_codes: int = coding.MAX_CODES) -> list[str]:
     """Write the images that a file's codes stand for as PNG files into a new folder; return lines to print.
 
     Raises:
@@ -80,7 +80,7 @@ def decode_images(run: Path, source: Path, folder: Path) -> list[str]:
             f"{source} holds codes of shape {header.shape} in [0, {header.codebook_size}){holes}; an image of {run} is"
             f" {side} x {side} codes in [0, {config.codebook_size})"
         )
-    codes = _decoded(data, run, fingerprint=coding.fingerprint(vqvae))
+    codes = _decoded(data, run, fingerprint=coding.fingerprint(vqvae), max_codes=max_codes)
     with whole_folder(folder) as partial, torch.no_grad():
         for first in range(0, len(codes), _BATCH):
             write_images(partial, vqvae.decode(codes[first : first + _BATCH]).clamp(0, 1), first)
@@ -113,7 +113,9 @@ def encode_array(
     prior, signed = _prior(run, model), bytes(8)
     if run is not None:
         vqvae, config = load_model(run)
-        codebook_size = config.codebook_size if codebook_size is None else codebook_size
+        if codebook_size not in (None, config.codebook_size):
+            raise CodingError(f"--codebook-size: {run} has codes in [0, {config.codebook_size}), got {codebook_size}")
+        codebook_size = config.codebook_size
         signed = coding.fingerprint(vqvae)
     size = codebook_size if codebook_size is not None else max(1, int(codes.max()) + 1) if codes.numel() else 1
     data = coding.encode(codes, size, model=model, fingerprint=signed, prior=prior)

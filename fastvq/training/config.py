@@ -59,15 +59,15 @@ class Settings:
     def from_json(cls, settings: dict[str, Any]) -> Self:
         """Return the settings of a JSON object made by `to_json`.
 
+        What isn't there has its default: files that were coded with a model must decode with every later version, in
+        which training may have more settings.
+
         Raises:
-            ConfigError: a setting is missing, unknown or out of range.
+            ConfigError: a setting is unknown or out of range.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if names != settings.keys():
-            raise ConfigError(
-                f"settings of another version: missing {sorted(names - settings.keys())},"
-                f" unknown {sorted(settings.keys() - names)}"
-            )
+        unknown = settings.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ConfigError(f"settings of another version of fastvq: {', '.join(sorted(unknown))}")
         return cls(**settings)
 
     def differences(self, other: Settings) -> dict[str, tuple[Any, Any]]:

@@ -16,7 +16,7 @@ import fastvq
 from fastvq.data import Images
 from fastvq.files import whole
 from fastvq.training.build import load_images
-from fastvq.training.checkpoint import CheckpointError, checkpoint_folders
+from fastvq.training.checkpoint import CheckpointError, checkpoint_folders, load_latest
 from fastvq.training.classifier import STEPS
 from fastvq.training.compress import HELD_OUT, encode_images
 from fastvq.training.config import TrainConfig
@@ -27,6 +27,7 @@ from fastvq.training.page import write_page
 from fastvq.training.prior import PriorConfig, bits_per_code, forget_prior, train_prior
 from fastvq.training.report import picture_prior, picture_reconstructions, picture_run
 from fastvq.training.sampling import picture_completions, picture_neighbours, picture_samples
+from fastvq.training.tokens import FOLDER
 from fastvq.training.trainer import Trainer
 
 DEMO = TrainConfig(evaluate_every=400)
@@ -152,7 +153,7 @@ def run_demo(
         "seconds": round(trainer.seconds, 1),
         "ceiling_steps": ceiling_trainer.step,
         "ceiling_seconds": round(ceiling_trainer.seconds, 1),
-        "prior_steps": prior_config.steps,
+        "prior_steps": load_latest(folder / FOLDER, PriorConfig).step,
         "prior_seconds": round(prior_seconds, 1),
         "total_seconds": round(time.monotonic() - started, 1),
         **_setting(trainer, images),

@@ -20,6 +20,9 @@ from fastvq.training.config import ConfigError, PriorConfig
 from fastvq.training.loop import Loop, Measures, forget_run, usable_device
 from fastvq.training.tokens import BATCH, FOLDER, Codes, forget_codes, tokenize
 
+_LOGITS = 1 << 25
+"""Of a batch that is evaluated, at most, where a single sample has no more."""
+
 
 class PriorTrainer(Loop):
     """Train one prior in one folder; see `Loop`. The constructor sets torch's global random state.
@@ -179,9 +182,10 @@ def load_prior(run: Path) -> tuple[Prior, VQVAE]:
 def bits_per_code(prior: Prior, codes: Tensor, labels: Tensor | None) -> float:
     """The mean over codes (N, *grid) of -log2 p, computed on the prior's device."""
     device = next(prior.parameters()).device
-    parts = labels.split(BATCH) if labels is not None else [None] * math.ceil(len(codes) / BATCH)
+    batch = max(1, min(BATCH, _LOGITS // (prior.places * prior.codebook_size)))
+    parts = labels.split(batch) if labels is not None else [None] * math.ceil(len(codes) / batch)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for part, of in zip(codes.split(BATCH), parts, strict=True):
+    for part, of in zip(codes.split(batch), parts, strict=True):
         total += prior.bits(moved(part, device).long(), None if of is None else moved(of, device)).sum()
     return total.item() / codes.numel()
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from fastvq.models.priors.arithmetic import Arithmetic, Floats
 from fastvq.models.priors.draw import draw
 
+_IN_FLOAT64 = 1 << 22
+"""Logits that are widened at a time."""
+
 
 class Prior(nn.Module):
     """p(codes | label) = prod_i p(code_i | code_0 ... code_{i-1}, label), over the places of a grid in raster order.
@@ -90,9 +93,11 @@ class Prior(nn.Module):
 
         Under the uniform prior that the VQ-VAE is trained with it is (places) log2 K.
         """
-        logits = self(codes, labels).double()
-        chosen = codes.flatten(1)[..., None]
-        return -logits.log_softmax(-1).gather(-1, chosen).squeeze(-1).sum(1) / math.log(2)
+        logits = self(codes, labels)
+        rows = max(1, _IN_FLOAT64 // max(1, logits[:1].numel()))
+        parts = zip(logits.split(rows), codes.flatten(1).split(rows), strict=True)
+        nats = [F.cross_entropy(some.double().mT, its, reduction="none").sum(1) for some, its in parts]
+        return torch.cat(nats) / math.log(2) if nats else logits.new_zeros(0, dtype=torch.float64)
 
     @torch.no_grad()
     def sample(
