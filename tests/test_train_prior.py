@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,12 +18,14 @@ from fastvq.cli import main
 from fastvq.models import VQVAE
 from fastvq.models.priors import PRIORS
 from fastvq.training import CheckpointError, ConfigError, TrainConfig, Trainer, load_images
+from fastvq.training.batches import batch_rows
 from fastvq.training.build import load_model
 from fastvq.training.checkpoint import load_latest
 from fastvq.training.compare import compare_priors
 from fastvq.training.prior import PriorConfig, PriorTrainer, bits_per_code, forget_prior, load_prior, train_prior
-from fastvq.training.tokens import tokenize
+from fastvq.training.tokens import Codes, tokenize
 
+from .cases import generator
 from .runs import tiny_run
 
 TINY = PriorConfig(
@@ -171,6 +174,72 @@ def test_learning_rate_rises_and_falls():
     assert rates[1] == rates[2] == TINY.learning_rate
     assert rates[2] > rates[3] > rates[4] > rates[5] > rates[6]
     assert abs(rates[6]) < 1e-12
+
+
+def labelled_trainer(folder, config=TINY):
+    """A trainer on random codes of three classes."""
+    train, test = (torch.randint(0, 24, (count, 4, 4), generator=generator(count)).int() for count in (20, 5))
+    codes = Codes(train, test, torch.randint(0, 3, (20,), generator=generator()), torch.arange(5) % 3)
+    return PriorTrainer(config, codes, 24, folder, identity="none")
+
+
+def test_each_step_has_its_learning_rate(tmp_path):
+    trainer = labelled_trainer(tmp_path)
+    for step in range(4):
+        trainer.train_step()
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == [TINY.learning_rate_at(step)]
+
+
+def test_a_step_learns_from_codes_and_their_labels(tmp_path, monkeypatch):
+    trainer = labelled_trainer(tmp_path)
+    loss, seen = trainer.model.loss, []
+    monkeypatch.setattr(trainer.model, "loss", lambda *given: (seen.append(given), loss(*given))[1])
+    for step in range(3):
+        trainer.train_step()
+        rows = batch_rows(step, count=20, batch_size=TINY.batch_size, seed=TINY.seed)
+        codes, labels = seen[step]
+        assert torch.equal(codes, trainer.codes.train[rows].long())
+        assert torch.equal(labels, trainer.codes.train_labels[rows])
+
+
+def test_recent_bits_are_the_mean_loss_in_bits(tmp_path, monkeypatch):
+    trainer = labelled_trainer(tmp_path)
+    loss, losses = trainer.model.loss, []
+    monkeypatch.setattr(trainer.model, "loss", lambda *given: (losses.append(loss(*given)), losses[-1])[1])
+    for _ in range(3):
+        trainer.train_step()
+    measures, text = trainer.recent()
+    bits = sum(value.item() for value in losses) / 3 / math.log(2)
+    assert measures == {"bits_per_code": pytest.approx(bits, rel=1e-6)}
+    assert text == f"{bits:.2f} bits a code"
+
+
+def test_gradients_are_clipped_to_a_norm_of_one(tmp_path, monkeypatch):
+    trainer = labelled_trainer(tmp_path)
+    loss = trainer.model.loss
+    for scale in (1e3, 1e-4):
+        monkeypatch.setattr(trainer.model, "loss", lambda *given, scale=scale: scale * loss(*given))
+        trainer.train_step()
+        norm = torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]).norm().item()
+        assert norm == pytest.approx(1, rel=1e-3) if scale > 1 else 0 < norm < 0.1
+
+
+def test_the_optimizer_has_its_settings(tmp_path):
+    optimizer = labelled_trainer(tmp_path, dataclasses.replace(TINY, weight_decay=0.3)).optimizer
+    assert isinstance(optimizer, torch.optim.AdamW)
+    for settings in (optimizer.defaults, *optimizer.param_groups):
+        assert (settings["betas"], settings["weight_decay"]) == ((0.9, 0.98), 0.3)
+
+
+def test_a_prior_starts_from_the_codebook(run, monkeypatch):
+    trainers = []
+    monkeypatch.setattr(PriorTrainer, "fit", lambda trainer, **_: trainers.append(trainer))
+    train_prior(run, TINY, progress=False)
+    vectors = load_model(run)[0].bottleneck.codebook
+    torch.manual_seed(TINY.seed)
+    expected = PRIORS[TINY.kind](24, (4, 4), vectors=vectors, **TINY.model_settings())
+    assert trainers[0].model.head.weight.abs().max() > 0
+    assert equal(trainers[0].model.state_dict(), expected.state_dict())
 
 
 def options(config):

@@ -136,6 +136,13 @@ def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
     assert rates[-1] == pytest.approx(0, abs=1e-12)
 
 
+def test_each_step_has_its_learning_rate(tmp_path: Path) -> None:
+    trainer = Trainer(TINY, tiny_images(), tmp_path)
+    for step in range(4):
+        trainer.train_step()
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == [TINY.learning_rate_at(step)]
+
+
 # Data order
 
 
