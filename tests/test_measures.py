@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from fastvq.data import Images
+from fastvq.training import measures
 from fastvq.training.classifier import agreement, train_classifier
 from fastvq.training.formats import _sheet, format_sizes
 from fastvq.training.page import _table
@@ -40,6 +42,57 @@ def test_the_judge_learns_classes_and_leaves_randomness_alone():
     assert agreement(judge, images / 255, 1 - labels) < 0.05
     with pytest.raises(ValueError, match="images: a classifier needs classes"):
         train_classifier(Images("squares", images, images, ()), steps=1)
+
+
+def by_brightness(images):
+    """Logits that are highest for the class of the brightness."""
+    return torch.nn.functional.one_hot((images * 255).round().long().flatten(), 4)
+
+
+class Guided:
+    """A prior whose samples are their labels if they are guided, else all 0."""
+
+    classes = 4
+
+    def sample(self, count, labels, *, generator, guidance=1.0):
+        assert len(labels) == count
+        return (labels if guidance > 1 else torch.zeros_like(labels))[:, None, None]
+
+
+class Halving:
+    """A model whose code for an image is half its brightness, and which decodes codes as they are."""
+
+    training, bottleneck = False, None
+
+    def train(self, mode=True):
+        return self
+
+    eval = train
+
+    def encode(self, images):
+        return (images * 255)[:, 0].round().long() // 2
+
+    def decode(self, codes):
+        return codes[:, None] / 255
+
+
+def test_each_agreement_is_of_what_it_says(monkeypatch):
+    monkeypatch.setattr(measures, "train_classifier", lambda *_, **__: by_brightness)
+    # Six of eight images look like their class; half as bright, as 0, 0, 0, 0, 1, 1, 1 and 1, five of them do.
+    seen = torch.tensor([0, 0, 0, 1, 2, 3, 2, 3]).to(torch.uint8)[:, None, None, None]
+    labels = torch.tensor([0, 0, 0, 0, 2, 3, 2, 1])
+    data = Images("brightnesses", seen, seen, ("",) * 8, labels, labels)
+    assert measures.judge_samples(Guided(), Halving(), data, {"guidance": 2.0}) == {
+        "sample_agreement": 1.0,
+        "plain_sample_agreement": 0.25,
+        "real_agreement": 0.75,
+        "reconstruction_agreement": 0.625,
+        "judged_samples": 120,
+    }
+    without = measures.judge_samples(Guided(), Halving(), dataclasses.replace(data, test_labels=None), {})
+    assert without == dict.fromkeys(
+        ("sample_agreement", "plain_sample_agreement", "real_agreement", "reconstruction_agreement")
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
