@@ -70,6 +70,29 @@ def test_sums_are_exact_in_any_order():
             assert int(result[i, j]) == (total + (1 << 15)) >> 16
 
 
+def test_operands_beyond_the_bounds_are_clamped():
+    """To +-256, and queries, keys and values to +-64: what is given beyond has the result of the bound."""
+    g, fixed = generator(), Fixed()
+    wide = units(torch.tensor([[300.0, -1000.0, 3.0, 5e4], [-257.0, 256.0, 0.5, -1e9]]))
+    within = wide.clamp(-(2.0**24), 2.0**24)
+    linear, norm = torch.nn.Linear(4, 3), torch.nn.LayerNorm(4)
+    assert torch.equal(fixed.linear(wide, linear.weight, linear.bias), fixed.linear(within, linear.weight, linear.bias))
+    near(fixed.linear(wide, linear.weight, linear.bias), linear(within.float() / ONE), 2e-2)
+    assert torch.equal(fixed.norm(wide, norm), fixed.norm(within, norm))
+    near(fixed.norm(wide, norm), norm(within.float() / ONE), 1e-3)
+    ones = units(torch.tensor(1.0)).expand(2, 4)
+    assert torch.equal(fixed.multiply(wide, ones), within)
+    assert torch.equal(fixed.multiply(ones, wide), within)
+    # Small beside large, so that scores differ by little and every place has a weight.
+    small, large = 0.01 * torch.randn(2, 5, 8, generator=g), 200 * torch.randn(2, 5, 8, generator=g)
+    values = torch.randn(2, 5, 8, generator=g)
+    for q, k, v in ((large, small, values), (small, large, values), (small, small, large)):
+        bounded = [x.clamp(-64, 64) for x in (q, k, v)]
+        result = fixed.attend(*(units(x) for x in (q, k, v)))
+        assert torch.equal(result, fixed.attend(*(units(x) for x in bounded)))
+        near(result, Floats().attend(*bounded), 2e-2)
+
+
 def test_quotients_and_roots_are_the_exact_floor():
     g = generator()
     x = torch.randint(-(2**52), 2**52, (5000,), generator=g)
