@@ -98,6 +98,17 @@ def test_a_sample_depends_on_the_seed_and_its_number_alone(classed, tmp_path, mo
     assert not np.array_equal(many[:100], many[100:200])
 
 
+def test_batches_go_on_from_one_another(plain, classed, tmp_path):
+    """Without classes, and for one class: no label tells the batches apart, only what is drawn does."""
+    for run, options, labels in ((plain, (), None), (classed, ("--label=1",), torch.ones(100).long())):
+        codes = sample(run, tmp_path / "codes.npy", "--count=200", "--seed=6", *options)
+        assert not np.array_equal(codes[:100], codes[100:])
+        generator = torch.Generator().manual_seed(6)
+        prior = load_prior(run)[0]
+        expected = torch.cat([prior.sample(100, labels, generator=generator) for _ in range(2)])
+        assert np.array_equal(codes, expected.numpy())
+
+
 def test_images_stand_in_a_folder_for_each_class(classed, tmp_path, capsys):
     codes = sample(classed, tmp_path / "codes.npy", "--count=104")
     sample(classed, tmp_path / "new" / "drawn", "--count=104")
