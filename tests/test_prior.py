@@ -214,6 +214,18 @@ def test_learns_what_a_label_means_and_guidance_leans_on_it(kind):
 
 
 @every_kind
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"dropout": 0.0}], ids=["default", "half", "none"])
+def test_dropout_is_of_training_alone(kind, options):
+    prior = make(kind, **options)
+    codes = some_codes(prior)
+    assert torch.equal(prior(codes), prior(codes))
+    evaluated = prior(codes)
+    prior.train()
+    assert torch.equal(prior(codes), prior(codes)) == (options == {"dropout": 0.0})
+    close(prior.eval()(codes), evaluated)
+
+
+@every_kind
 def test_state_dict_round_trip_and_gradients(kind):
     prior, other = make(kind, classes=2), make(kind, classes=2)
     torch.nn.init.zeros_(other.head.weight)
