@@ -226,6 +226,20 @@ def test_dropout_is_of_training_alone(kind, options):
 
 
 @every_kind
+def test_every_layer_drops_out(kind):
+    prior = make(kind, dropout=0.3).train()
+    shares = []
+    for module in prior.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda module, *_: shares.append(module.p))
+    prior(some_codes(prior))
+    # What attention and perceptron add in two blocks; what each of four layers adds; the LSTM's input and output.
+    assert shares == [0.3] * {TransformerPrior: 4, PixelCNNPrior: 4, LSTMPrior: 2}[kind]
+    if kind is LSTMPrior:
+        assert prior.lstm.dropout == 0.3
+
+
+@every_kind
 def test_state_dict_round_trip_and_gradients(kind):
     prior, other = make(kind, classes=2), make(kind, classes=2)
     torch.nn.init.zeros_(other.head.weight)
