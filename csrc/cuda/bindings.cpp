@@ -63,6 +63,8 @@ class OnDevice {
       taken_.push_back(torch::stable::new_empty(tensor_, {static_cast<int64_t>(bytes)}, ScalarType::Byte));
       return taken_.back().mutable_data_ptr();
     };
+    context_.taken = [this] { return taken_.size(); };
+    context_.give_back = [this](size_t before) { taken_.erase(taken_.begin() + before, taken_.end()); };
   }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;

@@ -16,6 +16,9 @@ struct Context {
   int device;
   void* stream;
   std::function<void*(size_t)> take;
+  // How much was taken, and giving back what came after.
+  std::function<size_t()> taken;
+  std::function<void(size_t)> give_back;
 };
 
 // Why the machine's driver can't run what was built; empty where it can.

@@ -9,7 +9,9 @@ void residual_search(const Context& context, Values x, Values codebooks, int64_t
   const auto search_level = [&](Values rows, const Codes& level, int64_t* found) {
     const size_t element = codebooks.dtype == DType::f64 ? 8 : codebooks.dtype == DType::f32 ? 4 : 2;
     const char* first = static_cast<const char*>(codebooks.data) + level.first * element;
+    const size_t before = context.taken();
     search(context, rows, {first, codebooks.dtype}, Metric::l2, 1, n, size, dim, found);
+    context.give_back(before);
   };
   residual_search(x, codes, n, static_cast<int>(levels), out, true, machine_of(context.device),
                   static_cast<Stream>(context.stream), context.take, search_level);

@@ -29,7 +29,6 @@ struct Scan {
   int64_t n;
   int tiles;  // of a split
   Tier tier;
-  Metric metric;
 
   __device__ int64_t rows_of(int64_t head) const { return list.rows ? list.count[head] : n; }
   __device__ int64_t row_at(int64_t head, int64_t place) const {

@@ -1,10 +1,10 @@
 // The scan on matrix units: scores from float16 parts, one product or three, summed in float32.
 //
-// A block meets the codes in tiles, some columns at a time, STAGES of them on their way; its warps stand ACROSS codes,
-// TILE for each, and down the rows. The rows stay where there is room: of one chunk in registers, else in shared
-// memory; long ones come again with every tile, as the codes do (pack_rows). Each lane holds for each of its rows
-// sixteen scores of a tile, of neighbouring codes (pack_parts), and keeps the largest: one operation a distance and a
-// quarter. The sums begin with minus half the squares.
+// A block meets the codes in tiles, some columns at a time, STAGES of them on their way. ACROSS of its warps share the
+// codes of a tile, TILE for each, the others the rows. The rows stay where there is room: of one chunk in registers,
+// else in shared memory; long ones come again with every tile, as the codes do (pack_rows). Each lane holds for each of
+// its rows sixteen scores of a tile, of neighbouring codes (pack_parts), and keeps the largest: one operation a
+// distance and a quarter. The sums begin with minus half the squares.
 #pragma once
 
 #include "scan.cuh"
@@ -38,24 +38,26 @@ __host__ __device__ inline int padded_columns(int dim) {
   return dim <= 16 ? 16 : dim <= 32 ? 32 : static_cast<int>(ceil_div(dim, 64)) * 64;
 }
 
-// The rows of this warp, scaled and split; zeros for those that aren't there.
-template <int PARTS>
-__device__ inline void stage_rows(const Scan& scan, int64_t head, int64_t first, int64_t total, int count,
-                                  int row_stride, uint16_t* high, uint16_t* low, float* shrinks) {
-  const int lane = threadIdx.x % WARP, columns = scan.frame.columns;
+// COUNT rows, scaled and split, by a warp, whose lanes have a row in groups of LANES; zeros for those that aren't
+// there.
+template <int PARTS, int COUNT, int LANES>
+__device__ inline void stage_rows(const Scan& scan, int64_t head, int64_t first, int64_t total, int row_stride,
+                                  uint16_t* high, uint16_t* low, float* shrinks) {
+  static_assert(COUNT * LANES % WARP == 0);
+  const int part = threadIdx.x % LANES, columns = scan.frame.columns;
   const int exponent = scan.frame.decision[head].exponent;
-  for (int i = 0; i < count; ++i) {
+  for (int i = threadIdx.x % WARP / LANES; i < COUNT; i += WARP / LANES) {
     const bool there = first + i < total;
     const RowView view = scan.view(head, there ? scan.row_at(head, first + i) : 0);
-    RowScale scale{0.0f, 1.0f, false};
-    if (there) scale = scale_of(kind_of(view).largest, view.dim, exponent, scan.tier);
-    for (int j = lane; j < columns; j += WARP) {
+    const float largest = kind_of(view, LANES).largest;
+    const RowScale scale = there ? scale_of(largest, view.dim, exponent, scan.tier) : RowScale{0.0f, 1.0f, false};
+    for (int j = part; j < columns; j += LANES) {
       const float moved = there && j < view.dim ? view.moved(j) : 0.0f;
       const Parts parts = split(is_finite(moved) ? moved * scale.scale : 0.0f);
       high[i * row_stride + j] = to_half(parts.high);
       if (PARTS == 2) low[i * row_stride + j] = to_half(parts.low);
     }
-    if (lane == 0) shrinks[i] = scale.shrink;
+    if (part == 0) shrinks[i] = scale.shrink;
   }
 }
 
@@ -89,8 +91,8 @@ static __global__ void __launch_bounds__(PACK_THREADS, 8) pack_rows(Scan scan, i
   const int64_t places = ceil_div(total, block_rows) * block_rows, step = int64_t{gridDim.x} * PACK_WARPS;
   for (int64_t place = int64_t{blockIdx.x} * PACK_WARPS + threadIdx.x / WARP; place < places; place += step) {
     uint16_t* high = scan.packed.rows + (PARTS * head * scan.packed.count + place) * columns;
-    stage_rows<PARTS>(scan, head, place, total, 1, 0, high, high + scan.packed.count * columns,
-                      scan.packed.shrinks + head * scan.packed.count + place);
+    stage_rows<PARTS, 1, WARP>(scan, head, place, total, 0, high, high + scan.packed.count * columns,
+                               scan.packed.shrinks + head * scan.packed.count + place);
   }
 }
 
@@ -157,8 +159,9 @@ static __global__ void __launch_bounds__(MATRIX_THREADS, PARTS* BLOCKS > 2 ? 2 :
     __syncthreads();
   } else if (WHERE == IN_SHARED_MEMORY) {
     constexpr int SHARE = Tile::ROWS / MATRIX_WARPS;
-    stage_rows<PARTS>(scan, head, first_row + warp * SHARE, total, SHARE, row_stride, rows + warp * SHARE * row_stride,
-                      rows + (Tile::ROWS + warp * SHARE) * row_stride, shrinks + warp * SHARE);
+    stage_rows<PARTS, SHARE, 8>(scan, head, first_row + warp * SHARE, total, row_stride,
+                                rows + warp * SHARE * row_stride, rows + (Tile::ROWS + warp * SHARE) * row_stride,
+                                shrinks + warp * SHARE);
     __syncthreads();
   } else {
     shrinks = scan.packed.shrinks + head * scan.packed.count + first_row;

@@ -171,7 +171,7 @@ struct Search {
   // A scan of all rows, or of those of a list, and its launch.
   Scan scan_of(const Frame& frame, Tier tier, List list) const {
     Scan scan{};
-    scan.frame = frame, scan.x = x, scan.list = list, scan.n = n, scan.tier = tier, scan.metric = codes.metric;
+    scan.frame = frame, scan.x = x, scan.list = list, scan.n = n, scan.tier = tier;
     return scan;
   }
 

@@ -37,7 +37,7 @@ def _autoencoder(metrics: dict[str, Any]) -> list[str]:
     codes, size = metrics["codes_per_image"], metrics["codebook_size"]
     return [
         "<h1>From images to integers, to new images and small files</h1>",
-        f"<p>A VQ-VAE learned {metrics['train_images']} small pictures of clothes. What is measured below is measured on"
+        f"<p>A VQ-VAE learned {metrics['train_images']} small pictures of clothes. All measures below are of"
         f" {metrics['test_images']} others, which it never saw.</p>",
         "<h2>1. An image becomes a few integers</h2>",
         f"<p>The encoder turns an image into a grid of {codes} vectors. Each is replaced by the nearest of {size}"

@@ -1,5 +1,5 @@
 // Runs the CUDA kernels in the emulator. Reads one call after the other from standard input and writes what each has
-// computed to standard output, both as tests/cuda/test_emulated.py has them.
+// computed to standard output, both as tests/cuda/emulation.py has them.
 //
 //     emulate ORDER [SEED] [PROCESSORS] [UNIT] [SHARED]
 //

@@ -43,6 +43,19 @@ def heads(path: str, data: str, *shape: int) -> Callable[[], Case]:
     return case
 
 
+def overflowing() -> Case:
+    """Finite rows whose distance from the centre isn't."""
+    codebook = -2.5e38 + 2e37 * torch.randn(100, 8, generator=generator())
+    x = 2.5e38 * (1 - 2 * torch.randint(0, 2, (70, 8), generator=generator(1)))
+    return emulation.search(x, codebook, path="matrix"), (reference.search(x, codebook),)
+
+
+def two_heads() -> Case:
+    pairs = [ADVERSARIAL[name](9, 60, 270, generator()) for name in ("gaussian", "vectors_far_from_codes")]
+    x, codebook = (torch.stack(t) for t in zip(*pairs, strict=True))
+    return emulation.search(x, codebook, path="matrix"), (reference.search(x, codebook),)
+
+
 def residual(n: int, q: int, k: int, d: int) -> Callable[[], Case]:
     def case() -> Case:
         g = generator()
@@ -215,6 +228,15 @@ MUTANTS = (
         "rows in registers are all of the first warp", search("three_products", "gaussian", 70, 90, 12),
         "scan_matrix.cuh", "const int row_at = (warp_row + lane % 16)",
         "const int row_at = ((MUTANT ? 0 : warp_row) + lane % 16)",
+    ),
+    Mutant(
+        "rows that overflow about the centre are certain", overflowing,
+        "finish.cuh", "scale.tame && kind.moved_finite &&", "scale.tame && (MUTANT || kind.moved_finite) &&",
+    ),
+    Mutant(
+        "streamed rows are those of the first head", two_heads,
+        "scan_matrix.cuh", "scan.packed.rows + (PARTS * head * scan.packed.count + first_row + line)",
+        "scan.packed.rows + (PARTS * (MUTANT ? 0 : head) * scan.packed.count + first_row + line)",
     ),
     Mutant(
         "far codes never come into question", search("cores", "far_codes", 60, 130, 8),
