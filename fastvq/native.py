@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import eager
+from .ops.registry import GRADIENTS, METRICS, SOFT_METRICS
 from .reference import Ops, result_dtype
 
 _PACKAGE = Path(__file__).parent
@@ -144,7 +145,7 @@ def unavailable(device: torch.device) -> str:
 
 
 def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
-    return torch.ops.fastvq.native_search(x.contiguous(), codebook.contiguous(), metric=metric)
+    return torch.ops.fastvq.native_search(x.contiguous(), codebook.contiguous(), metric=METRICS.index(metric))
 
 
 def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
@@ -152,26 +153,36 @@ def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2") -> Tensor:
-    return torch.ops.fastvq.native_topk_search(x.contiguous(), codebook.contiguous(), k, metric=metric)
+    return torch.ops.fastvq.native_topk_search(x.contiguous(), codebook.contiguous(), k, metric=METRICS.index(metric))
 
 
 def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, metric: str = "l2") -> Tensor:
     x, codebook = x.contiguous(), codebook.contiguous()
-    return torch.ops.fastvq.native_sample(x, codebook, temperature=temperature, seed=seed, metric=metric)
+    return torch.ops.fastvq.native_sample(x, codebook, temperature=temperature, seed=seed, metric=METRICS.index(metric))
 
 
-def soft_assign_forward(x: Tensor, codebook: Tensor, mask: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+def soft_assign_forward(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: str, **options: Any
+) -> tuple[Tensor, ...]:
     if result_dtype(x, codebook) == torch.float64:  # kernels are in float32
-        return eager.soft_assign_forward(x, codebook, mask, **options)
-    return torch.ops.fastvq.native_soft_assign_forward(*_contiguous(x, codebook, mask), **options)
+        return eager.soft_assign_forward(x, codebook, mask, metric=metric, **options)
+    tensors = _contiguous(x, codebook, mask)
+    return torch.ops.fastvq.native_soft_assign_forward(*tensors, metric=SOFT_METRICS.index(metric), **options)
 
 
 def soft_assign_backward(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, logsumexp: Tensor, *grads: Tensor | None, **options: Any
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    logsumexp: Tensor,
+    *grads: Tensor | None,
+    metric: str,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
     if result_dtype(x, codebook) == torch.float64:
-        return eager.soft_assign_backward(x, codebook, mask, logsumexp, *grads, **options)
-    return torch.ops.fastvq.native_soft_assign_backward(*_contiguous(x, codebook, mask, logsumexp, *grads), **options)
+        return eager.soft_assign_backward(x, codebook, mask, logsumexp, *grads, metric=metric, **options)
+    tensors = _contiguous(x, codebook, mask, logsumexp, *grads)
+    return torch.ops.fastvq.native_soft_assign_backward(*tensors, metric=SOFT_METRICS.index(metric), **options)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -185,10 +196,18 @@ def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: b
 
 
 def quantize_backward(
-    x: Tensor, codes: Tensor, indices: Tensor, quantized_grad: Tensor, loss_grad: Tensor, **options: Any
+    x: Tensor,
+    codes: Tensor,
+    indices: Tensor,
+    quantized_grad: Tensor,
+    loss_grad: Tensor,
+    *,
+    gradient: str,
+    **options: Any,
 ) -> Tensor:
     tensors = (x, codes, indices, quantized_grad, loss_grad)
-    return torch.ops.fastvq.native_quantize_backward(*[t.contiguous() for t in tensors], **options)
+    work = [t.contiguous() for t in tensors]
+    return torch.ops.fastvq.native_quantize_backward(*work, gradient=GRADIENTS.index(gradient), **options)
 
 
 def residual_quantize_forward(
@@ -200,10 +219,18 @@ def residual_quantize_forward(
 
 
 def residual_quantize_backward(
-    x: Tensor, codebooks: Tensor, indices: Tensor, quantized_grad: Tensor, error_grads: Tensor, **options: Any
+    x: Tensor,
+    codebooks: Tensor,
+    indices: Tensor,
+    quantized_grad: Tensor,
+    error_grads: Tensor,
+    *,
+    gradient: str,
+    **options: Any,
 ) -> Tensor:
     tensors = (x, codebooks, indices, quantized_grad, error_grads)
-    return torch.ops.fastvq.native_residual_quantize_backward(*[t.contiguous() for t in tensors], **options)
+    work = [t.contiguous() for t in tensors]
+    return torch.ops.fastvq.native_residual_quantize_backward(*work, gradient=GRADIENTS.index(gradient), **options)
 
 
 def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,19 @@ fastvq::DType dtype_of(const Tensor& tensor) {
   }
 }
 
+// Options arrive as places in this list, which is that of fastvq/ops/registry.py: in torch 2.13, a string that the
+// stable ABI hands over is never freed.
+template <class E, class... Rest>
+E enumerator(int64_t place, E first, Rest... rest) {
+  const E values[] = {first, rest...};
+  STD_TORCH_CHECK(place >= 0 && place < static_cast<int64_t>(1 + sizeof...(rest)), "no option has the number ", place);
+  return values[place];
+}
+
+fastvq::Metric metric_of(int64_t metric) {
+  return enumerator(metric, fastvq::Metric::l2, fastvq::Metric::dot);
+}
+
 // Matrix `head` of a contiguous [rows, dim] or [heads, rows, dim] tensor.
 fastvq::Matrix matrix_of(const Tensor& tensor, int64_t head = 0) {
   const int64_t rows = tensor.size(-2), dim = tensor.size(-1);
@@ -88,13 +101,13 @@ void in_parallel(int64_t end, int64_t grain, const F& f) {
 
 const fastvq::Parallel PARALLEL = [](int64_t count, int64_t grain, const auto& f) { in_parallel(count, grain, f); };
 
-Tensor search(const Tensor& x, const Tensor& codebook, std::string metric) {
+Tensor search(const Tensor& x, const Tensor& codebook, int64_t metric) {
   const bool heads = x.dim() == 3;
   const int64_t rows = x.size(-2);
   Tensor indices = heads ? torch::stable::new_empty(x, {x.size(0), rows}, ScalarType::Long)
                          : torch::stable::new_empty(x, {rows}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(indices.mutable_data_ptr());
-  const auto kind = metric == "dot" ? fastvq::Metric::dot : fastvq::Metric::l2;
+  const fastvq::Metric kind = metric_of(metric);
   const IeeeArithmetic arithmetic;
   for (int64_t h = 0; h < (heads ? x.size(0) : 1); ++h)
     fastvq::search(fastvq::active_isa(), fastvq::active_precision(), matrix_of(x, h), matrix_of(codebook, h), kind,
@@ -102,13 +115,13 @@ Tensor search(const Tensor& x, const Tensor& codebook, std::string metric) {
   return indices;
 }
 
-Tensor topk_search(const Tensor& x, const Tensor& codebook, int64_t k, std::string metric) {
+Tensor topk_search(const Tensor& x, const Tensor& codebook, int64_t k, int64_t metric) {
   const bool heads = x.dim() == 3;
   const int64_t rows = x.size(-2);
   Tensor indices = heads ? torch::stable::new_empty(x, {x.size(0), rows, k}, ScalarType::Long)
                          : torch::stable::new_empty(x, {rows, k}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(indices.mutable_data_ptr());
-  const auto kind = metric == "dot" ? fastvq::Metric::dot : fastvq::Metric::l2;
+  const fastvq::Metric kind = metric_of(metric);
   const IeeeArithmetic arithmetic;
   for (int64_t h = 0; h < (heads ? x.size(0) : 1); ++h)
     fastvq::topk_search(fastvq::active_isa(), matrix_of(x, h), matrix_of(codebook, h), kind, k, out + h * rows * k,
@@ -116,13 +129,13 @@ Tensor topk_search(const Tensor& x, const Tensor& codebook, int64_t k, std::stri
   return indices;
 }
 
-Tensor sample(const Tensor& x, const Tensor& codebook, double temperature, const Tensor& seed, std::string metric) {
+Tensor sample(const Tensor& x, const Tensor& codebook, double temperature, const Tensor& seed, int64_t metric) {
   const bool heads = x.dim() == 3;
   const int64_t rows = x.size(-2);
   Tensor indices = heads ? torch::stable::new_empty(x, {x.size(0), rows}, ScalarType::Long)
                          : torch::stable::new_empty(x, {rows}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(indices.mutable_data_ptr());
-  const auto kind = metric == "dot" ? fastvq::Metric::dot : fastvq::Metric::l2;
+  const fastvq::Metric kind = metric_of(metric);
   const auto key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
   const IeeeArithmetic arithmetic;
   for (int64_t h = 0; h < (heads ? x.size(0) : 1); ++h)
@@ -141,8 +154,8 @@ Tensor residual_search(const Tensor& x, const Tensor& codebooks) {
   return indices;
 }
 
-fastvq::Gradient kind_of(const std::string& gradient) {
-  return gradient == "rotation" ? fastvq::Gradient::rotation : fastvq::Gradient::straight_through;
+fastvq::Gradient kind_of(int64_t gradient) {
+  return enumerator(gradient, fastvq::Gradient::straight_through, fastvq::Gradient::rotation);
 }
 
 // A float32 or float64 tensor of a few numbers, from and to double.
@@ -177,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_forward(const Tensor& x, const Tenso
 }
 
 Tensor quantize_backward(const Tensor& x, const Tensor& codes, const Tensor& indices, const Tensor& quantized_grad,
-                         const Tensor& loss_grad, std::string gradient, double commitment_weight) {
+                         const Tensor& loss_grad, int64_t gradient, double commitment_weight) {
   const fastvq::Matrix rows = matrix_of(x);
   Tensor x_grad = torch::stable::new_empty(x, {rows.rows, rows.dim}, x.scalar_type());
   const double pull = 2.0 * commitment_weight * values_of(loss_grad)[0];
@@ -210,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> residual_quantize_forward(const Tensor& x, co
 }
 
 Tensor residual_quantize_backward(const Tensor& x, const Tensor& codebooks, const Tensor& indices,
-                                  const Tensor& quantized_grad, const Tensor& error_grads, std::string gradient,
+                                  const Tensor& quantized_grad, const Tensor& error_grads, int64_t gradient,
                                   double commitment_weight) {
   const fastvq::Matrix rows = matrix_of(x);
   Tensor x_grad = torch::stable::new_empty(x, {rows.rows, rows.dim}, x.scalar_type());
@@ -222,11 +235,9 @@ Tensor residual_quantize_backward(const Tensor& x, const Tensor& codebooks, cons
   return x_grad;
 }
 
-fastvq::SoftInput soft_input(const Tensor& x, const Tensor& codebook, const std::optional<Tensor>& mask,
-                             const std::string& metric, double scale, double floor) {
-  const auto kind = metric == "dot"  ? fastvq::SoftMetric::dot
-                    : metric == "l2" ? fastvq::SoftMetric::l2
-                                     : fastvq::SoftMetric::distance;
+fastvq::SoftInput soft_input(const Tensor& x, const Tensor& codebook, const std::optional<Tensor>& mask, int64_t metric,
+                             double scale, double floor) {
+  const auto kind = enumerator(metric, fastvq::SoftMetric::distance, fastvq::SoftMetric::l2, fastvq::SoftMetric::dot);
   const fastvq::Matrix rows{dtype_of(x), x.const_data_ptr(), x.size(0) * x.size(1), x.size(2)};
   const bool* kept = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
   const float log_floor = floor > 0.0 ? static_cast<float>(std::log(floor)) : -1e6f;
@@ -234,7 +245,7 @@ fastvq::SoftInput soft_input(const Tensor& x, const Tensor& codebook, const std:
 }
 
 std::tuple<Tensor, Tensor, Tensor> soft_assign_forward(const Tensor& x, const Tensor& codebook,
-                                                       std::optional<Tensor> mask, std::string metric, double scale,
+                                                       std::optional<Tensor> mask, int64_t metric, double scale,
                                                        double floor, bool statistics) {
   const int64_t groups = x.size(0), rows = x.size(1);
   Tensor logsumexp = torch::stable::new_empty(x, {groups, rows}, ScalarType::Float);
@@ -251,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_assign_forward(const Tensor& x, const Te
 std::tuple<Tensor, Tensor> soft_assign_backward(const Tensor& x, const Tensor& codebook, std::optional<Tensor> mask,
                                                 const Tensor& logsumexp, std::optional<Tensor> logsumexp_grad,
                                                 std::optional<Tensor> entropy_grad, std::optional<Tensor> mean_grad,
-                                                std::optional<Tensor> code_grad, std::string metric, double scale,
+                                                std::optional<Tensor> code_grad, int64_t metric, double scale,
                                                 double floor, bool need_x, bool need_codebook) {
   const int64_t groups = x.size(0), rows = x.size(1), dim = x.size(2), size = codebook.size(0);
   Tensor x_grad = torch::stable::new_empty(x, {groups, rows, need_x ? dim : 0}, ScalarType::Float);

@@ -78,13 +78,16 @@ class OnDevice {
   fastvq::cuda::Context context_;
 };
 
-Tensor search(const Tensor& x, const Tensor& codebook, std::string metric) {
+// `metric` is its place in METRICS of fastvq/ops/registry.py: in torch 2.13, a string that the stable ABI hands over is
+// never freed.
+Tensor search(const Tensor& x, const Tensor& codebook, int64_t metric) {
+  STD_TORCH_CHECK(metric == 0 || metric == 1, "no metric has the number ", metric);
   const OnDevice device(x);
   const bool many = x.dim() == 3;
   const int64_t heads = many ? x.size(0) : 1, rows = x.size(-2);
   Tensor indices = many ? torch::stable::new_empty(x, {heads, rows}, ScalarType::Long)
                         : torch::stable::new_empty(x, {rows}, ScalarType::Long);
-  fastvq::cuda::search(device.context(), values_of(x), values_of(codebook), metric == "dot" ? Metric::dot : Metric::l2,
+  fastvq::cuda::search(device.context(), values_of(x), values_of(codebook), metric == 1 ? Metric::dot : Metric::l2,
                        heads, rows, codebook.size(-2), x.size(-1), pointer<int64_t>(indices));
   return indices;
 }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from .binary import binary_assign_backward, binary_assign_forward
 from .learning import accumulate, ema_update_
+from .registry import GRADIENTS
 from .sampling import sample
 from .searches import residual_search, search, topk_search
 from .seeding import min_distance_
 from .soft import soft_assign_backward, soft_assign_forward
 from .steps import (
-    GRADIENTS,
     quantize_backward,
     quantize_forward,
     residual_quantize_backward,

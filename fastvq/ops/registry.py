@@ -23,7 +23,8 @@ def op(
     """Registers the decorated function as an op and returns a function of its signature that calls the op.
 
     `native_<name>` gets the same schema, for the compiled library to implement, less the arguments `not_native`, with
-    which the op deals before it calls a backend.
+    which the op deals before it calls a backend, and with an integer for each string: its place in METRICS,
+    SOFT_METRICS or GRADIENTS. Libraries built with torch 2.13 leak every string that they are given.
     """
 
     def register(function: _F) -> _F:
@@ -85,12 +86,19 @@ def _schema_without(function: Callable[..., Any], mutates: tuple[str, ...], name
 
     def prototype(*args: Any, **kwargs: Any) -> None: ...
 
-    kept = [p for p in signature.parameters.values() if p.name not in names]
+    kept = [
+        p.replace(annotation=int, default=p.empty) if p.annotation in (str, "str") else p
+        for p in signature.parameters.values()
+        if p.name not in names
+    ]
     prototype.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
     prototype.__module__ = function.__module__
     return torch.library.infer_schema(prototype, mutates_args=mutates)
 
 
+METRICS = ("l2", "dot")
+SOFT_METRICS = ("distance", "l2", "dot")
+GRADIENTS = ("ste", "rotation")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

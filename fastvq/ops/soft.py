@@ -7,9 +7,7 @@ from torch import Tensor
 from fastvq import backends
 from fastvq.reference import result_dtype
 
-from .registry import check_codes, check_like, check_mask, check_values, op
-
-SOFT_METRICS = ("distance", "l2", "dot")
+from .registry import SOFT_METRICS, check_codes, check_like, check_mask, check_values, op
 
 
 def _check_soft_assign(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, scale: float) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastvq import backends, reference
 
-from .registry import check_codes, check_indices, check_int64, check_same_device, check_values, op
+from .registry import GRADIENTS, check_codes, check_indices, check_int64, check_same_device, check_values, op
 from .searches import check_residual_search
 
 
@@ -51,9 +51,6 @@ def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: b
     """
     _check_quantize_forward(x, codebook, indices)
     return backends.select("quantize_forward", x.device)(x, codebook, indices, keep_codes)
-
-
-GRADIENTS = ("ste", "rotation")
 
 
 def _check_gradients(x: Tensor, quantized_grad: Tensor, gradient: str) -> None:
