@@ -17,7 +17,7 @@ SPREAD := --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
-CXX_SOURCES := $(shell find csrc tests/native tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc tests/cpu tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(filter csrc/%,$(CXX_SOURCES)) setup.py pyproject.toml
 CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
 
@@ -54,7 +54,7 @@ gpu-check: $(VENV)/test.stamp
 	$(BIN)/python -m fastvq.kernels.aot
 	@echo "The same kernels in Triton's interpreter, and a training step on the meta device, which mixes no devices and"
 	@echo "never waits for one:"
-	$(BIN)/python -m pytest $(SPREAD) tests/kernels tests/test_devices.py
+	$(BIN)/python -m pytest $(SPREAD) tests/kernels tests/quantizers/test_devices.py
 	@echo "The CUDA kernels: compiled by nvcc for sm_80, sm_90a and sm_100 and loaded, where nvcc is; run in the emulator,"
 	@echo "by the reference and by sanitizers, where Boost.Context is:"
 	$(BIN)/python -m pytest $(SPREAD) tests/cuda -rsP

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastvq
-from fastvq import ops, reference
+from fastvq import ops
+from fastvq.backends import reference
 from fastvq.bench.data import Shape, clustered
 from fastvq.bench.training import LEVELS, RESIDUAL_STEP, STEPS
 from fastvq.codebook.candidates import spread_rows

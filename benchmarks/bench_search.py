@@ -32,7 +32,7 @@ def bench_search(benchmark, name, shape, data):
 @pytest.mark.parametrize("metric", ["l2", "dot"])
 def bench_dtypes_and_metrics(benchmark, dtype, metric):
     x, codebook = (t.to(dtype) for t in DATA["clustered"](SHAPES[1]))
-    expected = fastvq.reference.search(x[:64], codebook, metric=metric)
+    expected = fastvq.backends.reference.search(x[:64], codebook, metric=metric)
     assert torch.equal(fastvq.search(x, codebook, metric=metric)[:64], expected)
     benchmark.group = f"search {SHAPES[1]} by dtype and metric"
     benchmark.pedantic(fastvq.search, (x, codebook), {"metric": metric}, rounds=7, warmup_rounds=1)

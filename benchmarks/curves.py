@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import fastvq
-from fastvq import models, plots
+from fastvq import models
 from fastvq.data import load_fashion_mnist
+from fastvq.runs import plots
 
 DIM = 16
 BATCH = 64

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from fastvq.data.images import to_float
-from fastvq.training import load_images, load_model
+from fastvq.runs.load import load_model
+from fastvq.training import load_images
 
 FIRST, LAST = torch.contiguous_format, torch.channels_last
 WAYS = [

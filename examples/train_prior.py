@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from fastvq.runs.sample_pictures import picture_completions, picture_samples
 from fastvq.training import TrainConfig, Trainer, load_images
 from fastvq.training.prior import PriorConfig, bits_per_code, train_prior
-from fastvq.training.sampling import picture_completions, picture_samples
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import torch
 import fastvq
 from fastvq.data import load_fashion_mnist
 from fastvq.models import VQVAE, Decoder, Encoder
-from fastvq.plots import save_reconstructions
+from fastvq.runs.plots import save_reconstructions
 
 
 def main() -> None:

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import sys
 
-from . import aliases
-from .backends import use_backend
-from .binary import BinaryAssignment, binary_assign
+from .backends.select import use_backend
 from .codebook import Revival
-from .functional import Quantized, ResidualQuantized, quantize, residual_quantize
-from .health import HealthReport, dead_share, perplexity, usage
+from .codebook.health import HealthReport, dead_share, perplexity, usage
+from .compat import aliases
+from .functional.binary_assign import BinaryAssignment, binary_assign
+from .functional.quantize import Quantized, ResidualQuantized, quantize, residual_quantize
+from .functional.soft_assign import SoftAssignment, cross_entropy, mean_assignment_entropy, soft_assign, soft_lookup
 from .ops import accumulate, ema_update_, min_distance_, residual_search, sample, search, topk_search
 from .quantizers import (
     FSP,
@@ -43,7 +44,6 @@ from .quantizers import (
     SimVQ,
     VectorQuantize,
 )
-from .soft import SoftAssignment, cross_entropy, mean_assignment_entropy, soft_assign, soft_lookup
 
 __version__ = "0.1.0"
 

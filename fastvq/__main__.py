@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from fastvq.cli import main
+from fastvq.cli.main import main
 
 sys.exit(main())

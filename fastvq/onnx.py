@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .extras import require
-from .files import whole
+from fastvq.extras import require
+from fastvq.files import whole
 
 onnxscript = require("onnxscript", "onnx")
 from onnxscript import BOOL, DOUBLE, FLOAT, INT64  # noqa: E402

@@ -43,3 +43,35 @@ def full_precision(like: Tensor) -> AbstractContextManager[None]:
     if like.is_meta:  # which has no autocast
         return nullcontext()
     return torch.autocast(like.device.type, enabled=False)
+
+
+class ZeroAtFirst:
+    """For a module (first among its bases) whose unsaved buffers are zero at first. No checkpoint can bring them, so
+    they become zero when a module that was built on the device "meta" gets memory: in `to_empty`, which leaves there
+    what was there, and in `load_state_dict`, by `give_memory_`."""
+
+    _buffers: dict[str, Tensor | None]
+    _non_persistent_buffers_set: set[str]
+
+    def _without_memory(self) -> list[tuple[str, Tensor]]:
+        unsaved = ((name, self._buffers[name]) for name in self._non_persistent_buffers_set)
+        return [(name, buffer) for name, buffer in unsaved if buffer is not None and buffer.is_meta]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        waiting = self._without_memory()
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, _ in waiting:
+            buffer = self._buffers[name]
+            if buffer is not None and not buffer.is_meta:
+                buffer.zero_()
+        return self
+
+
+def give_memory_(module: Any, state_dict: dict[str, Any]) -> None:
+    """For a module that loads `state_dict`: the buffers in it that no checkpoint brings are zeros on its device, where
+    they had no memory."""
+    device = next((value.device for value in state_dict.values() if isinstance(value, Tensor)), None)
+    for part in module.modules():
+        if isinstance(part, ZeroAtFirst) and device is not None and device.type != "meta":
+            for name, buffer in part._without_memory():
+                part._buffers[name] = torch.zeros_like(buffer, device=device)

@@ -67,7 +67,7 @@ def _late(module: str, name: str) -> Callable[..., Any]:
 
 def _torch(name: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return importlib.import_module("fastvq.eager").OPS[name](*args, **kwargs)
+        return importlib.import_module("fastvq.backends.torch").OPS[name](*args, **kwargs)
 
     return call
 

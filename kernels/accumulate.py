@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq import reference
-from fastvq.reference import check_indices
+from fastvq.backends import reference
+from fastvq.backends.reference import check_indices
 
 PIECE = 256
 """Rows of a piece: enough that a piece's float64 sum is 1/128 of the traffic, few enough for one code to fill a GPU."""

@@ -5,7 +5,7 @@ A row without a code (index -1) is never read. Errors are summed in the arithmet
 the rows of a program, and by `_mean` over the programs, always in the same order.
 
 Bytes moved for each of the N D elements in float32, the codes counted where they are gathered, beside those of the
-torch operations in fastvq.reference:
+torch operations in fastvq.backends.reference:
 
     forward              x, codes read; quantized written, codes too if kept               12 or 16      52
     backward, ste        x, codes, grad read; x_grad written                               16            56
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq.reference import check_indices, compute_dtype
+from fastvq.backends.reference import check_indices, compute_dtype
 
 from . import interpreted
 from .accumulate import ASSERTING

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq import reference
+from fastvq.backends import reference
 
 from . import launch
 from .define import nearest

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastvq
-from fastvq import reference
+from fastvq.backends import reference
 
 BACKENDS = ("native", "torch")
 METRICS = ("l2", "dot")

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     # Before anything imports triton: its kernels then run in its interpreter, on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastvq import native
+from fastvq.backends import native
 
 from .cases import BACKENDS
 

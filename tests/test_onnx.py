@@ -9,7 +9,8 @@ from torch import nn
 from torch.export import Dim
 
 import fastvq
-from fastvq import models, reference
+from fastvq import models
+from fastvq.backends import reference
 
 from .cases import ADVERSARIAL, FLOAT64_ONLY, METRICS, close, generator
 

@@ -338,7 +338,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastvq, CPU, m) {
   m.impl("native_min_distance_", TORCH_BOX(&min_distance_));
 }
 
-// Read by fastvq/native.py: the instruction set in use, or why FASTVQ_ISA or FASTVQ_TIER can't be met.
+// Read by fastvq/backends/native.py: the instruction set in use, or why FASTVQ_ISA or FASTVQ_TIER can't be met.
 extern "C" __attribute__((visibility("default"))) const char* fastvq_native_isa(const char** error) {
   static std::string message;
   try {
@@ -351,7 +351,7 @@ extern "C" __attribute__((visibility("default"))) const char* fastvq_native_isa(
   }
 }
 
-// Read by fastvq/native.py for the benchmarks: see peak.h.
+// Read by fastvq/backends/native.py for the benchmarks: see peak.h.
 extern "C" __attribute__((visibility("default"))) double fastvq_native_peak(const char* kind, int threads) {
   return fastvq::peak(kind, threads);
 }

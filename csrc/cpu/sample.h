@@ -1,4 +1,4 @@
-// A random code for each row by Gumbel noise from a counter. fastvq/ops/sampling.py defines it; docs/streams.md derives
+// A random code for each row by Gumbel noise from a counter. fastvq/ops/sample.py defines it; docs/streams.md derives
 // the bound of what float32 makes of it.
 #pragma once
 

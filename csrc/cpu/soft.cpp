@@ -14,7 +14,7 @@ constexpr int64_t GRAIN = 1 << 16;   // multiply-adds that a thread should have
 constexpr int64_t MEAN_PARTS = 8;    // of a group's rows, each summed by itself
 constexpr int64_t BLOCK_PANELS = 8;  // codes whose gradient is summed at once
 constexpr int64_t BLOCK_TILES = 8;   // rows that they meet at once
-constexpr float NEAR = 0x1p-8f;      // as in fastvq/eager/soft.py
+constexpr float NEAR = 0x1p-8f;      // as in fastvq/backends/torch/soft_assign.py
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 int64_t rounded_up(int64_t value, int64_t unit) {

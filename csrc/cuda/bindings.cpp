@@ -133,7 +133,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastvq, CUDA, m) {
   m.impl("native_min_distance_", TORCH_BOX(&min_distance_));
 }
 
-// Read by fastvq/native.py: loading the library has registered the ops above.
+// Read by fastvq/backends/native.py: loading the library has registered the ops above.
 extern "C" __attribute__((visibility("default"))) const char* fastvq_cuda_architectures() {
   return FASTVQ_ARCHITECTURES;
 }

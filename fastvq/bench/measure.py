@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq import reference
+from fastvq.backends import reference
 
 from .data import DATA, Shape
 from .peers import CONTESTANTS, Contestant, contestants

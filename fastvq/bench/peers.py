@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import fastvq
-from fastvq import backends, native
+from fastvq.backends import native
+from fastvq.backends import select as backends
 
 from .data import Shape
 

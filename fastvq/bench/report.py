@@ -9,7 +9,7 @@ from typing import Any
 
 from fastvq.extras import require
 from fastvq.files import whole
-from fastvq.plots import SERIES, figure_with, save_figure
+from fastvq.runs.plots import SERIES, figure_with, save_figure
 
 from .peers import NATIVE, PRODUCT, TRITON
 from .suite import MEMORY_SHAPE, SCALING

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import fastvq
-from fastvq import native
+from fastvq.backends import native
 
 from .data import DATA, LATENT_DIM, OTHER_SHAPES, SHAPES, Shape, clustered
 from .measure import in_fresh_process, measure_search

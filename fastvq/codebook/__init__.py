@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .kmeans import kmeans
-from .learning import learn_together
-from .revival import Revival
+from .replacement import Revival
 from .state import Codebook
+from .update import learn_together
 
 __all__ = ["Codebook", "Revival", "kmeans", "learn_together"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import distributed
+from fastvq import distributed
 
 LEAST_VARIANCE = 1e-5
 

@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .. import distributed
-from ..functional import lookup
-from ..ops import min_distance_, search
-from ..unsaved import ZeroAtFirst
+from fastvq import distributed
+from fastvq.functional.quantize import lookup
+from fastvq.ops import min_distance_, search
+from fastvq.precision import ZeroAtFirst
 
 Candidates = tuple[Tensor, Tensor]
 

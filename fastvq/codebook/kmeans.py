@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import distributed
-from ..functional import unit_norm
-from ..ops import accumulate, search
+from fastvq import distributed
+from fastvq.functional.quantize import unit_norm
+from fastvq.ops import accumulate, search
+
 from .candidates import compacted, random_rows, slots, spread_over_ranks
 
 

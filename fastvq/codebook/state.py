@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import distributed
-from ..functional import unit_norm
-from ..ops import ema_update_, search
-from ..precision import KeepsPrecision
-from ..unsaved import give_memory_
+from fastvq import distributed
+from fastvq.functional.quantize import unit_norm
+from fastvq.ops import ema_update_, search
+from fastvq.precision import KeepsPrecision, give_memory_
+
 from .affine import Affine
 from .candidates import Candidates
 from .kmeans import kmeans
-from .learning import Weight, learn_together
-from .revival import Revival, Reviver
+from .replacement import Revival, Reviver
+from .update import Weight, learn_together
 
 
 class Codebook(KeepsPrecision, nn.Module):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastvq.data.fashion_mnist import load_fashion_mnist, load_full_fashion_mnist
-from fastvq.data.folder import load_folder
-from fastvq.data.images import DataError, Images
+from .fashion_mnist import load_fashion_mnist, load_full_fashion_mnist
+from .folder import load_folder
+from .images import DataError, Images
 
 __all__ = ["DataError", "Images", "load_fashion_mnist", "load_folder", "load_full_fashion_mnist"]

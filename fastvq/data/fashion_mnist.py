@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastvq.data.images import DataError, Images
+from .images import DataError, Images
 
 CLASSES = (
     "T-shirt",

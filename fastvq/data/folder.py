@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvq.data.images import DataError, Images
 from fastvq.extras import require
+
+from .images import DataError, Images
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 

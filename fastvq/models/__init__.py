@@ -6,9 +6,9 @@ x -- Encoder --> features -- bottleneck --> codes -- Decoder --> reconstruction
 
 from __future__ import annotations
 
-from fastvq.models.conv import Decoder, Encoder, ResidualBlock
-from fastvq.models.priors import LSTMPrior, PixelCNNPrior, Prior, TransformerPrior
-from fastvq.models.vqvae import VQVAE, Bottleneck, NoBottleneck, VQVAEOutput
+from .conv import Decoder, Encoder, ResidualBlock
+from .priors import LSTMPrior, PixelCNNPrior, Prior, TransformerPrior
+from .vqvae import VQVAE, Bottleneck, NoBottleneck, VQVAEOutput
 
 __all__ = [
     "VQVAE",

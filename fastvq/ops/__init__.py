@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from .binary import binary_assign_backward, binary_assign_forward
-from .learning import accumulate, ema_update_
+from .accumulate import accumulate, ema_update_
+from .binary_assign import binary_assign_backward, binary_assign_forward
+from .min_distance import min_distance_
+from .quantize import quantize_backward, quantize_forward, residual_quantize_backward, residual_quantize_forward
 from .registry import GRADIENTS
-from .sampling import sample
-from .searches import residual_search, search, topk_search
-from .seeding import min_distance_
-from .soft import soft_assign_backward, soft_assign_forward
-from .steps import (
-    quantize_backward,
-    quantize_forward,
-    residual_quantize_backward,
-    residual_quantize_forward,
-)
+from .sample import sample
+from .search import residual_search, search, topk_search
+from .soft_assign import soft_assign_backward, soft_assign_forward
 
 __all__ = [
     "GRADIENTS",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..functional import unit_norm
+from fastvq.functional.quantize import unit_norm
 
 
 def soft_clamp(x: Tensor, limit: float | Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..precision import KeepsPrecision
+from fastvq.precision import KeepsPrecision
+
 from .squash import SYMMETRIC
 from .thresholds import Thresholds, sloped
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import distributed
+from fastvq import distributed
 
 
 def kept_levels(levels: int, *, cutoff_index: int = 0, multiple_of: int = 1, seed: int | None = None) -> int:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import distributed
-from ..binary import binary_assign
-from ..functional import rows_of_mask
-from ..soft import soft_assign
+from fastvq import distributed
+from fastvq.functional.binary_assign import binary_assign
+from fastvq.functional.quantize import rows_of_mask
+from fastvq.functional.soft_assign import soft_assign
 
 FLOOR = 1e-5
 """Probabilities are raised to it before their logarithm is taken, as in vector_quantize_pytorch."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..functional import unit_norm
-from ..ops import quantize_backward
-from ..reference import compute_dtype
+from fastvq.backends.reference import compute_dtype
+from fastvq.functional.quantize import unit_norm
+from fastvq.ops import quantize_backward
 
 
 def straight_through(x: Tensor, q: Tensor, indices: Tensor | None = None) -> Tensor:

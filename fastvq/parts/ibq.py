@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..functional import rows_of_mask
-from ..ops import search
-from ..soft import soft_lookup
+from fastvq.functional.quantize import rows_of_mask
+from fastvq.functional.soft_assign import soft_lookup
+from fastvq.ops import search
 
 
 class Looked(NamedTuple):

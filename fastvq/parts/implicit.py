@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..precision import full_precision
+from fastvq.precision import full_precision
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements of the largest temporary that a search holds: 16 MiB of float32."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import distributed
+from fastvq import distributed
 
 
 class InPlaceStep:

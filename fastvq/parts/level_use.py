@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ..health import Health, Monitored
+from fastvq.codebook.health import Health, Monitored
 
 COUNTED = 2**18
 """The largest codebook whose codes are counted one by one."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..functional import unit_norm
-from ..reference import compute_dtype
+from fastvq.backends.reference import compute_dtype
+from fastvq.functional.quantize import unit_norm
 
 
 def orthogonality(codes: Tensor, used: Tensor | None = None, *, most: int | None = None) -> Tensor:

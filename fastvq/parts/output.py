@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import quantize
-from ..soft import soft_lookup
+from fastvq.functional.quantize import quantize
+from fastvq.functional.soft_assign import soft_lookup
+
 from .estimators import directional_reparam, rotate_to, straight_through, synchronous
 from .heads import behind_each_other
 from .losses import squared_errors

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..functional import lookup
-from ..ops import sample, search, topk_search
-from ..soft import cross_entropy, mean_assignment_entropy
+from fastvq.functional.quantize import lookup
+from fastvq.functional.soft_assign import cross_entropy, mean_assignment_entropy
+from fastvq.ops import sample, search, topk_search
+
 from .heads import behind_each_other
 from .implicit import CHUNK_ELEMENTS, NeuralCodes
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..precision import KeepsPrecision
+from fastvq.precision import KeepsPrecision
 
 COMPARED = 32
 """Up to so many thresholds a coordinate is compared with each of them, which vectorises; beyond, bisected."""

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..health import Health, Monitored
-from ..parts.layout import Layout
+from fastvq.codebook.health import Health, Monitored
+from fastvq.parts.layout import Layout
+
 from .lfq import LFQ
 
 Fitness = Callable[[Any, Tensor], "Tensor | Sequence[float]"]

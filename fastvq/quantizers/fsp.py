@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..parts.indices import checked_indices
-from ..parts.layout import Layout, codes_layout
-from ..parts.level_use import LevelUse
-from ..parts.moments import VectorNorm
-from ..parts.projection import projected_out, projections
-from ..parts.radix import checked_levels, join_levels, register_radix, split_index
-from ..parts.rows import columns, finite_rows, keep_finite, mean_of_rows
-from ..parts.squash import CUMULATIVE
-from ..parts.thresholds import Thresholds, sloped
+from fastvq.parts.indices import checked_indices
+from fastvq.parts.layout import Layout, codes_layout
+from fastvq.parts.level_use import LevelUse
+from fastvq.parts.moments import VectorNorm
+from fastvq.parts.projection import projected_out, projections
+from fastvq.parts.radix import checked_levels, join_levels, register_radix, split_index
+from fastvq.parts.rows import columns, finite_rows, keep_finite, mean_of_rows
+from fastvq.parts.squash import CUMULATIVE
+from fastvq.parts.thresholds import Thresholds, sloped
 
 UNIT = 1 / math.sqrt(12)
 """The standard deviation of U(0, 1)."""

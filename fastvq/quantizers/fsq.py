@@ -9,16 +9,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..parts.binary import random_rotation
-from ..parts.bound import Bound
-from ..parts.estimators import straight_through
-from ..parts.indices import checked_indices
-from ..parts.layout import Layout, codes_layout
-from ..parts.level_use import LevelUse
-from ..parts.projection import projected_out, projections, rotated
-from ..parts.radix import LARGEST_INDEX, checked_levels, join_levels, register_radix, split_index
-from ..parts.rows import columns, finite_rows, keep_finite, mean_of_rows
-from ..precision import KeepsBuffers
+from fastvq.parts.binary import random_rotation
+from fastvq.parts.bound import Bound
+from fastvq.parts.estimators import straight_through
+from fastvq.parts.indices import checked_indices
+from fastvq.parts.layout import Layout, codes_layout
+from fastvq.parts.level_use import LevelUse
+from fastvq.parts.projection import projected_out, projections, rotated
+from fastvq.parts.radix import LARGEST_INDEX, checked_levels, join_levels, register_radix, split_index
+from fastvq.parts.rows import columns, finite_rows, keep_finite, mean_of_rows
+from fastvq.precision import KeepsBuffers
 
 
 def round_ste(z: Tensor) -> Tensor:

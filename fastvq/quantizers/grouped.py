@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..health import Monitored
-from ..parts.dropout import common_seed
+from fastvq.codebook.health import Monitored
+from fastvq.parts.dropout import common_seed
+
 from .residual_vq import ResidualVQ
 
 

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..health import Health, Monitored
-from ..parts.layout import Layout
-from ..parts.nested_dropout import NestedDropout
-from ..parts.rows import finite_rows
-from ..recompute import REMEMBERED, History
+from fastvq.codebook.health import Health, Monitored
+from fastvq.codebook.recompute import REMEMBERED, History
+from fastvq.parts.layout import Layout
+from fastvq.parts.nested_dropout import NestedDropout
+from fastvq.parts.rows import finite_rows
+
 from .vector_quantize import VectorQuantize
 
 Scale = int | Sequence[int]

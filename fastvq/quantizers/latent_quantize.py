@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..distributed import mean
-from ..ops import search
-from ..parts.estimators import straight_through
-from ..parts.indices import checked_indices
-from ..parts.layout import Layout, codes_layout
-from ..parts.level_use import LevelUse
-from ..parts.projection import projected_out, projections
-from ..parts.radix import checked_levels, join_levels, register_radix, split_index
-from ..parts.rows import finite_rows, keep_finite, mean_of_rows
-from ..recompute import recomputing
+from fastvq.codebook.recompute import recomputing
+from fastvq.distributed import mean
+from fastvq.ops import search
+from fastvq.parts.estimators import straight_through
+from fastvq.parts.indices import checked_indices
+from fastvq.parts.layout import Layout, codes_layout
+from fastvq.parts.level_use import LevelUse
+from fastvq.parts.projection import projected_out, projections
+from fastvq.parts.radix import checked_levels, join_levels, register_radix, split_index
+from fastvq.parts.rows import finite_rows, keep_finite, mean_of_rows
 
 
 class LatentQuantize(LevelUse, nn.Module):

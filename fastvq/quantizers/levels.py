@@ -6,9 +6,9 @@ from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
-from ..health import Monitored
-from ..parts.dropout import QuantizeDropout
-from ..parts.indices import checked_indices
+from fastvq.codebook.health import Monitored
+from fastvq.parts.dropout import QuantizeDropout
+from fastvq.parts.indices import checked_indices
 
 Level = TypeVar("Level", bound=Monitored)
 

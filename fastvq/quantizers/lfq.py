@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..parts.binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
-from ..parts.entropy import Entropies, binary_entropies, random_share
-from ..parts.estimators import straight_through
-from ..parts.indices import checked_indices
-from ..parts.layout import Layout
-from ..parts.level_use import LevelUse
-from ..parts.projection import projected_out, rotated
-from ..parts.rows import keep_finite, mean_of_rows
-from ..precision import KeepsBuffers, full_precision
+from fastvq.parts.binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
+from fastvq.parts.entropy import Entropies, binary_entropies, random_share
+from fastvq.parts.estimators import straight_through
+from fastvq.parts.indices import checked_indices
+from fastvq.parts.layout import Layout
+from fastvq.parts.level_use import LevelUse
+from fastvq.parts.projection import projected_out, rotated
+from fastvq.parts.rows import keep_finite, mean_of_rows
+from fastvq.precision import KeepsBuffers, full_precision
+
 from .settings import check_positive
 
 MOST_BITS_OF_ENTROPY = 30

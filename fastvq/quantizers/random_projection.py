@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..health import Health, Monitored
-from ..precision import KeepsBuffers, full_precision
+from fastvq.codebook.health import Health, Monitored
+from fastvq.precision import KeepsBuffers, full_precision
+
 from .settings import check_positive
 from .vector_quantize import VectorQuantize
 

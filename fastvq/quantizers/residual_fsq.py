@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..parts.binary import soft_clamp
-from ..parts.dropout import Kept
-from ..parts.indices import checked_indices
-from ..parts.layout import Layout, codes_layout
-from ..parts.projection import projected_out, projections
-from ..parts.radix import checked_levels
-from ..parts.rows import columns, finite_rows, keep_finite
-from ..precision import KeepsBuffers
+from fastvq.parts.binary import soft_clamp
+from fastvq.parts.dropout import Kept
+from fastvq.parts.indices import checked_indices
+from fastvq.parts.layout import Layout, codes_layout
+from fastvq.parts.projection import projected_out, projections
+from fastvq.parts.radix import checked_levels
+from fastvq.parts.rows import columns, finite_rows, keep_finite
+from fastvq.precision import KeepsBuffers
+
 from .fsq import FSQ
 from .grouped import Grouped
 from .levels import Levels

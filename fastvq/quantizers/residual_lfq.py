@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..parts.layout import Layout
-from ..parts.projection import projected_out, projections
+from fastvq.parts.layout import Layout
+from fastvq.parts.projection import projected_out, projections
+
 from .grouped import Grouped
 from .levels import Levels
 from .lfq import LFQ, counted_rows

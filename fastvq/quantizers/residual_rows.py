@@ -8,16 +8,17 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..codebook import Codebook, learn_together
-from ..functional import residual_quantize
-from ..health import observe_levels_
-from ..ops import residual_search
-from ..parts.beam import Level, beam_search
-from ..parts.dropout import Kept
-from ..parts.estimators import directional_reparam, scale_gradient
-from ..parts.implicit import NeuralCodes
-from ..parts.tables import Implicit, Shared, Table
-from ..recompute import Repeatable
+from fastvq.codebook import Codebook, learn_together
+from fastvq.codebook.health import observe_levels_
+from fastvq.codebook.recompute import Repeatable
+from fastvq.functional.quantize import residual_quantize
+from fastvq.ops import residual_search
+from fastvq.parts.beam import Level, beam_search
+from fastvq.parts.dropout import Kept
+from fastvq.parts.estimators import directional_reparam, scale_gradient
+from fastvq.parts.implicit import NeuralCodes
+from fastvq.parts.tables import Implicit, Shared, Table
+
 from .levels import Levels
 from .vector_quantize import VectorQuantize
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import lookup
-from ..parts.layout import Layout, codes_layout
+from fastvq.functional.quantize import lookup
+from fastvq.parts.layout import Layout, codes_layout
+
 from .levels import Levels
 from .sim_vq import SimVQ
 

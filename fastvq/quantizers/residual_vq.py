@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..parts.dropout import Kept
-from ..parts.implicit import NeuralCodes
-from ..parts.layout import Layout, codes_layout
-from ..parts.projection import projected_out, projections
-from ..parts.rows import keep_finite, mark_bad
-from ..parts.tables import Shared
-from ..recompute import History
+from fastvq.codebook.recompute import History
+from fastvq.parts.dropout import Kept
+from fastvq.parts.implicit import NeuralCodes
+from fastvq.parts.layout import Layout, codes_layout
+from fastvq.parts.projection import projected_out, projections
+from fastvq.parts.rows import keep_finite, mark_bad
+from fastvq.parts.tables import Shared
+
 from .residual_rows import ResidualRows
 from .vector_quantize import VectorQuantize
 

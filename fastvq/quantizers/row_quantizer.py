@@ -8,18 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..codebook import Codebook
-from ..functional import lookup, unit_norm
-from ..health import Monitored
-from ..parts.heads import Heads
-from ..parts.in_place import InPlaceStep
-from ..parts.losses import orthogonality, used_codes
-from ..parts.output import Estimator
-from ..parts.projection import projected_out
-from ..parts.rows import keep_finite, mark_bad
-from ..parts.tables import PerRow, Shared, Table
-from ..precision import full_precision
-from ..recompute import Repeatable, recomputing
+from fastvq.codebook import Codebook
+from fastvq.codebook.health import Monitored
+from fastvq.codebook.recompute import Repeatable, recomputing
+from fastvq.functional.quantize import lookup, unit_norm
+from fastvq.parts.heads import Heads
+from fastvq.parts.in_place import InPlaceStep
+from fastvq.parts.losses import orthogonality, used_codes
+from fastvq.parts.output import Estimator
+from fastvq.parts.projection import projected_out
+from fastvq.parts.rows import keep_finite, mark_bad
+from fastvq.parts.tables import PerRow, Shared, Table
+from fastvq.precision import full_precision
 
 
 class LossBreakdown(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..health import HealthReport, Monitored
+from fastvq.codebook.health import HealthReport, Monitored
 
 QUANTIZE_KLASSES = (Monitored,)
 """What counts as a quantizer: every one of fastvq."""

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..functional import lookup, quantize
-from ..health import Health, Monitored
-from ..parts.indices import checked_indices
-from ..parts.layout import Layout, codes_layout
-from ..precision import KeepsBuffers, full_precision
+from fastvq.codebook.health import Health, Monitored
+from fastvq.functional.quantize import lookup, quantize
+from fastvq.parts.indices import checked_indices
+from fastvq.parts.layout import Layout, codes_layout
+from fastvq.precision import KeepsBuffers, full_precision
+
 from .settings import check_positive
 
 

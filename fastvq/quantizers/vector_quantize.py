@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codebook import Codebook, Revival
-from ..functional import unit_norm
-from ..health import Health
-from ..parts.heads import Heads
-from ..parts.in_place import InPlaceStep
-from ..parts.indices import checked_indices
-from ..parts.layout import Layout, codes_layout
-from ..parts.projection import projections
-from ..recompute import History
+from fastvq.codebook import Codebook, Revival
+from fastvq.codebook.health import Health
+from fastvq.codebook.recompute import History
+from fastvq.functional.quantize import unit_norm
+from fastvq.parts.heads import Heads
+from fastvq.parts.in_place import InPlaceStep
+from fastvq.parts.indices import checked_indices
+from fastvq.parts.layout import Layout, codes_layout
+from fastvq.parts.projection import projections
+
 from .row_quantizer import RowQuantizer
 from .settings import check_vector_quantize
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fastvq.training.build import build_model, load_images, load_model
-from fastvq.training.checkpoint import CheckpointError
-from fastvq.training.config import ConfigError, TrainConfig
-from fastvq.training.evaluation import Evaluation, evaluate, psnr_db
-from fastvq.training.trainer import Trainer
+from .build import build_model, load_images
+from .checkpoint import CheckpointError
+from .config import ConfigError, TrainConfig
+from .evaluation import Evaluation, evaluate, psnr_db
+from .trainer import Trainer
 
 __all__ = [
     "CheckpointError",
@@ -17,6 +17,5 @@ __all__ = [
     "build_model",
     "evaluate",
     "load_images",
-    "load_model",
     "psnr_db",
 ]

@@ -1,4 +1,4 @@
-"""From settings to data and model, and from a run's folder back to its trained model."""
+"""The data set and the untrained model of given settings."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import fastvq
 from fastvq.data import Images, load_fashion_mnist, load_folder, load_full_fashion_mnist
 from fastvq.models import VQVAE, Bottleneck, Decoder, Encoder, NoBottleneck
-from fastvq.training.checkpoint import load_latest
-from fastvq.training.config import FULL_DATA, SHIPPED_DATA, TrainConfig
+
+from .config import FULL_DATA, SHIPPED_DATA, TrainConfig
 
 
 def load_images(config: TrainConfig) -> Images:
@@ -49,15 +49,3 @@ def build_model(config: TrainConfig) -> VQVAE:
         bottleneck,
         Decoder(config.dim, channels, residual_blocks=config.decoder_blocks, upsamples=config.downsamples, **sizes),
     )
-
-
-def load_model(run: Path) -> tuple[VQVAE, TrainConfig]:
-    """Return the model of the latest checkpoint in a run's folder, in eval mode, and its settings.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    checkpoint = load_latest(run)
-    model = build_model(checkpoint.config)
-    model.load_state_dict(checkpoint.part("model"))
-    return model.eval(), checkpoint.config

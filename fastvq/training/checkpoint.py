@@ -22,7 +22,8 @@ from typing import Any
 from torch import Tensor
 
 from fastvq.extras import require
-from fastvq.training.config import ConfigError, Settings, TrainConfig
+
+from .config import ConfigError, Settings, TrainConfig
 
 _FORMAT = 1
 _KEEP = 2

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.extras import require
-from fastvq.training.checkpoint import Checkpoint, CheckpointError, checkpoint_folders, discard, load_latest, save
-from fastvq.training.config import ConfigError, Settings
-from fastvq.training.interrupt import Interrupt
-from fastvq.training.metrics import MetricsLog
+
+from .checkpoint import Checkpoint, CheckpointError, checkpoint_folders, discard, load_latest, save
+from .config import ConfigError, Settings
+from .interrupt import Interrupt
+from .metrics import MetricsLog
 
 Measures = dict[str, float | None]
 

@@ -13,12 +13,14 @@ from fastvq import VectorQuantize
 from fastvq.coding import fingerprint
 from fastvq.models import VQVAE, Prior
 from fastvq.models.priors import PRIORS
-from fastvq.training.batches import batch_rows, moved
-from fastvq.training.build import load_images, load_model
-from fastvq.training.checkpoint import CheckpointError, checkpoint_folders, load_latest
-from fastvq.training.config import ConfigError, PriorConfig
-from fastvq.training.loop import Loop, Measures, forget_run, usable_device
-from fastvq.training.tokens import BATCH, FOLDER, Codes, forget_codes, tokenize
+from fastvq.runs.indices import BATCH, FOLDER, Codes, forget_codes, tokenize
+from fastvq.runs.load import load_model
+from fastvq.training.build import load_images
+
+from .batches import batch_rows, moved
+from .checkpoint import CheckpointError, checkpoint_folders, load_latest
+from .config import ConfigError, PriorConfig
+from .loop import Loop, Measures, forget_run, usable_device
 
 _LOGITS = 1 << 25
 """Of a batch that is evaluated, at most, where a single sample has no more."""

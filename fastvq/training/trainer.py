@@ -12,11 +12,12 @@ import fastvq
 from fastvq.data import DataError, Images
 from fastvq.data.images import to_float
 from fastvq.models import VQVAE
-from fastvq.training.batches import batch_rows, flip_some, moved
-from fastvq.training.build import build_model
-from fastvq.training.config import TrainConfig
-from fastvq.training.evaluation import Evaluation, evaluate, psnr_db
-from fastvq.training.loop import Loop, Measures, usable_device
+
+from .batches import batch_rows, flip_some, moved
+from .build import build_model
+from .config import TrainConfig
+from .evaluation import Evaluation, evaluate, psnr_db
+from .loop import Loop, Measures, usable_device
 
 OnEvaluation = Callable[["Trainer", Evaluation], object]
 

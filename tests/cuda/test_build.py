@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastvq.backends.native import CUDA_KERNELS
 from fastvq.bench import cuda_model
-from fastvq.native import CUDA_KERNELS
 
 from . import emulation
 from .emulation import CSRC, Call
@@ -88,7 +88,7 @@ import ctypes, json, sys
 import torch, fastvq
 torch.ops.load_library(sys.argv[1])
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-from fastvq.native import CUDA_KERNELS
+from fastvq.backends.native import CUDA_KERNELS
 print(json.dumps({op: has(f"fastvq::native_{op}", "CUDA") for op in CUDA_KERNELS}))
 library = ctypes.CDLL(sys.argv[1])
 library.fastvq_cuda_unfit.restype = ctypes.c_char_p

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastvq
-from fastvq import native, reference
+from fastvq.backends import native, reference
 
 from ..cases import ADVERSARIAL, DTYPES, METRICS, close, generator
 

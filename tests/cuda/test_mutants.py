@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvq import reference
+from fastvq.backends import reference
 
 from ..cases import ADVERSARIAL, generator
 from . import emulation

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from fastvq import reference
+from fastvq.backends import reference
 
 from ..cases import ADVERSARIAL, DTYPES, FLOAT64_ONLY, METRICS, generator
 from . import emulation

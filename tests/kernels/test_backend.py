@@ -7,9 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvq
-from fastvq import backends, kernels, ops
+from fastvq import kernels, ops
+from fastvq.backends import select as backends
+from fastvq.backends.reference import compute_dtype
 from fastvq.kernels import accumulate, quantize
-from fastvq.reference import compute_dtype
 
 from ..cases import close
 from . import models

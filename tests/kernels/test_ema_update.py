@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvq import reference
+from fastvq.backends import reference
 from fastvq.kernels import ema_update as kernels
 from fastvq.kernels.ema_update import ema_update_
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastvq.kernels
-from fastvq import reference
+from fastvq.backends import reference
 
 from ..cases import ADVERSARIAL, generator
 from . import models

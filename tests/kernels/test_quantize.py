@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvq import reference
+from fastvq.backends import reference
 from fastvq.kernels import quantize as kernels
 
 from ..cases import DTYPES, close, generator

@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from fastvq import reference
+from fastvq.backends import reference
 from fastvq.kernels import launch
 from fastvq.kernels import search as kernels
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvq import reference
+from fastvq.backends import reference
 from fastvq.parts import tables
 from fastvq.parts.implicit import NeuralCodes
 from fastvq.parts.tables import Implicit, PerRow, Shared

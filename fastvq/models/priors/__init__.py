@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fastvq.models.priors.base import Prior
-from fastvq.models.priors.lstm import LSTMPrior
-from fastvq.models.priors.pixel_cnn import PixelCNNPrior
-from fastvq.models.priors.transformer import TransformerPrior
+from .base import Prior
+from .lstm import LSTMPrior
+from .pixel_cnn import PixelCNNPrior
+from .transformer import TransformerPrior
 
 PRIORS: dict[str, type[Prior]] = {"transformer": TransformerPrior, "pixelcnn": PixelCNNPrior, "lstm": LSTMPrior}
 """By the name that settings have for them."""

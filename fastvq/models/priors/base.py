@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq.models.priors.arithmetic import Arithmetic, Floats
-from fastvq.models.priors.draw import draw
+from .arithmetic import Arithmetic, Floats
+from .draw import draw
 
 _IN_FLOAT64 = 1 << 22
 """Logits that are widened at a time."""

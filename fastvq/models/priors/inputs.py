@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq.models.priors.arithmetic import Arithmetic, Floats
+from .arithmetic import Arithmetic, Floats
 
 _INPUT_SIZE, _HEAD_SIZE = 0.5, 0.05  # of weights that start from the codes' vectors
 

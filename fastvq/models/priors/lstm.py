@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastvq.models.priors.arithmetic import Arithmetic
-from fastvq.models.priors.base import Prior
-from fastvq.models.priors.inputs import Inputs, start_from, zero_head
+from .arithmetic import Arithmetic
+from .base import Prior
+from .inputs import Inputs, start_from, zero_head
 
 _State = tuple[tuple[Tensor, Tensor], list[list[Tensor]]]  # what `Inputs` needs, and (h, c) of each layer
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq.models.priors.arithmetic import Arithmetic, Floats
-from fastvq.models.priors.base import Prior
-from fastvq.models.priors.inputs import start_from, zero_head
+from .arithmetic import Arithmetic, Floats
+from .base import Prior
+from .inputs import start_from, zero_head
 
 
 class _State(NamedTuple):

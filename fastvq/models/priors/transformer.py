@@ -7,9 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq.models.priors.arithmetic import Arithmetic
-from fastvq.models.priors.base import Prior
-from fastvq.models.priors.inputs import Inputs, start_from, zero_head
+from .arithmetic import Arithmetic
+from .base import Prior
+from .inputs import Inputs, start_from, zero_head
 
 _Cache = list[Tensor]  # keys and values (B, heads, places, D) of a block, filled as far as places are known
 

@@ -1,0 +1,243 @@
+"""Certified search in chunked torch operations.
+
+The cheap pass is one float32 matrix product a tile; a row is settled where the bound of docs/exactness.md leaves one
+code, and else by the definition in float64.
+Reading how many are left waits for the device, once a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastvq.backends import reference
+
+TILE_CODES = 8192
+"""Codes of one score tile; more are taken in several."""
+
+FAR = 8.0
+"""Times the median norm, and a code counts as far from the others."""
+FAR_SHARE = 64
+"""At most one code in so many counts as far."""
+
+_U = 2.0**-23
+"""Error of one float32 operation. Tensor cores truncate, which is twice the rounding of IEEE."""
+_V = 2.0**-53
+"""Error of one float64 operation."""
+
+
+def _tile_elements(device: torch.device) -> int:
+    return 1 << 20 if device.type == "cpu" else 1 << 24
+
+
+def _operand_unit() -> float:
+    """By how much a float32 matrix product may round its operands, as the user's precision settings stand.
+
+    Both settings count for every device: one that is read needlessly costs certificates, never exactness.
+    """
+    libraries = (torch.backends.mkldnn, torch.backends.cuda)
+    settings = {library.matmul.fp32_precision for library in libraries}
+    settings -= {"none", "ieee"}
+    if not settings:
+        return 0.0
+    return 2.0**-10 if settings == {"tf32"} else 2.0**-8
+
+
+@dataclass
+class _Frame:
+    """The codebook as the cheap pass sees it: e' = float32((e - centre) 2^exponent)."""
+
+    exact: Tensor  # [K, D] float64, for the definition
+    usable: Tensor  # [K] finite
+    far: Tensor  # [K] far from all others: they would make the bound useless, and the cheap pass passes them over
+    far_norm: Tensor  # [] the smallest of their |e|
+    centre: Tensor  # [D] float64, zero where centring doesn't pay
+    exponent: Tensor  # [] int32
+    codes: Tensor  # [K, D] float32
+    half_norms: Tensor  # [K] float32, infinity for a code that can't win
+    norm: Tensor  # [] max |e'|
+    residual: Tensor  # [] max |e - e'|
+    half: Tensor  # [] max |e|^2 / 2
+    operand_unit: float
+
+    @functools.cached_property
+    def far_codes(self) -> Tensor:
+        return self.far.nonzero().squeeze(1)
+
+    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x' [n, D] float32, bound B(x) [n] float64) of the rows x, float64; where B is infinite, x' is zero, so that
+        no score is a NaN. See docs/exactness.md for the terms."""
+        scaled = (x - self.centre) * torch.ldexp(torch.ones_like(self.norm), self.exponent)
+        near = scaled.float()
+        norm = near.double().norm(dim=1)
+        residual = (scaled - near).norm(dim=1)
+        dim = x.shape[1]
+        unit = self.operand_unit
+        x_residual = residual * (1 + 1e-9) + (2 * _V + unit) * (norm + residual)
+        e_residual = self.residual * (1 + 1e-9) + (2 * _V + unit) * (self.norm + self.residual)
+        extent = norm + x_residual + self.norm + e_residual
+        gamma = (dim + 2) * _U / (1 - (dim + 2) * _U) if (dim + 2) * _U < 0.25 else math.inf
+        operands = x_residual * (self.norm + e_residual) + norm * e_residual
+        # The library may add |e|^2 / 2 at any place of the sum.
+        accumulation = gamma * (norm * self.norm + self.half)
+        half_norms = (2 * _U + dim * 4 * _V) * self.half + _U * (1 + gamma) * norm * self.norm
+        definition = (dim + 3) * _V * 0.5 * extent * extent
+        tiny = torch.ldexp(torch.full_like(self.norm, float(dim)), 2 * self.exponent - 1074)
+        underflow = dim * dim * 2.0**-118 + tiny
+        bound = (operands + accumulation + half_norms + definition + underflow) * (1 + 1e-6)
+        # Past these sizes float32, or the float64 definition itself, may overflow: nothing is promised.
+        tame = (norm < 2.0**60) & (torch.ldexp(extent, -self.exponent) < 1e150) & (bound < math.inf)
+        return near.masked_fill(~tame[:, None], 0), torch.where(tame, bound, math.inf)
+
+
+def _far_codes(norms: Tensor, usable: Tensor) -> Tensor:
+    """Which usable codes, of these norms, are FAR times longer than the median; none where they are more than a few."""
+    median = norms.masked_fill(~usable, math.nan).nanmedian()
+    far = usable & (norms > FAR * median) & (median > 0)
+    return far & (far.sum() <= len(norms) // FAR_SHARE)
+
+
+def _frame(codebook: Tensor, metric: str) -> _Frame:
+    exact = reference.widen(codebook)
+    usable = exact.isfinite().all(1)
+    finite = exact.masked_fill(~usable[:, None], 0)
+    centre = torch.zeros_like(finite[0])
+    norms, far = finite.norm(dim=1), torch.zeros_like(usable)
+    if metric == "l2":
+        far = _far_codes(norms, usable)
+        near = usable & ~far
+        mean = finite.masked_fill(far[:, None], 0).sum(0) / near.sum().clamp_min(1)
+        centred = (finite - mean).norm(dim=1)
+        centred_far = _far_codes(centred, usable)
+        largest = centred.masked_fill(centred_far | ~usable, 0).amax()
+        pays = largest < 0.5 * norms.masked_fill(~near, 0).amax()  # false for an overflow too
+        centre, far = torch.where(pays, mean, centre), torch.where(pays, centred_far, far)
+        norms = torch.where(pays, centred, norms)
+    scanned = usable & ~far
+    moved = (finite - centre).masked_fill(~scanned[:, None], 0)
+    exponent = (1 - torch.frexp(moved.abs().amax()).exponent).clamp_max(1000)
+    moved = torch.ldexp(moved, exponent)
+    codes = moved.float()
+    half = moved.square().sum(1) / 2 if metric == "l2" else torch.zeros_like(moved[:, 0])
+    return _Frame(
+        exact=exact,
+        usable=usable,
+        far=far,
+        far_norm=torch.ldexp(norms.masked_fill(~far, math.inf).amin(), exponent),
+        centre=centre,
+        exponent=exponent,
+        codes=codes,
+        half_norms=half.float().masked_fill(~scanned, math.inf),
+        norm=codes.double().norm(dim=1).amax(),
+        residual=(moved - codes).norm(dim=1).amax(),
+        half=half.amax(),
+        operand_unit=_operand_unit(),
+    )
+
+
+def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
+    """Exact nearest codes: `fastvq.search` defines what this computes."""
+    indices = x.new_full(x.shape[:-1], -1, dtype=torch.int64)
+    if x.dim() == 3:
+        for xh, eh, out in zip(x, codebook, indices, strict=True):
+            out.copy_(search(xh, eh, metric=metric))
+        return indices
+    frame = _frame(codebook, metric)
+    rows = max(1, _tile_elements(x.device) // min(len(codebook), TILE_CODES))
+    for part, out in zip(x.split(rows), indices.split(rows), strict=True):
+        _search_rows(part, frame, metric, out)
+    return indices
+
+
+def _search_rows(x: Tensor, frame: _Frame, metric: str, out: Tensor) -> None:
+    wide = reference.widen(x)
+    finite = (wide * 0).sum(1) == 0
+    wide = wide.masked_fill(~finite[:, None], 0)
+    near, bound = frame.rows(wide)
+    candidates = _candidates(near, bound, finite, frame)
+    if candidates is None:
+        for part, part_out in zip(x.tensor_split(2), out.tensor_split(2), strict=True):
+            _search_rows(part, frame, metric, part_out)
+        return
+    row, code = candidates
+    out[row] = code  # final where a row has one candidate; the others are settled below
+    several = torch.bincount(row, minlength=len(x))[row] > 1
+    row, code = row[several], code[several]
+    if len(row) == 0:
+        return
+    scores = _definition(wide, row, frame.exact, code, metric)
+    smallest = scores.new_full((len(x),), math.inf).scatter_reduce_(0, row, scores, "amin")
+    tie = scores == smallest[row]
+    lowest = torch.full_like(out, len(frame.codes)).scatter_reduce_(0, row[tie], code[tie], "amin")
+    out.copy_(torch.where(lowest < len(frame.codes), lowest, out))
+
+
+def _candidates(near: Tensor, bound: Tensor, finite: Tensor, frame: _Frame, k: int = 1) -> tuple[Tensor, Tensor] | None:
+    """The pairs (row, code) that the cheap pass can't rule out: for each finite row, its k nearest codes at least. None
+    where they are too many to hold, on ties everywhere: fewer rows must be taken at once."""
+    nearest = near.new_full((len(near), k), math.inf)
+    room = max(_tile_elements(near.device) // 8, 8 * k * len(near))
+    found = []
+    for first in range(0, len(frame.codes), TILE_CODES):
+        tile = slice(first, first + TILE_CODES)
+        codes, half_norms = frame.codes[tile], frame.half_norms[tile]
+        # With out= autocast leaves the product in float32.
+        scores = near.new_empty(len(near), len(codes))  # [n, tile]
+        torch.addmm(half_norms, near, codes.T, alpha=-1, out=scores)
+        nearest = _smallest(nearest, scores)
+        row, code = (scores <= _limit(nearest[:, -1], bound, finite)[:, None]).nonzero(as_tuple=True)
+        found.append((row, code + first, scores[row, code]))
+        if len(near) > 1 and sum(len(row) for row, _, _ in found) > room:
+            return None
+    row, code, score = (torch.cat(parts) for parts in zip(*found, strict=True))
+    # Only after the last tile are the best scores known; an unusable code or a far one scores infinity, which only a
+    # row without a bound, or with too few near codes, lets through.
+    limit = _limit(nearest[:, -1], bound, finite)
+    still = (score <= limit[row]) & frame.usable[code] & ~frame.far[code]
+    row, code = row[still], code[still]
+    if len(frame.far_codes):
+        # For |f| >= 4 |y|,  |f|^2 / 2 - <y, f> >= |f|^2 / 4, and the definition rounds that by less than a millionth.
+        length = near.double().norm(dim=1) * (1 + 1e-6) + 1e-30
+        too_far = (frame.far_norm >= 4 * length) & (0.25 * frame.far_norm.square() * (1 - 1e-6) > limit)
+        also = (~too_far & (limit > -math.inf)).nonzero().squeeze(1)
+        row = torch.cat([row, also.repeat_interleave(len(frame.far_codes))])
+        code = torch.cat([code, frame.far_codes.repeat(len(also))])
+    return row, code
+
+
+def _smallest(nearest: Tensor, scores: Tensor) -> Tensor:
+    """The smallest of both in each row, ascending, as many as there are in `nearest` [n, k]."""
+    k = nearest.shape[1]
+    if k == 1:
+        return torch.minimum(nearest, scores.amin(1, keepdim=True))
+    smallest = scores.topk(min(k, scores.shape[1]), largest=False, sorted=False).values
+    return torch.cat([nearest, smallest], 1).topk(k, largest=False).values
+
+
+def _limit(best: Tensor, bound: Tensor, finite: Tensor) -> Tensor:
+    """The score up to which a code may still be the nearest, rounded up to float32; none may for a row that is not
+    finite, and all where nothing is promised."""
+    limit = (best.double() + 2 * bound).float()
+    limit = torch.nextafter(limit, torch.full_like(limit, math.inf))
+    limit = limit.masked_fill(bound == math.inf, math.inf)
+    return limit.masked_fill(~finite, -math.inf)
+
+
+def _definition(x: Tensor, row: Tensor, codebook: Tensor, code: Tensor, metric: str) -> Tensor:
+    """The float64 score of each pair, every operation rounded by itself, in ascending order."""
+    pairs = max(1, (1 << 19) // x.shape[1])
+    scores = []
+    for r, c in zip(row.split(pairs), code.split(pairs), strict=True):
+        score = x.new_zeros(len(r))
+        for x_j, e_j in zip(x[r].unbind(1), codebook[c].unbind(1), strict=True):
+            if metric == "l2":
+                difference = x_j - e_j
+                score += difference * difference
+            else:
+                score -= x_j * e_j
+        scores.append(score.masked_fill_(score.isnan(), math.inf))
+    return torch.cat(scores) if scores else x.new_empty(0)

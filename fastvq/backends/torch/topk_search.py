@@ -1,0 +1,52 @@
+"""The k nearest codes in chunked torch operations: the certificate of `search`, with the k-th smallest score in the
+place of the smallest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvq.backends import reference
+
+from . import search as searches
+
+
+def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2") -> Tensor:
+    """The nearest codes in order: `fastvq.topk_search` defines what this computes."""
+    indices = x.new_full((*x.shape[:-1], k), -1, dtype=torch.int64)
+    if x.dim() == 3:
+        for xh, eh, out in zip(x, codebook, indices, strict=True):
+            out.copy_(topk_search(xh, eh, k, metric=metric))
+        return indices
+    frame = searches._frame(codebook, metric)
+    rows = max(1, searches._tile_elements(x.device) // max(min(len(codebook), searches.TILE_CODES), 8 * k))
+    for part, out in zip(x.split(rows), indices.split(rows), strict=True):
+        _topk_rows(part, frame, metric, out)
+    return indices
+
+
+def _topk_rows(x: Tensor, frame: searches._Frame, metric: str, out: Tensor) -> None:
+    wide = reference.widen(x)
+    finite = (wide * 0).sum(1) == 0
+    wide = wide.masked_fill(~finite[:, None], 0)
+    near, bound = frame.rows(wide)
+    candidates = searches._candidates(near, bound, finite, frame, out.shape[1])
+    if candidates is None:
+        for part, part_out in zip(x.tensor_split(2), out.tensor_split(2), strict=True):
+            _topk_rows(part, frame, metric, part_out)
+        return
+    row, code = candidates
+    scores = searches._definition(wide, row, frame.exact, code, metric)
+    write_ranked(row, code, scores, out)
+
+
+def write_ranked(row: Tensor, code: Tensor, scores: Tensor, out: Tensor) -> None:
+    """out[n] = the codes of row n's pairs by ascending score, equal scores by ascending code, as many as out holds."""
+    order = code.argsort(stable=True)
+    order = order[scores[order].argsort(stable=True)]
+    order = order[row[order].argsort(stable=True)]
+    row, code = row[order], code[order]
+    counts = torch.bincount(row, minlength=len(out))
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    held = place < out.shape[1]
+    out[row[held], place[held]] = code[held]

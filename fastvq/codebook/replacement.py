@@ -1,0 +1,111 @@
+"""Which codes count as dead, and what they are put on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastvq.precision import ZeroAtFirst
+
+from .candidates import Candidates, Reservoir, compacted, random_rows, slots, spread_over_ranks, spread_rows
+
+
+@dataclass(frozen=True)
+class Revival:
+    """A policy for codes that hardly any vector chooses: put them on vectors, with a cluster size to start from.
+
+    Dead is a code whose moving cluster size N_k is below `threshold`, or below `threshold` sum_k N_k / K if `relative`:
+    the share that it would have if all codes were used alike.
+
+    Args:
+        threshold: 0 for never. threshold_ema_dead_code of vector_quantize_pytorch is absolute, Mimi's 0.1 relative.
+        relative: see above.
+        every: look for dead codes in one of so many steps of learning.
+        rows: "random" vectors, or those of "kmeans++", drawn by their squared distance from the codes, one after
+            another.
+        reservoir: draw from a memory of so many recent vectors instead of the batch; 0 for the batch.
+        at_once: revive at most so many codes in a step; by default all with random rows, 32 with "kmeans++".
+        size: cluster size that a revived code starts from; by default the limit below which it was dead.
+
+    Raises:
+        ValueError: a value that can't be, by name.
+
+    Source: Dhariwal et al., Jukebox, 2020, section 3.1 (random restarts); Defossez et al., Moshi, 2024 (relative
+    threshold, every 5 steps); Arthur and Vassilvitskii 2007 (k-means++).
+    """
+
+    threshold: float = 2.0
+    relative: bool = False
+    every: int = 1
+    rows: str = "random"
+    reservoir: int = 0
+    at_once: int | None = None
+    size: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold: must not be negative, got {self.threshold}")
+        if not self.every >= 1:
+            raise ValueError(f"every: must be at least 1, got {self.every}")
+        if self.rows not in ("random", "kmeans++"):
+            raise ValueError(f"rows: must be 'random' or 'kmeans++', got {self.rows!r}")
+        if not self.reservoir >= 0:
+            raise ValueError(f"reservoir: must not be negative, got {self.reservoir}")
+        if self.at_once is not None and not self.at_once >= 1:
+            raise ValueError(f"at_once: must be at least 1, got {self.at_once}")
+        if self.size is not None and not self.size > 0:
+            raise ValueError(f"size: must be positive, got {self.size}")
+
+    def most(self, size: int) -> int:
+        """The most of K codes that one step may revive."""
+        return min(size, self.at_once or (size if self.rows == "random" else 32))
+
+
+class Reviver(ZeroAtFirst, nn.Module):
+    """A `Revival` at work on the codes of one codebook, head by head. Not saved."""
+
+    steps: Tensor
+
+    def __init__(self, policy: Revival, size: int, dim: int, heads: int) -> None:
+        super().__init__()
+        self.policy, self.size = policy, size
+        self.reservoirs = nn.ModuleList(
+            [Reservoir(policy.reservoir, dim) for _ in range(heads if policy.reservoir else 0)]
+        )
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def candidates(
+        self, x: Tensor, valid: Tensor, codes: Tensor, *, head: int, metric: str, together: bool
+    ) -> Candidates:
+        """Rows to revive codes (K, D) from, of x (N, D) with valid (N,). For several ranks, one to be summed up."""
+        if self.reservoirs:
+            reservoir = self.reservoirs[head]
+            assert isinstance(reservoir, Reservoir)
+            reservoir.add_(x, valid)
+            x, valid = reservoir.rows, reservoir.filled
+        count = slots(self.policy.most(self.size), together)
+        if self.policy.rows == "random":
+            found = random_rows(x, valid, count)
+        else:
+            found = spread_rows(x, valid, codes, count, metric)
+        return spread_over_ranks(found) if together else found
+
+    @torch.no_grad()
+    def revive_(self, codes: Tensor, cluster_size: Tensor, embed_avg: Tensor, found: Candidates) -> None:
+        """Puts the dead ones of codes (K, D) on the rows found, as far as these go, the first codes first."""
+        limit = torch.full_like(cluster_size[0], self.policy.threshold)
+        if self.policy.relative:
+            limit = limit * cluster_size.mean()
+        dead = cluster_size < limit
+        if self.policy.every > 1:
+            dead = dead & (self.steps % self.policy.every == 0)
+        rows, available = compacted(found)
+        rank = dead.cumsum(0) - 1
+        dead = dead & (rank < available)
+        fresh = rows[rank.clamp(0, len(rows) - 1)]
+        size = limit if self.policy.size is None else torch.full_like(limit, self.policy.size)
+        codes.copy_(torch.where(dead[:, None], fresh, codes))
+        cluster_size.copy_(torch.where(dead, size, cluster_size))
+        embed_avg.copy_(torch.where(dead[:, None], fresh * size, embed_avg))

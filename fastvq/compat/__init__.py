@@ -1,0 +1,1 @@
+"""What exists only because vector_quantize_pytorch has it."""

@@ -1,0 +1,23 @@
+"""The autograd functions: quantization and soft assignments with their gradients."""
+
+from __future__ import annotations
+
+from .binary_assign import BinaryAssignment, binary_assign
+from .quantize import Quantized, ResidualQuantized, lookup, quantize, residual_quantize, unit_norm
+from .soft_assign import SoftAssignment, cross_entropy, mean_assignment_entropy, soft_assign, soft_lookup
+
+__all__ = [
+    "BinaryAssignment",
+    "Quantized",
+    "ResidualQuantized",
+    "SoftAssignment",
+    "binary_assign",
+    "cross_entropy",
+    "lookup",
+    "mean_assignment_entropy",
+    "quantize",
+    "residual_quantize",
+    "soft_assign",
+    "soft_lookup",
+    "unit_norm",
+]

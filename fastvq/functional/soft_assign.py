@@ -1,0 +1,281 @@
+"""Differentiable functions of the soft assignment of vectors to codes, without the N x K softmax.
+
+Throughout p_nk = softmax over k of scale s_nk, with s by metric:
+
+    "distance"   -|x_n - e_k|          "l2"   -|x_n - e_k|^2          "dot"   <x_n, e_k>
+
+Rows that are masked out or not finite don't count: their results are 0 and so are their gradients. Codes that aren't
+finite have p = 0. Arithmetic is in float32, or in float64 where an argument is. docs/streams.md has the formulae and
+what is exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastvq.backends.reference import result_dtype
+from fastvq.ops import soft_assign_backward, soft_assign_forward
+
+LARGEST_MEAN = 1 << 20
+"""Elements of the (positions, K) means that `mean_assignment_entropy` holds at once."""
+
+
+class SoftAssignment(NamedTuple):
+    """What `soft_assign` returns."""
+
+    logsumexp: Tensor  # (R,) or (G, R)
+    entropy: Tensor  # (R,) or (G, R)
+    mean: Tensor  # (K,) or (G, K)
+
+
+def soft_assign(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = "distance",
+    scale: float = 1.0,
+    floor: float = 0.0,
+    mask: Tensor | None = None,
+) -> SoftAssignment:
+    """How probable each code is for each vector, as sums over the codes and the mean over the vectors.
+
+        logsumexp_n = ln sum_k exp(scale s_nk),   entropy_n = -sum_k p_nk ln max(p_nk, floor),   mean_k = mean_n p_nk
+
+    Args:
+        x: (R, D), or (G, R, D) for means within each group; any floating dtype.
+        codebook: (K, D). It and x get gradients from all three results.
+        metric: "distance", "l2" or "dot": s, as above. scale: its factor, positive; 1 / temperature.
+        floor: smallest probability whose logarithm is taken, in [0, 1); 0: the entropy itself.
+        mask: bool (R,) or (G, R), True for the rows that count.
+
+    Returns:
+        logsumexp and entropy in nats (R,) or (G, R), mean (K,) or (G, K); float32, or float64 where an argument is.
+
+    Raises:
+        TypeError, ValueError: what doesn't fit, by name.
+
+    Memory is O(R D + K D + G K) and a tile, forward and backward.
+    """
+    codebook = _held(codebook)
+    if x.dim() == 2:
+        own_mask = None if mask is None else mask[None]
+        results = _SoftAssign.apply(x[None], codebook, own_mask, metric, scale, floor, True)
+        return SoftAssignment(*(result[0] for result in results))
+    return SoftAssignment(*_SoftAssign.apply(x, codebook, mask, metric, scale, floor, True))
+
+
+def cross_entropy(
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    *,
+    metric: str = "distance",
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The mean cross-entropy of the soft assignment to given codes: F.cross_entropy(scale s, indices).
+
+        loss = mean over the rows that count of  logsumexp_n - scale s_{n,index_n}
+
+    Args:
+        x: (..., D). codebook: (K, D). Both get gradients.
+        indices: int64 (...), in [-1, K); a row with -1 doesn't count.
+        metric, scale: as for `soft_assign`. mask: bool (...).
+
+    Returns:
+        () in nats, 0 where no row counts.
+
+    Raises:
+        TypeError, ValueError: what doesn't fit, by name. IndexError: an index out of range, on the CPU.
+
+    Source: Shen et al., NaturalSpeech 2, 2023, section 3.1, for a cross-entropy over distances to the codes.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if indices.shape != x.shape[:-1]:
+        raise ValueError(f"indices: must have shape {tuple(x.shape[:-1])} beside x, got {tuple(indices.shape)}")
+    targets = indices.reshape(-1)
+    counted = (targets >= 0) & rows.isfinite().all(1)
+    if mask is not None:
+        counted = counted & mask.reshape(-1)
+    codebook = _held(codebook)
+    logsumexp, _, _ = _SoftAssign.apply(rows[None], codebook, counted[None], metric, scale, 0.0, False)
+    dtype = result_dtype(x, codebook)
+    own = rows.to(dtype).masked_fill(~counted[:, None], 0)
+    codes = F.embedding(targets.clamp_min(0), codebook).to(dtype).masked_fill(~counted[:, None], 0)
+    if metric == "dot":
+        target = (own * codes).sum(1)
+    else:
+        difference = own - codes
+        target = -difference.square().sum(1) if metric == "l2" else -torch.linalg.vector_norm(difference, dim=1)
+    return (logsumexp[0] - scale * target).sum() / counted.sum().clamp_min(1)
+
+
+def mean_assignment_entropy(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = "distance",
+    scale: float = 1.0,
+    floor: float = 1e-5,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The entropy of the mean assignment at each position, averaged over the positions: how evenly codes are used.
+
+        m_ik = mean over the batch of p_bik,   result = mean over positions i of -sum_k m_ik ln max(m_ik, floor)
+
+    Args:
+        x: (B, n, D). codebook: (K, D). Both get gradients.
+        metric, scale, floor: as for `soft_assign`.
+        mask: bool (B, n). Positions without a row that counts are left out.
+
+    Returns:
+        () in nats.
+
+    Raises:
+        TypeError, ValueError: what doesn't fit, by name.
+
+    Positions are taken in turn, so that memory is O(B n D + K D) and a tile of the means.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x: must have shape (B, n, D), got {tuple(x.shape)}")
+    by_position = None if mask is None else mask.transpose(0, 1)
+    return _MeanAssignmentEntropy.apply(x.transpose(0, 1), _held(codebook), by_position, metric, scale, floor)
+
+
+def soft_lookup(x: Tensor, codebook: Tensor, indices: Tensor, *, metric: str = "dot", scale: float = 1.0) -> Tensor:
+    """Codes by index in value, with the gradient of the soft assignment to all codes.
+
+        quantized_n = e_{index_n},   gradient as if it were  sum_k (onehot_nk + p_nk - sg[p_nk]) e_k
+
+    This is the straight-through estimator of index backpropagation, and of Gumbel sampling where indices are sampled.
+
+    Args:
+        x: (..., D). codebook: (K, D). Both get gradients: x by way of p, the codebook by p and by the lookup.
+        indices: int64 (...), in [-1, K); -1 gives zeros and no gradient.
+        metric, scale: as for `soft_assign`.
+
+    Returns:
+        (..., D) in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: what doesn't fit, by name. IndexError: an index out of range, on the CPU.
+
+    Source: Shi et al., Scalable Image Tokenization with Index Backpropagation Quantization, 2024, equations 3 and 4.
+    """
+    if indices.shape != x.shape[:-1]:
+        raise ValueError(f"indices: must have shape {tuple(x.shape[:-1])} beside x, got {tuple(indices.shape)}")
+    rows = x.reshape(-1, x.shape[-1])
+    return _SoftLookup.apply(rows, _held(codebook), indices.reshape(-1), metric, scale).reshape(x.shape)
+
+
+def _held(codebook: Tensor) -> Tensor:
+    """A codebook without a gradient learns by moving averages, maybe before the backward, which needs it as it was."""
+    return codebook if codebook.requires_grad or not torch.is_grad_enabled() else codebook.detach().clone()
+
+
+class _SoftAssign(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codebook: Tensor,
+        mask: Tensor | None,
+        metric: str,
+        scale: float,
+        floor: float,
+        statistics: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.options = {"metric": metric, "scale": float(scale), "floor": float(floor)}
+        results = soft_assign_forward(x, codebook, mask, **ctx.options, statistics=statistics)
+        ctx.save_for_backward(x, codebook, mask, results[0])
+        ctx.set_materialize_grads(False)
+        if not statistics:
+            ctx.mark_non_differentiable(*results[1:])
+        ctx.statistics = statistics
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        used = grads if ctx.statistics else (grads[0], None, None)
+        return *_gradients(ctx, *ctx.saved_tensors, *used, None), None, None, None, None, None
+
+
+def _gradients(
+    ctx: Any, x: Tensor, codebook: Tensor, mask: Tensor | None, logsumexp: Tensor, *grads: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    need_x, need_codebook = ctx.needs_input_grad[:2]
+    x_grad, codebook_grad = soft_assign_backward(
+        x, codebook, mask, logsumexp, *grads, **ctx.options, need_x=need_x, need_codebook=need_codebook
+    )
+    return x_grad.to(x.dtype) if need_x else None, codebook_grad.to(codebook.dtype) if need_codebook else None
+
+
+class _MeanAssignmentEntropy(torch.autograd.Function):
+    """x is (n, B, D) here. The means are made again in the backward: together they may be as large as N x K."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, scale: float, floor: float
+    ) -> Tensor:
+        ctx.options = {"metric": metric, "scale": float(scale), "floor": float(floor)}
+        ctx.save_for_backward(x, codebook, mask)
+        total = x.new_zeros((), dtype=result_dtype(x, codebook))
+        for part, part_mask in _positions(x, codebook, mask):
+            _, _, mean = soft_assign_forward(part, codebook, part_mask, **ctx.options, statistics=True)
+            total = total - (mean * mean.clamp_min(floor).log()).nan_to_num(0).sum()
+        return total / _count_positions(x, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, codebook, mask = ctx.saved_tensors
+        share, floor = grad / _count_positions(x, mask), ctx.options["floor"]
+        x_grads: list[Tensor] = []
+        codebook_grad: Tensor | None = None
+        for part, part_mask in _positions(x, codebook, mask):
+            logsumexp, _, mean = soft_assign_forward(part, codebook, part_mask, **ctx.options, statistics=True)
+            slope = mean.clamp_min(max(floor, torch.finfo(mean.dtype).tiny)).log() + (mean >= floor)
+            x_grad, own = _gradients(ctx, part, codebook, part_mask, logsumexp, None, None, -share * slope, None)
+            if x_grad is not None:
+                x_grads.append(x_grad)
+            codebook_grad = own if codebook_grad is None or own is None else codebook_grad + own
+        return torch.cat(x_grads) if x_grads else None, codebook_grad, None, None, None, None
+
+
+def _positions(x: Tensor, codebook: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    step = max(1, LARGEST_MEAN // codebook.shape[0])
+    parts = x.split(step) if len(x) else ()
+    return list(zip(parts, [None] * len(parts) if mask is None else mask.split(step), strict=True))
+
+
+def _count_positions(x: Tensor, mask: Tensor | None) -> Tensor:
+    counted = x.isfinite().all(2)
+    return (counted if mask is None else counted & mask).any(1).sum().clamp_min(1)
+
+
+class _SoftLookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codebook: Tensor, indices: Tensor, metric: str, scale: float) -> Tensor:
+        ctx.options = {"metric": metric, "scale": float(scale), "floor": 0.0}
+        ctx.save_for_backward(x, codebook, indices)
+        codes = F.embedding(indices.clamp_min(0), codebook)
+        return codes.masked_fill((indices < 0)[:, None], 0).to(x.dtype, copy=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, codebook, indices = ctx.saved_tensors
+        counted = indices >= 0
+        wide = grad.to(result_dtype(x, codebook)).masked_fill(~counted[:, None], 0)
+        own, mask, code_grad = x[None], counted[None], wide[None]
+        logsumexp, _, _ = soft_assign_forward(own, codebook, mask, **ctx.options, statistics=False)
+        x_grad, codebook_grad = _gradients(ctx, own, codebook, mask, logsumexp, None, None, None, code_grad)
+        if codebook_grad is not None:
+            codebook_grad = codebook_grad.index_add(0, indices.clamp_min(0), wide.to(codebook.dtype))
+        return None if x_grad is None else x_grad[0], codebook_grad, None, None, None

@@ -1,0 +1,62 @@
+"""Random codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvq.backends import select as backends
+
+from .registry import op
+from .search import check_search
+
+
+def _check_sample(x: Tensor, codebook: Tensor, temperature: float, seed: Tensor, metric: str) -> None:
+    check_search(x, codebook, metric, None)
+    if not temperature > 0:
+        raise ValueError(f"temperature: must be positive, got {temperature}")
+    if seed.dtype != torch.int64 or seed.shape != ():
+        raise ValueError(f"seed: must be one int64 number, got {seed.dtype} of shape {tuple(seed.shape)}")
+    if seed.device.type != "cpu" and seed.device != x.device:
+        raise ValueError(f"seed: must be on the CPU or on the device of x, {x.device}, got {seed.device}")
+
+
+def _sample_fake(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, metric: str = "l2") -> Tensor:
+    _check_sample(x, codebook, temperature, seed, metric)
+    return x.new_empty(x.shape[:-1], dtype=torch.int64)
+
+
+@op(fake=_sample_fake)
+def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, metric: str = "l2") -> Tensor:
+    """A random code for each vector, as probable as its soft assignment says.
+
+        P(index_n = k) = softmax_k(l_nk / temperature),   l_nk = -|x_n - e_k| ("l2") or <x_n, e_k> ("dot")
+        index_n = argmax_k  l_nk / temperature - ln(-ln u_nk),   u_nk = (w_nk + 1/2) 2^-32
+
+    w_nk is word k mod 4 of Philox4x32-10 with the counter (k div 4, n mod 2^32, n div 2^32, h) and the key `seed`, its
+    low 32 bits first; h is the head. l comes from the float64 sum that defines `search`, and all else is float64 too;
+    equal values resolve to the lowest index. The result is thus a function of the arguments alone: no tile, thread or
+    backend changes it, save where two values are equal to the last digits, in which the logarithms of two platforms may
+    differ.
+    Memory is O(N + K D).
+
+    Args:
+        x, codebook: as for `search`, also with heads.
+        temperature: positive. The smaller, the more probable the nearest code.
+        seed: int64 (), on the CPU or the device of x: torch.randint(2**63 - 1, ()) takes one from torch's generator.
+        metric: "l2" or "dot".
+
+    Returns:
+        int64 indices (N,) or (H, N); -1 as for `search`.
+
+    Raises:
+        TypeError, ValueError: what doesn't fit, by name.
+
+    Numerics: docs/streams.md. Not differentiable: see `fastvq.soft_lookup`.
+
+    Source: Maddison et al., The Concrete Distribution, 2017, section 2 (Gumbel-max); Salmon et al., Parallel Random
+    Numbers: As Easy as 1, 2, 3, 2011 (Philox).
+    """
+    _check_sample(x, codebook, temperature, seed, metric)
+    run = backends.select("sample", x.device)
+    return run(x, codebook, temperature=temperature, seed=seed, metric=metric)

@@ -1,0 +1,155 @@
+"""Soft assignments of vectors to codes: what a softmax over all codes is needed for, without the softmax."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastvq.backends import select as backends
+from fastvq.backends.reference import result_dtype
+
+from .registry import SOFT_METRICS, check_codes, check_like, check_mask, check_values, op
+
+
+def _check_soft_assign(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, scale: float) -> None:
+    check_values("x", x, (3,), "(G, R, D)")
+    check_values("codebook", codebook, (2,), "(K, D)")
+    check_codes("codebook", codebook, x)
+    if mask is not None:
+        check_mask(mask, x, x.shape[:2])
+    if metric not in SOFT_METRICS:
+        raise ValueError(f"metric: must be one of {', '.join(SOFT_METRICS)}, got {metric!r}")
+    if not scale > 0:
+        raise ValueError(f"scale: must be positive, got {scale}")
+
+
+def _check_floor(floor: float) -> None:
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor: must lie in [0, 1), got {floor}")
+
+
+def _soft_assign_forward_fake(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: str, scale: float, floor: float, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_soft_assign(x, codebook, mask, metric, scale)
+    _check_floor(floor)
+    dtype, (groups, rows, _) = result_dtype(x, codebook), x.shape
+    return (
+        x.new_empty((groups, rows), dtype=dtype),
+        x.new_empty((groups, rows if statistics else 0), dtype=dtype),
+        x.new_empty((groups, codebook.shape[0] if statistics else 0), dtype=dtype),
+    )
+
+
+@op(fake=_soft_assign_forward_fake)
+def soft_assign_forward(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: str, scale: float, floor: float, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The soft assignment of `fastvq.soft_assign`, of groups of rows.
+
+    Args:
+        x: (G, R, D). Means are taken within a group. codebook: (K, D). mask: bool (G, R), or None for all rows.
+        metric, scale, floor: as there.
+        statistics: whether entropy and mean are wanted; they come out empty, (G, 0), where not.
+
+    Returns:
+        logsumexp (G, R), entropy (G, R) and mean (G, K), float32, or float64 where x or the codebook is.
+
+    Raises:
+        TypeError, ValueError: what doesn't fit, by name.
+    """
+    _check_soft_assign(x, codebook, mask, metric, scale)
+    _check_floor(floor)
+    run = backends.select("soft_assign_forward", x.device)
+    return run(x, codebook, mask, metric=metric, scale=scale, floor=floor, statistics=statistics)
+
+
+def _soft_assign_backward_fake(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    logsumexp: Tensor,
+    logsumexp_grad: Tensor | None,
+    entropy_grad: Tensor | None,
+    mean_grad: Tensor | None,
+    code_grad: Tensor | None,
+    *,
+    metric: str,
+    scale: float,
+    floor: float,
+    need_x: bool,
+    need_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_soft_assign(x, codebook, mask, metric, scale)
+    _check_floor(floor)
+    dtype, (groups, rows, dim), size = result_dtype(x, codebook), x.shape, codebook.shape[0]
+    for name, tensor, shape in (
+        ("logsumexp", logsumexp, (groups, rows)),
+        ("logsumexp_grad", logsumexp_grad, (groups, rows)),
+        ("entropy_grad", entropy_grad, (groups, rows)),
+        ("mean_grad", mean_grad, (groups, size)),
+        ("code_grad", code_grad, (groups, rows, dim)),
+    ):
+        check_like(name, tensor, x, shape, dtype)
+    return (
+        x.new_empty((groups, rows, dim if need_x else 0), dtype=dtype),
+        x.new_empty((size if need_codebook else 0, dim), dtype=dtype),
+    )
+
+
+@op(fake=_soft_assign_backward_fake)
+def soft_assign_backward(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    logsumexp: Tensor,
+    logsumexp_grad: Tensor | None,
+    entropy_grad: Tensor | None,
+    mean_grad: Tensor | None,
+    code_grad: Tensor | None,
+    *,
+    metric: str,
+    scale: float,
+    floor: float,
+    need_x: bool,
+    need_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and the codebook from those of `soft_assign_forward`'s results; None stands for zeros.
+
+        dL/dl_nk = logsumexp_grad_n p_nk + p_nk (u_nk - sum_j p_nj u_nj)
+        u_nk = entropy_grad_n d/dp (-p ln max(p, floor)) + mean_grad_k / R + <code_grad_n, e_k>
+
+    Args:
+        x, codebook, mask, metric, scale, floor: as in the forward. logsumexp: its result.
+        code_grad: (G, R, D), the gradient of sum_k p_nk e_k with the e_k in it held constant.
+        need_x, need_codebook: which gradients are wanted.
+
+    Returns:
+        x_grad (G, R, D), or (G, R, 0), and codebook_grad (K, D), or (0, D); float32, or float64 where x or the codebook
+        is. Rows that don't count and codes that aren't finite have zeros.
+
+    Raises:
+        TypeError, ValueError: what doesn't fit, by name.
+    """
+    grads = (logsumexp, logsumexp_grad, entropy_grad, mean_grad, code_grad)
+    _soft_assign_backward_fake(
+        x,
+        codebook,
+        mask,
+        *grads,
+        metric=metric,
+        scale=scale,
+        floor=floor,
+        need_x=False,
+        need_codebook=False,
+    )
+    return backends.select("soft_assign_backward", x.device)(
+        x,
+        codebook,
+        mask,
+        *grads,
+        metric=metric,
+        scale=scale,
+        floor=floor,
+        need_x=need_x,
+        need_codebook=need_codebook,
+    )

@@ -1,0 +1,225 @@
+"""The certified bound of docs/exactness.md, held against exact rational arithmetic.
+
+Every score t of the cheap pass must lie within B of s^ = c^2 d^ / 2 - |y|^2 / 2, with d^ the float64 value of the
+definition, whichever way a device computes t.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from fastvq.backends.torch import search as eager
+
+from ..cases import ADVERSARIAL, METRICS, generator, mismatch
+
+FINITE = [name for name in ADVERSARIAL if "bad" not in name]
+# So far apart that nothing is promised: the definition decides among all codes.
+UNBOUNDED = {"huge_vectors_tiny_codes", "largest_vectors"}
+
+
+def defined_score(row, code, metric):
+    score = 0.0
+    for a, b in zip(row, code, strict=True):
+        score += (a - b) * (a - b) if metric == "l2" else -(a * b)
+    return Fraction(score)
+
+
+def exact_scores(x, codebook, frame, metric):
+    """s^ (N, K), as fractions."""
+    scale, centre = Fraction(2) ** int(frame.exponent), [Fraction(m) for m in frame.centre.tolist()]
+    scores = []
+    for row in x.double().tolist():
+        defined = [scale**2 * defined_score(row, code, metric) for code in codebook.double().tolist()]
+        if metric == "l2":
+            square = scale**2 * sum((Fraction(a) - m) ** 2 for a, m in zip(row, centre, strict=True))
+            defined = [(d - square) / 2 for d in defined]
+        scores.append(defined)
+    return scores
+
+
+def library_scores(near, codes, half_norms):
+    return torch.addmm(half_norms, near, codes.T, alpha=-1)
+
+
+def chained_from_the_half_norm(near, codes, half_norms):
+    """The half norm as the first term of one float32 chain: every later rounding is relative to it."""
+    total = half_norms.numpy()[None].repeat(len(near), 0)
+    for a, b in zip(near.numpy().T, codes.numpy().T, strict=True):
+        total = total - np.multiply.outer(a, b)
+    return torch.from_numpy(total)
+
+
+def leading_bits(values, count):
+    """Rounded to `count` significant bits, as tf32 (11) and bfloat16 (8) are."""
+    mantissa, exponent = np.frexp(values.double().numpy())
+    return torch.from_numpy(np.ldexp(np.round(np.ldexp(mantissa, count)), exponent - count)).float()
+
+
+def truncated(value, quantum):
+    return math.trunc(value / quantum) * quantum
+
+
+def magnitude(value):
+    """The exponent of a fraction's leading bit."""
+    exponent = value.numerator.bit_length() - value.denominator.bit_length()
+    return exponent if abs(value) >= Fraction(2) ** exponent else exponent - 1
+
+
+def tensor_core_scores(near, codes, half_norms, block=8, guard=1):
+    """Tensor cores align a block of exact products and the accumulator to the largest of them, cut what is below, and
+    cut their sum to float32; see Khattak and Mikaitis, arXiv 2512.07004. By default as an A100 on 16-bit operands."""
+    scores = torch.empty(len(near), len(codes))
+    for n, row in enumerate(near.tolist()):
+        for k, code in enumerate(codes.tolist()):
+            total = Fraction(0)
+            products = [-Fraction(a) * Fraction(b) for a, b in zip(row, code, strict=True)]
+            for first in range(0, len(products), block):
+                terms = [t for t in (total, *products[first : first + block]) if t]
+                if terms:
+                    top = max(map(magnitude, terms))
+                    total = sum(truncated(t, Fraction(2) ** (top - 23 - guard)) for t in terms)
+                if total:
+                    total = truncated(total, Fraction(2) ** (magnitude(total) - 23))
+            scores[n, k] = half_norms[k] + torch.tensor(float(total))
+    return scores
+
+
+# name: (float32 matmul precision, significant bits of the operands, scores)
+PASSES = {
+    "library": ("highest", None, library_scores),
+    "chained": ("highest", None, chained_from_the_half_norm),
+    "tf32": ("high", 11, library_scores),
+    "bfloat16": ("medium", 8, library_scores),
+    "tensor cores": ("medium", 8, tensor_core_scores),
+    "tensor cores, tf32": ("high", 11, lambda *arguments: tensor_core_scores(*arguments, block=4)),
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("cheap_pass", PASSES)
+@pytest.mark.parametrize("data", FINITE)
+def test_no_score_is_further_off_than_the_bound(data, cheap_pass, metric):
+    precision, bits, scores = PASSES[cheap_pass]
+    torch.set_float32_matmul_precision(precision)
+    bounded = 0
+    for n, k, d in [(3, 5, 1), (5, 6, 33)]:
+        x, codebook = ADVERSARIAL[data](n, k, d, generator())
+        frame = eager._frame(codebook, metric)
+        near, bound = frame.rows(x.double())
+        operands = (near, frame.codes) if bits is None else (leading_bits(near, bits), leading_bits(frame.codes, bits))
+        approximate = scores(*operands, frame.half_norms).tolist()
+        for t, s, b in zip(approximate, exact_scores(x, codebook, frame, metric), bound.tolist(), strict=True):
+            if b < math.inf:
+                bounded += 1
+                assert all(abs(Fraction(t_k) - s_k) <= Fraction(b) for t_k, s_k in zip(t, s, strict=True))
+    assert bounded > 0 or data in UNBOUNDED
+
+
+def test_a_long_chain_from_a_large_half_norm():
+    """Each of many products, just over half an ulp of the half norm, is rounded to a whole one."""
+    code = torch.full((513,), 2.0**-14)
+    code[0] = 1.8**0.5
+    x = torch.full((1, 513), 1.01 * 2.0**-11)
+    x[0, 0] = 0
+    codebook = torch.stack([code, -code])
+    frame = eager._frame(codebook, "l2")
+    near, bound = frame.rows(x.double())
+    t = chained_from_the_half_norm(near, frame.codes, frame.half_norms)[0].tolist()
+    s = exact_scores(x, codebook, frame, "l2")[0]
+    assert all(bound.item() / 10 < abs(Fraction(a) - b) <= Fraction(bound.item()) for a, b in zip(t, s, strict=True))
+
+
+@pytest.mark.parametrize("best", [0.0, 1.0, -1.0, 1e30, -1e-40, 0.1])
+@pytest.mark.parametrize("bound", [0.0, 1e-9, 0.3, 1e30, math.inf])
+def test_the_limit_lies_two_bounds_above_the_best(best, bound):
+    best, bound = torch.tensor([best] * 2), torch.tensor([bound] * 2, dtype=torch.float64)
+    limit = eager._limit(best, bound, torch.tensor([True, False])).double()
+    assert limit[0] >= best[0].double() + 2 * bound[0]
+    assert limit[1] == -math.inf
+
+
+def candidates_a_row(x, codebook):
+    frame = eager._frame(codebook, "l2")
+    near, bound = frame.rows(x.double())
+    row, _ = eager._candidates(near, bound, x.isfinite().all(1), frame)
+    return torch.bincount(row, minlength=len(x))
+
+
+@pytest.mark.parametrize(
+    ("data", "scale", "shift"),
+    [("clustered", 1, 0), ("clustered", 1e-38, 0), ("clustered", 1e18, 0), ("clustered", 1, 10)],
+)
+def test_the_bound_settles_clustered_data(data, scale, shift):
+    x, codebook = (scale * (t + shift) for t in ADVERSARIAL[data](2000, 512, 64, generator()))
+    count = candidates_a_row(x, codebook)
+    assert bool((count >= 1).all())
+    assert (count == 1).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("length", [10.0, 1e4, 1e30])
+def test_one_far_code_costs_no_certificate(length):
+    x, codebook = ADVERSARIAL["clustered"](2000, 512, 64, generator())
+    x[x.sub(codebook[7]).norm(dim=1) < 4] = 0
+    codebook[7] *= length
+    assert (candidates_a_row(x, codebook) == 1).float().mean() > 0.99
+
+
+def test_the_bound_leaves_few_candidates_on_gaussian_data():
+    count = candidates_a_row(*ADVERSARIAL["gaussian"](2000, 512, 64, generator()))
+    assert (count == 1).float().mean() > 0.98
+    assert count.float().mean() < 1.02
+
+
+@pytest.mark.parametrize(
+    ("share", "noticed_on"),
+    [
+        (0.0, {"rounded_midpoints", "equidistant_codes", "offset_with_outlier"}),
+        (0.03, {"offset_with_outlier", "large_vectors"}),
+    ],
+)
+def test_a_wrong_bound_is_noticed(share, noticed_on, monkeypatch):
+    """With a share of the bound the data of these tests do find wrong indices."""
+    rows = eager._Frame.rows
+
+    def too_small(self, x):
+        near, bound = rows(self, x)
+        return near, torch.where(bound < math.inf, share * bound, bound)
+
+    monkeypatch.setattr(eager._Frame, "rows", too_small)
+    # With fewer codes than FAR_SHARE none is taken out of the cheap pass, and the outlier stays in the bound.
+    shapes = [(63, 60, 33), (300, 400, 64), (200, 70, 513)]
+    for name in noticed_on:
+        assert any(mismatch(*ADVERSARIAL[name](*shape, generator()), "torch") for shape in shapes), name
+
+
+def rounded_to_integers(v, largest_norm):
+    """As the native int16 tier: one step for all, of which a vector of the largest norm has 37837."""
+    step = largest_norm / 37837
+    return (v / step).round() * step
+
+
+def share_left_open(x, codebook, cheap):
+    """The share of rows whose two best scores are no further apart than twice the operands' part of the bound."""
+    x, codebook = x.double(), codebook.double()
+    near, near_codes = cheap(x), cheap(codebook)
+    bound = (x - near).norm(dim=1) * codebook.norm(dim=1).max()
+    bound += near.norm(dim=1) * (codebook - near_codes).norm(dim=1).max()
+    best = (codebook.square().sum(1) / 2 - x @ codebook.T).topk(2, largest=False).values
+    return (best[:, 1] - best[:, 0] <= 2 * bound).double().mean().item()
+
+
+@pytest.mark.parametrize("shape", [(1000, 512, 64), (1000, 8192, 64), (1000, 1024, 8), (1000, 4096, 256)], ids=str)
+@pytest.mark.parametrize("data", ["gaussian", "clustered"])
+def test_integers_leave_less_open_than_bfloat16(data, shape):
+    """Why the cheap tier of the native backend is int16: the figures of docs/decisions.md."""
+    x, codebook = ADVERSARIAL[data](*shape, generator())
+    norm = max(x.norm(dim=1).max(), codebook.norm(dim=1).max())
+    integers = share_left_open(x, codebook, lambda v: rounded_to_integers(v, norm))
+    bfloat16 = share_left_open(x, codebook, lambda v: v.bfloat16().double())
+    print(f"{data} {shape}: rows left open by int16 {integers:.2%}, by bfloat16 {bfloat16:.2%}")
+    assert integers <= 0.2 * bfloat16

@@ -1,0 +1,290 @@
+"""The benchmark suite measures what it says, tells right from wrong, and its report is the one that is in docs/."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastvq
+from fastvq.bench import data, measure, peers, report, suite, targets, training
+from fastvq.bench.data import Shape
+from fastvq.bench.peers import NATIVE, PRODUCT, Contestant
+from fastvq.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+TINY = Shape(48, 24, 8)
+
+
+def entrants(*names):
+    return [c for c in peers.CONTESTANTS if c.name in names]
+
+
+def always_zero(x, codebook):
+    return lambda: torch.zeros(len(x), dtype=torch.int64)
+
+
+@pytest.fixture
+def few_contestants(monkeypatch):
+    few = entrants("fastvq torch", "addmm + argmin", PRODUCT)
+    for module in (peers, suite, measure):
+        monkeypatch.setattr(module, "CONTESTANTS", few)
+
+
+@pytest.fixture
+def document():
+    return json.loads((ROOT / "docs" / report.DOCUMENT).read_text())
+
+
+def bench(*arguments):
+    return main(["bench", "--n=48", "--k=24", "--d=8", "--threads=1", *arguments])
+
+
+class TestOneShape:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_prints_a_row_for_each_contestant_and_writes_json(self, few_contestants, capsys, tmp_path, dtype):
+        path = tmp_path / "one.json"
+        assert bench("--data=gaussian", f"--dtype={dtype}", f"--json={path}") == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"N=48 K=24 D=8 {dtype} gaussian, 1 threads")
+        for name in ("fastvq torch", "addmm + argmin", PRODUCT):
+            assert re.search(rf"\| {re.escape(name)} +\| +[\d.e+]+ (us|ms|s) +\|", printed)
+        assert re.search(r"fastvq torch .*\| 0 of 48", printed)
+        record = json.loads(path.read_text())["search"][0]
+        assert [c["name"] for c in record["contestants"]] == ["fastvq torch", "addmm + argmin", PRODUCT]
+        assert all(c["seconds"] > 0 and c["runs"] >= 3 for c in record["contestants"])
+
+    def test_vectors_of_a_file(self, few_contestants, capsys, tmp_path):
+        np.save(tmp_path / "mine.npy", np.random.default_rng(0).standard_normal((60, 8), np.float32))
+        assert bench(f"--data={tmp_path}/mine.npy") == 0
+        assert "0 of 48" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--n=0"], "n: must be at least 1, got 0"),
+            (["--k=-3"], "k: must be at least 1, got -3"),
+            (["--d=0"], "d: must be at least 1, got 0"),
+            (["--threads=0"], "threads: must be at least 1, got 0"),
+            (["--dtype=int8"], "dtype: must be one of float32, float16, bfloat16, got 'int8'"),
+            (
+                ["--data=uniform"],
+                "gaussian, clustered, latents or the path of an .npy file, got 'uniform'",
+            ),
+            (["--data=absent.npy"], "data: absent.npy can't be read"),
+            (["--data=latents"], "data: latents have D=64, got D=8"),
+            (["--device=gpu9"], "device: 'gpu9' can't be used"),
+            (["--device=meta"], "device: 'meta' can't be used"),
+            (["--render", "--out=nowhere"], "render: nowhere/benchmarks.json doesn't exist"),
+        ],
+    )
+    def test_what_cannot_be_is_named(self, few_contestants, capsys, arguments, message):
+        assert bench(*arguments) == 2
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            (np.zeros((60, 9), np.float32), "at least 48 rows (N and K) of D=8, got (60, 9)"),
+            (np.zeros((40, 8), np.float32), "at least 48 rows (N and K) of D=8, got (40, 8)"),
+            (np.zeros((60, 8), np.int64), "floats of shape (rows, D), got int64 (60, 8)"),
+            (np.array([{}], object), "can't be read"),
+        ],
+    )
+    def test_files_that_do_not_fit(self, few_contestants, capsys, tmp_path, values, message):
+        np.save(tmp_path / "mine.npy", values)
+        assert bench(f"--data={tmp_path}/mine.npy") == 2
+        assert message in capsys.readouterr().err
+
+    def test_a_wrong_index_of_fastvq_ends_the_run(self, monkeypatch, capsys):
+        broken = Contestant("fastvq torch", always_zero, float32_only=False)
+        monkeypatch.setattr(peers, "CONTESTANTS", [broken])
+        assert bench() == 2
+        assert re.search(r"fastvq torch is wrong in \d+ of 48", capsys.readouterr().err)
+
+
+class TestMeasuring:
+    def test_a_wrong_peer_is_timed_and_its_mistakes_are_counted(self):
+        x, codebook = data.gaussian(TINY)
+        records = measure.measure_search(TINY, x, codebook, budget=0.0, entrants=[Contestant("peer", always_zero)])
+        expected = int((fastvq.backends.reference.search(x, codebook) != 0).sum())
+        assert (records[0]["wrong"], records[0]["checked"]) == (expected, 48)
+        assert records[0]["seconds"] > 0
+        assert report.search_rows({"contestants": records})[0][-1] == f"{expected} of 48"
+
+    def test_all_real_contestants_are_right_on_clustered_data(self):
+        x, codebook = data.clustered(TINY)
+        for record in measure.measure_search(TINY, x, codebook, budget=0.0):
+            if "not_run" in record:
+                assert re.search("isn't installed|was built|lacks", record["not_run"])
+            elif record["name"] != PRODUCT:
+                assert record["wrong"] == 0, record
+
+    def test_calls_take_turns(self):
+        order = []
+        calls = {"long": lambda: (order.append("long"), time.sleep(0.02)), "short": lambda: order.append("short")}
+        times = measure.interleave(calls, budget=0.0)
+        assert {name: len(t) for name, t in times.items()} == {"long": 3, "short": 3}
+        turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+        assert turns == ["long", "short"] * 4
+        assert order.count("long") == 2 + 3
+        assert order.count("short") > 100
+        assert min(times["long"]) >= 0.02
+        assert max(times["short"]) < 1e-3
+        more = measure.interleave(calls, budget=1e-9, slow=8.0)
+        assert {name: len(t) for name, t in more.items()} == {"long": 3, "short": 9}
+
+    def test_reasons_for_not_running(self):
+        cpu, absent = torch.device("cpu"), peers._package("no_such_module")
+        whole = Contestant("w", always_zero, whole_matrix=True)
+        assert whole.why_not(Shape(1 << 16, 1 << 16, 8), torch.float32, cpu) == "its N x K matrix would take 17.2 GB"
+        assert whole.why_not(TINY, torch.float32, cpu) == ""
+        assert whole.why_not(TINY, torch.bfloat16, cpu) == "doesn't take bfloat16"
+        missing = Contestant("m", always_zero, absent)
+        assert missing.why_not(TINY, torch.float32, cpu) == "no_such_module isn't installed"
+        assert entrants("faiss-cpu")[0].why_not(TINY, torch.float32, torch.device("cuda")) == "runs on cpu, not on cuda"
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs")
+    def test_memory_of_an_allocation(self):
+        megabyte = 1 << 20
+        assert (
+            64 * megabyte <= measure.extra_bytes(lambda: torch.ones(64 * megabyte, dtype=torch.uint8)) < 72 * megabyte
+        )
+        assert measure.extra_bytes(lambda: None) < 8 * megabyte
+
+    def test_clustered_data_belong_to_their_codes_and_gaussian_data_to_none(self):
+        shape = Shape(256, 64, 32)
+        spread = {}
+        for kind in ("gaussian", "clustered"):
+            x, codebook = data.DATA[kind](shape)
+            assert (x.shape, codebook.shape) == ((256, 32), (64, 32))
+            two = torch.cdist(x, codebook).sort(1).values[:, :2]
+            spread[kind] = (two[:, 0] / two[:, 1]).mean().item()
+        assert spread["clustered"] < 0.25
+        assert spread["gaussian"] > 0.75
+
+    def test_latents_are_trained_once(self, monkeypatch, tmp_path):
+        calls = []
+
+        def train(steps):
+            calls.append(steps)
+            return torch.randn(5000, data.LATENT_DIM)
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(data, "_train_latents", train)
+        first, second = (data.latents(Shape(20, 10, 64)) for _ in range(2))
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
+        assert len(calls) == 1
+        assert [path.suffix for path in (tmp_path / "fastvq").iterdir()] == [".pt"]
+        assert data.latents(Shape(20, 1000, 64))[1].shape == (1000, 64)
+
+    def test_latents_come_from_a_trained_encoder(self):
+        vectors = data._train_latents(2)
+        assert vectors.shape[1] == data.LATENT_DIM
+        assert len(vectors) > 49_000
+        assert vectors.isfinite().all()
+        assert vectors.std(0).min() > 0
+
+    def test_step_beside_the_peer(self):
+        record = training.measure_step(Shape(256, 32, 8), budget=0.0)
+        assert record["agreement"] >= 0.999
+        assert record["ratio"] == record["seconds"][training.PEER] / record["seconds"]["fastvq"]
+
+    def test_layers_that_disagree_are_not_compared(self, monkeypatch):
+        monkeypatch.setattr(training, "agreement", lambda made, x: 0.5)
+        with pytest.raises(RuntimeError, match="agree on 50"):
+            training.measure_step(Shape(64, 16, 8), budget=0.0)
+
+
+class TestSuite:
+    def test_a_tiny_suite_from_measurement_to_page(self, few_contestants, monkeypatch, capsys, tmp_path):
+        monkeypatch.setattr(suite, "SHAPES", [TINY])
+        monkeypatch.setattr(suite, "OTHER_SHAPES", [Shape(40, 10, 3)])
+        monkeypatch.setattr(suite, "FORCED", {"float32": [TINY]})
+        monkeypatch.setattr(suite, "STEPS", [TINY])
+        monkeypatch.setattr(suite, "RESIDUAL_STEP", TINY)
+        monkeypatch.setattr(suite, "MEMORY_SHAPE", Shape(64, 64, 8))
+        monkeypatch.setattr(suite, "SCALING", {axis: [TINY] for axis in "NKD"})
+        monkeypatch.setattr(suite, "thread_counts", lambda: [1])
+        readme = tmp_path / "README.md"
+        readme.write_text("A step takes <!-- bench:step-48-24-8-0 -->?<!-- /bench --> less.")
+        assert main(["bench", "--suite", f"--out={tmp_path}/docs", f"--readme={readme}"]) == 0
+        document = json.loads((tmp_path / "docs" / report.DOCUMENT).read_text())
+        assert {r["data"] for r in document["search"]} == {"gaussian", "clustered"}
+        assert document["machine"]["fastvq"] == fastvq.__version__
+        assert (tmp_path / "docs" / report.PAGE).read_text() == report.page(document)
+        assert re.search(r"0 -->\d+ times<!-- /bench --> less\.$", readme.read_text())
+        images = [path.name for path in sorted((tmp_path / "docs" / "images").iterdir())]
+        assert images == ["bench_scaling.png", "bench_search.png"]
+        again = {path: path.read_bytes() for path in (tmp_path / "docs").glob("*.*")}
+        assert main(["bench", "--render", f"--out={tmp_path}/docs"]) == 0
+        assert again == {path: path.read_bytes() for path in (tmp_path / "docs").glob("*.*")}
+        assert "search N=48 K=24 D=8 clustered" in capsys.readouterr().out
+
+    def test_a_figure_that_does_not_exist_is_an_error(self, document):
+        with pytest.raises(KeyError, match="no-such"):
+            report.with_figures("<!-- bench:no-such -->1<!-- /bench -->", document)
+
+    def test_docs_show_what_was_measured(self, document):
+        assert (ROOT / "docs" / report.PAGE).read_text() == report.page(document)
+        for name in ("README.md", "docs/decisions.md"):
+            text = (ROOT / name).read_text()
+            assert report.with_figures(text, document) == text
+        assert "<!-- bench:" in (ROOT / "README.md").read_text()
+
+
+class TestTargets:
+    @staticmethod
+    def search(seconds, kind="clustered", shape=(16384, 512, 64)):
+        n, k, d = shape
+        contestants = [{"name": name, "seconds": s} for name, s in seconds.items()]
+        return {"n": n, "k": k, "d": d, "data": kind, "contestants": contestants}
+
+    def outcomes(self, **changes):
+        record = self.search({NATIVE: 1.0, "faiss-cpu": 2.6, "scikit-learn": 9.0, PRODUCT: 2.1})
+        rates = [{"tier": "float32", "d": 64, "gflops": 90.0}, {"tier": "int16", "d": 128, "gflops": 170.0}]
+        step = {"n": 1, "k": 2, "d": 3, "levels": 0, "ratio": 25.0}
+        document = {
+            "machine": {"peers": ["faiss-cpu", "scikit-learn"]},
+            "ceilings": {"float32": 100.0, "bfloat16": 200.0, "int16": 200.0},
+            "search": [record],
+            "other": [],
+            "forced": rates,
+            "steps": [step, step | {"levels": 8}],
+        }
+        return targets.outcomes(document | changes)
+
+    def test_all_met(self):
+        rows = self.outcomes()
+        gaussian = [o for o in rows if o.met is None]
+        assert [o.measured for o in gaussian] == ["no peer ran"]
+        assert all(o.met for o in rows if o not in gaussian)
+        assert rows[0].measured == "2.60 x"
+
+    @pytest.mark.parametrize(
+        ("changes", "on"),
+        [
+            ({"search": [search({NATIVE: 1.0, "faiss-cpu": 2.4, PRODUCT: 2.1})]}, "clustered data, geometric mean"),
+            ({"search": [search({NATIVE: 1.0, "faiss-cpu": 1.9}, "gaussian")]}, "gaussian data, geometric mean"),
+            ({"other": [search({NATIVE: 1.0, "faiss-cpu": 1.1})]}, "any shape and data"),
+            ({"search": [search({NATIVE: 1.0, "faiss-cpu": 3.0, PRODUCT: 1.9})]}, "clustered, D >= 64"),
+            ({"forced": [{"tier": "float32", "d": 64, "gflops": 80.0}]}, "float32 tier alone"),
+            ({"forced": [{"tier": "int16", "d": 128, "gflops": 150.0}]}, "int16 tier alone"),
+            ({"steps": [{"n": 1, "k": 2, "d": 3, "levels": 0, "ratio": 9.0}]}, "each"),
+            ({"steps": [{"n": 1, "k": 2, "d": 3, "levels": 0, "ratio": 19.0}]}, "geometric mean"),
+        ],
+    )
+    def test_each_can_be_missed(self, changes, on):
+        missed = [o.on for o in self.outcomes(**changes) if o.met is False]
+        assert [name for name in missed if name.startswith(on)]
+
+    def test_a_machine_without_the_instructions_meets_nothing(self):
+        rows = self.outcomes(ceilings={"float32": 100.0, "bfloat16": None, "int16": None})
+        row = next(o for o in rows if o.on.startswith("int16"))
+        assert (row.met, row.verdict, row.measured) == (None, "not applicable", "no such instructions")

@@ -1,0 +1,327 @@
+"""The command line, end to end with tiny settings: in this process, and in others that are interrupted or killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fastvq.cli.main import main
+from fastvq.demo import run as demo
+from fastvq.training.checkpoint import checkpoint_folders
+from fastvq.training.metrics import read_metrics
+from fastvq.training.prior import PriorConfig
+
+TINY = [
+    "--codebook-size=16", "--dim=8", "--width=8", "--residual-width=4", "--encoder-blocks=1", "--decoder-blocks=1",
+    "--batch-size=8", "--warmup-steps=2", "--log-every=2",
+]  # fmt: skip
+PATIENCE_S = 120
+
+
+def folder_of_images(root: Path) -> Path:
+    random = np.random.default_rng(0)
+    root.mkdir()
+    for n in range(40):
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8)).save(root / f"{n:02d}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return folder_of_images(tmp_path / "images")
+
+
+def start_training(run: Path, images: Path, *, steps: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fastvq", "train", f"--out={run}", f"--data={images}", "--image-size=16"]
+    return start([*command, *TINY, f"--steps={steps}", "--evaluate-every=1000000", "--checkpoint-every=10"])
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    """Start a process with one thread: two on cores that others use as well spend their time waiting."""
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_record(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Return when metrics.jsonl holds a record of `step` or later."""
+    deadline = time.monotonic() + PATIENCE_S
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or all(record["step"] < step for record in read_metrics(metrics)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"no record of step {step}"
+        os.sched_yield()
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint_folders(run)[-1] / "state.safetensors")
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert "torch" in capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+def test_train_then_reconstruct(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", f"--out={run}", f"--data={images}", "--image-size=16", "--no-grayscale", *TINY, "--steps=6"]
+    assert main(arguments) == 0
+    output = capsys.readouterr()
+    assert "held-out images: " in output.out
+    assert "loss" in output.err
+    assert "perplexity" in output.err
+    for name in ("reconstructions.png", "curves.png", "usage.png", "codes.png", "metrics.jsonl"):
+        assert (run / name).stat().st_size > 0
+
+    picture = tmp_path / "held_out.png"
+    assert main(["reconstruct", str(run), f"--out={picture}"]) == 0
+    assert picture.exists()
+    picture.unlink()
+    assert main(["reconstruct", str(run), str(images / "00.png"), str(images / "01.png"), f"--out={picture}"]) == 0
+    assert picture.exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(".png: " in line and " dB" in line for line in lines) == 2
+
+
+def test_train_without_a_bottleneck(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", f"--out={run}", f"--data={images}", "--image-size=16", *TINY, "--steps=3"]
+    assert main([*arguments, "--bottleneck=none"]) == 0
+    assert "perplexity" not in capsys.readouterr().out
+    assert (run / "curves.png").exists()
+    assert not (run / "codes.png").exists()
+
+
+def test_a_folder_is_colour_by_default_and_resumes_from_anywhere(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--out=run", "--data=images", *TINY, "--steps=2"]) == 0
+    config = json.loads((checkpoint_folders(Path("run"))[-1] / "checkpoint.json").read_text())["config"]
+    assert (config["image_size"], config["grayscale"]) == (64, False)
+    monkeypatch.chdir(images)
+    assert main(["train", "--out=../run", "--resume"]) == 0
+    assert main(["train", "--out=../run", "--resume", "--data=../images"]) == 0
+
+
+SMALL_PRIOR = PriorConfig(dim=16, depth=1)
+SHORT_DEMO = ["--ceiling-steps=2", "--prior-steps=2", "--classifier-steps=2"]
+
+
+def test_demo_writes_pictures_metrics_a_page_and_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "demo"
+    monkeypatch.setattr(demo, "DEMO_PRIOR", SMALL_PRIOR)
+    for _ in range(2):
+        assert main(["demo", f"--out={run}", *SHORT_DEMO, "--steps=3"]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert 0 < metrics["psnr_db"] < 40
+    assert 0 < metrics["ceiling_psnr_db"] < 40
+    assert 1 <= metrics["perplexity"] <= 512
+    assert (metrics["steps"], metrics["ceiling_steps"], metrics["prior_steps"]) == (3, 2, 2)
+    assert (metrics["codes_per_image"], metrics["codebook_size"]) == (49, 512)
+    assert (metrics["train_images"], metrics["test_images"]) == (5700, 1000)
+    assert 0 < metrics["seconds"] < metrics["total_seconds"]
+    assert metrics["settings"]["batch_size"] > 0
+    bits = metrics["bits_per_code"]
+    assert bits["uniform"] == 9.0
+    assert 0 < bits["adaptive"] < bits["static"]
+    assert bits["static"] - 0.5 < bits["huffman"] < bits["static"] + 1
+    assert metrics["kl_bits_per_image"] == 441.0
+    assert metrics["prior_bits_per_image"] == pytest.approx(49 * bits["prior"])
+    assert metrics["bits_per_dimension"]["uniform"] == pytest.approx(441 / 784)
+    for name in ("sample_agreement", "plain_sample_agreement", "real_agreement", "reconstruction_agreement"):
+        assert 0 <= metrics[name] <= 1
+    sizes = {size["name"]: size for size in metrics["sizes"]}
+    ideal, file = (next(size["bytes"] for name, size in sizes.items() if text in name) for text in ("ideal, c", "file"))
+    assert file == metrics["coded_bytes"]
+    labels = 1000 * math.log2(10) / 8
+    assert abs(file - ideal - labels) <= 0.005 * (ideal + labels) + 64
+    assert sizes["PNG"]["bytes"] < sizes["pixels"]["bytes"] == 784_000
+    page = (run / "index.html").read_text()
+    shown = re.findall(r'src="([^"]+)"', page)
+    assert len(shown) == 8
+    assert all((run / name).exists() for name in shown)
+    assert f"{metrics['psnr_db']:.2f} dB" in page
+    assert "http" not in page
+    assert 0 < bits["prior"] < 10
+    assert metrics["coded_bytes"] == (run / "images.fvq").stat().st_size < metrics["pixel_bytes"] / 10
+    for name in (
+        "reconstructions.png",
+        "curves.png",
+        "usage.png",
+        "codes.png",
+        "samples.png",
+        "completions.png",
+        "neighbours.png",
+        "prior/curves.png",
+    ):
+        assert (run / name).stat().st_size > 10_000
+    table = capsys.readouterr().out
+    assert f"{metrics['psnr_db']:.2f} dB" in table
+    assert "49 of 512, 441 bits" in table
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, images: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    steps = 150
+    process = start_training(killed, images, steps=steps)
+    wait_for_record(process, killed, 25)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=PATIENCE_S)
+    reached = max(record["step"] for record in read_metrics(killed / "metrics.jsonl"))
+    saved = int(checkpoint_folders(killed)[-1].name.removeprefix("step-"))
+    assert reached < steps, "the run ended before it was killed"
+    assert reached - 11 <= saved <= reached + 1
+
+    resuming = start([sys.executable, "-m", "fastvq", "train", f"--out={killed}", "--resume"])
+    for process in (resuming, start_training(whole, images, steps=steps)):
+        _, errors = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0, errors
+    expected, resumed = final_state(whole), final_state(killed)
+    assert expected.keys() == resumed.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, resumed[name]), name
+    assert read_metrics(killed / "metrics.jsonl") == read_metrics(whole / "metrics.jsonl")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    process = start_training(run, images, steps=100_000)
+    wait_for_record(process, run, 4)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130, errors
+    assert f"fastvq train --out {run} --resume" in output
+    assert "Traceback" not in errors
+    stopped = int(checkpoint_folders(run)[-1].name.removeprefix("step-"))
+    assert f"stopped at step {stopped}, saved" in output
+    assert stopped < 100_000
+
+    assert main(["train", f"--out={run}", "--resume", "--batch-size=4"]) == 2
+    assert "batch_size from 8 to 4" in capsys.readouterr().err
+
+
+def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastvq.training.trainer import Trainer
+
+    original = Trainer.train_step
+    stops = iter([2, 1])
+    stop_at = next(stops)
+
+    def step_and_interrupt(trainer: Trainer) -> None:
+        original(trainer)
+        if trainer.step == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    arguments = ["demo", f"--out={tmp_path}", *SHORT_DEMO, "--steps=4", "--ceiling-steps=3"]
+    monkeypatch.setattr(demo, "DEMO_PRIOR", SMALL_PRIOR)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step_and_interrupt)
+        assert main(arguments) == 130
+        assert not (tmp_path / "ceiling").exists()
+        stop_at = next(stops)
+        assert main([*arguments, "--resume"]) == 130
+        assert not (tmp_path / "metrics.json").exists()
+    assert main([*arguments, "--resume"]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["ceiling_steps"]) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--out=RUN", "--data=nowhere"], "nowhere doesn't exist"),
+        (["train", "--out=RUN", "--codebook-size=0"], "codebook_size must be at least 1, got 0"),
+        (["train", "--out=RUN", "--steps=-5"], "steps must be at least 1, got -5"),
+        (["train", "--out=RUN", "--resume"], "holds no checkpoint"),
+        (["train", "--out=RUN", "--device=warp"], "device 'warp'"),
+        (["reconstruct", "RUN", "--out=x.png"], "holds no checkpoint"),
+        (["demo", "--out=RUN", "--steps=0"], "steps must be at least 1"),
+        (["prior", "RUN", "--label-dropout=1"], "label_dropout must be at least 0 and below 1, got 1.0"),
+        (["prior", "RUN"], "holds no checkpoint"),
+        (["sample", "RUN", "--out=x.png"], "holds no checkpoint"),
+    ],
+)
+def test_mistakes_are_one_line_and_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    run = tmp_path / "run"
+    assert main([argument.replace("RUN", str(run)) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastvq: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not run.exists()
+
+
+def test_an_image_that_is_none_is_named(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    main(["train", f"--out={run}", f"--data={images}", "--image-size=16", *TINY, "--steps=1"])
+    (tmp_path / "fake.png").write_text("no image")
+    assert main(["reconstruct", str(run), str(tmp_path / "fake.png"), "--out=x.png"]) == 2
+    assert "fake.png is no readable image" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str],
+                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    run = tmp_path / "run"
+    assert main(["train", f"--out={run}", f"--data={images}", "--image-size=16", *TINY, "--steps=1"]) == 2
+    assert 'tqdm is missing: pip install "fastvq-torch[train]"' in capsys.readouterr().err
+
+
+def test_the_core_needs_no_extra(tmp_path: Path) -> None:
+    extras = ("safetensors", "tqdm", "matplotlib", "PIL", "tensorboard")
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({extras!r}))
+import fastvq, fastvq.models, fastvq.data, fastvq.training, fastvq.runs.plots, fastvq.cli.main
+fastvq.data.load_fashion_mnist()
+raise SystemExit(fastvq.cli.main(["info"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_demo_leaves_other_runs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = tmp_path / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    assert main(["demo", f"--out={tmp_path}", "--steps=1", "--ceiling-steps=1"]) == 2
+    assert "holds a run that is no demo" in capsys.readouterr().err
+    assert checkpoint.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["demo", f"--out={tmp_path / 'file' / 'run'}", "--steps=1", "--ceiling-steps=1"]) == 2
+    assert "Not a directory" in capsys.readouterr().err

@@ -1,0 +1,213 @@
+"""Which codes are revived, from what, and when."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastvq.backends import reference
+from fastvq.codebook import Codebook, Revival
+from fastvq.codebook.candidates import Reservoir, compacted, random_rows, spread_rows
+
+from ..cases import close, generator
+
+
+def revive(codebook, x, valid=None):
+    codebook.revive_(x[None], (torch.ones(len(x), dtype=torch.bool) if valid is None else valid)[None])
+
+
+@pytest.mark.parametrize(("rows", "valid", "count"), [(10, 10, 10), (10, 6, 4), (50, 20, 7), (1, 1, 1), (3, 2, 8)])
+def test_random_rows_are_valid_and_distinct(rows, valid, count):
+    mask = torch.zeros(rows, dtype=torch.bool)
+    mask[torch.randperm(rows)[:valid]] = True
+    x = torch.arange(rows).float()[:, None]
+    x[~mask] = torch.nan
+    chosen, filled = random_rows(x, mask, count)
+    expected = min(valid, count)
+    assert chosen.shape == (count, 1)
+    assert filled.sum() == expected
+    assert bool(mask[chosen[filled > 0, 0].long()].all())
+    assert len(chosen[filled > 0].unique()) == expected
+    assert not chosen[filled == 0].any()
+
+
+def test_random_rows_are_random():
+    x, mask = torch.arange(100).float()[:, None], torch.ones(100, dtype=torch.bool)
+    assert not torch.equal(random_rows(x, mask, 9)[0], random_rows(x, mask, 9)[0])
+
+
+def test_compacted():
+    rows, filled = torch.arange(5.0)[:, None], torch.tensor([0.0, 1, 0, 1, 1])
+    kept, available = compacted((rows, filled))
+    assert available == 3
+    assert kept[:3, 0].tolist() == [1, 3, 4]
+
+
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_spread_rows_reach_every_far_cluster(metric):
+    """Uniform rows would nearly all be of the large cluster that has a code already."""
+    g = generator()
+    centres = torch.eye(6)
+    sizes = [500, 2, 2, 2, 2, 2]
+    x = torch.cat([centre + 0.001 * torch.randn(n, 6, generator=g) for centre, n in zip(centres, sizes, strict=True)])
+    x = torch.nn.functional.normalize(x, dim=1) if metric == "dot" else x
+    rows, filled = spread_rows(x, torch.ones(len(x), dtype=torch.bool), centres[:1], 5, metric)
+    assert filled.sum() == 5
+    assert reference.search(rows, centres, metric=metric).sort().values.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_spread_rows_are_drawn_by_squared_distance():
+    x = torch.tensor([[1.0], [2.0], [3.0], [0.0]])
+    valid = torch.tensor([True, True, False, True])
+    torch.manual_seed(0)
+    picks = torch.stack([spread_rows(x, valid, torch.zeros(1, 1), 1, "l2")[0][0, 0] for _ in range(2000)])
+    assert set(picks.tolist()) == {1.0, 2.0}
+    assert abs((picks == 2).float().mean() - 0.8) < 0.03  # 4 in 5; the error of 2000 draws is 0.009
+
+
+def test_spread_rows_stop_where_all_are_codes():
+    x = torch.randn(4, 3)
+    rows, filled = spread_rows(x, torch.ones(4, dtype=torch.bool), x[:2], 4, "l2")
+    assert filled.tolist() == [1, 1, 0, 0]
+    assert {tuple(r) for r in rows[:2].tolist()} == {tuple(r) for r in x[2:].tolist()}
+    assert not spread_rows(x[:0], torch.ones(0, dtype=torch.bool), x, 3, "l2")[1].any()
+
+
+def test_a_reservoir_keeps_recent_rows():
+    reservoir = Reservoir(8, 1)
+    reservoir.add_(torch.tensor([[1.0], [torch.nan]]), torch.tensor([True, False]))
+    assert reservoir.filled.tolist() == [True] + [False] * 7
+    for step in range(2, 12):
+        reservoir.add_(torch.full((5, 1), float(step)), torch.ones(5, dtype=torch.bool))
+    assert sorted(reservoir.rows[:, 0].tolist()) == [8, 8, 9, 9, 10, 10, 11, 11]
+    assert not reservoir.state_dict()
+
+
+def test_dead_codes_become_distinct_rows():
+    codebook = Codebook(4, 10, revival=Revival(2.0))
+    dead = torch.tensor([1, 4, 5, 9])
+    codebook.cluster_size[:] = 3.0
+    codebook.cluster_size[0, dead] = torch.tensor([0.0, 1.9, 1e-30, 1.0])
+    before = codebook.embed[0].clone(), codebook.embed_avg[0].clone()
+    x = torch.randn(20, 4)
+    revive(codebook, x)
+    rows = [(x == code).all(1).nonzero().item() for code in codebook.embed[0, dead]]
+    assert len(set(rows)) == 4
+    assert torch.equal(codebook.cluster_size[0, dead], torch.full((4,), 2.0))
+    assert torch.equal(codebook.embed_avg[0, dead], 2 * codebook.embed[0, dead])
+    alive = torch.ones(10, dtype=torch.bool).index_fill(0, dead, False)
+    assert torch.equal(codebook.embed[0, alive], before[0][alive])
+    assert torch.equal(codebook.embed_avg[0, alive], before[1][alive])
+    assert bool((codebook.cluster_size[0, alive] == 3).all())
+
+
+def test_more_dead_codes_than_rows():
+    """As many as there are rows are revived, the others wait."""
+    codebook = Codebook(4, 10, revival=Revival(2.0))
+    before = codebook.embed[0].clone()
+    x = torch.randn(6, 4)
+    valid = torch.tensor([True, False, True, True, False, False])
+    x[~valid] = torch.nan
+    revive(codebook, x, valid)
+    revived = (codebook.embed[0] != before).any(1)
+    assert revived.sum() == 3
+    assert {tuple(c) for c in codebook.embed[0, revived].tolist()} == {tuple(row) for row in x[valid].tolist()}
+    assert torch.equal(codebook.cluster_size[0] == 2, revived)
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_no_rows_to_revive_from(rows):
+    codebook = Codebook(4, 10, revival=Revival(2.0))
+    before = {name: t.clone() for name, t in codebook.state_dict().items()}
+    revive(codebook, torch.full((rows, 4), torch.nan), torch.zeros(rows, dtype=torch.bool))
+    for name, t in codebook.state_dict().items():
+        assert torch.equal(t, before[name])
+
+
+def test_relative_threshold():
+    """A tenth of what equal use would give, whatever the batch's size."""
+    for scale in (1.0, 1000.0):
+        codebook = Codebook(4, 4, revival=Revival(0.1, relative=True))
+        codebook.cluster_size[0] = scale * torch.tensor([1.0, 1.0, 0.05, 0.06])  # the limit is 0.05275 of it
+        before = codebook.embed[0].clone()
+        revive(codebook, torch.randn(9, 4))
+        assert (codebook.embed[0] != before).any(1).tolist() == [False, False, True, False]
+        close(codebook.cluster_size[0, 2], torch.tensor(scale * 0.05275))
+
+
+def test_every_so_many_steps():
+    codebook = Codebook(4, 4, revival=Revival(2.0, every=3), ema_update=False, decay=1.0)
+    changed = []
+    for _ in range(7):
+        codebook.cluster_size.zero_()
+        before = codebook.embed.clone()
+        codebook.learn_(torch.randn(1, 9, 4), torch.zeros(1, 9, dtype=torch.int64))
+        changed.append(not torch.equal(before, codebook.embed))
+    assert changed == [False, False, True, False, False, True, False]
+
+
+def test_at_once_and_size():
+    codebook = Codebook(4, 10, revival=Revival(2.0, at_once=3, size=7.0))
+    before = codebook.embed[0].clone()
+    codebook.cluster_size.zero_()
+    revive(codebook, torch.randn(20, 4))
+    assert (codebook.embed[0] != before).any(1).tolist() == [True] * 3 + [False] * 7
+    assert codebook.cluster_size[0].tolist() == [7.0] * 3 + [0.0] * 7
+
+
+def test_revival_from_earlier_batches():
+    codebook = Codebook(4, 6, revival=Revival(2.0, reservoir=64))
+    codebook.cluster_size.fill_(5.0)
+    earlier = torch.randn(50, 4)
+    revive(codebook, earlier)
+    codebook.cluster_size.zero_()
+    revive(codebook, torch.zeros(1, 4))
+    known = {tuple(row) for row in earlier.tolist()} | {(0.0,) * 4}
+    assert {tuple(code) for code in codebook.embed[0].tolist()} <= known
+    assert len(codebook.embed[0].unique(dim=0)) == 6
+
+
+def test_kmeans_pp_revival_covers_the_data_faster():
+    """Codes all in one of 8 clusters of very different sizes: after one revival every cluster has one."""
+    g = generator(1)
+    centres = 20 * torch.eye(8)
+    sizes = torch.tensor([2000, 3, 3, 3, 3, 3, 3, 3])
+    x = torch.cat([c + 0.1 * torch.randn(int(n), 8, generator=g) for c, n in zip(centres, sizes, strict=True)])
+    covered = {}
+    for rows in ("random", "kmeans++"):
+        codebook = Codebook(8, 16, revival=Revival(2.0, rows=rows))
+        codebook.embed[0] = centres[0] + 0.1 * torch.randn(16, 8, generator=g)
+        codebook.cluster_size.zero_()
+        codebook.cluster_size[0, 0] = 100.0
+        revive(codebook, x)
+        covered[rows] = len(reference.search(codebook.embed[0], centres).unique())
+    assert covered["kmeans++"] == 8
+    assert covered["random"] < 5
+
+
+def test_each_head_revives_from_its_own_rows():
+    codebook = Codebook(2, 3, heads=2, revival=Revival(2.0, reservoir=16))
+    codebook.cluster_size.zero_()
+    x = torch.stack([torch.full((9, 2), 1.0), torch.full((9, 2), 2.0)])
+    codebook.revive_(x, torch.ones(2, 9, dtype=torch.bool))
+    assert codebook.embed[0].unique().tolist() == [1.0]
+    assert codebook.embed[1].unique().tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("threshold", -1), ("every", 0), ("rows", "far"), ("reservoir", -1), ("at_once", 0), ("size", 0.0)],
+)
+def test_policies_that_cannot_be(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: must"):
+        Revival(**{name: value})
+
+
+def test_sizes_follow_the_use_without_moving_averages():
+    """As beside a learnable codebook, where revival has nothing else to go by."""
+    codebook = Codebook(4, 3, decay=0.5, ema_update=False, revival=Revival(0.3))
+    before, x = codebook.embed[0].clone(), torch.randn(2, 4)
+    for _ in range(2):  # the sizes of the unused codes: 1/2, then 1/4
+        codebook.learn_(x[None], torch.tensor([[1, 1]]))
+    assert torch.equal(codebook.embed[0, 1], before[1])
+    assert {tuple(code) for code in codebook.embed[0, [0, 2]].tolist()} == {tuple(row) for row in x.tolist()}

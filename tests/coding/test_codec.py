@@ -1,0 +1,358 @@
+"""Codes survive the way through bytes; damaged and hostile bytes are refused; sizes are what the models promise."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+
+import fastvq
+from fastvq import coding
+from fastvq.coding import CodingError, codec, container, models, tree
+from fastvq.coding.codec import LARGEST_BATCH, _batches, _neighbours
+from fastvq.coding.huffman import huffman_bits
+
+from ..cases import generator
+
+MODELS = ("static", "adaptive")
+
+
+def correlated(n, height, width, size, seed=0):
+    """Codes in patches, as images have them: like the one to the left, or above, or a new one."""
+    random = np.random.default_rng(seed)
+    codes = random.zipf(1.5, (n, height, width)) % size
+    choice = random.random((n, height, width))
+    for y in range(height):
+        for x in range(width):
+            if x:
+                codes[:, y, x] = np.where(choice[:, y, x] < 0.4, codes[:, y, x - 1], codes[:, y, x])
+            if y:
+                codes[:, y, x] = np.where(choice[:, y, x] > 0.7, codes[:, y - 1, x], codes[:, y, x])
+    return torch.from_numpy(codes)
+
+
+SHAPES = [(0,), (1,), (50,), (3, 0), (0, 4, 4), (1, 1), (7, 20), (5, 4, 6), (200, 3, 3), (2, 3, 4, 5), (2, 1, 3, 1, 2)]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 37, 512, 1000])
+def test_round_trip(size, model):
+    for shape in SHAPES:
+        codes = torch.randint(0, size, shape, generator=generator())
+        data = coding.encode(codes, size, model=model)
+        back = coding.decode(data)
+        assert back.dtype == torch.int64
+        assert torch.equal(back, codes)
+        header = coding.read_header(data)
+        assert (header.model, header.codebook_size, header.shape) == (model, size, shape)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_without_a_code_and_large_codebooks(model):
+    for size in (1, 6, 8, 100_003, 1 << 24):
+        codes = torch.randint(-1, size, (4, 5, 6), generator=generator())
+        assert torch.equal(coding.decode(coding.encode(codes, size, model=model)), codes)
+
+
+def test_a_thousand_images():
+    codes = correlated(1000, 7, 7, 512)
+    sizes = {}
+    for model in MODELS:
+        data = coding.encode(codes, 512, model=model)
+        sizes[model] = len(data)
+        assert torch.equal(coding.decode(data), codes)
+    assert sizes["adaptive"] < 0.9 * sizes["static"] < 0.8 * codes.numel() * 9 / 8
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_file_is_as_long_as_the_model_says(model):
+    """Within half a per cent and 64 bytes; the static model's frequencies are part of both."""
+    for codes, size in (
+        (correlated(300, 7, 7, 512), 512),
+        (correlated(1, 1, 30, 64), 64),
+        (correlated(2, 40, 40, 9), 9),
+    ):
+        measured = coding.measure(codes, size)
+        ideal = measured[model]["bits_per_code"] * codes.numel() / 8
+        assert ideal <= measured[model]["bytes"] <= 1.005 * ideal + 64
+        assert measured["uniform"]["bits_per_code"] == np.log2(size)
+
+
+def test_static_bits_are_the_entropy_of_the_file_and_its_table():
+    codes = correlated(400, 7, 7, 64)
+    frequencies = torch.bincount(codes.flatten(), minlength=64).double() / codes.numel()
+    entropy = -(frequencies * frequencies.clamp_min(1e-300).log2()).sum().item()
+    bits = coding.measure(codes, 64)["static"]["bits_per_code"]
+    table = 63 * np.log2(codes.numel()) / codes.numel()
+    assert entropy < bits < entropy + table + 1e-3
+
+
+def test_the_adaptive_model_learns_a_rule_that_the_static_one_cannot_see():
+    codes = torch.arange(64).repeat(40)[None]
+    measured = coding.measure(codes, 64)
+    assert measured["static"]["bits_per_code"] > 6.0
+    assert measured["adaptive"]["bits_per_code"] < 1.5
+
+
+def test_the_same_bytes_from_any_dtype_and_layout():
+    codes = correlated(20, 7, 7, 200)
+    expected = coding.encode(codes, 200)
+    assert coding.encode(codes.int(), 200) == expected
+    assert coding.encode(codes.to(torch.uint8), 200) == expected
+    assert coding.encode(codes.transpose(1, 2).contiguous().transpose(1, 2), 200) == expected
+
+
+def test_equal_latents_give_the_same_file_on_every_backend_and_batch_split(backend):
+    """The files that the specification's codes give, by 1 and 2 threads and in batches of any size."""
+    g = generator()
+    codebook, latents = torch.randn(64, 16, generator=g), torch.randn(30, 49, 16, generator=g)
+    expected = coding.encode(fastvq.backends.reference.search(latents.flatten(0, 1), codebook).reshape(30, 7, 7), 64)
+    with fastvq.use_backend(backend):
+        for threads, split in ((1, 30), (2, 30), (2, 1), (1, 7)):
+            torch.set_num_threads(threads)
+            parts = [fastvq.search(part.flatten(0, 1), codebook) for part in latents.split(split)]
+            assert coding.encode(torch.cat(parts).reshape(30, 7, 7), 64) == expected
+
+
+FILES_OF_VERSION_1 = {
+    "static": "4656511a010001023132333435363738050000000200000004000000878f9a611dc93a410d4a2acc",
+    "adaptive": "4656511a0101010231323334353637380500000002000000040000000b5ed63678b4b8d7067ec65a",
+}
+
+
+def test_the_format_stays_readable():
+    """A file as version 1 writes it: what is decoded from old files must never change."""
+    codes = torch.tensor([[0, 1, 2, 3], [3, 3, -1, 0]])
+    for model, data in FILES_OF_VERSION_1.items():
+        assert coding.encode(codes, 5, model=model, fingerprint=b"12345678").hex() == data
+        assert torch.equal(coding.decode(bytes.fromhex(data)), codes)
+
+
+def mutated(data, choose):
+    """One way to spoil a file: bits, bytes, length, or a piece of another place."""
+    spoilt = bytearray(data)
+    kind = choose.randrange(6)
+    if kind == 0:
+        spoilt[choose.randrange(len(spoilt))] ^= 1 << choose.randrange(8)
+    elif kind == 1:
+        del spoilt[choose.randrange(len(spoilt)) :]
+    elif kind == 2:
+        spoilt += bytes(choose.randrange(256) for _ in range(choose.randrange(1, 20)))
+    elif kind == 3:
+        spoilt[choose.randrange(min(32, len(spoilt)))] = choose.randrange(256)
+    elif kind == 4:
+        at, other = choose.randrange(len(spoilt)), choose.randrange(len(spoilt))
+        spoilt[at : at + 8] = data[other : other + 8]
+    else:
+        del spoilt[choose.randrange(len(spoilt))]
+    return bytes(spoilt)
+
+
+def resealed(data):
+    """With a digest that fits, as somebody writes it who means harm."""
+    return data[: -container._DIGEST] + container.digest(data[: -container._DIGEST])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_mutated_files_are_refused_or_decode_to_the_same(model):
+    codes = correlated(20, 5, 5, 40)
+    data = coding.encode(codes, 40, model=model)
+    choose = random.Random(0)
+    refused = 0
+    for _ in range(1000):
+        spoilt = mutated(data, choose)
+        try:
+            assert torch.equal(coding.decode(spoilt), codes)
+        except CodingError:
+            refused += 1
+    assert refused > 950
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_hostile_files_are_bounded(model):
+    """Digests that fit around nonsense: an error or other codes, in bounded memory, and nothing else."""
+    data = coding.encode(correlated(20, 5, 5, 40), 40, model=model)
+    choose = random.Random(1)
+
+    def decode_one() -> None:
+        with contextlib.suppress(CodingError):
+            codes = coding.decode(resealed(mutated(data, choose)), max_codes=1 << 13)
+            assert codes.numel() <= 1 << 13
+
+    for _ in range(270):
+        decode_one()
+    tracemalloc.start()  # which makes Python ten times slower
+    try:
+        for _ in range(30):
+            decode_one()
+        for shape in [(1 << 31,), (1 << 16, 1 << 16), (2, 1 << 30), (0, 1 << 31), (1 << 31, 0), (1 << 31, 1 << 31, 0)]:
+            for size in (1, 2, 512, 1 << 24):
+                header = container.Header(model, False, size, shape, bytes(8))
+                hostile = container.pack(header, b"\xff" * 64)
+                if 0 in shape and len(shape) == 2:
+                    assert coding.decode(hostile).shape == shape
+                else:
+                    with pytest.raises(CodingError, match=r"codes|shape"):
+                        coding.decode(hostile)
+        assert tracemalloc.get_traced_memory()[1] < 700e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: b"PK" + d[2:], "not a file of fastvq codes"),
+        (lambda d: b"", "not a file of fastvq codes"),
+        (lambda d: d[:20], "truncated: 20 bytes"),
+        (lambda d: d[:-1], "damaged or truncated"),
+        (lambda d: resealed(d[:4] + b"\x02" + d[5:]), "written in version 2"),
+        (lambda d: resealed(d[:5] + b"\x07" + d[6:]), "a header that can't be: model 7"),
+        (lambda d: resealed(d[:7] + b"\x00" + d[8:]), "0 axes"),
+        (lambda d: resealed(d[:16] + struct.pack("<I", 0) + d[20:]), "a codebook of 0 codes"),
+        (lambda d: resealed(d[:20] + struct.pack("<I", 1 << 30) + d[24:]), "more than .* bytes of coded data can hold"),
+        (lambda d: resealed(d[:-10] + d[-8:]), "whole 32-bit words"),
+    ],
+)
+def test_what_is_wrong_is_said(change, message):
+    data = coding.encode(correlated(20, 5, 5, 40), 40)
+    with pytest.raises(CodingError, match=message):
+        coding.decode(change(data))
+
+
+@pytest.mark.parametrize(
+    ("codes", "options", "message"),
+    [
+        (torch.tensor([0.5]), {}, "codes: must be integers, got torch.float32"),
+        (torch.tensor([True]), {}, "codes: must be integers, got torch.bool"),
+        (torch.tensor(3), {}, "codes: must have 1 to 8 axes"),
+        (torch.tensor([8]), {}, r"codes: must lie in \[-1, 8\), got 8 to 8"),
+        (torch.tensor([-2, 1]), {}, r"codes: must lie in \[-1, 8\), got -2 to 1"),
+        (torch.tensor([1]), {"codebook_size": 0}, r"codebook_size: must lie in \[1, 16777216\], got 0"),
+        (torch.tensor([1]), {"model": "zip"}, "model: must be one of static, adaptive, prior, got 'zip'"),
+        (torch.tensor([1]), {"fingerprint": b"123"}, "fingerprint: must be 8 bytes, got 3"),
+    ],
+)
+def test_encode_refuses_by_name(codes, options, message):
+    with pytest.raises(CodingError, match=message):
+        coding.encode(codes, **{"codebook_size": 8} | options)
+
+
+def test_codes_of_another_model_are_refused():
+    one, other = (fastvq.VectorQuantize(4, 8) for _ in range(2))
+    data = coding.encode(torch.tensor([1, 2]), 8, fingerprint=coding.fingerprint(one))
+    assert coding.decode(data, fingerprint=coding.fingerprint(one)).tolist() == [1, 2]
+    assert coding.decode(data).tolist() == [1, 2]
+    with pytest.raises(CodingError, match="codes of another model"):
+        coding.decode(data, fingerprint=coding.fingerprint(other))
+    before = coding.fingerprint(one)
+    one.codebook[0, 0] += 1
+    assert coding.fingerprint(one) != before
+
+
+def test_no_more_codes_than_allowed():
+    data = coding.encode(torch.zeros(100, dtype=torch.int64), 8)
+    with pytest.raises(CodingError, match="100 codes, more than max_codes=99"):
+        coding.decode(data, max_codes=99)
+
+
+def test_files(tmp_path):
+    path = tmp_path / "new" / "codes.fvq"
+    data = coding.encode(torch.tensor([1, 2]), 8)
+    coding.save(path, data)
+    assert coding.load(path) == data
+    assert [p.name for p in path.parent.iterdir()] == ["codes.fvq"]
+    path.write_bytes(b"GIF89a")
+    with pytest.raises(CodingError, match="not a file of fastvq codes"):
+        coding.load(path)
+
+
+def test_tree_of_an_alphabet():
+    symbols = np.array([0, 1, 1, 4, 2, 4, 4])
+    passing, right = tree.node_counts(symbols, 5)
+    assert passing[1] == 7
+    assert right[1] == 3  # 4 alone lies in the right half of 0 ... 7
+    assert right[2] == 1
+    assert right[4] == 2
+    assert tree.decided(np.array([0, 1]), 1, 5).tolist() == [True, False]
+    assert [tree.depths(size) for size in (1, 2, 3, 512, 513)] == [0, 1, 2, 9, 10]
+
+
+def test_probabilities_leave_every_decision_possible():
+    model = models.Adaptive(4)
+    nodes, none = np.array([1]), np.array([4])
+    for _ in range(40_000):
+        model.learn(nodes, none, none, np.array([1]))
+    assert model.predict(nodes, none, none).tolist() == [models.ONE - models.LEAST]
+    assert -np.log2(1 - models.LEAST / models.ONE) > models.LEAST_BITS
+
+
+@pytest.mark.parametrize("alphabet", [4, 5000], ids=["forgets", "hashes"])
+def test_one_at_a_time_is_as_many_at_once(alphabet, monkeypatch):
+    """In integers of Python and in arrays, in turn, the same model."""
+    decisions = 3000
+    monkeypatch.setattr(models, "_FORGET", 100)
+    mixed, arrays = models.Adaptive(alphabet), models.Adaptive(alphabet)
+    rng = np.random.default_rng(0)
+    nodes = rng.integers(1, 1 << tree.depths(alphabet), decisions)
+    symbols = rng.integers(0, min(alphabet, 3) + 1, (2, decisions))
+    for step, (node, left, above, right) in enumerate(
+        zip(nodes, *symbols, (rng.random(decisions) < 0.9).astype(np.int64), strict=True)
+    ):
+        at = [np.array([value]) for value in (node, left, above)]
+        expected = arrays.predict(*at)
+        arrays.learn(*at, np.array([right]))
+        if step % 3:
+            assert mixed.predict_one(int(node), int(left), int(above)) == expected[0]
+            mixed.learn_few([(int(node), int(left), int(above))], [int(right)])
+        else:
+            assert mixed.predict(*at) == expected
+            mixed.learn(*at, np.array([right]))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("shape", [(1, 40), (7, 30, 2), (12, 9), (40, 3, 3)], ids=str)
+def test_a_few_side_by_side_are_as_many(model, shape, monkeypatch):
+    monkeypatch.setattr(models, "_FORGET", 20)
+    codes = torch.randint(-1, 5, shape, generator=generator()).square() - 1
+    expected = []
+    for few in (0, codec.FEW, 64):
+        monkeypatch.setattr(codec, "FEW", few)
+        expected.append(coding.encode(codes, 16, model=model))
+        assert torch.equal(coding.decode(expected[-1]), codes)
+    assert expected[0] == expected[1] == expected[2]
+
+
+def test_a_codebook_size_of_any_integer_type(tmp_path):
+    codes = torch.tensor([[3, 0, 4]])
+    expected = coding.encode(codes, 5)
+    for size in (np.int64(5), codes.max() + 1):
+        assert coding.encode(codes, size) == expected
+    coding.save(str(tmp_path / "c.fvq"), expected)
+    assert coding.load(str(tmp_path / "c.fvq")) == expected
+
+
+def test_neighbours_and_batches():
+    assert list(_neighbours((5, 2, 3))) == [(-1, -1), (0, -1), (1, -1), (-1, 0), (3, 1), (4, 2)]
+    assert list(_neighbours((4,))) == [(-1, -1), (0, -1), (1, 0), (2, 1)]
+    # Frames of 1 x 2: above lies the frame before.
+    assert list(_neighbours((9, 2, 1, 2))) == [(-1, -1), (0, -1), (-1, 0), (2, 1)]
+    sizes = [b.stop - b.start for b in _batches(300)]
+    assert sizes[:5] == [1, 1, 2, 4, 8]
+    assert max(sizes) == LARGEST_BATCH
+    assert sum(sizes) == 300
+
+
+def test_huffman_is_between_the_entropy_and_a_bit_more():
+    assert huffman_bits(np.array([0] * 4 + [1] * 2 + [2, 3])) == 4 * 1 + 2 * 2 + 2 * 3
+    assert huffman_bits(np.array([7, 7])) == 0
+    assert huffman_bits(np.array([], np.int64)) == 0
+    codes = correlated(100, 5, 5, 40)
+    shares = torch.bincount(codes.flatten()).double() / codes.numel()
+    entropy = -(shares * shares.clamp_min(1e-300).log2()).sum().item()
+    assert entropy <= coding.measure(codes, 40)["huffman"]["bits_per_code"] < entropy + 1

@@ -1,0 +1,145 @@
+// The torch-free search, accumulate and min_distance of csrc/cpu against the definition, written as a loop. Built by
+// tests/cpu/test_builds.py under sanitizers and for other processors; exits with the number of wrong answers.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <vector>
+
+#include "accumulate.h"
+#include "cases.h"
+#include "min_distance.h"
+#include "residual_search.h"
+#include "search.h"
+
+namespace {
+
+using cases::Case;
+using cases::CASES;
+using fastvq::DType;
+using fastvq::Isa;
+using fastvq::Matrix;
+using fastvq::Metric;
+using fastvq::Precision;
+
+template <class X, class T>
+int64_t definition(const X* x, const std::vector<T>& codes, int64_t k, int64_t d, Metric metric) {
+  int64_t winner = -1;
+  double smallest = 0;
+  for (int64_t j = 0; j < d; ++j)
+    if (!std::isfinite(x[j])) return -1;
+  for (int64_t i = 0; i < k; ++i) {
+    double sum = 0;
+    bool usable = true;
+    for (int64_t j = 0; j < d; ++j) {
+      const double e = codes[i * d + j];
+      usable = usable && std::isfinite(e);
+      const double difference = x[j] - e;
+      if (metric == Metric::l2)
+        sum += difference * difference;
+      else
+        sum -= x[j] * e;
+    }
+    if (usable && (winner < 0 || sum < smallest)) winner = i, smallest = sum;
+  }
+  return winner;
+}
+
+// Several uneven pieces, whatever the grain: every split must give the same answer.
+void in_pieces(int64_t count, int64_t, const std::function<void(int64_t, int64_t)>& f) {
+  for (int64_t begin = 0, size = 1; begin < count; begin += size, size = 3 * size + 1)
+    f(begin, std::min(begin + size, count));
+}
+
+const char* name_of(Precision precision) {
+  switch (precision) {
+    case Precision::automatic:
+      return "automatic";
+    case Precision::direct:
+      return "direct";
+    case Precision::float32:
+      return "float32";
+    default:
+      return "int16";
+  }
+}
+
+template <class T>
+int64_t check(const Isa& isa, Precision precision, const Case& c, DType dtype, Metric metric, int64_t n, int64_t k,
+              int64_t d) {
+  std::vector<T> x(n * d), codes(k * d);
+  cases::fill(c, n, k, d, x, codes);
+  const Matrix rows{dtype, x.data(), n, d};
+  std::vector<int64_t> indices(n, -7);
+  fastvq::search(isa, precision, rows, {dtype, codes.data(), k, d}, metric, indices.data(), in_pieces);
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < n; ++i) wrong += indices[i] != definition(x.data() + i * d, codes, k, d, metric);
+
+  if (k % 2 == 0 && metric == Metric::l2) {  // the codes as two levels
+    const int64_t half = k / 2;
+    const std::vector<T> first(codes.begin(), codes.begin() + half * d), second(codes.begin() + half * d, codes.end());
+    std::vector<int64_t> both(2 * n, -7);
+    fastvq::residual_search(isa, precision, rows, {dtype, codes.data(), k, d}, 2, both.data(), in_pieces);
+    std::vector<float> rest(d);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t chosen = definition(x.data() + i * d, first, half, d, metric);
+      for (int64_t j = 0; j < d; ++j)
+        rest[j] = static_cast<float>(static_cast<double>(x[i * d + j]) - (chosen < 0 ? 0 : first[chosen * d + j]));
+      const int64_t last = definition(rest.data(), second, half, d, metric);
+      wrong += both[2 * i] != chosen || both[2 * i + 1] != last;
+    }
+  }
+
+  const fastvq::RowsByCode sorted(indices.data(), n, k);
+  std::vector<float> counts(k), sums(k * d), expected(k);
+  sorted.sum(isa, rows, 0, sorted.row_count() / 2, counts.data(), sums.data());
+  sorted.sum(isa, rows, sorted.row_count() / 2, sorted.row_count(), counts.data(), sums.data());
+  for (int64_t index : indices)
+    if (index >= 0) ++expected[index];
+  wrong += counts != expected;
+
+  std::vector<float> distances(n, std::numeric_limits<float>::infinity());
+  fastvq::min_distance(isa, rows, {dtype, codes.data(), k, d}, distances.data(), in_pieces);
+  for (int64_t i = 0; i < n; ++i) {
+    float nearest = std::numeric_limits<float>::infinity();
+    for (int64_t m = 0; m < k; ++m) {
+      double sum = 0;
+      for (int64_t j = 0; j < d; ++j) {
+        const double difference = static_cast<double>(x[i * d + j]) - static_cast<double>(codes[m * d + j]);
+        sum += difference * difference;
+      }
+      nearest = std::fmin(nearest, static_cast<float>(sum));
+    }
+    // Sums in another order differ in one rounding to float32.
+    wrong += !(distances[i] == nearest || std::fabs(distances[i] - nearest) <= std::ldexp(nearest, -23) + 1e-44f);
+  }
+  if (wrong)
+    std::printf("%s, %s: %s, metric %s, N=%d K=%d D=%d: %d wrong\n", isa.name, name_of(precision), c.name,
+                metric == Metric::l2 ? "l2" : "dot", static_cast<int>(n), static_cast<int>(k), static_cast<int>(d),
+                static_cast<int>(wrong));
+  return wrong;
+}
+
+}  // namespace
+
+int main() {
+  constexpr int64_t SHAPES[][3] = {{1, 1, 1}, {63, 100, 33}, {257, 300, 96}, {200, 31, 3}, {20, 33, 513}};
+  constexpr Precision PRECISIONS[] = {Precision::automatic, Precision::direct, Precision::float32, Precision::int16};
+  int64_t wrong = 0, checked = 0;
+  for (const Isa* isa : cases::instruction_sets()) {
+    if (!isa->supported()) {
+      std::printf("%s: not run, this processor lacks it\n", isa->name);
+      continue;
+    }
+    for (Precision precision : PRECISIONS)
+      for (const Case& c : CASES)
+        for (const auto& [n, k, d] : SHAPES)
+          for (Metric metric : {Metric::l2, Metric::dot}) {
+            wrong += check<float>(*isa, precision, c, DType::f32, metric, n, k, d);
+            wrong += check<double>(*isa, precision, c, DType::f64, metric, n, k, d);
+            checked += 2;
+          }
+  }
+  std::printf("%d cases, %d wrong\n", static_cast<int>(checked), static_cast<int>(wrong));
+  return wrong != 0;
+}

@@ -1,0 +1,294 @@
+"""The prior over codes: exact likelihoods, cached sampling that follows them, and what it learns."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastvq.models import LSTMPrior, PixelCNNPrior, TransformerPrior
+from fastvq.models.priors import PRIORS
+from fastvq.models.priors.draw import draw
+
+from ..cases import close, generator
+
+GRIDS = [(5,), (3, 4), (4, 1), (1, 3), (2, 3, 2)]
+
+
+SIZES = {
+    TransformerPrior: {"dim": 16, "depth": 2, "heads": 2},
+    PixelCNNPrior: {"dim": 12, "depth": 4},
+    LSTMPrior: {"dim": 16, "depth": 2},
+}
+every_kind = pytest.mark.parametrize("kind", PRIORS.values(), ids=PRIORS)
+
+
+def make(kind=TransformerPrior, size=7, grid=(3, 4), **options):
+    """A prior that isn't uniform: its head is drawn, not zero."""
+    if kind is PixelCNNPrior and len(grid) > 2:
+        pytest.skip("a PixelCNN's grids have one or two axes")
+    prior = kind(size, grid, **SIZES[kind] | options).eval()
+    torch.nn.init.normal_(prior.head.weight, generator=generator())
+    for module in prior.modules():
+        if isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, generator=generator(1))
+    return prior
+
+
+def some_codes(prior, count=6):
+    return torch.randint(0, prior.codebook_size, (count, *prior.grid), generator=generator(2))
+
+
+def fit(prior, codes, labels=None, steps=150):
+    optimizer = torch.optim.Adam(prior.train().parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        prior.loss(codes, labels).backward()
+        optimizer.step()
+    return prior.eval()
+
+
+@every_kind
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_place_sees_what_comes_before_it_alone(kind, grid):
+    prior = make(kind, grid=grid)
+    codes = some_codes(prior)
+    logits = prior(codes)
+    assert logits.shape == (6, math.prod(grid), 7)
+    for place in range(prior.places):
+        other = codes.clone()
+        other.view(6, -1)[:, place] = (other.view(6, -1)[:, place] + 1) % 7
+        changed = (prior(other) - logits).abs().amax((0, 2)) > 1e-6
+        assert not changed[: place + 1].any()
+        assert changed[place + 1 :].all()
+
+
+@every_kind
+@pytest.mark.parametrize("labels", [None, torch.tensor([1])])
+def test_probabilities_of_all_grids_add_up_to_one(kind, labels):
+    prior = make(kind, size=3, grid=(2, 2), classes=2)
+    everything = torch.tensor(list(itertools.product(range(3), repeat=4))).reshape(-1, 2, 2)
+    labels = None if labels is None else labels.expand(len(everything))
+    bits = prior.bits(everything, labels)
+    assert bits.dtype == torch.float64
+    assert (-bits * math.log(2)).exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+    close(prior.loss(everything, labels), (bits.mean() * math.log(2) / 4).float())
+
+
+@every_kind
+def test_an_untrained_prior_is_uniform(kind):
+    prior = kind(512, (7, 7)).eval()
+    bits = prior.bits(torch.zeros(2, 7, 7, dtype=torch.int64))
+    close(bits, torch.full((2,), 49 * 9.0, dtype=torch.float64))
+
+
+@every_kind
+def test_similar_codes_start_alike_where_their_vectors_are_known(kind):
+    vectors = torch.randn(4, 6, generator=generator()).repeat(2, 1)
+    prior = kind(8, (2, 3), **SIZES[kind], vectors=vectors).eval()
+    logits = prior(torch.randint(0, 8, (3, 2, 3), generator=generator()))
+    close(logits[..., :4], logits[..., 4:])
+    codes = torch.randint(0, 4, (3, 2, 3), generator=generator())
+    close(prior(codes), prior(codes + 4))
+    assert logits.std(-1).min() > 0
+    with pytest.raises(ValueError, match=r"vectors: must have shape \(9, D\), got \(8, 6\)"):
+        kind(9, (3,), vectors=vectors)
+
+
+@every_kind
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_cached_sampling_has_the_logits_of_the_full_forward(kind, grid, guidance, monkeypatch):
+    prior = make(kind, grid=grid, classes=3)
+    labels = torch.tensor([0, 2])
+    seen = []
+    monkeypatch.setattr(
+        "fastvq.models.priors.base.draw", lambda logits, *rest: (seen.append(logits), draw(logits, *rest))[1]
+    )
+    codes = prior.sample(2, labels, guidance=guidance, generator=generator())
+    assert codes.shape == (2, *grid)
+    full = guidance * prior(codes, labels) + (1 - guidance) * prior(codes)
+    torch.testing.assert_close(torch.stack(seen, 1), full, rtol=1e-4, atol=1e-4)
+
+
+def operations(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@every_kind
+def test_sampling_twice_as_many_codes_costs_twice_as_much(kind):
+    """Linear work for each code, but for attention: recomputing all before it would make it four times as much."""
+    short, long = (make(kind, grid=(height, 6)) for height in (4, 8))
+    assert operations(lambda: long.sample(2)) < 2.3 * operations(lambda: short.sample(2))
+
+
+@every_kind
+def test_samples_are_as_frequent_as_they_are_likely(kind):
+    prior = make(kind, size=2, grid=(3,))
+    samples = prior.sample(20_000, generator=generator())
+    numbers = (samples * torch.tensor([4, 2, 1])).sum(1)
+    frequencies = torch.bincount(numbers, minlength=8) / len(samples)
+    everything = torch.tensor(list(itertools.product(range(2), repeat=3)))
+    likely = (-prior.bits(everything) * math.log(2)).exp().float()
+    assert (frequencies - likely).abs().max() < 4 * math.sqrt(0.25 / 20_000)
+
+
+def test_temperature_top_k_and_top_p():
+    prior = make()
+    greedy = prior.sample(3, temperature=0.0)
+    assert torch.equal(greedy[0], greedy[1])
+    assert torch.equal(prior.sample(3, top_k=1), greedy)
+    for temperature in (1e-45, 1e-42, 1e-29):
+        assert torch.equal(prior.sample(3, temperature=temperature), greedy)
+    assert torch.equal(prior.sample(3, top_p=1e-6), greedy)
+    first, second = (prior.sample(3, generator=generator(4)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, prior.sample(3, generator=generator(5)))
+    assert torch.equal(prior.sample(3, top_k=7, top_p=1.0, generator=generator(4)), first)
+
+
+def test_which_codes_the_limits_leave():
+    logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log().expand(20_000, -1)
+    settings = {
+        "all": (1.0, None, None),
+        "top_k": (1.0, 2, None),
+        "top_p": (1.0, None, 0.71),
+        "exactly": (1.0, None, 0.7),
+        "cold": (0.5, None, None),
+    }
+    drawn = {
+        name: torch.bincount(draw(logits, *options, generator()), minlength=5) / 20_000
+        for name, options in settings.items()
+    }
+    expected = {
+        "all": [0.5, 0.2, 0.15, 0.1, 0.05],
+        "top_k": [5 / 7, 2 / 7, 0, 0, 0],
+        "top_p": [0.5 / 0.85, 0.2 / 0.85, 0.15 / 0.85, 0, 0],
+        "cold": [p * p / 0.3250 for p in (0.5, 0.2, 0.15, 0.1, 0.05)],
+    }
+    for name, probabilities in expected.items():
+        torch.testing.assert_close(drawn[name], torch.tensor(probabilities), rtol=0, atol=0.015)
+    assert drawn["exactly"][3:].sum() == 0
+
+
+@every_kind
+def test_given_codes_stay_and_the_others_follow_from_them(kind):
+    prior = make(kind)
+    given = some_codes(prior, 4)
+    given[:, 1:] = -1
+    completed = prior.sample(4, given=given, generator=generator())
+    assert torch.equal(completed[:, 0], given[:, 0])
+    assert ((completed >= 0) & (completed < 7)).all()
+    whole = some_codes(prior, 4)
+    assert torch.equal(prior.sample(4, given=whole), whole)
+
+
+@every_kind
+def test_learns_what_follows_what(kind):
+    codes = (torch.arange(12).reshape(3, 4) + torch.arange(7)[:, None, None]) % 7
+    prior = fit(kind(7, (3, 4), **SIZES[kind] | {"dim": 32}, dropout=0.0), codes)
+    bits = prior.bits(codes)
+    assert bits.max() < math.log2(7) + 1.5  # the first code is free, the others follow
+    assert torch.equal(prior.sample(7, given=codes.masked_fill(torch.arange(12).reshape(3, 4) > 0, -1)), codes)
+
+
+@every_kind
+def test_learns_what_a_label_means_and_guidance_leans_on_it(kind):
+    codes = torch.stack([torch.full((6,), 0), torch.full((6,), 1)]).repeat(20, 1)
+    codes[4:8, 2] = 2  # some noise, so that there is something to lean against
+    labels = torch.tensor([0, 1]).repeat(20)
+    options = SIZES[kind] | {"dim": 32, "classes": 2, "dropout": 0.0, "label_dropout": 0.3}
+    prior = fit(kind(3, (6,), **options), codes, labels)
+    for label in (0, 1):
+        sampled = prior.sample(50, torch.full((50,), label), guidance=3.0, generator=generator())
+        assert (sampled == label).float().mean() > 0.9
+    first = prior.sample(200, generator=generator())[:, 0].float().mean().item()
+    assert 0.3 < first < 0.7  # without a label either will do
+    with_label = prior.bits(codes[:2], labels[:2]).mean()
+    assert with_label < prior.bits(codes[:2]).mean() - 0.5
+
+
+@every_kind
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"dropout": 0.0}], ids=["default", "half", "none"])
+def test_dropout_is_of_training_alone(kind, options):
+    prior = make(kind, **options)
+    codes = some_codes(prior)
+    assert torch.equal(prior(codes), prior(codes))
+    evaluated = prior(codes)
+    prior.train()
+    assert torch.equal(prior(codes), prior(codes)) == (options == {"dropout": 0.0})
+    close(prior.eval()(codes), evaluated)
+
+
+@every_kind
+def test_every_layer_drops_out(kind):
+    prior = make(kind, dropout=0.3).train()
+    shares = []
+    for module in prior.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda module, *_: shares.append(module.p))
+    prior(some_codes(prior))
+    # What attention and perceptron add in two blocks; what each of four layers adds; the LSTM's input and output.
+    assert shares == [0.3] * {TransformerPrior: 4, PixelCNNPrior: 4, LSTMPrior: 2}[kind]
+    if kind is LSTMPrior:
+        assert prior.lstm.dropout == 0.3
+
+
+@every_kind
+def test_state_dict_round_trip_and_gradients(kind):
+    prior, other = make(kind, classes=2), make(kind, classes=2)
+    torch.nn.init.zeros_(other.head.weight)
+    other.load_state_dict(prior.state_dict())
+    codes, labels = some_codes(prior), torch.tensor([0, 1, 0, 1, 0, 1])
+    assert torch.equal(other.bits(codes, labels), prior.bits(codes, labels))
+    prior.train().loss(codes, labels).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in prior.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codebook_size": 0}, "codebook_size: must be at least 1, got 0"),
+        ({"grid": ()}, "grid: must be one or more lengths"),
+        ({"grid": (3, 0)}, "grid: must be one or more lengths"),
+        ({"heads": 3}, "heads: must divide dim=128, got 3"),
+        ({"dropout": 1.0}, r"dropout: must lie in \[0, 1\), got 1.0"),
+        ({"label_dropout": -0.1}, "label_dropout: must lie in"),
+    ],
+)
+def test_refuses_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerPrior(**{"codebook_size": 8, "grid": (3,)} | options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p(torch.zeros(2, 4, 3, dtype=torch.int64)), r"codes: must be int64 of shape \(B, 3, 4\)"),
+        (lambda p: p(torch.zeros(2, 3, 4)), r"codes: must be int64 of shape"),
+        (lambda p: p(torch.full((2, 3, 4), 7)), r"codes: must lie in \[0, 7\), got 7 to 7"),
+        (lambda p: p(torch.full((2, 3, 4), -1)), r"codes: must lie in \[0, 7\), got -1 to -1"),
+        (lambda p: p.loss(some_codes(p), torch.zeros(5, dtype=torch.int64)), r"labels: must be int64 of shape \(6,\)"),
+        (lambda p: make().bits(some_codes(p), torch.zeros(6, dtype=torch.int64)), "was made without classes"),
+        (lambda p: p.sample(0), "count: must be at least 1"),
+        (lambda p: p.sample(1, temperature=-1), "temperature: must not be negative"),
+        (lambda p: p.sample(1, temperature=math.inf), "temperature: must not be negative, nor infinite, got inf"),
+        (lambda p: p.sample(1, guidance=math.nan), "guidance: must be finite, got nan"),
+        (lambda p: p.sample(1, guidance=math.inf), "guidance: must be finite, got inf"),
+        (lambda p: p.sample(1, given=torch.full((1, 3, 4), p.codebook_size)), "given: must lie in \\[-1, "),
+        (lambda p: p.sample(1, given=torch.full((1, 3, 4), -2)), "given: must lie in \\[-1, "),
+        (lambda p: p.sample(1, top_k=0), "top_k: must be at least 1"),
+        (lambda p: p.sample(1, top_p=0.0), r"top_p: must lie in \(0, 1\]"),
+        (lambda p: p.sample(1, guidance=2.0), "guidance: of 2.0 needs labels"),
+        (lambda p: p.sample(1, given=torch.zeros(1, 12, dtype=torch.int64)), "given: must be int64 of shape"),
+        (lambda p: p.train().sample(1), r"call eval\(\) first"),
+    ],
+)
+def test_calls_are_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(make(classes=2))

@@ -1,0 +1,110 @@
+"""The moving averages, against the formulas of the docstring in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastvq
+from fastvq.backends import reference
+
+from ..cases import close, generator
+
+
+def state_and_statistics(k, d, seed=0):
+    g = generator(seed)
+    cluster_size = 5 * torch.rand(k, generator=g)
+    embed_avg = torch.randn(k, d, generator=g)
+    codebook = torch.randn(k, d, generator=g)
+    counts = torch.randint(0, 4, (k,), generator=g).float()
+    return [codebook, cluster_size, embed_avg], [counts, torch.randn(k, d, generator=g) * counts[:, None]]
+
+
+def by_definition(state, statistics, decay, eps):
+    codebook, size, average, counts, sums = (t.double() for t in (*state, *statistics))
+    size = decay * size + (1 - decay) * counts
+    average = decay * average + (1 - decay) * sums
+    total = size.sum()
+    smoothed = (size + eps) / (total + len(size) * eps) * total
+    moved = average / smoothed[:, None]
+    return torch.where((smoothed > 0)[:, None], moved, codebook).float(), size.float(), average.float()
+
+
+def update_by(backend, state, statistics, **options):
+    state = [t.clone() for t in state]
+    with fastvq.use_backend(backend):
+        assert fastvq.ema_update_(*state, *statistics, **options) is None
+    return state
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.8, 0.99, 1.0])
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 0.1])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (100, 33)], ids=str)
+def test_is_the_definition(shape, eps, decay, backend):
+    state, statistics = state_and_statistics(*shape)
+    expected = by_definition(state, statistics, decay, eps)
+    for actual in (
+        update_by(backend, state, statistics, decay=decay, eps=eps),
+        update_by("reference", state, statistics, decay=decay, eps=eps),
+    ):
+        for a, b in zip(actual, expected, strict=True):
+            close(a, b)
+
+
+def test_the_ends_of_decay_are_exact(backend):
+    state, statistics = state_and_statistics(50, 8)
+    kept = update_by(backend, state, statistics, decay=1.0, eps=1e-5)
+    replaced = update_by(backend, state, statistics, decay=0.0, eps=1e-5)
+    for kind in (1, 2):
+        assert torch.equal(kept[kind], state[kind])
+        assert torch.equal(replaced[kind], statistics[kind - 1])
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_a_codebook_that_never_saw_a_vector_stays(eps, backend):
+    codebook = torch.randn(6, 4, generator=generator())
+    empty = [torch.zeros(6), torch.zeros(6, 4)]
+    after = update_by(backend, [codebook, *empty], empty, decay=0.9, eps=eps)
+    assert torch.equal(after[0], codebook)
+    assert not any(t.any() for t in after[1:])
+
+
+def test_without_smoothing_a_code_of_size_zero_stays(backend):
+    state, statistics = state_and_statistics(5, 3)
+    state[1][2] = statistics[0][2] = 0
+    after = update_by(backend, state, statistics, decay=0.5, eps=0.0)
+    assert torch.equal(after[0][2], state[0][2])
+    assert bool(after[0].isfinite().all())
+
+
+def test_state_may_be_views(backend):
+    """Also of one another's storage: the update goes through to it and nothing else is touched."""
+    state, statistics = state_and_statistics(20, 6)
+    expected = update_by(backend, state, statistics, decay=0.8, eps=1e-5)
+    storage = torch.full((20, 2 * 6 + 1, 2), torch.nan)
+    views = [storage[:, :6, 0], storage[:, 12, 0], storage[:, 6:12, 0]]
+    for view, values in zip(views, state, strict=True):
+        view.copy_(values)
+    with fastvq.use_backend(backend):
+        fastvq.ema_update_(*views, statistics[0], statistics[1].T.contiguous().T, decay=0.8, eps=1e-5)
+    for view, values in zip(views, expected, strict=True):
+        assert torch.equal(view, values)
+    assert bool(storage[..., 1].isnan().all())
+
+
+def test_threads_change_no_bit(backend):
+    state, statistics = state_and_statistics(3000, 40)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(update_by(backend, state, statistics, decay=0.8, eps=1e-5))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_reference_and_native_agree_closely():
+    state, statistics = state_and_statistics(200, 16)
+    native = update_by("native", state, statistics, decay=0.8, eps=1e-5)
+    reference.ema_update_(*state, *statistics, decay=0.8, eps=1e-5)
+    for a, b in zip(native, state, strict=True):
+        close(a, b)

@@ -1,0 +1,260 @@
+"""The quantize step once the indices are known: the fused ops against the specification."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastvq
+from fastvq import ops
+from fastvq.backends import reference
+
+from ..cases import DTYPES, SHAPES, close, generator
+
+CODE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def operands(n, k, d, dtype, code_dtype=torch.float32):
+    g = generator()
+    codebook = torch.randn(k, d, generator=g).to(code_dtype)
+    indices = torch.randint(-1, k, (n,), generator=g)
+    x = (codebook[indices].float() + 0.3 * torch.randn(n, d, generator=g)).to(dtype)
+    return x, codebook, indices
+
+
+@pytest.mark.parametrize("code_dtype", CODE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_equals_the_reference(dtype, code_dtype, backend):
+    for shape in [*SHAPES, (0, 3, 5)]:
+        x, codebook, indices = operands(*shape, dtype, code_dtype)
+        expected = reference.quantize_forward(x, codebook, indices, True)
+        with fastvq.use_backend(backend):
+            quantized, codes, error = ops.quantize_forward(x, codebook, indices, True)
+            _, nothing, same = ops.quantize_forward(x, codebook, indices, False)
+        assert torch.equal(quantized, expected[0])  # rounding to half precision included
+        assert torch.equal(codes, expected[1])
+        close(error, expected[2])
+        assert nothing.shape == (0, shape[2])
+        assert torch.equal(same, error)
+        assert quantized.data_ptr() != codes.data_ptr() or not len(x)
+
+
+@pytest.mark.parametrize("gradient", ["ste", "rotation"])
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_equals_the_reference(dtype, weight, gradient, backend):
+    for shape in SHAPES:
+        x, codebook, indices = operands(*shape, dtype, torch.float32)
+        _, codes, _ = reference.quantize_forward(x, codebook, indices, True)
+        grad = torch.randn(x.shape, generator=generator()).to(dtype)
+        arguments = (x, codes, indices, grad, torch.full((), 0.7, dtype=codes.dtype))
+        options = {"gradient": gradient, "commitment_weight": weight}
+        with fastvq.use_backend(backend):
+            actual = ops.quantize_backward(*arguments, **options)
+        close(actual, reference.quantize_backward(*arguments, **options))
+        assert not actual[indices < 0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_rounded_as_torch_rounds(dtype, backend):
+    """Ties, subnormals, the largest finite number and what lies beyond it."""
+    bits = torch.randint(-(2**31), 2**31 - 1, (4000,), generator=generator()).int()
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    halves = halves[halves.isfinite()].float()
+    midpoints = (halves[1:] + halves[:-1]) / 2
+    values = torch.cat([bits.view(torch.float32), halves, midpoints, torch.tensor([65504.0, 65519.9, 65520.0, 1e30])])
+    codebook = values[values.isfinite()][:, None].contiguous()
+    x = torch.zeros(len(codebook), 1, dtype=dtype)
+    with fastvq.use_backend(backend):
+        quantized, _, _ = ops.quantize_forward(x, codebook, torch.arange(len(codebook)), False)
+    assert torch.equal(quantized, codebook.to(dtype))
+
+
+@pytest.mark.parametrize("gradient", ["ste", "rotation"])
+def test_threads_change_nothing(gradient, backend):
+    x, codebook, indices = operands(5000, 40, 24, torch.float32)
+    rows, codebooks, level_indices = level_operands(5000, 40, 24, 3, torch.float32)
+    results, threads = [], torch.get_num_threads()
+    options = {"gradient": gradient, "commitment_weight": 1.0}
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with fastvq.use_backend(backend):
+                quantized, codes, error = ops.quantize_forward(x, codebook, indices, True)
+                grad = ops.quantize_backward(x, codes, indices, quantized, error, **options)
+                forward = ops.residual_quantize_forward(rows, codebooks, level_indices, True)
+                arguments = (rows, codebooks, level_indices, forward[0], forward[1])
+                level_grad = ops.residual_quantize_backward(*arguments, **options)
+            results.append((quantized, codes, error, grad, *forward, level_grad))
+    finally:
+        torch.set_num_threads(threads)
+    if backend == "native":  # torch's own sums depend on the threads
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    else:
+        close(results[0], results[1])
+
+
+def test_what_a_skipped_row_holds_is_no_matter(backend):
+    x, codebook, indices = operands(50, 7, 5, torch.float32)
+    clean = x.masked_fill((indices < 0)[:, None], 0)
+    dirty = x.masked_fill((indices < 0)[:, None], torch.nan)
+    with fastvq.use_backend(backend):
+        for a, b in zip(*(ops.quantize_forward(t, codebook, indices, True) for t in (clean, dirty)), strict=True):
+            assert torch.equal(a, b)
+        options = {"gradient": "rotation", "commitment_weight": 1.0}
+        _, codes, error = ops.quantize_forward(dirty, codebook, indices, True)
+        assert ops.quantize_backward(dirty, codes, indices, dirty, error, **options).isfinite().all()
+
+
+def test_opposite_and_short_vectors_have_a_gradient(backend):
+    """Where x points away from its code the rotation turns by half a circle; where one is zero there is none."""
+    codebook = torch.eye(3)
+    x = torch.stack([-codebook[0], -codebook[1] + 1e-4, torch.zeros(3), codebook[2]])
+    indices, grad = torch.tensor([0, 1, 2, 2]), torch.randn(4, 3, generator=generator())
+    options = {"gradient": "rotation", "commitment_weight": 0.0}
+    arguments = (x, codebook[indices], indices, grad, torch.zeros(()))
+    with fastvq.use_backend(backend):
+        actual = ops.quantize_backward(*arguments, **options)
+    exact = reference.quantize_backward(*(t.double() if t.is_floating_point() else t for t in arguments), **options)
+    # Where x and its code nearly cancel, float32 keeps a thousandth of the direction between them.
+    torch.testing.assert_close(actual.double(), exact, rtol=0, atol=5e-3)
+    assert torch.equal(actual[2], grad[2])
+
+
+@pytest.mark.parametrize("index", [-2, 7])
+def test_an_index_out_of_range_is_refused(index, backend):
+    x, codebook, indices = operands(50, 7, 5, torch.float32)
+    indices[31] = index
+    with (
+        fastvq.use_backend(backend),
+        pytest.raises((IndexError, RuntimeError), match=r"indices: must lie in \[-1, 7\)"),
+    ):
+        ops.quantize_forward(x, codebook, indices, True)
+    with (
+        fastvq.use_backend(backend),
+        pytest.raises((IndexError, RuntimeError), match=r"indices: must lie in \[-1, 7\)"),
+    ):
+        ops.residual_quantize_forward(x, codebook[None], indices[:, None], True)
+
+
+def level_operands(n, k, d, levels, dtype, code_dtype=torch.float32):
+    """Rows, codebooks that get smaller level by level, and indices of which some are -1 at one level or at all."""
+    g = generator()
+    scale = torch.tensor([0.5**q for q in range(levels)])[:, None, None]
+    codebooks = (scale * torch.randn(levels, k, d, generator=g)).to(code_dtype)
+    indices = torch.randint(-1, k, (n, levels), generator=g)
+    indices[::7] = -1
+    return torch.randn(n, d, generator=g).to(dtype), codebooks, indices
+
+
+@pytest.mark.parametrize("code_dtype", CODE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_residual_forward_equals_the_reference(dtype, code_dtype, backend):
+    for shape in [*SHAPES, (0, 3, 5)]:
+        for levels in (1, 3):
+            arguments = level_operands(*shape, levels, dtype, code_dtype)
+            expected = reference.residual_quantize_forward(*arguments, True)
+            with fastvq.use_backend(backend):
+                quantized, errors, residuals = ops.residual_quantize_forward(*arguments, True)
+                again, same, nothing = ops.residual_quantize_forward(*arguments, False)
+            assert torch.equal(quantized, expected[0])
+            close(errors, expected[1])
+            assert torch.equal(residuals, expected[2])
+            assert nothing.shape == (0, shape[0], shape[2])
+            assert torch.equal(again, quantized)
+            assert torch.equal(same, errors)
+
+
+@pytest.mark.parametrize("gradient", ["ste", "rotation"])
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_residual_backward_equals_the_reference(dtype, weight, gradient, backend):
+    for shape in SHAPES:
+        x, codebooks, indices = level_operands(*shape, 3, dtype)
+        grad = torch.randn(x.shape, generator=generator()).to(dtype)
+        error_grads = torch.tensor([0.7, -1.0, 2.0], dtype=reference.compute_dtype(x, codebooks))
+        arguments = (x, codebooks, indices, grad, error_grads)
+        options = {"gradient": gradient, "commitment_weight": weight}
+        with fastvq.use_backend(backend):
+            actual = ops.residual_quantize_backward(*arguments, **options)
+        close(actual, reference.residual_quantize_backward(*arguments, **options))
+        assert not actual[(indices < 0).all(1)].any()
+
+
+def test_one_level_is_the_plain_step(backend):
+    x, codebook, indices = operands(50, 7, 5, torch.float32)
+    grad = torch.randn(x.shape, generator=generator())
+    with fastvq.use_backend(backend):
+        quantized, codes, error = ops.quantize_forward(x, codebook, indices, True)
+        levels = ops.residual_quantize_forward(x, codebook[None], indices[:, None], True)
+        options = {"gradient": "rotation", "commitment_weight": 0.25}
+        x_grad = ops.quantize_backward(x, codes, indices, grad, torch.ones(()), **options)
+        residual_grad = ops.residual_quantize_backward(
+            x, codebook[None], indices[:, None], grad, torch.ones(1), **options
+        )
+    assert torch.equal(levels[0], quantized)
+    close(levels[1][0], error)
+    assert torch.equal(levels[2][0], x)
+    close(residual_grad, x_grad)
+
+
+X, CODES, INDICES = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64)
+GRADS = (torch.zeros(3, 4), torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((X[0], CODES, INDICES, True), ValueError, r"x: must have shape \(N, D\)"),
+        ((X, CODES[:, :2], INDICES, True), ValueError, "codebook: must have the dimension of x"),
+        ((X, CODES[:0], INDICES, True), ValueError, "codebook: must hold at least one code"),
+        ((X, CODES, INDICES.int(), True), TypeError, "indices: must be int64"),
+        ((X, CODES, INDICES[:2], True), ValueError, "indices: must have shape"),
+    ],
+)
+def test_forward_refuses_by_name(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ops.quantize_forward(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gradient", "error", "message"),
+    [
+        ((X, X[:2], INDICES, *GRADS), "ste", ValueError, "codes: must have the shape of x"),
+        ((X, X.half(), INDICES, *GRADS), "ste", TypeError, "codes: must be torch.float32 or torch.float64"),
+        ((X, X, INDICES, X.half(), GRADS[1]), "ste", TypeError, "quantized_grad: must be torch.float32"),
+        ((X, X, INDICES, X, X[0]), "ste", ValueError, "loss_grad: must be one number"),
+        ((X, X, INDICES, *GRADS), "gumbel", ValueError, "gradient: must be one of ste, rotation, got 'gumbel'"),
+    ],
+)
+def test_backward_refuses_by_name(arguments, gradient, error, message):
+    with pytest.raises(error, match=message):
+        ops.quantize_backward(*arguments, gradient=gradient, commitment_weight=1.0)
+
+
+LEVELS, LEVEL_INDICES, ONES = torch.zeros(2, 5, 4), torch.zeros(3, 2, dtype=torch.int64), torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": X[0]}, ValueError, r"x: must have shape \(N, D\)"),
+        ({"codebooks": CODES}, ValueError, r"codebooks: must have shape \(Q, K, D\)"),
+        ({"indices": INDICES}, ValueError, r"indices: must have shape \(N, Q\) = \(3, 2\) beside x and codebooks"),
+        ({"indices": LEVEL_INDICES.int()}, TypeError, "indices: must be int64"),
+        ({"quantized_grad": X.half()}, TypeError, "quantized_grad: must be torch.float32"),
+        ({"error_grads": torch.ones(3)}, ValueError, r"error_grads: must be \(2,\) of torch.float32"),
+        ({"error_grads": ONES.double()}, ValueError, r"error_grads: must be \(2,\) of torch.float32"),
+        ({"gradient": "gumbel"}, ValueError, "gradient: must be one of ste, rotation, got 'gumbel'"),
+    ],
+)
+def test_residual_steps_refuse_by_name(change, error, message):
+    given = {"x": X, "codebooks": LEVELS, "indices": LEVEL_INDICES, "quantized_grad": X, "error_grads": ONES}
+    given |= {"gradient": "ste", "commitment_weight": 1.0}
+    with pytest.raises(error, match=message):
+        ops.residual_quantize_backward(**given | change)
+    if change.keys() <= {"x", "codebooks", "indices"}:
+        forward = {name: given[name] for name in ("x", "codebooks", "indices")}
+        with pytest.raises(error, match=message):
+            ops.residual_quantize_forward(**forward | change, keep_residuals=True)

@@ -1,0 +1,336 @@
+"""Every backend returns the index that the specification returns, and the specification is the definition."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as np_st
+
+import fastvq
+from fastvq.backends import native, reference
+from fastvq.backends.torch import search as eager
+
+from .. import cases
+from ..cases import ADVERSARIAL, DTYPES, FLOAT64_ONLY, METRICS, generator, mismatch
+
+
+def by_definition(x, codebook, metric):
+    """The docstring of `fastvq.search`, scalar by scalar. A Python float is an IEEE float64, never contracted."""
+    indices = []
+    for row in x.double().tolist():
+        index, best = -1, math.inf
+        for k, code in enumerate(codebook.double().tolist()):
+            score = 0.0
+            for a, b in zip(row, code, strict=True):
+                score += (a - b) * (a - b) if metric == "l2" else -(a * b)
+            score = math.inf if math.isnan(score) else score
+            if all(map(math.isfinite, row + code)) and (index < 0 or score < best):
+                index, best = k, score
+        indices.append(index)
+    return torch.tensor(indices, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("data", [*ADVERSARIAL, *FLOAT64_ONLY])
+def test_reference_is_the_definition(data, dtype, metric):
+    for n, k, d in [(1, 1, 1), (9, 11, 3), (6, 5, 20)]:
+        x, codebook = (t.to(dtype) for t in (ADVERSARIAL | FLOAT64_ONLY)[data](n, k, d, generator()))
+        assert torch.equal(reference.search(x, codebook, metric=metric), by_definition(x, codebook, metric))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("data", ["gaussian", "clustered", "offset", "mixed_magnitudes", "denormals", "values_of_1e18"])
+def test_reference_is_the_exact_nearest_where_one_is_clearly_nearest(data, metric):
+    x, codebook = ADVERSARIAL[data](30, 12, 9, generator())
+    codes = [[Fraction(e) for e in code] for code in codebook.tolist()]
+    clear = 0
+    for row, index in zip(x.tolist(), reference.search(x, codebook, metric=metric).tolist(), strict=True):
+        exact = [Fraction(a) for a in row]
+        pairs = [list(zip(exact, code, strict=True)) for code in codes]
+        scores = [sum((a - b) ** 2 if metric == "l2" else -a * b for a, b in pair) for pair in pairs]
+        sizes = [sum((abs(a) + abs(b)) ** 2 for a, b in pair) for pair in pairs]
+        first, second = sorted(scores)[:2]
+        if second - first > Fraction(1, 10**13) * max(sizes):
+            clear += 1
+            assert index == scores.index(first)
+    assert clear >= 15
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("data", ADVERSARIAL)
+def test_equals_the_reference(data, dtype, backend):
+    for shape in cases.SHAPES:
+        x, codebook = (t.to(dtype) for t in ADVERSARIAL[data](*shape, generator()))
+        for metric in METRICS:
+            assert not mismatch(x, codebook, backend, metric), f"{shape}, {metric}"
+
+
+@pytest.mark.parametrize("data", FLOAT64_ONLY)
+def test_float64_equals_the_reference(data, backend):
+    for shape in cases.SHAPES:
+        x, codebook = FLOAT64_ONLY[data](*shape, generator())
+        for metric in METRICS:
+            assert not mismatch(x, codebook, backend, metric), f"{shape}, {metric}"
+
+
+@pytest.mark.parametrize("data", ["gaussian", "clustered", "codes_one_ulp_apart", "exact_midpoints", "offset"])
+@pytest.mark.parametrize("shape", cases.LARGE_SHAPES, ids=str)
+def test_large_shapes(shape, data, backend):
+    x, codebook = ADVERSARIAL[data](*shape, generator())
+    assert not mismatch(x, codebook, backend)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 512, 513])
+def test_every_remainder_of_the_dimension(d, backend):
+    for data in ("gaussian", "rounded_midpoints"):
+        x, codebook = ADVERSARIAL[data](25, 45, d, generator(d))
+        assert not mismatch(x, codebook, backend), data
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 500])
+def test_every_remainder_of_the_codebook_and_the_batch(k, backend):
+    for n in (*range(15), 191, 192, 193):
+        x, codebook = ADVERSARIAL["rounded_midpoints"](n, k, 6, generator(n))
+        assert not mismatch(x, codebook, backend), f"N={n}"
+
+
+@pytest.mark.parametrize("codebook_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+def test_mixed_dtypes(x_dtype, codebook_dtype, backend):
+    for data in ("gaussian", "rounded_midpoints", "offset", "half_denormals", "bad_codes", "bad_vectors"):
+        x, codebook = ADVERSARIAL[data](50, 70, 12, generator())
+        assert not mismatch(x.to(x_dtype), codebook.to(codebook_dtype), backend), data
+
+
+@pytest.mark.parametrize("dtype", cases.HALF, ids=str)
+def test_every_half_precision_value_is_read_exactly(dtype, backend):
+    """Among its own values in float64, each is nearest to the one that equals it."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    with fastvq.use_backend(backend):
+        for part in values.split(512):
+            finite = part[part.isfinite()].double()
+            codebook = finite.unique()[:, None] if len(finite) else torch.zeros(1, 1)
+            indices = fastvq.search(part[:, None], codebook)
+            assert torch.equal(indices >= 0, part.isfinite())
+            assert torch.equal(codebook[indices[indices >= 0], 0].double(), finite)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts(dtype, backend):
+    x, codebook = (t.to(dtype) for t in ADVERSARIAL["rounded_midpoints"](40, 50, 11, generator()))
+    expected = reference.search(x, codebook)
+    for (name, other_x), (_, other_codebook) in zip(cases.layouts(x), cases.layouts(codebook), strict=True):
+        assert not mismatch(other_x, codebook, backend, expected=expected), f"x {name}"
+        assert not mismatch(x, other_codebook, backend, expected=expected), f"codebook {name}"
+    assert not mismatch(x[:1].expand(9, 11), codebook[3:4].expand(20, 11), backend)
+
+
+def test_heads(backend):
+    x, codebook = ADVERSARIAL["rounded_midpoints"](3 * 20, 3 * 30, 7, generator())
+    x, codebook = x.view(3, 20, 7), codebook.view(3, 30, 7)
+    heads = torch.stack([reference.search(x[h], codebook[h]) for h in range(3)])
+    assert not mismatch(x, codebook, backend, expected=heads)
+    assert not mismatch(x.transpose(0, 1).contiguous().transpose(0, 1), codebook, backend, expected=heads)
+    for shape in [(3, 0, 7), (0, 20, 7)]:
+        with fastvq.use_backend(backend):
+            assert fastvq.search(torch.zeros(shape), codebook[: shape[0]]).shape == shape[:2]
+        assert reference.search(torch.zeros(shape), codebook[: shape[0]]).shape == shape[:2]
+
+
+def test_ties_over_more_codes_than_a_tile(backend):
+    """So many candidates that the torch backend has to take fewer rows at once."""
+    x, codebook = ADVERSARIAL["lattice"](40, 3 * eager.TILE_CODES + 5, 3, generator())
+    assert not mismatch(x, codebook, backend)
+
+
+def test_bad_rows_beside_far_codes(backend):
+    """At an offset, so that a row that stands in for a bad one lies far from the codes, as the far codes do."""
+    x, codebook = (t + 300 for t in ADVERSARIAL["far_codes"](50, 200, 8, generator()))
+    x[::3, 2] = math.nan
+    assert not mismatch(x, codebook, backend)
+
+
+def test_a_batch_may_be_split_anywhere(backend):
+    x, codebook = ADVERSARIAL["rounded_midpoints"](100, 64, 24, generator())
+    with fastvq.use_backend(backend):
+        whole = fastvq.search(x, codebook)
+        for size in (1, 7, 64):
+            assert torch.equal(torch.cat([fastvq.search(part, codebook) for part in x.split(size)]), whole)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads(threads, backend):
+    torch.set_num_threads(threads)
+    for data in ("clustered", "rounded_midpoints", "duplicate_codes"):
+        x, codebook = ADVERSARIAL[data](600, 300, 48, generator())
+        assert not mismatch(x, codebook, backend), data
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64])
+def test_codes_in_several_tiles(tile, monkeypatch):
+    monkeypatch.setattr("fastvq.backends.torch.search.TILE_CODES", tile)
+    for data in ("gaussian", "duplicate_codes", "bad_codes", "only_bad_codes", "huge_vectors_tiny_codes"):
+        x, codebook = ADVERSARIAL[data](40, 150, 6, generator())
+        assert not mismatch(x, codebook, "torch"), data
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_matmul_precision(precision, backend):
+    torch.set_float32_matmul_precision(precision)
+    for data in ("gaussian", "rounded_midpoints", "offset", "mixed_magnitudes", "equidistant_codes"):
+        for metric in METRICS:
+            x, codebook = ADVERSARIAL[data](300, 400, 64, generator())
+            assert not mismatch(x, codebook, backend, metric), data
+
+
+@pytest.mark.parametrize("dtype", cases.HALF, ids=str)
+def test_autocast(dtype, backend):
+    x, codebook = ADVERSARIAL["gaussian"](300, 400, 64, generator())
+    expected = reference.search(x, codebook)
+    with torch.autocast("cpu", dtype=dtype):
+        assert not mismatch(x, codebook, backend, expected=expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("data", "dtype"),
+    [("denormals", torch.float32), ("denormals", torch.bfloat16), ("half_denormals", torch.float16)],
+)
+def test_flushed_denormals(data, dtype, threads, backend):
+    """`torch.set_flush_denormal` makes the processor read denormals as zero: the codes are still the exact ones."""
+    torch.set_num_threads(threads)
+    x, codebook = (t.to(dtype) for t in ADVERSARIAL[data](1100, 40, 33, generator()))
+    expected = reference.search(x, codebook)
+    assert torch.set_flush_denormal(True)
+    assert not mismatch(x, codebook, backend, expected=expected)
+    assert torch.equal(reference.search(x, codebook), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_default_dtype(dtype, backend):
+    x, codebook = ADVERSARIAL["rounded_midpoints"](50, 60, 20, generator())
+    torch.set_default_dtype(dtype)
+    assert not mismatch(x, codebook, backend)
+
+
+def test_grad_modes(backend):
+    x, codebook = ADVERSARIAL["rounded_midpoints"](50, 60, 20, generator())
+    expected = reference.search(x, codebook)
+    assert not mismatch(x.requires_grad_(), codebook.requires_grad_(), backend, expected=expected)
+    with torch.inference_mode():
+        assert not mismatch(x, codebook, backend, expected=expected)
+
+
+def processor_has(isa):
+    words = {
+        "avx2": {"avx2", "fma"},
+        "avx512": {"avx512f"},
+        "avx512_vnni": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"},
+    }.get(isa, set())
+    return words <= set(Path("/proc/cpuinfo").read_text().split())
+
+
+TIERS = {
+    "portable": ["", "direct", "float32"],
+    "avx2": ["", "direct", "float32", "int16"],
+    "avx512": ["", "direct", "float32"],
+    "avx512_vnni": ["", "direct", "float32", "int16"],
+}
+
+
+@pytest.mark.parametrize(("isa", "tier"), [(isa, tier) for isa in TIERS for tier in TIERS[isa]])
+def test_instruction_sets_and_tiers(isa, tier):
+    record = native.build_record()
+    if not record["built"] or isa not in record["instruction_sets"]:
+        pytest.skip(f"{isa}: not in this build of the native library")
+    if not processor_has(isa):
+        pytest.skip(f"{isa}: this processor lacks it")
+    run = subprocess.run(
+        [sys.executable, cases.__file__],
+        env=os.environ | {"FASTVQ_ISA": isa, "FASTVQ_TIER": tier},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.startswith(f"{isa}: ")
+
+
+FLOATS = {
+    torch.float32: st.floats(width=32),
+    torch.float16: st.floats(width=16),
+    torch.float64: st.floats(),
+}
+
+
+@st.composite
+def searches(draw, dtypes=tuple(FLOATS)):
+    """x and codes of any bits at all, with a habit of repeating elements and rows."""
+    n, k, d = draw(st.integers(0, 6)), draw(st.integers(1, 9)), draw(st.integers(1, 5))
+    pool = None
+    tensors = []
+    for rows in (n, k):
+        dtype = draw(st.sampled_from(dtypes))
+        numpy_dtype = str(dtype).removeprefix("torch.")
+        elements = FLOATS[dtype]
+        if pool is not None and draw(st.booleans()):
+            elements = st.sampled_from(pool) if pool else elements
+        array = draw(np_st.arrays(numpy_dtype, (rows, d), elements=elements))
+        pool = [float(v) for v in array.flatten() if dtype == torch.float16 or torch.float16 not in dtypes][:4]
+        tensors.append(torch.from_numpy(array))
+    return *tensors, draw(st.sampled_from(METRICS))
+
+
+@given(searches())
+def test_any_bits(search):
+    x, codebook, metric = search
+    expected = by_definition(x, codebook, metric)
+    assert torch.equal(reference.search(x, codebook, metric=metric), expected)
+    for backend in cases.BACKENDS:
+        assert not mismatch(x, codebook, backend, metric, expected), backend
+
+
+@given(
+    data=st.sampled_from(sorted(ADVERSARIAL)),
+    shape=st.tuples(st.integers(0, 60), st.integers(1, 300), st.integers(1, 80)),
+    seed=st.integers(0, 2**31),
+    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+    metric=st.sampled_from(METRICS),
+    scale=st.integers(-60, 60),
+    shift=st.sampled_from([0.0, 0.0, 1.0, -1e4, 1e18]),
+)
+def test_any_shape_seed_and_scale(data, shape, seed, dtypes, metric, scale, shift):
+    x, codebook = ADVERSARIAL[data](*shape, generator(seed))
+    x, codebook = ((t * 2.0**scale + shift).to(dtype) for t, dtype in zip((x, codebook), dtypes, strict=True))
+    expected = reference.search(x, codebook, metric=metric)
+    for backend in cases.BACKENDS:
+        assert not mismatch(x, codebook, backend, metric, expected), backend
+
+
+def residual_by_search(x, codebooks):
+    residual, levels = x, []
+    for codebook in codebooks:
+        indices = reference.search(residual, codebook)
+        levels.append(indices)
+        chosen = torch.stack([codebook[i] if i >= 0 else torch.zeros_like(codebook[0]) for i in indices.tolist()])
+        residual = (residual.double() - chosen.double()).float()
+    return torch.stack(levels, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("data", ["gaussian", "offset", "bad_vectors", "bad_codes", "rounded_midpoints"])
+def test_residual_search(data, dtype, backend):
+    x, codebooks = ADVERSARIAL[data](40, 3 * 20, 7, generator())
+    x, codebooks = x.to(dtype), codebooks.view(3, 20, 7)
+    with fastvq.use_backend(backend):
+        assert torch.equal(fastvq.residual_search(x, codebooks), residual_by_search(x, codebooks))
+        assert fastvq.residual_search(x[:0], codebooks).shape == (0, 3)

@@ -1,0 +1,145 @@
+"""The k nearest codes: by the definition of `search`, in order, on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastvq
+from fastvq.backends import reference
+
+from ..cases import ADVERSARIAL, DTYPES, FLOAT64_ONLY, HALF, METRICS, generator
+
+EVERY_DTYPE = ("gaussian", "clustered", "lattice", "bad_codes")
+
+
+def by_definition(x, codebook, k, metric):
+    """Sorted scalar by scalar: Python's tuples compare score, then index."""
+    result = []
+    for row in x.double().tolist():
+        scored = []
+        for index, code in enumerate(codebook.double().tolist()):
+            score = 0.0
+            for a, b in zip(row, code, strict=True):
+                score += (a - b) * (a - b) if metric == "l2" else -(a * b)
+            if torch.tensor(row + code, dtype=torch.float64).isfinite().all():
+                scored.append((torch.inf if score != score else score, index))
+        nearest = [index for _, index in sorted(scored)[:k]]
+        result.append(nearest + [-1] * (k - len(nearest)))
+    return torch.tensor(result, dtype=torch.int64).reshape(len(x), k)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("data", [*ADVERSARIAL, *FLOAT64_ONLY])
+def test_reference_is_the_definition(data, metric):
+    for n, size, d in [(1, 1, 1), (6, 9, 3)]:
+        x, codebook = (ADVERSARIAL | FLOAT64_ONLY)[data](n, size, d, generator())
+        k = min(5, size)
+        expected = by_definition(x, codebook, k, metric)
+        actual = reference.topk_search(x, codebook, k, metric=metric)
+        assert torch.equal(actual, expected)
+        assert torch.equal(actual[:, 0], reference.search(x, codebook, metric=metric))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("data", [*ADVERSARIAL, *FLOAT64_ONLY])
+def test_equals_the_reference(data, dtype, backend):
+    if (data in FLOAT64_ONLY and dtype != torch.float64) or (data not in EVERY_DTYPE and dtype in HALF):
+        return
+    x, codebook = (t.to(dtype) for t in (ADVERSARIAL | FLOAT64_ONLY)[data](23, 130, 6, generator()))
+    for metric in METRICS:
+        for k in (3, 32, 130):
+            expected = reference.topk_search(x, codebook, k, metric=metric)
+            with fastvq.use_backend(backend):
+                assert torch.equal(fastvq.topk_search(x, codebook, k, metric=metric), expected), (metric, k)
+
+
+@pytest.mark.parametrize("k", [1, 8, 32, 70])
+def test_large_shapes(k, backend):
+    for n, size, d in [(63, 1000, 96), (21, 5000, 2), (9, 70, 513), (0, 70, 3)]:
+        for data in ("clustered", "far_codes"):
+            x, codebook = ADVERSARIAL[data](n, size, d, generator())
+            with fastvq.use_backend(backend):
+                assert torch.equal(fastvq.topk_search(x, codebook, k), reference.topk_search(x, codebook, k))
+
+
+@pytest.mark.parametrize("tile", [1, 3, 64])
+def test_tiles_of_codes_meet(tile, monkeypatch):
+    monkeypatch.setattr("fastvq.backends.torch.search.TILE_CODES", tile)
+    for data in ("gaussian", "lattice", "far_codes", "bad_codes"):
+        x, codebook = ADVERSARIAL[data](40, 200, 4, generator())
+        with fastvq.use_backend("torch"):
+            assert torch.equal(fastvq.topk_search(x, codebook, 7), reference.topk_search(x, codebook, 7))
+
+
+def test_the_same_for_any_number_of_threads_and_any_batch(backend):
+    x, codebook = ADVERSARIAL["clustered"](300, 500, 16, generator())
+    with fastvq.use_backend(backend):
+        whole = fastvq.topk_search(x, codebook, 9)
+        assert torch.equal(torch.cat([fastvq.topk_search(part, codebook, 9) for part in x.split(37)]), whole)
+        torch.set_num_threads(1)
+        assert torch.equal(fastvq.topk_search(x, codebook, 9), whole)
+
+
+def test_fewer_finite_codes_than_asked_for(backend):
+    x, codebook = torch.randn(20, 3), torch.full((40, 3), torch.nan)
+    codebook[[4, 7, 30]] = torch.randn(3, 3)
+    with fastvq.use_backend(backend):
+        indices = fastvq.topk_search(x, codebook, 5)
+    assert torch.equal(indices[:, :3].sort(1).values, torch.tensor([4, 7, 30]).expand(20, 3))
+    assert (indices[:, 3:] == -1).all()
+
+
+def test_heads_and_masks(backend):
+    x, codebook = torch.randn(3, 50, 4), torch.randn(3, 60, 4)
+    x[1, 5, 2] = torch.nan
+    mask = torch.rand(3, 50, generator=generator()) < 0.6
+    expected = torch.stack([reference.topk_search(*pair, 4) for pair in zip(x, codebook, strict=True)])
+    with fastvq.use_backend(backend):
+        assert torch.equal(fastvq.topk_search(x, codebook, 4), expected)
+        masked = fastvq.topk_search(x, codebook, 4, mask=mask)
+    assert torch.equal(masked, expected.masked_fill(~mask[..., None], -1))
+
+
+@pytest.mark.parametrize(("k", "codes", "most"), [(0, 4, 4), (5, 4, 4), (51, 50, 50)])
+def test_refuses_a_k_that_does_not_fit(k, codes, most):
+    with pytest.raises(ValueError, match=rf"k: must lie in \[1, {most}\] for {codes} codes, got {k}"):
+        fastvq.topk_search(torch.zeros(2, 3), torch.zeros(codes, 3), k)
+
+
+SEARCHES = {
+    "search": lambda x, codes, **options: fastvq.search(x, codes, **options),
+    "topk_search": lambda x, codes, **options: fastvq.topk_search(x, codes, 3, **options),
+    "residual_search": lambda x, codes, **options: fastvq.residual_search(x, codes.expand(2, -1, -1), **options),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_masked_rows_are_not_searched(name, backend, monkeypatch):
+    """They get -1, and what they hold costs nothing: the search sees the other rows alone."""
+    search, x, codes = SEARCHES[name], torch.randn(30, 4), torch.randn(9, 4)
+    mask = torch.rand(30, generator=generator()) < 0.5
+    with fastvq.use_backend(backend):
+        expected = search(x, codes)
+        for kept in (mask, torch.zeros_like(mask), torch.ones_like(mask)):
+            counts = []
+            implementation = fastvq.backends.BACKENDS[backend].ops[name]
+            monkeypatch.setitem(
+                fastvq.backends.BACKENDS[backend].ops,
+                name,
+                lambda x, *a, _run=implementation, _counts=counts, **o: (_counts.append(len(x)), _run(x, *a, **o))[1],
+            )
+            actual = search(x, codes, mask=kept)
+            monkeypatch.undo()
+            assert counts == [int(kept.sum())]
+            assert (actual[~kept] == -1).all()
+            assert torch.equal(actual[kept], expected[kept])
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_refuses_a_mask_that_does_not_fit(name):
+    x, codes = torch.randn(30, 4), torch.randn(9, 4)
+    with pytest.raises(TypeError, match="mask: must be bool, got torch"):
+        SEARCHES[name](x, codes, mask=torch.ones(30))
+    with pytest.raises(ValueError, match=r"mask: must have shape \(30,\) beside x, got \(29,\)"):
+        SEARCHES[name](x, codes, mask=torch.ones(29, dtype=torch.bool))

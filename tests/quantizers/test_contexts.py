@@ -1,0 +1,337 @@
+"""Layers where they really run: under activation checkpointing, autocast and DDP, compiled, from "meta" ..."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastvq
+
+from ..cases import generator
+from ..every import QUANTIZERS, batch_for, make, tensors
+from ..layers import state
+
+DIM, SIZE = 6, 12
+
+
+class Scales(nn.Module):
+    """`HierarchicalVQ` with the indices of its levels in one tensor."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.vq = fastvq.HierarchicalVQ(dim=DIM, codebook_size=SIZE, scales=(1, 4, 16), channel_first=False, **options)
+
+    def forward(self, x):
+        quantized, indices, loss = self.vq(x)
+        return quantized, torch.cat(indices, 1), loss
+
+
+LAYERS = {
+    "plain": lambda: fastvq.VectorQuantize(DIM, SIZE, decay=0.8),
+    "straight through": lambda: fastvq.VectorQuantize(DIM, SIZE, rotation_trick=False),
+    "projected": lambda: fastvq.VectorQuantize(DIM, SIZE, codebook_dim=4),
+    "cosine": lambda: fastvq.VectorQuantize(DIM, SIZE, use_cosine_sim=True),
+    "k-means and revival": lambda: fastvq.VectorQuantize(DIM, SIZE, kmeans_init=True, threshold_ema_dead_code=2),
+    "learnable": lambda: fastvq.VectorQuantize(DIM, SIZE, learnable_codebook=True, ema_update=False),
+    "residual": lambda: fastvq.ResidualVQ(dim=DIM, num_quantizers=3, codebook_size=SIZE),
+    "residual, k-means and revival": lambda: fastvq.ResidualVQ(
+        dim=DIM, num_quantizers=3, codebook_size=SIZE, kmeans_init=True, threshold_ema_dead_code=2
+    ),
+    "residual, dropout": lambda: fastvq.ResidualVQ(
+        dim=DIM, num_quantizers=4, codebook_size=SIZE, quantize_dropout=True, codebook_dim=4
+    ),
+    "residual, one codebook": lambda: fastvq.ResidualVQ(
+        dim=DIM, num_quantizers=3, codebook_size=SIZE, shared_codebook=True
+    ),
+    "SimVQ": lambda: fastvq.SimVQ(DIM, SIZE),
+    "SimVQ, dropout": lambda: fastvq.ResidualSimVQ(
+        dim=DIM, num_quantizers=3, codebook_size=SIZE, quantize_dropout=True
+    ),
+    "LFQ": lambda: fastvq.LFQ(dim=DIM, codebook_size=16, frac_per_sample_entropy=0.5, orthogonal_rotation=True),
+    "LFQ, dropout": lambda: fastvq.ResidualLFQ(dim=DIM, num_quantizers=3, codebook_size=16, quantize_dropout=True),
+    "one codebook for all scales": Scales,
+    "scales, k-means": lambda: Scales(shared_codebook=False, nested_dropout=0.5),
+}
+
+
+class Model(nn.Module):
+    """A layer between two linear maps; `segment` runs what is checkpointed."""
+
+    def __init__(self, kind, segment=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.layer = LAYERS[kind]()
+        self.segment = segment or (lambda part, x: part(x))
+
+    def forward(self, x):
+        def part(x):
+            return self.layer(self.encoder(x))
+
+        quantized, indices, loss = self.segment(part, x)
+        return self.decoder(quantized), indices, loss.sum()
+
+
+def batch(seed):
+    return torch.randn(4, 16, DIM, generator=generator(seed)).requires_grad_()
+
+
+def train(model, steps=3, micro_batches=1, context=contextlib.nullcontext):
+    """Everything a run leaves behind: outputs, gradients and state of every step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        pending = []
+        for micro_batch in range(micro_batches):
+            x = batch(10 * step + micro_batch)
+            with context():
+                output, indices, loss = model(x)
+            pending.append((x, output.square().mean() + loss))
+            seen += [output.detach(), indices]
+        for x, objective in pending:
+            objective.backward()
+            seen.append(x.grad)
+        seen += [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        optimizer.step()
+        seen += state(model).values()
+    return seen
+
+
+def assert_same_runs(ours, expected):
+    assert len(ours) == len(expected)
+    for one, other in zip(ours, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_changes_nothing(kind, use_reentrant):
+    """Bit for bit the run without it: the codebook learns once a step, and gradients are those of the codes before."""
+
+    def segment(part, x):
+        return checkpoint(part, x, use_reentrant=use_reentrant)
+
+    assert_same_runs(train(Model(kind, segment)), train(Model(kind)))
+
+
+def train_alone(kind, use, steps=2):
+    """The same of a quantizer behind a linear map, with an objective of whatever it returns."""
+    layer, encoder = make(kind), nn.Linear(DIM, DIM)
+    parameters = [p for p in (*encoder.parameters(), *layer.parameters()) if p.requires_grad]
+    seen = []
+
+    def part(x):
+        rows = encoder(x.transpose(1, 2)).transpose(1, 2) if kind == "LatentQuantize" else encoder(x)
+        return tuple(tensors(layer(rows)))
+
+    for step in range(steps):
+        torch.manual_seed(step)
+        x = batch_for(kind, seed=step).requires_grad_()
+        results = use(part, x)
+        objective = sum(r.square().sum() for r in results if r.requires_grad)
+        seen += [r.detach() for r in results]
+        if isinstance(objective, torch.Tensor):
+            objective.backward()
+        with torch.no_grad():
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    seen.append(parameter.grad)
+                    parameter -= 0.05 * parameter.grad
+                    parameter.grad = None
+        seen += [x.grad] if x.grad is not None else []
+        seen += state(layer).values()
+    return seen
+
+
+# The reentrant kind runs the first pass without gradients, for which DiVeQ draws no noise.
+@pytest.mark.parametrize(
+    ("kind", "use_reentrant"), [(k, r) for k in QUANTIZERS for r in (True, False) if not (r and k == "DiVeQ")]
+)
+def test_checkpointing_every_quantizer(kind, use_reentrant):
+    ours = train_alone(kind, lambda part, x: checkpoint(part, x, use_reentrant=use_reentrant))
+    assert_same_runs(ours, train_alone(kind, lambda part, x: part(x)))
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_eval_changes_nothing(kind):
+    """Under inference_mode too, after which it trains as if nothing had been."""
+    layer = make(kind)
+    twin = copy.deepcopy(layer)
+    layer.eval()
+    before = state(layer)
+    results = tensors(layer(batch_for(kind)))
+    with torch.inference_mode():
+        assert all(map(torch.equal, tensors(layer(batch_for(kind))), results))
+    assert all(map(torch.equal, state(layer).values(), before.values()))
+    layer.train()
+    for one in (layer, twin):
+        torch.manual_seed(1)
+        one(batch_for(kind, seed=1).requires_grad_())
+    assert all(map(torch.equal, state(layer).values(), state(twin).values()))
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_modules(kind, dtype):
+    """They train and evaluate in that dtype; the statistics of learning stay in float32."""
+    layer = make(kind).to(dtype)
+    for train in (True, False):
+        layer.train(train)
+        first = tensors(layer(batch_for(kind).to(dtype).requires_grad_()))[0]
+        assert not first.is_floating_point() or (first.dtype == dtype and first.isfinite().all())
+    kept = [t for name, t in state(layer).items() if name.endswith(("cluster_size", "embed_avg", "_codebook.embed"))]
+    assert {t.dtype for t in kept} <= {torch.float32}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_copies_go_on_alike(kind, trained):
+    layer = make(kind)
+    if trained:
+        layer(batch_for(kind))
+    copies = [layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+    for seed in (1, 2):
+        results = []
+        for one in copies:
+            torch.manual_seed(seed)
+            results.append(tensors(one(batch_for(kind, seed=seed))))
+        for result in results[1:]:
+            assert all(map(torch.equal, results[0], result))
+    for one in copies[1:]:
+        assert all(map(torch.equal, state(layer).values(), state(one).values()))
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual, dropout"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_micro_batches(kind, use_reentrant):
+    """Two forward passes, then their backward passes."""
+
+    def segment(part, x):
+        return checkpoint(part, x, use_reentrant=use_reentrant)
+
+    assert_same_runs(train(Model(kind, segment), micro_batches=2), train(Model(kind), micro_batches=2))
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual"])
+def test_nested_checkpoints(kind):
+    def segment(part, x):
+        return checkpoint(lambda y: checkpoint(part, y, use_reentrant=False), x, use_reentrant=False)
+
+    assert_same_runs(train(Model(kind, segment)), train(Model(kind)))
+
+
+def test_a_compiled_layer_cannot_be_repeated():
+    """It can't know that it is; an error is better than gradients of other codes."""
+    layer = torch.compile(fastvq.VectorQuantize(DIM, SIZE), fullgraph=True, backend="aot_eager")
+    quantized, _, loss = checkpoint(layer, batch(0), use_reentrant=False)
+    with pytest.raises(RuntimeError, match="a codebook would learn a batch again, within backward"):
+        (quantized.sum() + loss).backward()
+    frozen = fastvq.VectorQuantize(DIM, SIZE, freeze_codebook=True)
+    layer = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+    quantized, _, loss = checkpoint(layer, batch(0), use_reentrant=False)
+    (quantized.sum() + loss).backward()
+
+
+@pytest.mark.parametrize("kind", ["plain", "cosine", "residual, k-means and revival"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(kind, dtype):
+    """What the layer gets has the dtype of autocast; its codes are the exact ones of that, its state is float32."""
+    model = Model(kind)
+    given = []
+    model.layer.register_forward_pre_hook(lambda layer, args: given.append(args[0]))
+    train(model, context=lambda: torch.autocast("cpu", dtype))
+    model.eval()
+    with torch.autocast("cpu", dtype):
+        _, indices, _ = model(batch(9))
+    assert given[-1].dtype == dtype
+    assert torch.equal(indices, model.layer(given[-1].float())[1])
+    assert torch.equal(indices, model.layer(given[-1])[1])
+    assert {t.dtype for t in state(model.layer).values() if t.is_floating_point()} == {torch.float32}
+
+
+@pytest.fixture
+def _process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["plain", "k-means and revival", "residual", "learnable"])
+@pytest.mark.usefixtures("_process_group")
+def test_ddp_in_one_process(kind):
+    model = Model(kind)
+    ours = train(nn.parallel.DistributedDataParallel(model))
+    assert_same_runs(ours, train(Model(kind)))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if "k-means" not in kind and "one" not in kind])
+def test_functional_call(kind):
+    """It learns in the tensors that it is given. But only the module knows whether k-means has run, and torch doesn't
+    put back what a module that is used twice had."""
+    model = Model(kind)
+    copies = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    before = state(model)
+    torch.manual_seed(0)
+    ours = torch.func.functional_call(model, copies, (batch(0),))
+    for name, tensor in state(model).items():
+        assert torch.equal(tensor, before[name])
+    torch.manual_seed(0)
+    for one, other in zip(ours, model(batch(0)), strict=True):
+        assert torch.equal(one, other)
+    for name, tensor in state(model).items():
+        assert torch.equal(tensor, copies[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("kind", ["plain", "projected", "cosine", "residual"])
+def test_vmap_in_eval(kind):
+    model = Model(kind).eval()
+    x = batch(0).detach()
+    with torch.no_grad():
+        codes = torch.func.vmap(lambda row: model.layer(row[None])[1][0])(x)
+        assert torch.equal(codes, model.layer(x)[1])
+
+
+@pytest.mark.parametrize("kind", ["plain", "k-means and revival", "residual, k-means and revival"])
+def test_inference_mode_then_training(kind):
+    model, other = Model(kind).eval(), Model(kind)
+    with torch.inference_mode():
+        model(batch(0))
+    assert_same_runs(train(model.train()), train(other))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_built_without_memory(kind, assign):
+    """On "meta", then filled from a checkpoint: the same run, with health counted from zero."""
+    trained = Model(kind)
+    train(trained, steps=1)
+    with torch.device("meta"):
+        model = Model(kind)
+    if not assign:
+        poison = [torch.full((size,), torch.nan) for size in range(200)]
+        del poison
+        model.to_empty(device="cpu")
+    model.load_state_dict(copy.deepcopy(trained.state_dict()), assign=assign)
+    for module in trained.modules():  # what isn't saved
+        for name in module._non_persistent_buffers_set:
+            if module._buffers[name] is not None:
+                module._buffers[name].zero_()
+    assert_same_runs(train(model), train(trained))
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual"])
+def test_averaged_models(kind):
+    model = Model(kind)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    train(model)
+    averaged.update_parameters(model)
+    averaged(batch(0))

@@ -1,0 +1,178 @@
+"""Nothing waits for the device and nothing mixes devices, shown on the meta device: its tensors have no values, so that
+reading one is an error as it is a wait on a GPU, and a mode sees to it that no operation meets a tensor of the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastvq
+from fastvq import codebook
+from fastvq.backends import reference
+from fastvq.backends.torch import search as eager
+from fastvq.data import Images
+from fastvq.models.priors import PRIORS
+from fastvq.ops import GRADIENTS
+from fastvq.runs.indices import Codes
+from fastvq.training import TrainConfig, Trainer
+from fastvq.training.prior import PriorConfig, PriorTrainer, bits_per_code
+
+READS = (RuntimeError, NotImplementedError)
+
+
+class MetaOnly(TorchDispatchMode):
+    """Scalars (0-dimensional tensors) of the CPU may take part, as on a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, result)):
+            if isinstance(tensor, Tensor) and tensor.dim():
+                assert tensor.device.type == "meta", f"{func} meets a tensor of the {tensor.device}"
+        return result
+
+
+@pytest.fixture
+def meta():
+    with torch.device("meta"), MetaOnly():
+        yield
+
+
+def test_the_mode_sees_other_devices(meta):
+    for operation in (
+        lambda: torch.empty(3, device="cpu"),
+        lambda: torch.empty(3).cpu(),
+        lambda: torch.empty(3).copy_(torch.empty(3, device="cpu")),
+    ):
+        with pytest.raises((AssertionError, *READS)):
+            operation()
+
+
+@pytest.mark.parametrize(
+    "read", [Tensor.item, Tensor.tolist, Tensor.nonzero, lambda x: bool(x > 0), lambda x: x[x > 0]]
+)
+def test_reading_a_value_is_an_error(meta, read):
+    with pytest.raises(READS):
+        read(torch.empty(1))
+
+
+LAYERS = [
+    {},
+    {"codebook_dim": 8},
+    {"threshold_ema_dead_code": 2},
+    {"threshold_ema_dead_code": 2, "use_cosine_sim": True, "codebook_dim": 8},
+    {"rotation_trick": False, "threshold_ema_dead_code": 2, "ema_update": False},
+    {"learnable_codebook": True, "threshold_ema_dead_code": 2},
+    {"freeze_codebook": True},
+    {"kmeans_init": True, "threshold_ema_dead_code": 2},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+def test_training_step(meta, options, dtype):
+    layer = fastvq.VectorQuantize(16, 32, **options).to(dtype)
+    layer._codebook._ready = True  # k-means, which may wait once in a model's life, has run
+    x = torch.empty(4, 10, 16, dtype=dtype, requires_grad=True)
+    for masking in ({}, {"mask": torch.empty(4, 10, dtype=torch.bool)}, {"lens": torch.empty(4, dtype=torch.int64)}):
+        quantized, indices, loss = layer(x, **masking)
+        (quantized.float().sum() + loss).backward()
+        assert (quantized.dtype, indices.shape, loss.dtype) == (dtype, (4, 10), torch.float32)
+    assert x.grad.dtype == dtype
+    assert layer.usage().shape == layer.perplexity().shape == ()
+
+
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+def test_eval(meta, options):
+    layer = fastvq.VectorQuantize(16, 32, **options).eval()
+    x = torch.empty(4, 10, 16)
+    quantized, indices, _ = layer(x)
+    assert quantized.shape == layer.get_output_from_indices(indices).shape == x.shape
+    assert layer.encode(x).shape == indices.shape
+
+
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_kmeans(meta, metric):
+    x = torch.empty(50, 8)
+    means, counts = codebook.kmeans(x, 9, iterations=2, valid=x.isfinite().all(1), metric=metric)
+    assert (means.shape, counts.shape) == ((9, 8), (9,))
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_quantize(meta, gradient):
+    x, codes = torch.empty(5, 8, requires_grad=True), torch.empty(9, 8, requires_grad=True)
+    quantized, _, loss = fastvq.quantize(x, codes, gradient=gradient, codebook_weight=1.0)
+    (quantized.sum() + loss).backward()
+    assert (x.grad.shape, codes.grad.shape) == (x.shape, codes.shape)
+
+
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_the_specification(meta, metric):
+    assert reference.search(torch.empty(50, 8), torch.empty(20, 8), metric=metric).shape == (50,)
+    state = [torch.empty(9, 8), torch.empty(9), torch.empty(9, 8)]
+    reference.ema_update_(*state, torch.empty(9), torch.empty(9, 8), decay=0.8, eps=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_the_torch_backend(meta, metric, monkeypatch):
+    """Up to the candidates, whose number it must read; then on with two of them."""
+    row, code = torch.empty(2, 2, dtype=torch.int64)
+    with pytest.raises(READS, match="nonzero"):
+        eager.search(torch.empty(50, 8), torch.empty(20, 8), metric=metric)
+    frame = eager._frame(torch.empty(20, 8), metric)
+    near, bound = frame.rows(torch.empty(50, 8, dtype=torch.float64))
+    assert eager._limit(torch.empty(50), bound, torch.empty(50, dtype=torch.bool)).shape == (50,)
+    assert eager._definition(near.double(), row, frame.exact, code, metric).shape == (2,)
+
+
+class Fed(TorchDispatchMode):
+    """Batches are made on the CPU and go to the device by copies that wait for nothing; else devices don't mix."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor) and x.dim()}
+        copies = func is torch.ops.aten._to_copy.default and kwargs.get("non_blocking")
+        assert len(devices) < 2 or copies, f"{func} meets tensors of {sorted(devices)}"
+        return result
+
+
+def test_the_other_mode_sees_two_devices_and_what_waits():
+    cpu, elsewhere = torch.zeros(3, dtype=torch.int64), torch.empty(5, 4, device="meta")
+    with Fed():
+        torch.nn.functional.embedding(cpu.to("meta", non_blocking=True), elsewhere)
+        for mistake in (lambda: torch.nn.functional.embedding(cpu, elsewhere), lambda: cpu.to("meta")):
+            with pytest.raises(AssertionError, match=r"meets tensors of \['cpu', 'meta'\]"):
+                mistake()
+
+
+def test_a_vqvaes_training_step(tmp_path):
+    """Up to k-means, which may wait once."""
+    pixels = torch.zeros(16, 1, 16, 16, dtype=torch.uint8)
+    images = Images("grey", pixels, pixels, ("grey",) * 16)
+    config = TrainConfig(data="grey", image_size=16, width=8, dim=8, codebook_size=24, batch_size=8, device="meta")
+    trainer = Trainer(config, images, tmp_path)
+    trainer.model.bottleneck._codebook._ready = True
+    with Fed():
+        for _ in range(2):
+            trainer.train_step()
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize("kind", PRIORS)
+def test_a_priors_training(kind, classes, tmp_path):
+    """Codes and labels, which are on the CPU, go to the model's device; a step reads nothing back, an evaluation its
+    result."""
+    train, test = (torch.randint(0, 24, (count, 4, 4), dtype=torch.int32) for count in (16, 300))
+    labels = [torch.arange(len(codes)) % classes if classes else None for codes in (train, test)]
+    codes = Codes(train, test, *labels)
+    config = PriorConfig(kind=kind, dim=16, depth=2, batch_size=8, device="meta")
+    trainer = PriorTrainer(config, codes, 24, tmp_path, identity="", vectors=torch.randn(24, 8))
+    assert {tensor.device.type for tensor in trainer.model.state_dict().values()} == {"meta"}
+    trainer.model.train()
+    with Fed():
+        for _ in range(2):
+            trainer.train_step()
+        with pytest.raises(READS, match=r"item\(\)"):
+            bits_per_code(trainer.model.eval(), codes.test, codes.test_labels)
