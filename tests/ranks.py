@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import fastvq
 from fastvq import distributed
 from fastvq.codebook import Codebook, kmeans
-from fastvq.parts.entropy import binary_entropies
+from fastvq.parts.losses import binary_entropies
 
 SCENARIOS: dict[str, Callable[[], None]] = {}
 DIM = 6

@@ -31,16 +31,16 @@ MODULES = {
     "residual_fsq": "ResidualFSQ GroupedResidualFSQ FSQ",
     "residual_lfq": "ResidualLFQ GroupedResidualLFQ LFQ",
     "residual_sim_vq": "ResidualSimVQ SimVQ",
-    "residual_vq": "ResidualVQ GroupedResidualVQ VectorQuantize parts.implicit:NeuralCodes:MLP",
-    "sim_vq": "SimVQ parts.estimators:rotate_to",
+    "residual_vq": "ResidualVQ GroupedResidualVQ VectorQuantize parts.tables:NeuralCodes:MLP",
+    "sim_vq": "SimVQ parts.gradients:rotate_to",
     "utils": (
         "Sequential quantizers.sequential:QUANTIZE_KLASSES VectorQuantize ResidualVQ GroupedResidualVQ "
         "RandomProjectionQuantizer FSQ FSP LFQ ResidualLFQ GroupedResidualLFQ ResidualFSQ GroupedResidualFSQ "
         "LatentQuantize SimVQ ResidualSimVQ HierarchicalVQ"
     ),
     "vector_quantize_pytorch": (
-        "VectorQuantize quantizers.row_quantizer:LossBreakdown codebook:Codebook parts.estimators:rotate_to "
-        "parts.estimators:straight_through parts.estimators:directional_reparam "
+        "VectorQuantize quantizers.row_quantizer:LossBreakdown codebook:Codebook parts.gradients:rotate_to "
+        "parts.gradients:straight_through parts.gradients:directional_reparam "
         "parts.losses:orthogonality:orthogonal_loss_fn distributed:active:is_distributed"
     ),
 }

@@ -11,13 +11,12 @@ and its gradient; `squash`, monotone functions; `radix`, one index for many leve
 from __future__ import annotations
 
 from .binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
-from .bound import Bound
 from .dropout import Kept, QuantizeDropout, common_seed, draw_seed, kept_levels
-from .entropy import assignment_entropies, binary_entropies, entropy_loss
-from .estimators import directional_reparam, rotate_to, scale_gradient, straight_through, synchronous
-from .ibq import index_backpropagation
-from .layout import Layout
-from .thresholds import Thresholds, sloped
+from .gradients import directional_reparam, rotate_to, scale_gradient, straight_through, synchronous
+from .losses import assignment_entropies, binary_entropies, entropy_loss
+from .scalar import Bound, Thresholds, sloped
+from .shapes import Layout
+from .tables import index_backpropagation
 
 __all__ = [
     "Bound",

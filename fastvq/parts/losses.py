@@ -1,12 +1,17 @@
-"""What a quantizer asks of its codebook and its vectors beside their distance."""
+"""Losses beside the distance to the nearest code: orthogonality, entropy, moments."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
+import torch
+from torch import Tensor, nn
+
+from fastvq import distributed
 from fastvq.backends.reference import compute_dtype
-from fastvq.functional.quantize import unit_norm
+from fastvq.functional.binary_assign import binary_assign
+from fastvq.functional.quantize import rows_of_mask, unit_norm
+from fastvq.functional.soft_assign import soft_assign
 
 
 def orthogonality(codes: Tensor, used: Tensor | None = None, *, most: int | None = None) -> Tensor:
@@ -67,3 +72,206 @@ def squared_errors(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
     absent = indices < 0
     difference = (x.to(dtype) - codes.to(dtype)).masked_fill(absent.unsqueeze(-1), 0)
     return difference.square().mean(-1)
+
+
+FLOOR = 1e-5
+"""Probabilities are raised to it before their logarithm is taken, as in vector_quantize_pytorch."""
+
+
+def entropy(p: Tensor, floor: float = FLOOR) -> Tensor:
+    """-sum_k p_k ln max(p_k, floor) along the last dimension, in nats."""
+    return -(p * p.clamp_min(floor).log()).sum(-1)
+
+
+class Entropies(NamedTuple):
+    """What an entropy loss is made of, both () in nats."""
+
+    per_sample: Tensor  # mean over the vectors of the entropy of their assignment
+    batch: Tensor  # entropy of the mean assignment
+
+
+def binary_entropies(x: Tensor, mask: Tensor, *, sharpness: float) -> Entropies:
+    """The entropies of soft assignments to the corners of a cube, the codes of `LFQ`.
+
+        p_n(s) = softmax_s(sharpness <x_n, s>),   s in {-1, 1}^D
+        per_sample = mean_n H(p_n),   batch = H(mean_n p_n)
+
+    Args:
+        x: (R, C, D), differentiable; C codebooks, over which both entropies are averaged.
+        mask: bool (R,), the vectors that count, in means too. Without any both entropies are zero.
+        sharpness: 2 v / temperature, for codes of coordinates -v and v compared by squared distance.
+
+    Memory is O(R 2^(D/2) + 2^D), forward and backward (`fastvq.binary_assign`). With several processes the
+    mean assignment is that of all their vectors.
+
+    Source: Yu et al., Language Model Beats Diffusion: Tokenizer is Key to Visual Generation, 2023, equation 4.
+    """
+    codebooks = x.transpose(0, 1)
+    each, mean = binary_assign(codebooks, scale=sharpness, floor=FLOOR, mask=mask.expand(codebooks.shape[:2]))
+    count = mask.sum().to(mean.dtype)
+    per_sample = each.sum() / (count * len(codebooks)).clamp_min(1)
+    return Entropies(per_sample, entropy(mean_over_ranks(mean, count)).mean())
+
+
+def assignment_entropies(
+    x: Tensor, codebook: Tensor, *, metric: str = "l2", temperature: float = 0.01, mask: Tensor | None = None
+) -> Entropies:
+    """The entropies of soft assignments to the codes of a codebook.
+
+        p_nk = softmax_k(s_nk / temperature),   s_nk = -|x_n - e_k|^2 for "l2", <x_n, e_k> for "dot"
+        per_sample = mean_n H(p_n),   batch = H(mean_n p_n)
+
+    Args:
+        x: (..., D), any floating dtype. codebook: (K, D). Both get gradients.
+        metric: "l2", "dot" or "distance", as for `fastvq.soft_assign`.
+        temperature: of the softmax, positive.
+        mask: bool (...), the vectors that count, of those that are finite. Without any both entropies are zero.
+
+    Memory is O(N D + K D) and a tile, forward and backward (`fastvq.soft_assign`). With several processes the mean
+    assignment is that of all their vectors.
+
+    Raises:
+        TypeError, ValueError: what doesn't fit, by name.
+
+    Source: Yu et al., Language Model Beats Diffusion, 2023, equation 4, with distances to learned codes as in Chang et
+    al., MaskGIT, 2022, and LlamaGen (Sun et al. 2024).
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature: must be positive, got {temperature}")
+    rows = x.reshape(-1, x.shape[-1])
+    counted = rows.isfinite().all(1)
+    if mask is not None:
+        counted = counted & rows_of_mask(mask, x.shape[:-1])
+    found = soft_assign(rows, codebook, metric=metric, scale=1 / temperature, mask=counted)
+    count = counted.sum().to(found.mean.dtype)
+    batch = entropy(mean_over_ranks(found.mean, count), torch.finfo(found.mean.dtype).tiny)
+    return Entropies(found.entropy.sum() / count.clamp_min(1), batch)
+
+
+def entropy_loss(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    gamma: float = 1.0,
+    metric: str = "l2",
+    temperature: float = 0.01,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """mean_n H(p_n) - gamma H(mean_n p_n): sure of each vector, and all codes in use. () in nats.
+
+    Args, Source: see `assignment_entropies`. LlamaGen adds 0.1 times it, of unit vectors, to its loss.
+    """
+    found = assignment_entropies(x, codebook, metric=metric, temperature=temperature, mask=mask)
+    return found.per_sample - gamma * found.batch
+
+
+def mean_over_ranks(mean: Tensor, count: Tensor) -> Tensor:
+    """The mean over all processes' vectors, from this one's mean (..., K) of `count` () of them. Differentiable."""
+    if not distributed.active():
+        return mean
+    shared = distributed.mean(torch.cat([(mean * count).flatten(), count[None]]))
+    return shared[:-1].view_as(mean) / shared[-1].detach().clamp_min(torch.finfo(shared.dtype).tiny)
+
+
+def random_share(valid: Tensor, share: float) -> Tensor:
+    """A random choice of `share` of the rows that are valid (R,), rounded down, but at least one: bool (R,).
+
+    By torch's generator, on the device, without waiting for it.
+    """
+    if share >= 1 or len(valid) == 0:
+        return valid
+    count = valid.sum()
+    wanted = (count.double() * share).long().clamp_min(1)
+    order = torch.randn(len(valid), device=valid.device).masked_fill(~valid, torch.inf).argsort()
+    place = (valid.cumsum(0) - 1).clamp_min(0)  # of each row among the valid ones
+    return valid & (place[order][place] < wanted)
+
+
+class Moments(NamedTuple):
+    """Of each column of a batch, each (d,)."""
+
+    mean: Tensor
+    variance: Tensor
+    skewness: Tensor
+    kurtosis: Tensor
+
+
+def batch_stats(batch: Tensor, eps: float = 1e-8, counts: Tensor | None = None) -> Moments:
+    """Mean, unbiased variance, skewness and excess kurtosis of the columns of a batch (N, d).
+
+        skewness = mean z^3,   kurtosis = mean z^4 - 3,   z = (x - mean) / max(std, eps)
+
+    Rows where counts (N,) is False take no part. With fewer than two rows there is no variance: it is zero.
+    """
+    here = batch.new_ones(len(batch), 1) if counts is None else counts[:, None].to(batch.dtype)
+    if counts is not None:
+        batch = torch.where(counts[:, None], batch, 0)
+    total = here.sum().clamp_min(1)
+    mean = batch.sum(0) / total
+    centred = (batch - mean) * here
+    variance = centred.square().sum(0) / (total - 1).clamp_min(1)
+    # No gradient from a column without spread: that of the square root is infinite there.
+    spread = torch.where(variance > 0, variance, 1).sqrt() * (variance > 0)
+    z = centred / spread.clamp_min(eps)
+    return Moments(mean, variance, z.pow(3).sum(0) / total, z.pow(4).sum(0) / total - 3)
+
+
+PRESETS: dict[str, dict[str, float]] = {
+    "none": {"l1_weight": 0.0, "l2_weight": 0.0, "l3_weight": 0.0, "l4_weight": 0.0},
+    "var": {"l3_weight": 0.0, "l4_weight": 0.0},
+    "kurt": {},
+    "var_tanh": {"l2_target": 0.8225, "l3_weight": 0.0, "l4_weight": 0.0},
+    "var_sigmoid": {"l2_target": 3.29, "l3_weight": 0.0, "l4_weight": 0.0},
+    "var_laplace": {"l2_target": 2.0, "l3_weight": 0.0, "l4_weight": 0.0},
+}
+"""Settings of `VectorNorm` by name. The variances are those of the distributions that FSP squashes by."""
+
+
+class VectorNorm(nn.Module):
+    """Pulls the first four moments of a batch's columns to targets.
+
+        loss = sum_i weight_i mean (moment_i - target_i)^2
+
+    with the moments of `batch_stats`: mean, variance, skewness, excess kurtosis.
+
+    Source: 2602.17133.
+    """
+
+    def __init__(
+        self,
+        l1_target: float = 0.0,
+        l1_weight: float = 0.1,
+        l2_target: float = 1.0,
+        l2_weight: float = 0.07,
+        l3_target: float = 0.0,
+        l3_weight: float = 0.06,
+        l4_target: float = 0.0,
+        l4_weight: float = 0.05,
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__()
+        self.l1_target, self.l1_weight = l1_target, l1_weight
+        self.l2_target, self.l2_weight = l2_target, l2_weight
+        self.l3_target, self.l3_weight = l3_target, l3_weight
+        self.l4_target, self.l4_weight = l4_target, l4_weight
+        self.eps = eps
+
+    def forward(self, z: Tensor, counts: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, the moments by name) of z (N, d), of the rows where counts (N,) is True. The loss of fewer than two
+        rows is zero."""
+        moments = batch_stats(z, self.eps, counts)
+        targets = (self.l1_target, self.l2_target, self.l3_target, self.l4_target)
+        weights = (self.l1_weight, self.l2_weight, self.l3_weight, self.l4_weight)
+        loss = z.new_zeros(())
+        for moment, target, weight in zip(moments, targets, weights, strict=True):
+            if weight:
+                loss = loss + (moment - target).square().mean() * weight
+        rows = torch.tensor(len(z)) if counts is None else counts.sum()
+        return torch.where(rows > 1, loss, 0), moments._asdict()
+
+    @classmethod
+    def build(cls, name: str) -> VectorNorm:
+        """That of `PRESETS`."""
+        if name not in PRESETS:
+            raise ValueError(f"vector_norm: must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(**PRESETS[name])

@@ -1,20 +1,22 @@
-"""Where codes are looked for: one table for all vectors, or one for each."""
+"""Code tables: one for all vectors, one for each, or one that depends on the stages before."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastvq.functional.quantize import lookup
-from fastvq.functional.soft_assign import cross_entropy, mean_assignment_entropy
+from fastvq.functional.quantize import lookup, rows_of_mask
+from fastvq.functional.soft_assign import cross_entropy, mean_assignment_entropy, soft_lookup
 from fastvq.ops import sample, search, topk_search
+from fastvq.precision import full_precision
 
-from .heads import behind_each_other
-from .implicit import CHUNK_ELEMENTS, NeuralCodes
+from .shapes import behind_each_other
 
 
 class Table(ABC):
@@ -239,3 +241,92 @@ def _negative_log(x: Tensor, codes: Tensor, targets: Tensor, metric: str) -> Ten
 def _within(indices: Tensor, mask: Tensor | None) -> Tensor:
     """Indices (C, R, k) with -1 where the mask (C, R) is False."""
     return indices if mask is None else indices.masked_fill(~mask[..., None], -1)
+
+
+CHUNK_ELEMENTS = 1 << 22
+"""Elements of the largest temporary that a search holds: 16 MiB of float32."""
+
+
+class NeuralCodes(nn.Module):
+    """Transforms a code by what was coded so far.
+
+        h_0 = W [condition; code] + b,   h_{i+1} = h_i + W'_i silu(W_i h_i + b_i) + b'_i,   code' = h_depth
+
+    State: proj_in, layers.
+
+    Args:
+        dim: D, of codes and condition.
+        dim_hidden: width of the residual layers; by default D.
+        depth: number of residual layers.
+        l2norm_output: return unit vectors.
+
+    Source: Huijben et al., Residual Quantization with Implicit Neural Codebooks (QINCo), 2024, section 3.
+    """
+
+    def __init__(self, dim: int, dim_hidden: int | None = None, depth: int = 4, l2norm_output: bool = False) -> None:
+        super().__init__()
+        hidden = dim if dim_hidden is None else dim_hidden
+        self.proj_in = nn.Linear(2 * dim, dim)
+        self.layers = nn.ModuleList(
+            [nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, dim)) for _ in range(depth)]
+        )
+        self.l2norm_output = l2norm_output
+        self.widest = max(dim, hidden)
+
+    def forward(self, codes: Tensor, *, condition: Tensor) -> Tensor:
+        """Codes (..., D), each with its condition (..., D); the leading shapes are broadcast. Computed in the network's
+        dtype, autocast or not; returned in that of the codes."""
+        with full_precision(codes):
+            return self._transform(codes, condition).to(codes.dtype)
+
+    def _transform(self, codes: Tensor, condition: Tensor) -> Tensor:
+        weight = self.proj_in.weight
+        # Its two halves apart: what is broadcast is only added, not multiplied again.
+        of_condition, of_codes = weight.chunk(2, 1)
+        h = F.linear(condition.to(weight.dtype), of_condition, self.proj_in.bias)
+        h = h + F.linear(codes.to(weight.dtype), of_codes)
+        for layer in self.layers:
+            h = h + layer(h)
+        return F.normalize(h, dim=-1) if self.l2norm_output else h
+
+    def by_rows(self, codes: Tensor, condition: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The transformed codes (n, K, D) of n rows at a time, for codes (K, D) and condition (R, D): with the rows'
+        place, and no more of them than fit CHUNK_ELEMENTS. For use without gradient."""
+        step = max(1, CHUNK_ELEMENTS // (len(codes) * self.widest))
+        for start in range(0, len(condition), step):
+            place = slice(start, start + step)
+            yield place, self(codes[None], condition=condition[place, None])
+
+
+class Looked(NamedTuple):
+    """What `index_backpropagation` returns."""
+
+    quantized: Tensor  # (..., D), dtype of x
+    indices: Tensor  # (...) int64
+
+
+def index_backpropagation(
+    x: Tensor, codebook: Tensor, *, metric: str = "dot", scale: float = 1.0, mask: Tensor | None = None
+) -> Looked:
+    """The best code of each vector; its choice is differentiated as if it were soft, so that every code learns.
+
+        p_n = softmax_k(scale s_nk),   index_n = argmax_k s_nk,   s_nk = <x_n, e_k> for "dot", -|x_n - e_k|^2 for "l2"
+        quantized_n = e_{index_n},   gradient as if it were  sum_k (onehot_nk + p_nk - sg[p_nk]) e_k
+
+    Args:
+        x: (..., D), any floating dtype. codebook: (K, D). Both get gradients.
+        metric, scale: of the choice.
+        mask: bool (...), the vectors that count. The others, and those that are not finite, have index -1, a zero
+            output and no gradient.
+
+    Raises:
+        TypeError, ValueError: what doesn't fit, by name.
+
+    Numerics: the choice is exact (`fastvq.search`); memory is O(N D + K D) and a tile, forward and backward.
+
+    Source: Shi et al., Scalable Image Tokenization with Index Backpropagation Quantization, 2024, equations 3 and 4.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    counted = None if mask is None else rows_of_mask(mask, x.shape[:-1])
+    indices = search(rows.detach(), codebook.detach(), metric=metric, mask=counted).reshape(x.shape[:-1])
+    return Looked(soft_lookup(x, codebook, indices, metric=metric, scale=scale), indices)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastvq.parts.level_use import LevelUse
-from fastvq.parts.rows import finite_rows
+from fastvq.codebook.health import LevelUse
+from fastvq.parts.masking import finite_rows
 
 NAT = math.log(2)
 """One bit, in nats."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.health import Health, Monitored
-from fastvq.parts.layout import Layout
+from fastvq.parts.shapes import Layout
 
 from .lfq import LFQ
 

@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvq.parts.indices import checked_indices
-from fastvq.parts.layout import Layout, codes_layout
-from fastvq.parts.level_use import LevelUse
-from fastvq.parts.moments import VectorNorm
+from fastvq.codebook.health import LevelUse
+from fastvq.parts.indices import checked_indices, checked_levels, join_levels, register_radix, split_index
+from fastvq.parts.losses import VectorNorm
+from fastvq.parts.masking import columns, finite_rows, keep_finite, mean_of_rows
 from fastvq.parts.projection import projected_out, projections
-from fastvq.parts.radix import checked_levels, join_levels, register_radix, split_index
-from fastvq.parts.rows import columns, finite_rows, keep_finite, mean_of_rows
-from fastvq.parts.squash import CUMULATIVE
-from fastvq.parts.thresholds import Thresholds, sloped
+from fastvq.parts.scalar import CUMULATIVE, Thresholds, sloped
+from fastvq.parts.shapes import Layout, codes_layout
 
 UNIT = 1 / math.sqrt(12)
 """The standard deviation of U(0, 1)."""

@@ -9,15 +9,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastvq.codebook.health import LevelUse
 from fastvq.parts.binary import random_rotation
-from fastvq.parts.bound import Bound
-from fastvq.parts.estimators import straight_through
-from fastvq.parts.indices import checked_indices
-from fastvq.parts.layout import Layout, codes_layout
-from fastvq.parts.level_use import LevelUse
+from fastvq.parts.gradients import straight_through
+from fastvq.parts.indices import (
+    LARGEST_INDEX,
+    checked_indices,
+    checked_levels,
+    join_levels,
+    register_radix,
+    split_index,
+)
+from fastvq.parts.masking import columns, finite_rows, keep_finite, mean_of_rows
 from fastvq.parts.projection import projected_out, projections, rotated
-from fastvq.parts.radix import LARGEST_INDEX, checked_levels, join_levels, register_radix, split_index
-from fastvq.parts.rows import columns, finite_rows, keep_finite, mean_of_rows
+from fastvq.parts.scalar import Bound
+from fastvq.parts.shapes import Layout, codes_layout
 from fastvq.precision import KeepsBuffers
 
 
@@ -38,7 +44,7 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
         index = sum_i level_i prod_{j<i} L_j
 
     There is nothing to learn but the projections, no loss, and nothing that collapses. The gradient passes straight
-    through the rounding and by the derivative of the bound (`fastvq.parts.bound.Bound`).
+    through the rounding and by the derivative of the bound (`fastvq.parts.scalar.Bound`).
 
     Args:
         levels: L_i of each dimension, at least 2, and at least 3 unless preserve_symmetry.

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fastvq.codebook.health import Health, Monitored
 from fastvq.codebook.recompute import REMEMBERED, History
-from fastvq.parts.layout import Layout
-from fastvq.parts.nested_dropout import NestedDropout
-from fastvq.parts.rows import finite_rows
+from fastvq.parts.dropout import NestedDropout
+from fastvq.parts.masking import finite_rows
+from fastvq.parts.shapes import Layout
 
 from .vector_quantize import VectorQuantize
 

@@ -11,16 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastvq.codebook.health import LevelUse
 from fastvq.codebook.recompute import recomputing
 from fastvq.distributed import mean
 from fastvq.ops import search
-from fastvq.parts.estimators import straight_through
-from fastvq.parts.indices import checked_indices
-from fastvq.parts.layout import Layout, codes_layout
-from fastvq.parts.level_use import LevelUse
+from fastvq.parts.gradients import straight_through
+from fastvq.parts.indices import checked_indices, checked_levels, join_levels, register_radix, split_index
+from fastvq.parts.masking import finite_rows, keep_finite, mean_of_rows
 from fastvq.parts.projection import projected_out, projections
-from fastvq.parts.radix import checked_levels, join_levels, register_radix, split_index
-from fastvq.parts.rows import finite_rows, keep_finite, mean_of_rows
+from fastvq.parts.shapes import Layout, codes_layout
 
 
 class LatentQuantize(LevelUse, nn.Module):

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvq.codebook.health import LevelUse
 from fastvq.parts.binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
-from fastvq.parts.entropy import Entropies, binary_entropies, random_share
-from fastvq.parts.estimators import straight_through
+from fastvq.parts.gradients import straight_through
 from fastvq.parts.indices import checked_indices
-from fastvq.parts.layout import Layout
-from fastvq.parts.level_use import LevelUse
+from fastvq.parts.losses import Entropies, binary_entropies, random_share
+from fastvq.parts.masking import keep_finite, mean_of_rows
 from fastvq.parts.projection import projected_out, rotated
-from fastvq.parts.rows import keep_finite, mean_of_rows
+from fastvq.parts.shapes import Layout
 from fastvq.precision import KeepsBuffers, full_precision
 
 from .settings import check_positive

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from fastvq.parts.binary import soft_clamp
 from fastvq.parts.dropout import Kept
-from fastvq.parts.indices import checked_indices
-from fastvq.parts.layout import Layout, codes_layout
+from fastvq.parts.indices import checked_indices, checked_levels
+from fastvq.parts.masking import columns, finite_rows, keep_finite
 from fastvq.parts.projection import projected_out, projections
-from fastvq.parts.radix import checked_levels
-from fastvq.parts.rows import columns, finite_rows, keep_finite
+from fastvq.parts.shapes import Layout, codes_layout
 from fastvq.precision import KeepsBuffers
 
 from .fsq import FSQ

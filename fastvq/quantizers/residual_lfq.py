@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvq.parts.layout import Layout
 from fastvq.parts.projection import projected_out, projections
+from fastvq.parts.shapes import Layout
 
 from .grouped import Grouped
 from .levels import Levels

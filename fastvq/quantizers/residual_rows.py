@@ -15,9 +15,8 @@ from fastvq.functional.quantize import residual_quantize
 from fastvq.ops import residual_search
 from fastvq.parts.beam import Level, beam_search
 from fastvq.parts.dropout import Kept
-from fastvq.parts.estimators import directional_reparam, scale_gradient
-from fastvq.parts.implicit import NeuralCodes
-from fastvq.parts.tables import Implicit, Shared, Table
+from fastvq.parts.gradients import directional_reparam, scale_gradient
+from fastvq.parts.tables import Implicit, NeuralCodes, Shared, Table
 
 from .levels import Levels
 from .vector_quantize import VectorQuantize

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.functional.quantize import lookup
-from fastvq.parts.layout import Layout, codes_layout
+from fastvq.parts.shapes import Layout, codes_layout
 
 from .levels import Levels
 from .sim_vq import SimVQ

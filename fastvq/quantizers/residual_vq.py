@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from fastvq.codebook.recompute import History
 from fastvq.parts.dropout import Kept
-from fastvq.parts.implicit import NeuralCodes
-from fastvq.parts.layout import Layout, codes_layout
+from fastvq.parts.masking import keep_finite, mark_bad
 from fastvq.parts.projection import projected_out, projections
-from fastvq.parts.rows import keep_finite, mark_bad
-from fastvq.parts.tables import Shared
+from fastvq.parts.shapes import Layout, codes_layout
+from fastvq.parts.tables import NeuralCodes, Shared
 
 from .residual_rows import ResidualRows
 from .vector_quantize import VectorQuantize
@@ -43,7 +42,7 @@ class ResidualVQ(ResidualRows):
         quantize_dropout_multiple_of: the number of levels that are kept is rounded up to a multiple of it.
         accept_image_fmap: x is (B, dim, H, W).
         implicit_neural_codebook: every level but the first transforms its codes by a network, conditioned on the sum
-            of those before (`fastvq.parts.implicit`); codes and networks learn by gradient.
+            of those before (`fastvq.parts.tables`); codes and networks learn by gradient.
         mlp_kwargs: dim_hidden and depth of these networks.
         beam_size, eval_beam_size: ways that stay open in the search, in training and in eval (`fastvq.parts.beam`).
         beam_score_quantizer_weights: of each level's error in the search.

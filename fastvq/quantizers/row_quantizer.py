@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from fastvq.codebook import Codebook
 from fastvq.codebook.health import Monitored
+from fastvq.codebook.in_place import InPlaceStep
 from fastvq.codebook.recompute import Repeatable, recomputing
 from fastvq.functional.quantize import lookup, unit_norm
-from fastvq.parts.heads import Heads
-from fastvq.parts.in_place import InPlaceStep
+from fastvq.parts.gradients import Estimator
 from fastvq.parts.losses import orthogonality, used_codes
-from fastvq.parts.output import Estimator
+from fastvq.parts.masking import keep_finite, mark_bad
 from fastvq.parts.projection import projected_out
-from fastvq.parts.rows import keep_finite, mark_bad
+from fastvq.parts.shapes import Heads
 from fastvq.parts.tables import PerRow, Shared, Table
 from fastvq.precision import full_precision
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastvq.codebook.health import Health, Monitored
 from fastvq.functional.quantize import lookup, quantize
 from fastvq.parts.indices import checked_indices
-from fastvq.parts.layout import Layout, codes_layout
+from fastvq.parts.shapes import Layout, codes_layout
 from fastvq.precision import KeepsBuffers, full_precision
 
 from .settings import check_positive

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from fastvq.codebook import Codebook, Revival
 from fastvq.codebook.health import Health
+from fastvq.codebook.in_place import InPlaceStep
 from fastvq.codebook.recompute import History
 from fastvq.functional.quantize import unit_norm
-from fastvq.parts.heads import Heads
-from fastvq.parts.in_place import InPlaceStep
 from fastvq.parts.indices import checked_indices
-from fastvq.parts.layout import Layout, codes_layout
 from fastvq.parts.projection import projections
+from fastvq.parts.shapes import Heads, Layout, codes_layout
 
 from .row_quantizer import RowQuantizer
 from .settings import check_vector_quantize
@@ -37,7 +36,7 @@ class VectorQuantize(RowQuantizer):
         codebook_size: K.
         codebook_dim: D, the dimension of the codes; linear projections stand around the codebook where heads * D isn't
             dim.
-        heads: parts of a vector that are coded by themselves, see `fastvq.parts.heads`.
+        heads: parts of a vector that are coded by themselves, see `fastvq.parts.shapes`.
         separate_codebook_per_head: each head has a codebook of its own.
         decay: of the moving averages, in [0, 1].
         eps: Laplace smoothing of the cluster sizes.
@@ -72,7 +71,7 @@ class VectorQuantize(RowQuantizer):
         manual_ema_update: the averages move in training, but the codes follow by `update_ema` of the codebook alone.
         learnable_codebook: the codebook is a parameter and the loss pulls it to the vectors by the same weight.
         in_place_codebook_optimizer: makes an optimizer of the codebook's parameters, which then take a step of their
-            own before the output, see `fastvq.parts.in_place`.
+            own before the output, see `fastvq.codebook.in_place`.
         manual_in_place_optimizer_update: only gather its gradients; `update_in_place_optimizer` steps.
         affine_param, affine_param_batch_decay, affine_param_codebook_decay: compare with an affine image of the codes
             that follows the mean and variance of the vectors.

@@ -14,9 +14,10 @@ from fastvq.data.folder import SUFFIXES, read_image, write_images
 from fastvq.data.images import DataError, to_float
 from fastvq.files import check_new, whole, whole_folder
 from fastvq.models import VQVAE, Prior
-from .load import load_model
 from fastvq.training.build import load_images
 from fastvq.training.prior import load_prior
+
+from .load import load_model
 
 HELD_OUT = "held-out"
 _BATCH = 100

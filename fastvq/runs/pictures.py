@@ -7,18 +7,19 @@ from pathlib import Path
 import torch
 
 import fastvq
-from . import plots
 from fastvq.data import Images
 from fastvq.data.folder import read_image
 from fastvq.data.images import to_float
 from fastvq.models import VQVAE
-from .load import load_model
 from fastvq.training.build import load_images
 from fastvq.training.checkpoint import load_latest
 from fastvq.training.evaluation import Evaluation, evaluate, psnr_db, reconstruct
 from fastvq.training.metrics import read_metrics
-from .indices import FOLDER
 from fastvq.training.trainer import Trainer
+
+from . import plots
+from .indices import FOLDER
+from .load import load_model
 
 _SHOWN = 16
 _SHOWN_AS_CODES = 3

@@ -16,10 +16,11 @@ from fastvq.data.folder import write_images
 from fastvq.extras import require
 from fastvq.files import check_new, whole, whole_folder
 from fastvq.models import VQVAE, Prior
-from .load import load_model
 from fastvq.training.build import load_images
 from fastvq.training.config import ConfigError, check_range
 from fastvq.training.prior import load_prior
+
+from .load import load_model
 from .sample_pictures import class_name, picture_completions, picture_samples
 
 COUNT = 100

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import fastvq
-from . import plots
 from fastvq.data import Images
 from fastvq.data.images import to_float
 from fastvq.models import VQVAE, Prior
+
+from . import plots
 from .pictures import shown_rows
 
 _REAL, _DRAWN = 3, 7

@@ -15,9 +15,9 @@ from fastvq.models import VQVAE, Prior
 from fastvq.models.priors import PRIORS
 from fastvq.runs.indices import BATCH, FOLDER, Codes, forget_codes, tokenize
 from fastvq.runs.load import load_model
-from fastvq.training.build import load_images
 
 from .batches import batch_rows, moved
+from .build import load_images
 from .checkpoint import CheckpointError, checkpoint_folders, load_latest
 from .config import ConfigError, PriorConfig
 from .loop import Loop, Measures, forget_run, usable_device

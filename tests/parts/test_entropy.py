@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fastvq
-from fastvq.parts.entropy import assignment_entropies, binary_entropies, entropy, entropy_loss, random_share
-from fastvq.parts.ibq import index_backpropagation
+from fastvq.parts.losses import assignment_entropies, binary_entropies, entropy, entropy_loss, random_share
+from fastvq.parts.tables import index_backpropagation
 
 from ..cases import close, generator
 

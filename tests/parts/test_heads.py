@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvq.parts.heads import Heads, behind_each_other
+from fastvq.parts.shapes import Heads, behind_each_other
 
 from ..cases import generator
 

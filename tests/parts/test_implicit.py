@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from vector_quantize_pytorch.residual_vq import MLP
 
-from fastvq.parts.implicit import NeuralCodes
+from fastvq.parts.tables import NeuralCodes
 
 from ..cases import close, generator
 
@@ -22,7 +22,7 @@ def test_chunks_cover_all_rows(monkeypatch):
     network, codes, condition = NeuralCodes(6), torch.randn(7, 6), torch.randn(23, 6)
     whole = network(codes, condition=condition[:, None])
     for elements in (1, 7 * 6 * 4, 10**9):
-        monkeypatch.setattr("fastvq.parts.implicit.CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr("fastvq.parts.tables.CHUNK_ELEMENTS", elements)
         parts = list(network.by_rows(codes, condition))
         assert max(len(part) for _, part in parts) <= max(1, elements // 42)
         close(torch.cat([part for _, part in parts]), whole)

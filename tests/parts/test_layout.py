@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvq.parts.layout import Layout, codes_layout
+from fastvq.parts.shapes import Layout, codes_layout
 
 from ..cases import generator
 

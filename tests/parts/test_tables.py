@@ -7,8 +7,7 @@ import torch
 
 from fastvq.backends import reference
 from fastvq.parts import tables
-from fastvq.parts.implicit import NeuralCodes
-from fastvq.parts.tables import Implicit, PerRow, Shared
+from fastvq.parts.tables import Implicit, NeuralCodes, PerRow, Shared
 
 from ..cases import close, generator
 
@@ -37,7 +36,7 @@ def rows():
 @pytest.mark.parametrize("metric", ["l2", "dot"])
 @pytest.mark.parametrize("kind", ["shared", "per row", "implicit"])
 def test_nearest_and_lookup(kind, metric, monkeypatch):
-    monkeypatch.setattr("fastvq.parts.implicit.CHUNK_ELEMENTS", 7 * K * D)  # several chunks
+    monkeypatch.setattr("fastvq.parts.tables.CHUNK_ELEMENTS", 7 * K * D)  # several chunks
     table, codes = make(kind, metric)
     x, mask = rows(), torch.rand(C, R, generator=generator()) < 0.8
     expected = reference.topk_search(x[0][:, None], codes[0].detach(), 4, metric=metric)[None, :, 0]

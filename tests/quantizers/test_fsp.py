@@ -12,8 +12,8 @@ import vector_quantize_pytorch as vqp
 from vector_quantize_pytorch import finite_scalar_perturbation as theirs_module
 
 import fastvq
-from fastvq.parts import moments
-from fastvq.parts.squash import CUMULATIVE, SYMMETRIC
+from fastvq.parts import losses as moments
+from fastvq.parts.scalar import CUMULATIVE, SYMMETRIC
 from fastvq.quantizers import fsp
 
 from .. import contract

@@ -11,7 +11,7 @@ import torch
 import vector_quantize_pytorch as vqp
 
 import fastvq
-from fastvq.parts.bound import Bound
+from fastvq.parts.scalar import Bound
 
 from .. import contract
 from ..cases import HALF

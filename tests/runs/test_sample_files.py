@@ -13,9 +13,9 @@ from fastvq import coding
 from fastvq.cli.main import main
 from fastvq.data import load_folder
 from fastvq.models import TransformerPrior
-from fastvq.training import prior as priors
 from fastvq.runs import sample_files as samples
 from fastvq.runs.load import load_model
+from fastvq.training import prior as priors
 from fastvq.training.config import PriorConfig
 from fastvq.training.prior import load_prior, train_prior
 

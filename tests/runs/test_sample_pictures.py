@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvq.runs import plots
 from fastvq.data import Images
+from fastvq.runs import plots
 from fastvq.runs.sample_pictures import picture_completions, picture_neighbours, picture_samples
 
 from ..cases import generator
