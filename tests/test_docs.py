@@ -41,6 +41,17 @@ def test_linked_and_named_files_exist(document):
     assert not missing
 
 
+def test_readme_links_to_every_page():
+    linked = re.findall(r"\]\((docs/[^)#]+\.md)\)", (ROOT / "README.md").read_text())
+    assert {page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").glob("*.md")} <= set(linked)
+
+
+def test_readme_fits_a_window():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    assert max(map(len, lines)) <= 100
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_nobody_is_sent_to_the_other_fastvq(document):
     """On PyPI the name without -torch is another project's."""

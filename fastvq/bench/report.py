@@ -315,7 +315,37 @@ def figures(document: dict[str, Any]) -> dict[str, str]:
     for r in document["memory"]:
         if "bytes" in r:
             named[f"memory-{r['what']}-{r['name'].replace(' ', '-')}"] = f"{r['bytes'] / 1e6:.0f} MB"
+    named["speed"] = f"\n\n{speed_table(document)}\n\n"
     return named
+
+
+def speed_table(document: dict[str, Any]) -> str:
+    """Render the README's table: some searches and all training steps, beside the fastest other contestants."""
+    rows = []
+    for r in document["search"]:
+        size = (r["n"], r["k"], r["d"])
+        seconds = seconds_by_name(r)
+        if size not in _README_SEARCHES or r["data"] != "clustered" or NATIVE not in seconds:
+            continue
+        product, other = lead(r, [PRODUCT]), lead(r, document["machine"]["peers"])
+        rows.append(
+            [
+                "search, {} x {} x {}".format(*size),
+                duration(seconds[NATIVE]),
+                f"{product[0]:.1f} x" if product else "",
+                f"{other[0]:.1f} x, {other[1]}" if other else "",
+            ]
+        )
+    for r in document["steps"]:
+        if "ratio" in r:
+            layer = f"{r['levels']}-stage ResidualVQ" if r["levels"] else "VectorQuantize"
+            own, _ = r["seconds"].values()
+            name = f"{layer}, {r['n']} x {r['k']} x {r['d']}"
+            rows.append([name, duration(own), "", f"{r['ratio']:.0f} x, vector_quantize_pytorch"])
+    return table(rows, ["N x K x D", "fastvq", "torch.mm", "fastest other"])
+
+
+_README_SEARCHES = ((16384, 512, 64), (16384, 8192, 64), (16384, 8192, 256))
 
 
 def with_figures(text: str, document: dict[str, Any]) -> str:

@@ -42,16 +42,6 @@ def test_instructions_a_distance():
         assert abs(shown[key] - value) <= 0.0051, key
 
 
-def test_the_span_in_the_readme():
-    values = [value for (target, _), value in counted().items() if target.startswith("sm_")]
-    readme = (ROOT / "README.md").read_text()
-    low, high, worst = re.search(
-        r"([\d.]+) to ([\d.]+) instructions a distance on NVIDIA \(([\d.]+) at", readme
-    ).groups()
-    assert (float(low), float(worst)) == (round(min(values), 1), round(max(values), 1))
-    assert float(high) == round(sorted(values)[-2], 1)
-
-
 def table(head):
     """{row: {column: number}} of the table of docs/gpu.md that begins like that."""
     text = (ROOT / "docs" / "gpu.md").read_text()
