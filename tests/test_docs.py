@@ -1,4 +1,4 @@
-"""What the documents say can be done."""
+"""The documents and the files of the project agree with the code and with each other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+
+import fastvq
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -56,3 +58,14 @@ def test_readme_fits_a_window():
 def test_nobody_is_sent_to_the_other_fastvq(document):
     """On PyPI the name without -torch is another project's."""
     assert not re.search(r"pip install \"?fastvq(?!-torch)", document.read_text())
+
+
+def test_hooks_have_the_versions_of_the_linters():
+    pinned = re.findall(r'"((?:ruff|clang-format)==[\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    hooks = re.findall(r"additional_dependencies: \[(.*)\]", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert len(pinned) == 2
+    assert set(hooks) == set(pinned)
+
+
+def test_citation_has_the_version_of_the_package():
+    assert f"\nversion: {fastvq.__version__}\n" in (ROOT / "CITATION.cff").read_text()
