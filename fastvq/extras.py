@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-
-class MissingExtraError(ImportError):
-    """A package of an extra isn't installed; the message says how to install it."""
+from fastvq.errors import MissingExtraError
 
 
 def require(module: str, extra: str = "train") -> Any:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from fastvq.errors import BenchError, WrongResultError
 from fastvq.files import whole
 
 from . import model
-from .data import DATA, BenchError, Shape, from_file
-from .measure import WrongResultError, measure_search
+from .data import DATA, Shape, from_file
+from .measure import measure_search
 from .report import DOCUMENT, SEARCH_HEADERS, search_rows, table, write_report
 from .suite import ceilings, machine, run_suite
 

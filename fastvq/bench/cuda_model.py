@@ -12,7 +12,9 @@ import json
 import math
 from typing import Any, NamedTuple
 
-from .data import BenchError, Shape
+from fastvq.errors import BenchError
+
+from .data import Shape
 from .devices import LAUNCH_SECONDS, SHARED_CLOCK, Device, Terms
 
 DISTANCE_OPERATIONS = 2

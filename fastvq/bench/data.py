@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvq.errors import BenchError
 from fastvq.files import whole
 
 
@@ -48,10 +49,6 @@ OTHER_SHAPES = [
 LATENT_DIM = 64
 _LATENT_STEPS = 400
 _SPREAD = 0.15
-
-
-class BenchError(ValueError):
-    """What was asked for can't be measured; the message names the argument."""
 
 
 def gaussian(shape: Shape) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .data import BenchError
+from fastvq.errors import BenchError
 
 LAUNCH_SECONDS = 3e-6
 """From one kernel to the next of a stream: an assumption."""

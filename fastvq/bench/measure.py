@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastvq.backends import reference
+from fastvq.errors import WrongResultError
 
 from .data import DATA, Shape
 from .peers import CONTESTANTS, Contestant, contestants
@@ -26,10 +27,6 @@ _CHECKED_ELEMENTS = 1 << 28
 _SETTLE_SECONDS = 0.003
 _TURN_SECONDS = 0.01
 _SLOW = 8.0  # times the fastest search: it won't be the fastest peer
-
-
-class WrongResultError(RuntimeError):
-    """fastvq returned an index that isn't the specification's."""
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:

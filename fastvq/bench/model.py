@@ -13,9 +13,11 @@ import json
 import math
 from typing import Any, NamedTuple
 
+from fastvq.errors import BenchError
+
 from . import cuda_model
 from .cuda_model import load_cuda_counts
-from .data import BenchError, Shape
+from .data import Shape
 from .devices import DEVICES, LAUNCH_SECONDS, Device, Terms, device_named
 from .peers import TRITON
 from .report import duration, table

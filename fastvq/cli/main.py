@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fastvq
-from fastvq.extras import MissingExtraError
+from fastvq.errors import CodingError, ConfigError, FastvqError
 
 from .options import add_settings, given_settings
 
@@ -30,23 +30,10 @@ _FOLDER_SETTINGS: dict[str, Any] = {"image_size": 64, "grayscale": False}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for an error in what was asked for, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
-    from fastvq.bench.data import BenchError
-    from fastvq.coding import CodingError
-    from fastvq.data import DataError
-    from fastvq.training import CheckpointError, ConfigError
 
     try:
         return options.run(options)
-    except (
-        BenchError,
-        CheckpointError,
-        CodingError,
-        ConfigError,
-        DataError,
-        FloatingPointError,
-        MissingExtraError,
-        OSError,
-    ) as error:
+    except (FastvqError, OSError, FloatingPointError) as error:
         print(f"fastvq: {error}", file=sys.stderr)
         return _FAILED
     except KeyboardInterrupt:
@@ -252,7 +239,7 @@ def _reconstruct(options: argparse.Namespace) -> int:
 def _prior(options: argparse.Namespace) -> int:
     from fastvq.runs.pictures import picture_prior
     from fastvq.training import prior
-    from fastvq.training.config import ConfigError, PriorConfig
+    from fastvq.training.config import PriorConfig
 
     given = given_settings(options, PriorConfig)
     config = PriorConfig(**given)
@@ -279,7 +266,6 @@ def _prior(options: argparse.Namespace) -> int:
 
 def _sample(options: argparse.Namespace) -> int:
     from fastvq.runs.sample_files import sample_run
-    from fastvq.training.config import ConfigError
 
     given = ("count", "label", "complete", "seed", "temperature", "top_k", "top_p", "guidance")
     try:
@@ -291,7 +277,6 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _encode(options: argparse.Namespace) -> int:
-    from fastvq.coding import CodingError
     from fastvq.runs import compress
 
     if options.source.suffix == ".npy":
@@ -306,7 +291,6 @@ def _encode(options: argparse.Namespace) -> int:
 
 
 def _decode(options: argparse.Namespace) -> int:
-    from fastvq.coding import CodingError
     from fastvq.runs import compress
 
     limit = {} if options.max_codes is None else {"max_codes": options.max_codes}

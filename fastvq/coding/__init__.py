@@ -8,8 +8,10 @@ docs/coding.md says what is promised and why. Needs `pip install "fastvq-torch[c
 
 from __future__ import annotations
 
+from fastvq.errors import CodingError
+
 from .codec import MAX_CODES, decode, encode, load, measure, save
-from .container import CodingError, Header, fingerprint, read_header
+from .container import Header, fingerprint, read_header
 from .learned import prior_fingerprint
 
 __all__ = [

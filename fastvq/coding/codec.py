@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvq.errors import CodingError
 from fastvq.files import whole
 
 from . import learned, tree
-from .container import LARGEST_CODEBOOK, MODELS, CodingError, Header, pack, unpack
+from .container import LARGEST_CODEBOOK, MODELS, Header, pack, unpack
 from .huffman import huffman_bits
 from .models import Adaptive, Model, Static
 from .stream import Coder, Decoder, Encoder

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fastvq.errors import CodingError
+
 from . import tree
 from .models import LEAST_BITS
 
@@ -31,10 +33,6 @@ _HEAD = struct.Struct("<4sBBBB8sI")
 _PRIOR = struct.Struct("<B8s8s")
 _DIGEST = 8
 _AXES = 8
-
-
-class CodingError(ValueError):
-    """Codes that can't be coded, or data that aren't what they should be; the message says what is wrong."""
 
 
 class PriorHeader(NamedTuple):

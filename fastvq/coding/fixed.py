@@ -13,8 +13,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastvq.errors import CodingError
+
 from . import tables
-from .container import CodingError
 
 FRACTION = 16
 ONE = 1 << FRACTION

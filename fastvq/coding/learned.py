@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvq.errors import CodingError
+
 from . import tables, tree
-from .container import CodingError, Header, PriorHeader, digest, fingerprint
+from .container import Header, PriorHeader, digest, fingerprint
 from .fixed import Fixed, exponentials
 from .models import ONE, clipped
 from .stream import Coder, Decoder, Encoder

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fastvq.errors import DataError
+
 from .fashion_mnist import load_fashion_mnist, load_full_fashion_mnist
 from .folder import load_folder
-from .images import DataError, Images
+from .images import Images
 
 __all__ = ["DataError", "Images", "load_fashion_mnist", "load_folder", "load_full_fashion_mnist"]

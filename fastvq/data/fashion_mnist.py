@@ -20,7 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .images import DataError, Images
+from fastvq.errors import DataError
+
+from .images import Images
 
 CLASSES = (
     "T-shirt",

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvq.errors import DataError
 from fastvq.extras import require
 
-from .images import DataError, Images
+from .images import Images
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 

@@ -9,10 +9,6 @@ import torch
 from torch import Tensor
 
 
-class DataError(ValueError):
-    """A data set that can't be used; the message says what to change."""
-
-
 @dataclass(frozen=True)
 class Images:
     """A data set in memory, split into images to learn from and images held out.

@@ -14,13 +14,14 @@ import torch
 
 import fastvq
 from fastvq.data import Images
+from fastvq.errors import CheckpointError
 from fastvq.files import whole
 from fastvq.runs.compress import HELD_OUT, encode_images
 from fastvq.runs.indices import FOLDER
 from fastvq.runs.pictures import picture_prior, picture_reconstructions, picture_run
 from fastvq.runs.sample_pictures import picture_completions, picture_neighbours, picture_samples
 from fastvq.training.build import load_images
-from fastvq.training.checkpoint import CheckpointError, checkpoint_folders, load_latest
+from fastvq.training.checkpoint import checkpoint_folders, load_latest
 from fastvq.training.config import TrainConfig
 from fastvq.training.evaluation import Evaluation, evaluate
 from fastvq.training.loop import forget_run

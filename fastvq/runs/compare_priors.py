@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from fastvq.coding import fingerprint
+from fastvq.errors import ConfigError
 from fastvq.files import whole
 from fastvq.models.priors import PRIORS
-from fastvq.training.config import ConfigError
 from fastvq.training.loop import usable_device
 from fastvq.training.prior import PriorConfig, PriorTrainer, codebook_of, codes_of
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastvq import coding
-from fastvq.coding import CodingError
 from fastvq.data.folder import SUFFIXES, read_image, write_images
-from fastvq.data.images import DataError, to_float
+from fastvq.data.images import to_float
+from fastvq.errors import CodingError, DataError
 from fastvq.files import check_new, whole, whole_folder
 from fastvq.models import VQVAE, Prior
 from fastvq.training.build import load_images

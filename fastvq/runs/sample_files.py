@@ -13,11 +13,12 @@ from torch import Tensor
 
 from fastvq.data import Images
 from fastvq.data.folder import write_images
+from fastvq.errors import ConfigError
 from fastvq.extras import require
 from fastvq.files import check_new, whole, whole_folder
 from fastvq.models import VQVAE, Prior
 from fastvq.training.build import load_images
-from fastvq.training.config import ConfigError, check_range
+from fastvq.training.config import check_range
 from fastvq.training.prior import load_prior
 
 from .load import load_model

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from fastvq.errors import CheckpointError, ConfigError
+
 from .build import build_model, load_images
-from .checkpoint import CheckpointError
-from .config import ConfigError, TrainConfig
+from .config import TrainConfig
 from .evaluation import Evaluation, evaluate, psnr_db
 from .trainer import Trainer
 

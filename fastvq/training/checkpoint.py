@@ -21,18 +21,15 @@ from typing import Any
 
 from torch import Tensor
 
+from fastvq.errors import CheckpointError, ConfigError
 from fastvq.extras import require
 
-from .config import ConfigError, Settings, TrainConfig
+from .config import Settings, TrainConfig
 
 _FORMAT = 1
 _KEEP = 2
 _STATE = "state.safetensors"
 _DESCRIPTION = "checkpoint.json"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged or of another run; the message says what to do."""
 
 
 @dataclass(frozen=True)

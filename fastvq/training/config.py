@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastvq.errors import ConfigError
 from fastvq.models.priors import PRIORS
 
 if TYPE_CHECKING:
@@ -14,10 +15,6 @@ if TYPE_CHECKING:
 
 SHIPPED_DATA = "fashion-mnist"
 FULL_DATA = "fashion-mnist-full"
-
-
-class ConfigError(ValueError):
-    """Settings that can't be used; the message names the setting."""
 
 
 def _setting(default: Any, description: str) -> Any:

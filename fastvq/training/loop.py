@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvq.errors import CheckpointError, ConfigError
 from fastvq.extras import require
 
-from .checkpoint import Checkpoint, CheckpointError, checkpoint_folders, discard, load_latest, save
-from .config import ConfigError, Settings
+from .checkpoint import Checkpoint, checkpoint_folders, discard, load_latest, save
+from .config import Settings
 from .interrupt import Interrupt
 from .metrics import MetricsLog
 

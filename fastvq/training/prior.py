@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvq import VectorQuantize
 from fastvq.coding import fingerprint
+from fastvq.errors import CheckpointError, ConfigError
 from fastvq.models import VQVAE, Prior
 from fastvq.models.priors import PRIORS
 from fastvq.runs.indices import BATCH, FOLDER, Codes, forget_codes, tokenize
@@ -18,8 +19,8 @@ from fastvq.runs.load import load_model
 
 from .batches import batch_rows, moved
 from .build import load_images
-from .checkpoint import CheckpointError, checkpoint_folders, load_latest
-from .config import ConfigError, PriorConfig
+from .checkpoint import checkpoint_folders, load_latest
+from .config import PriorConfig
 from .loop import Loop, Measures, forget_run, usable_device
 
 _LOGITS = 1 << 25

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import fastvq
-from fastvq.data import DataError, Images
+from fastvq.data import Images
 from fastvq.data.images import to_float
+from fastvq.errors import DataError
 from fastvq.models import VQVAE
 
 from .batches import batch_rows, flip_some, moved

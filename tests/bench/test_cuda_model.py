@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from fastvq.bench import cuda_model, data, model
+from fastvq import errors
+from fastvq.bench import cuda_model, model
 from fastvq.bench.data import Shape
 from fastvq.cli.main import main
 
@@ -233,7 +234,7 @@ class TestCommand:
         assert "fastvq.bench has no cuda_counts.json; python csrc/cuda/counts.py --write makes it" in error
 
     def test_no_scan_for_a_target(self, counts):
-        with pytest.raises(data.BenchError, match=r"no scan in 1 products of 40 dimensions for sm_100"):
+        with pytest.raises(errors.BenchError, match=r"no scan in 1 products of 40 dimensions for sm_100"):
             model.predict("b200", Shape(100, 8, 40))
-        with pytest.raises(data.BenchError, match=r"no scan on CUDA cores of 3 dimensions for sm_100"):
+        with pytest.raises(errors.BenchError, match=r"no scan on CUDA cores of 3 dimensions for sm_100"):
             model.predict("b200", Shape(100, 8, 3))

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from fastvq.bench import data, model
+from fastvq import errors
+from fastvq.bench import model
 from fastvq.bench.data import Shape
 from fastvq.cli.main import main
 
@@ -126,7 +127,7 @@ class TestChoice:
         assert model.scan_for(counts, "sm_90", dim, products) is expected
 
     def test_no_scan_for_a_target(self, counts):
-        with pytest.raises(data.BenchError, match=r"counts.json has no scan of 1 products for sm_80"):
+        with pytest.raises(errors.BenchError, match=r"counts.json has no scan of 1 products for sm_80"):
             model.predict("a100", Shape(8, 8, 8))
 
 

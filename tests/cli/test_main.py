@@ -307,7 +307,7 @@ import sys
 sys.modules.update(dict.fromkeys({extras!r}))
 import fastvq, fastvq.models, fastvq.data, fastvq.training, fastvq.runs.plots, fastvq.cli.main
 fastvq.data.load_fashion_mnist()
-raise SystemExit(fastvq.cli.main(["info"]))
+raise SystemExit(fastvq.cli.main.main(["info"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr

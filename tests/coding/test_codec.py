@@ -13,9 +13,10 @@ import torch
 
 import fastvq
 from fastvq import coding
-from fastvq.coding import CodingError, codec, container, models, tree
+from fastvq.coding import codec, container, models, tree
 from fastvq.coding.codec import LARGEST_BATCH, _batches, _neighbours
 from fastvq.coding.huffman import huffman_bits
+from fastvq.errors import CodingError
 
 from ..cases import generator
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastvq.coding import CodingError, tables
+from fastvq.coding import tables
 from fastvq.coding.fixed import ONE, Fixed, _floor_divided, _root, exponentials
+from fastvq.errors import CodingError
 from fastvq.models.priors.arithmetic import Floats
 
 from ..cases import generator

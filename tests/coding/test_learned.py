@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastvq import coding
-from fastvq.coding import CodingError, container
+from fastvq.coding import container
+from fastvq.errors import CodingError
 from fastvq.models import TransformerPrior
 from fastvq.models.priors import PRIORS
 

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastvq.data import DataError, fashion_mnist, load_fashion_mnist, load_folder, load_full_fashion_mnist
+from fastvq.data import fashion_mnist, load_fashion_mnist, load_folder, load_full_fashion_mnist
 from fastvq.data.folder import read_image, split_by_file, write_images
 from fastvq.data.images import to_float
+from fastvq.errors import DataError
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

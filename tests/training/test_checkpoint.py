@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvq.training import CheckpointError, TrainConfig, checkpoint
+from fastvq.errors import CheckpointError
+from fastvq.training import TrainConfig, checkpoint
 from fastvq.training.metrics import MetricsLog, read_metrics
 
 SETTINGS = TrainConfig()

@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 
 from fastvq.cli.main import main
+from fastvq.errors import CheckpointError, ConfigError
 from fastvq.models import VQVAE
 from fastvq.models.priors import PRIORS
 from fastvq.runs.compare_priors import compare_priors
 from fastvq.runs.indices import Codes, tokenize
 from fastvq.runs.load import load_model
-from fastvq.training import CheckpointError, ConfigError, TrainConfig, Trainer, load_images
+from fastvq.training import TrainConfig, Trainer, load_images
 from fastvq.training.batches import batch_rows
 from fastvq.training.checkpoint import load_latest
 from fastvq.training.prior import PriorConfig, PriorTrainer, bits_per_code, forget_prior, load_prior, train_prior

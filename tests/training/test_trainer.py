@@ -18,11 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastvq
-from fastvq.data import DataError, Images
+from fastvq.data import Images
+from fastvq.errors import CheckpointError, ConfigError, DataError
 from fastvq.runs.load import load_model
 from fastvq.training import (
-    CheckpointError,
-    ConfigError,
     TrainConfig,
     Trainer,
     build_model,

@@ -1,0 +1,39 @@
+"""Exceptions that fastvq raises for bad requests, files and data; all derive from `FastvqError`.
+
+They stand in one module without other imports, so that any module may raise and catch them. Each keeps the built-in
+exception it specializes as a second base. Arguments of layers and functions raise plain ValueError and TypeError.
+"""
+
+from __future__ import annotations
+
+
+class FastvqError(Exception):
+    """Base class of fastvq's own exceptions; the command line prints its message without a traceback."""
+
+
+class ConfigError(FastvqError, ValueError):
+    """Invalid setting; the message names it."""
+
+
+class DataError(FastvqError, ValueError):
+    """Unusable data set; the message says what to change."""
+
+
+class CheckpointError(FastvqError, RuntimeError):
+    """Missing or damaged checkpoint, or one of another run; the message says what to do."""
+
+
+class CodingError(FastvqError, ValueError):
+    """Indices that cannot be coded, or a file that cannot be decoded; the message says why."""
+
+
+class MissingExtraError(FastvqError, ImportError):
+    """Optional dependency that is not installed; the message says how to install it."""
+
+
+class BenchError(FastvqError, ValueError):
+    """Request that cannot be benchmarked; the message names the argument."""
+
+
+class WrongResultError(FastvqError, RuntimeError):
+    """Index returned by fastvq that differs from the specification's."""
