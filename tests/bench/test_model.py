@@ -219,7 +219,7 @@ class TestCommand:
     def test_without_triton_from_the_counts_that_are_shipped(self):
         code = (
             "import sys; sys.modules['triton'] = None\n"
-            "from fastvq.cli import main\n"
+            "from fastvq.cli.main import main\n"
             "sys.exit(main(['bench', '--model', sys.argv[1], '--n=65536', '--k=1024', '--d=64']))"
         )
         for name in model.DEVICES:
