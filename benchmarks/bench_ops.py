@@ -75,8 +75,8 @@ class BenchOps:
 def bench_spread_rows(benchmark, backend, draws=64):
     """k-means++: each draw takes random numbers and a pass over x."""
     x, codebook = clustered(STEPS[0])
-    valid = torch.ones(len(x), dtype=torch.bool)
-    call = functools.partial(spread_rows, x, valid, codebook, draws, "l2")
+    mask = torch.ones(len(x), dtype=torch.bool)
+    call = functools.partial(spread_rows, x, mask, codebook, draws, "l2")
     rows, filled = call()
     assert bool(filled.all())
     assert len(rows.unique(dim=0)) == draws

@@ -45,10 +45,10 @@ def full_precision(like: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(like.device.type, enabled=False)
 
 
-class ZeroAtFirst:
+class ZeroOnMaterialize:
     """For a module (first among its bases) whose unsaved buffers are zero at first. No checkpoint can bring them, so
     they become zero when a module that was built on the device "meta" gets memory: in `to_empty`, which leaves there
-    what was there, and in `load_state_dict`, by `give_memory_`."""
+    what was there, and in `load_state_dict`, by `materialize_unsaved_buffers_`."""
 
     _buffers: dict[str, Tensor | None]
     _non_persistent_buffers_set: set[str]
@@ -67,11 +67,11 @@ class ZeroAtFirst:
         return self
 
 
-def give_memory_(module: Any, state_dict: dict[str, Any]) -> None:
+def materialize_unsaved_buffers_(module: Any, state_dict: dict[str, Any]) -> None:
     """For a module that loads `state_dict`: the buffers in it that no checkpoint brings are zeros on its device, where
     they had no memory."""
     device = next((value.device for value in state_dict.values() if isinstance(value, Tensor)), None)
     for part in module.modules():
-        if isinstance(part, ZeroAtFirst) and device is not None and device.type != "meta":
+        if isinstance(part, ZeroOnMaterialize) and device is not None and device.type != "meta":
             for name, buffer in part._without_memory():
                 part._buffers[name] = torch.zeros_like(buffer, device=device)

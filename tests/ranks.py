@@ -174,8 +174,8 @@ def kmeans_on_all_rows() -> None:
     """The same as on the joined rows, from the same first means."""
     x = batch(3, rows=50)[0]
     joined = torch.cat([batch(3, rows=50, rank=rank)[0] for rank in range(dist.get_world_size())])
-    valid = torch.ones(len(x), dtype=torch.bool)
-    means, counts = kmeans(x, 8, iterations=6, valid=valid, together=True)
+    mask = torch.ones(len(x), dtype=torch.bool)
+    means, counts = kmeans(x, 8, iterations=6, mask=mask, together=True)
     assert int(counts.sum()) == len(joined)
     for other in gathered(means):
         assert torch.equal(means, other)

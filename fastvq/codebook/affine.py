@@ -39,8 +39,8 @@ class Affine:
             codebook.register_buffer(name, torch.full((heads, 1, dim), start, dtype=torch.float32))
 
     @torch.no_grad()
-    def observe_(self, codebook: nn.Module, embed: Tensor, x: Tensor, valid: Tensor) -> None:
-        """Follows the codes embed (H, K, D) and the rows of x (H, N, D) that are valid (H, N)."""
+    def observe_(self, codebook: nn.Module, embed: Tensor, x: Tensor, mask: Tensor) -> None:
+        """Follows the codes embed (H, K, D) and the rows of x (H, N, D) in mask (H, N)."""
         for name, value in (
             ("codebook_mean", embed.mean(1, keepdim=True)),
             ("codebook_variance", embed.var(1, keepdim=True, unbiased=False)),
@@ -49,8 +49,8 @@ class Affine:
             old.copy_(torch.where(first, value, old * self.codebook_decay + value * (1 - self.codebook_decay)))
             first.fill_(False)
 
-        rows = torch.where(valid[..., None], x, 0).double()
-        count = valid.sum(1).double()[:, None, None].expand(-1, 1, rows.shape[2]).clone()
+        rows = torch.where(mask[..., None], x, 0).double()
+        count = mask.sum(1).double()[:, None, None].expand(-1, 1, rows.shape[2]).clone()
         first_moment, second_moment = rows.sum(1, keepdim=True), rows.square().sum(1, keepdim=True)
         if self.sync and distributed.active():
             distributed.sum_(count, first_moment, second_moment)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastvq import distributed
 from fastvq.functional.quantize import lookup
 from fastvq.ops import min_distance_, search
-from fastvq.precision import ZeroAtFirst
+from fastvq.precision import ZeroOnMaterialize
 
 Candidates = tuple[Tensor, Tensor]
 
@@ -24,15 +24,15 @@ def slots(count: int, together: bool) -> int:
     return math.ceil(count / distributed.world_size()) if together else count
 
 
-def random_rows(x: Tensor, valid: Tensor, count: int) -> Candidates:
-    """Up to `count` distinct random rows of x (N, D) among those with valid (N,)."""
+def random_rows(x: Tensor, mask: Tensor, count: int) -> Candidates:
+    """Up to `count` distinct random rows of x (N, D) among those with mask (N,)."""
     taken = min(count, len(x))
-    keys = torch.rand(len(x), device=x.device).masked_fill_(~valid, 2.0)
+    keys = torch.rand(len(x), device=x.device).masked_fill_(~mask, 2.0)
     chosen = keys.topk(taken, largest=False, sorted=True).indices
-    return _padded(x[chosen], valid[chosen], count)
+    return _padded(x[chosen], mask[chosen], count)
 
 
-def spread_rows(x: Tensor, valid: Tensor, codes: Tensor, count: int, metric: str) -> Candidates:
+def spread_rows(x: Tensor, mask: Tensor, codes: Tensor, count: int, metric: str) -> Candidates:
     """Up to `count` rows of x (N, D) far from the codes (K, D) and from each other: each is drawn with a probability
     proportional to its squared distance to the nearest code or row drawn before.
 
@@ -44,7 +44,7 @@ def spread_rows(x: Tensor, valid: Tensor, codes: Tensor, count: int, metric: str
     taken = min(count, len(x))
     # A row whose distance is zero is never drawn, and stays where it is.
     distances = (x.float() - lookup(codes.float(), search(x, codes, metric=metric))).square().sum(1)
-    distances = torch.where(valid, distances, 0)
+    distances = torch.where(mask, distances, 0)
     chosen, filled = [], []
     for _ in range(taken):
         # The largest of ln w + Gumbel noise falls on each row with a probability proportional to w.
@@ -55,7 +55,7 @@ def spread_rows(x: Tensor, valid: Tensor, codes: Tensor, count: int, metric: str
         filled.append(distances[pick] > 0)
         min_distance_(distances, x, x[pick])
     if not taken:
-        return _padded(x, valid, count)
+        return _padded(x, mask, count)
     return _padded(x[torch.cat(chosen)], torch.cat(filled), count)
 
 
@@ -82,7 +82,7 @@ def compacted(candidates: Candidates) -> tuple[Tensor, Tensor]:
     return rows[order], filled.sum().long()
 
 
-class Reservoir(ZeroAtFirst, nn.Module):
+class Reservoir(ZeroOnMaterialize, nn.Module):
     """A memory of recent rows: the last `size` of those that were drawn for it, for a batch that is too small or too
     uniform to revive codes from. Not saved.
 
@@ -100,10 +100,10 @@ class Reservoir(ZeroAtFirst, nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
-    def add_(self, x: Tensor, valid: Tensor) -> None:
-        """Takes in up to a quarter of its size of x (N, D), drawn among the rows with valid (N,)."""
+    def add_(self, x: Tensor, mask: Tensor) -> None:
+        """Takes in up to a quarter of its size of x (N, D), drawn among the rows with mask (N,)."""
         size = len(self.rows)
-        rows, filled = random_rows(x, valid, min(max(1, size // 4), len(x)))
+        rows, filled = random_rows(x, mask, min(max(1, size // 4), len(x)))
         places = (self.position + torch.arange(len(rows), device=rows.device)) % size
         taken = filled > 0
         self.rows[places] = torch.where(taken[:, None], rows, self.rows[places])

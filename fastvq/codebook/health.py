@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fastvq.precision import KeepsPrecision, ZeroAtFirst, give_memory_
+from fastvq.precision import KeepsPrecision, ZeroOnMaterialize, materialize_unsaved_buffers_
 
 from .recompute import recomputing
 
@@ -58,7 +58,7 @@ class HealthReport(NamedTuple):
     quantization_error: Tensor
 
 
-class Health(ZeroAtFirst, KeepsPrecision, nn.Module):
+class Health(ZeroOnMaterialize, KeepsPrecision, nn.Module):
     """Counts on the device, without ever waiting for it, what a quantizer chooses in training. Nothing of it is saved.
 
     Args:
@@ -133,7 +133,7 @@ class Monitored:
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
-        give_memory_(self, state_dict)
+        materialize_unsaved_buffers_(self, state_dict)
 
     @property
     def _monitored(self) -> list[Monitored] | None:
@@ -207,10 +207,10 @@ class LevelUse(Monitored):
     def _monitored(self) -> list[Monitored] | None:
         return list(self._dimensions) or None  # type: ignore[arg-type]
 
-    def _observe(self, indices: Tensor, levels: Tensor, counts: Tensor, error: Tensor | None) -> None:
-        """Counts indices (...), or (H, ...), -1 for nothing; or levels (..., d) where counts, bool that broadcasts to
+    def _observe(self, indices: Tensor, levels: Tensor, mask: Tensor, error: Tensor | None) -> None:
+        """Counts indices (...), or (H, ...), -1 for nothing; or levels (..., d) where mask, bool that broadcasts to
         (...), is True; with their mean squared error () where there is such a thing."""
         if not len(self._dimensions):
             self._health.observe_(indices.long(), error)
         for dimension, column in zip(self._dimensions, levels.unbind(-1), strict=False):
-            cast(_Dimension, dimension)._health.observe_(column.long().masked_fill(~counts, -1), error)
+            cast(_Dimension, dimension)._health.observe_(column.long().masked_fill(~mask, -1), error)

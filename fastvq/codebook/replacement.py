@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastvq.precision import ZeroAtFirst
+from fastvq.precision import ZeroOnMaterialize
 
 from .candidates import Candidates, Reservoir, compacted, random_rows, slots, spread_over_ranks, spread_rows
 
@@ -63,7 +63,7 @@ class Revival:
         return min(size, self.at_once or (size if self.rows == "random" else 32))
 
 
-class Reviver(ZeroAtFirst, nn.Module):
+class Reviver(ZeroOnMaterialize, nn.Module):
     """A `Revival` at work on the codes of one codebook, head by head. Not saved."""
 
     steps: Tensor
@@ -77,19 +77,19 @@ class Reviver(ZeroAtFirst, nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def candidates(
-        self, x: Tensor, valid: Tensor, codes: Tensor, *, head: int, metric: str, together: bool
+        self, x: Tensor, mask: Tensor, codes: Tensor, *, head: int, metric: str, together: bool
     ) -> Candidates:
-        """Rows to revive codes (K, D) from, of x (N, D) with valid (N,). For several ranks, one to be summed up."""
+        """Rows to revive codes (K, D) from, of x (N, D) with mask (N,). For several ranks, one to be summed up."""
         if self.reservoirs:
             reservoir = self.reservoirs[head]
             assert isinstance(reservoir, Reservoir)
-            reservoir.add_(x, valid)
-            x, valid = reservoir.rows, reservoir.filled
+            reservoir.add_(x, mask)
+            x, mask = reservoir.rows, reservoir.filled
         count = slots(self.policy.most(self.size), together)
         if self.policy.rows == "random":
-            found = random_rows(x, valid, count)
+            found = random_rows(x, mask, count)
         else:
-            found = spread_rows(x, valid, codes, count, metric)
+            found = spread_rows(x, mask, codes, count, metric)
         return spread_over_ranks(found) if together else found
 
     @torch.no_grad()

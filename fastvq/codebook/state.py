@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastvq import distributed
 from fastvq.functional.quantize import unit_norm
 from fastvq.ops import ema_update_, search
-from fastvq.precision import KeepsPrecision, give_memory_
+from fastvq.precision import KeepsPrecision, materialize_unsaved_buffers_
 
 from .affine import Affine
 from .candidates import Candidates
@@ -128,29 +128,29 @@ class Codebook(KeepsPrecision, nn.Module):
         if (self._ready and self.affine is None) or distributed.recomputing():
             return
         with torch.no_grad():
-            valid = x.isfinite().all(-1)
+            rows_mask = x.isfinite().all(-1)
             if mask is not None:
-                valid = valid & mask
+                rows_mask = rows_mask & mask
             if not self._ready:
-                self._run_kmeans_(x, valid)
+                self._run_kmeans_(x, rows_mask)
             if self.affine is not None:
-                self.affine.observe_(self, self.embed.detach(), x, valid)
+                self.affine.observe_(self, self.embed.detach(), x, rows_mask)
 
-    def _run_kmeans_(self, x: Tensor, valid: Tensor) -> None:
+    def _run_kmeans_(self, x: Tensor, mask: Tensor) -> None:
         together = self.together() and self.sync_kmeans
         if x.shape[1] == 0 and not together:
             return
         # Before the first batch alone, so waiting for the device is no matter; a traced graph takes it on trust.
         if not torch.compiler.is_compiling():
             self._ready = bool(self.initted)  # the state may have been written to behind our back
-            available = valid.sum().float()
+            available = mask.sum().float()
             if together:
                 distributed.sum_(available)
             if self._ready or not bool(available):
                 return
         found = [
-            kmeans(head, self.size, iterations=self.kmeans_iters, valid=counted, metric=self.metric, together=together)
-            for head, counted in zip(x, valid, strict=True)
+            kmeans(head, self.size, iterations=self.kmeans_iters, mask=head_mask, metric=self.metric, together=together)
+            for head, head_mask in zip(x, mask, strict=True)
         ]
         # A code without rows starts as if it had one: with none, the first update would send it to the origin.
         self.set_(torch.stack([means for means, _ in found]), torch.stack([counts for _, counts in found]).clamp_min(1))
@@ -233,14 +233,14 @@ class Codebook(KeepsPrecision, nn.Module):
         if self.cosine:
             self.embed.copy_(unit_norm(self.embed))
 
-    def candidates(self, x: Tensor, valid: Tensor) -> list[Candidates]:
-        """What each head's dead codes may be put on, of x (H, N, D) with valid (H, N)."""
+    def candidates(self, x: Tensor, mask: Tensor) -> list[Candidates]:
+        """What each head's dead codes may be put on, of x (H, N, D) with mask (H, N)."""
         assert self.reviver is not None
         self.reviver.steps.add_(1)
         together = self.together()
         return [
             self.reviver.candidates(
-                x[head], valid[head], self.embed[head].detach(), head=head, metric=self.metric, together=together
+                x[head], mask[head], self.embed[head].detach(), head=head, metric=self.metric, together=together
             )
             for head in range(self.heads)
         ]
@@ -252,11 +252,11 @@ class Codebook(KeepsPrecision, nn.Module):
             self.reviver.revive_(self.embed[head], self.cluster_size[head], self.embed_avg[head], candidates)
 
     @torch.no_grad()
-    def revive_(self, x: Tensor, valid: Tensor) -> None:
-        """Puts dead codes on rows of x (H, N, D) with valid (H, N), without a step of learning."""
+    def revive_(self, x: Tensor, mask: Tensor) -> None:
+        """Puts dead codes on rows of x (H, N, D) with mask (H, N), without a step of learning."""
         if self.reviver is None or distributed.recomputing():
             return
-        found = self.candidates(self.own_rows(x), valid)
+        found = self.candidates(self.own_rows(x), mask)
         if self.together():
             distributed.sum_(*(tensor for pair in found for tensor in pair))
         self.revive_from_(found)
@@ -268,7 +268,7 @@ class Codebook(KeepsPrecision, nn.Module):
                 setattr(self, name, None if saved is None else torch.empty_like(saved, device=self.embed.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.held_counts = self.held_sums = None  # statistics of other codes
-        give_memory_(self, state_dict)
+        materialize_unsaved_buffers_(self, state_dict)
         with torch.no_grad():
             for state in (self.embed, self.embed_avg, self.cluster_size):
                 state.data = state.data.float()  # assign=True puts in what the checkpoint has

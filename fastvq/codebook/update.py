@@ -69,8 +69,8 @@ def learn_together(
         if codebook.reviver is not None:
             mine = [place for place, other in enumerate(codebooks) if other is codebook]
             rows = torch.cat([inputs[i] for i in mine], 1) if len(mine) > 1 else inputs[mine[0]]
-            valid = torch.cat([indices[i] for i in mine], 1) >= 0 if len(mine) > 1 else indices[mine[0]] >= 0
-            found[codebook] = codebook.candidates(rows, valid)
+            mask = torch.cat([indices[i] for i in mine], 1) >= 0 if len(mine) > 1 else indices[mine[0]] >= 0
+            found[codebook] = codebook.candidates(rows, mask)
     if unique[0].together():
         distributed.sum_(*counts, *sums, *(t for all_found in found.values() for pair in all_found for t in pair))
     for codebook in unique:
@@ -88,7 +88,7 @@ def _statistics(
     rows = inputs if isinstance(inputs, Tensor) else [x.flatten(0, 1) for x in inputs]
     rows = rows.flatten(0, -2) if isinstance(rows, Tensor) else rows[0] if len(rows) == 1 else torch.cat(rows)
     sizes = [codebook.heads * codebook.size for codebook in codebooks]
-    counts, sums = accumulate(rows, _behind_each_other(codebooks, indices), sum(sizes))
+    counts, sums = accumulate(rows, _offset_indices(codebooks, indices), sum(sizes))
     shapes = [(codebook.heads, codebook.size) for codebook in codebooks]
     if len(shapes) == 1:
         return [counts.view(shapes[0])], [sums.view(*shapes[0], -1)]
@@ -100,7 +100,7 @@ def _statistics(
     return [count for count, _ in of_each], [total for _, total in of_each]
 
 
-def _behind_each_other(codebooks: Sequence[Codebook], indices: Tensor | Sequence[Tensor]) -> Tensor:
+def _offset_indices(codebooks: Sequence[Codebook], indices: Tensor | Sequence[Tensor]) -> Tensor:
     """The indices in one codebook that holds the heads of all, flat; -1 stays."""
     if len(codebooks) == codebooks[0].heads == 1:
         return indices[0].flatten()

@@ -34,7 +34,7 @@ def op(
         for op_name, schema in schemas.items():
             _library.define(op_name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Without a graph, which would hold every temporary tensor of a search that nothing differentiates.
-        run = _without_graph(_counting_versions(function, mutates) if mutates else function)
+        run = _without_graph(_bump_versions(function, mutates) if mutates else function)
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastvq::{name}", fake, lib=_library)
         overload = getattr(torch.ops.fastvq, name).default
@@ -64,7 +64,7 @@ def _without_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _counting_versions(function: Callable[..., Any], mutates: tuple[str, ...]) -> Callable[..., Any]:
+def _bump_versions(function: Callable[..., Any], mutates: tuple[str, ...]) -> Callable[..., Any]:
     """Autograd counts the writes to a tensor, and refuses a gradient that would need what was there before; kernels
     that write through plain pointers are told of here."""
     places = [list(inspect.signature(function).parameters).index(name) for name in mutates]

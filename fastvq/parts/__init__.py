@@ -1,27 +1,34 @@
-"""The parts that quantizers are composed from, each usable by itself.
+"""Parts that quantizers are composed from, each usable by itself.
 
-`layout`: sequences, images and video as rows, and their masks. `estimators`: gradients through the nearest code.
-`dropout`: how many levels of a residual quantizer are kept. `binary`: what stands before bits. `entropy`: of soft
-assignments. `ibq`: the gradient to all codes.
-
-Of scalar quantizers: `bound`, coordinates bounded and rounded to a grid; `thresholds`, rounding by exact comparison,
-and its gradient; `squash`, monotone functions; `radix`, one index for many levels; `moments`, what latents are held to.
+| module | content |
+|---|---|
+| `shapes` | sequences, images and video as rows; heads |
+| `masking` | masks of rows; rows with NaN or infinity |
+| `indices` | validation of indices; one index for the levels of several dimensions |
+| `gradients` | straight-through estimator, rotation trick, DiVeQ, synchronous updates |
+| `tables` | codes of all rows, of each row, or of each row by a network; index backpropagation |
+| `losses` | orthogonality, entropies, moments |
+| `dropout` | quantize dropout, nested dropout |
+| `beam` | beam search through residual stages |
+| `scalar` | squashing functions, grids of levels, thresholds |
+| `binary` | transformations before binary codes |
+| `projection` | projections between the dimensions of vectors and codes |
 """
 
 from __future__ import annotations
 
 from .binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
-from .dropout import Kept, QuantizeDropout, common_seed, draw_seed, kept_levels
+from .dropout import ActiveStages, QuantizeDropout, common_seed, draw_seed, draw_stage_count
 from .gradients import directional_reparam, rotate_to, scale_gradient, straight_through, synchronous
 from .losses import assignment_entropies, binary_entropies, entropy_loss
-from .scalar import Bound, Thresholds, sloped
+from .scalar import Bound, Thresholds, with_slope
 from .shapes import Layout
 from .tables import index_backpropagation
 
 __all__ = [
+    "ActiveStages",
     "Bound",
     "CosineSimLinear",
-    "Kept",
     "Layout",
     "QuantizeDropout",
     "Thresholds",
@@ -30,15 +37,15 @@ __all__ = [
     "common_seed",
     "directional_reparam",
     "draw_seed",
+    "draw_stage_count",
     "entropy_loss",
     "index_backpropagation",
-    "kept_levels",
     "on_sphere",
     "random_rotation",
     "rotate_to",
     "scale_gradient",
-    "sloped",
     "soft_clamp",
     "straight_through",
     "synchronous",
+    "with_slope",
 ]

@@ -1,4 +1,4 @@
-"""Beam search through the levels of a residual quantizer."""
+"""Beam search through the stages of a residual quantizer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Level = Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor, Tensor]]
-"""A level of `beam_search`: (residuals (n, D), totals (n, D), mask (n,) or None, k) -> (indices (n, k), codes (n, k, D)
-and the inputs (n, D) that these are compared with). It may propose fewer than k codes."""
+Stage = Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor, Tensor]]
+"""A stage of `beam_search`, which proposes up to k codes for each residual.
+
+(residuals (n, D), totals (n, D), mask (n,) or None, k) -> (indices (n, k), codes (n, k, D), targets (n, D)); the errors
+of the codes are measured against the targets.
+"""
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements of the largest temporary: 16 MiB of float32."""
@@ -18,68 +21,70 @@ CHUNK_ELEMENTS = 1 << 22
 @torch.no_grad()
 def beam_search(
     x: Tensor,
-    levels: Sequence[Level],
+    stages: Sequence[Stage],
     beams: int,
     *,
     weights: Sequence[float] | Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The codes of each vector under residual quantization, with the best few ways kept open at every level.
+    """Return the indices of each vector under residual quantization, found by beam search.
 
         score = sum_q weights_q mean (r_q - e_q)^2,   r_{q+1} = r_q - e_q
 
-    Every way that is open proposes its `beams` nearest codes; of all that are proposed the `beams` with the smallest
-    score go on, and the smallest at the end wins; equal scores in the order of the ways, and then of nearness. One beam
-    is the greedy search of `fastvq.residual_search`.
+    At each stage every beam proposes its `beams` nearest codes, and the `beams` proposals with the smallest scores
+    continue; the smallest final score wins. Equal scores are ordered by beam, then by nearness. One beam is the greedy
+    search of `fastvq.residual_search`.
 
     Args:
         x: vectors (N, D), float32 or float64.
-        levels: Q functions, see `Level`.
-        beams: how many ways are kept open.
-        weights: (Q,), of the levels' errors in the score; 1 by default.
-        mask: bool (N,), True for the rows that count.
+        stages: Q functions, see `Stage`.
+        beams: the number of beams.
+        weights: (Q,), weights of the stages' errors in the score; 1 by default.
+        mask: bool (N,), True for the rows that take part.
 
     Returns:
-        indices (N, Q) int64, -1 for a row that isn't finite or doesn't count. The codes proposed are exact, and scores
-        are summed in float64.
+        indices (N, Q) int64, -1 for excluded and non-finite rows. The nearest codes are exact; scores are summed in
+        float64.
 
     Source: Babenko and Lempitsky, Additive Quantization for Extreme Vector Compression, 2014 (beam search); Liu et al.,
     Improved Residual Vector Quantization, 2015.
     """
-    weights = [1.0] * len(levels) if weights is None else weights
-    if beams < 1 or len(weights) != len(levels):
-        raise ValueError(f"beams, weights: must be at least 1, and {len(levels)} numbers; got {beams}, {weights}")
+    weights = [1.0] * len(stages) if weights is None else weights
+    if beams < 1 or len(weights) != len(stages):
+        raise ValueError(f"beams, weights: must be at least 1, and {len(stages)} numbers; got {beams}, {weights}")
     step = max(1, CHUNK_ELEMENTS // (beams * beams * max(1, x.shape[-1])))
     masks = [None] * len(x) if mask is None else mask.split(step)
-    found = [_search(part, kept, levels, beams, weights) for part, kept in zip(x.split(step), masks, strict=False)]
-    return torch.cat(found) if found else x.new_zeros((0, len(levels)), dtype=torch.int64)
+    found = [_search(rows, own, stages, beams, weights) for rows, own in zip(x.split(step), masks, strict=False)]
+    return torch.cat(found) if found else x.new_zeros((0, len(stages)), dtype=torch.int64)
 
 
 def _search(
-    x: Tensor, mask: Tensor | None, levels: Sequence[Level], beams: int, weights: Sequence[float] | Tensor
+    x: Tensor, mask: Tensor | None, stages: Sequence[Stage], beams: int, weights: Sequence[float] | Tensor
 ) -> Tensor:
     rows, dim = x.shape
     scores = x.new_zeros((rows, 1), dtype=torch.float64)
     residuals, totals = x[:, None], torch.zeros_like(x)[:, None]
-    ways = x.new_zeros((rows, 1, 0), dtype=torch.int64)
-    for place, (level, weight) in enumerate(zip(levels, weights, strict=True)):
-        open_ways = scores.shape[1]
-        counted = None if mask is None else mask.repeat_interleave(open_ways)
-        indices, codes, inputs = level(residuals.flatten(0, 1), totals.flatten(0, 1), counted, beams)
-        errors = (inputs[:, None].double() - codes.double()).square().mean(-1)
-        # A proposal that isn't there, beyond the finite codes, never wins.
-        errors = torch.where(indices < 0, torch.inf, weight * errors).view(rows, open_ways, -1)
-        offered = errors.shape[2]
+    paths = x.new_zeros((rows, 1, 0), dtype=torch.int64)
+    for place, (stage, weight) in enumerate(zip(stages, weights, strict=True)):
+        width = scores.shape[1]
+        beam_mask = None if mask is None else mask.repeat_interleave(width)
+        indices, codes, targets = stage(residuals.flatten(0, 1), totals.flatten(0, 1), beam_mask, beams)
+        errors = (targets[:, None].double() - codes.double()).square().mean(-1)
+        # An absent proposal, where there are fewer finite codes than asked for, never wins.
+        errors = torch.where(indices < 0, torch.inf, weight * errors).view(rows, width, -1)
+        proposals = errors.shape[2]
         ranking = (scores[..., None] + errors).flatten(1).sort(dim=1, stable=True)
-        kept = min(open_ways * offered, beams if place + 1 < len(levels) else 1)
-        scores, chosen = ranking.values[:, :kept], ranking.indices[:, :kept]
+        best = min(width * proposals, beams if place + 1 < len(stages) else 1)
+        scores, chosen = ranking.values[:, :best], ranking.indices[:, :best]
 
-        parent = chosen // offered
+        parent = chosen // proposals
+        codes = _gather_rows(codes.view(rows, -1, dim), chosen)
+        last = indices.view(rows, -1, 1).gather(1, chosen[..., None])
+        paths = torch.cat([_gather_rows(paths, parent), last], -1)
+        residuals, totals = _gather_rows(residuals, parent) - codes, _gather_rows(totals, parent) + codes
+    return paths[:, 0]
 
-        def of(tensor: Tensor, place: Tensor) -> Tensor:
-            return tensor.gather(1, place[..., None].expand(*place.shape, tensor.shape[-1]))
 
-        codes = of(codes.view(rows, -1, dim), chosen)
-        ways = torch.cat([of(ways, parent), indices.view(rows, -1, 1).gather(1, chosen[..., None])], -1)
-        residuals, totals = of(residuals, parent) - codes, of(totals, parent) + codes
-    return ways[:, 0]
+def _gather_rows(values: Tensor, places: Tensor) -> Tensor:
+    """Return values (N, M, ...) at places (N, m): (N, m, ...)."""
+    return values.gather(1, places[..., None].expand(*places.shape, values.shape[-1]))

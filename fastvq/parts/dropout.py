@@ -1,4 +1,4 @@
-"""Quantize dropout and nested dropout: in training, some stages or levels are left out."""
+"""Quantize dropout and nested dropout: in training, the last stages are left out at random."""
 
 from __future__ import annotations
 
@@ -12,109 +12,143 @@ from torch import Tensor
 from fastvq import distributed
 
 
-def kept_levels(levels: int, *, cutoff_index: int = 0, multiple_of: int = 1, seed: int | None = None) -> int:
-    """How many of the first levels are kept this time, in [cutoff_index + 1, levels].
-
-        last ~ U{cutoff_index, ..., levels - 1},   kept = min(ceil((last + 1) / multiple_of) multiple_of, levels)
-
-    Args:
-        levels: Q.
-        cutoff_index: the first level that may be the last.
-        multiple_of: the number is rounded up to a multiple of it.
-        seed: decides, where given; by default a new one is drawn by `draw_seed`.
-
-    Source: Zeghidour et al., SoundStream, 2021, section III-C; Défossez et al., EnCodec, 2022, for the multiple.
-    """
-    last = random.Random(draw_seed() if seed is None else seed).randrange(cutoff_index, levels)
-    return min(math.ceil((last + 1) / multiple_of) * multiple_of, levels)
-
-
 def draw_seed() -> int:
-    """A seed for `kept_levels`, in [0, 10000): from torch's generator on the CPU, or one that all ranks share."""
+    """Draw a seed for `draw_stage_count`, in [0, 10000), from torch's generator on the CPU; all ranks share it."""
     return distributed.common_seed(10_000)
 
 
 def common_seed(x: Tensor) -> int | Tensor:
-    """`draw_seed` for several quantizers that are to keep the same levels: in a compiled graph as a tensor ()."""
+    """Draw one seed for several quantizers that leave out the same stages; in a compiled graph, a tensor ()."""
     return _draw_seed(x) if torch.compiler.is_compiling() else draw_seed()
 
 
-class Kept(NamedTuple):
-    """Which levels of a residual quantizer take part, as `QuantizeDropout.draw` decided.
+def draw_stage_count(stages: int, *, cutoff_index: int = 0, multiple_of: int = 1, seed: int | None = None) -> int:
+    """Draw the number of leading stages that take part, in [cutoff_index + 1, stages].
 
-    In eager mode the host knows the number, and a level that `drops` need not be computed. In a compiled graph, which
-    can't branch on a random number, every level is computed and `mask` takes back those left out.
+        last ~ U{cutoff_index, ..., stages - 1},   count = min(ceil((last + 1) / multiple_of) multiple_of, stages)
+
+    Args:
+        stages: Q, the number of stages.
+        cutoff_index: the lowest index that the last active stage may have.
+        multiple_of: the count is rounded up to a multiple of this.
+        seed: determines the draw; by default `draw_seed` provides one.
+
+    Source: Zeghidour et al., SoundStream, 2021, section III-C; Défossez et al., EnCodec, 2022, for the multiple.
+    """
+    last = random.Random(draw_seed() if seed is None else seed).randrange(cutoff_index, stages)
+    return min(math.ceil((last + 1) / multiple_of) * multiple_of, stages)
+
+
+class ActiveStages(NamedTuple):
+    """The leading stages that take part in one call.
+
+    In eager mode `number` is an int, and a stage that `skips` need not be computed. A compiled graph can't branch on a
+    random number: there `number` is a tensor (), every stage is computed, and `fill` overwrites the inactive ones.
     """
 
-    levels: int | Tensor
+    number: int | Tensor
 
-    def drops(self, level: int) -> bool:
-        """Whether it is known already that this level is left out."""
-        return isinstance(self.levels, int) and level >= self.levels
+    def skips(self, stage: int) -> bool:
+        """Return whether the stage is inactive and this is known before it runs."""
+        return isinstance(self.number, int) and stage >= self.number
 
-    def mask(self, level: int, value: Tensor, fill: float) -> Tensor:
-        """value if the level is kept, else `fill` everywhere: -1 for indices, 0 for losses and codes."""
-        if isinstance(self.levels, int):
-            return torch.full_like(value, fill) if level >= self.levels else value
-        return torch.where(self.levels > level, value, fill)
+    def fill(self, stage: int, value: Tensor, fill: float) -> Tensor:
+        """Return `value` if the stage is active, else a tensor of `fill`: -1 for indices, 0 for losses and codes."""
+        if isinstance(self.number, int):
+            return torch.full_like(value, fill) if stage >= self.number else value
+        return torch.where(self.number > stage, value, fill)
 
-    def rows(self, level: int, mask: Tensor | None, x: Tensor) -> Tensor | None:
-        """The mask of this level's rows x (..., D): `mask` (...) or None, and no row at all if it is left out."""
-        if isinstance(self.levels, int):
+    def row_mask(self, stage: int, mask: Tensor | None, x: Tensor) -> Tensor | None:
+        """Return the mask (...) of a stage's rows x (..., D): `mask` for an active stage, else all False."""
+        if isinstance(self.number, int):
             return mask
-        kept = (self.levels > level).expand(x.shape[:-1])
-        return kept if mask is None else kept & mask
+        active = (self.number > stage).expand(x.shape[:-1])
+        return active if mask is None else active & mask
 
 
 class QuantizeDropout(NamedTuple):
-    """The settings of quantize dropout; see `kept_levels`."""
+    """Settings of quantize dropout; see `draw_stage_count`."""
 
-    levels: int
+    stages: int
     enabled: bool = False
     cutoff_index: int = 0
     multiple_of: int = 1
 
     def check(self) -> QuantizeDropout:
-        """Itself, if these settings can be.
+        """Validate the settings and return self.
 
         Raises:
-            ValueError: they can't.
+            ValueError: cutoff_index or multiple_of is out of range.
         """
-        if not 0 <= self.cutoff_index < self.levels:
-            raise ValueError(f"quantize_dropout_cutoff_index: must lie in [0, {self.levels}), got {self.cutoff_index}")
+        if not 0 <= self.cutoff_index < self.stages:
+            raise ValueError(f"quantize_dropout_cutoff_index: must lie in [0, {self.stages}), got {self.cutoff_index}")
         if self.multiple_of < 1:
             raise ValueError(f"quantize_dropout_multiple_of: must be at least 1, got {self.multiple_of}")
         return self
 
-    def draw(self, training: bool, x: Tensor, seed: int | Tensor | None = None) -> Kept:
-        """This call's levels: all of them in eval, where dropout is off and for a single level. x gives the device."""
-        if not (training and self.enabled and self.levels > 1):
-            return Kept(self.levels)
+    def draw(self, training: bool, x: Tensor, seed: int | Tensor | None = None) -> ActiveStages:
+        """Draw the active stages of a call on x's device.
+
+        All stages are active in eval mode, without dropout, and if there is only one.
+        """
+        if not (training and self.enabled and self.stages > 1):
+            return ActiveStages(self.stages)
         if torch.compiler.is_compiling():
             seed = torch.tensor(seed) if isinstance(seed, int) else seed
-            return Kept(_kept_levels(x, self.levels, self.cutoff_index, self.multiple_of, seed))
+            return ActiveStages(_draw_stage_count(x, self.stages, self.cutoff_index, self.multiple_of, seed))
         seed = None if seed is None else int(seed)
-        return Kept(kept_levels(self.levels, cutoff_index=self.cutoff_index, multiple_of=self.multiple_of, seed=seed))
+        return ActiveStages(
+            draw_stage_count(self.stages, cutoff_index=self.cutoff_index, multiple_of=self.multiple_of, seed=seed)
+        )
 
 
-# Ops, since neither Python's generator nor a number on the host can be traced: a compiled graph asks at run time, and
-# decides as eager mode does.
-@torch.library.custom_op("fastvq::kept_levels", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _kept_levels(x: Tensor, levels: int, cutoff_index: int, multiple_of: int, seed: Tensor | None) -> Tensor:
-    """`kept_levels` as a tensor () on x's device; the seed is on the CPU."""
-    given = None if seed is None else int(seed)
-    kept = kept_levels(levels, cutoff_index=cutoff_index, multiple_of=multiple_of, seed=given)
-    return torch.tensor(kept, device=x.device)
+class NestedDropout(NamedTuple):
+    """Settings of nested dropout: with `probability`, only the first stages of a hierarchy are put out.
+
+        count ~ U{least, ..., stages - 1} with `probability`, else stages
+
+    Source: Rippel et al., Learning Ordered Representations with Nested Dropout, 2014.
+    """
+
+    stages: int
+    probability: float = 0.0
+    least: int = 1
+
+    def check(self) -> NestedDropout:
+        """Validate the settings and return self.
+
+        Raises:
+            ValueError: probability or least is out of range.
+        """
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"nested_dropout: must lie in [0, 1], got {self.probability}")
+        if self.least < 1:
+            raise ValueError(f"nested_dropout_min_levels: must be at least 1, got {self.least}")
+        return self
+
+    def draw(self, training: bool, x: Tensor) -> ActiveStages:
+        """Draw the active stages of a call on x's device. All stages are active in eval mode."""
+        if not training or self.probability == 0 or self.least >= self.stages:
+            return ActiveStages(self.stages)
+        if torch.compiler.is_compiling():
+            return ActiveStages(_draw_nested_count_op(x, self.stages, self.probability, self.least))
+        return ActiveStages(_draw_nested_count(self.stages, self.probability, self.least))
 
 
-@_kept_levels.register_fake
-def _(x: Tensor, levels: int, cutoff_index: int, multiple_of: int, seed: Tensor | None) -> Tensor:
-    return x.new_empty((), dtype=torch.int64)
+def _draw_nested_count(stages: int, probability: float, least: int) -> int:
+    generator = random.Random(draw_seed())
+    if generator.random() >= probability:
+        return stages
+    return generator.randrange(least - 1, stages - 1) + 1
+
+
+# The draws below are ops because neither Python's generator nor a number on the host can be traced: a compiled graph
+# calls them at run time and draws as eager mode does.
 
 
 @torch.library.custom_op("fastvq::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _draw_seed(x: Tensor) -> Tensor:
-    """`draw_seed` as a tensor () on the CPU."""
+    """Return `draw_seed()` as a tensor () on the CPU."""
     return torch.tensor(draw_seed())
 
 
@@ -123,52 +157,25 @@ def _(x: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64)
 
 
-class NestedDropout(NamedTuple):
-    """How many of the first levels are put out: all of them, or with `probability` so many:
-
-        kept ~ U{least, ..., levels - 1}
-
-    Source: Rippel et al., Learning Ordered Representations with Nested Dropout, 2014.
-    """
-
-    levels: int
-    probability: float = 0.0
-    least: int = 1
-
-    def check(self) -> NestedDropout:
-        """Itself, if these settings can be.
-
-        Raises:
-            ValueError: they can't.
-        """
-        if not 0 <= self.probability <= 1:
-            raise ValueError(f"nested_dropout: must lie in [0, 1], got {self.probability}")
-        if self.least < 1:
-            raise ValueError(f"nested_dropout_min_levels: must be at least 1, got {self.least}")
-        return self
-
-    def draw(self, training: bool, x: Tensor) -> Kept:
-        """This call's levels, in a compiled graph as a tensor on x's device. All of them in eval."""
-        if not training or self.probability == 0 or self.least >= self.levels:
-            return Kept(self.levels)
-        if torch.compiler.is_compiling():
-            return Kept(_nested_levels(x, self.levels, self.probability, self.least))
-        return Kept(_draw(self.levels, self.probability, self.least))
+@torch.library.custom_op("fastvq::draw_stage_count", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _draw_stage_count(x: Tensor, stages: int, cutoff_index: int, multiple_of: int, seed: Tensor | None) -> Tensor:
+    """Return `draw_stage_count` as a tensor () on x's device; the seed is on the CPU."""
+    given = None if seed is None else int(seed)
+    count = draw_stage_count(stages, cutoff_index=cutoff_index, multiple_of=multiple_of, seed=given)
+    return torch.tensor(count, device=x.device)
 
 
-def _draw(levels: int, probability: float, least: int) -> int:
-    generator = random.Random(draw_seed())
-    if generator.random() >= probability:
-        return levels
-    return generator.randrange(least - 1, levels - 1) + 1
+@_draw_stage_count.register_fake
+def _(x: Tensor, stages: int, cutoff_index: int, multiple_of: int, seed: Tensor | None) -> Tensor:
+    return x.new_empty((), dtype=torch.int64)
 
 
-# An op for the reason that `kept_levels` is one.
-@torch.library.custom_op("fastvq::nested_levels", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _nested_levels(x: Tensor, levels: int, probability: float, least: int) -> Tensor:
-    return torch.tensor(_draw(levels, probability, least), device=x.device)
+@torch.library.custom_op("fastvq::draw_nested_count", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _draw_nested_count_op(x: Tensor, stages: int, probability: float, least: int) -> Tensor:
+    """Return `_draw_nested_count` as a tensor () on x's device."""
+    return torch.tensor(_draw_nested_count(stages, probability, least), device=x.device)
 
 
-@_nested_levels.register_fake
-def _(x: Tensor, levels: int, probability: float, least: int) -> Tensor:
+@_draw_nested_count_op.register_fake
+def _(x: Tensor, stages: int, probability: float, least: int) -> Tensor:
     return x.new_empty((), dtype=torch.int64)

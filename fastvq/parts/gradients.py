@@ -14,8 +14,8 @@ from fastvq.functional.quantize import quantize, unit_norm
 from fastvq.functional.soft_assign import soft_lookup
 from fastvq.ops import quantize_backward
 
-from .losses import squared_errors
-from .shapes import behind_each_other
+from .losses import mean_squared_errors
+from .shapes import offset_indices
 from .tables import Shared, Table
 
 
@@ -203,7 +203,7 @@ class Estimator(NamedTuple):
             gradient=self.kind,
             commitment_weight=1.0,
             codebook_weight=1.0 if pulled else 0.0,
-            indices=behind_each_other(indices, table.size),
+            indices=offset_indices(indices, table.size),
         )
         # Pulled, both losses are one mean with both sides free: its value is counted once.
         return Output(quantized.view(x.shape), error - error.detach() / 2 if pulled else error)
@@ -212,7 +212,7 @@ class Estimator(NamedTuple):
         codes = table.lookup(indices)
         codes = codes if pulled else codes.detach()
         rows = x if indices.dim() == 2 else x.unsqueeze(2).expand(*indices.shape, x.shape[-1])
-        errors = squared_errors(rows, codes, indices)
+        errors = mean_squared_errors(rows, codes, indices)
         if indices.dim() == 2:
             errors = errors.sum() / (indices >= 0).sum().clamp_min(1)
         if not routed:

@@ -63,7 +63,7 @@ def used_codes(indices: Tensor, size: int) -> Tensor:
     return used.scatter_(1, torch.where(indices < 0, size, indices), True)[:, :size]
 
 
-def squared_errors(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
+def mean_squared_errors(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
     """The mean over D of (x - code)^2 for each index, 0 for -1: x and codes (..., D), indices (...).
 
     Differentiable in both, in float32 at least.
@@ -139,11 +139,11 @@ def assignment_entropies(
     if not temperature > 0:
         raise ValueError(f"temperature: must be positive, got {temperature}")
     rows = x.reshape(-1, x.shape[-1])
-    counted = rows.isfinite().all(1)
+    rows_mask = rows.isfinite().all(1)
     if mask is not None:
-        counted = counted & rows_of_mask(mask, x.shape[:-1])
-    found = soft_assign(rows, codebook, metric=metric, scale=1 / temperature, mask=counted)
-    count = counted.sum().to(found.mean.dtype)
+        rows_mask = rows_mask & rows_of_mask(mask, x.shape[:-1])
+    found = soft_assign(rows, codebook, metric=metric, scale=1 / temperature, mask=rows_mask)
+    count = rows_mask.sum().to(found.mean.dtype)
     batch = entropy(mean_over_ranks(found.mean, count), torch.finfo(found.mean.dtype).tiny)
     return Entropies(found.entropy.sum() / count.clamp_min(1), batch)
 
@@ -173,18 +173,18 @@ def mean_over_ranks(mean: Tensor, count: Tensor) -> Tensor:
     return shared[:-1].view_as(mean) / shared[-1].detach().clamp_min(torch.finfo(shared.dtype).tiny)
 
 
-def random_share(valid: Tensor, share: float) -> Tensor:
+def random_subset(mask: Tensor, share: float) -> Tensor:
     """A random choice of `share` of the rows that are valid (R,), rounded down, but at least one: bool (R,).
 
     By torch's generator, on the device, without waiting for it.
     """
-    if share >= 1 or len(valid) == 0:
-        return valid
-    count = valid.sum()
+    if share >= 1 or len(mask) == 0:
+        return mask
+    count = mask.sum()
     wanted = (count.double() * share).long().clamp_min(1)
-    order = torch.randn(len(valid), device=valid.device).masked_fill(~valid, torch.inf).argsort()
-    place = (valid.cumsum(0) - 1).clamp_min(0)  # of each row among the valid ones
-    return valid & (place[order][place] < wanted)
+    order = torch.randn(len(mask), device=mask.device).masked_fill(~mask, torch.inf).argsort()
+    place = (mask.cumsum(0) - 1).clamp_min(0)  # of each row among the valid ones
+    return mask & (place[order][place] < wanted)
 
 
 class Moments(NamedTuple):
@@ -196,16 +196,16 @@ class Moments(NamedTuple):
     kurtosis: Tensor
 
 
-def batch_stats(batch: Tensor, eps: float = 1e-8, counts: Tensor | None = None) -> Moments:
+def batch_stats(batch: Tensor, eps: float = 1e-8, mask: Tensor | None = None) -> Moments:
     """Mean, unbiased variance, skewness and excess kurtosis of the columns of a batch (N, d).
 
         skewness = mean z^3,   kurtosis = mean z^4 - 3,   z = (x - mean) / max(std, eps)
 
     Rows where counts (N,) is False take no part. With fewer than two rows there is no variance: it is zero.
     """
-    here = batch.new_ones(len(batch), 1) if counts is None else counts[:, None].to(batch.dtype)
-    if counts is not None:
-        batch = torch.where(counts[:, None], batch, 0)
+    here = batch.new_ones(len(batch), 1) if mask is None else mask[:, None].to(batch.dtype)
+    if mask is not None:
+        batch = torch.where(mask[:, None], batch, 0)
     total = here.sum().clamp_min(1)
     mean = batch.sum(0) / total
     centred = (batch - mean) * here
@@ -256,17 +256,17 @@ class VectorNorm(nn.Module):
         self.l4_target, self.l4_weight = l4_target, l4_weight
         self.eps = eps
 
-    def forward(self, z: Tensor, counts: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, the moments by name) of z (N, d), of the rows where counts (N,) is True. The loss of fewer than two
         rows is zero."""
-        moments = batch_stats(z, self.eps, counts)
+        moments = batch_stats(z, self.eps, mask)
         targets = (self.l1_target, self.l2_target, self.l3_target, self.l4_target)
         weights = (self.l1_weight, self.l2_weight, self.l3_weight, self.l4_weight)
         loss = z.new_zeros(())
         for moment, target, weight in zip(moments, targets, weights, strict=True):
             if weight:
                 loss = loss + (moment - target).square().mean() * weight
-        rows = torch.tensor(len(z)) if counts is None else counts.sum()
+        rows = torch.tensor(len(z)) if mask is None else mask.sum()
         return torch.where(rows > 1, loss, 0), moments._asdict()
 
     @classmethod

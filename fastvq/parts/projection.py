@@ -22,15 +22,15 @@ def projections(
     return into, nn.Linear(codebook_dim, dim, bias=bias)
 
 
-def projected_out(project_out: nn.Module, codes: Tensor, counts: Tensor) -> Tensor:
+def project_codes_out(project_out: nn.Module, codes: Tensor, mask: Tensor) -> Tensor:
     """project_out(codes (..., D)) in the projection's dtype, zero where counts (...) is False: the bias alone is no
     output. Codes of other strides are laid out first: a matrix product may depend on strides in its last bits."""
     if isinstance(project_out, nn.Linear):
         codes = project_out(codes.to(project_out.weight.dtype).contiguous())
-    return codes.masked_fill(~counts.unsqueeze(-1), 0)
+    return codes.masked_fill(~mask.unsqueeze(-1), 0)
 
 
-def rotated(x: Tensor, rotation: Tensor) -> Tensor:
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """x (..., d) @ rotation (d, d) in float64, where the device has it: neither TF32 nor autocast moves a code."""
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     return x.to(dtype) @ rotation.to(dtype)

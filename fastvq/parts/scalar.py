@@ -69,13 +69,13 @@ class Bound(KeepsPrecision, nn.Module):
         for name, column in zip(("last", "span", "gain", "lift", "shift"), zip(*constants, strict=True), strict=True):
             self.register_buffer(name, torch.tensor(column, dtype=torch.float32), persistent=False)
 
-    def forward(self, z: Tensor, counts: Tensor | None = None, *, with_error: bool = False) -> Rounded:
+    def forward(self, z: Tensor, mask: Tensor | None = None, *, with_error: bool = False) -> Rounded:
         """Codes and levels of z (..., d) in float32 or float64; the gradient flows through the codes. Where counts
         (...) is False, codes are zero and pass none, and levels mean nothing."""
         levels = self.thresholds(z)
         codes = self.values(levels, z.dtype)
-        if counts is not None:
-            codes = torch.where(counts.unsqueeze(-1), codes, 0)
+        if mask is not None:
+            codes = torch.where(mask.unsqueeze(-1), codes, 0)
         differentiable = torch.is_grad_enabled() and z.requires_grad
         if not (differentiable or with_error):
             return Rounded(codes, levels, None)
@@ -87,9 +87,9 @@ class Bound(KeepsPrecision, nn.Module):
             if not differentiable:
                 return Rounded(codes, levels, error)
             slope = f.slope(moved, bounded).mul_(self.gain)
-            if counts is not None:
-                slope = torch.where(counts.unsqueeze(-1), slope, 0)
-        return Rounded(sloped(z, codes, slope), levels, error)
+            if mask is not None:
+                slope = torch.where(mask.unsqueeze(-1), slope, 0)
+        return Rounded(with_slope(z, codes, slope), levels, error)
 
     def values(self, levels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The codes (..., d) of levels (..., d)."""
@@ -243,7 +243,7 @@ class _Sloped(torch.autograd.Function):
         return grad * slope, None, None
 
 
-def sloped(z: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+def with_slope(z: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     """`value`, as if it were a function of z with the derivative `slope`: straight through a rounding that follows a
     smooth function, and exactly `value`, unlike f(z) + (value - f(z)). All of one shape.
 

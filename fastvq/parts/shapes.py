@@ -121,7 +121,7 @@ class Layout(NamedTuple):
         return torch.arange(self.rows, device=lens.device) < lens[:, None]
 
 
-def codes_layout(codes: Tensor, channel_first: bool) -> Tensor:
+def codes_in_layout(codes: Tensor, channel_first: bool) -> Tensor:
     """Decoded codes (B, spatial, D) as the layer would have put them out: with the channels second if it does so."""
     return codes.movedim(-1, 1) if channel_first and codes.dim() > 2 else codes
 
@@ -187,7 +187,7 @@ class Heads(NamedTuple):
         return rows.reshape(batch, self.number, n, *rows.shape[2:]).transpose(1, 2)
 
 
-def behind_each_other(indices: Tensor, size: int) -> Tensor:
+def offset_indices(indices: Tensor, size: int) -> Tensor:
     """Indices (C, R, ...) in one codebook (C K, D) that holds those of all heads (C, K, D), flat: (C R, ...). -1
     stays."""
     if len(indices) > 1:

@@ -16,7 +16,7 @@ from fastvq.functional.soft_assign import cross_entropy, mean_assignment_entropy
 from fastvq.ops import sample, search, topk_search
 from fastvq.precision import full_precision
 
-from .shapes import behind_each_other
+from .shapes import offset_indices
 
 
 class Table(ABC):
@@ -42,7 +42,7 @@ class Table(ABC):
         """Indices (C, R), or (C, R, k) without repetition, drawn as `fastvq.ops.sample` does, -1 likewise."""
 
     @abstractmethod
-    def spread(self, x: Tensor, shape: tuple[int, int], temperature: float, mask: Tensor | None) -> Tensor:
+    def positional_entropy(self, x: Tensor, shape: tuple[int, int], temperature: float, mask: Tensor | None) -> Tensor:
         """How evenly the vectors at each position of a batch share the codes: the entropy of their mean assignment,
         averaged over positions and codebooks; (), in nats, differentiable.
 
@@ -70,7 +70,7 @@ class Shared(Table):
         return topk_search(x, self.codes.detach(), k, metric=self.metric, mask=mask)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        codes = lookup(self.codes.flatten(0, 1), behind_each_other(indices, self.size))
+        codes = lookup(self.codes.flatten(0, 1), offset_indices(indices, self.size))
         return codes.unflatten(0, indices.shape[:2])
 
     def draw(self, x: Tensor, temperature: float, k: int | None, mask: Tensor | None) -> Tensor:
@@ -81,28 +81,30 @@ class Shared(Table):
             return indices if mask is None else indices.masked_fill(~mask, -1)
         step = max(1, CHUNK_ELEMENTS // self.size)
         heads = [
-            torch.cat([drawn(part, own[None], temperature, k, self.metric) for part in rows.split(step)])
+            torch.cat(
+                [sample_without_replacement(part, own[None], temperature, k, self.metric) for part in rows.split(step)]
+            )
             for rows, own in zip(x, codes, strict=True)
         ]
-        return _within(torch.stack(heads), mask)
+        return _apply_mask(torch.stack(heads), mask)
 
-    def spread(self, x: Tensor, shape: tuple[int, int], temperature: float, mask: Tensor | None) -> Tensor:
+    def positional_entropy(self, x: Tensor, shape: tuple[int, int], temperature: float, mask: Tensor | None) -> Tensor:
         values = []
         for place, (rows, codes) in enumerate(zip(x, self.codes, strict=True)):
-            counted = None if mask is None else mask[place].view(-1, shape[1])
+            rows_mask = None if mask is None else mask[place].view(-1, shape[1])
             rows = rows.reshape(-1, *shape[1:], rows.shape[-1])
             values.append(
-                mean_assignment_entropy(rows, codes, metric=self.soft_metric, scale=temperature, mask=counted)
+                mean_assignment_entropy(rows, codes, metric=self.soft_metric, scale=temperature, mask=rows_mask)
             )
         return torch.stack(values).mean()
 
     def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        counted = (targets >= 0) & x.isfinite().all(-1)
+        mask = (targets >= 0) & x.isfinite().all(-1)
         losses = [
             cross_entropy(rows, codes, chosen, metric=self.soft_metric)
             for rows, codes, chosen in zip(x, self.codes, targets, strict=True)
         ]
-        counts = counted.sum(1)
+        counts = mask.sum(1)
         return (torch.stack(losses) * counts).sum() / counts.sum().clamp_min(1)
 
     @property
@@ -133,15 +135,17 @@ class PerRow(Table):
         return codes.masked_fill((flat < 0)[..., None], 0).reshape(*indices.shape, self.codes.shape[-1])
 
     def draw(self, x: Tensor, temperature: float, k: int | None, mask: Tensor | None) -> Tensor:
-        indices = drawn(x.flatten(0, 1), self.codes.detach().flatten(0, 1), temperature, k or 1, self.metric)
-        indices = _within(indices.view(*x.shape[:2], -1), mask)
+        indices = sample_without_replacement(
+            x.flatten(0, 1), self.codes.detach().flatten(0, 1), temperature, k or 1, self.metric
+        )
+        indices = _apply_mask(indices.view(*x.shape[:2], -1), mask)
         return indices if k is not None else indices.squeeze(-1)
 
-    def spread(self, x: Tensor, shape: tuple[int, int], temperature: float, mask: Tensor | None) -> Tensor:
-        counted = x.isfinite().all(-1) if mask is None else mask & x.isfinite().all(-1)
-        rows = x.masked_fill(~counted[..., None], 0).flatten(0, 1)
+    def positional_entropy(self, x: Tensor, shape: tuple[int, int], temperature: float, mask: Tensor | None) -> Tensor:
+        rows_mask = x.isfinite().all(-1) if mask is None else mask & x.isfinite().all(-1)
+        rows = x.masked_fill(~rows_mask[..., None], 0).flatten(0, 1)
         p = (_logits(rows, self.codes.flatten(0, 1), self.metric) * temperature).softmax(-1)
-        counts = counted.view(len(x), -1, shape[1], 1)
+        counts = rows_mask.view(len(x), -1, shape[1], 1)
         mean = (p.view(*counts.shape[:3], -1) * counts).sum(1) / counts.sum(1).clamp_min(1)
         entropies = -(mean * mean.clamp_min(1e-5).log()).sum(-1)
         return entropies.sum() / counts.any(1).sum().clamp_min(1)
@@ -185,11 +189,11 @@ class Implicit(Table):
         found = rows.new_empty((len(rows), k or 1), dtype=torch.int64)
         with torch.no_grad():
             for place, codes in self.network.by_rows(self.codes, self.condition):
-                found[place] = drawn(rows[place], codes, temperature, k or 1, self.metric)
-        indices = _within(found[None], mask)
+                found[place] = sample_without_replacement(rows[place], codes, temperature, k or 1, self.metric)
+        indices = _apply_mask(found[None], mask)
         return indices if k is not None else indices.squeeze(-1)
 
-    def spread(self, x: Tensor, shape: tuple[int, int], temperature: float, mask: Tensor | None) -> Tensor:
+    def positional_entropy(self, x: Tensor, shape: tuple[int, int], temperature: float, mask: Tensor | None) -> Tensor:
         raise ValueError("codebook_diversity_loss_weight: must be 0 for implicit codebooks")
 
     def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -204,11 +208,11 @@ class Implicit(Table):
             checkpoint(part, rows, self.codes, condition, chosen, use_reentrant=False)
             for rows, condition, chosen in pieces
         ]
-        counted = ((targets >= 0) & x.isfinite().all(-1)).sum().clamp_min(1)
-        return torch.stack(losses).sum() / counted if losses else x.sum() * 0
+        count = ((targets >= 0) & x.isfinite().all(-1)).sum().clamp_min(1)
+        return torch.stack(losses).sum() / count if losses else x.sum() * 0
 
 
-def drawn(x: Tensor, codes: Tensor, temperature: float, k: int, metric: str) -> Tensor:
+def sample_without_replacement(x: Tensor, codes: Tensor, temperature: float, k: int, metric: str) -> Tensor:
     """k indices (R, k) for each row of x (R, D), drawn without repetition from softmax(s / temperature) over codes
     (1, K, D) or (R, K, D): the largest of s / temperature + Gumbel noise. -1 for rows that aren't finite. It holds
     R x K: for a chunk of rows.
@@ -233,12 +237,12 @@ def _logits(x: Tensor, codes: Tensor, metric: str) -> Tensor:
 
 def _negative_log(x: Tensor, codes: Tensor, targets: Tensor, metric: str) -> Tensor:
     """The sum over rows x (R, D) of -ln softmax(s)_target over their codes (R, K, D)."""
-    counted = (targets >= 0) & x.isfinite().all(-1)
-    logits = _logits(x.masked_fill(~counted[:, None], 0), codes, metric)
-    return F.cross_entropy(logits, targets.masked_fill(~counted, -1), ignore_index=-1, reduction="sum")
+    mask = (targets >= 0) & x.isfinite().all(-1)
+    logits = _logits(x.masked_fill(~mask[:, None], 0), codes, metric)
+    return F.cross_entropy(logits, targets.masked_fill(~mask, -1), ignore_index=-1, reduction="sum")
 
 
-def _within(indices: Tensor, mask: Tensor | None) -> Tensor:
+def _apply_mask(indices: Tensor, mask: Tensor | None) -> Tensor:
     """Indices (C, R, k) with -1 where the mask (C, R) is False."""
     return indices if mask is None else indices.masked_fill(~mask[..., None], -1)
 
@@ -298,7 +302,7 @@ class NeuralCodes(nn.Module):
             yield place, self(codes[None], condition=condition[place, None])
 
 
-class Looked(NamedTuple):
+class IndexBackpropagationResult(NamedTuple):
     """What `index_backpropagation` returns."""
 
     quantized: Tensor  # (..., D), dtype of x
@@ -307,7 +311,7 @@ class Looked(NamedTuple):
 
 def index_backpropagation(
     x: Tensor, codebook: Tensor, *, metric: str = "dot", scale: float = 1.0, mask: Tensor | None = None
-) -> Looked:
+) -> IndexBackpropagationResult:
     """The best code of each vector; its choice is differentiated as if it were soft, so that every code learns.
 
         p_n = softmax_k(scale s_nk),   index_n = argmax_k s_nk,   s_nk = <x_n, e_k> for "dot", -|x_n - e_k|^2 for "l2"
@@ -327,6 +331,6 @@ def index_backpropagation(
     Source: Shi et al., Scalable Image Tokenization with Index Backpropagation Quantization, 2024, equations 3 and 4.
     """
     rows = x.reshape(-1, x.shape[-1])
-    counted = None if mask is None else rows_of_mask(mask, x.shape[:-1])
-    indices = search(rows.detach(), codebook.detach(), metric=metric, mask=counted).reshape(x.shape[:-1])
-    return Looked(soft_lookup(x, codebook, indices, metric=metric, scale=scale), indices)
+    rows_mask = None if mask is None else rows_of_mask(mask, x.shape[:-1])
+    indices = search(rows.detach(), codebook.detach(), metric=metric, mask=rows_mask).reshape(x.shape[:-1])
+    return IndexBackpropagationResult(soft_lookup(x, codebook, indices, metric=metric, scale=scale), indices)

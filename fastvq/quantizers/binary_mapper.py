@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastvq.codebook.health import LevelUse
-from fastvq.parts.masking import finite_rows
+from fastvq.parts.masking import finite_mask
 
 NAT = math.log(2)
 """One bit, in nats."""
@@ -67,10 +67,10 @@ class BinaryMapper(LevelUse, nn.Module):
 
     def calc_aux_loss(self, logits: Tensor, reduce_aux_kl_loss: bool = True) -> Tensor:
         """The loss of logits (..., bits): (), or (...) if it isn't reduced; rows that aren't finite have none."""
-        counts = finite_rows(logits)
-        divergence = self.bits * NAT - binary_entropy(_wide(torch.where(counts[..., None], logits, 0)))
-        loss = torch.where(counts, F.relu(divergence - self.kl_loss_threshold), 0)
-        return loss.sum() / counts.sum().clamp_min(1) if reduce_aux_kl_loss else loss
+        mask = finite_mask(logits)
+        divergence = self.bits * NAT - binary_entropy(_wide(torch.where(mask[..., None], logits, 0)))
+        loss = torch.where(mask, F.relu(divergence - self.kl_loss_threshold), 0)
+        return loss.sum() / mask.sum().clamp_min(1) if reduce_aux_kl_loss else loss
 
     def log_prob(
         self, logits: Tensor, *, indices: Tensor | None = None, one_hot: Tensor | None = None, sum_bits: bool = True
@@ -96,10 +96,10 @@ class BinaryMapper(LevelUse, nn.Module):
             raise ValueError(f"logits: must have shape (..., {self.bits}), got {tuple(logits.shape)}")
         if not temperature > 0:
             raise ValueError(f"temperature: must be positive, got {temperature}")
-        counts = finite_rows(logits)
-        logits = _wide(torch.where(counts[..., None], logits, 0)).detach()
+        mask = finite_mask(logits)
+        logits = _wide(torch.where(mask[..., None], logits, 0)).detach()
         bits = logits > 0 if deterministic else (logits / temperature).sigmoid().bernoulli()
-        return (bits.long() * self.power_two).sum(-1).masked_fill(~counts, -1)
+        return (bits.long() * self.power_two).sum(-1).masked_fill(~mask, -1)
 
     def forward(
         self,
@@ -136,8 +136,8 @@ class BinaryMapper(LevelUse, nn.Module):
         one_hot = logits.new_zeros(*indices.shape, self.num_codes)
         one_hot.scatter_(-1, indices.clamp_min(0).unsqueeze(-1), (indices >= 0).unsqueeze(-1).to(one_hot.dtype))
         if self.training if straight_through is None else straight_through:
-            counts = (indices >= 0).unsqueeze(-1)
-            one_hot = _Soft.apply(torch.where(counts, logits, 0), one_hot)
+            mask = (indices >= 0).unsqueeze(-1)
+            one_hot = _Soft.apply(torch.where(mask, logits, 0), one_hot)
         loss = _wide(logits.new_zeros(()))
         if self.training if calc_aux_loss is None else calc_aux_loss:
             loss = self.calc_aux_loss(logits, reduce_aux_kl_loss)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from fastvq.codebook.health import LevelUse
 from fastvq.parts.indices import checked_indices, checked_levels, join_levels, register_radix, split_index
 from fastvq.parts.losses import VectorNorm
-from fastvq.parts.masking import columns, finite_rows, keep_finite, mean_of_rows
-from fastvq.parts.projection import projected_out, projections
-from fastvq.parts.scalar import CUMULATIVE, Thresholds, sloped
-from fastvq.parts.shapes import Layout, codes_layout
+from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask, masked_mean
+from fastvq.parts.projection import project_codes_out, projections
+from fastvq.parts.scalar import CUMULATIVE, Thresholds, with_slope
+from fastvq.parts.shapes import Layout, codes_in_layout
 
 UNIT = 1 / math.sqrt(12)
 """The standard deviation of U(0, 1)."""
@@ -118,14 +118,16 @@ class FSP(LevelUse, nn.Module):
         """What `forward` gives as quantized in eval for these indices, (B, ...) to (B, ..., dim), or (B, dim, ...) if
         channel_first; zero for -1. eps: how close to 0 and 1 the inverse of F is taken."""
         indices = checked_indices(indices, self.codebook_size)
-        codes = projected_out(self.project_out, self._on_scale(self.indices_to_act_value(indices), eps), indices >= 0)
-        return codes_layout(codes, self.channel_first)
+        codes = project_codes_out(
+            self.project_out, self._on_scale(self.indices_to_act_value(indices), eps), indices >= 0
+        )
+        return codes_in_layout(codes, self.channel_first)
 
     def quantize_act_value(self, act_z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(the middles of the bins that probabilities (..., d) lie in, with the gradient of act_z; the levels, in its
         dtype)."""
         levels = (act_z.detach().clamp_max(1 - eps) * self._levels).floor()
-        return sloped(act_z, self._middles(levels, act_z.dtype), torch.ones_like(act_z)), levels
+        return with_slope(act_z, self._middles(levels, act_z.dtype), torch.ones_like(act_z)), levels
 
     def forward(
         self, z: Tensor, eps: float | None = None, *, mask: Tensor | None = None, lens: Tensor | None = None
@@ -149,14 +151,14 @@ class FSP(LevelUse, nn.Module):
         layout = Layout.of(z, self.dim, channel_first=self.channel_first)
         rows, rows_mask = layout.to_rows(z), layout.rows_mask(mask, lens)
         if self.has_projections:
-            rows, rows_mask = keep_finite(rows, rows_mask)
+            rows, rows_mask = exclude_non_finite(rows, rows_mask)
         projected = self.project_in(rows)
-        latents = columns(projected if projected.dtype == torch.float64 else projected.float()).flatten(
+        latents = feature_major(projected if projected.dtype == torch.float64 else projected.float()).flatten(
             0, 1
         )  # [B N, d]
-        counts = finite_rows(latents) if rows_mask is None else finite_rows(latents) & rows_mask.flatten()
-        latents = torch.where(counts[:, None], latents, 0)
-        norm_loss, norm_info = self.vector_norm(latents, counts)
+        rows_mask = finite_mask(latents) if rows_mask is None else finite_mask(latents) & rows_mask.flatten()
+        latents = torch.where(rows_mask[:, None], latents, 0)
+        norm_loss, norm_info = self.vector_norm(latents, rows_mask)
 
         levels = self._levels_of(latents, eps)
         eps = eps or torch.finfo(latents.dtype).eps
@@ -164,21 +166,21 @@ class FSP(LevelUse, nn.Module):
             act = CUMULATIVE[self.act_name]
             p = act.apply(latents)
             value = self._middles(levels, p.dtype)
-            indices = join_levels(levels, self._sizes).masked_fill(~counts, -1)
+            indices = join_levels(levels, self._sizes).masked_fill(~rows_mask, -1)
             if self.training:
-                self._observe(indices, levels, counts, mean_of_rows((p - value).square(), counts))
-            value, details = self._perturbed(p, value, counts)
+                self._observe(indices, levels, rows_mask, masked_mean((p - value).square(), rows_mask))
+            value, details = self._perturbed(p, value, rows_mask)
             # With the inverse the gradient passes straight through, as vector_quantize_pytorch and the paper have it.
             slope = torch.ones_like(p) if self.need_inv_act else act.slope(latents, p) / UNIT
-            codes = torch.where(counts[:, None], self._on_scale(value, eps), 0)
-        codes = sloped(latents, codes, slope).to(projected.dtype).contiguous()
-        codes = projected_out(self.project_out, codes, counts) if self.has_projections else codes
-        levels = levels.to(latents.dtype).masked_fill(~counts[:, None], -1)
+            codes = torch.where(rows_mask[:, None], self._on_scale(value, eps), 0)
+        codes = with_slope(latents, codes, slope).to(projected.dtype).contiguous()
+        codes = project_codes_out(self.project_out, codes, rows_mask) if self.has_projections else codes
+        levels = levels.to(latents.dtype).masked_fill(~rows_mask[:, None], -1)
         levels, indices, codes = (t.unflatten(0, (layout.batch, layout.rows)) for t in (levels, indices, codes))
         details = {"level_indices": layout.indices(levels).contiguous(), "norm_info": norm_info, **details}
         return layout.from_rows(codes).to(z.dtype), layout.indices(indices), norm_loss, details
 
-    def _perturbed(self, p: Tensor, value: Tensor, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _perturbed(self, p: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """`value`, what p is quantized to, or p perturbed, at random; and how much of that was possible."""
         if not self.training or self.quantize_rate == 1:
             return value, {}
@@ -188,7 +190,7 @@ class FSP(LevelUse, nn.Module):
         accepted = (proposal > 0) & (proposal < 1)
         perturbed = torch.where(accepted, proposal, p)
         chosen = torch.rand_like(rows) > self.quantize_rate
-        return torch.where(chosen, perturbed, value), {"p_accept_prob": mean_of_rows(accepted.float(), counts)}
+        return torch.where(chosen, perturbed, value), {"p_accept_prob": masked_mean(accepted.float(), mask)}
 
     def _levels_of(self, latents: Tensor, eps: float | None) -> Tensor:
         levels = self._thresholds(latents)

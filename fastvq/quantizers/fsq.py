@@ -20,10 +20,10 @@ from fastvq.parts.indices import (
     register_radix,
     split_index,
 )
-from fastvq.parts.masking import columns, finite_rows, keep_finite, mean_of_rows
-from fastvq.parts.projection import projected_out, projections, rotated
+from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask, masked_mean
+from fastvq.parts.projection import project_codes_out, projections, rotate
 from fastvq.parts.scalar import Bound
-from fastvq.parts.shapes import Layout, codes_layout
+from fastvq.parts.shapes import Layout, codes_in_layout
 from fastvq.precision import KeepsBuffers
 
 
@@ -179,7 +179,7 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
         if zhat.shape[-1] != self.codebook_dim:
             raise ValueError(f"zhat: must have shape (..., {self.codebook_dim}), got {tuple(zhat.shape)}")
         levels = self._bound.nearest(self._rotate(zhat))
-        return join_levels(levels, self._bound.levels).masked_fill(~finite_rows(zhat), -1)
+        return join_levels(levels, self._bound.levels).masked_fill(~finite_mask(zhat), -1)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """What `forward` gives as quantized for these indices, (B, N) or (B, N, num_codebooks) to (B, N, dim); channels
@@ -190,7 +190,9 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
         if self.keep_num_codebooks_dim:
             codes = codes.flatten(-2)
             indices = indices.amax(-1)
-        return codes_layout(projected_out(self.project_out, codes, indices >= 0), spatial >= 2 or self.channel_first)
+        return codes_in_layout(
+            project_codes_out(self.project_out, codes, indices >= 0), spatial >= 2 or self.channel_first
+        )
 
     def forward(
         self, z: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None
@@ -221,28 +223,28 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
         layout = Layout.of(z, self.dim, channel_first=True if self.channel_first else None)
         rows, rows_mask = layout.to_rows(z), layout.rows_mask(mask, lens)
         if self.has_projections:
-            rows, rows_mask = keep_finite(rows, rows_mask)
+            rows, rows_mask = exclude_non_finite(rows, rows_mask)
         projected = self.project_in(rows)
-        latents = columns(self._wide(projected))
-        counts = finite_rows(latents) if rows_mask is None else finite_rows(latents) & rows_mask  # [B, N]
+        latents = feature_major(self._wide(projected))
+        rows_mask = finite_mask(latents) if rows_mask is None else finite_mask(latents) & rows_mask  # [B, N]
         latents = latents.unflatten(-1, (self.num_codebooks, self.codebook_dim))  # [B, N, C, d]
-        codes, indices = self.round_rows(latents, counts[..., None], training=training)
+        codes, indices = self.round_rows(latents, rows_mask[..., None], training=training)
         codes = codes.flatten(2).to(projected.dtype).contiguous()
         if self.has_projections:
-            codes = projected_out(self.project_out, codes, counts)
+            codes = project_codes_out(self.project_out, codes, rows_mask)
         indices = layout.indices(indices if self.keep_num_codebooks_dim else indices.squeeze(-1))
         return layout.from_rows(codes).to(z.dtype), indices
 
-    def round_rows(self, latents: Tensor, counts: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
+    def round_rows(self, latents: Tensor, mask: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
         """`forward` between the projections: the codes (..., d), with rotation and noise, in the dtype of the latents
         (..., d), float32 or float64, and the indices (...). Where counts, bool that broadcasts to (...), is False,
         codes are zero and indices -1. In training there is noise, and what is chosen is counted."""
-        codes, levels, error = self._bound(self._rotate(latents), counts, with_error=training)
-        indices = join_levels(levels, self._bound.levels).masked_fill(~counts, -1)
+        codes, levels, error = self._bound(self._rotate(latents), mask, with_error=training)
+        indices = join_levels(levels, self._bound.levels).masked_fill(~mask, -1)
         if error is not None:
-            self._observe(indices, levels, counts, mean_of_rows(error, counts))
+            self._observe(indices, levels, mask, masked_mean(error, mask))
         if training and self.noise_dropout:
-            codes = torch.where(counts.unsqueeze(-1), self.maybe_apply_noise(codes), 0)
+            codes = torch.where(mask.unsqueeze(-1), self.maybe_apply_noise(codes), 0)
         return self._rotate_back(codes).to(latents.dtype), indices
 
     def codes_of(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -257,7 +259,7 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
         return bound(self._wide(z)).codes.to(z.dtype)
 
     def _rotate(self, z: Tensor) -> Tensor:
-        return rotated(z, self.orthogonal_rot) if self.orthogonal_rotation else z
+        return rotate(z, self.orthogonal_rot) if self.orthogonal_rotation else z
 
     def _rotate_back(self, codes: Tensor) -> Tensor:
-        return rotated(codes, self.orthogonal_rot.T) if self.orthogonal_rotation else codes
+        return rotate(codes, self.orthogonal_rot.T) if self.orthogonal_rotation else codes

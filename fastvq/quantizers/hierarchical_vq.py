@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastvq.codebook.health import Health, Monitored
 from fastvq.codebook.recompute import REMEMBERED, History
 from fastvq.parts.dropout import NestedDropout
-from fastvq.parts.masking import finite_rows
+from fastvq.parts.masking import finite_mask
 from fastvq.parts.shapes import Layout
 
 from .vector_quantize import VectorQuantize
@@ -208,19 +208,18 @@ class HierarchicalVQ(Monitored, nn.Module):
             raise ValueError("indices: must be None; get_output_from_indices reconstructs from them")
         layout = Layout.of(x, self.dim, channel_first=self.channel_first, spatial=(self.spatial_dims,))
         rows = layout.to_rows(x)
-        counted = finite_rows(rows)
-        rows_mask = layout.rows_mask(mask, lens)
-        counted = layout.indices(counted if rows_mask is None else counted & rows_mask).unsqueeze(1)
+        finite, rows_mask = finite_mask(rows), layout.rows_mask(mask, lens)
+        rows_mask = layout.indices(finite if rows_mask is None else finite & rows_mask).unsqueeze(1)
         residual = x if self.channel_first else x.movedim(-1, 1)
         residual = residual if x.dtype == torch.float64 else residual.float()
-        residual = residual.masked_fill(~counted, 0)
+        residual = residual.masked_fill(~rows_mask, 0)
         options = {"sample_codebook_temp": sample_codebook_temp, "accum_ema_update": accum_ema_update}
 
         # Drawn before the codebooks draw, which in a recomputed forward they don't.
-        kept = self._dropout.draw(self.training, x)
+        active = self._dropout.draw(self.training, x)
         outputs, found, losses = [], [], []
         for level, shape in enumerate(self.level_shapes):
-            cells, cells_mask = self._pool(residual, counted, shape)
+            cells, cells_mask = self._pool(residual, rows_mask, shape)
             vq = self.get_vq(level)
             quantized, chosen, loss = vq(cells.flatten(2).transpose(1, 2), mask=cells_mask.flatten(1), **options)
             quantized = self._to_full(quantized.transpose(1, 2).unflatten(2, shape), layout.spatial, level)
@@ -228,13 +227,13 @@ class HierarchicalVQ(Monitored, nn.Module):
             outputs.append(quantized)
             found.append(chosen.unflatten(1, shape))
             losses.append(loss)
-        total = sum(kept.mask(level, output, 0.0) for level, output in enumerate(outputs))
-        total = cast(Tensor, total).masked_fill(~counted, 0)
+        total = sum(active.fill(level, output, 0.0) for level, output in enumerate(outputs))
+        total = cast(Tensor, total).masked_fill(~rows_mask, 0)
         total = (total if self.channel_first else total.movedim(1, -1)).to(x.dtype)
-        losses = [kept.mask(level, loss, 0.0) for level, loss in enumerate(losses)]
-        result = (total, tuple(found), torch.stack(losses).sum() / kept.levels)
-        all_kept = isinstance(kept.levels, int) and kept.levels == self.num_levels
-        return (*result, None if all_kept else kept.levels - 1) if return_cutoff else result
+        losses = [active.fill(level, loss, 0.0) for level, loss in enumerate(losses)]
+        result = (total, tuple(found), torch.stack(losses).sum() / active.number)
+        all_active = isinstance(active.number, int) and active.number == self.num_levels
+        return (*result, None if all_active else active.number - 1) if return_cutoff else result
 
     def get_output_from_indices(self, indices: Sequence[Tensor], full_shape: Scale | None = None) -> Tensor:
         """What `forward` reconstructs from the indices of all levels, without a mask.
@@ -259,12 +258,12 @@ class HierarchicalVQ(Monitored, nn.Module):
         for vq in dict.fromkeys(self.get_vq(level) for level in range(self.num_levels)):
             vq.commit_ema_update()
 
-    def _pool(self, residual: Tensor, counted: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def _pool(self, residual: Tensor, mask: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """The averages (B, dim, *shape) over what counts (B, 1, ...) in each cell, and which cells have any."""
         pools: tuple[Any, ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
         pool = pools[self.spatial_dims - 1]
-        share = pool(counted.to(residual.dtype), shape)
-        cells = pool(residual.masked_fill(~counted, 0), shape) / torch.where(share > 0, share, 1)
+        share = pool(mask.to(residual.dtype), shape)
+        cells = pool(residual.masked_fill(~mask, 0), shape) / torch.where(share > 0, share, 1)
         return cells, (share > 0).squeeze(1)
 
     def _to_full(self, codes: Tensor, size: tuple[int, ...], level: int) -> Tensor:

@@ -17,9 +17,9 @@ from fastvq.distributed import mean
 from fastvq.ops import search
 from fastvq.parts.gradients import straight_through
 from fastvq.parts.indices import checked_indices, checked_levels, join_levels, register_radix, split_index
-from fastvq.parts.masking import finite_rows, keep_finite, mean_of_rows
-from fastvq.parts.projection import projected_out, projections
-from fastvq.parts.shapes import Layout, codes_layout
+from fastvq.parts.masking import exclude_non_finite, finite_mask, masked_mean
+from fastvq.parts.projection import project_codes_out, projections
+from fastvq.parts.shapes import Layout, codes_in_layout
 
 
 class LatentQuantize(LevelUse, nn.Module):
@@ -146,8 +146,8 @@ class LatentQuantize(LevelUse, nn.Module):
         if self.keep_num_codebooks_dim:
             codes, indices = codes.flatten(-2), indices.amax(-1)
         if project_out:
-            codes = projected_out(self.project_out, codes, indices >= 0)
-        return codes_layout(codes, True)
+            codes = project_codes_out(self.project_out, codes, indices >= 0)
+        return codes_in_layout(codes, True)
 
     def forward(
         self, z: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None
@@ -165,26 +165,26 @@ class LatentQuantize(LevelUse, nn.Module):
             ValueError, TypeError: z, mask or lens that don't fit.
         """
         layout = Layout.of(z, self.dim, channel_first=True)
-        rows, counts = keep_finite(layout.to_rows(z), layout.rows_mask(mask, lens))
+        rows, rows_mask = exclude_non_finite(layout.to_rows(z), layout.rows_mask(mask, lens))
         projected = self.project_in(rows)
-        counts = counts & finite_rows(projected)
-        latents = _wide(torch.where(counts[..., None], projected, 0))
+        rows_mask = rows_mask & finite_mask(projected)
+        latents = _wide(torch.where(rows_mask[..., None], projected, 0))
         latents = latents.unflatten(-1, (self.num_codebooks, self.codebook_dim))  # [B, N, C, d]
         if self.in_place_codebook_optimizer is not None and self.training and not recomputing():
-            self._step(latents, counts)
+            self._step(latents, rows_mask)
         levels = self._nearest(latents)
         selected = self._values_of(levels)
-        indices = join_levels(levels, self._sizes).masked_fill(~counts[..., None], -1)
+        indices = join_levels(levels, self._sizes).masked_fill(~rows_mask[..., None], -1)
         if self.training:
-            error = self._error(latents.detach(), selected.detach(), counts)
-            self._observe(indices, levels, counts[..., None], error)
-        codes = straight_through(latents, torch.where(counts[..., None, None], selected, 0))
+            error = self._error(latents.detach(), selected.detach(), rows_mask)
+            self._observe(indices, levels, rows_mask[..., None], error)
+        codes = straight_through(latents, torch.where(rows_mask[..., None, None], selected, 0))
         codes = codes.flatten(2).to(projected.dtype)
-        quantized = layout.from_rows(projected_out(self.project_out, codes, counts)).to(z.dtype)
+        quantized = layout.from_rows(project_codes_out(self.project_out, codes, rows_mask)).to(z.dtype)
         chosen = layout.indices(indices if self.keep_num_codebooks_dim else indices.squeeze(-1))
-        return quantized, chosen, self._loss(latents, selected, counts)
+        return quantized, chosen, self._loss(latents, selected, rows_mask)
 
-    def _loss(self, latents: Tensor, selected: Tensor, counts: Tensor) -> Tensor:
+    def _loss(self, latents: Tensor, selected: Tensor, mask: Tensor) -> Tensor:
         commitment, quantization = self._weights
         loss = latents.new_zeros(())
         if not self.training:
@@ -192,13 +192,13 @@ class LatentQuantize(LevelUse, nn.Module):
         if self.in_place_codebook_optimizer is not None:
             selected = selected.detach()
         if commitment:
-            loss = loss + commitment * self._error(latents, selected.detach(), counts)
+            loss = loss + commitment * self._error(latents, selected.detach(), mask)
         if quantization:
-            loss = loss + quantization * self._error(latents.detach(), selected, counts)
+            loss = loss + quantization * self._error(latents.detach(), selected, mask)
         return loss
 
     @torch.no_grad()
-    def _step(self, latents: Tensor, counts: Tensor) -> None:
+    def _step(self, latents: Tensor, mask: Tensor) -> None:
         """A step of the values' own optimizer, the same on every rank, which leaves all other gradients alone.
 
         The gradient of the quantization loss is written out: a graph in here would be one more for checkpointing to
@@ -207,8 +207,8 @@ class LatentQuantize(LevelUse, nn.Module):
         optimizer = self.in_place_codebook_optimizer
         assert optimizer is not None
         levels = self._nearest(latents).clamp_min(0)
-        pull = torch.where(counts[..., None, None], self._values_of(levels) - latents, 0)
-        elements = (counts.sum() * self.effective_codebook_dim).clamp_min(1)
+        pull = torch.where(mask[..., None, None], self._values_of(levels) - latents, 0)
+        elements = (mask.sum() * self.effective_codebook_dim).clamp_min(1)
         first = torch.arange(0, self.codebook_dim * max(self._sizes), max(self._sizes), device=levels.device)
         grads = pull.new_zeros(self.codebook_dim * max(self._sizes))
         grads.index_add_(0, (levels + first).flatten(), (2 * self._weights[1] * pull / elements).flatten())
@@ -219,8 +219,8 @@ class LatentQuantize(LevelUse, nn.Module):
         optimizer.zero_grad()
 
     @staticmethod
-    def _error(latents: Tensor, selected: Tensor, counts: Tensor) -> Tensor:
-        return mean_of_rows((latents - selected).square(), counts[..., None])
+    def _error(latents: Tensor, selected: Tensor, mask: Tensor) -> Tensor:
+        return masked_mean((latents - selected).square(), mask[..., None])
 
     def _table(self) -> Tensor:
         """The values of all dimensions, (d, longest), filled up with NaN, which are never the nearest."""

@@ -14,9 +14,9 @@ from fastvq.codebook.health import LevelUse
 from fastvq.parts.binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
 from fastvq.parts.gradients import straight_through
 from fastvq.parts.indices import checked_indices
-from fastvq.parts.losses import Entropies, binary_entropies, random_share
-from fastvq.parts.masking import keep_finite, mean_of_rows
-from fastvq.parts.projection import projected_out, rotated
+from fastvq.parts.losses import Entropies, binary_entropies, random_subset
+from fastvq.parts.masking import exclude_non_finite, masked_mean
+from fastvq.parts.projection import project_codes_out, rotate
 from fastvq.parts.shapes import Layout
 from fastvq.precision import KeepsBuffers, full_precision
 
@@ -222,7 +222,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
             indices = indices.unsqueeze(-1)
         codes = self.codes(indices).flatten(-2)
         if project_out:
-            codes = projected_out(self.project_out, codes, (indices >= 0).any(-1))
+            codes = project_codes_out(self.project_out, codes, (indices >= 0).any(-1))
         images = indices.dim() >= 4  # with the axis of the codebooks
         channel_first = images if self.channel_first is None else self.channel_first
         return codes.movedim(-1, 1) if channel_first else codes
@@ -252,56 +252,56 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
             ValueError, TypeError: x or mask that don't fit.
         """
         layout = Layout.of(x, self.dim, channel_first=self.channel_first)
-        rows, counted = counted_rows(layout, x, mask, lens)
+        rows, rows_mask = rows_and_mask(layout, x, mask, lens)
         quantized, indices, loss, parts = self.quantize_rows(
-            self.project_in(rows), counted, inv_temperature=inv_temperature, entropies=return_loss_breakdown
+            self.project_in(rows), rows_mask, inv_temperature=inv_temperature, entropies=return_loss_breakdown
         )
-        quantized = layout.from_rows(projected_out(self.project_out, quantized, counted).to(x.dtype))
+        quantized = layout.from_rows(project_codes_out(self.project_out, quantized, rows_mask).to(x.dtype))
         indices = layout.indices(indices if self.keep_num_codebooks_dim else indices.squeeze(-1))
         result = Return(quantized, indices, loss)
         return (result, parts) if return_loss_breakdown else result
 
     def quantize_rows(
-        self, y: Tensor, counted: Tensor, *, inv_temperature: float = 100.0, entropies: bool = False
+        self, y: Tensor, mask: Tensor, *, inv_temperature: float = 100.0, entropies: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, LossBreakdown]:
         """`forward` between the projections: quantized (..., C D), indices (..., C), loss and its parts.
 
         y is (..., C D), and `counted` bool (...) has the rows that count. `entropies`: also if they have no weight."""
         with full_precision(y):
             y = y if y.dtype == torch.float64 else y.float()
-            y, counted = keep_finite(y, counted)
+            y, mask = exclude_non_finite(y, mask)
             if self.soft_clamp_input_value is not None:
                 y = soft_clamp(y, self.soft_clamp_input_value)
             y = y.unflatten(-1, (self.num_codebooks, self.codebook_dim))
             if self.orthogonal_rotation:
-                y = rotated(y, self.orthogonal_rot).to(y.dtype)
+                y = rotate(y, self.orthogonal_rot).to(y.dtype)
             if self.spherical:
                 y = on_sphere(y, self.codebook_scale)
             bits = y > 0
             codes = self._signs(bits).to(y.dtype)
-            indices = self.bits_to_indices(bits).masked_fill(~counted.unsqueeze(-1), -1)
-            loss, parts = self._losses(y, codes, counted, inv_temperature, entropies)
+            indices = self.bits_to_indices(bits).masked_fill(~mask.unsqueeze(-1), -1)
+            loss, parts = self._losses(y, codes, mask, inv_temperature, entropies)
             if self.training:
-                error = mean_of_rows((y - codes).detach().square().flatten(-2), counted)
-                self._observe(indices.flatten(0, -2).T, bits, counted.unsqueeze(-1), error)
+                error = masked_mean((y - codes).detach().square().flatten(-2), mask)
+                self._observe(indices.flatten(0, -2).T, bits, mask.unsqueeze(-1), error)
                 codes = straight_through(self.activation(y), codes)
-            codes = self._place(codes).masked_fill(~counted[..., None, None], 0)
+            codes = self._place(codes).masked_fill(~mask[..., None, None], 0)
         return codes.flatten(-2), indices, loss, parts
 
     def _losses(
-        self, y: Tensor, codes: Tensor, counted: Tensor, inv_temperature: float, entropies: bool
+        self, y: Tensor, codes: Tensor, mask: Tensor, inv_temperature: float, entropies: bool
     ) -> tuple[Tensor, LossBreakdown]:
         zero = y.new_zeros(())
         found, entropy_loss, commitment = Entropies(zero, zero), zero, zero
         if self.training and (entropies or self.entropy_loss_weight):
             rows = y.flatten(0, -3)
-            sampled = random_share(counted.flatten(), self.frac_per_sample_entropy)
+            sampled = random_subset(mask.flatten(), self.frac_per_sample_entropy)
             found = binary_entropies(rows, sampled, sharpness=2 * inv_temperature * self._coordinate)
             entropy_loss = found.per_sample - self.diversity_gamma * found.batch
             if self.experimental_softplus_entropy_loss:
                 entropy_loss = F.softplus(entropy_loss + self.entropy_loss_offset)
         if self.training and self.commitment_loss_weight > 0:
-            commitment = mean_of_rows((y - codes).square().flatten(-2), counted)
+            commitment = masked_mean((y - codes).square().flatten(-2), mask)
         loss = entropy_loss * self.entropy_loss_weight + commitment * self.commitment_loss_weight
         return loss, LossBreakdown(found.per_sample, found.batch, commitment)
 
@@ -315,10 +315,10 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
 
     def _place(self, codes: Tensor) -> Tensor:
         """Codes (..., D) from the frame in which bits are taken to that of y."""
-        return rotated(codes, self.orthogonal_rot.T).to(codes.dtype) if self.orthogonal_rotation else codes
+        return rotate(codes, self.orthogonal_rot.T).to(codes.dtype) if self.orthogonal_rotation else codes
 
 
-def counted_rows(layout: Layout, x: Tensor, mask: Tensor | None, lens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rows_and_mask(layout: Layout, x: Tensor, mask: Tensor | None, lens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x as rows (B, N, dim), zeros where they don't count, and whether they do, bool (B, N): the finite ones in `mask`,
     which has the shape (B, N), (B, spatial) or its beginning."""
     leading = (layout.batch, *layout.spatial)
@@ -326,4 +326,4 @@ def counted_rows(layout: Layout, x: Tensor, mask: Tensor | None, lens: Tensor | 
         mask = mask.reshape(*mask.shape, *[1] * (len(leading) - mask.dim())).expand(leading)
     elif mask is not None and mask.shape == (layout.batch, layout.rows):
         mask = mask.reshape(leading)
-    return keep_finite(layout.to_rows(x), layout.rows_mask(mask, lens))
+    return exclude_non_finite(layout.to_rows(x), layout.rows_mask(mask, lens))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.parts.binary import soft_clamp
-from fastvq.parts.dropout import Kept
+from fastvq.parts.dropout import ActiveStages
 from fastvq.parts.indices import checked_indices, checked_levels
-from fastvq.parts.masking import columns, finite_rows, keep_finite
-from fastvq.parts.projection import projected_out, projections
-from fastvq.parts.shapes import Layout, codes_layout
+from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask
+from fastvq.parts.projection import project_codes_out, projections
+from fastvq.parts.shapes import Layout, codes_in_layout
 from fastvq.precision import KeepsBuffers
 
 from .fsq import FSQ
@@ -127,40 +127,42 @@ class ResidualFSQ(KeepsBuffers, Levels[FSQ]):
         Raises:
             ValueError, TypeError: x, mask or lens that don't fit.
         """
-        kept = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
-        result = self._forward(x, mask, lens, kept, training=self.training)
+        active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
+        result = self._forward(x, mask, lens, active, training=self.training)
         return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
 
     @torch.no_grad()
     def encode(self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
         """The indices alone, of all levels, as `forward` returns them. Touches no state."""
-        return self._forward(x, mask, lens, Kept(self.num_quantizers), training=False)[1]
+        return self._forward(x, mask, lens, ActiveStages(self.num_quantizers), training=False)[1]
 
     def _forward(
-        self, x: Tensor, mask: Tensor | None, lens: Tensor | None, kept: Kept, *, training: bool
+        self, x: Tensor, mask: Tensor | None, lens: Tensor | None, active: ActiveStages, *, training: bool
     ) -> tuple[Tensor, Tensor]:
         layout = Layout.of(x, self.dim, channel_first=self.is_channel_first)
         rows, rows_mask = layout.to_rows(x), layout.rows_mask(mask, lens)
         if self.has_projections:
-            rows, rows_mask = keep_finite(rows, rows_mask)
+            rows, rows_mask = exclude_non_finite(rows, rows_mask)
         projected = self.project_in(rows)
-        latents = columns(projected.to(_residual_dtype(x)))
-        counts = finite_rows(latents) if rows_mask is None else finite_rows(latents) & rows_mask
-        latents = self._soft_clamp(torch.where(counts[..., None], latents, 0))
-        total, indices = self._all_levels(latents, counts, kept, training)
-        total = projected_out(self.project_out, total.to(projected.dtype).contiguous(), counts)
-        indices = codes_layout(layout.indices(indices), self.is_channel_first)
+        latents = feature_major(projected.to(_residual_dtype(x)))
+        rows_mask = finite_mask(latents) if rows_mask is None else finite_mask(latents) & rows_mask
+        latents = self._soft_clamp(torch.where(rows_mask[..., None], latents, 0))
+        total, indices = self._all_levels(latents, rows_mask, active, training)
+        total = project_codes_out(self.project_out, total.to(projected.dtype).contiguous(), rows_mask)
+        indices = codes_in_layout(layout.indices(indices), self.is_channel_first)
         return layout.from_rows(total).to(x.dtype), indices
 
-    def _all_levels(self, residual: Tensor, counts: Tensor, kept: Kept, training: bool) -> tuple[Tensor, Tensor]:
+    def _all_levels(
+        self, residual: Tensor, mask: Tensor, active: ActiveStages, training: bool
+    ) -> tuple[Tensor, Tensor]:
         """The sum of the codes (B, N, d) and the indices (B, N, Q)."""
         total = torch.zeros_like(residual)
         indices: list[Tensor] = []
         for level, (layer, scale) in enumerate(zip(self._levels, self.scales.to(residual.dtype), strict=True)):
-            if kept.drops(level):
+            if active.skips(level):
                 indices.append(torch.full_like(indices[0], -1))
                 continue
-            codes, chosen = layer.round_rows(residual / scale, kept.mask(level, counts, False), training=training)
+            codes, chosen = layer.round_rows(residual / scale, active.fill(level, mask, False), training=training)
             codes = codes * scale
             residual = residual - codes.detach()
             total = total + codes
@@ -175,9 +177,9 @@ class ResidualFSQ(KeepsBuffers, Levels[FSQ]):
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` gives as quantized for these indices, in float32 or the projection's dtype."""
         total: Tensor = sum(self._codes(indices))  # type: ignore[assignment]
-        counts = (self._channels_last(checked_indices(indices, self.codebook_size)) >= 0).any(-1)
-        output = projected_out(self.project_out, total if self.has_projections else total.float(), counts)
-        return codes_layout(output, self.is_channel_first)
+        mask = (self._channels_last(checked_indices(indices, self.codebook_size)) >= 0).any(-1)
+        output = project_codes_out(self.project_out, total if self.has_projections else total.float(), mask)
+        return codes_in_layout(output, self.is_channel_first)
 
     def _codes(self, indices: Tensor) -> list[Tensor]:
         indices = self._channels_last(indices)

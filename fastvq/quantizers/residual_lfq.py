@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvq.parts.projection import projected_out, projections
+from fastvq.parts.projection import project_codes_out, projections
 from fastvq.parts.shapes import Layout
 
 from .grouped import Grouped
 from .levels import Levels
-from .lfq import LFQ, counted_rows
+from .lfq import LFQ, rows_and_mask
 
 
 class ResidualLFQ(Levels[LFQ]):
@@ -101,24 +101,24 @@ class ResidualLFQ(Levels[LFQ]):
             ValueError, TypeError: x or mask that don't fit.
         """
         layout = Layout.of(x, self.dim, channel_first=self.channel_first)
-        rows, counted = counted_rows(layout, x, mask, lens)
+        rows, rows_mask = rows_and_mask(layout, x, mask, lens)
         residual = self.project_in(rows)
         residual = residual if residual.dtype == torch.float64 else residual.float()
-        kept = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
-        total, absent = torch.zeros_like(residual), torch.full_like(counted, -1, dtype=torch.int64)
+        active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
+        total, absent = torch.zeros_like(residual), torch.full_like(rows_mask, -1, dtype=torch.int64)
         levels, losses = [], []
         for level, layer in enumerate(self._levels):
-            if kept.drops(level):
+            if active.skips(level):
                 levels.append(absent)
                 losses.append(residual.new_zeros(()))
                 continue
-            quantized, indices, loss, _ = layer.quantize_rows(residual, kept.mask(level, counted, False))
+            quantized, indices, loss, _ = layer.quantize_rows(residual, active.fill(level, rows_mask, False))
             residual = residual - quantized.detach()
             total = total + quantized
             levels.append(indices.squeeze(-1))
-            losses.append(kept.mask(level, loss, 0.0))
+            losses.append(active.fill(level, loss, 0.0))
         indices = torch.stack(levels, -1)
-        quantized = layout.from_rows(projected_out(self.project_out, total, (indices >= 0).any(-1)).to(x.dtype))
+        quantized = layout.from_rows(project_codes_out(self.project_out, total, (indices >= 0).any(-1)).to(x.dtype))
         if self._levels[0].keep_num_codebooks_dim:
             indices = indices.unsqueeze(-2)
         result = (quantized, layout.indices(indices), torch.stack(losses))
@@ -136,7 +136,7 @@ class ResidualLFQ(Levels[LFQ]):
         if self._levels[0].keep_num_codebooks_dim:
             indices = indices.squeeze(-2)
         indices = self._checked_levels(indices)
-        total = projected_out(self.project_out, self.get_codes_from_indices(indices).sum(0), (indices >= 0).any(-1))
+        total = project_codes_out(self.project_out, self.get_codes_from_indices(indices).sum(0), (indices >= 0).any(-1))
         channel_first = total.dim() >= 4 if self.channel_first is None else self.channel_first
         return total.movedim(-1, 1) if channel_first else total
 

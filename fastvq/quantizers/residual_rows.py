@@ -13,8 +13,8 @@ from fastvq.codebook.health import observe_levels_
 from fastvq.codebook.recompute import Repeatable
 from fastvq.functional.quantize import residual_quantize
 from fastvq.ops import residual_search
-from fastvq.parts.beam import Level, beam_search
-from fastvq.parts.dropout import Kept
+from fastvq.parts.beam import Stage, beam_search
+from fastvq.parts.dropout import ActiveStages
 from fastvq.parts.gradients import directional_reparam, scale_gradient
 from fastvq.parts.tables import Implicit, NeuralCodes, Shared, Table
 
@@ -45,22 +45,22 @@ class ResidualRows(Repeatable, Levels[VectorQuantize]):
         x: Tensor,
         mask: Tensor | None,
         learning: bool,
-        kept: Kept,
+        active: ActiveStages,
         given: Tensor | None,
         *,
         accumulate_only: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantized (1, R, D), indices (1, R, kept) and losses (kept,) of all levels in one pass; then each learns."""
         first = self._levels[0]
-        levels = [level for place, level in enumerate(self._levels) if not kept.drops(place)]
+        levels = [level for place, level in enumerate(self._levels) if not active.skips(place)]
         codebooks = _stacked(levels)
         found = (
             given[0, :, : len(levels)]
             if given is not None
             else residual_search(x[0].detach(), codebooks, mask=_only(mask))
         )
-        if isinstance(kept.levels, Tensor):
-            found = torch.stack([kept.mask(place, one, -1) for place, one in enumerate(found.unbind(-1))], -1)
+        if isinstance(active.number, Tensor):
+            found = torch.stack([active.fill(place, one, -1) for place, one in enumerate(found.unbind(-1))], -1)
         quantized, _, errors, residuals = residual_quantize(
             x[0] if self.training else x[0].detach(),
             codebooks,
@@ -75,7 +75,7 @@ class ResidualRows(Repeatable, Levels[VectorQuantize]):
             observe_levels_([level._health for level in levels], chosen, errors)
         if learning:
             self._note_pass(x)
-            self._learn(levels, residuals[:, None], chosen, kept, accumulate_only)
+            self._learn(levels, residuals[:, None], chosen, active, accumulate_only)
         if self.training and not first.has_commitment_loss:
             errors = torch.zeros_like(errors)
         elif self.training and first.commitment_weight != 1:
@@ -87,7 +87,7 @@ class ResidualRows(Repeatable, Levels[VectorQuantize]):
         x: Tensor,
         mask: Tensor | None,
         learning: bool,
-        kept: Kept,
+        active: ActiveStages,
         given: Tensor | None,
         *,
         shape: tuple[int, int],
@@ -101,14 +101,14 @@ class ResidualRows(Repeatable, Levels[VectorQuantize]):
         start, total = residual, torch.zeros_like(residual)
         levels, steps = [], []
         for place, level in enumerate(self._levels):
-            if kept.drops(place):
+            if active.skips(place):
                 break
             step = level.quantize_rows(
                 level.inputs(residual),
-                kept.rows(place, mask, residual),
+                active.row_mask(place, mask, residual),
                 shape=shape,
                 learning=learning,
-                indices=None if given is None else kept.mask(place, given[..., place], -1),
+                indices=None if given is None else active.fill(place, given[..., place], -1),
                 targets=None if targets is None else targets[..., place],
                 temperature=temperature,
                 table=self._table(place, total),
@@ -129,7 +129,7 @@ class ResidualRows(Repeatable, Levels[VectorQuantize]):
                 [levels[place] for place in open_steps],
                 [steps[place].inputs.detach() for place in open_steps],
                 [steps[place].indices for place in open_steps],
-                kept,
+                active,
                 accumulate_only,
             )
         if learning and self.shared_codebook:
@@ -138,7 +138,7 @@ class ResidualRows(Repeatable, Levels[VectorQuantize]):
             losses = [step.cross_entropy for step in steps if step.cross_entropy is not None]
         elif self.training:
             losses = [
-                kept.mask(place, level.losses(step)[0], 0)
+                active.fill(place, level.losses(step)[0], 0)
                 for place, (level, step) in enumerate(zip(levels, steps, strict=True))
             ]
         else:
@@ -150,13 +150,13 @@ class ResidualRows(Repeatable, Levels[VectorQuantize]):
         levels: list[VectorQuantize],
         inputs: Tensor | list[Tensor],
         indices: Tensor | list[Tensor],
-        kept: Kept,
+        active: ActiveStages,
         accumulate_only: bool,
     ) -> None:
         """Moves the codebooks to their inputs (1, R, D), with indices (1, R)."""
         weights = None
-        if isinstance(kept.levels, Tensor):  # a level left out doesn't decay
-            weights = [(kept.levels > self._levels.index(level)).float() for level in levels]
+        if isinstance(active.number, Tensor):  # a level left out doesn't decay
+            weights = [(active.number > self._levels.index(level)).float() for level in levels]
         codebooks = [level._codebook for level in levels]
         learn_together(codebooks, inputs, indices, weight=weights, accumulate_only=accumulate_only)
 
@@ -168,7 +168,7 @@ class ResidualRows(Repeatable, Levels[VectorQuantize]):
         learn_together(held, none, [rows.new_zeros(1, 0, dtype=torch.int64) for rows in none])
 
     def _given(
-        self, x: Tensor, mask: Tensor | None, beam_size: int | None, kept: Kept, temperature: float | None
+        self, x: Tensor, mask: Tensor | None, beam_size: int | None, active: ActiveStages, temperature: float | None
     ) -> Tensor | None:
         """The indices (1, R, levels) that a beam search finds, or None for the greedy search."""
         own = self.beam_size if self.training else self.eval_beam_size
@@ -177,14 +177,16 @@ class ResidualRows(Repeatable, Levels[VectorQuantize]):
             return None
         x = x.detach()
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        levels = [self._beam_level(place, temperature) for place in range(self.num_quantizers) if not kept.drops(place)]
+        levels = [
+            self._beam_level(place, temperature) for place in range(self.num_quantizers) if not active.skips(place)
+        ]
         weights: Sequence[float] | Tensor = self.beam_score_weights[: len(levels)]
-        if isinstance(kept.levels, Tensor):  # beyond the last level that is kept, the best way stays the first
+        if isinstance(active.number, Tensor):  # beyond the last level that is kept, the best way stays the first
             places = torch.arange(len(levels), device=x.device)
-            weights = x.new_tensor(self.beam_score_weights, dtype=torch.float64) * (places < kept.levels)
+            weights = x.new_tensor(self.beam_score_weights, dtype=torch.float64) * (places < active.number)
         return beam_search(x[0], levels, beams, weights=weights, mask=_only(mask))[None]
 
-    def _beam_level(self, place: int, temperature: float | None = None) -> Level:
+    def _beam_level(self, place: int, temperature: float | None = None) -> Stage:
         level = self._levels[place]
         temperature = level.sample_codebook_temp if temperature is None else temperature
 

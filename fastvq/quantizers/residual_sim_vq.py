@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.functional.quantize import lookup
-from fastvq.parts.shapes import Layout, codes_layout
+from fastvq.parts.shapes import Layout, codes_in_layout
 
 from .levels import Levels
 from .sim_vq import SimVQ
@@ -100,18 +100,18 @@ class ResidualSimVQ(Levels[SimVQ]):
             ValueError, TypeError: x doesn't fit.
         """
         layout = Layout.of(x, self.codebook_dim, channel_first=self.channel_first)
-        kept = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
+        active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
         residual = layout.to_rows(x)
         residual = residual.float() if x.dtype in (torch.float16, torch.bfloat16) else residual
         total = torch.zeros_like(residual)
         rows_mask = layout.rows_mask(mask, lens)
         levels, losses, codebooks = [], [], []
         for level, layer in enumerate(self._levels):
-            if kept.drops(level):
+            if active.skips(level):
                 break
             codebooks.append(layer.codebook)
             quantized, indices, loss = layer.quantize_rows(
-                residual, codebooks[-1], kept.rows(level, rows_mask, residual)
+                residual, codebooks[-1], active.row_mask(level, rows_mask, residual)
             )
             residual = residual - quantized.detach()
             total = total + quantized
@@ -141,4 +141,4 @@ class ResidualSimVQ(Levels[SimVQ]):
         """The codes of all levels, zeros for those that `codebooks` leaves out."""
         codes = [lookup(codebook, level) for codebook, level in zip(codebooks, indices.unbind(-1), strict=False)]
         codes += [torch.zeros_like(codes[0])] * (self.num_quantizers - len(codes))
-        return torch.stack([codes_layout(level, self.channel_first) for level in codes])
+        return torch.stack([codes_in_layout(level, self.channel_first) for level in codes])

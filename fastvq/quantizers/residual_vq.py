@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.recompute import History
-from fastvq.parts.dropout import Kept
-from fastvq.parts.masking import keep_finite, mark_bad
-from fastvq.parts.projection import projected_out, projections
-from fastvq.parts.shapes import Layout, codes_layout
+from fastvq.parts.dropout import ActiveStages
+from fastvq.parts.masking import exclude_non_finite, nan_fill
+from fastvq.parts.projection import project_codes_out, projections
+from fastvq.parts.shapes import Layout, codes_in_layout
 from fastvq.parts.tables import NeuralCodes, Shared
 
 from .residual_rows import ResidualRows
@@ -203,23 +203,23 @@ class ResidualVQ(ResidualRows):
         if beam_size is not None and not beam_size >= 1:
             raise ValueError(f"beam_size: must be at least 1, got {beam_size}")
         targets = None if indices is None else layout.indices_to_rows(indices).flatten(0, 1)[None]
-        kept = self._dropout.draw(self.training and targets is None, x, rand_quantize_dropout_fixed_seed)
+        active = self._dropout.draw(self.training and targets is None, x, rand_quantize_dropout_fixed_seed)
         learning = self.training and not (freeze_codebook or self._levels[0].freeze_codebook)
         if learning:
             self._begin_pass(projected)
         if learning and not self._ready:
             self._initialise_levels(projected.detach(), flat_mask)
-        given = self._given(projected, flat_mask, beam_size, kept, sample_codebook_temp)
+        given = self._given(projected, flat_mask, beam_size, active, sample_codebook_temp)
         if targets is None and self._all_at_once(learning):
             total, found, losses = self._all_levels(
-                projected, flat_mask, learning, kept, given, accumulate_only=accum_ema_update
+                projected, flat_mask, learning, active, given, accumulate_only=accum_ema_update
             )
         else:
             total, found, losses = self._level_by_level(
                 projected,
                 flat_mask,
                 learning,
-                kept,
+                active,
                 given,
                 shape=(layout.batch, layout.rows),
                 targets=targets,
@@ -240,7 +240,7 @@ class ResidualVQ(ResidualRows):
 
         quantized = total.view(*rows.shape[:2], self.codebook_dim)
         if self.has_projections:
-            quantized = projected_out(self.project_out, quantized, (found >= 0).any(-1))
+            quantized = project_codes_out(self.project_out, quantized, (found >= 0).any(-1))
         quantized = quantized.to(x.dtype)
         if rows_mask is not None and not self.return_zeros_for_masked_padding:
             quantized = torch.where(rows_mask[..., None], quantized, rows)
@@ -255,7 +255,7 @@ class ResidualVQ(ResidualRows):
         rows_mask = layout.rows_mask(mask)
         flat_mask = None if rows_mask is None else rows_mask.reshape(1, -1)
         projected = self._projected_in(layout.to_rows(x)).detach()
-        found = self._given(projected, flat_mask, self.eval_beam_size, Kept(self.num_quantizers), 0.0)
+        found = self._given(projected, flat_mask, self.eval_beam_size, ActiveStages(self.num_quantizers), 0.0)
         if found is None:
             found = self._greedy(projected, flat_mask)
         return layout.indices(found.view(layout.batch, layout.rows, self.num_quantizers))
@@ -269,8 +269,8 @@ class ResidualVQ(ResidualRows):
         indices = self._checked_levels(indices)
         total = self._codes(indices).sum(0)
         if self.has_projections:
-            total = projected_out(self.project_out, total, (indices >= 0).any(-1))
-        return codes_layout(total, self.accept_image_fmap)
+            total = project_codes_out(self.project_out, total, (indices >= 0).any(-1))
+        return codes_in_layout(total, self.accept_image_fmap)
 
     def _codes(self, indices: Tensor) -> Tensor:
         """The codes (Q, ..., D) of indices (..., 1 to Q), zeros for levels that aren't there."""
@@ -299,11 +299,11 @@ class ResidualVQ(ResidualRows):
         outside of the mask (B, N)."""
         if not self.has_projections:
             return rows.reshape(1, rows.shape[0] * rows.shape[1], rows.shape[2])
-        rows, counts = keep_finite(rows, mask)
+        rows, counts = exclude_non_finite(rows, mask)
         projected = self.project_in(rows)
         if projected.dtype in (torch.float16, torch.bfloat16):
             projected = projected.float()  # what is projected back isn't rounded in between
-        return mark_bad(projected, counts).flatten(0, 1)[None]
+        return nan_fill(projected, counts).flatten(0, 1)[None]
 
     def _layout(self, x: Tensor) -> Layout:
         spatial = (2,) if self.accept_image_fmap else None

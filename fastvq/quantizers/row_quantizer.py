@@ -15,8 +15,8 @@ from fastvq.codebook.recompute import Repeatable, recomputing
 from fastvq.functional.quantize import lookup, unit_norm
 from fastvq.parts.gradients import Estimator
 from fastvq.parts.losses import orthogonality, used_codes
-from fastvq.parts.masking import keep_finite, mark_bad
-from fastvq.parts.projection import projected_out
+from fastvq.parts.masking import exclude_non_finite, nan_fill
+from fastvq.parts.projection import project_codes_out
 from fastvq.parts.shapes import Heads
 from fastvq.parts.tables import PerRow, Shared, Table
 from fastvq.precision import full_precision
@@ -98,12 +98,12 @@ class RowQuantizer(Repeatable, Monitored, nn.Module):
         similarity; NaN for what isn't finite, and outside of the mask (B, N)."""
         if not (self.has_projections or self.use_cosine_sim or self.heads > 1):
             return self._heads.split(rows)
-        rows, counts = keep_finite(rows, mask)
+        rows, counts = exclude_non_finite(rows, mask)
         split = self._heads.split(self.project_in(rows))
         split = unit_norm(split.float()) if self.use_cosine_sim else split
         marks = self._heads.split_mask(counts)
         assert marks is not None
-        return mark_bad(split, marks)
+        return nan_fill(split, marks)
 
     def quantize_rows(
         self,
@@ -173,7 +173,7 @@ class RowQuantizer(Repeatable, Monitored, nn.Module):
             self._health.observe_(chosen if self.separate_codebook_per_head else chosen.flatten(), error.detach())
         diversity = None
         if self.training and self.codebook_diversity_loss_weight > 0:
-            diversity = -where.spread(x, shape, self.codebook_diversity_temperature, mask)
+            diversity = -where.positional_entropy(x, shape, self.codebook_diversity_temperature, mask)
         if self.training and self.commitment_use_cross_entropy_loss and self.has_commitment_loss and topk is None:
             error = where.cross_entropy(x, chosen)
         entropy = (
@@ -252,7 +252,7 @@ class RowQuantizer(Repeatable, Monitored, nn.Module):
         if not self.has_projections:
             return codes
         absent = indices < 0
-        return projected_out(self.project_out, codes, ~(absent.all(-1) if self.heads > 1 else absent))
+        return project_codes_out(self.project_out, codes, ~(absent.all(-1) if self.heads > 1 else absent))
 
     def commit_ema_update(self) -> None:
         """One step of the moving averages with what `forward(..., accum_ema_update=True)` has kept, if it has."""

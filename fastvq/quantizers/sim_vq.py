@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastvq.codebook.health import Health, Monitored
 from fastvq.functional.quantize import lookup, quantize
 from fastvq.parts.indices import checked_indices
-from fastvq.parts.shapes import Layout, codes_layout
+from fastvq.parts.shapes import Layout, codes_in_layout
 from fastvq.precision import KeepsBuffers, full_precision
 
 from .settings import check_positive
@@ -136,4 +136,4 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """The codes of indices (B, ...), zeros for -1: (B, ..., dim), or (B, dim, ...) if channel_first. Differentiable
         in the transform's parameters."""
-        return codes_layout(lookup(self.codebook, checked_indices(indices, self.codebook_size)), self.channel_first)
+        return codes_in_layout(lookup(self.codebook, checked_indices(indices, self.codebook_size)), self.channel_first)

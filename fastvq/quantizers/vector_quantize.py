@@ -15,7 +15,7 @@ from fastvq.codebook.recompute import History
 from fastvq.functional.quantize import unit_norm
 from fastvq.parts.indices import checked_indices
 from fastvq.parts.projection import projections
-from fastvq.parts.shapes import Heads, Layout, codes_layout
+from fastvq.parts.shapes import Heads, Layout, codes_in_layout
 
 from .row_quantizer import RowQuantizer
 from .settings import check_vector_quantize
@@ -55,7 +55,7 @@ class VectorQuantize(RowQuantizer):
             that was chosen, `fastvq.cross_entropy`.
         orthogonal_reg_weight, orthogonal_reg_active_codes_only, orthogonal_reg_max_codes: of
             `fastvq.parts.losses.orthogonality`, for all codes, those that this batch uses, or so many random ones.
-        codebook_diversity_loss_weight, codebook_diversity_temperature: of minus the `spread` of
+        codebook_diversity_loss_weight, codebook_diversity_temperature: of minus the `positional_entropy` of
             `fastvq.parts.tables`, the entropy of the codes' mean soft assignment.
         stochastic_sample_codes: in training, draw each code as probable as its soft assignment says (`fastvq.sample`).
         sample_codebook_temp: temperature of that; 0 for the nearest code.
@@ -365,12 +365,12 @@ class VectorQuantize(RowQuantizer):
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes (..., D) of indices (...), or (..., H D) of (..., H) for several heads, zeros for -1; channels
         first, (B, D, ...), where the layer is."""
-        return codes_layout(self._decode(checked_indices(indices, self.codebook_size)), self._channel_first)
+        return codes_in_layout(self._decode(checked_indices(indices, self.codebook_size)), self._channel_first)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` gives as quantized for these indices, in float32 or the projection's dtype."""
         indices = checked_indices(indices, self.codebook_size)
-        return codes_layout(self._projected_out(self._decode(indices), indices), self._channel_first)
+        return codes_in_layout(self._projected_out(self._decode(indices), indices), self._channel_first)
 
     def _checked_topk(self, topk: int | None) -> int | None:
         if topk is None:

@@ -33,9 +33,9 @@ def test_kmeans_is_lloyds_algorithm(metric, monkeypatch):
     x = torch.randn(200, 5)
     x = unit_norm(x) if metric == "dot" else x
     module = importlib.import_module("fastvq.codebook.kmeans")
-    monkeypatch.setattr(module, "random_rows", lambda x, valid, count: (x[:count], torch.ones(count)))
-    valid = torch.ones(200, dtype=torch.bool)
-    means, counts = kmeans(x, 9, iterations=4, valid=valid, metric=metric)
+    monkeypatch.setattr(module, "random_rows", lambda x, mask, count: (x[:count], torch.ones(count)))
+    mask = torch.ones(200, dtype=torch.bool)
+    means, counts = kmeans(x, 9, iterations=4, mask=mask, metric=metric)
     expected, expected_counts = lloyd(x, x[:9], 4, metric)
     close(means, expected)
     assert torch.equal(counts, expected_counts)
@@ -45,7 +45,7 @@ def test_kmeans_finds_separated_clusters():
     centres = 100 * torch.eye(4)
     x = (centres[:, None] + torch.randn(4, 50, 4)).flatten(0, 1)
     torch.manual_seed(3)
-    means, counts = kmeans(x, 16, iterations=20, valid=torch.ones(200, dtype=torch.bool))
+    means, counts = kmeans(x, 16, iterations=20, mask=torch.ones(200, dtype=torch.bool))
     assert counts.sum() == 200
     nearest = reference.search(x, means)
     assert (x - means[nearest]).square().sum(1).mean() < 8
@@ -53,21 +53,21 @@ def test_kmeans_finds_separated_clusters():
 
 def test_kmeans_ignores_what_is_not_valid():
     x = torch.randn(60, 3)
-    valid = torch.rand(60) < 0.5
-    x[~valid] = torch.nan
-    means, counts = kmeans(x, 5, iterations=3, valid=valid)
+    mask = torch.rand(60) < 0.5
+    x[~mask] = torch.nan
+    means, counts = kmeans(x, 5, iterations=3, mask=mask)
     assert bool(means.isfinite().all())
-    assert counts.sum() == valid.sum()
+    assert counts.sum() == mask.sum()
 
 
 def test_kmeans_with_fewer_rows_than_codes():
     x = torch.randn(3, 2)
-    means, counts = kmeans(x, 8, iterations=2, valid=torch.ones(3, dtype=torch.bool))
+    means, counts = kmeans(x, 8, iterations=2, mask=torch.ones(3, dtype=torch.bool))
     assert {tuple(m) for m in means.tolist()} == {tuple(row) for row in x.tolist()}
     assert counts.sum() == 3
 
 
 def test_kmeans_without_a_valid_row_stays_finite():
-    means, counts = kmeans(torch.full((4, 2), torch.nan), 3, iterations=2, valid=torch.zeros(4, dtype=torch.bool))
+    means, counts = kmeans(torch.full((4, 2), torch.nan), 3, iterations=2, mask=torch.zeros(4, dtype=torch.bool))
     assert not means.any()
     assert not counts.any()

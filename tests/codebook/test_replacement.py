@@ -12,18 +12,18 @@ from fastvq.codebook.candidates import Reservoir, compacted, random_rows, spread
 from ..cases import close, generator
 
 
-def revive(codebook, x, valid=None):
-    codebook.revive_(x[None], (torch.ones(len(x), dtype=torch.bool) if valid is None else valid)[None])
+def revive(codebook, x, mask=None):
+    codebook.revive_(x[None], (torch.ones(len(x), dtype=torch.bool) if mask is None else mask)[None])
 
 
-@pytest.mark.parametrize(("rows", "valid", "count"), [(10, 10, 10), (10, 6, 4), (50, 20, 7), (1, 1, 1), (3, 2, 8)])
-def test_random_rows_are_valid_and_distinct(rows, valid, count):
+@pytest.mark.parametrize(("rows", "available", "count"), [(10, 10, 10), (10, 6, 4), (50, 20, 7), (1, 1, 1), (3, 2, 8)])
+def test_random_rows_are_valid_and_distinct(rows, available, count):
     mask = torch.zeros(rows, dtype=torch.bool)
-    mask[torch.randperm(rows)[:valid]] = True
+    mask[torch.randperm(rows)[:available]] = True
     x = torch.arange(rows).float()[:, None]
     x[~mask] = torch.nan
     chosen, filled = random_rows(x, mask, count)
-    expected = min(valid, count)
+    expected = min(available, count)
     assert chosen.shape == (count, 1)
     assert filled.sum() == expected
     assert bool(mask[chosen[filled > 0, 0].long()].all())
@@ -58,9 +58,9 @@ def test_spread_rows_reach_every_far_cluster(metric):
 
 def test_spread_rows_are_drawn_by_squared_distance():
     x = torch.tensor([[1.0], [2.0], [3.0], [0.0]])
-    valid = torch.tensor([True, True, False, True])
+    mask = torch.tensor([True, True, False, True])
     torch.manual_seed(0)
-    picks = torch.stack([spread_rows(x, valid, torch.zeros(1, 1), 1, "l2")[0][0, 0] for _ in range(2000)])
+    picks = torch.stack([spread_rows(x, mask, torch.zeros(1, 1), 1, "l2")[0][0, 0] for _ in range(2000)])
     assert set(picks.tolist()) == {1.0, 2.0}
     assert abs((picks == 2).float().mean() - 0.8) < 0.03  # 4 in 5; the error of 2000 draws is 0.009
 
@@ -106,12 +106,12 @@ def test_more_dead_codes_than_rows():
     codebook = Codebook(4, 10, revival=Revival(2.0))
     before = codebook.embed[0].clone()
     x = torch.randn(6, 4)
-    valid = torch.tensor([True, False, True, True, False, False])
-    x[~valid] = torch.nan
-    revive(codebook, x, valid)
+    mask = torch.tensor([True, False, True, True, False, False])
+    x[~mask] = torch.nan
+    revive(codebook, x, mask)
     revived = (codebook.embed[0] != before).any(1)
     assert revived.sum() == 3
-    assert {tuple(c) for c in codebook.embed[0, revived].tolist()} == {tuple(row) for row in x[valid].tolist()}
+    assert {tuple(c) for c in codebook.embed[0, revived].tolist()} == {tuple(row) for row in x[mask].tolist()}
     assert torch.equal(codebook.cluster_size[0] == 2, revived)
 
 

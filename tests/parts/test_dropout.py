@@ -9,32 +9,32 @@ from collections import Counter
 import pytest
 import torch
 
-from fastvq.parts.dropout import QuantizeDropout, common_seed, draw_seed, kept_levels
+from fastvq.parts.dropout import QuantizeDropout, common_seed, draw_seed, draw_stage_count
 
 
 @pytest.mark.parametrize(("cutoff", "multiple"), [(0, 1), (3, 1), (0, 4), (2, 3), (7, 1)])
 def test_range_and_rounding(cutoff, multiple):
-    kept = Counter(kept_levels(8, cutoff_index=cutoff, multiple_of=multiple, seed=seed) for seed in range(400))
+    active = Counter(draw_stage_count(8, cutoff_index=cutoff, multiple_of=multiple, seed=seed) for seed in range(400))
     possible = {min(math.ceil((last + 1) / multiple) * multiple, 8) for last in range(cutoff, 8)}
-    assert set(kept) == possible
+    assert set(active) == possible
     if multiple == 1:
-        assert min(kept.values()) > 0.5 * max(kept.values())
+        assert min(active.values()) > 0.5 * max(active.values())
 
 
 def test_the_seed_decides_as_in_vector_quantize_pytorch():
     for seed in range(20):
         last = random.Random(seed).randrange(1, 8)
-        assert kept_levels(8, cutoff_index=1, seed=seed) == last + 1
+        assert draw_stage_count(8, cutoff_index=1, seed=seed) == last + 1
 
 
 def test_without_a_seed_torch_decides():
     torch.manual_seed(3)
     seed = draw_seed()
     torch.manual_seed(3)
-    first = [kept_levels(64) for _ in range(5)]
+    first = [draw_stage_count(64) for _ in range(5)]
     torch.manual_seed(3)
-    assert [kept_levels(64) for _ in range(5)] == first
-    assert first[0] == kept_levels(64, seed=seed)
+    assert [draw_stage_count(64) for _ in range(5)] == first
+    assert first[0] == draw_stage_count(64, seed=seed)
     assert len(set(first)) > 1
 
 
@@ -58,17 +58,17 @@ def test_nothing_is_left_out_in_eval_or_when_off():
         (QuantizeDropout(4), True),
         (QuantizeDropout(1, True), True),
     ):
-        kept = dropout.draw(training, x)
-        assert kept.levels == dropout.levels
-        assert kept.mask(0, x, -1) is x
+        active = dropout.draw(training, x)
+        assert active.number == dropout.stages
+        assert active.fill(0, x, -1) is x
 
 
 def test_compiled_decides_as_eager():
     dropout = QuantizeDropout(8, True, 1, 2)
 
     def left(x, seed=None):
-        kept = dropout.draw(True, x, seed)
-        levels = [kept.mask(level, x + level, -1) for level in range(8) if not kept.drops(level)]
+        active = dropout.draw(True, x, seed)
+        levels = [active.fill(level, x + level, -1) for level in range(8) if not active.skips(level)]
         return sum((level != -1).sum() for level in levels)
 
     compiled = torch.compile(left, fullgraph=True)
@@ -87,11 +87,11 @@ def test_one_seed_for_several():
 
     def twice(x):
         seed = common_seed(x)
-        return torch.stack([dropout.draw(True, x, seed).mask(i, x, -1) for _ in range(2) for i in range(64)])
+        return torch.stack([dropout.draw(True, x, seed).fill(i, x, -1) for _ in range(2) for i in range(64)])
 
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     for function in (compiled, twice):
         torch.manual_seed(1)
         first, second = function(torch.zeros(1)).chunk(2)
         assert torch.equal(first, second)
-        assert int((first == 0).sum()) == kept_levels(64, seed=int(torch.manual_seed(1) and draw_seed()))
+        assert int((first == 0).sum()) == draw_stage_count(64, seed=int(torch.manual_seed(1) and draw_seed()))

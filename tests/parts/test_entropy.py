@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastvq
-from fastvq.parts.losses import assignment_entropies, binary_entropies, entropy, entropy_loss, random_share
+from fastvq.parts.losses import assignment_entropies, binary_entropies, entropy, entropy_loss, random_subset
 from fastvq.parts.tables import index_backpropagation
 
 from ..cases import close, generator
@@ -79,8 +79,8 @@ def test_no_vector_no_entropy(x):
 
 
 def test_a_share_of_everything_is_everything():
-    valid = torch.rand(9, generator=generator()) < 0.5
-    assert torch.equal(random_share(valid, 1.0), valid)
+    mask = torch.rand(9, generator=generator()) < 0.5
+    assert torch.equal(random_subset(mask, 1.0), mask)
 
 
 @pytest.mark.parametrize("metric", ["l2", "dot"])

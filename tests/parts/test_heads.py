@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvq.parts.shapes import Heads, behind_each_other
+from fastvq.parts.shapes import Heads, offset_indices
 
 from ..cases import generator
 
@@ -41,6 +41,6 @@ def test_indices_and_masks_follow_their_parts(heads):
 
 def test_behind_each_other():
     indices = torch.tensor([[0, -1, 2], [1, 2, -1]])
-    assert behind_each_other(indices, 3).tolist() == [0, -1, 2, 4, 5, -1]
-    assert behind_each_other(indices[:1], 3).tolist() == [0, -1, 2]
-    assert behind_each_other(indices[..., None], 3).shape == (6, 1)
+    assert offset_indices(indices, 3).tolist() == [0, -1, 2, 4, 5, -1]
+    assert offset_indices(indices[:1], 3).tolist() == [0, -1, 2]
+    assert offset_indices(indices[..., None], 3).shape == (6, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvq.parts.shapes import Layout, codes_layout
+from fastvq.parts.shapes import Layout, codes_in_layout
 
 from ..cases import generator
 
@@ -35,7 +35,7 @@ def test_there_and_back(kind, channel_first):
     assert layout.indices(indices).shape == (4, *spatial)
     assert layout.indices(indices[..., None]).shape == (4, *spatial, 1)
     assert torch.equal(layout.indices_to_rows(layout.indices(indices)), indices)
-    assert torch.equal(codes_layout(last, channel_first), x)
+    assert torch.equal(codes_in_layout(last, channel_first), x)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, DIM), (4, 0, DIM), (0, DIM), (0, 2, 0, DIM)])

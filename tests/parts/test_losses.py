@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastvq.parts.losses import orthogonality, squared_errors, used_codes
+from fastvq.parts.losses import mean_squared_errors, orthogonality, used_codes
 
 from ..cases import close, generator
 
@@ -67,7 +67,7 @@ def test_squared_errors_leave_out_absent_codes():
     indices = torch.tensor([[0, 1, -1, 2, 3], [4, 0, 0, -1, -1]])
     x[indices < 0] = torch.nan
     x.requires_grad_()
-    errors = squared_errors(x, codes, indices)
+    errors = mean_squared_errors(x, codes, indices)
     close(errors[indices >= 0], (x - codes).square().mean(-1)[indices >= 0])
     assert not errors[indices < 0].any()
     errors.sum().backward()

@@ -74,7 +74,7 @@ def test_spread(kind):
     table, codes = make(kind)
     x, mask = rows(), torch.rand(C, R, generator=generator()) < 0.8
     x.requires_grad_()
-    value = table.spread(x, (4, 10), 3.0, mask)
+    value = table.positional_entropy(x, (4, 10), 3.0, mask)
     counted = (mask & x.isfinite().all(-1)).view(4, 10, 1)
     distance = (x.nan_to_num().view(4, 10, 1, D) - codes.view(4, 10, K, D)).norm(dim=-1)
     p = (-3 * distance).softmax(-1)
@@ -109,4 +109,4 @@ def test_draws(kind, metric):
 
 def test_an_implicit_codebook_has_no_spread():
     with pytest.raises(ValueError, match="codebook_diversity_loss_weight: must be 0"):
-        make("implicit")[0].spread(rows(), (4, 10), 1.0, None)
+        make("implicit")[0].positional_entropy(rows(), (4, 10), 1.0, None)

@@ -96,7 +96,7 @@ def test_eval(meta, options):
 @pytest.mark.parametrize("metric", ["l2", "dot"])
 def test_kmeans(meta, metric):
     x = torch.empty(50, 8)
-    means, counts = codebook.kmeans(x, 9, iterations=2, valid=x.isfinite().all(1), metric=metric)
+    means, counts = codebook.kmeans(x, 9, iterations=2, mask=x.isfinite().all(1), metric=metric)
     assert (means.shape, counts.shape) == ((9, 8), (9,))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastvq
+from fastvq.parts.losses import random_subset
 
 from ..cases import close, generator
 from ..peers import assert_compiles, assert_same_outputs, assert_same_step, assert_travels, pair
@@ -167,19 +168,19 @@ def test_a_share_is_taken_of_what_counts():
     ("count", "share", "expected"), [(1, 0.1, 1), (20, 0.1, 2), (19, 0.5, 9), (0, 0.5, 0), (7, 1.0, 7)]
 )
 def test_size_of_a_share(count, share, expected):
-    valid = torch.cat([torch.zeros(11, dtype=torch.bool), torch.ones(count, dtype=torch.bool)])
-    valid = valid[torch.randperm(len(valid))]
-    chosen = fastvq.parts.entropy.random_share(valid, share)
+    mask = torch.cat([torch.zeros(11, dtype=torch.bool), torch.ones(count, dtype=torch.bool)])
+    mask = mask[torch.randperm(len(mask))]
+    chosen = random_subset(mask, share)
     assert chosen.sum() == expected
-    assert not (chosen & ~valid).any()
+    assert not (chosen & ~mask).any()
 
 
 def test_every_row_is_sampled_equally_often():
-    valid = torch.tensor([True, False, True, True, True, False, True])
+    mask = torch.tensor([True, False, True, True, True, False, True])
     torch.manual_seed(0)
-    often = sum(fastvq.parts.entropy.random_share(valid, 0.45).long() for _ in range(2000))
-    assert not often[~valid].any()
-    torch.testing.assert_close(often[valid] / 2000, torch.full((5,), 0.4), rtol=0, atol=0.05)
+    often = sum(random_subset(mask, 0.45).long() for _ in range(2000))
+    assert not often[~mask].any()
+    torch.testing.assert_close(often[mask] / 2000, torch.full((5,), 0.4), rtol=0, atol=0.05)
 
 
 def test_nothing_to_sample():
