@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
         ("docs/prior.md", "bits of each"),
         ("docs/learning.md", "of it dead"),
         ("docs/quantizers.md", "usage"),
-        ("docs/contexts.md", "the same 343 codes"),
+        ("docs/contexts.md", "the same 343 indices"),
         ("docs/streams.md", "torch.Size([262144])"),
     ],
 )
@@ -31,6 +33,13 @@ def test_code_runs(capsys, document, printed):
     for block in blocks:
         exec(compile(block, document, "exec"), {})
     assert printed in capsys.readouterr().out
+
+
+def test_migration_runs():
+    """In a process of its own: vector_quantize_pytorch must not have been imported before."""
+    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/migration.md").read_text(), re.S)
+    run = subprocess.run([sys.executable, "-c", block], check=True, capture_output=True, text=True)
+    assert run.stdout == "fastvq.quantizers.residual_vq\n"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
