@@ -37,7 +37,7 @@ def main() -> None:
     pixels = images.test / 255
     codes = model.encode(pixels)  # (1000, 7, 7) integers
     for name, size in coding.measure(codes, config.codebook_size).items():
-        print(f"{name}: {size['bits_per_code']:.2f} bits a code, {size['bytes']:.0f} bytes")
+        print(f"{name}: {size['bits_per_index']:.2f} bits a code, {size['bytes']:.0f} bytes")
 
     # Files are tied to the model, without which codes mean nothing, and to the prior that they are coded with.
     own = coding.fingerprint(model)

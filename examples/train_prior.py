@@ -13,7 +13,7 @@ import torch
 
 from fastvq.runs.sample_pictures import picture_completions, picture_samples
 from fastvq.training import TrainConfig, Trainer, load_images
-from fastvq.training.prior import PriorConfig, bits_per_code, train_prior
+from fastvq.training.prior import PriorConfig, bits_per_index, train_prior
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     learned = train_prior(options.run, PriorConfig(steps=options.prior_steps))
     assert learned is not None, "interrupted"
     prior, codes = learned
-    bits = bits_per_code(prior, codes.test, codes.test_labels)
+    bits = bits_per_index(prior, codes.test, codes.test_labels)
     print(f"held-out images: {bits:.2f} bits a code; a uniform prior has {math.log2(config.codebook_size):.2f}")
 
     # Three new trousers, as codes and as pixels.

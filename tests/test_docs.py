@@ -19,7 +19,7 @@ DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
     ("document", "printed"),
     [
         ("README.md", "tensor("),
-        ("docs/coding.md", "bits_per_code"),
+        ("docs/coding.md", "bits_per_index"),
         ("docs/prior.md", "bits of each"),
         ("docs/learning.md", "of it dead"),
         ("docs/quantizers.md", "usage"),

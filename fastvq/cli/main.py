@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("source", type=Path, metavar="IN", help="the file")
     decode.add_argument("out", type=Path, metavar="OUT", help="a new folder for images, or an .npy file for the codes")
     decode.add_argument("--run", type=Path, metavar="DIR", dest="run_folder", help="the run whose model decodes images")
-    decode.add_argument("--max-codes", type=int, help="refuse a file of more (default: 67108864)")
+    decode.add_argument("--max-indices", type=int, help="refuse a file of more (default: 67108864)")
     decode.set_defaults(run=_decode)
 
     demo = commands.add_parser("demo", help="train on the shipped images and show what came of it")
@@ -258,7 +258,7 @@ def _prior(options: argparse.Namespace) -> int:
         print(f"stopped, saved; go on with: fastvq prior {shlex.quote(str(options.run_folder))} --resume")
         return _INTERRUPTED
     model, codes = learned
-    bits = prior.bits_per_code(model, codes.test, codes.test_labels)
+    bits = prior.bits_per_index(model, codes.test, codes.test_labels)
     print(f"{len(codes.test)} held-out images: {bits:.2f} bits a code")
     print(f"picture: {picture_prior(options.run_folder)}")
     return 0
@@ -293,7 +293,7 @@ def _encode(options: argparse.Namespace) -> int:
 def _decode(options: argparse.Namespace) -> int:
     from fastvq.runs import compress
 
-    limit = {} if options.max_codes is None else {"max_codes": options.max_codes}
+    limit = {} if options.max_indices is None else {"max_indices": options.max_indices}
     if options.out.suffix == ".npy":
         lines = compress.decode_array(options.source, options.out, run=options.run_folder, **limit)
     elif options.run_folder is None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from fastvq.errors import CodingError
 
-from .codec import MAX_CODES, decode, encode, load, measure, save
+from .codec import MAX_INDICES, decode, encode, load, measure, save
 from .container import Header, fingerprint, read_header
 from .learned import prior_fingerprint
 
 __all__ = [
-    "MAX_CODES",
+    "MAX_INDICES",
     "CodingError",
     "Header",
     "decode",

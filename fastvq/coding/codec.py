@@ -25,7 +25,7 @@ from .tree import Ints, Open
 if TYPE_CHECKING:
     from fastvq.models import Prior
 
-MAX_CODES = 1 << 26
+MAX_INDICES = 1 << 26
 """Codes that `decode` takes by itself at most."""
 LARGEST_BATCH = 64
 """Samples that are coded side by side at most. They learn from each other only afterwards."""
@@ -73,7 +73,7 @@ def encode(
 
 
 def decode(
-    data: bytes, *, fingerprint: bytes | None = None, prior: Prior | None = None, max_codes: int = MAX_CODES
+    data: bytes, *, fingerprint: bytes | None = None, prior: Prior | None = None, max_indices: int = MAX_INDICES
 ) -> Tensor:
     """The codes that `encode` was given, int64.
 
@@ -81,11 +81,11 @@ def decode(
         data: what `encode` returned.
         fingerprint: if given, the one that the data must have been encoded with.
         prior: for data encoded with one, the same; for others it isn't used.
-        max_codes: refuse to decode more; their memory is 8 bytes each.
+        max_indices: refuse to decode more; their memory is 8 bytes each.
 
     Raises:
         CodingError: data that are damaged, truncated or of another kind, codes of another model or prior, or too many.
-        No other error, and never wrong codes. Time and memory are bounded by the length of the data and max_codes.
+        No other error, and never wrong codes. Time and memory are bounded by the length of the data and max_indices.
     """
     header, words = unpack(data)
     if fingerprint is not None and fingerprint != header.fingerprint:
@@ -93,8 +93,8 @@ def decode(
             f"codes of another model: they were encoded with {header.fingerprint.hex()}, this one is"
             f" {fingerprint.hex()}"
         )
-    if header.number > max_codes:
-        raise CodingError(f"{header.number} codes, more than max_codes={max_codes}")
+    if header.number > max_indices:
+        raise CodingError(f"{header.number} codes, more than max_indices={max_indices}")
     if header.prior is not None:
         learned.check_file(header, header.prior, prior)
     decoder = Decoder(words)
@@ -112,16 +112,16 @@ def decode(
 def measure(
     codes: Tensor, codebook_size: int, *, prior: Prior | None = None, labels: Tensor | None = None
 ) -> dict[str, dict[str, float]]:
-    """For each model, "bits_per_code" by its own probabilities, tables and labels included, and "bytes" of the whole
+    """For each model, "bits_per_index" by its own probabilities, tables and labels included, and "bytes" of the whole
     file; "uniform", what log2 K bits a code would be; and "huffman", whole bits for each code by its frequency."""
     count = max(1, codes.numel())
     uniform = math.log2(codebook_size) if codebook_size > 1 else 0.0
-    results = {"uniform": {"bits_per_code": uniform, "bytes": float(math.ceil(uniform * codes.numel() / 8))}}
+    results = {"uniform": {"bits_per_index": uniform, "bytes": float(math.ceil(uniform * codes.numel() / 8))}}
     huffman = huffman_bits(codes.detach().cpu().long().numpy().ravel())
-    results["huffman"] = {"bits_per_code": huffman / count, "bytes": float(math.ceil(huffman / 8))}
+    results["huffman"] = {"bits_per_index": huffman / count, "bytes": float(math.ceil(huffman / 8))}
     for model in MODELS if prior is not None else MODELS[:2]:
         data, bits = _encode(codes, codebook_size, model, bytes(8), prior, labels)
-        results[model] = {"bits_per_code": bits / count, "bytes": float(len(data))}
+        results[model] = {"bits_per_index": bits / count, "bytes": float(len(data))}
     return results
 
 

@@ -64,7 +64,7 @@ def measure_sizes(
     """
     pixels = images.test.numel()
     measured = coding.measure(codes.test.long(), codebook_size)
-    bits = {name: size["bits_per_code"] for name, size in measured.items()}
+    bits = {name: size["bits_per_index"] for name, size in measured.items()}
     bits["prior"] = prior_bits / codes.test.numel()
     sizes: list[dict[str, Any]] = [
         {"name": "pixels", "bytes": pixels, "psnr_db": None},

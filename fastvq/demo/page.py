@@ -34,7 +34,7 @@ def write_page(folder: Path, metrics: dict[str, Any]) -> Path:
 
 
 def _autoencoder(metrics: dict[str, Any]) -> list[str]:
-    codes, size = metrics["codes_per_image"], metrics["codebook_size"]
+    codes, size = metrics["indices_per_image"], metrics["codebook_size"]
     return [
         "<h1>From images to integers, to new images and small files</h1>",
         f"<p>A VQ-VAE learned {metrics['train_images']} small pictures of clothes. All measures below are of"
@@ -57,7 +57,7 @@ def _autoencoder(metrics: dict[str, Any]) -> list[str]:
 
 
 def _prior(metrics: dict[str, Any]) -> list[str]:
-    bits, codes, kl = metrics["bits_per_code"], metrics["codes_per_image"], metrics["kl_bits_per_image"]
+    bits, codes, kl = metrics["bits_per_index"], metrics["indices_per_image"], metrics["kl_bits_per_image"]
     parts = [
         "<h2>2. Which integers go together: the prior</h2>",
         "<p>While the VQ-VAE trains, every grid of codes counts as equally likely, so that the KL term of its bound"

@@ -25,7 +25,7 @@ from fastvq.training.checkpoint import checkpoint_folders, load_latest
 from fastvq.training.config import TrainConfig
 from fastvq.training.evaluation import Evaluation, evaluate
 from fastvq.training.loop import forget_run
-from fastvq.training.prior import PriorConfig, bits_per_code, forget_prior, train_prior
+from fastvq.training.prior import PriorConfig, bits_per_index, forget_prior, train_prior
 from fastvq.training.trainer import Trainer
 
 from .classifier import STEPS
@@ -110,7 +110,7 @@ def run_demo(
     prior, codes = learned
     prior_seconds = time.monotonic() - prior_started
     pictures.append(picture_prior(folder))
-    bits_of_prior = bits_per_code(prior, codes.test, codes.test_labels) * codes.test.numel()
+    bits_of_prior = bits_per_index(prior, codes.test, codes.test_labels) * codes.test.numel()
 
     _say(4)
     sampling = SAMPLING if prior.classes else {name: SAMPLING[name] for name in SAMPLING if name != "guidance"}
@@ -134,17 +134,17 @@ def run_demo(
         prior_bits=bits_of_prior,
         prior_file=coded,
     )
-    codes_per_image = codes.test[0].numel()
+    indices_per_image = codes.test[0].numel()
     metrics = {
         "psnr_db": evaluation.psnr_db,
         "perplexity": evaluation.perplexity,
         "usage": evaluation.usage,
         "ceiling_psnr_db": ceiling.psnr_db,
-        "codes_per_image": codes_per_image,
+        "indices_per_image": indices_per_image,
         "codebook_size": config.codebook_size,
-        "bits_per_code": bits,
-        "kl_bits_per_image": codes_per_image * bits["uniform"],
-        "prior_bits_per_image": codes_per_image * bits["prior"],
+        "bits_per_index": bits,
+        "kl_bits_per_image": indices_per_image * bits["uniform"],
+        "prior_bits_per_image": indices_per_image * bits["prior"],
         "bits_per_dimension": {name: value * codes.test.numel() / images.test.numel() for name, value in bits.items()},
         "coded_bytes": coded,
         "pixel_bytes": images.test.numel(),
@@ -189,7 +189,7 @@ def _setting(trainer: Trainer, images: Images) -> dict[str, Any]:
 
 
 def _table(metrics: dict[str, Any]) -> str:
-    bits = metrics["codes_per_image"] * (metrics["codebook_size"] - 1).bit_length()
+    bits = metrics["indices_per_image"] * (metrics["codebook_size"] - 1).bit_length()
     rows = [
         ("held-out images", f"{metrics['test_images']}"),
         ("PSNR, decoded from the codes", f"{metrics['psnr_db']:.2f} dB"),
@@ -197,10 +197,10 @@ def _table(metrics: dict[str, Any]) -> str:
             "PSNR without a bottleneck",
             f"{metrics['ceiling_psnr_db']:.2f} dB ({metrics['ceiling_steps']} steps)",
         ),
-        ("codes an image", f"{metrics['codes_per_image']} of {metrics['codebook_size']}, {bits} bits"),
+        ("codes an image", f"{metrics['indices_per_image']} of {metrics['codebook_size']}, {bits} bits"),
         ("the images in one file", f"{metrics['coded_bytes']} bytes; their pixels: {metrics['pixel_bytes']}"),
         *(
-            (f"bits a code, {name}", f"{metrics['bits_per_code'][name]:.2f}")
+            (f"bits a code, {name}", f"{metrics['bits_per_index'][name]:.2f}")
             for name in ("uniform", "huffman", "static", "adaptive", "prior")
         ),
         *(

@@ -71,7 +71,7 @@ def compare_priors(run: Path, seconds: float, *, config: PriorConfig | None = No
         records.append(
             {
                 "kind": kind,
-                "bits_per_code": learner.evaluate()[0],
+                "bits_per_index": learner.evaluate()[0],
                 "parameters": sum(parameter.numel() for parameter in learner.model.parameters()),
                 "steps": steps,
                 "processor_seconds": round(spent, 1),
@@ -83,7 +83,7 @@ def compare_priors(run: Path, seconds: float, *, config: PriorConfig | None = No
     for record in records:
         cells = (
             record["kind"],
-            f"{record['bits_per_code']:.3f}",
+            f"{record['bits_per_index']:.3f}",
             f"{record['parameters']:,}",
             f"{record['steps']}",
             f"{record['processor_seconds']:.0f}",

@@ -53,7 +53,7 @@ def encode_images(run: Path, source: Path, path: Path, *, model: str = "adaptive
         images = torch.stack([read_image(f, image_size=config.image_size, grayscale=config.grayscale) for f in files])
     codes = _codes(vqvae, images)
     data = coding.encode(codes, size, model=model, fingerprint=coding.fingerprint(vqvae), prior=prior, labels=labels)
-    if not torch.equal(coding.decode(data, prior=prior, max_codes=codes.numel()), codes):
+    if not torch.equal(coding.decode(data, prior=prior, max_indices=codes.numel()), codes):
         raise CodingError(f"{source}: the codes don't decode to what they were; nothing was written")
     coding.save(path, data)
     bits = 8 * len(data) / codes.numel()
@@ -64,7 +64,7 @@ def encode_images(run: Path, source: Path, path: Path, *, model: str = "adaptive
     ]
 
 
-def decode_images(run: Path, source: Path, folder: Path, *, max_codes: int = coding.MAX_CODES) -> list[str]:
+def decode_images(run: Path, source: Path, folder: Path, *, max_indices: int = coding.MAX_INDICES) -> list[str]:
     """Write the images that a file's codes stand for as PNG files into a new folder; return lines to print.
 
     Raises:
@@ -82,7 +82,7 @@ def decode_images(run: Path, source: Path, folder: Path, *, max_codes: int = cod
             f"{source} holds codes of shape {header.shape} in [0, {header.codebook_size}){holes}; an image of {run} is"
             f" {side} x {side} codes in [0, {config.codebook_size})"
         )
-    codes = _decoded(data, run, fingerprint=coding.fingerprint(vqvae), max_codes=max_codes)
+    codes = _decoded(data, run, fingerprint=coding.fingerprint(vqvae), max_indices=max_indices)
     with whole_folder(folder) as partial, torch.no_grad():
         for first in range(0, len(codes), _BATCH):
             write_images(partial, vqvae.decode(codes[first : first + _BATCH]).clamp(0, 1), first)
@@ -126,14 +126,16 @@ def encode_array(
     return [f"{path}: {len(data)} bytes, {bits:.2f} bits a code ({np.log2(size):.2f} without a model of them)"]
 
 
-def decode_array(source: Path, path: Path, *, run: Path | None = None, max_codes: int = coding.MAX_CODES) -> list[str]:
+def decode_array(
+    source: Path, path: Path, *, run: Path | None = None, max_indices: int = coding.MAX_INDICES
+) -> list[str]:
     """Write the codes of a file as .npy, int64.
 
     Args:
         run: for a file coded with a prior, the run that it belongs to.
-        max_codes: a file of more is refused.
+        max_indices: a file of more is refused.
     """
-    codes = _decoded(coding.load(source), run, max_codes=max_codes).numpy()
+    codes = _decoded(coding.load(source), run, max_indices=max_indices).numpy()
     with whole(path) as partial, partial.open("wb") as stream:
         np.save(stream, codes)
     return [f"{path}: {codes.shape} codes"]
@@ -148,10 +150,10 @@ def _prior(run: Path | None, model: str) -> Prior | None:
 
 
 def _decoded(
-    data: bytes, run: Path | None, *, fingerprint: bytes | None = None, max_codes: int = coding.MAX_CODES
+    data: bytes, run: Path | None, *, fingerprint: bytes | None = None, max_indices: int = coding.MAX_INDICES
 ) -> Tensor:
     prior = _prior(run, coding.read_header(data).model)
-    return coding.decode(data, fingerprint=fingerprint, prior=prior, max_codes=max_codes)
+    return coding.decode(data, fingerprint=fingerprint, prior=prior, max_indices=max_indices)
 
 
 def _codes(vqvae: VQVAE, images: Tensor) -> Tensor:

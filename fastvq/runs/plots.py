@@ -150,7 +150,7 @@ def save_bits(path: Path, records: Sequence[dict[str, Any]], *, codebook_size: i
         codebook_size: K; log2 K bits is what a code is worth where all are equally likely.
     """
     uniform = math.log2(codebook_size)
-    lines = {split: _points(records, split, "bits_per_code") for split in ("train", "test")}
+    lines = {split: _points(records, split, "bits_per_index") for split in ("train", "test")}
     reached = f", {lines['test'][-1][1]:.2f} at the end" if lines["test"] else ""
     caption = (
         f"Bits that the prior needs for a code of an image that it never saw (dots{reached}): the fewer, the better it"

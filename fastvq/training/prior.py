@@ -90,13 +90,13 @@ class PriorTrainer(Loop):
 
     def recent(self) -> tuple[Measures, str]:
         bits = float(self._window[0] / self._window[2]) / math.log(2)
-        return {"bits_per_code": bits}, f"{bits:.2f} bits a code"
+        return {"bits_per_index": bits}, f"{bits:.2f} bits a code"
 
     def evaluate(self) -> tuple[float, Measures]:
         self.model.eval()
-        bits = bits_per_code(self.model, self.codes.test, self.codes.test_labels)
+        bits = bits_per_index(self.model, self.codes.test, self.codes.test_labels)
         self.model.train()
-        return bits, {"bits_per_code": bits}
+        return bits, {"bits_per_index": bits}
 
 
 def train_prior(
@@ -182,7 +182,7 @@ def load_prior(run: Path) -> tuple[Prior, VQVAE]:
 
 
 @torch.no_grad()
-def bits_per_code(prior: Prior, codes: Tensor, labels: Tensor | None) -> float:
+def bits_per_index(prior: Prior, codes: Tensor, labels: Tensor | None) -> float:
     """The mean over codes (N, *grid) of -log2 p, computed on the prior's device."""
     device = next(prior.parameters()).device
     batch = max(1, min(BATCH, _LOGITS // (prior.places * prior.codebook_size)))

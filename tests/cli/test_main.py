@@ -148,11 +148,11 @@ def test_demo_writes_pictures_metrics_a_page_and_a_table(
     assert 0 < metrics["ceiling_psnr_db"] < 40
     assert 1 <= metrics["perplexity"] <= 512
     assert (metrics["steps"], metrics["ceiling_steps"], metrics["prior_steps"]) == (3, 2, 2)
-    assert (metrics["codes_per_image"], metrics["codebook_size"]) == (49, 512)
+    assert (metrics["indices_per_image"], metrics["codebook_size"]) == (49, 512)
     assert (metrics["train_images"], metrics["test_images"]) == (5700, 1000)
     assert 0 < metrics["seconds"] < metrics["total_seconds"]
     assert metrics["settings"]["batch_size"] > 0
-    bits = metrics["bits_per_code"]
+    bits = metrics["bits_per_index"]
     assert bits["uniform"] == 9.0
     assert 0 < bits["adaptive"] < bits["static"]
     assert bits["static"] - 0.5 < bits["huffman"] < bits["static"] + 1

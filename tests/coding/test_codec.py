@@ -79,16 +79,16 @@ def test_the_file_is_as_long_as_the_model_says(model):
         (correlated(2, 40, 40, 9), 9),
     ):
         measured = coding.measure(codes, size)
-        ideal = measured[model]["bits_per_code"] * codes.numel() / 8
+        ideal = measured[model]["bits_per_index"] * codes.numel() / 8
         assert ideal <= measured[model]["bytes"] <= 1.005 * ideal + 64
-        assert measured["uniform"]["bits_per_code"] == np.log2(size)
+        assert measured["uniform"]["bits_per_index"] == np.log2(size)
 
 
 def test_static_bits_are_the_entropy_of_the_file_and_its_table():
     codes = correlated(400, 7, 7, 64)
     frequencies = torch.bincount(codes.flatten(), minlength=64).double() / codes.numel()
     entropy = -(frequencies * frequencies.clamp_min(1e-300).log2()).sum().item()
-    bits = coding.measure(codes, 64)["static"]["bits_per_code"]
+    bits = coding.measure(codes, 64)["static"]["bits_per_index"]
     table = 63 * np.log2(codes.numel()) / codes.numel()
     assert entropy < bits < entropy + table + 1e-3
 
@@ -96,8 +96,8 @@ def test_static_bits_are_the_entropy_of_the_file_and_its_table():
 def test_the_adaptive_model_learns_a_rule_that_the_static_one_cannot_see():
     codes = torch.arange(64).repeat(40)[None]
     measured = coding.measure(codes, 64)
-    assert measured["static"]["bits_per_code"] > 6.0
-    assert measured["adaptive"]["bits_per_code"] < 1.5
+    assert measured["static"]["bits_per_index"] > 6.0
+    assert measured["adaptive"]["bits_per_index"] < 1.5
 
 
 def test_the_same_bytes_from_any_dtype_and_layout():
@@ -182,7 +182,7 @@ def test_hostile_files_are_bounded(model):
 
     def decode_one() -> None:
         with contextlib.suppress(CodingError):
-            codes = coding.decode(resealed(mutated(data, choose)), max_codes=1 << 13)
+            codes = coding.decode(resealed(mutated(data, choose)), max_indices=1 << 13)
             assert codes.numel() <= 1 << 13
 
     for _ in range(270):
@@ -258,8 +258,8 @@ def test_codes_of_another_model_are_refused():
 
 def test_no_more_codes_than_allowed():
     data = coding.encode(torch.zeros(100, dtype=torch.int64), 8)
-    with pytest.raises(CodingError, match="100 codes, more than max_codes=99"):
-        coding.decode(data, max_codes=99)
+    with pytest.raises(CodingError, match="100 codes, more than max_indices=99"):
+        coding.decode(data, max_indices=99)
 
 
 def test_files(tmp_path):
@@ -356,4 +356,4 @@ def test_huffman_is_between_the_entropy_and_a_bit_more():
     codes = correlated(100, 5, 5, 40)
     shares = torch.bincount(codes.flatten()).double() / codes.numel()
     entropy = -(shares * shares.clamp_min(1e-300).log2()).sum().item()
-    assert entropy <= coding.measure(codes, 40)["huffman"]["bits_per_code"] < entropy + 1
+    assert entropy <= coding.measure(codes, 40)["huffman"]["bits_per_index"] < entropy + 1

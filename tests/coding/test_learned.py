@@ -75,7 +75,7 @@ def test_the_file_is_as_long_as_the_prior_says(kind):
         assert torch.equal(coding.decode(data, prior=prior), codes)
         measured = coding.measure(codes, 64, prior=prior, labels=given)["prior"]
         assert measured["bytes"] == len(data)
-        assert measured["bits_per_code"] * codes.numel() / 8 == pytest.approx(ideal, rel=2e-3)
+        assert measured["bits_per_index"] * codes.numel() / 8 == pytest.approx(ideal, rel=2e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,7 +153,7 @@ def test_mutated_and_hostile_files():
     assert refused > 950
     for _ in range(100):
         try:
-            assert torch.equal(coding.decode(resealed(mutated(data, choose)), prior=prior, max_codes=1000), codes)
+            assert torch.equal(coding.decode(resealed(mutated(data, choose)), prior=prior, max_indices=1000), codes)
         except CodingError as error:
             refused += "aren't those that were encoded" in str(error)
     assert refused > 970

@@ -18,7 +18,7 @@ from fastvq.models.priors import PRIORS
 from fastvq.ops import GRADIENTS
 from fastvq.runs.indices import Codes
 from fastvq.training import TrainConfig, Trainer
-from fastvq.training.prior import PriorConfig, PriorTrainer, bits_per_code
+from fastvq.training.prior import PriorConfig, PriorTrainer, bits_per_index
 
 READS = (RuntimeError, NotImplementedError)
 
@@ -175,4 +175,4 @@ def test_a_priors_training(kind, classes, tmp_path):
         for _ in range(2):
             trainer.train_step()
         with pytest.raises(READS, match=r"item\(\)"):
-            bits_per_code(trainer.model.eval(), codes.test, codes.test_labels)
+            bits_per_index(trainer.model.eval(), codes.test, codes.test_labels)

@@ -144,7 +144,7 @@ def test_codes_that_are_no_images_are_refused_before_they_are_decoded(kind, run,
 def test_a_limit_of_codes_holds_for_images_too(run, tmp_path, capsys):
     coded = tmp_path / "images.fvq"
     assert main(["encode", "held-out", str(coded), "--run", str(run[0])]) == 0
-    assert main(["decode", str(coded), str(tmp_path / "out"), "--run", str(run[0]), "--max-codes", "3"]) == 2
+    assert main(["decode", str(coded), str(tmp_path / "out"), "--run", str(run[0]), "--max-indices", "3"]) == 2
     assert "codes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -183,9 +183,9 @@ def test_more_codes_than_allowed(tmp_path, capsys):
     np.save(tmp_path / "in.npy", np.zeros((3, 5), np.uint8))
     coded, out = str(tmp_path / "c.fvq"), str(tmp_path / "out.npy")
     assert main(["encode", str(tmp_path / "in.npy"), coded]) == 0
-    assert main(["decode", coded, out, "--max-codes=14"]) == 2
-    assert "15 codes, more than max_codes=14" in capsys.readouterr().err
-    assert main(["decode", coded, out, "--max-codes=15"]) == 0
+    assert main(["decode", coded, out, "--max-indices=14"]) == 2
+    assert "15 codes, more than max_indices=14" in capsys.readouterr().err
+    assert main(["decode", coded, out, "--max-indices=15"]) == 0
 
 
 def test_files_that_are_no_arrays(tmp_path, capsys):

@@ -93,8 +93,8 @@ def test_curves_of_a_run_without_a_bottleneck_have_no_perplexity(tmp_path: Path,
 
 
 def test_bits_of_a_prior(tmp_path: Path, figures: list[Figure]) -> None:
-    records = [{"step": step, "split": "train", "bits_per_code": 7 - step / 10} for step in range(1, 30)]
-    records += [{"step": step, "split": "test", "bits_per_code": 6.5 - step / 20} for step in (10, 20, 30)]
+    records = [{"step": step, "split": "train", "bits_per_index": 7 - step / 10} for step in range(1, 30)]
+    records += [{"step": step, "split": "test", "bits_per_index": 6.5 - step / 20} for step in (10, 20, 30)]
     path = tmp_path / "bits.png"
     plots.save_bits(path, records, codebook_size=128, title="Bits")
     (figure,) = figures

@@ -24,7 +24,7 @@ from fastvq.runs.load import load_model
 from fastvq.training import TrainConfig, Trainer, load_images
 from fastvq.training.batches import batch_rows
 from fastvq.training.checkpoint import load_latest
-from fastvq.training.prior import PriorConfig, PriorTrainer, bits_per_code, forget_prior, load_prior, train_prior
+from fastvq.training.prior import PriorConfig, PriorTrainer, bits_per_index, forget_prior, load_prior, train_prior
 
 from ..cases import generator
 from ..tiny_runs import tiny_run
@@ -130,7 +130,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, monkeypatch, kind):
     prior, codes = train_prior(run, resume=True, progress=False)
     assert equal(prior.state_dict(), whole)
     assert equal(weights(run), whole)
-    assert 0 < bits_per_code(prior, codes.test, codes.test_labels) < 10
+    assert 0 < bits_per_index(prior, codes.test, codes.test_labels) < 10
 
 
 def test_states_that_cannot_be_used(run):
@@ -211,7 +211,7 @@ def test_recent_bits_are_the_mean_loss_in_bits(tmp_path, monkeypatch):
         trainer.train_step()
     measures, text = trainer.recent()
     bits = sum(value.item() for value in losses) / 3 / math.log(2)
-    assert measures == {"bits_per_code": pytest.approx(bits, rel=1e-6)}
+    assert measures == {"bits_per_index": pytest.approx(bits, rel=1e-6)}
     assert text == f"{bits:.2f} bits a code"
 
 
@@ -328,8 +328,8 @@ def test_priors_are_compared_after_equal_time(run):
     records = json.loads((run / "priors.json").read_text())
     assert [record["kind"] for record in records] == list(PRIORS)
     for record in records:
-        assert 0 < record["bits_per_code"] < 10
-        assert f"| {record['kind']} | {record['bits_per_code']:.3f} |" in table
+        assert 0 < record["bits_per_index"] < 10
+        assert f"| {record['kind']} | {record['bits_per_index']:.3f} |" in table
         assert record["steps"] > 1
         assert record["processor_seconds"] < 20
     assert equal(weights(run), kept)
