@@ -61,7 +61,7 @@ class HierarchicalVQ(Monitored, nn.Module):
         nested_dropout_min_levels: how many are then kept at least.
         accept_image_fmap, accept_3d_fmap: x has 2 or 3 spatial axes, else 1.
         sync_codebook, decay, commitment_weight, rotation_trick, kmeans_init, kmeans_iters, threshold_ema_dead_code,
-        stochastic_sample_codes, sample_codebook_temp, orthogonal_reg_weight, orthogonal_reg_max_indices,
+        stochastic_sample_codes, sample_codebook_temp, orthogonal_reg_weight, orthogonal_reg_max_codes,
         orthogonal_reg_active_codes_only: of the levels' `VectorQuantize`.
 
     State: vq, or vqs one for each level; phi_shared, or phi_levels.
@@ -92,7 +92,7 @@ class HierarchicalVQ(Monitored, nn.Module):
         stochastic_sample_codes: bool = False,
         sample_codebook_temp: float = 0.1,
         orthogonal_reg_weight: float = 0.0,
-        orthogonal_reg_max_indices: int = 128,
+        orthogonal_reg_max_codes: int = 128,
         orthogonal_reg_active_codes_only: bool = False,
         quant_resi: float = 0.5,
         share_quant_resi: int = 1,
@@ -133,7 +133,7 @@ class HierarchicalVQ(Monitored, nn.Module):
             "stochastic_sample_codes": stochastic_sample_codes,
             "sample_codebook_temp": sample_codebook_temp,
             "orthogonal_reg_weight": orthogonal_reg_weight,
-            "orthogonal_reg_max_indices": orthogonal_reg_max_indices,
+            "orthogonal_reg_max_codes": orthogonal_reg_max_codes,
             "orthogonal_reg_active_codes_only": orthogonal_reg_active_codes_only,
             "sync_codebook": sync_codebook,
         }

@@ -66,7 +66,7 @@ class RowQuantizer(Repeatable, Monitored, nn.Module):
     commitment_use_cross_entropy_loss: bool
     orthogonal_reg_weight: float
     orthogonal_reg_active_codes_only: bool
-    orthogonal_reg_max_indices: int | None
+    orthogonal_reg_max_codes: int | None
     codebook_diversity_loss_weight: float
     codebook_diversity_temperature: float
     stochastic_sample_codes: bool
@@ -204,7 +204,7 @@ class RowQuantizer(Repeatable, Monitored, nn.Module):
                 used = used_codes(step.indices.flatten(1), self.codebook_size)
             # A copy, since the codes may move before the backward pass.
             codes = self._codebook.embed.clone() if step.learning else self._codebook.embed.detach()
-            orthogonal = orthogonality(codes, used, most=self.orthogonal_reg_max_indices)
+            orthogonal = orthogonality(codes, used, most=self.orthogonal_reg_max_codes)
             loss = loss + orthogonal * self.orthogonal_reg_weight
         diversity, in_place = (zero if each is None else each for each in (step.diversity, step.in_place))
         return loss, LossBreakdown(commitment, diversity, orthogonal, in_place)

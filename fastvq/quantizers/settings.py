@@ -27,8 +27,8 @@ def check_vector_quantize(**given: Any) -> None:
         raise ValueError(
             f"codebook_diversity_temperature: must be positive, got {given['codebook_diversity_temperature']}"
         )
-    if given["orthogonal_reg_max_indices"] is not None:
-        check_positive("orthogonal_reg_max_indices", given["orthogonal_reg_max_indices"])
+    if given["orthogonal_reg_max_codes"] is not None:
+        check_positive("orthogonal_reg_max_codes", given["orthogonal_reg_max_codes"])
 
     learnable = given["learnable_codebook"]
     if learnable and given["ema_update"]:

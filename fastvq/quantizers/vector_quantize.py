@@ -53,7 +53,7 @@ class VectorQuantize(RowQuantizer):
         commitment_weight: beta; 0 for no loss.
         commitment_use_cross_entropy_loss: the commitment loss is the cross entropy of the soft assignment to the code
             that was chosen, `fastvq.cross_entropy`.
-        orthogonal_reg_weight, orthogonal_reg_active_codes_only, orthogonal_reg_max_indices: of
+        orthogonal_reg_weight, orthogonal_reg_active_codes_only, orthogonal_reg_max_codes: of
             `fastvq.parts.losses.orthogonality`, for all codes, those that this batch uses, or so many random ones.
         codebook_diversity_loss_weight, codebook_diversity_temperature: of minus the `positional_entropy` of
             `fastvq.parts.tables`, the entropy of the codes' mean soft assignment.
@@ -115,7 +115,7 @@ class VectorQuantize(RowQuantizer):
         commitment_use_cross_entropy_loss: bool = False,
         orthogonal_reg_weight: float = 0.0,
         orthogonal_reg_active_codes_only: bool = False,
-        orthogonal_reg_max_indices: int | None = None,
+        orthogonal_reg_max_codes: int | None = None,
         codebook_diversity_loss_weight: float = 0.0,
         codebook_diversity_temperature: float = 100.0,
         stochastic_sample_codes: bool = False,
@@ -164,7 +164,7 @@ class VectorQuantize(RowQuantizer):
         self.commitment_use_cross_entropy_loss = commitment_use_cross_entropy_loss
         self.orthogonal_reg_weight = orthogonal_reg_weight
         self.orthogonal_reg_active_codes_only = orthogonal_reg_active_codes_only
-        self.orthogonal_reg_max_indices = orthogonal_reg_max_indices
+        self.orthogonal_reg_max_codes = orthogonal_reg_max_codes
         self.codebook_diversity_loss_weight = codebook_diversity_loss_weight
         self.codebook_diversity_temperature = codebook_diversity_temperature
 

@@ -307,7 +307,7 @@ def test_backends_agree():
         ({"learnable_codebook": True, "use_cosine_sim": True}, ValueError, "learnable_codebook: must be False"),
         ({"heads": 0}, ValueError, "heads: must be an integer of at least 1"),
         ({"orthogonal_reg_weight": -1.0}, ValueError, "orthogonal_reg_weight: must not be negative"),
-        ({"orthogonal_reg_max_indices": 0}, ValueError, "orthogonal_reg_max_indices: must be an integer of at least 1"),
+        ({"orthogonal_reg_max_codes": 0}, ValueError, "orthogonal_reg_max_codes: must be an integer of at least 1"),
         ({"sync_update_v": 1.5}, ValueError, "sync_update_v: must lie in"),
         ({"sync_update_v": 0.5}, ValueError, "learnable_codebook: must be True beside sync_update_v"),
         ({"codebook_diversity_temperature": 0}, ValueError, "codebook_diversity_temperature: must be positive"),
