@@ -10,6 +10,7 @@ import torch
 import fastvq
 from fastvq import ops
 from fastvq.backends import reference
+from fastvq.backends.torch.residual_search import search_stages
 from fastvq.bench.data import Shape, clustered
 from fastvq.bench.training import LEVELS, RESIDUAL_STEP, STEPS
 from fastvq.codebook.candidates import spread_rows
@@ -107,7 +108,7 @@ def bench_residual_quantize(benchmark, name):
 def bench_residual_search(benchmark, name, shape):
     x, codebook = clustered(shape)
     codebooks = torch.stack([codebook * 0.5**level for level in range(LEVELS)])
-    by_level = functools.partial(reference.residual_search, x, codebooks, search=fastvq.search)
+    by_level = functools.partial(search_stages, fastvq.search, x, codebooks)
     call = functools.partial(fastvq.residual_search, x, codebooks) if name == "one pass" else by_level
     assert torch.equal(call(), by_level())
     timed(benchmark, "native", f"residual_search {LEVELS} levels {shape}", call)

@@ -21,7 +21,8 @@ from .codebook import Revival
 from .codebook.health import HealthReport, dead_share, perplexity, usage
 from .compat import aliases
 from .functional.binary_assign import BinaryAssignment, binary_assign
-from .functional.quantize import Quantized, ResidualQuantized, quantize, residual_quantize
+from .functional.quantize import Quantized, quantize
+from .functional.residual_quantize import ResidualQuantized, residual_quantize
 from .functional.soft_assign import SoftAssignment, cross_entropy, mean_assignment_entropy, soft_assign, soft_lookup
 from .ops import accumulate, ema_update_, min_distance_, residual_search, sample, search, topk_search
 from .quantizers import (

@@ -24,8 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq.backends import reference
-from fastvq.backends.reference import check_indices
+from fastvq.backends.arithmetic import check_index_range
 
 PIECE = 256
 """Rows of a piece: enough that a piece's float64 sum is 1/128 of the traffic, few enough for one code to fill a GPU."""
@@ -138,9 +137,7 @@ def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, 
     n, dim = x.shape
     if n == 0:
         return x.new_zeros(codebook_size, dtype=torch.float32), x.new_zeros(codebook_size, dim, dtype=torch.float32)
-    if dim == 0:
-        return reference.accumulate(x, indices, codebook_size)
-    check_indices(indices, codebook_size)
+    check_index_range(indices, codebook_size)
     x = x.contiguous()
     with torch.cuda.device_of(x):
         # Narrow keys sort in fewer passes. The clamp leaves an index out of range what it is.
@@ -149,13 +146,15 @@ def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, 
         starts = indices.new_empty(codebook_size + 1)
         counts = x.new_empty(codebook_size, dtype=torch.float32)
         sums = x.new_empty(codebook_size, dim, dtype=torch.float32)
+        _bounds[(triton.cdiv(codebook_size + 1, BLOCK_K),)](
+            keys, starts, counts, n, codebook_size, n.bit_length(), BLOCK_K=BLOCK_K, num_warps=NUM_WARPS, **ASSERTING
+        )
+        if dim == 0:
+            return counts, sums
         crossings = n // PIECE
         first_pieces, later_pieces = x.new_empty(2, crossings, dim, dtype=torch.float64)
         rows, block_d = tile(dim)
         blocks = triton.cdiv(dim, block_d)
-        _bounds[(triton.cdiv(codebook_size + 1, BLOCK_K),)](
-            keys, starts, counts, n, codebook_size, n.bit_length(), BLOCK_K=BLOCK_K, num_warps=NUM_WARPS, **ASSERTING
-        )
         _pieces[(codebook_size + crossings, blocks)](
             x, order, keys, starts, sums, first_pieces, later_pieces, codebook_size, dim,
             PIECE=PIECE, ROWS=rows, BLOCK_D=block_d, num_warps=NUM_WARPS,

@@ -5,7 +5,7 @@ A row without a code (index -1) is never read. Errors are summed in the arithmet
 the rows of a program, and by `_mean` over the programs, always in the same order.
 
 Bytes moved for each of the N D elements in float32, the codes counted where they are gathered, beside those of the
-torch operations in fastvq.backends.reference:
+torch operations in fastvq.backends.torch:
 
     forward              x, codes read; quantized written, codes too if kept               12 or 16      52
     backward, ste        x, codes, grad read; x_grad written                               16            56
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq.backends.reference import check_indices, compute_dtype
+from fastvq.backends.arithmetic import check_index_range, compute_dtype
 
 from . import interpreted
 from .accumulate import ASSERTING
@@ -243,7 +243,7 @@ def _forward_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(quantized, errors, what is kept). Nothing waits for the device; an index out of range makes it assert."""
     (n, dim), (levels, size, _) = x.shape, codebooks.shape
-    check_indices(indices.flatten(), size)
+    check_index_range(indices.flatten(), size)
     dtype = compute_dtype(x, codebooks)
     wide = dtype == torch.float64
     quantized = x.new_empty(n, dim)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq.backends import reference
+from fastvq.backends.torch.residual_search import search_stages
 
 from . import launch
 from .define import nearest
@@ -96,7 +96,7 @@ def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
     """`fastvq.residual_search`. Nothing here waits for the device."""
     if torch.float64 in (x.dtype, codebooks.dtype):
         # The first level searches float64 vectors, the others what float32 has left of them.
-        return reference.residual_search(x, codebooks, search=search)
+        return search_stages(search, x, codebooks)
     n, dim = x.shape
     levels, size, _ = codebooks.shape
     columns = columns_of(dim)

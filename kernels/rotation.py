@@ -1,13 +1,13 @@
-"""The rotation estimator's arithmetic, a row at a time: `fastvq.backends.reference` has the formula."""
+"""The rotation estimator's arithmetic, a row at a time: fastvq/backends/reference/quantize.py has the formula."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fastvq.backends import reference
+from fastvq.backends import arithmetic
 
-SHORTEST = tl.constexpr(reference.SHORTEST)
+SHORTEST = tl.constexpr(arithmetic.SHORTEST)
 
 
 @triton.jit
@@ -32,6 +32,6 @@ def unit_of(rows, lengths):
 
 @triton.jit
 def factors_of(stretch, along_u, along_v, both):
-    """(f, h) such that lambda R^T g = stretch g + f u + h v, where both = |u + v|^2; see fastvq.backends.reference."""
+    """(f, h) such that lambda R^T g = stretch g + f u + h v, where both = |u + v|^2; see `_rotate_back` there."""
     bisector = (along_u + along_v) / tl.maximum(both, SHORTEST * SHORTEST)
     return 2 * stretch * (along_v - bisector), -2 * stretch * bisector

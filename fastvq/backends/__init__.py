@@ -1,1 +1,9 @@
-"""Backends: one folder or module for each name that `use_backend` takes, and the choice between them."""
+"""Implementations of the ops, and the choice between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Ops = dict[str, Callable[..., Any]]
+"""A backend's implementations, by the name of the op."""

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fastvq.ops.registry import GRADIENTS, METRICS, SOFT_METRICS
 
+from . import Ops
 from . import torch as eager
-from .reference import Ops, result_dtype
+from .arithmetic import compute_dtype
 
 _PACKAGE = Path(__file__).parent.parent
 KERNELS = (
@@ -165,7 +166,7 @@ def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, met
 def soft_assign_forward(
     x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: str, **options: Any
 ) -> tuple[Tensor, ...]:
-    if result_dtype(x, codebook) == torch.float64:  # kernels are in float32
+    if compute_dtype(x, codebook) == torch.float64:  # kernels are in float32
         return eager.soft_assign.soft_assign_forward(x, codebook, mask, metric=metric, **options)
     tensors = _contiguous(x, codebook, mask)
     return torch.ops.fastvq.native_soft_assign_forward(*tensors, metric=SOFT_METRICS.index(metric), **options)
@@ -180,7 +181,7 @@ def soft_assign_backward(
     metric: str,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    if result_dtype(x, codebook) == torch.float64:
+    if compute_dtype(x, codebook) == torch.float64:
         return eager.soft_assign.soft_assign_backward(x, codebook, mask, logsumexp, *grads, metric=metric, **options)
     tensors = _contiguous(x, codebook, mask, logsumexp, *grads)
     return torch.ops.fastvq.native_soft_assign_backward(*tensors, metric=SOFT_METRICS.index(metric), **options)

@@ -23,9 +23,8 @@ import torch
 
 import fastvq.kernels as kernels
 
-from . import native, reference
+from . import Ops, native, reference
 from . import torch as eager
-from .reference import Ops
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .binary_assign import BinaryAssignment, binary_assign
-from .quantize import Quantized, ResidualQuantized, lookup, quantize, residual_quantize, unit_norm
+from .quantize import Quantized, lookup, quantize, unit_norm
+from .residual_quantize import ResidualQuantized, residual_quantize
 from .soft_assign import SoftAssignment, cross_entropy, mean_assignment_entropy, soft_assign, soft_lookup
 
 __all__ = [

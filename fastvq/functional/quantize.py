@@ -1,4 +1,4 @@
-"""Quantization as a differentiable function: search, lookup, gradient estimator and losses."""
+"""Quantization by one codebook as a differentiable function: search, lookup, gradient estimator and losses."""
 
 from __future__ import annotations
 
@@ -9,17 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastvq.backends.reference import SHORTEST, compute_dtype, difference
-from fastvq.ops import (
-    GRADIENTS,
-    accumulate,
-    quantize_backward,
-    quantize_forward,
-    residual_quantize_backward,
-    residual_quantize_forward,
-    residual_search,
-    search,
-)
+from fastvq.backends.arithmetic import SHORTEST, difference
+from fastvq.ops import GRADIENTS, accumulate, quantize_backward, quantize_forward, search
 
 
 def unit_norm(x: Tensor) -> Tensor:
@@ -86,32 +77,32 @@ def quantize(
     Source: van den Oord et al. 2017, equation 3 (losses, straight-through); Fifty et al., Restructuring Vector
     Quantization with the Rotation Trick, 2024, section 4.2 (rotation).
     """
-    _check_choices(gradient, commitment_weight=commitment_weight, codebook_weight=codebook_weight)
-    rows = _rows(x)
+    check_choices(gradient, commitment_weight=commitment_weight, codebook_weight=codebook_weight)
+    rows = flatten_rows(x)
     kept = None if mask is None else rows_of_mask(mask, x.shape[:-1])
     if indices is None:
         indices = search(rows.detach(), codebook.detach(), metric=metric, mask=kept)
     else:
-        indices = _given(indices, x.shape[:-1])
+        indices = checked_indices(indices, x.shape[:-1])
         indices = indices if x.dim() == 2 else indices.reshape(-1)
         if kept is not None:
             indices = indices.masked_fill(~kept, -1)
-    if _differentiates(rows, codebook):
+    if differentiates(rows, codebook):
         quantized, loss = _Quantize.apply(rows, codebook, indices, gradient, commitment_weight, codebook_weight)
     else:
         quantized, _, error = quantize_forward(rows, codebook, indices, False)
-        loss = _weighted(error, commitment_weight + codebook_weight)
+        loss = weighted(error, commitment_weight + codebook_weight)
     if x.dim() != 2:
         quantized, indices = quantized.reshape(x.shape), indices.reshape(x.shape[:-1])
     return Quantized(quantized, indices, loss)
 
 
-def _differentiates(*tensors: Tensor) -> bool:
+def differentiates(*tensors: Tensor) -> bool:
     """Whether a gradient can flow to one of them. Without, plain ops are called: TorchScript can't save a Function."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _weighted(error: Tensor, weight: float) -> Tensor:
+def weighted(error: Tensor, weight: float) -> Tensor:
     if weight == 1:
         return error
     return error * weight if weight else torch.zeros_like(error)
@@ -126,7 +117,7 @@ def rows_of_mask(mask: Tensor, shape: torch.Size) -> Tensor:
     return mask.reshape(-1)
 
 
-def _check_choices(gradient: str, **weights: float) -> None:
+def check_choices(gradient: str, **weights: float) -> None:
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient: must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
     for name, weight in weights.items():
@@ -134,13 +125,13 @@ def _check_choices(gradient: str, **weights: float) -> None:
             raise ValueError(f"{name}: must not be negative, got {weight}")
 
 
-def _rows(x: Tensor) -> Tensor:
+def flatten_rows(x: Tensor) -> Tensor:
     if x.dim() == 0:
         raise ValueError("x: must have shape (..., D), got a scalar")
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _given(indices: Tensor, shape: torch.Size) -> Tensor:
+def checked_indices(indices: Tensor, shape: torch.Size) -> Tensor:
     if indices.shape != shape:
         raise ValueError(f"indices: must have shape {tuple(shape)} beside x, got {tuple(indices.shape)}")
     return indices
@@ -164,7 +155,7 @@ class _Quantize(torch.autograd.Function):
         ctx.save_for_backward(x, codes, indices)
         ctx.gradient, ctx.codebook_shape, ctx.codebook_dtype = gradient, codebook.shape, codebook.dtype
         ctx.commitment_weight, ctx.codebook_weight = commitment_weight, codebook_weight
-        return quantized, _weighted(error, commitment_weight + codebook_weight)
+        return quantized, weighted(error, commitment_weight + codebook_weight)
 
     @staticmethod
     @once_differentiable
@@ -191,120 +182,3 @@ class _Quantize(torch.autograd.Function):
                 _, sums = accumulate(pull, indices, len(codebook_grad))
                 codebook_grad = (-ctx.codebook_weight * sums).to(ctx.codebook_dtype)
         return x_grad, codebook_grad, None, None, None, None
-
-
-class ResidualQuantized(NamedTuple):
-    """What `residual_quantize` returns."""
-
-    quantized: Tensor  # (..., D), dtype of x
-    indices: Tensor  # (..., Q) int64
-    losses: Tensor  # (Q,) float32, or float64
-    residuals: Tensor  # (Q, ..., D) in the dtype of the losses, or empty; no gradient
-
-
-def residual_quantize(
-    x: Tensor,
-    codebooks: Tensor,
-    *,
-    gradient: str = "ste",
-    commitment_weight: float = 1.0,
-    mask: Tensor | None = None,
-    indices: Tensor | None = None,
-    keep_residuals: bool = False,
-    copy_codebooks: bool = True,
-) -> ResidualQuantized:
-    """`quantize` by a stack of codebooks, each for what the ones before it left over.
-
-        r_0 = x,   quantized = sum_q e_{q,index_q},   r_{q+1} = r_q - sg[e_{q,index_q}]
-        loss_q = commitment_weight mean (r_q - sg[e_{q,index_q}])^2
-
-    Rows that don't count, because they aren't finite or masked out, are treated as by `quantize`.
-
-    Args:
-        x: vectors (..., D), any floating dtype.
-        codebooks: codes (Q, K, D). They get no gradient.
-        gradient: "ste" or "rotation", as in `quantize`, at every level. x gets the sum over the levels, as when levels
-            are stacked by hand: Q times the gradient of quantized, for "ste".
-        commitment_weight: factor of the losses.
-        mask: bool (...), True for the rows that count.
-        indices: int64 (..., Q), what `residual_search` would return for x, where that is known already; -1 also for
-            levels that are left out.
-        keep_residuals: return the r_q, from which the codebooks can learn.
-        copy_codebooks: hold a copy of the codebooks for the backward, so that they may learn before it. False saves
-            it where they are a copy already.
-
-    Returns:
-        quantized (..., D); indices (..., Q) int64; losses (Q,); residuals (Q, ..., D), or an empty (0, ..., D).
-
-    Raises:
-        TypeError, ValueError: as `quantize`.
-
-    Numerics: arithmetic is in float32, or in float64 where an argument is; quantized is rounded to x's dtype once.
-    Memory is O(N D + Q K D), and Q N D for the residuals.
-
-    Source: Zeghidour et al., SoundStream, 2021, algorithm 1.
-    """
-    _check_choices(gradient, commitment_weight=commitment_weight)
-    rows = _rows(x)
-    kept = None if mask is None else rows_of_mask(mask, x.shape[:-1])
-    if indices is None:
-        indices = residual_search(rows.detach(), codebooks.detach(), mask=kept)
-    else:
-        indices = _given(indices, torch.Size([*x.shape[:-1], len(codebooks)]))
-        indices = indices if x.dim() == 2 else indices.reshape(-1, len(codebooks))
-        if kept is not None:
-            indices = indices.masked_fill(~kept[:, None], -1)
-    held = codebooks.detach()
-    if _differentiates(rows):
-        held = held.clone() if copy_codebooks else held
-        quantized, losses, residuals = _ResidualQuantize.apply(
-            rows, held, indices, gradient, commitment_weight, keep_residuals
-        )
-    else:
-        quantized, errors, residuals = residual_quantize_forward(rows, held, indices, keep_residuals)
-        losses = _weighted(errors, commitment_weight)
-    if x.dim() != 2:
-        quantized, indices = quantized.reshape(x.shape), indices.reshape(*x.shape[:-1], len(codebooks))
-        residuals = residuals.reshape(len(residuals), *x.shape)
-    return ResidualQuantized(quantized, indices, losses, residuals)
-
-
-class _ResidualQuantize(torch.autograd.Function):
-    """(quantized, losses, residuals) of rows whose indices are known; the backward walks the levels again, so that no
-    residual is kept for it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        codebooks: Tensor,
-        indices: Tensor,
-        gradient: str,
-        commitment_weight: float,
-        keep_residuals: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        quantized, errors, residuals = residual_quantize_forward(x, codebooks, indices, keep_residuals)
-        ctx.save_for_backward(x, codebooks, indices)
-        ctx.mark_non_differentiable(residuals)
-        ctx.set_materialize_grads(False)  # zeros for the residuals would be the largest tensor here
-        ctx.gradient, ctx.commitment_weight = gradient, commitment_weight
-        return quantized, _weighted(errors, commitment_weight), residuals
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, quantized_grad: Tensor | None, loss_grads: Tensor | None, _: None) -> tuple[Any, ...]:
-        x, codebooks, indices = ctx.saved_tensors
-        if quantized_grad is None:
-            quantized_grad = torch.zeros_like(x)
-        if loss_grads is None:
-            loss_grads = codebooks.new_zeros(len(codebooks), dtype=compute_dtype(x, codebooks))
-        x_grad = residual_quantize_backward(
-            x,
-            codebooks,
-            indices,
-            quantized_grad,
-            loss_grads,
-            gradient=ctx.gradient,
-            commitment_weight=float(ctx.commitment_weight),
-        )
-        return x_grad, None, None, None, None, None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastvq.backends.reference import result_dtype
+from fastvq.backends.arithmetic import compute_dtype
 from fastvq.ops import soft_assign_backward, soft_assign_forward
 
 LARGEST_MEAN = 1 << 20
@@ -104,7 +104,7 @@ def cross_entropy(
         counted = counted & mask.reshape(-1)
     codebook = _held(codebook)
     logsumexp, _, _ = _SoftAssign.apply(rows[None], codebook, counted[None], metric, scale, 0.0, False)
-    dtype = result_dtype(x, codebook)
+    dtype = compute_dtype(x, codebook)
     own = rows.to(dtype).masked_fill(~counted[:, None], 0)
     codes = F.embedding(targets.clamp_min(0), codebook).to(dtype).masked_fill(~counted[:, None], 0)
     if metric == "dot":
@@ -225,7 +225,7 @@ class _MeanAssignmentEntropy(torch.autograd.Function):
     ) -> Tensor:
         ctx.options = {"metric": metric, "scale": float(scale), "floor": float(floor)}
         ctx.save_for_backward(x, codebook, mask)
-        total = x.new_zeros((), dtype=result_dtype(x, codebook))
+        total = x.new_zeros((), dtype=compute_dtype(x, codebook))
         for part, part_mask in _positions(x, codebook, mask):
             _, _, mean = soft_assign_forward(part, codebook, part_mask, **ctx.options, statistics=True)
             total = total - (mean * mean.clamp_min(floor).log()).nan_to_num(0).sum()
@@ -272,7 +272,7 @@ class _SoftLookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, codebook, indices = ctx.saved_tensors
         counted = indices >= 0
-        wide = grad.to(result_dtype(x, codebook)).masked_fill(~counted[:, None], 0)
+        wide = grad.to(compute_dtype(x, codebook)).masked_fill(~counted[:, None], 0)
         own, mask, code_grad = x[None], counted[None], wide[None]
         logsumexp, _, _ = soft_assign_forward(own, codebook, mask, **ctx.options, statistics=False)
         x_grad, codebook_grad = _gradients(ctx, own, codebook, mask, logsumexp, None, None, None, code_grad)

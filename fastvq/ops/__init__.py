@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from .accumulate import accumulate, ema_update_
+from .accumulate import accumulate
 from .binary_assign import binary_assign_backward, binary_assign_forward
+from .ema_update import ema_update_
 from .min_distance import min_distance_
-from .quantize import quantize_backward, quantize_forward, residual_quantize_backward, residual_quantize_forward
+from .quantize import quantize_backward, quantize_forward
 from .registry import GRADIENTS
+from .residual_quantize import residual_quantize_backward, residual_quantize_forward
+from .residual_search import residual_search
 from .sample import sample
-from .search import residual_search, search, topk_search
+from .search import search
 from .soft_assign import soft_assign_backward, soft_assign_forward
+from .topk_search import topk_search
 
 __all__ = [
     "GRADIENTS",

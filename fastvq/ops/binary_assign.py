@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastvq.backends import select as backends
-from fastvq.backends.reference import result_dtype
+from fastvq.backends.arithmetic import compute_dtype
 
-from .registry import check_like, check_mask, check_values, op
+from .checks import check_like, check_mask, check_values
+from .registry import op
 
 LARGEST_DIM = 30
 
@@ -26,7 +27,7 @@ def check_binary_assign(x: Tensor, mask: Tensor | None, scale: float, floor: flo
 
 def _binary_assign_forward_fake(x: Tensor, mask: Tensor | None, *, scale: float, floor: float) -> tuple[Tensor, Tensor]:
     check_binary_assign(x, mask, scale, floor)
-    dtype = result_dtype(x)
+    dtype = compute_dtype(x)
     return x.new_empty(x.shape[:2], dtype=dtype), x.new_empty((x.shape[0], 1 << x.shape[2]), dtype=dtype)
 
 
@@ -57,7 +58,7 @@ def _check_binary_assign_backward(
     floor: float,
 ) -> None:
     check_binary_assign(x, mask, scale, floor)
-    dtype = result_dtype(x)
+    dtype = compute_dtype(x)
     check_like("entropy_grad", entropy_grad, x, tuple(x.shape[:2]), dtype)
     check_like("mean_grad", mean_grad, x, (x.shape[0], 1 << x.shape[2]), dtype)
 
@@ -72,7 +73,7 @@ def _binary_assign_backward_fake(
     floor: float,
 ) -> Tensor:
     _check_binary_assign_backward(x, mask, entropy_grad, mean_grad, scale, floor)
-    return x.new_empty(x.shape, dtype=result_dtype(x))
+    return x.new_empty(x.shape, dtype=compute_dtype(x))
 
 
 @op(fake=_binary_assign_backward_fake)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastvq.backends import select as backends
 
-from .registry import check_codes, check_like, check_values, op
+from .checks import check_codes, check_like, check_values
+from .registry import op
 
 
 def _check_min_distance(distances: Tensor, x: Tensor, codes: Tensor) -> None:

@@ -1,15 +1,15 @@
-"""The quantize step once the indices are known, and its gradient: of one codebook, and of a stack of them."""
+"""The op `quantize`: lookup, output and loss of one codebook, and their gradient."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastvq.backends import reference
 from fastvq.backends import select as backends
+from fastvq.backends.arithmetic import compute_dtype
 
-from .registry import GRADIENTS, check_codes, check_indices, check_int64, check_same_device, check_values, op
-from .search import check_residual_search
+from .checks import check_beside, check_codes, check_gradients, check_indices, check_same_device, check_values
+from .registry import op
 
 
 def _check_quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor) -> None:
@@ -23,7 +23,7 @@ def _quantize_forward_fake(
     x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_quantize_forward(x, codebook, indices)
-    dtype = reference.compute_dtype(x, codebook)
+    dtype = compute_dtype(x, codebook)
     codes = x.new_empty((x.shape[0] if keep_codes else 0, x.shape[1]), dtype=dtype)
     return x.new_empty(x.shape), codes, x.new_empty((), dtype=dtype)
 
@@ -54,27 +54,13 @@ def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: b
     return backends.select("quantize_forward", x.device)(x, codebook, indices, keep_codes)
 
 
-def _check_gradients(x: Tensor, quantized_grad: Tensor, gradient: str) -> None:
-    _check_beside("quantized_grad", quantized_grad, x, (x.dtype,))
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient: must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
-
-
-def _check_beside(name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    check_same_device(name, tensor, x)
-    if tensor.shape != x.shape:
-        raise ValueError(f"{name}: must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name}: must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-
-
 def _check_quantize_backward(
     x: Tensor, codes: Tensor, indices: Tensor, quantized_grad: Tensor, loss_grad: Tensor, gradient: str
 ) -> None:
     check_values("x", x, (2,), "(N, D)")
     check_indices(indices, x)
-    _check_beside("codes", codes, x, (torch.float32, torch.float64))
-    _check_gradients(x, quantized_grad, gradient)
+    check_beside("codes", codes, x, (torch.float32, torch.float64))
+    check_gradients(x, quantized_grad, gradient)
     check_same_device("loss_grad", loss_grad, x)
     if loss_grad.shape != () or loss_grad.dtype != codes.dtype:
         raise ValueError(f"loss_grad: must be one number of {codes.dtype}, got {loss_grad.dtype} {loss_grad.shape}")
@@ -127,114 +113,4 @@ def quantize_backward(
     _check_quantize_backward(x, codes, indices, quantized_grad, loss_grad, gradient)
     return backends.select("quantize_backward", x.device)(
         x, codes, indices, quantized_grad, loss_grad, gradient=gradient, commitment_weight=commitment_weight
-    )
-
-
-def _check_level_indices(indices: Tensor, x: Tensor, codebooks: Tensor) -> None:
-    check_int64(indices, x, (x.shape[0], codebooks.shape[0]), "(N, Q)", "x and codebooks")
-
-
-def _residual_quantize_forward_fake(
-    x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_residual_search(x, codebooks)
-    _check_level_indices(indices, x, codebooks)
-    levels, dtype = codebooks.shape[0], reference.compute_dtype(x, codebooks)
-    residuals = x.new_empty((levels if keep_residuals else 0, *x.shape), dtype=dtype)
-    return x.new_empty(x.shape), x.new_empty((levels,), dtype=dtype), residuals
-
-
-@op(fake=_residual_quantize_forward_fake)
-def residual_quantize_forward(
-    x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_forward` of all levels of a residual quantizer, in one pass.
-
-        r_0 = x,   r_{q+1} = r_q - e_{q,index_q},   quantized = sum_q e_{q,index_q}
-        error_q = mean of (r_q - e_{q,index_q})^2 over the D elements of the rows with a code at level q
-
-    Args:
-        x: vectors (N, D); float32, float16, bfloat16 or float64.
-        codebooks: codes (Q, K, D), any of these dtypes.
-        indices: int64 (N, Q) in [-1, K), as from `residual_search`; a level with -1 adds nothing and takes nothing off.
-        keep_residuals: whether the third result is wanted.
-
-    Returns:
-        quantized (N, D) in the dtype of x; errors (Q,); the residuals r_q (Q, N, D), or an empty (0, N, D). Arithmetic,
-        errors and residuals are float32, or float64 where an argument is. The rest as `quantize_forward`.
-
-    Raises:
-        TypeError, ValueError: dtypes, shapes or devices that don't fit. IndexError: an index out of range, on the CPU.
-
-    Source: Zeghidour et al., SoundStream, 2021, algorithm 1.
-    """
-    check_residual_search(x, codebooks)
-    _check_level_indices(indices, x, codebooks)
-    return backends.select("residual_quantize_forward", x.device)(x, codebooks, indices, keep_residuals)
-
-
-def _check_residual_quantize_backward(
-    x: Tensor, codebooks: Tensor, indices: Tensor, quantized_grad: Tensor, error_grads: Tensor, gradient: str
-) -> None:
-    check_residual_search(x, codebooks)
-    _check_level_indices(indices, x, codebooks)
-    _check_gradients(x, quantized_grad, gradient)
-    dtype = reference.compute_dtype(x, codebooks)
-    check_same_device("error_grads", error_grads, x)
-    if error_grads.shape != codebooks.shape[:1] or error_grads.dtype != dtype:
-        raise ValueError(
-            f"error_grads: must be ({codebooks.shape[0]},) of {dtype}, got {error_grads.dtype}"
-            f" {tuple(error_grads.shape)}"
-        )
-
-
-def _residual_quantize_backward_fake(
-    x: Tensor,
-    codebooks: Tensor,
-    indices: Tensor,
-    quantized_grad: Tensor,
-    error_grads: Tensor,
-    *,
-    gradient: str,
-    commitment_weight: float,
-) -> Tensor:
-    _check_residual_quantize_backward(x, codebooks, indices, quantized_grad, error_grads, gradient)
-    return x.new_empty(x.shape)
-
-
-@op(fake=_residual_quantize_backward_fake)
-def residual_quantize_backward(
-    x: Tensor,
-    codebooks: Tensor,
-    indices: Tensor,
-    quantized_grad: Tensor,
-    error_grads: Tensor,
-    *,
-    gradient: str,
-    commitment_weight: float,
-) -> Tensor:
-    """The gradient of x from those of `residual_quantize_forward`'s quantized and errors, in one pass.
-
-        x_grad_n = sum over the levels q with a code of
-                   G_{n,q}(quantized_grad_n) + commitment_weight 2 error_grad_q (r_q,n - e_q) / (D rows_q)
-
-    with G as in `quantize_backward`, for the residual and the code of the level, and rows_q the number of rows with a
-    code there. Each residual depends on x as x itself: codes are held constant.
-
-    Args:
-        x, codebooks, indices: as in the forward; the codebooks as they were then.
-        quantized_grad: (N, D) in the dtype of x. error_grads: (Q,) in that of the errors.
-        gradient: "ste" or "rotation". commitment_weight: factor of the errors in the loss.
-
-    Returns:
-        (N, D) in the dtype of x, computed in that of the errors.
-
-    Raises:
-        TypeError, ValueError: what doesn't fit, by name.
-
-    Source: as `quantize_backward`.
-    """
-    _check_residual_quantize_backward(x, codebooks, indices, quantized_grad, error_grads, gradient)
-    return backends.select("residual_quantize_backward", x.device)(
-        x, codebooks, indices, quantized_grad, error_grads, gradient=gradient, commitment_weight=commitment_weight
     )

@@ -1,4 +1,4 @@
-"""How an op is registered, and the checks that several share.
+"""Registration of ops.
 
 The backend is chosen inside the registered op. torch.compile and torch.export therefore see one opaque node, and a
 traced program runs on whatever backend serves the device it meets.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor  # noqa: F401  infer_schema resolves annotations in the globals of this module
 
 _library = torch.library.Library("fastvq", "DEF")
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -100,56 +100,3 @@ METRICS = ("l2", "dot")
 SOFT_METRICS = ("distance", "l2", "dot")
 GRADIENTS = ("ste", "rotation")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def check_values(name: str, tensor: Tensor, dims: tuple[int, ...], like: str) -> None:
-    if tensor.dim() not in dims:
-        raise ValueError(f"{name}: must have shape {like}, got {tuple(tensor.shape)}")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name}: must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-
-
-def check_same_device(name: str, tensor: Tensor, x: Tensor, x_name: str = "x") -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{name}: must be on the device of {x_name}, {x.device}, got {tensor.device}")
-
-
-def check_codes(name: str, codebook: Tensor, x: Tensor) -> None:
-    check_same_device(name, codebook, x)
-    if codebook.shape[-1] != x.shape[-1]:
-        raise ValueError(f"{name}: must have the dimension of x, D={x.shape[-1]}, got shape {tuple(codebook.shape)}")
-    if codebook.shape[-2] == 0:
-        raise ValueError(f"{name}: must hold at least one code, got shape {tuple(codebook.shape)}")
-    if x.shape[-1] == 0:
-        raise ValueError(f"x: must have at least one dimension D, got shape {tuple(x.shape)}")
-
-
-def check_indices(indices: Tensor, x: Tensor) -> None:
-    check_int64(indices, x, (x.shape[0],), "(N,)", "x")
-
-
-def check_int64(indices: Tensor, x: Tensor, shape: tuple[int, ...], like: str, beside: str) -> None:
-    if indices.dtype != torch.int64:
-        raise TypeError(f"indices: must be int64, got {indices.dtype}")
-    if indices.shape != shape:
-        raise ValueError(f"indices: must have shape {like} = {shape} beside {beside}, got {tuple(indices.shape)}")
-    check_same_device("indices", indices, x)
-
-
-def check_mask(mask: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask: must be bool, got {mask.dtype}")
-    if mask.shape != shape:
-        raise ValueError(f"mask: must have shape {tuple(shape)} beside x, got {tuple(mask.shape)}")
-    check_same_device("mask", mask, x)
-
-
-def check_like(name: str, tensor: Tensor | None, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """An argument that may be left out, and has one shape and dtype where it isn't."""
-    if tensor is None:
-        return
-    check_same_device(name, tensor, x)
-    if tensor.shape != shape or tensor.dtype != dtype:
-        raise ValueError(
-            f"{name}: must be {dtype} of shape {tuple(shape)}, got {tensor.dtype} of shape {tuple(tensor.shape)}"
-        )

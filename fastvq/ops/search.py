@@ -1,4 +1,4 @@
-"""The searches."""
+"""The op `search`: the exact nearest code of each vector."""
 
 from __future__ import annotations
 
@@ -10,25 +10,8 @@ from torch import Tensor
 
 from fastvq.backends import select as backends
 
-from .registry import check_codes, check_mask, check_values, op
-
-
-def _of_masked_rows(search: Callable[[Tensor, Tensor], Tensor], x: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
-    """search(x, codes) with -1 in the rows of x that `mask` leaves out. On the CPU only the others are searched;
-    elsewhere all are, since to count them would be to wait for the device."""
-    if x.device.type != "cpu":
-        indices = search(x, codes)
-        kept = mask.reshape(*mask.shape, *[1] * (indices.dim() - mask.dim()))
-        return indices.masked_fill_(~kept, -1)
-    if x.dim() == 3:
-        pairs = zip(x, codes, mask, strict=True)
-        heads = [_of_masked_rows(search, xh, eh, mh) for xh, eh, mh in pairs]
-        return torch.stack(heads) if heads else search(x, codes)
-    rows = mask.nonzero().squeeze(1)
-    if len(rows) == len(x):
-        return search(x, codes)
-    found = search(x[rows], codes)
-    return found.new_full((len(x), *found.shape[1:]), -1).index_copy_(0, rows, found)
+from .checks import check_codes, check_mask, check_values
+from .registry import op
 
 
 def check_search(x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None) -> None:
@@ -41,6 +24,24 @@ def check_search(x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None) 
         raise ValueError(f"metric: must be 'l2' or 'dot', got {metric!r}")
     if mask is not None:
         check_mask(mask, x, x.shape[:-1])
+
+
+def search_masked(search: Callable[[Tensor, Tensor], Tensor], x: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
+    """search(x, codes) with -1 in the rows of x that `mask` leaves out. On the CPU only the others are searched;
+    elsewhere all are, since to count them would be to wait for the device."""
+    if x.device.type != "cpu":
+        indices = search(x, codes)
+        kept = mask.reshape(*mask.shape, *[1] * (indices.dim() - mask.dim()))
+        return indices.masked_fill_(~kept, -1)
+    if x.dim() == 3:
+        pairs = zip(x, codes, mask, strict=True)
+        heads = [search_masked(search, xh, eh, mh) for xh, eh, mh in pairs]
+        return torch.stack(heads) if heads else search(x, codes)
+    rows = mask.nonzero().squeeze(1)
+    if len(rows) == len(x):
+        return search(x, codes)
+    found = search(x[rows], codes)
+    return found.new_full((len(x), *found.shape[1:]), -1).index_copy_(0, rows, found)
 
 
 def _search_fake(x: Tensor, codebook: Tensor, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
@@ -80,83 +81,4 @@ def search(x: Tensor, codebook: Tensor, *, metric: str = "l2", mask: Tensor | No
     """
     check_search(x, codebook, metric, mask)
     run = functools.partial(backends.select("search", x.device), metric=metric)
-    return run(x, codebook) if mask is None else _of_masked_rows(run, x, codebook, mask)
-
-
-def _check_topk_search(x: Tensor, codebook: Tensor, k: int, metric: str, mask: Tensor | None) -> None:
-    check_search(x, codebook, metric, mask)
-    size = codebook.shape[-2]
-    if not 1 <= k <= size:
-        raise ValueError(f"k: must lie in [1, {size}] for {size} codes, got {k}")
-
-
-def _topk_search_fake(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
-    _check_topk_search(x, codebook, k, metric, mask)
-    return x.new_empty((*x.shape[:-1], k), dtype=torch.int64)
-
-
-@op(fake=_topk_search_fake, not_native=("mask",))
-def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
-    """The k nearest codes of each vector, nearest first.
-
-    Codes are ordered by the float64 sums that define `search`, and equal ones by index, so that the first of them is
-    what `search` returns. Like there, the result is the same on every backend, and there is no N x K matrix.
-
-    Args:
-        x, codebook, metric, mask: as for `search`.
-        k: how many, from 1 to K.
-
-    Returns:
-        int64 indices (N, k) or (H, N, k). All are -1 in a row that isn't finite or masked out; where fewer than k codes
-        are finite, the last ones are -1.
-
-    Raises:
-        TypeError, ValueError: as `search`.
-
-    Numerics: docs/exactness.md. Not differentiable.
-    """
-    _check_topk_search(x, codebook, k, metric, mask)
-    run = functools.partial(backends.select("topk_search", x.device), k=k, metric=metric)
-    return run(x, codebook) if mask is None else _of_masked_rows(run, x, codebook, mask)
-
-
-def check_residual_search(x: Tensor, codebooks: Tensor, mask: Tensor | None = None) -> None:
-    check_values("x", x, (2,), "(N, D)")
-    check_values("codebooks", codebooks, (3,), "(Q, K, D)")
-    check_codes("codebooks", codebooks, x)
-    if codebooks.shape[0] == 0:
-        raise ValueError(f"codebooks: must hold at least one level, got shape {tuple(codebooks.shape)}")
-    if mask is not None:
-        check_mask(mask, x, x.shape[:-1])
-
-
-def _residual_search_fake(x: Tensor, codebooks: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    check_residual_search(x, codebooks, mask)
-    return x.new_empty((x.shape[0], codebooks.shape[0]), dtype=torch.int64)
-
-
-@op(fake=_residual_search_fake, not_native=("mask",))
-def residual_search(x: Tensor, codebooks: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """The codes of each vector under residual quantization: each level codes what the levels before it left over.
-
-        r_0 = x,   index_nq = argmin_k |r_q,n - e_qk|^2,   r_{q+1} = float32(r_q - e_q,index)
-
-    The difference is one subtraction in float32; in float64, and then rounded, where an argument is float64.
-
-    Args:
-        x: vectors (N, D), as for `search`.
-        codebooks: codes (Q, K, D), level by level, on the same device.
-        mask: bool (N,), as for `search`.
-
-    Returns:
-        int64 indices (N, Q): the same as calling `search` level by level. -1 as there; a level without a finite code
-        leaves the residual as it is.
-
-    Raises:
-        TypeError, ValueError: as `search`.
-
-    Source: Zeghidour et al., SoundStream, 2021, algorithm 1.
-    """
-    check_residual_search(x, codebooks, mask)
-    run = backends.select("residual_search", x.device)
-    return run(x, codebooks) if mask is None else _of_masked_rows(run, x, codebooks, mask)
+    return run(x, codebook) if mask is None else search_masked(run, x, codebook, mask)

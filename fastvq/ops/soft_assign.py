@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastvq.backends import select as backends
-from fastvq.backends.reference import result_dtype
+from fastvq.backends.arithmetic import compute_dtype
 
-from .registry import SOFT_METRICS, check_codes, check_like, check_mask, check_values, op
+from .checks import check_codes, check_like, check_mask, check_values
+from .registry import SOFT_METRICS, op
 
 
 def _check_soft_assign(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, scale: float) -> None:
@@ -32,7 +33,7 @@ def _soft_assign_forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_soft_assign(x, codebook, mask, metric, scale)
     _check_floor(floor)
-    dtype, (groups, rows, _) = result_dtype(x, codebook), x.shape
+    dtype, (groups, rows, _) = compute_dtype(x, codebook), x.shape
     return (
         x.new_empty((groups, rows), dtype=dtype),
         x.new_empty((groups, rows if statistics else 0), dtype=dtype),
@@ -81,7 +82,7 @@ def _soft_assign_backward_fake(
 ) -> tuple[Tensor, Tensor]:
     _check_soft_assign(x, codebook, mask, metric, scale)
     _check_floor(floor)
-    dtype, (groups, rows, dim), size = result_dtype(x, codebook), x.shape, codebook.shape[0]
+    dtype, (groups, rows, dim), size = compute_dtype(x, codebook), x.shape, codebook.shape[0]
     for name, tensor, shape in (
         ("logsumexp", logsumexp, (groups, rows)),
         ("logsumexp_grad", logsumexp_grad, (groups, rows)),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastvq.backends.reference import compute_dtype
+from fastvq.backends.arithmetic import compute_dtype
 from fastvq.functional.quantize import quantize, unit_norm
 from fastvq.functional.soft_assign import soft_lookup
 from fastvq.ops import quantize_backward

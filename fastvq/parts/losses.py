@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq import distributed
-from fastvq.backends.reference import compute_dtype
+from fastvq.backends.arithmetic import compute_dtype
 from fastvq.functional.binary_assign import binary_assign
 from fastvq.functional.quantize import rows_of_mask, unit_norm
 from fastvq.functional.soft_assign import soft_assign

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastvq.codebook import Codebook, learn_together
 from fastvq.codebook.health import observe_levels_
 from fastvq.codebook.recompute import Repeatable
-from fastvq.functional.quantize import residual_quantize
+from fastvq.functional.residual_quantize import residual_quantize
 from fastvq.ops import residual_search
 from fastvq.parts.beam import Stage, beam_search
 from fastvq.parts.dropout import ActiveStages

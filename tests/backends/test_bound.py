@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastvq.backends.torch import search as eager
+from fastvq.backends.torch import search
 
 from ..cases import ADVERSARIAL, METRICS, generator, mismatch
 
@@ -109,7 +109,7 @@ def test_no_score_is_further_off_than_the_bound(data, cheap_pass, metric):
     bounded = 0
     for n, k, d in [(3, 5, 1), (5, 6, 33)]:
         x, codebook = ADVERSARIAL[data](n, k, d, generator())
-        frame = eager._frame(codebook, metric)
+        frame = search.make_frame(codebook, metric)
         near, bound = frame.rows(x.double())
         operands = (near, frame.codes) if bits is None else (leading_bits(near, bits), leading_bits(frame.codes, bits))
         approximate = scores(*operands, frame.half_norms).tolist()
@@ -127,7 +127,7 @@ def test_a_long_chain_from_a_large_half_norm():
     x = torch.full((1, 513), 1.01 * 2.0**-11)
     x[0, 0] = 0
     codebook = torch.stack([code, -code])
-    frame = eager._frame(codebook, "l2")
+    frame = search.make_frame(codebook, "l2")
     near, bound = frame.rows(x.double())
     t = chained_from_the_half_norm(near, frame.codes, frame.half_norms)[0].tolist()
     s = exact_scores(x, codebook, frame, "l2")[0]
@@ -138,15 +138,15 @@ def test_a_long_chain_from_a_large_half_norm():
 @pytest.mark.parametrize("bound", [0.0, 1e-9, 0.3, 1e30, math.inf])
 def test_the_limit_lies_two_bounds_above_the_best(best, bound):
     best, bound = torch.tensor([best] * 2), torch.tensor([bound] * 2, dtype=torch.float64)
-    limit = eager._limit(best, bound, torch.tensor([True, False])).double()
+    limit = search._limit(best, bound, torch.tensor([True, False])).double()
     assert limit[0] >= best[0].double() + 2 * bound[0]
     assert limit[1] == -math.inf
 
 
 def candidates_a_row(x, codebook):
-    frame = eager._frame(codebook, "l2")
+    frame = search.make_frame(codebook, "l2")
     near, bound = frame.rows(x.double())
-    row, _ = eager._candidates(near, bound, x.isfinite().all(1), frame)
+    row, _ = search.find_candidates(near, bound, x.isfinite().all(1), frame)
     return torch.bincount(row, minlength=len(x))
 
 
@@ -184,13 +184,13 @@ def test_the_bound_leaves_few_candidates_on_gaussian_data():
 )
 def test_a_wrong_bound_is_noticed(share, noticed_on, monkeypatch):
     """With a share of the bound the data of these tests do find wrong indices."""
-    rows = eager._Frame.rows
+    rows = search.Frame.rows
 
     def too_small(self, x):
         near, bound = rows(self, x)
         return near, torch.where(bound < math.inf, share * bound, bound)
 
-    monkeypatch.setattr(eager._Frame, "rows", too_small)
+    monkeypatch.setattr(search.Frame, "rows", too_small)
     # With fewer codes than FAR_SHARE none is taken out of the cheap pass, and the outlier stays in the bound.
     shapes = [(63, 60, 33), (300, 400, 64), (200, 70, 513)]
     for name in noticed_on:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastvq
-from fastvq.functional.quantize import GRADIENTS, lookup
+from fastvq.functional.quantize import lookup
+from fastvq.ops.registry import GRADIENTS
 
 from ..cases import close, generator
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastvq
 from fastvq import kernels, ops
 from fastvq.backends import select as backends
-from fastvq.backends.reference import compute_dtype
+from fastvq.backends.arithmetic import compute_dtype
 from fastvq.kernels import accumulate, quantize
 
 from ..cases import close
@@ -61,7 +61,7 @@ def test_same_as_the_specification_without_a_wait(op, device, monkeypatch):
     run = steps(device)[op]
     # On the CPU alone, indices are looked at to raise IndexError.
     for module in (accumulate, quantize):
-        monkeypatch.setattr(module, "check_indices", lambda *arguments: None)
+        monkeypatch.setattr(module, "check_index_range", lambda *arguments: None)
     with fastvq.use_backend("triton"), NoReads():
         actual = run()
     monkeypatch.undo()

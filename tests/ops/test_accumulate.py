@@ -104,7 +104,7 @@ def test_a_skipped_row_may_hold_anything(bad, backend):
 
 def test_rows_in_several_chunks(monkeypatch):
     x, indices = torch.randn(100, 9, generator=generator()), uniform(100, 5, generator(1))
-    monkeypatch.setattr("fastvq.backends.reference.accumulate.CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr("fastvq.backends.arithmetic.CHUNK_ELEMENTS", 40)
     assert_same(reference.accumulate(x, indices, 5), by_definition(x, indices, 5))
 
 

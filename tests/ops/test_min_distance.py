@@ -140,8 +140,8 @@ def test_layouts(backend):
 def test_rows_in_several_chunks(monkeypatch):
     distances, x, codes = vectors(100, 2, 9, torch.float32)
     expected = by_definition(distances, x, codes)
-    monkeypatch.setattr("fastvq.backends.reference.min_distance.CHUNK_ELEMENTS", 40)
-    monkeypatch.setattr("fastvq.backends.torch.search._tile_elements", lambda device: 40)
+    monkeypatch.setattr("fastvq.backends.arithmetic.CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr("fastvq.backends.torch.search.tile_elements", lambda device: 40)
     for name in ("reference", "torch"):
         assert_near(lower(name, distances, x, codes), expected, tolerance(name, x))
 

@@ -73,7 +73,6 @@ def test_half_precision_is_rounded_as_torch_rounds(dtype, backend):
 @pytest.mark.parametrize("gradient", ["ste", "rotation"])
 def test_threads_change_nothing(gradient, backend):
     x, codebook, indices = operands(5000, 40, 24, torch.float32)
-    rows, codebooks, level_indices = level_operands(5000, 40, 24, 3, torch.float32)
     results, threads = [], torch.get_num_threads()
     options = {"gradient": gradient, "commitment_weight": 1.0}
     try:
@@ -82,10 +81,7 @@ def test_threads_change_nothing(gradient, backend):
             with fastvq.use_backend(backend):
                 quantized, codes, error = ops.quantize_forward(x, codebook, indices, True)
                 grad = ops.quantize_backward(x, codes, indices, quantized, error, **options)
-                forward = ops.residual_quantize_forward(rows, codebooks, level_indices, True)
-                arguments = (rows, codebooks, level_indices, forward[0], forward[1])
-                level_grad = ops.residual_quantize_backward(*arguments, **options)
-            results.append((quantized, codes, error, grad, *forward, level_grad))
+            results.append((quantized, codes, error, grad))
     finally:
         torch.set_num_threads(threads)
     if backend == "native":  # torch's own sums depend on the threads
@@ -131,72 +127,6 @@ def test_an_index_out_of_range_is_refused(index, backend):
         pytest.raises((IndexError, RuntimeError), match=r"indices: must lie in \[-1, 7\)"),
     ):
         ops.quantize_forward(x, codebook, indices, True)
-    with (
-        fastvq.use_backend(backend),
-        pytest.raises((IndexError, RuntimeError), match=r"indices: must lie in \[-1, 7\)"),
-    ):
-        ops.residual_quantize_forward(x, codebook[None], indices[:, None], True)
-
-
-def level_operands(n, k, d, levels, dtype, code_dtype=torch.float32):
-    """Rows, codebooks that get smaller level by level, and indices of which some are -1 at one level or at all."""
-    g = generator()
-    scale = torch.tensor([0.5**q for q in range(levels)])[:, None, None]
-    codebooks = (scale * torch.randn(levels, k, d, generator=g)).to(code_dtype)
-    indices = torch.randint(-1, k, (n, levels), generator=g)
-    indices[::7] = -1
-    return torch.randn(n, d, generator=g).to(dtype), codebooks, indices
-
-
-@pytest.mark.parametrize("code_dtype", CODE_DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_residual_forward_equals_the_reference(dtype, code_dtype, backend):
-    for shape in [*SHAPES, (0, 3, 5)]:
-        for levels in (1, 3):
-            arguments = level_operands(*shape, levels, dtype, code_dtype)
-            expected = reference.residual_quantize_forward(*arguments, True)
-            with fastvq.use_backend(backend):
-                quantized, errors, residuals = ops.residual_quantize_forward(*arguments, True)
-                again, same, nothing = ops.residual_quantize_forward(*arguments, False)
-            assert torch.equal(quantized, expected[0])
-            close(errors, expected[1])
-            assert torch.equal(residuals, expected[2])
-            assert nothing.shape == (0, shape[0], shape[2])
-            assert torch.equal(again, quantized)
-            assert torch.equal(same, errors)
-
-
-@pytest.mark.parametrize("gradient", ["ste", "rotation"])
-@pytest.mark.parametrize("weight", [0.0, 0.25])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_residual_backward_equals_the_reference(dtype, weight, gradient, backend):
-    for shape in SHAPES:
-        x, codebooks, indices = level_operands(*shape, 3, dtype)
-        grad = torch.randn(x.shape, generator=generator()).to(dtype)
-        error_grads = torch.tensor([0.7, -1.0, 2.0], dtype=reference.compute_dtype(x, codebooks))
-        arguments = (x, codebooks, indices, grad, error_grads)
-        options = {"gradient": gradient, "commitment_weight": weight}
-        with fastvq.use_backend(backend):
-            actual = ops.residual_quantize_backward(*arguments, **options)
-        close(actual, reference.residual_quantize_backward(*arguments, **options))
-        assert not actual[(indices < 0).all(1)].any()
-
-
-def test_one_level_is_the_plain_step(backend):
-    x, codebook, indices = operands(50, 7, 5, torch.float32)
-    grad = torch.randn(x.shape, generator=generator())
-    with fastvq.use_backend(backend):
-        quantized, codes, error = ops.quantize_forward(x, codebook, indices, True)
-        levels = ops.residual_quantize_forward(x, codebook[None], indices[:, None], True)
-        options = {"gradient": "rotation", "commitment_weight": 0.25}
-        x_grad = ops.quantize_backward(x, codes, indices, grad, torch.ones(()), **options)
-        residual_grad = ops.residual_quantize_backward(
-            x, codebook[None], indices[:, None], grad, torch.ones(1), **options
-        )
-    assert torch.equal(levels[0], quantized)
-    close(levels[1][0], error)
-    assert torch.equal(levels[2][0], x)
-    close(residual_grad, x_grad)
 
 
 X, CODES, INDICES = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64)
@@ -231,30 +161,3 @@ def test_forward_refuses_by_name(arguments, error, message):
 def test_backward_refuses_by_name(arguments, gradient, error, message):
     with pytest.raises(error, match=message):
         ops.quantize_backward(*arguments, gradient=gradient, commitment_weight=1.0)
-
-
-LEVELS, LEVEL_INDICES, ONES = torch.zeros(2, 5, 4), torch.zeros(3, 2, dtype=torch.int64), torch.ones(2)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"x": X[0]}, ValueError, r"x: must have shape \(N, D\)"),
-        ({"codebooks": CODES}, ValueError, r"codebooks: must have shape \(Q, K, D\)"),
-        ({"indices": INDICES}, ValueError, r"indices: must have shape \(N, Q\) = \(3, 2\) beside x and codebooks"),
-        ({"indices": LEVEL_INDICES.int()}, TypeError, "indices: must be int64"),
-        ({"quantized_grad": X.half()}, TypeError, "quantized_grad: must be torch.float32"),
-        ({"error_grads": torch.ones(3)}, ValueError, r"error_grads: must be \(2,\) of torch.float32"),
-        ({"error_grads": ONES.double()}, ValueError, r"error_grads: must be \(2,\) of torch.float32"),
-        ({"gradient": "gumbel"}, ValueError, "gradient: must be one of ste, rotation, got 'gumbel'"),
-    ],
-)
-def test_residual_steps_refuse_by_name(change, error, message):
-    given = {"x": X, "codebooks": LEVELS, "indices": LEVEL_INDICES, "quantized_grad": X, "error_grads": ONES}
-    given |= {"gradient": "ste", "commitment_weight": 1.0}
-    with pytest.raises(error, match=message):
-        ops.residual_quantize_backward(**given | change)
-    if change.keys() <= {"x", "codebooks", "indices"}:
-        forward = {name: given[name] for name in ("x", "codebooks", "indices")}
-        with pytest.raises(error, match=message):
-            ops.residual_quantize_forward(**forward | change, keep_residuals=True)

@@ -7,7 +7,7 @@ import torch
 
 import fastvq
 from fastvq.backends import reference
-from fastvq.backends.torch import search as searches
+from fastvq.backends.torch import search
 
 from .. import cases
 from ..cases import generator
@@ -133,8 +133,8 @@ def test_schemas():
 def test_search_keeps_no_graph(backend, monkeypatch):
     """A graph would keep every temporary tensor until the last chunk is done."""
     recorded = []
-    rows = searches._search_rows
-    monkeypatch.setattr(searches, "_search_rows", lambda *a: (recorded.append(torch.is_grad_enabled()), rows(*a)))
+    rows = search._search_rows
+    monkeypatch.setattr(search, "_search_rows", lambda *a: (recorded.append(torch.is_grad_enabled()), rows(*a)))
     x = torch.randn(9, 4, requires_grad=True)
     with fastvq.use_backend(backend):
         assert not fastvq.search(x, x).requires_grad

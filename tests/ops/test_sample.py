@@ -9,7 +9,7 @@ import torch
 
 import fastvq
 from fastvq.backends import reference
-from fastvq.backends.reference.sample import philox
+from fastvq.backends.noise import philox
 
 from ..cases import ADVERSARIAL, DTYPES, FLOAT64_ONLY, HALF, METRICS, generator
 
@@ -90,7 +90,7 @@ def test_tiles_threads_and_backends_agree(tile, monkeypatch):
     options = {"temperature": 0.7, "seed": SEED}
     expected = reference.sample(x, codebook, **options)
     monkeypatch.setattr("fastvq.backends.torch.search.TILE_CODES", tile)
-    monkeypatch.setattr("fastvq.backends.torch.search._tile_elements", lambda device: 2000)
+    monkeypatch.setattr("fastvq.backends.torch.search.tile_elements", lambda device: 2000)
     with fastvq.use_backend("torch"):
         assert torch.equal(fastvq.sample(x, codebook, **options), expected)
         torch.set_num_threads(1)

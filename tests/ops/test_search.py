@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as np_st
 
 import fastvq
 from fastvq.backends import native, reference
-from fastvq.backends.torch import search as eager
+from fastvq.backends.torch.search import TILE_CODES
 
 from .. import cases
 from ..cases import ADVERSARIAL, DTYPES, FLOAT64_ONLY, METRICS, generator, mismatch
@@ -149,7 +149,7 @@ def test_heads(backend):
 
 def test_ties_over_more_codes_than_a_tile(backend):
     """So many candidates that the torch backend has to take fewer rows at once."""
-    x, codebook = ADVERSARIAL["lattice"](40, 3 * eager.TILE_CODES + 5, 3, generator())
+    x, codebook = ADVERSARIAL["lattice"](40, 3 * TILE_CODES + 5, 3, generator())
     assert not mismatch(x, codebook, backend)
 
 
@@ -316,21 +316,39 @@ def test_any_shape_seed_and_scale(data, shape, seed, dtypes, metric, scale, shif
         assert not mismatch(x, codebook, backend, metric, expected), backend
 
 
-def residual_by_search(x, codebooks):
-    residual, levels = x, []
-    for codebook in codebooks:
-        indices = reference.search(residual, codebook)
-        levels.append(indices)
-        chosen = torch.stack([codebook[i] if i >= 0 else torch.zeros_like(codebook[0]) for i in indices.tolist()])
-        residual = (residual.double() - chosen.double()).float()
-    return torch.stack(levels, 1)
+SEARCHES = {
+    "search": lambda x, codes, **options: fastvq.search(x, codes, **options),
+    "topk_search": lambda x, codes, **options: fastvq.topk_search(x, codes, 3, **options),
+    "residual_search": lambda x, codes, **options: fastvq.residual_search(x, codes.expand(2, -1, -1), **options),
+}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("data", ["gaussian", "offset", "bad_vectors", "bad_codes", "rounded_midpoints"])
-def test_residual_search(data, dtype, backend):
-    x, codebooks = ADVERSARIAL[data](40, 3 * 20, 7, generator())
-    x, codebooks = x.to(dtype), codebooks.view(3, 20, 7)
+@pytest.mark.parametrize("name", SEARCHES)
+def test_masked_rows_are_not_searched(name, backend, monkeypatch):
+    """They get -1, and what they hold costs nothing: the search sees the other rows alone."""
+    search, x, codes = SEARCHES[name], torch.randn(30, 4), torch.randn(9, 4)
+    mask = torch.rand(30, generator=generator()) < 0.5
     with fastvq.use_backend(backend):
-        assert torch.equal(fastvq.residual_search(x, codebooks), residual_by_search(x, codebooks))
-        assert fastvq.residual_search(x[:0], codebooks).shape == (0, 3)
+        expected = search(x, codes)
+        for kept in (mask, torch.zeros_like(mask), torch.ones_like(mask)):
+            counts = []
+            implementation = fastvq.backends.select.BACKENDS[backend].ops[name]
+            monkeypatch.setitem(
+                fastvq.backends.select.BACKENDS[backend].ops,
+                name,
+                lambda x, *a, _run=implementation, _counts=counts, **o: (_counts.append(len(x)), _run(x, *a, **o))[1],
+            )
+            actual = search(x, codes, mask=kept)
+            monkeypatch.undo()
+            assert counts == [int(kept.sum())]
+            assert (actual[~kept] == -1).all()
+            assert torch.equal(actual[kept], expected[kept])
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_refuses_a_mask_that_does_not_fit(name):
+    x, codes = torch.randn(30, 4), torch.randn(9, 4)
+    with pytest.raises(TypeError, match="mask: must be bool, got torch"):
+        SEARCHES[name](x, codes, mask=torch.ones(30))
+    with pytest.raises(ValueError, match=r"mask: must have shape \(30,\) beside x, got \(29,\)"):
+        SEARCHES[name](x, codes, mask=torch.ones(29, dtype=torch.bool))

@@ -23,7 +23,7 @@ RELATIVE = {dtype: options["rtol"] for dtype, options in TOLERANCE.items()}
 def small_tiles(monkeypatch):
     """Several tiles and chunks in both directions."""
     monkeypatch.setattr("fastvq.backends.torch.search.TILE_CODES", 13)
-    monkeypatch.setattr("fastvq.backends.torch.search._tile_elements", lambda device: 13 * 12)
+    monkeypatch.setattr("fastvq.backends.torch.search.tile_elements", lambda device: 13 * 12)
 
 
 def dense_scores(x, codebook, metric):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import fastvq
 from fastvq import codebook
 from fastvq.backends import reference
-from fastvq.backends.torch import search as eager
+from fastvq.backends.torch import search
 from fastvq.data import Images
 from fastvq.models.priors import PRIORS
 from fastvq.ops import GRADIENTS
@@ -120,11 +120,11 @@ def test_the_torch_backend(meta, metric, monkeypatch):
     """Up to the candidates, whose number it must read; then on with two of them."""
     row, code = torch.empty(2, 2, dtype=torch.int64)
     with pytest.raises(READS, match="nonzero"):
-        eager.search(torch.empty(50, 8), torch.empty(20, 8), metric=metric)
-    frame = eager._frame(torch.empty(20, 8), metric)
+        search.search(torch.empty(50, 8), torch.empty(20, 8), metric=metric)
+    frame = search.make_frame(torch.empty(20, 8), metric)
     near, bound = frame.rows(torch.empty(50, 8, dtype=torch.float64))
-    assert eager._limit(torch.empty(50), bound, torch.empty(50, dtype=torch.bool)).shape == (50,)
-    assert eager._definition(near.double(), row, frame.exact, code, metric).shape == (2,)
+    assert search._limit(torch.empty(50), bound, torch.empty(50, dtype=torch.bool)).shape == (50,)
+    assert search.scores_by_definition(near.double(), row, frame.exact, code, metric).shape == (2,)
 
 
 class Fed(TorchDispatchMode):

@@ -6,31 +6,23 @@ rows are taken in chunks.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from fastvq.backends import Ops
 
-from .accumulate import accumulate, check_indices, ema_update_
+from .accumulate import accumulate
 from .binary_assign import binary_assign_backward, binary_assign_forward
+from .ema_update import ema_update_
 from .min_distance import min_distance_
-from .quantize import (
-    SHORTEST,
-    difference,
-    quantize_backward,
-    quantize_forward,
-    residual_quantize_backward,
-    residual_quantize_forward,
-)
+from .quantize import quantize_backward, quantize_forward
+from .residual_quantize import residual_quantize_backward, residual_quantize_forward
+from .residual_search import residual_search
 from .sample import sample
-from .search import compute_dtype, residual_search, scores_by_definition, search, topk_search, widen
-from .soft_assign import result_dtype, soft_assign_backward, soft_assign_forward
-
-Ops = dict[str, Callable[..., Any]]
-"""A backend's implementations, by the name of the op."""
+from .search import search
+from .soft_assign import soft_assign_backward, soft_assign_forward
+from .topk_search import topk_search
 
 OPS: Ops = {
     "search": search,
-    "residual_search": functools.partial(residual_search, search=search),
+    "residual_search": residual_search,
     "topk_search": topk_search,
     "quantize_forward": quantize_forward,
     "quantize_backward": quantize_backward,
@@ -48,14 +40,9 @@ OPS: Ops = {
 
 __all__ = [
     "OPS",
-    "SHORTEST",
-    "Ops",
     "accumulate",
     "binary_assign_backward",
     "binary_assign_forward",
-    "check_indices",
-    "compute_dtype",
-    "difference",
     "ema_update_",
     "min_distance_",
     "quantize_backward",
@@ -63,12 +50,9 @@ __all__ = [
     "residual_quantize_backward",
     "residual_quantize_forward",
     "residual_search",
-    "result_dtype",
     "sample",
-    "scores_by_definition",
     "search",
     "soft_assign_backward",
     "soft_assign_forward",
     "topk_search",
-    "widen",
 ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .search import CHUNK_ELEMENTS, widen
-from .soft_assign import entropy_slope, entropy_terms, result_dtype, valid_rows
+from fastvq.backends.arithmetic import chunk_rows, compute_dtype, valid_rows, widen
+
+from .soft_assign import entropy_slope, entropy_terms
 
 
 def _signs(dim: int, device: torch.device) -> Tensor:
@@ -22,7 +23,7 @@ def binary_assign_forward(x: Tensor, mask: Tensor | None, *, scale: float, floor
     valid = valid_rows(x, mask)
     entropy = x.new_zeros(x.shape[:2], dtype=torch.float64)
     mean = x.new_zeros((x.shape[0], len(codes)), dtype=torch.float64)
-    rows = max(1, CHUNK_ELEMENTS // len(codes))
+    rows = chunk_rows(len(codes))
     for g in range(x.shape[0]):
         for first in range(0, x.shape[1], rows):
             part = slice(first, first + rows)
@@ -30,7 +31,7 @@ def binary_assign_forward(x: Tensor, mask: Tensor | None, *, scale: float, floor
             p = (scale * widen(x[g, part]).masked_fill(~kept, 0) @ codes.T).softmax(1).masked_fill(~kept, 0)
             entropy[g, part] = entropy_terms(p, floor).sum(1)
             mean[g] += p.sum(0)
-    dtype = result_dtype(x)
+    dtype = compute_dtype(x)
     return entropy.to(dtype), (mean / valid.sum(1, keepdim=True).clamp_min(1)).to(dtype)
 
 
@@ -47,7 +48,7 @@ def binary_assign_backward(
     codes = _signs(x.shape[2], x.device)
     valid = valid_rows(x, mask)
     x_grad = x.new_zeros(x.shape, dtype=torch.float64)
-    rows = max(1, CHUNK_ELEMENTS // len(codes))
+    rows = chunk_rows(len(codes))
     for g in range(x.shape[0]):
         for first in range(0, x.shape[1], rows):
             part = slice(first, first + rows)
@@ -60,4 +61,4 @@ def binary_assign_backward(
                 p_grad += mean_grad[g].double() / valid[g].sum().clamp_min(1)
             logit_grad = p * (p_grad - (p * p_grad).sum(1, keepdim=True))
             x_grad[g, part] = scale * logit_grad @ codes
-    return x_grad.to(result_dtype(x))
+    return x_grad.to(compute_dtype(x))

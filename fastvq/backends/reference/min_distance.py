@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .search import CHUNK_ELEMENTS, widen
+from fastvq.backends.arithmetic import chunk_rows, widen
 
 
 def min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
     """`fastvq.min_distance_`: float64 sums, rounded to float32 once; fmin passes over what is no number."""
-    rows = max(1, CHUNK_ELEMENTS // x.shape[1])
+    rows = chunk_rows(x.shape[1])
     for chunk, nearest in zip(x.split(rows), distances.split(rows), strict=True):
         for code in widen(codes):
             found = (widen(chunk) - code).square().sum(1).float()

@@ -1,23 +1,17 @@
-"""The quantize step and its gradient, in plain PyTorch."""
+"""The op `quantize` by definition."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .accumulate import check_indices
-from .search import compute_dtype
-
-SHORTEST = 1e-6
-"""Length under which a vector has no direction to rotate from; also the floor of `fastvq.functional.unit_norm`."""
+from fastvq.backends.arithmetic import SHORTEST, check_index_range, compute_dtype, difference
 
 
 def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`fastvq.ops.quantize_forward`."""
-    check_indices(indices, codebook.shape[0])
+    check_index_range(indices, codebook.shape[0])
     counted = (indices >= 0)[:, None]
     codes = F.embedding(indices.clamp_min(0), codebook.to(compute_dtype(x, codebook))).masked_fill(~counted, 0)
     elements = (counted.sum() * x.shape[1]).clamp_min(1)
@@ -46,50 +40,6 @@ def quantize_backward(
         elements = (counted.sum() * x.shape[1]).clamp_min(1)
         grad = grad + difference(x, codes, counted) * (2 * commitment_weight * loss_grad / elements)
     return grad.to(x.dtype)
-
-
-def residual_quantize_forward(
-    x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastvq.ops.residual_quantize_forward`, level by level."""
-    residual = x.to(compute_dtype(x, codebooks))
-    total = torch.zeros_like(residual)
-    errors, residuals = [], []
-    for codebook, level in zip(codebooks, indices.unbind(1), strict=True):
-        codes, _, error = quantize_forward(residual, codebook, level, False)
-        errors.append(error)
-        residuals.append(residual)
-        residual = residual - codes
-        total = total + codes
-    kept = torch.stack(residuals) if keep_residuals else residual.new_empty(0, *x.shape)
-    return total.to(x.dtype, copy=True), torch.stack(errors), kept
-
-
-def residual_quantize_backward(
-    x: Tensor,
-    codebooks: Tensor,
-    indices: Tensor,
-    quantized_grad: Tensor,
-    error_grads: Tensor,
-    *,
-    gradient: str,
-    commitment_weight: float,
-) -> Tensor:
-    """`fastvq.ops.residual_quantize_backward`, level by level."""
-    residual = x.to(error_grads.dtype)
-    grad = quantized_grad.to(residual.dtype)
-    total = torch.zeros_like(residual)
-    options: dict[str, Any] = {"gradient": gradient, "commitment_weight": commitment_weight}
-    for codebook, level, error_grad in zip(codebooks, indices.unbind(1), error_grads, strict=True):
-        codes, _, _ = quantize_forward(residual, codebook, level, False)
-        total = total + quantize_backward(residual, codes, level, grad, error_grad, **options)
-        residual = residual - codes
-    return total.to(x.dtype)
-
-
-def difference(x: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
-    """x - codes in the dtype of the codes, zero in the rows that aren't counted."""
-    return (x.to(codes.dtype) - codes).masked_fill_(~counted, 0)
 
 
 def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor, counted: Tensor) -> Tensor:

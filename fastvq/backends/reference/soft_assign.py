@@ -7,18 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .search import CHUNK_ELEMENTS, scores_by_definition, widen
+from fastvq.backends.arithmetic import chunk_rows, compute_dtype, valid_rows, widen
 
-
-def result_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 where an argument is."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def valid_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Which rows (...) of x (..., D) count: those that are finite and not masked out."""
-    finite = x.isfinite().all(-1)
-    return finite if mask is None else finite & mask
+from .search import scores_by_definition
 
 
 def entropy_terms(p: Tensor, floor: float) -> Tensor:
@@ -39,7 +30,7 @@ def _pairs(
     usable = codebook.isfinite().all(1)
     codes = widen(codebook).masked_fill(~usable[:, None], 0)
     valid = valid_rows(x, mask) & usable.any()
-    rows = max(1, CHUNK_ELEMENTS // len(codes))
+    rows = chunk_rows(len(codes))
     for g in range(x.shape[0]):
         for first in range(0, x.shape[1], rows):
             part = slice(first, first + rows)
@@ -55,7 +46,7 @@ def soft_assign_forward(
     x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: str, scale: float, floor: float, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fastvq.ops.soft_assign_forward`."""
-    dtype = result_dtype(x, codebook)
+    dtype = compute_dtype(x, codebook)
     logsumexp = x.new_zeros(x.shape[:2], dtype=torch.float64)
     entropy = x.new_zeros((x.shape[0], x.shape[1] if statistics else 0), dtype=torch.float64)
     mean = x.new_zeros((x.shape[0], len(codebook) if statistics else 0), dtype=torch.float64)
@@ -87,7 +78,7 @@ def soft_assign_backward(
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
     """`fastvq.ops.soft_assign_backward`."""
-    dtype = result_dtype(x, codebook)
+    dtype = compute_dtype(x, codebook)
     x_grad = x.new_zeros((*x.shape[:2], x.shape[2] if need_x else 0), dtype=torch.float64)
     codebook_grad = x.new_zeros((len(codebook) if need_codebook else 0, x.shape[2]), dtype=torch.float64)
     codes = widen(codebook).nan_to_num(0, 0, 0)

@@ -3,14 +3,23 @@ that has float64."""
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
-from fastvq.backends import reference
-from fastvq.backends.reference import Ops
+from fastvq.backends import Ops
 
-from . import binary_assign, min_distance, sample, search, soft_assign, topk_search
+from . import (
+    accumulate,
+    binary_assign,
+    ema_update,
+    min_distance,
+    quantize,
+    residual_quantize,
+    residual_search,
+    sample,
+    search,
+    soft_assign,
+    topk_search,
+)
 
 
 def unavailable(device: torch.device) -> str:
@@ -20,14 +29,14 @@ def unavailable(device: torch.device) -> str:
 
 OPS: Ops = {
     "search": search.search,
-    "residual_search": functools.partial(reference.residual_search, search=search.search),
+    "residual_search": residual_search.residual_search,
     "topk_search": topk_search.topk_search,
-    "quantize_forward": reference.quantize_forward,
-    "quantize_backward": reference.quantize_backward,
-    "residual_quantize_forward": reference.residual_quantize_forward,
-    "residual_quantize_backward": reference.residual_quantize_backward,
-    "accumulate": reference.accumulate,
-    "ema_update_": reference.ema_update_,
+    "quantize_forward": quantize.quantize_forward,
+    "quantize_backward": quantize.quantize_backward,
+    "residual_quantize_forward": residual_quantize.residual_quantize_forward,
+    "residual_quantize_backward": residual_quantize.residual_quantize_backward,
+    "accumulate": accumulate.accumulate,
+    "ema_update_": ema_update.ema_update_,
     "min_distance_": min_distance.min_distance_,
     "binary_assign_forward": binary_assign.binary_assign_forward,
     "binary_assign_backward": binary_assign.binary_assign_backward,

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvq.backends.reference.soft_assign import result_dtype, valid_rows
+from fastvq.backends.arithmetic import compute_dtype, valid_rows
 
-from .search import _tile_elements
+from .search import tile_elements
 
 TABLES = 16
 """Tables that are alive at once, about."""
@@ -85,12 +85,12 @@ def _halves(x: Tensor, valid: Tensor, scale: float, dtype: torch.dtype) -> tuple
 
 def _rows_at_once(x: Tensor) -> int:
     high = x.shape[2] - x.shape[2] // 2
-    return max(1, _tile_elements(x.device) // (TABLES << high))
+    return max(1, tile_elements(x.device) // (TABLES << high))
 
 
 def binary_assign_forward(x: Tensor, mask: Tensor | None, *, scale: float, floor: float) -> tuple[Tensor, Tensor]:
     """`fastvq.ops.binary_assign_forward`."""
-    valid, dtype = valid_rows(x, mask), result_dtype(x)
+    valid, dtype = valid_rows(x, mask), compute_dtype(x)
     groups, _, dim = x.shape
     entropy = x.new_zeros(x.shape[:2], dtype=dtype)
     mean = x.new_zeros((groups, 1 << dim - dim // 2, 1 << dim // 2), dtype=dtype)
@@ -118,7 +118,7 @@ def binary_assign_backward(
     floor: float,
 ) -> Tensor:
     """`fastvq.ops.binary_assign_backward`."""
-    valid, dtype = valid_rows(x, mask), result_dtype(x)
+    valid, dtype = valid_rows(x, mask), compute_dtype(x)
     groups = x.shape[0]
     x_grad = x.new_zeros(x.shape, dtype=dtype)
     rows = _rows_at_once(x)

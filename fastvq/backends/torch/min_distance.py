@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.backends.reference import compute_dtype
+from fastvq.backends.arithmetic import compute_dtype
 
-from . import search as searches
+from . import search
 
 
 def min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
     """`fastvq.min_distance_`, in float32 unless an argument is float64."""
     dtype = compute_dtype(x, codes)
-    rows = max(1, searches._tile_elements(x.device) // x.shape[1])
+    rows = max(1, search.tile_elements(x.device) // x.shape[1])
     for chunk, nearest in zip(x.split(rows), distances.split(rows), strict=True):
         for code in codes.to(dtype):
             # Rounded, where it is float64, as it is written.

@@ -8,10 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-from fastvq.backends import reference
-from fastvq.backends.reference.sample import gumbel, logits_of, noise_words
+from fastvq.backends.arithmetic import widen
+from fastvq.backends.noise import gumbel, noise_words
 
-from . import search as searches
+from . import search
 from .topk_search import write_ranked
 
 NOISE_ERROR = 2e-5
@@ -27,15 +27,20 @@ def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, met
     for head, (xh, eh, out) in enumerate(heads):
         sampler = _Sampler(eh, head, temperature, seed.to(x.device), metric)
         # Words are int64, and there are several of a tile.
-        rows = max(1, searches._tile_elements(x.device) // 4 // min(len(eh), searches.TILE_CODES))
+        rows = max(1, search.tile_elements(x.device) // 4 // min(len(eh), search.TILE_CODES))
         for first in range(0, len(xh), rows):
             sampler.write(xh[first : first + rows], first, out[first : first + rows])
     return indices.squeeze(-1)
 
 
+def logits_of(scores: Tensor, metric: str) -> Tensor:
+    """The logits that belong to the scores of `search.scores_by_definition`: -|x - e| or <x, e>."""
+    return -scores.sqrt() if metric == "l2" else -scores
+
+
 class _Sampler:
     def __init__(self, codebook: Tensor, head: int, temperature: float, seed: Tensor, metric: str) -> None:
-        self.frame = searches._frame(codebook, metric)
+        self.frame = search.make_frame(codebook, metric)
         self.head, self.temperature, self.seed, self.metric = head, temperature, seed, metric
         # From the frame's units to those of the perturbed logits.
         exponent = self.frame.exponent * (1 if metric == "l2" else 2)
@@ -44,7 +49,7 @@ class _Sampler:
 
     def write(self, x: Tensor, first: int, out: Tensor) -> None:
         """Indices of the rows x, of which the first has the number `first`."""
-        wide = reference.widen(x)
+        wide = widen(x)
         finite = (wide * 0).sum(1) == 0
         wide = wide.masked_fill(~finite[:, None], 0)
         number = torch.arange(first, first + len(x), device=x.device)
@@ -55,7 +60,7 @@ class _Sampler:
             self.write(x[half:], first + half, out[half:])
             return
         row, code = candidates
-        scores = searches._definition(wide, row, self.frame.exact, code, self.metric)
+        scores = search.scores_by_definition(wide, row, self.frame.exact, code, self.metric)
         words = torch.stack(noise_words(self.head, number[row], code >> 2, self.seed), -1)
         noise = gumbel(words.gather(1, (code & 3)[:, None]).squeeze(1))
         write_ranked(row, code, -(logits_of(scores, self.metric) / self.temperature + noise), out)
@@ -69,9 +74,9 @@ class _Sampler:
         error = 2 * bound + 2.0**-20 * squares if self.metric == "l2" else bound
         columns = (squares, error.masked_fill(~bounded, 0))
         best = near.new_full((len(near),), -math.inf)
-        room, found = max(searches._tile_elements(near.device) // 8, 8 * len(near)), []
-        for start in range(0, len(frame.codes), searches.TILE_CODES):
-            tile = slice(start, start + searches.TILE_CODES)
+        room, found = max(search.tile_elements(near.device) // 8, 8 * len(near)), []
+        for start in range(0, len(frame.codes), search.TILE_CODES):
+            tile = slice(start, start + search.TILE_CODES)
             lower, upper = self._ends(near, tile, number, *(column.float()[:, None] for column in columns))
             best = torch.maximum(best, lower.amax(1))
             limit = best.masked_fill(~bounded, -math.inf).masked_fill(~finite, math.inf)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvq.backends import reference
+from fastvq.backends.arithmetic import widen
 
 TILE_CODES = 8192
 """Codes of one score tile; more are taken in several."""
@@ -30,7 +30,7 @@ _V = 2.0**-53
 """Error of one float64 operation."""
 
 
-def _tile_elements(device: torch.device) -> int:
+def tile_elements(device: torch.device) -> int:
     return 1 << 20 if device.type == "cpu" else 1 << 24
 
 
@@ -48,7 +48,7 @@ def _operand_unit() -> float:
 
 
 @dataclass
-class _Frame:
+class Frame:
     """The codebook as the cheap pass sees it: e' = float32((e - centre) 2^exponent)."""
 
     exact: Tensor  # [K, D] float64, for the definition
@@ -101,8 +101,8 @@ def _far_codes(norms: Tensor, usable: Tensor) -> Tensor:
     return far & (far.sum() <= len(norms) // FAR_SHARE)
 
 
-def _frame(codebook: Tensor, metric: str) -> _Frame:
-    exact = reference.widen(codebook)
+def make_frame(codebook: Tensor, metric: str) -> Frame:
+    exact = widen(codebook)
     usable = exact.isfinite().all(1)
     finite = exact.masked_fill(~usable[:, None], 0)
     centre = torch.zeros_like(finite[0])
@@ -123,7 +123,7 @@ def _frame(codebook: Tensor, metric: str) -> _Frame:
     moved = torch.ldexp(moved, exponent)
     codes = moved.float()
     half = moved.square().sum(1) / 2 if metric == "l2" else torch.zeros_like(moved[:, 0])
-    return _Frame(
+    return Frame(
         exact=exact,
         usable=usable,
         far=far,
@@ -146,19 +146,19 @@ def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
         for xh, eh, out in zip(x, codebook, indices, strict=True):
             out.copy_(search(xh, eh, metric=metric))
         return indices
-    frame = _frame(codebook, metric)
-    rows = max(1, _tile_elements(x.device) // min(len(codebook), TILE_CODES))
+    frame = make_frame(codebook, metric)
+    rows = max(1, tile_elements(x.device) // min(len(codebook), TILE_CODES))
     for part, out in zip(x.split(rows), indices.split(rows), strict=True):
         _search_rows(part, frame, metric, out)
     return indices
 
 
-def _search_rows(x: Tensor, frame: _Frame, metric: str, out: Tensor) -> None:
-    wide = reference.widen(x)
+def _search_rows(x: Tensor, frame: Frame, metric: str, out: Tensor) -> None:
+    wide = widen(x)
     finite = (wide * 0).sum(1) == 0
     wide = wide.masked_fill(~finite[:, None], 0)
     near, bound = frame.rows(wide)
-    candidates = _candidates(near, bound, finite, frame)
+    candidates = find_candidates(near, bound, finite, frame)
     if candidates is None:
         for part, part_out in zip(x.tensor_split(2), out.tensor_split(2), strict=True):
             _search_rows(part, frame, metric, part_out)
@@ -169,18 +169,20 @@ def _search_rows(x: Tensor, frame: _Frame, metric: str, out: Tensor) -> None:
     row, code = row[several], code[several]
     if len(row) == 0:
         return
-    scores = _definition(wide, row, frame.exact, code, metric)
+    scores = scores_by_definition(wide, row, frame.exact, code, metric)
     smallest = scores.new_full((len(x),), math.inf).scatter_reduce_(0, row, scores, "amin")
     tie = scores == smallest[row]
     lowest = torch.full_like(out, len(frame.codes)).scatter_reduce_(0, row[tie], code[tie], "amin")
     out.copy_(torch.where(lowest < len(frame.codes), lowest, out))
 
 
-def _candidates(near: Tensor, bound: Tensor, finite: Tensor, frame: _Frame, k: int = 1) -> tuple[Tensor, Tensor] | None:
+def find_candidates(
+    near: Tensor, bound: Tensor, finite: Tensor, frame: Frame, k: int = 1
+) -> tuple[Tensor, Tensor] | None:
     """The pairs (row, code) that the cheap pass can't rule out: for each finite row, its k nearest codes at least. None
     where they are too many to hold, on ties everywhere: fewer rows must be taken at once."""
     nearest = near.new_full((len(near), k), math.inf)
-    room = max(_tile_elements(near.device) // 8, 8 * k * len(near))
+    room = max(tile_elements(near.device) // 8, 8 * k * len(near))
     found = []
     for first in range(0, len(frame.codes), TILE_CODES):
         tile = slice(first, first + TILE_CODES)
@@ -227,7 +229,7 @@ def _limit(best: Tensor, bound: Tensor, finite: Tensor) -> Tensor:
     return limit.masked_fill(~finite, -math.inf)
 
 
-def _definition(x: Tensor, row: Tensor, codebook: Tensor, code: Tensor, metric: str) -> Tensor:
+def scores_by_definition(x: Tensor, row: Tensor, codebook: Tensor, code: Tensor, metric: str) -> Tensor:
     """The float64 score of each pair, every operation rounded by itself, in ascending order."""
     pairs = max(1, (1 << 19) // x.shape[1])
     scores = []

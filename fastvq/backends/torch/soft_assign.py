@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvq.backends.reference.soft_assign import result_dtype, valid_rows
+from fastvq.backends.arithmetic import compute_dtype, valid_rows
 
-from . import search as searches
+from . import search
 
 NEAR = 2.0**-8
 """Share of |x|^2 below which a squared distance is summed from differences: of |x|^2 + |e|^2 - 2 <x, e> too few digits
@@ -54,7 +54,7 @@ class _Problem:
 
     def __init__(self, x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, scale: float) -> None:
         self.x, self.metric, self.scale = x, metric, scale
-        self.dtype = result_dtype(x, codebook)
+        self.dtype = compute_dtype(x, codebook)
         usable = codebook.isfinite().all(1)
         codes = codebook.to(self.dtype).masked_fill(~usable[:, None], 0)
         self.valid = valid_rows(x, mask) & usable.any()
@@ -65,13 +65,13 @@ class _Problem:
             bias = near.square().sum(1).masked_fill(~usable, math.inf)
         else:
             near, bias = codes, torch.zeros_like(codes[:, 0]).masked_fill(~usable, -math.inf)
-        starts = range(0, len(codes), searches.TILE_CODES)
-        places = [slice(first, first + searches.TILE_CODES) for first in starts]
+        starts = range(0, len(codes), search.TILE_CODES)
+        places = [slice(first, first + search.TILE_CODES) for first in starts]
         self.tiles = [_Codes(place, codes[place], near[place], bias[place]) for place in places]
 
     def chunks(self) -> Iterator[_Rows]:
         groups, rows, _ = self.x.shape
-        most = max(1, searches._tile_elements(self.x.device) // len(self.tiles[0].values))
+        most = max(1, search.tile_elements(self.x.device) // len(self.tiles[0].values))
         group_step, row_step = (max(1, most // rows), rows) if 0 < rows <= most else (1, most)
         for group in range(0, groups if rows else 0, group_step):
             for first in range(0, rows, row_step):
@@ -92,7 +92,7 @@ class _Problem:
         torch.addmm(codes.bias, rows.values, codes.values.T, alpha=-2, out=scores)
         scores += rows.squares
         row, code = (scores < NEAR * rows.squares).nonzero(as_tuple=True)
-        pairs = max(1, searches._tile_elements(scores.device) // scores.shape[1])
+        pairs = max(1, search.tile_elements(scores.device) // scores.shape[1])
         for r, k in zip(row.split(pairs), code.split(pairs), strict=True):
             scores[r, k] = (rows.exact[r] - codes.exact[k]).square().sum(1)
         return scores.neg_() if self.metric == "l2" else scores.sqrt_().neg_()

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.backends import reference
+from fastvq.backends.arithmetic import widen
 
-from . import search as searches
+from . import search
 
 
 def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2") -> Tensor:
@@ -18,25 +18,25 @@ def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2") -> T
         for xh, eh, out in zip(x, codebook, indices, strict=True):
             out.copy_(topk_search(xh, eh, k, metric=metric))
         return indices
-    frame = searches._frame(codebook, metric)
-    rows = max(1, searches._tile_elements(x.device) // max(min(len(codebook), searches.TILE_CODES), 8 * k))
+    frame = search.make_frame(codebook, metric)
+    rows = max(1, search.tile_elements(x.device) // max(min(len(codebook), search.TILE_CODES), 8 * k))
     for part, out in zip(x.split(rows), indices.split(rows), strict=True):
         _topk_rows(part, frame, metric, out)
     return indices
 
 
-def _topk_rows(x: Tensor, frame: searches._Frame, metric: str, out: Tensor) -> None:
-    wide = reference.widen(x)
+def _topk_rows(x: Tensor, frame: search.Frame, metric: str, out: Tensor) -> None:
+    wide = widen(x)
     finite = (wide * 0).sum(1) == 0
     wide = wide.masked_fill(~finite[:, None], 0)
     near, bound = frame.rows(wide)
-    candidates = searches._candidates(near, bound, finite, frame, out.shape[1])
+    candidates = search.find_candidates(near, bound, finite, frame, out.shape[1])
     if candidates is None:
         for part, part_out in zip(x.tensor_split(2), out.tensor_split(2), strict=True):
             _topk_rows(part, frame, metric, part_out)
         return
     row, code = candidates
-    scores = searches._definition(wide, row, frame.exact, code, metric)
+    scores = search.scores_by_definition(wide, row, frame.exact, code, metric)
     write_ranked(row, code, scores, out)
 
 

@@ -1,0 +1,64 @@
+"""Rules of arithmetic that the backends share: dtypes, exact widening, excluded rows, ranges of indices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 20
+"""Elements of the largest temporary tensor of the reference backend."""
+
+SHORTEST = 1e-6
+"""Length below which a vector has no direction to rotate from; also the floor of `fastvq.functional.unit_norm`."""
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return float64 if a tensor is float64, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return x in float64, exactly, even under `torch.set_flush_denormal(True)`.
+
+    That setting makes the processor read denormals as zero, so `double()` would lose them. They are then read as
+    integers in units of 2^-149.
+    """
+    wide = x.double()
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or not _flushes_denormals():
+        return wide
+    bits = x.view(torch.int32) if x.dtype == torch.float32 else x.view(torch.int16).int() << 16
+    magnitude = bits & 0x7FFFFFFF
+    denormal = magnitude * bits.sign() * torch.full((), 2.0**-149, dtype=torch.float64)
+    return torch.where(magnitude < 0x00800000, denormal, wide)
+
+
+def _flushes_denormals() -> bool:
+    smallest = torch.ones((), dtype=torch.int32).view(torch.float32)
+    return smallest.double().item() == 0
+
+
+def valid_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return which rows (...) of x (..., D) take part: the finite ones that `mask` does not exclude."""
+    finite = x.isfinite().all(-1)
+    return finite if mask is None else finite & mask
+
+
+def difference(x: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
+    """Return x - codes in the dtype of the codes, zero in the rows that `mask` excludes."""
+    return (x.to(codes.dtype) - codes).masked_fill_(~mask, 0)
+
+
+def check_index_range(indices: Tensor, codebook_size: int) -> None:
+    """Raise IndexError if an index on the CPU lies outside [-1, codebook_size).
+
+    On other devices the kernel that uses the index asserts: to look at it here would wait for the device.
+    """
+    if indices.device.type == "cpu":
+        outside = indices[(indices < -1) | (indices >= codebook_size)]
+        if len(outside):
+            raise IndexError(f"indices: must lie in [-1, {codebook_size}), got {int(outside[0])}")
+
+
+def chunk_rows(elements: int) -> int:
+    """Return how many rows with so many elements each fit CHUNK_ELEMENTS, at least one."""
+    return max(1, CHUNK_ELEMENTS // max(1, elements))

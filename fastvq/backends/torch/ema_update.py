@@ -1,0 +1,24 @@
+"""The op `ema_update_` in torch operations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ema_update_(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_avg: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    *,
+    decay: float,
+    eps: float,
+) -> None:
+    """`fastvq.ema_update_`."""
+    cluster_size.lerp_(counts, 1 - decay)
+    embed_avg.lerp_(sums, 1 - decay)
+    total = cluster_size.sum(dtype=torch.float64)
+    smoothed = ((cluster_size + eps) / (total + len(cluster_size) * eps) * total).float()[:, None]
+    codebook.copy_(torch.where(smoothed > 0, embed_avg / smoothed, codebook))

@@ -1,0 +1,131 @@
+"""Residual quantization as a differentiable function."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastvq.backends.arithmetic import compute_dtype
+from fastvq.ops import residual_quantize_backward, residual_quantize_forward, residual_search
+
+from .quantize import check_choices, checked_indices, differentiates, flatten_rows, rows_of_mask, weighted
+
+
+class ResidualQuantized(NamedTuple):
+    """What `residual_quantize` returns."""
+
+    quantized: Tensor  # (..., D), dtype of x
+    indices: Tensor  # (..., Q) int64
+    losses: Tensor  # (Q,) float32, or float64
+    residuals: Tensor  # (Q, ..., D) in the dtype of the losses, or empty; no gradient
+
+
+def residual_quantize(
+    x: Tensor,
+    codebooks: Tensor,
+    *,
+    gradient: str = "ste",
+    commitment_weight: float = 1.0,
+    mask: Tensor | None = None,
+    indices: Tensor | None = None,
+    keep_residuals: bool = False,
+    copy_codebooks: bool = True,
+) -> ResidualQuantized:
+    """`quantize` by a stack of codebooks, each for what the ones before it left over.
+
+        r_0 = x,   quantized = sum_q e_{q,index_q},   r_{q+1} = r_q - sg[e_{q,index_q}]
+        loss_q = commitment_weight mean (r_q - sg[e_{q,index_q}])^2
+
+    Rows that don't count, because they aren't finite or masked out, are treated as by `quantize`.
+
+    Args:
+        x: vectors (..., D), any floating dtype.
+        codebooks: codes (Q, K, D). They get no gradient.
+        gradient: "ste" or "rotation", as in `quantize`, at every level. x gets the sum over the levels, as when levels
+            are stacked by hand: Q times the gradient of quantized, for "ste".
+        commitment_weight: factor of the losses.
+        mask: bool (...), True for the rows that count.
+        indices: int64 (..., Q), what `residual_search` would return for x, where that is known already; -1 also for
+            levels that are left out.
+        keep_residuals: return the r_q, from which the codebooks can learn.
+        copy_codebooks: hold a copy of the codebooks for the backward, so that they may learn before it. False saves
+            it where they are a copy already.
+
+    Returns:
+        quantized (..., D); indices (..., Q) int64; losses (Q,); residuals (Q, ..., D), or an empty (0, ..., D).
+
+    Raises:
+        TypeError, ValueError: as `quantize`.
+
+    Numerics: arithmetic is in float32, or in float64 where an argument is; quantized is rounded to x's dtype once.
+    Memory is O(N D + Q K D), and Q N D for the residuals.
+
+    Source: Zeghidour et al., SoundStream, 2021, algorithm 1.
+    """
+    check_choices(gradient, commitment_weight=commitment_weight)
+    rows = flatten_rows(x)
+    kept = None if mask is None else rows_of_mask(mask, x.shape[:-1])
+    if indices is None:
+        indices = residual_search(rows.detach(), codebooks.detach(), mask=kept)
+    else:
+        indices = checked_indices(indices, torch.Size([*x.shape[:-1], len(codebooks)]))
+        indices = indices if x.dim() == 2 else indices.reshape(-1, len(codebooks))
+        if kept is not None:
+            indices = indices.masked_fill(~kept[:, None], -1)
+    held = codebooks.detach()
+    if differentiates(rows):
+        held = held.clone() if copy_codebooks else held
+        quantized, losses, residuals = _ResidualQuantize.apply(
+            rows, held, indices, gradient, commitment_weight, keep_residuals
+        )
+    else:
+        quantized, errors, residuals = residual_quantize_forward(rows, held, indices, keep_residuals)
+        losses = weighted(errors, commitment_weight)
+    if x.dim() != 2:
+        quantized, indices = quantized.reshape(x.shape), indices.reshape(*x.shape[:-1], len(codebooks))
+        residuals = residuals.reshape(len(residuals), *x.shape)
+    return ResidualQuantized(quantized, indices, losses, residuals)
+
+
+class _ResidualQuantize(torch.autograd.Function):
+    """(quantized, losses, residuals) of rows whose indices are known; the backward walks the levels again, so that no
+    residual is kept for it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codebooks: Tensor,
+        indices: Tensor,
+        gradient: str,
+        commitment_weight: float,
+        keep_residuals: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        quantized, errors, residuals = residual_quantize_forward(x, codebooks, indices, keep_residuals)
+        ctx.save_for_backward(x, codebooks, indices)
+        ctx.mark_non_differentiable(residuals)
+        ctx.set_materialize_grads(False)  # zeros for the residuals would be the largest tensor here
+        ctx.gradient, ctx.commitment_weight = gradient, commitment_weight
+        return quantized, weighted(errors, commitment_weight), residuals
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, quantized_grad: Tensor | None, loss_grads: Tensor | None, _: None) -> tuple[Any, ...]:
+        x, codebooks, indices = ctx.saved_tensors
+        if quantized_grad is None:
+            quantized_grad = torch.zeros_like(x)
+        if loss_grads is None:
+            loss_grads = codebooks.new_zeros(len(codebooks), dtype=compute_dtype(x, codebooks))
+        x_grad = residual_quantize_backward(
+            x,
+            codebooks,
+            indices,
+            quantized_grad,
+            loss_grads,
+            gradient=ctx.gradient,
+            commitment_weight=float(ctx.commitment_weight),
+        )
+        return x_grad, None, None, None, None, None

@@ -1,0 +1,54 @@
+"""The op `residual_search`: the indices of a residual quantizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvq.backends import select as backends
+
+from .checks import check_codes, check_mask, check_values
+from .registry import op
+from .search import search_masked
+
+
+def check_residual_search(x: Tensor, codebooks: Tensor, mask: Tensor | None = None) -> None:
+    check_values("x", x, (2,), "(N, D)")
+    check_values("codebooks", codebooks, (3,), "(Q, K, D)")
+    check_codes("codebooks", codebooks, x)
+    if codebooks.shape[0] == 0:
+        raise ValueError(f"codebooks: must hold at least one level, got shape {tuple(codebooks.shape)}")
+    if mask is not None:
+        check_mask(mask, x, x.shape[:-1])
+
+
+def _residual_search_fake(x: Tensor, codebooks: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    check_residual_search(x, codebooks, mask)
+    return x.new_empty((x.shape[0], codebooks.shape[0]), dtype=torch.int64)
+
+
+@op(fake=_residual_search_fake, not_native=("mask",))
+def residual_search(x: Tensor, codebooks: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """The codes of each vector under residual quantization: each level codes what the levels before it left over.
+
+        r_0 = x,   index_nq = argmin_k |r_q,n - e_qk|^2,   r_{q+1} = float32(r_q - e_q,index)
+
+    The difference is one subtraction in float32; in float64, and then rounded, where an argument is float64.
+
+    Args:
+        x: vectors (N, D), as for `search`.
+        codebooks: codes (Q, K, D), level by level, on the same device.
+        mask: bool (N,), as for `search`.
+
+    Returns:
+        int64 indices (N, Q): the same as calling `search` level by level. -1 as there; a level without a finite code
+        leaves the residual as it is.
+
+    Raises:
+        TypeError, ValueError: as `search`.
+
+    Source: Zeghidour et al., SoundStream, 2021, algorithm 1.
+    """
+    check_residual_search(x, codebooks, mask)
+    run = backends.select("residual_search", x.device)
+    return run(x, codebooks) if mask is None else search_masked(run, x, codebooks, mask)

@@ -1,0 +1,50 @@
+"""The op `topk_search`: the k nearest codes of each vector."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastvq.backends import select as backends
+
+from .registry import op
+from .search import check_search, search_masked
+
+
+def _check_topk_search(x: Tensor, codebook: Tensor, k: int, metric: str, mask: Tensor | None) -> None:
+    check_search(x, codebook, metric, mask)
+    size = codebook.shape[-2]
+    if not 1 <= k <= size:
+        raise ValueError(f"k: must lie in [1, {size}] for {size} codes, got {k}")
+
+
+def _topk_search_fake(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
+    _check_topk_search(x, codebook, k, metric, mask)
+    return x.new_empty((*x.shape[:-1], k), dtype=torch.int64)
+
+
+@op(fake=_topk_search_fake, not_native=("mask",))
+def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
+    """The k nearest codes of each vector, nearest first.
+
+    Codes are ordered by the float64 sums that define `search`, and equal ones by index, so that the first of them is
+    what `search` returns. Like there, the result is the same on every backend, and there is no N x K matrix.
+
+    Args:
+        x, codebook, metric, mask: as for `search`.
+        k: how many, from 1 to K.
+
+    Returns:
+        int64 indices (N, k) or (H, N, k). All are -1 in a row that isn't finite or masked out; where fewer than k codes
+        are finite, the last ones are -1.
+
+    Raises:
+        TypeError, ValueError: as `search`.
+
+    Numerics: docs/exactness.md. Not differentiable.
+    """
+    _check_topk_search(x, codebook, k, metric, mask)
+    run = functools.partial(backends.select("topk_search", x.device), k=k, metric=metric)
+    return run(x, codebook) if mask is None else search_masked(run, x, codebook, mask)

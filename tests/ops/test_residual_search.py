@@ -1,0 +1,31 @@
+"""The indices of a residual quantizer: one exact search a stage, on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastvq
+from fastvq.backends import reference
+
+from ..cases import ADVERSARIAL, DTYPES, generator
+
+
+def residual_by_search(x, codebooks):
+    residual, levels = x, []
+    for codebook in codebooks:
+        indices = reference.search(residual, codebook)
+        levels.append(indices)
+        chosen = torch.stack([codebook[i] if i >= 0 else torch.zeros_like(codebook[0]) for i in indices.tolist()])
+        residual = (residual.double() - chosen.double()).float()
+    return torch.stack(levels, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("data", ["gaussian", "offset", "bad_vectors", "bad_codes", "rounded_midpoints"])
+def test_residual_search(data, dtype, backend):
+    x, codebooks = ADVERSARIAL[data](40, 3 * 20, 7, generator())
+    x, codebooks = x.to(dtype), codebooks.view(3, 20, 7)
+    with fastvq.use_backend(backend):
+        assert torch.equal(fastvq.residual_search(x, codebooks), residual_by_search(x, codebooks))
+        assert fastvq.residual_search(x[:0], codebooks).shape == (0, 3)
