@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastvq
+import fastvq.cli.main as cli
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -50,6 +52,21 @@ def test_linked_and_named_files_exist(document):
     missing = [name for name in links if not (document.parent / name).exists()]
     missing += [name for name in named if not (ROOT / name).exists()]
     assert not missing
+
+
+def commands():
+    """Return the lines of the documents that begin with `fastvq`, without comments and brackets around options."""
+    found = set()
+    for document in DOCUMENTS:
+        for line in re.findall(r"^    (fastvq \S.*)$", document.read_text(), re.M):
+            found.add(re.sub(r"\s+#.*|\s{2,}[a-z].*|[\[\]]", "", line))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_accepted(command):
+    _, *arguments = shlex.split(command)
+    assert cli._parser().parse_args(arguments).run
 
 
 def test_readme_links_to_every_page():
