@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastvq.backends import reference
+from fastvq.backends.arithmetic import compute_dtype
 from fastvq.kernels import quantize as kernels
 
 from ..cases import DTYPES, close, generator
@@ -63,7 +64,7 @@ def check_forward(x, codebooks, indices, device):
 
 
 def check_backward(x, codebooks, indices, device, gradient, weight):
-    dtype = reference.compute_dtype(x, codebooks)
+    dtype = compute_dtype(x, codebooks)
     grad = torch.randn(x.shape, generator=generator(1)).to(x.dtype)
     grad[(indices < 0).all(1)] = torch.nan
     options = {"gradient": gradient, "commitment_weight": weight}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import fastvq
 from fastvq import ops
 from fastvq.backends import reference
+from fastvq.backends.arithmetic import compute_dtype
 
-from ..cases import DTYPES, SHAPES, close, generator
+from ..cases import BACKENDS, DTYPES, SHAPES, close, generator
 
 CODE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -20,6 +23,78 @@ def operands(n, k, d, dtype, code_dtype=torch.float32):
     indices = torch.randint(-1, k, (n,), generator=g)
     x = (codebook[indices].float() + 0.3 * torch.randn(n, d, generator=g)).to(dtype)
     return x, codebook, indices
+
+
+def forward_by_definition(x, codebook, indices):
+    """Return the codes as lists and the error: the docstring of `quantize_forward`, scalar by scalar."""
+    codes, squares = [], []
+    for row, k in zip(x.double().tolist(), indices.tolist(), strict=True):
+        code = codebook[k].double().tolist() if k >= 0 else [0.0] * len(row)
+        codes.append(code)
+        if k >= 0:
+            squares += [(a - b) ** 2 for a, b in zip(row, code, strict=True)]
+    return codes, math.fsum(squares) / max(1, len(squares))
+
+
+def dot(a, b):
+    return math.fsum(p * q for p, q in zip(a, b, strict=True))
+
+
+def rotated_by_definition(grad, row, code):
+    """Return lambda R^T grad for one row: entry i is the product of column i of the matrix R with grad."""
+    length, code_length = math.sqrt(dot(row, row)), math.sqrt(dot(code, code))
+    if min(length, code_length) < 1e-6:
+        return grad
+    u, v = [a / length for a in row], [b / code_length for b in code]
+    w = [a + b for a, b in zip(u, v, strict=True)]
+    w_length = max(math.sqrt(dot(w, w)), 1e-6)
+    w = [a / w_length for a in w]
+    columns = [[(i == j) - 2 * w[j] * w[i] + 2 * v[j] * u[i] for j in range(len(u))] for i in range(len(u))]
+    return [code_length / length * dot(column, grad) for column in columns]
+
+
+def backward_by_definition(x, codes, indices, quantized_grad, loss_grad, *, gradient, commitment_weight):
+    """Return the docstring of `quantize_backward`, scalar by scalar."""
+    elements = max(1, x.shape[1] * sum(k >= 0 for k in indices.tolist()))
+    pull = 2 * commitment_weight * loss_grad.item() / elements
+    x_grad = []
+    rows = (t.double().tolist() for t in (x, codes, quantized_grad))
+    for row, code, grad, k in zip(*rows, indices.tolist(), strict=True):
+        if k < 0:
+            x_grad.append([0.0] * len(row))
+            continue
+        own = rotated_by_definition(grad, row, code) if gradient == "rotation" else grad
+        x_grad.append([g + pull * (a - b) for g, a, b in zip(own, row, code, strict=True)])
+    return torch.tensor(x_grad, dtype=torch.float64).reshape(x.shape).to(x.dtype)
+
+
+@pytest.mark.parametrize("name", ["reference", *BACKENDS])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_is_the_definition(dtype, name):
+    for shape in [*SHAPES[:3], (0, 3, 5)]:
+        x, codebook, indices = operands(*shape, dtype)
+        codes, error = forward_by_definition(x, codebook, indices)
+        with fastvq.use_backend(name):
+            quantized, kept, actual = ops.quantize_forward(x, codebook, indices, True)
+        expected = torch.tensor(codes, dtype=torch.float64).reshape(x.shape)
+        assert torch.equal(quantized, expected.to(dtype))
+        assert torch.equal(kept, expected.to(kept.dtype))
+        close(actual, torch.tensor(error, dtype=actual.dtype))
+
+
+@pytest.mark.parametrize("gradient", ["ste", "rotation"])
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+@pytest.mark.parametrize("name", ["reference", *BACKENDS])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_is_the_definition(dtype, name, weight, gradient):
+    for shape in SHAPES[:3]:
+        x, codebook, indices = operands(*shape, dtype)
+        codes = torch.tensor(forward_by_definition(x, codebook, indices)[0], dtype=compute_dtype(x, codebook))
+        grad = torch.randn(x.shape, generator=generator()).to(dtype)
+        arguments = (x, codes, indices, grad, torch.full((), 0.7, dtype=codes.dtype))
+        options = {"gradient": gradient, "commitment_weight": weight}
+        with fastvq.use_backend(name):
+            close(ops.quantize_backward(*arguments, **options), backward_by_definition(*arguments, **options))
 
 
 @pytest.mark.parametrize("code_dtype", CODE_DTYPES, ids=str)

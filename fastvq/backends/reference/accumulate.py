@@ -1,22 +1,20 @@
-"""The op `accumulate` by definition."""
+"""The op `accumulate` by definition: row after row, in float64."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastvq.backends.arithmetic import check_index_range, chunk_rows
+from fastvq.backends.arithmetic import check_index_range
 
 
 def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """`fastvq.accumulate`: float64 sums over the rows in ascending order, rounded to float32 once."""
+    """Implement `fastvq.accumulate`: add the rows in ascending order and round the sums to float32 once."""
     check_index_range(indices, codebook_size)
-    # Row `codebook_size` takes what is skipped.
-    counts = x.new_zeros(codebook_size + 1, dtype=torch.float64)
-    sums = x.new_zeros(codebook_size + 1, x.shape[1], dtype=torch.float64)
-    rows = chunk_rows(x.shape[1])
-    for chunk, index in zip(x.split(rows), indices.split(rows), strict=True):
-        slot = torch.where(index < 0, codebook_size, index)
-        counts.index_add_(0, slot, counts.new_ones(slot.shape))
-        sums.index_add_(0, slot, chunk.double())
-    return counts[:-1].float(), sums[:-1].float()
+    counts = x.new_zeros(codebook_size, dtype=torch.float64)
+    sums = x.new_zeros(codebook_size, x.shape[1], dtype=torch.float64)
+    for row, k in zip(x.double(), indices.tolist(), strict=True):
+        if k >= 0:
+            counts[k] += 1
+            sums[k] += row
+    return counts.float(), sums.float()

@@ -1,4 +1,4 @@
-"""The op `ema_update_` by definition."""
+"""The op `ema_update_` by definition, in float64; the state is rounded to float32 where it is written."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ def ema_update_(
     decay: float,
     eps: float,
 ) -> None:
-    """`fastvq.ema_update_`."""
-    cluster_size.lerp_(counts, 1 - decay)
-    embed_avg.lerp_(sums, 1 - decay)
-    total = cluster_size.sum(dtype=torch.float64)
-    smoothed = ((cluster_size + eps) / (total + len(cluster_size) * eps) * total).float()[:, None]
-    codebook.copy_(torch.where(smoothed > 0, embed_avg / smoothed, codebook))
+    """Implement `fastvq.ema_update_`."""
+    cluster_size.copy_(decay * cluster_size.double() + (1 - decay) * counts.double())
+    embed_avg.copy_(decay * embed_avg.double() + (1 - decay) * sums.double())
+    size = cluster_size.double()
+    total = size.sum()
+    smoothed = ((size + eps) / (total + len(size) * eps) * total).float()[:, None]
+    codebook.copy_(torch.where(smoothed > 0, embed_avg.double() / smoothed, codebook))

@@ -1,24 +1,23 @@
-"""The op `quantize` by definition."""
+"""The op `quantize` by definition: losses and gradients in float64, rounded once."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.backends.arithmetic import SHORTEST, check_index_range, compute_dtype, difference
+from fastvq.backends.arithmetic import SHORTEST, check_index_range, compute_dtype
 
 
 def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastvq.ops.quantize_forward`."""
+    """Implement `fastvq.ops.quantize_forward`."""
     check_index_range(indices, codebook.shape[0])
-    counted = (indices >= 0)[:, None]
-    codes = F.embedding(indices.clamp_min(0), codebook.to(compute_dtype(x, codebook))).masked_fill(~counted, 0)
-    elements = (counted.sum() * x.shape[1]).clamp_min(1)
-    loss = difference(x, codes, counted).square_().sum() / elements
-    # Never the tensor that is kept: what the caller does to one mustn't change the other.
-    quantized = codes.to(x.dtype, copy=True)
-    return quantized, codes if keep_codes else codes.new_empty(0, x.shape[1]), loss
+    dtype, mask = compute_dtype(x, codebook), indices >= 0
+    codes = x.new_zeros(x.shape, dtype=dtype)
+    codes[mask] = codebook[indices[mask]].to(dtype)
+    squares = (x[mask].double() - codes[mask].double()).square()
+    error = squares.sum() / max(1, squares.numel())
+    # The outputs never share memory: the caller may write to one of them.
+    return codes.to(x.dtype, copy=True), codes if keep_codes else codes.new_empty(0, x.shape[1]), error.to(dtype)
 
 
 def quantize_backward(
@@ -31,30 +30,28 @@ def quantize_backward(
     gradient: str,
     commitment_weight: float,
 ) -> Tensor:
-    """`fastvq.ops.quantize_backward`."""
-    counted = (indices >= 0)[:, None]
-    grad = quantized_grad.to(codes.dtype).masked_fill(~counted, 0)
+    """Implement `fastvq.ops.quantize_backward`."""
+    mask = indices >= 0
+    rows, chosen, grad = (tensor[mask].double() for tensor in (x, codes, quantized_grad))
     if gradient == "rotation":
-        grad = _rotate_back(grad, x.to(codes.dtype), codes, counted)
+        grad = _rotate_back(grad, rows, chosen)
     if commitment_weight:
-        elements = (counted.sum() * x.shape[1]).clamp_min(1)
-        grad = grad + difference(x, codes, counted) * (2 * commitment_weight * loss_grad / elements)
-    return grad.to(x.dtype)
+        grad = grad + commitment_weight * 2 * loss_grad.double() * (rows - chosen) / max(1, rows.numel())
+    x_grad = x.new_zeros(x.shape)
+    x_grad[mask] = grad.to(x.dtype)
+    return x_grad
 
 
-def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
-    """lambda R^T grad for the rotation R = I - 2 w w^T + 2 v u^T that takes u = x/|x| to v = e/|e|, w = (u+v)/|u+v|.
+def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor) -> Tensor:
+    """Return lambda R^T grad for the rotation R that takes the direction of x to that of e.
 
-    Written as  lambda (grad + 2 <v, grad> u - 2 <u + v, grad> / |u + v|^2 (u + v)): one factor a row for each of
-    grad, u and v.
+        R = I - 2 w w^T + 2 v u^T,   u = x / |x|,   v = e / |e|,   w = (u + v) / |u + v|,   lambda = |e| / |x|
+
+    Opposite directions have no w; there R = I + 2 v u^T. Where x or e is shorter than SHORTEST, return grad.
     """
     x_length, code_length = x.norm(dim=1, keepdim=True), codes.norm(dim=1, keepdim=True)
-    directed = counted & (x_length >= SHORTEST) & (code_length >= SHORTEST)
-    u = (x / x_length).masked_fill_(~directed, 0)
-    v = (codes / code_length).masked_fill_(~directed, 0)
-    along_u, along_v = (u * grad).sum(1, keepdim=True), (v * grad).sum(1, keepdim=True)
-    bisector = (along_u + along_v) / (u + v).square_().sum(1, keepdim=True).clamp_min(SHORTEST**2)
-    stretch = torch.where(directed, code_length / x_length, 1)
-    rotated = grad * stretch
-    rotated.addcmul_(u, 2 * stretch * (along_v - bisector))
-    return rotated.addcmul_(v, -2 * stretch * bisector)
+    u, v = x / x_length, codes / code_length
+    w = (u + v) / (u + v).norm(dim=1, keepdim=True).clamp_min(SHORTEST)
+    rotated = grad - 2 * w * (w * grad).sum(1, keepdim=True) + 2 * u * (v * grad).sum(1, keepdim=True)
+    directed = (x_length >= SHORTEST) & (code_length >= SHORTEST)
+    return torch.where(directed, code_length / x_length * rotated, grad)

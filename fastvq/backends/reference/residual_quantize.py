@@ -1,8 +1,6 @@
-"""The op `residual_quantize` by definition."""
+"""The op `residual_quantize` by definition: the op `quantize`, stage after stage."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +13,18 @@ from .quantize import quantize_backward, quantize_forward
 def residual_quantize_forward(
     x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastvq.ops.residual_quantize_forward`, level by level."""
+    """Implement `fastvq.ops.residual_quantize_forward`."""
     residual = x.to(compute_dtype(x, codebooks))
-    total = torch.zeros_like(residual)
+    quantized = torch.zeros_like(residual)
     errors, residuals = [], []
-    for codebook, level in zip(codebooks, indices.unbind(1), strict=True):
-        codes, _, error = quantize_forward(residual, codebook, level, False)
+    for codebook, stage in zip(codebooks, indices.unbind(1), strict=True):
+        codes, _, error = quantize_forward(residual, codebook, stage, False)
         errors.append(error)
         residuals.append(residual)
         residual = residual - codes
-        total = total + codes
+        quantized = quantized + codes
     kept = torch.stack(residuals) if keep_residuals else residual.new_empty(0, *x.shape)
-    return total.to(x.dtype, copy=True), torch.stack(errors), kept
+    return quantized.to(x.dtype, copy=True), torch.stack(errors), kept
 
 
 def residual_quantize_backward(
@@ -39,13 +37,13 @@ def residual_quantize_backward(
     gradient: str,
     commitment_weight: float,
 ) -> Tensor:
-    """`fastvq.ops.residual_quantize_backward`, level by level."""
-    residual = x.to(error_grads.dtype)
-    grad = quantized_grad.to(residual.dtype)
-    total = torch.zeros_like(residual)
-    options: dict[str, Any] = {"gradient": gradient, "commitment_weight": commitment_weight}
-    for codebook, level, error_grad in zip(codebooks, indices.unbind(1), error_grads, strict=True):
-        codes, _, _ = quantize_forward(residual, codebook, level, False)
-        total = total + quantize_backward(residual, codes, level, grad, error_grad, **options)
+    """Implement `fastvq.ops.residual_quantize_backward`."""
+    residual, grad = x.to(error_grads.dtype), quantized_grad.to(error_grads.dtype)
+    x_grad = torch.zeros_like(residual)
+    for codebook, stage, error_grad in zip(codebooks, indices.unbind(1), error_grads, strict=True):
+        codes, _, _ = quantize_forward(residual, codebook, stage, False)
+        x_grad += quantize_backward(
+            residual, codes, stage, grad, error_grad, gradient=gradient, commitment_weight=commitment_weight
+        )
         residual = residual - codes
-    return total.to(x.dtype)
+    return x_grad.to(x.dtype)

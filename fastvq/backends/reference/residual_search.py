@@ -1,23 +1,25 @@
-"""The op `residual_search` by definition."""
+"""The op `residual_search` by definition: one search a stage."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastvq.backends.arithmetic import compute_dtype
+from fastvq.backends.arithmetic import widen
 
 from .search import search
 
 
 def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
-    """`fastvq.residual_search`, level by level."""
-    residual = x
-    levels = []
+    """Implement `fastvq.residual_search`.
+
+    A float32 difference is the float64 difference, rounded once more: float64 has more than twice the digits.
+    """
+    residual, stages = x, []
     for codebook in codebooks:
         indices = search(residual, codebook)
-        levels.append(indices)
-        codes = codebook[indices.clamp_min(0)].masked_fill((indices < 0)[:, None], 0)
-        dtype = compute_dtype(residual, codebook)
-        residual = (residual.to(dtype) - codes.to(dtype)).float()
-    return torch.stack(levels, 1)
+        codes = widen(codebook)[indices]
+        codes[indices < 0] = 0
+        residual = (widen(residual) - codes).float()
+        stages.append(indices)
+    return torch.stack(stages, 1)

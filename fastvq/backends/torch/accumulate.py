@@ -1,4 +1,4 @@
-"""The op `accumulate` in torch operations."""
+"""The op `accumulate` in torch operations: `index_add_` in float64, in chunks of rows."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from . import search
 
 
 def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """`fastvq.accumulate`: float64 sums over the rows in ascending order, rounded to float32 once."""
+    """Implement `fastvq.accumulate`."""
     check_index_range(indices, codebook_size)
-    # Row `codebook_size` takes what is skipped.
+    # Excluded rows are added to one more slot, which is dropped: to select the others would wait for the device.
+    slots = torch.where(indices < 0, codebook_size, indices)
     counts = x.new_zeros(codebook_size + 1, dtype=torch.float64)
     sums = x.new_zeros(codebook_size + 1, x.shape[1], dtype=torch.float64)
+    counts.index_add_(0, slots, counts.new_ones(len(slots)))
     rows = max(1, search.tile_elements(x.device) // max(1, x.shape[1]))
-    for chunk, index in zip(x.split(rows), indices.split(rows), strict=True):
-        slot = torch.where(index < 0, codebook_size, index)
-        counts.index_add_(0, slot, counts.new_ones(slot.shape))
+    for chunk, slot in zip(x.split(rows), slots.split(rows), strict=True):
         sums.index_add_(0, slot, chunk.double())
     return counts[:-1].float(), sums[:-1].float()

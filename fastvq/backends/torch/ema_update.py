@@ -16,7 +16,7 @@ def ema_update_(
     decay: float,
     eps: float,
 ) -> None:
-    """`fastvq.ema_update_`."""
+    """Implement `fastvq.ema_update_`: the averages in float32, the total and the smoothing in float64."""
     cluster_size.lerp_(counts, 1 - decay)
     embed_avg.lerp_(sums, 1 - decay)
     total = cluster_size.sum(dtype=torch.float64)

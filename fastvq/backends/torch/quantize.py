@@ -1,4 +1,4 @@
-"""The op `quantize` in torch operations."""
+"""The op `quantize` in torch operations, none of which waits for the device."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from fastvq.backends.arithmetic import SHORTEST, check_index_range, compute_dtyp
 
 
 def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastvq.ops.quantize_forward`."""
+    """Implement `fastvq.ops.quantize_forward`."""
     check_index_range(indices, codebook.shape[0])
-    counted = (indices >= 0)[:, None]
-    codes = F.embedding(indices.clamp_min(0), codebook.to(compute_dtype(x, codebook))).masked_fill(~counted, 0)
-    elements = (counted.sum() * x.shape[1]).clamp_min(1)
-    loss = difference(x, codes, counted).square_().sum() / elements
-    # Never the tensor that is kept: what the caller does to one mustn't change the other.
+    mask = (indices >= 0)[:, None]
+    codes = lookup(codebook.to(compute_dtype(x, codebook)), indices, mask)
+    error = mean_square(difference(x, codes, mask), mask)
+    # The outputs never share memory: the caller may write to one of them.
     quantized = codes.to(x.dtype, copy=True)
-    return quantized, codes if keep_codes else codes.new_empty(0, x.shape[1]), loss
+    return quantized, codes if keep_codes else codes.new_empty(0, x.shape[1]), error
 
 
 def quantize_backward(
@@ -31,25 +30,49 @@ def quantize_backward(
     gradient: str,
     commitment_weight: float,
 ) -> Tensor:
-    """`fastvq.ops.quantize_backward`."""
-    counted = (indices >= 0)[:, None]
-    grad = quantized_grad.to(codes.dtype).masked_fill(~counted, 0)
+    """Implement `fastvq.ops.quantize_backward`."""
+    mask = (indices >= 0)[:, None]
+    return row_gradients(x, codes, mask, quantized_grad, loss_grad, gradient, commitment_weight).to(x.dtype)
+
+
+def lookup(codebook: Tensor, indices: Tensor, mask: Tensor) -> Tensor:
+    """Return the codes (N, D) of `indices` (N,), zero in the rows that `mask` (N, 1) excludes."""
+    return F.embedding(indices.clamp_min(0), codebook).masked_fill_(~mask, 0)
+
+
+def mean_square(error: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean square of `error` (N, D), which is overwritten, over the rows of `mask` (N, 1)."""
+    return error.square_().sum() / (mask.sum() * error.shape[1]).clamp_min(1)
+
+
+def row_gradients(
+    x: Tensor,
+    codes: Tensor,
+    mask: Tensor,
+    quantized_grad: Tensor,
+    loss_grad: Tensor,
+    gradient: str,
+    commitment_weight: float,
+) -> Tensor:
+    """Return the gradient of `x` (N, D) in the dtype of the codes, for rows whose codes are known."""
+    grad = quantized_grad.to(codes.dtype).masked_fill(~mask, 0)
     if gradient == "rotation":
-        grad = _rotate_back(grad, x.to(codes.dtype), codes, counted)
+        grad = _rotate_back(grad, x.to(codes.dtype), codes, mask)
     if commitment_weight:
-        elements = (counted.sum() * x.shape[1]).clamp_min(1)
-        grad = grad + difference(x, codes, counted) * (2 * commitment_weight * loss_grad / elements)
-    return grad.to(x.dtype)
+        elements = (mask.sum() * x.shape[1]).clamp_min(1)
+        grad.addcmul_(difference(x, codes, mask), 2 * commitment_weight * loss_grad / elements)
+    return grad
 
 
-def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
-    """lambda R^T grad for the rotation R = I - 2 w w^T + 2 v u^T that takes u = x/|x| to v = e/|e|, w = (u+v)/|u+v|.
+def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
+    """Return lambda R^T grad, with one factor a row for each of grad, u and v.
 
-    Written as  lambda (grad + 2 <v, grad> u - 2 <u + v, grad> / |u + v|^2 (u + v)): one factor a row for each of
-    grad, u and v.
+    The rotation R = I - 2 w w^T + 2 v u^T takes u = x / |x| to v = e / |e|, with w = (u + v) / |u + v|. Then
+
+        lambda R^T grad = lambda (grad + 2 <v, grad> u - 2 <u + v, grad> / |u + v|^2 (u + v))
     """
     x_length, code_length = x.norm(dim=1, keepdim=True), codes.norm(dim=1, keepdim=True)
-    directed = counted & (x_length >= SHORTEST) & (code_length >= SHORTEST)
+    directed = mask & (x_length >= SHORTEST) & (code_length >= SHORTEST)
     u = (x / x_length).masked_fill_(~directed, 0)
     v = (codes / code_length).masked_fill_(~directed, 0)
     along_u, along_v = (u * grad).sum(1, keepdim=True), (v * grad).sum(1, keepdim=True)

@@ -1,32 +1,34 @@
-"""The op `residual_quantize` in torch operations."""
+"""The op `residual_quantize` in torch operations: lookup, difference and sum of each stage, and no copy beside them."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvq.backends.arithmetic import compute_dtype
+from fastvq.backends.arithmetic import check_index_range, compute_dtype
 
-from .quantize import quantize_backward, quantize_forward
+from .quantize import lookup, mean_square, row_gradients
 
 
 def residual_quantize_forward(
     x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastvq.ops.residual_quantize_forward`, level by level."""
-    residual = x.to(compute_dtype(x, codebooks))
+    """Implement `fastvq.ops.residual_quantize_forward`."""
+    check_index_range(indices, codebooks.shape[1])
+    codebooks = codebooks.to(compute_dtype(x, codebooks))
+    residual = x.to(codebooks.dtype)
     total = torch.zeros_like(residual)
     errors, residuals = [], []
-    for codebook, level in zip(codebooks, indices.unbind(1), strict=True):
-        codes, _, error = quantize_forward(residual, codebook, level, False)
-        errors.append(error)
-        residuals.append(residual)
+    for codebook, stage in zip(codebooks, indices.unbind(1), strict=True):
+        mask = (stage >= 0)[:, None]
+        codes = lookup(codebook, stage, mask)
+        if keep_residuals:
+            residuals.append(residual)
         residual = residual - codes
-        total = total + codes
+        total += codes
+        errors.append(mean_square(residual.masked_fill(~mask, 0), mask))
     kept = torch.stack(residuals) if keep_residuals else residual.new_empty(0, *x.shape)
-    return total.to(x.dtype, copy=True), torch.stack(errors), kept
+    return total.to(x.dtype), torch.stack(errors), kept
 
 
 def residual_quantize_backward(
@@ -39,13 +41,13 @@ def residual_quantize_backward(
     gradient: str,
     commitment_weight: float,
 ) -> Tensor:
-    """`fastvq.ops.residual_quantize_backward`, level by level."""
+    """Implement `fastvq.ops.residual_quantize_backward`."""
+    codebooks = codebooks.to(error_grads.dtype)
     residual = x.to(error_grads.dtype)
-    grad = quantized_grad.to(residual.dtype)
     total = torch.zeros_like(residual)
-    options: dict[str, Any] = {"gradient": gradient, "commitment_weight": commitment_weight}
-    for codebook, level, error_grad in zip(codebooks, indices.unbind(1), error_grads, strict=True):
-        codes, _, _ = quantize_forward(residual, codebook, level, False)
-        total = total + quantize_backward(residual, codes, level, grad, error_grad, **options)
+    for codebook, stage, error_grad in zip(codebooks, indices.unbind(1), error_grads, strict=True):
+        mask = (stage >= 0)[:, None]
+        codes = lookup(codebook, stage, mask)
+        total += row_gradients(residual, codes, mask, quantized_grad, error_grad, gradient, commitment_weight)
         residual = residual - codes
     return total.to(x.dtype)
