@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 
 from .backends.select import use_backend
-from .codebook import Revival
+from .codebook import Replacement
 from .codebook.health import HealthReport, dead_share, perplexity, usage
 from .compat import aliases
 from .functional.binary_assign import BinaryAssignment, binary_assign
@@ -63,12 +63,12 @@ __all__ = [
     "LatentQuantize",
     "Quantized",
     "RandomProjectionQuantizer",
+    "Replacement",
     "ResidualFSQ",
     "ResidualLFQ",
     "ResidualQuantized",
     "ResidualSimVQ",
     "ResidualVQ",
-    "Revival",
     "Sequential",
     "SimVQ",
     "SoftAssignment",

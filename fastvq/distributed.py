@@ -1,6 +1,7 @@
-"""What the ranks of a training run do together. Whether there are several is asked at run time, at every use.
+"""The run-time circumstances of a step: several ranks, and forward passes that a backward pass recomputes.
 
-All sums are one all-reduce of one packed buffer, so that every rank holds the same bits afterwards.
+Both are queried at every use. A sum over ranks is one all-reduce of one packed buffer, so that every rank holds the
+same bits afterwards.
 """
 
 from __future__ import annotations
@@ -12,29 +13,51 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+# Internal to torch. Without it, `may_be_recomputed` is always True.
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 
 def recomputing() -> bool:
-    """Whether a backward pass is running in this thread, so that a forward can only be a recomputation, as activation
-    checkpointing does it."""
-    # Dynamo traces checkpointing as a whole, and doesn't let it change state.
+    """Return whether a backward pass runs in this thread.
+
+    A forward pass is then a recomputation by activation checkpointing.
+    """
+    # Dynamo traces checkpointing as a whole, and must not see it change state.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def may_be_recomputed() -> bool:
+    """Return whether activation checkpointing may run this forward pass: for the first time, or again.
+
+    The first pass runs without gradients (reentrant) or with hooks on the tensors that autograd saves (not reentrant).
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if not torch.is_grad_enabled() or _top_hooks is None:
+        return True
+    return _top_hooks(False) is not None or torch._C._current_graph_task_id() != -1
+
+
 def active() -> bool:
-    """Whether a default process group of more than one rank exists now."""
+    """Return whether a default process group of more than one rank exists now."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def world_size() -> int:
+    """Return the number of ranks."""
     return dist.get_world_size() if active() else 1
 
 
 def rank() -> int:
+    """Return the number of this rank, from 0."""
     return dist.get_rank() if active() else 0
 
 
 def sum_(*tensors: Tensor) -> None:
-    """Replaces each tensor by its sum over the ranks, in one all-reduce. float32 tensors on one device."""
+    """Replace each tensor by its sum over the ranks, in one all-reduce.
+
+    The tensors are float32, on one device.
+    """
     if len(tensors) == 1 and tensors[0].is_contiguous():
         dist.all_reduce(tensors[0])
         return
@@ -59,8 +82,11 @@ class _Mean(torch.autograd.Function):
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean of x over the ranks, differentiable: the gradient is that of all ranks' losses, which DDP's averaging of
-    parameter gradients turns into that of their mean. x itself in one process."""
+    """Return the mean of x over the ranks, or x itself in one process.
+
+    It is differentiable: the gradient is that of the sum of all ranks' losses, which DDP's averaging of parameter
+    gradients turns into that of their mean.
+    """
     return _Mean.apply(x) if active() else x
 
 
@@ -70,11 +96,11 @@ DRAWN_KEPT = 256
 
 
 def common_seed(limit: int = 10_000) -> int:
-    """A random integer in [0, limit), the same on every rank that calls this equally often.
+    """Return a random integer in [0, limit), equal on all ranks if all call this equally often.
 
-    One process draws it from torch's generator. Several draw from a sequence that rank 0 starts: the first call is a
-    broadcast, the others cost nothing. Where activation checkpointing sets torch's generator back to repeat a forward,
-    the numbers repeat too.
+    One process draws it from torch's generator. Several draw from a sequence that rank 0 seeds: the first call is a
+    broadcast, the others don't communicate. If activation checkpointing resets torch's generator to repeat a forward
+    pass, the numbers repeat too.
     """
     global _seeds
     if not active():
@@ -95,9 +121,12 @@ def common_seed(limit: int = 10_000) -> int:
 
 
 def check_synchronised(module: nn.Module) -> None:
-    """Raises a RuntimeError on every rank if anything in the module's state_dict differs between ranks, in any bit.
+    """Check that the module's state_dict is bit-identical on all ranks.
 
-    For tests, and for now and then in training: it waits for the device. In one process it does nothing.
+    It waits for the device, so call it in tests, or rarely in training. In one process it does nothing.
+
+    Raises:
+        RuntimeError: on every rank, with the names of the tensors that differ.
     """
     if not active():
         return
@@ -114,9 +143,9 @@ def check_synchronised(module: nn.Module) -> None:
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """() int64 of the tensor's bits and their places."""
+    """Return a checksum () int64 of the tensor's bits and their positions."""
     tensor = tensor.detach().contiguous().flatten()
     data = tensor.view(torch.int32 if tensor.element_size() % 4 == 0 else torch.uint8).long()
-    # Odd factors, so that no single difference can vanish; int64 arithmetic wraps, on every device alike.
+    # Odd factors, so that no single difference can vanish. int64 arithmetic wraps on every device.
     factors = (torch.arange(len(data), device=data.device) * 0x1E3779B97F4A7C15) | 1
     return (data * factors).sum()

@@ -84,7 +84,7 @@ BUILT_BEFORE = fastvq.VectorQuantize(DIM, 24, kmeans_init=True, threshold_ema_de
 def two_hundred_steps_of_a_layer_built_before_the_group() -> None:
     layer = BUILT_BEFORE
     torch.manual_seed(100 + dist.get_rank())  # each rank draws its own candidates
-    revived = 0
+    replaced = 0
     for step in range(200):
         before = layer.codebook.clone()
         with collectives() as called:
@@ -95,11 +95,11 @@ def two_hundred_steps_of_a_layer_built_before_the_group() -> None:
         # k-means: whether there are rows, the first means, one a round
         assert called == ["all_reduce"] * (1 if step else 13), (step, called)
         moved = (layer.codebook - before).abs().amax(1) > 3
-        revived += int(moved.sum()) if step else 0
+        replaced += int(moved.sum()) if step else 0
         if step % 40 == 0:
             assert_same_everywhere(layer)
     assert_same_everywhere(layer)
-    assert revived > 5  # else the revival wasn't tested
+    assert replaced > 5  # else the replacement wasn't tested
     assert layer.codebook.isfinite().all()
 
 
@@ -131,8 +131,8 @@ def shared_codebooks_heads_and_policies() -> None:
         fastvq.VectorQuantize(DIM, 16, use_cosine_sim=True, kmeans_init=True, threshold_ema_dead_code=0.5),
     ]  # fmt: skip
     codebooks = [
-        Codebook(DIM, 16, heads=2, kmeans_init=True, revival=fastvq.codebook.Revival(0.1, relative=True, every=3)),
-        Codebook(DIM, 16, revival=fastvq.codebook.Revival(1.0, rows="kmeans++", reservoir=32, at_once=5)),
+        Codebook(DIM, 16, heads=2, kmeans_init=True, replacement=fastvq.Replacement(0.1, relative=True, every=3)),
+        Codebook(DIM, 16, replacement=fastvq.Replacement(1.0, rows="kmeans++", reservoir=32, at_once=5)),
         Codebook(DIM, 16, affine={"batch_decay": 0.9, "codebook_decay": 0.9, "sync": True}),
     ]
     for codebook in codebooks:  # without k-means or a broadcast, ranks start as they were built
@@ -286,7 +286,7 @@ def the_self_check_finds_a_single_bit() -> None:
 
 @scenario
 def a_layer_that_must_not_synchronise() -> None:
-    codebook = Codebook(DIM, 12, sync=False, revival=fastvq.codebook.Revival(1.0), kmeans_init=True)
+    codebook = Codebook(DIM, 12, sync=False, replacement=fastvq.Replacement(1.0), kmeans_init=True)
     with collectives() as called:
         x = batch(1, rows=20)
         codebook.initialise_(x)

@@ -1,10 +1,9 @@
-"""Codebook learning: state, k-means, moving averages, revival of dead codes, in one process or in many."""
+"""Codebook learning: state, k-means, moving averages, replacement of dead codes, in one process or in many."""
 
 from __future__ import annotations
 
 from .kmeans import kmeans
-from .replacement import Revival
-from .state import Codebook
-from .update import learn_together
+from .replacement import Replacement
+from .state import Codebook, learn_together
 
-__all__ = ["Codebook", "Revival", "kmeans", "learn_together"]
+__all__ = ["Codebook", "Replacement", "kmeans", "learn_together"]

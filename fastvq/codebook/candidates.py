@@ -84,7 +84,7 @@ def compacted(candidates: Candidates) -> tuple[Tensor, Tensor]:
 
 class Reservoir(ZeroOnMaterialize, nn.Module):
     """A memory of recent rows: the last `size` of those that were drawn for it, for a batch that is too small or too
-    uniform to revive codes from. Not saved.
+    uniform to replace codes by. Not saved.
 
     State: rows (R, D) float32; filled (R,) bool; position () int64, where the next row goes.
     """

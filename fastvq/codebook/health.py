@@ -9,9 +9,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from fastvq.distributed import recomputing
 from fastvq.precision import KeepsPrecision, ZeroOnMaterialize, materialize_unsaved_buffers_
-
-from .recompute import recomputing
 
 DEAD_SHARE_OF_UNIFORM = 0.1
 """A code is counted as dead below this share of what it would have if all codes were chosen equally often."""
@@ -104,7 +103,7 @@ class Health(ZeroOnMaterialize, KeepsPrecision, nn.Module):
 
 
 @torch.no_grad()
-def observe_levels_(levels: Sequence[Health], indices: Tensor, errors: Tensor) -> None:
+def observe_stages_(levels: Sequence[Health], indices: Tensor, errors: Tensor) -> None:
     """`observe_` of each level with its own of the indices (Q, ...) and errors (Q,), in fewer operations."""
     if recomputing():
         return

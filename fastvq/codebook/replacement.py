@@ -13,7 +13,7 @@ from .candidates import Candidates, Reservoir, compacted, random_rows, slots, sp
 
 
 @dataclass(frozen=True)
-class Revival:
+class Replacement:
     """A policy for codes that hardly any vector chooses: put them on vectors, with a cluster size to start from.
 
     Dead is a code whose moving cluster size N_k is below `threshold`, or below `threshold` sum_k N_k / K if `relative`:
@@ -26,8 +26,8 @@ class Revival:
         rows: "random" vectors, or those of "kmeans++", drawn by their squared distance from the codes, one after
             another.
         reservoir: draw from a memory of so many recent vectors instead of the batch; 0 for the batch.
-        at_once: revive at most so many codes in a step; by default all with random rows, 32 with "kmeans++".
-        size: cluster size that a revived code starts from; by default the limit below which it was dead.
+        at_once: the most codes that a step replaces; by default all with random rows, 32 with "kmeans++".
+        size: cluster size that a new code starts from; by default the limit below which it was dead.
 
     Raises:
         ValueError: a value that can't be, by name.
@@ -59,16 +59,16 @@ class Revival:
             raise ValueError(f"size: must be positive, got {self.size}")
 
     def most(self, size: int) -> int:
-        """The most of K codes that one step may revive."""
+        """Return the largest number of K codes that one step may replace."""
         return min(size, self.at_once or (size if self.rows == "random" else 32))
 
 
-class Reviver(ZeroOnMaterialize, nn.Module):
-    """A `Revival` at work on the codes of one codebook, head by head. Not saved."""
+class Replacer(ZeroOnMaterialize, nn.Module):
+    """A `Replacement` at work on the codes of one codebook, head by head. Not saved."""
 
     steps: Tensor
 
-    def __init__(self, policy: Revival, size: int, dim: int, heads: int) -> None:
+    def __init__(self, policy: Replacement, size: int, dim: int, heads: int) -> None:
         super().__init__()
         self.policy, self.size = policy, size
         self.reservoirs = nn.ModuleList(
@@ -79,7 +79,7 @@ class Reviver(ZeroOnMaterialize, nn.Module):
     def candidates(
         self, x: Tensor, mask: Tensor, codes: Tensor, *, head: int, metric: str, together: bool
     ) -> Candidates:
-        """Rows to revive codes (K, D) from, of x (N, D) with mask (N,). For several ranks, one to be summed up."""
+        """Return rows of x (N, D) in the mask (N,) that may replace codes (K, D); over ranks, a table to be summed."""
         if self.reservoirs:
             reservoir = self.reservoirs[head]
             assert isinstance(reservoir, Reservoir)
@@ -93,7 +93,7 @@ class Reviver(ZeroOnMaterialize, nn.Module):
         return spread_over_ranks(found) if together else found
 
     @torch.no_grad()
-    def revive_(self, codes: Tensor, cluster_size: Tensor, embed_avg: Tensor, found: Candidates) -> None:
+    def replace_(self, codes: Tensor, cluster_size: Tensor, embed_avg: Tensor, found: Candidates) -> None:
         """Puts the dead ones of codes (K, D) on the rows found, as far as these go, the first codes first."""
         limit = torch.full_like(cluster_size[0], self.policy.threshold)
         if self.policy.relative:

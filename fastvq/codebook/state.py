@@ -1,8 +1,9 @@
-"""The state of a codebook, and what changes it."""
+"""Codebooks: their state, and the step in which they learn from a batch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -11,36 +12,39 @@ from torch import Tensor, nn
 
 from fastvq import distributed
 from fastvq.functional.quantize import unit_norm
-from fastvq.ops import ema_update_, search
+from fastvq.ops import search
 from fastvq.precision import KeepsPrecision, materialize_unsaved_buffers_
 
 from .affine import Affine
 from .candidates import Candidates
 from .kmeans import kmeans
-from .replacement import Revival, Reviver
-from .update import Weight, learn_together
+from .replacement import Replacement, Replacer
+from .update import batch_statistics, ema_step_
+
+Weight = float | Tensor | Callable[[Tensor, Tensor], Tensor]
+"""Factor of the share 1 - decay of a step: (), (K,) or (H, K), or a function of (sums, counts) that returns one."""
 
 
 class Codebook(KeepsPrecision, nn.Module):
-    """K codes of D dimensions for each of H heads, with what their learning needs. The state is float32 whatever the
-    module is cast to.
+    """K codes of D dimensions for each of H heads, with the state that they learn by.
 
-    State: embed (H, K, D), a parameter if learnable; cluster_size (H, K); embed_avg (H, K, D); initted (), false until
+    The state is float32 whatever dtype the module is cast to.
+
+    State: embed (H, K, D), a parameter if learnable; cluster_size (H, K); embed_avg (H, K, D); initted (), False until
     k-means has run. Names and the leading axis are those of vector_quantize_pytorch, whose checkpoints load.
 
     Args:
         dim, size, heads: D, K, H.
-        sync: learn with all ranks of a process group, should there be one when it learns; None or True for yes.
-        sync_kmeans: likewise for k-means.
-        manual_ema_update: the codes follow their averages by `update_ema` alone.
-        revival: what to do with dead codes, or None.
-        affine: the decays and sync of an `Affine` reparametrisation, or None.
-        bridge: a module that maps embed to the codes that are used, (H, K, D) -> (H, K, D), before the affine map; or
-            None.
+        sync: learn with all ranks if a process group exists when the codebook learns; None means True.
+        sync_kmeans: the same for k-means.
+        manual_ema_update: the codes follow their averages only when `update_ema` is called.
+        replacement: the policy for dead codes, or None.
+        affine: decays and sync of an `Affine` reparametrization, or None.
+        bridge: a module that maps embed to the codes in use, (H, K, D) -> (H, K, D), before the affine map; or None.
         The others: see `fastvq.VectorQuantize`.
 
     Raises:
-        ValueError: decay, eps or kmeans_iters that can't be.
+        ValueError: decay, eps or kmeans_iters is out of range.
     """
 
     initted: Tensor
@@ -64,7 +68,7 @@ class Codebook(KeepsPrecision, nn.Module):
         learnable: bool = False,
         ema_update: bool = True,
         manual_ema_update: bool = False,
-        revival: Revival | None = None,
+        replacement: Replacement | None = None,
         sync: bool | None = None,
         sync_kmeans: bool = True,
         affine: dict[str, Any] | None = None,
@@ -88,7 +92,7 @@ class Codebook(KeepsPrecision, nn.Module):
 
         embed = torch.zeros(heads, size, dim, dtype=torch.float32)
         if not kmeans_init:
-            # He's uniform initialisation of a (H, K, D) tensor, whose fan-in is K D.
+            # He's uniform initialization of a (H, K, D) tensor, whose fan-in is K D.
             embed.uniform_(-math.sqrt(6 / (size * dim)), math.sqrt(6 / (size * dim)))
             embed = unit_norm(embed) if cosine else embed
         self.register_buffer("initted", torch.tensor(not kmeans_init))
@@ -100,12 +104,12 @@ class Codebook(KeepsPrecision, nn.Module):
             self.register_buffer("embed", embed)
         self.register_buffer("held_counts", None, persistent=False)
         self.register_buffer("held_sums", None, persistent=False)
-        reviving = revival is not None and revival.threshold > 0
-        self.reviver = Reviver(revival, size, dim, heads) if reviving and revival is not None else None
+        replaces = replacement is not None and replacement.threshold > 0
+        self.replacer = Replacer(replacement, size, dim, heads) if replaces and replacement is not None else None
         self.vq_bridge = bridge
         self.affine = None if affine is None else Affine(self, heads, dim, **affine)
-        self.replayed: Tensor | None = None  # what a recomputed forward takes for `codes`
-        # The host's copy of `initted`: asking the tensor would wait for the device at every step.
+        self.replayed: Tensor | None = None  # the codes of a recomputed forward pass
+        # The host's copy of `initted`: reading the tensor would wait for the device at every step.
         self._ready = not kmeans_init
 
     @property
@@ -113,18 +117,20 @@ class Codebook(KeepsPrecision, nn.Module):
         """The codes that vectors are compared with, (H, K, D): embed, or its image under bridge and affine map."""
         codes = self.embed if self.vq_bridge is None else self.vq_bridge(self.embed)
         codes = codes if self.affine is None else self.affine.of_codes(self, codes)
-        # Checkpointing may break a recomputation off once it has what it needs, before the layer ends its pass.
+        # Checkpointing may stop a recomputation as soon as it has what it needs, before the layer ends its pass.
         if self.replayed is None or not distributed.recomputing():
             return codes
         return self.replayed + (codes - codes.detach()) if codes.requires_grad else self.replayed
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Indices (H, N) of x (H, N, D); -1 where the mask (H, N) is False."""
+        """Return the indices (H, N) of x (H, N, D), -1 where the mask (H, N) is False."""
         return search(x, self.codes.detach(), metric=self.metric, mask=mask)
 
     def initialise_(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """k-means on the rows of x (H, N, D) that are finite and in the mask (H, N), unless it has run already; then
-        follows their mean and variance, where the codes do."""
+        """Run k-means on the first batch, and follow the mean and variance of every batch if there is an affine map.
+
+        The rows of x (H, N, D) take part that are finite and in the mask (H, N).
+        """
         if (self._ready and self.affine is None) or distributed.recomputing():
             return
         with torch.no_grad():
@@ -140,9 +146,9 @@ class Codebook(KeepsPrecision, nn.Module):
         together = self.together() and self.sync_kmeans
         if x.shape[1] == 0 and not together:
             return
-        # Before the first batch alone, so waiting for the device is no matter; a traced graph takes it on trust.
+        # These reads wait for the device, but only before the first batch. A traced graph omits them.
         if not torch.compiler.is_compiling():
-            self._ready = bool(self.initted)  # the state may have been written to behind our back
+            self._ready = bool(self.initted)  # the caller may have written to the state
             available = mask.sum().float()
             if together:
                 distributed.sum_(available)
@@ -157,7 +163,7 @@ class Codebook(KeepsPrecision, nn.Module):
 
     @torch.no_grad()
     def set_(self, codes: Tensor, cluster_size: Tensor | None = None) -> None:
-        """Sets the codes (H, K, D) and, if given, the cluster sizes (H, K), with averages that agree."""
+        """Set the codes (H, K, D) and, if given, the cluster sizes (H, K), and make the averages agree with them."""
         codes = codes.to(self.embed)
         if self.cosine:
             codes = unit_norm(codes)
@@ -168,16 +174,12 @@ class Codebook(KeepsPrecision, nn.Module):
         self.initted.fill_(True)
         self._ready = True
 
-    def averages(self, ema_update: bool | None = None) -> bool:
-        """Whether a step of learning uses the moving averages."""
-        return self.ema_update if ema_update is None else ema_update
-
     def learns(self, ema_update: bool | None = None) -> bool:
-        """Whether a step of learning would change anything."""
-        return self.averages(ema_update) or self.reviver is not None
+        """Return whether a learning step would change anything; `ema_update` overrides the codebook's own setting."""
+        return self.replacer is not None or (self.ema_update if ema_update is None else ema_update)
 
     def together(self) -> bool:
-        """Whether this codebook learns with other ranks, as of now."""
+        """Return whether this codebook learns with other ranks, as of now."""
         return self.sync is not False and distributed.active()
 
     def learn_(
@@ -189,15 +191,15 @@ class Codebook(KeepsPrecision, nn.Module):
         ema_update: bool | None = None,
         accumulate_only: bool = False,
     ) -> None:
-        """`learn_together` of this codebook alone, from x (H, N, D) with its indices (H, N)."""
+        """Apply `learn_together` to this codebook alone, with vectors x (H, N, D) and their indices (H, N)."""
         learn_together([self], [x], [indices], weight=weight, ema_update=ema_update, accumulate_only=accumulate_only)
 
     def own_rows(self, x: Tensor) -> Tensor:
-        """x (H, N, D) where `embed` is: mapped back, if the codes are an affine image of it."""
+        """Return x (H, N, D) in the space of `embed`: mapped back, if the codes are an affine image of it."""
         return x if self.affine is None else self.affine.of_rows(self, x)
 
     def hold_(self, counts: Tensor, sums: Tensor) -> None:
-        """Keeps the statistics (H, K), (H, K, D) of a batch for the next step of learning."""
+        """Keep the statistics (H, K), (H, K, D) of a batch for the next learning step."""
         if self.held_counts is None or self.held_sums is None:
             self.held_counts, self.held_sums = counts.clone(), sums.clone()
         else:
@@ -205,7 +207,7 @@ class Codebook(KeepsPrecision, nn.Module):
             self.held_sums.add_(sums)
 
     def take_held_(self, counts: Tensor, sums: Tensor) -> None:
-        """Adds what was kept to the statistics of a step."""
+        """Add the kept statistics to those of a learning step."""
         if self.held_counts is not None and self.held_sums is not None:
             counts.add_(self.held_counts)
             sums.add_(self.held_sums)
@@ -213,53 +215,79 @@ class Codebook(KeepsPrecision, nn.Module):
 
     @torch.no_grad()
     def commit_(self) -> None:
-        """One step of the moving averages with what `learn_(accumulate_only=True)` has kept, if it has."""
+        """Learn from the statistics that `learn_(accumulate_only=True)` has kept, if there are any."""
         if self.held_counts is None:
             return
         none = self.embed.new_zeros(self.heads, 0, self.dim)
         self.learn_(none, none.new_zeros(self.heads, 0, dtype=torch.int64))
 
+    def move_averages_(
+        self, counts: Tensor, sums: Tensor, weight: Weight | None = None, ema_update: bool | None = None
+    ) -> None:
+        """Move the averages by the statistics (H, K), (H, K, D) of a batch, and the codes with them.
+
+        Without `ema_update`, only the cluster sizes move: the replacement of dead codes depends on them. With a weight
+        of zero for all codes, the codes stay bit-identical.
+        """
+        averages = self.ema_update if ema_update is None else ema_update
+        # `ema_update_` writes to all of its state: what must stay is passed as a copy.
+        codes = self.embed if averages and not self.manual_ema_update else self.embed.detach().clone()
+        embed_avg = self.embed_avg if averages else self.embed_avg.clone()
+        factor = None if weight is None else self._expand_weight(weight, counts, sums)
+        before = None if factor is None else codes.detach().clone()
+        ema_step_(codes, self.cluster_size, embed_avg, counts, sums, factor, decay=self.decay, eps=self.eps)
+        if self.cosine:
+            codes.copy_(unit_norm(codes))
+        if factor is not None and before is not None:
+            codes.copy_(torch.where((factor != 0).any(), codes, before))
+
+    def _expand_weight(self, weight: Weight, counts: Tensor, sums: Tensor) -> Tensor:
+        """Return the weight as (H, K) float32."""
+        given = torch.as_tensor(weight(sums, counts) if callable(weight) else weight, device=counts.device)
+        given = given[None] if given.dim() == 1 else given
+        shape = (self.heads, self.size)
+        if given.dim() and given.shape != shape:
+            raise ValueError(
+                f"ema_update_weight: must have shape (), ({shape[1]},) or {shape}, got {tuple(given.shape)}"
+            )
+        return given.to(self.cluster_size).expand(shape).contiguous()
+
     @torch.no_grad()
     def update_ema(self) -> None:
-        """The codes follow from their averages, e_k = m_k / N'_k as in `fastvq.ema_update_`."""
-        none = torch.zeros_like(self.embed_avg[0])
-        for head in range(self.heads):  # a decay of 1 leaves the averages
-            size, average = self.cluster_size[head], self.embed_avg[head]
-            ema_update_(self.embed[head], size, average, none[:, 0], none, decay=1.0, eps=self.eps)
-        self.normalise_()
-
-    def normalise_(self) -> None:
-        """Unit vectors, where directions are compared."""
+        """Set the codes from their averages: e_k = m_k / N'_k as in `fastvq.ema_update_`."""
+        none, zeros = torch.zeros_like(self.embed_avg), torch.zeros_like(self.cluster_size)
+        # With a weight of zero the averages stay, and the codes follow them.
+        ema_step_(self.embed, self.cluster_size, self.embed_avg, zeros, none, zeros, decay=self.decay, eps=self.eps)
         if self.cosine:
             self.embed.copy_(unit_norm(self.embed))
 
     def candidates(self, x: Tensor, mask: Tensor) -> list[Candidates]:
-        """What each head's dead codes may be put on, of x (H, N, D) with mask (H, N)."""
-        assert self.reviver is not None
-        self.reviver.steps.add_(1)
+        """Return, for each head, the rows of x (H, N, D) in the mask (H, N) that may replace dead codes."""
+        assert self.replacer is not None
+        self.replacer.steps.add_(1)
         together = self.together()
         return [
-            self.reviver.candidates(
+            self.replacer.candidates(
                 x[head], mask[head], self.embed[head].detach(), head=head, metric=self.metric, together=together
             )
             for head in range(self.heads)
         ]
 
-    def revive_from_(self, found: list[Candidates]) -> None:
-        """Puts dead codes on the rows found for each head."""
-        assert self.reviver is not None
-        for head, candidates in enumerate(found):
-            self.reviver.revive_(self.embed[head], self.cluster_size[head], self.embed_avg[head], candidates)
+    def replace_from_(self, candidates: list[Candidates]) -> None:
+        """Replace the dead codes of each head by its candidates."""
+        assert self.replacer is not None
+        for head, found in enumerate(candidates):
+            self.replacer.replace_(self.embed[head], self.cluster_size[head], self.embed_avg[head], found)
 
     @torch.no_grad()
-    def revive_(self, x: Tensor, mask: Tensor) -> None:
-        """Puts dead codes on rows of x (H, N, D) with mask (H, N), without a step of learning."""
-        if self.reviver is None or distributed.recomputing():
+    def replace_dead_(self, x: Tensor, mask: Tensor) -> None:
+        """Replace dead codes by rows of x (H, N, D) in the mask (H, N), without a learning step."""
+        if self.replacer is None or distributed.recomputing():
             return
         found = self.candidates(self.own_rows(x), mask)
         if self.together():
             distributed.sum_(*(tensor for pair in found for tensor in pair))
-        self.revive_from_(found)
+        self.replace_from_(found)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.affine is not None:
@@ -271,8 +299,76 @@ class Codebook(KeepsPrecision, nn.Module):
         materialize_unsaved_buffers_(self, state_dict)
         with torch.no_grad():
             for state in (self.embed, self.embed_avg, self.cluster_size):
-                state.data = state.data.float()  # assign=True puts in what the checkpoint has
+                state.data = state.data.float()  # assign=True takes over the checkpoint's dtype
         self._ready = not self.initted.is_meta and bool(self.initted)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}, heads={self.heads}, metric={self.metric}"
+
+
+@torch.no_grad()
+def learn_together(
+    codebooks: Sequence[Codebook],
+    x: Tensor | Sequence[Tensor],
+    indices: Tensor | Sequence[Tensor],
+    *,
+    weight: Weight | Sequence[Weight | None] | None = None,
+    ema_update: bool | None = None,
+    accumulate_only: bool = False,
+) -> None:
+    """Move each codebook towards its vectors, and replace its dead codes. Nothing waits for the device.
+
+    All codebooks share one `accumulate` and, over several ranks, one all-reduce: that of their counts, sums and
+    candidates for replacement, so that every rank gets the same bits. A codebook that is listed more than once, because
+    stages share it, moves its averages once for each entry. A forward pass that is recomputed for its gradient changes
+    nothing.
+
+    Args:
+        codebooks: Q of them, with one D.
+        x: vectors, a tensor (Q, H, N, D) or Q tensors (H, N, D).
+        indices: (Q, H, N) or Q tensors (H, N) int64; rows with -1 are excluded.
+        weight: factor of a step's share 1 - decay, see `Weight`; or a sequence with one for each codebook. A codebook
+            whose weight is zero stays bit-identical.
+        ema_update: use the moving averages, instead of the codebooks' own setting.
+        accumulate_only: keep counts and sums for the next step without this, or for `Codebook.commit_`.
+    """
+    if distributed.recomputing():
+        return
+    learning, affine = [], False
+    for place, codebook in enumerate(codebooks):
+        if codebook.learns(ema_update):
+            learning.append(place)
+            affine = affine or codebook.affine is not None
+    if not learning:
+        return
+    weights: list[Any] = list(weight) if isinstance(weight, (list, tuple)) else [weight] * len(codebooks)
+    if len(learning) < len(codebooks):
+        codebooks, weights = [codebooks[i] for i in learning], [weights[i] for i in learning]
+        x, indices = [x[i] for i in learning], [indices[i] for i in learning]
+    if affine:
+        x = [codebook.own_rows(rows) for codebook, rows in zip(codebooks, x, strict=True)]
+
+    counts, sums = batch_statistics(x, indices, [(codebook.heads, codebook.size) for codebook in codebooks])
+    entries: dict[Codebook, list[int]] = {}
+    for place, codebook in enumerate(codebooks):
+        entries.setdefault(codebook, []).append(place)
+        if accumulate_only:
+            codebook.hold_(counts[place], sums[place])
+        elif codebook.held_counts is not None:
+            codebook.take_held_(counts[place], sums[place])
+    if accumulate_only:
+        return
+    candidates: dict[Codebook, list[Candidates]] = {}
+    for codebook, places in entries.items():
+        if codebook.replacer is not None:
+            shared = len(places) > 1
+            rows = torch.cat([x[i] for i in places], 1) if shared else x[places[0]]
+            chosen = torch.cat([indices[i] for i in places], 1) if shared else indices[places[0]]
+            candidates[codebook] = codebook.candidates(rows, chosen >= 0)
+    if codebooks[0].together():
+        distributed.sum_(*counts, *sums, *(t for found in candidates.values() for pair in found for t in pair))
+    for codebook, places in entries.items():
+        for place in places:
+            codebook.move_averages_(counts[place], sums[place], weights[place], ema_update)
+        if codebook in candidates:
+            codebook.replace_from_(candidates[codebook])

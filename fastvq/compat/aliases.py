@@ -24,7 +24,7 @@ MODULES = {
     "hierarchical_vq": "HierarchicalVQ VectorQuantize",
     "latent_quantization": "LatentQuantize",
     "lookup_free_quantization": (
-        "LFQ parts.binary:CosineSimLinear quantizers.lfq:LossBreakdown quantizers.lfq:Return "
+        "LFQ parts.binary:CosineSimLinear quantizers.lfq:LFQLosses:LossBreakdown quantizers.lfq:Return "
         "distributed:active:is_distributed distributed:mean:maybe_distributed_mean"
     ),
     "random_projection_quantizer": "RandomProjectionQuantizer VectorQuantize",
@@ -39,8 +39,8 @@ MODULES = {
         "LatentQuantize SimVQ ResidualSimVQ HierarchicalVQ"
     ),
     "vector_quantize_pytorch": (
-        "VectorQuantize quantizers.row_quantizer:LossBreakdown codebook:Codebook parts.gradients:rotate_to "
-        "parts.gradients:straight_through parts.gradients:directional_reparam "
+        "VectorQuantize quantizers.vector_quantize:VectorQuantizeLosses:LossBreakdown codebook:Codebook "
+        "parts.gradients:rotate_to parts.gradients:straight_through parts.gradients:directional_reparam "
         "parts.losses:orthogonality:orthogonal_loss_fn distributed:active:is_distributed"
     ),
 }

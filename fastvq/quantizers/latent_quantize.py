@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastvq.codebook.health import LevelUse
-from fastvq.codebook.recompute import recomputing
-from fastvq.distributed import mean
+from fastvq.distributed import mean, recomputing
 from fastvq.ops import search
 from fastvq.parts.gradients import straight_through
 from fastvq.parts.indices import checked_indices, checked_levels, join_levels, register_radix, split_index

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.codebook.health import LevelUse
+from fastvq.parts.arguments import check_sizes
 from fastvq.parts.binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
 from fastvq.parts.gradients import straight_through
 from fastvq.parts.indices import checked_indices
@@ -19,8 +20,6 @@ from fastvq.parts.masking import exclude_non_finite, masked_mean
 from fastvq.parts.projection import project_codes_out, rotate
 from fastvq.parts.shapes import Layout
 from fastvq.precision import KeepsBuffers, full_precision
-
-from .settings import check_positive
 
 MOST_BITS_OF_ENTROPY = 30
 
@@ -33,7 +32,7 @@ class Return(NamedTuple):
     entropy_aux_loss: Tensor  # ()
 
 
-class LossBreakdown(NamedTuple):
+class LFQLosses(NamedTuple):
     """What `LFQ`'s loss consists of, each () and not yet weighted."""
 
     per_sample_entropy: Tensor
@@ -117,7 +116,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
             raise ValueError("dim, codebook_size: at least one of them must be given")
         if codebook_size is None:
             codebook_size = 2 ** (dim or 0)
-        check_positive("codebook_size", codebook_size)
+        check_sizes(codebook_size=codebook_size)
         codebook_size = int(codebook_size)
         if codebook_size < 2 or codebook_size.bit_count() != 1 or codebook_size > 2**62:
             raise ValueError(f"codebook_size: must be a power of 2 from 2 to 2^62, got {codebook_size}")
@@ -235,7 +234,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
         mask: Tensor | None = None,
         *,
         lens: Tensor | None = None,
-    ) -> Return | tuple[Return, LossBreakdown]:
+    ) -> Return | tuple[Return, LFQLosses]:
         """(quantized, indices, entropy_aux_loss) of x.
 
         Args:
@@ -246,7 +245,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
             lens: int (B,), a mask for sequences: the first lens[b] vectors count.
 
         Returns:
-            quantized, shaped and typed as x; indices int64; entropy_aux_loss () float32. Then a `LossBreakdown`.
+            quantized, shaped and typed as x; indices int64; entropy_aux_loss () float32. Then a `LFQLosses`.
 
         Raises:
             ValueError, TypeError: x or mask that don't fit.
@@ -263,7 +262,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
 
     def quantize_rows(
         self, y: Tensor, mask: Tensor, *, inv_temperature: float = 100.0, entropies: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor, LossBreakdown]:
+    ) -> tuple[Tensor, Tensor, Tensor, LFQLosses]:
         """`forward` between the projections: quantized (..., C D), indices (..., C), loss and its parts.
 
         y is (..., C D), and `counted` bool (...) has the rows that count. `entropies`: also if they have no weight."""
@@ -290,7 +289,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
 
     def _losses(
         self, y: Tensor, codes: Tensor, mask: Tensor, inv_temperature: float, entropies: bool
-    ) -> tuple[Tensor, LossBreakdown]:
+    ) -> tuple[Tensor, LFQLosses]:
         zero = y.new_zeros(())
         found, entropy_loss, commitment = Entropies(zero, zero), zero, zero
         if self.training and (entropies or self.entropy_loss_weight):
@@ -303,7 +302,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
         if self.training and self.commitment_loss_weight > 0:
             commitment = masked_mean((y - codes).square().flatten(-2), mask)
         loss = entropy_loss * self.entropy_loss_weight + commitment * self.commitment_loss_weight
-        return loss, LossBreakdown(found.per_sample, found.batch, commitment)
+        return loss, LFQLosses(found.per_sample, found.batch, commitment)
 
     @property
     def _coordinate(self) -> float:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.health import Health, Monitored
+from fastvq.parts.arguments import check_sizes
 from fastvq.precision import KeepsBuffers, full_precision
 
-from .settings import check_positive
 from .vector_quantize import VectorQuantize
 
 
@@ -51,8 +51,7 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("codebook_dim", codebook_dim), ("num_codebooks", num_codebooks)):
-            check_positive(name, value)
+        check_sizes(dim=dim, codebook_dim=codebook_dim, num_codebooks=num_codebooks)
         for name in ("heads", "use_cosine_sim", "separate_codebook_per_head"):
             if name in settings:
                 raise ValueError(f"{name}: is chosen by num_codebooks, and can't be given")

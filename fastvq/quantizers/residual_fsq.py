@@ -18,10 +18,10 @@ from fastvq.precision import KeepsBuffers
 
 from .fsq import FSQ
 from .grouped import Grouped
-from .levels import Levels
+from .residual import ResidualStack
 
 
-class ResidualFSQ(KeepsBuffers, Levels[FSQ]):
+class ResidualFSQ(KeepsBuffers, ResidualStack):
     """Codes each vector by one `FSQ` code of each level, with the API of vector_quantize_pytorch.
 
         r_0 = c tanh(project_in(x) / c),   code_q = s_q FSQ(r_q / s_q),   r_{q+1} = r_q - sg[code_q]
@@ -92,7 +92,7 @@ class ResidualFSQ(KeepsBuffers, Levels[FSQ]):
             FSQ(sizes, dim=len(sizes), preserve_symmetry=True, bound_hard_clamp=bound_hard_clamp, **settings)
             for _ in range(num_quantizers)
         )
-        self.codebook_size = self._levels[0].codebook_size
+        self.codebook_size = self._stages[0].codebook_size
         scales = [[size**-level for size in sizes] for level in range(num_quantizers)]
         self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32), persistent=False)
         clamp = None if soft_clamp_input_value is None else torch.as_tensor(soft_clamp_input_value).float()
@@ -101,7 +101,7 @@ class ResidualFSQ(KeepsBuffers, Levels[FSQ]):
     @property
     def codebooks(self) -> Tensor:
         """All codes of all levels before they are scaled, (Q, K, d), made when asked for."""
-        return torch.stack([layer.implicit_codebook for layer in self._levels])
+        return torch.stack([layer.implicit_codebook for layer in self._stages])
 
     def forward(
         self,
@@ -158,7 +158,7 @@ class ResidualFSQ(KeepsBuffers, Levels[FSQ]):
         """The sum of the codes (B, N, d) and the indices (B, N, Q)."""
         total = torch.zeros_like(residual)
         indices: list[Tensor] = []
-        for level, (layer, scale) in enumerate(zip(self._levels, self.scales.to(residual.dtype), strict=True)):
+        for level, (layer, scale) in enumerate(zip(self._stages, self.scales.to(residual.dtype), strict=True)):
             if active.skips(level):
                 indices.append(torch.full_like(indices[0], -1))
                 continue
@@ -189,11 +189,11 @@ class ResidualFSQ(KeepsBuffers, Levels[FSQ]):
                 f"{'second' if self.is_channel_first else 'last'} axis, got {indices.shape[-1]}"
             )
         dtype = _residual_dtype(indices)
-        given = list(checked_indices(indices, self._levels[0].codebook_size).unbind(-1))
+        given = list(checked_indices(indices, self._stages[0].codebook_size).unbind(-1))
         given += [torch.full_like(given[0], -1)] * (self.num_quantizers - len(given))
         return [
             layer.codes_of(chosen, dtype) * scale
-            for layer, scale, chosen in zip(self._levels, self.scales.to(dtype), given, strict=True)
+            for layer, scale, chosen in zip(self._stages, self.scales.to(dtype), given, strict=True)
         ]
 
     def _channels_last(self, indices: Tensor) -> Tensor:

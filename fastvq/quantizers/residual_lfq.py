@@ -11,11 +11,11 @@ from fastvq.parts.projection import project_codes_out, projections
 from fastvq.parts.shapes import Layout
 
 from .grouped import Grouped
-from .levels import Levels
 from .lfq import LFQ, rows_and_mask
+from .residual import ResidualStack
 
 
-class ResidualLFQ(Levels[LFQ]):
+class ResidualLFQ(ResidualStack):
     """Codes each vector by D bits at each of Q levels of `LFQ`, with the API of vector_quantize_pytorch.
 
         r_0 = project_in(x),   quantized = project_out(sum_q LFQ_q(r_q)),   r_{q+1} = r_q - sg[LFQ_q(r_q)]
@@ -73,9 +73,9 @@ class ResidualLFQ(Levels[LFQ]):
     @property
     def codebooks(self) -> Tensor:
         """The codes of all levels (Q, K, D) by index, made anew at each use."""
-        first = self._levels[0]
+        first = self._stages[0]
         every = torch.arange(first.codebook_size, device=first.mask.device)
-        return torch.stack([layer.codes(every) for layer in self._levels])
+        return torch.stack([layer.codes(every) for layer in self._stages])
 
     def forward(
         self,
@@ -107,7 +107,7 @@ class ResidualLFQ(Levels[LFQ]):
         active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
         total, absent = torch.zeros_like(residual), torch.full_like(rows_mask, -1, dtype=torch.int64)
         levels, losses = [], []
-        for level, layer in enumerate(self._levels):
+        for level, layer in enumerate(self._stages):
             if active.skips(level):
                 levels.append(absent)
                 losses.append(residual.new_zeros(()))
@@ -119,23 +119,23 @@ class ResidualLFQ(Levels[LFQ]):
             losses.append(active.fill(level, loss, 0.0))
         indices = torch.stack(levels, -1)
         quantized = layout.from_rows(project_codes_out(self.project_out, total, (indices >= 0).any(-1)).to(x.dtype))
-        if self._levels[0].keep_num_codebooks_dim:
+        if self._stages[0].keep_num_codebooks_dim:
             indices = indices.unsqueeze(-2)
         result = (quantized, layout.indices(indices), torch.stack(losses))
         return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes (Q, B, ..., D) of indices (B, ..., Q), zeros for -1. Indices of the first levels alone will do."""
-        indices = self._checked_levels(indices)
-        codes = [layer.codes(level) for layer, level in zip(self._levels, indices.unbind(-1), strict=False)]
+        indices = self._checked_stages(indices)
+        codes = [layer.codes(level) for layer, level in zip(self._stages, indices.unbind(-1), strict=False)]
         codes += [torch.zeros_like(codes[0])] * (self.num_quantizers - len(codes))
         return torch.stack(codes)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` gives as quantized for these indices, laid out as there, in the dtype of the codes."""
-        if self._levels[0].keep_num_codebooks_dim:
+        if self._stages[0].keep_num_codebooks_dim:
             indices = indices.squeeze(-2)
-        indices = self._checked_levels(indices)
+        indices = self._checked_stages(indices)
         total = project_codes_out(self.project_out, self.get_codes_from_indices(indices).sum(0), (indices >= 0).any(-1))
         channel_first = total.dim() >= 4 if self.channel_first is None else self.channel_first
         return total.movedim(-1, 1) if channel_first else total

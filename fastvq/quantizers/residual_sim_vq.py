@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from fastvq.functional.quantize import lookup
 from fastvq.parts.shapes import Layout, codes_in_layout
 
-from .levels import Levels
+from .residual import ResidualStack
 from .sim_vq import SimVQ
 
 
-class ResidualSimVQ(Levels[SimVQ]):
+class ResidualSimVQ(ResidualStack):
     """Codes each vector by one code of each of Q levels of `SimVQ`, with the API of vector_quantize_pytorch.
 
         r_0 = x,   quantized = sum_q SimVQ_q(r_q),   r_{q+1} = r_q - sg[SimVQ_q(r_q)]
@@ -63,17 +63,17 @@ class ResidualSimVQ(Levels[SimVQ]):
     @property
     def codebook_size(self) -> int:
         """K."""
-        return self._levels[0].codebook_size
+        return self._stages[0].codebook_size
 
     @property
     def codebook_dim(self) -> int:
         """Dimension of the codes, which is that of the vectors."""
-        return self._levels[0].codebook_dim
+        return self._stages[0].codebook_dim
 
     @property
     def codebooks(self) -> Tensor:
         """The codes of all levels (Q, K, dim), differentiable in the transforms' parameters."""
-        return torch.stack([layer.codebook for layer in self._levels])
+        return torch.stack([layer.codebook for layer in self._stages])
 
     def forward(
         self,
@@ -106,7 +106,7 @@ class ResidualSimVQ(Levels[SimVQ]):
         total = torch.zeros_like(residual)
         rows_mask = layout.rows_mask(mask, lens)
         levels, losses, codebooks = [], [], []
-        for level, layer in enumerate(self._levels):
+        for level, layer in enumerate(self._stages):
             if active.skips(level):
                 break
             codebooks.append(layer.codebook)
@@ -129,9 +129,9 @@ class ResidualSimVQ(Levels[SimVQ]):
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes (Q, B, ..., dim), or (Q, B, dim, ...) if channel_first, of indices (B, ..., Q); zeros for -1.
         Indices of the first levels alone will do."""
-        indices = self._checked_levels(indices)
+        indices = self._checked_stages(indices)
         given = indices.shape[-1]
-        return self._codes([layer.codebook for layer in self._levels[:given]], indices)
+        return self._codes([layer.codebook for layer in self._stages[:given]], indices)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` gives as quantized for these indices, in the dtype of the codes."""

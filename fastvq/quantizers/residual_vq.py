@@ -1,61 +1,69 @@
-"""Residual quantization: a stack of codebooks, each for what the ones before it left over."""
+"""Residual vector quantizer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fastvq.codebook import Codebook, learn_together
+from fastvq.codebook.health import observe_stages_
 from fastvq.codebook.recompute import History
+from fastvq.distributed import may_be_recomputed
+from fastvq.functional.residual_quantize import residual_quantize
+from fastvq.ops import residual_search
+from fastvq.parts.arguments import check_fractions
+from fastvq.parts.beam import Stage, beam_search
 from fastvq.parts.dropout import ActiveStages
+from fastvq.parts.gradients import directional_reparam, scale_gradient
 from fastvq.parts.masking import exclude_non_finite, nan_fill
 from fastvq.parts.projection import project_codes_out, projections
 from fastvq.parts.shapes import Layout, codes_in_layout
-from fastvq.parts.tables import NeuralCodes, Shared
+from fastvq.parts.tables import Implicit, NeuralCodes, Shared, Table
 
-from .residual_rows import ResidualRows
+from .residual import ResidualStack
 from .vector_quantize import VectorQuantize
 
 
-class ResidualVQ(ResidualRows):
-    """Codes each vector by one code of each level, with the API of vector_quantize_pytorch.
+class ResidualVQ(ResidualStack):
+    """Residual vector quantizer with one code for each stage, with the API of vector_quantize_pytorch.
 
         r_0 = project_in(x),   index_q = argmin_k |r_q - e_qk|^2,   r_{q+1} = r_q - sg[e_q,index_q]
         quantized = project_out(sum_q e_q,index_q)
         loss_q = commitment_weight mean (r_q - sg[e_q,index_q])^2     (zero in eval)
 
-    Every level learns as a `VectorQuantize` does, from its own residuals; the gradient reaches x through each level.
+    Every stage learns from its own residuals, as a `VectorQuantize` does; the gradient reaches x through each stage.
 
     Args:
-        dim: dimension of the vectors that come in and go out.
-        num_quantizers: Q; may be left out where codebook_size is a tuple.
-        codebook_size: K, or a tuple of one for each level.
-        codebook_dim: D, the dimension of the codes; one pair of linear projections stands around all levels where it
-            isn't dim.
-        shared_codebook: all levels use one codebook, which learns from the residuals of all.
-        diveq: learn the codes by `fastvq.parts.directional_reparam` between x and the sum of its codes, alone.
+        dim: dimension of the input and output vectors.
+        num_quantizers: Q; optional if codebook_size is a tuple.
+        codebook_size: K, or a tuple with one for each stage.
+        codebook_dim: D, the dimension of the codes. If it is not dim, one pair of linear projections surrounds all
+            stages.
+        shared_codebook: all stages use one codebook, which learns from the residuals of all.
+        diveq: learn the codes only by `fastvq.parts.directional_reparam` between x and the sum of its codes.
         heads: 1.
-        quantize_dropout: in training, leave out the levels after a random one.
-        quantize_dropout_cutoff_index: the first level that may be the last.
-        quantize_dropout_multiple_of: the number of levels that are kept is rounded up to a multiple of it.
+        quantize_dropout: in training, leave out the stages after a random one.
+        quantize_dropout_cutoff_index: the lowest index that the last active stage may have.
+        quantize_dropout_multiple_of: the number of active stages is rounded up to a multiple of this.
         accept_image_fmap: x is (B, dim, H, W).
-        implicit_neural_codebook: every level but the first transforms its codes by a network, conditioned on the sum
-            of those before (`fastvq.parts.tables`); codes and networks learn by gradient.
+        implicit_neural_codebook: every stage but the first transforms its codes by a network, conditioned on the sum
+            of the codes before (`fastvq.parts.tables`); codes and networks learn by gradient.
         mlp_kwargs: dim_hidden and depth of these networks.
-        beam_size, eval_beam_size: ways that stay open in the search, in training and in eval (`fastvq.parts.beam`).
-        beam_score_quantizer_weights: of each level's error in the search.
-        quant_grad_frac: share of a level's gradient that the level before gets through the residual.
-        return_zeros_for_masked_padding: masked vectors come back as zero; if False, as they were.
-        settings: of every level's `VectorQuantize`: decay, kmeans_init, threshold_ema_dead_code ...
+        beam_size, eval_beam_size: number of beams in training and in eval (`fastvq.parts.beam`).
+        beam_score_quantizer_weights: weights of the stages' errors in the beam search.
+        quant_grad_frac: share of a stage's gradient that the stage before gets through the residual.
+        return_zeros_for_masked_padding: return zeros for masked vectors; if False, return them unchanged.
+        settings: arguments of every stage's `VectorQuantize`: decay, kmeans_init, threshold_ema_dead_code ...
 
     Raises:
-        ValueError: an argument that can't be, by name. TypeError: one that doesn't exist.
+        ValueError: an argument is invalid; the message names it. TypeError: an unknown argument.
 
-    Numerics: search is exact for residuals rounded to float32, whatever the dtype of x (`fastvq.residual_search`).
+    Numerics: the search is exact for residuals rounded to float32, whatever the dtype of x (`fastvq.residual_search`).
 
-    Source: Zeghidour et al., SoundStream, 2021, algorithm 1 and section III-C (dropout); the options' at their parts.
+    Source: Zeghidour et al., SoundStream, 2021, algorithm 1 and section III-C (dropout); for options, see their parts.
     """
 
     def __init__(
@@ -86,7 +94,7 @@ class ResidualVQ(ResidualRows):
             raise ValueError("num_quantizers: must be given where codebook_size is one number")
         sizes = codebook_size if isinstance(codebook_size, tuple) else (codebook_size,) * (num_quantizers or 0)
         if num_quantizers is not None and num_quantizers != len(sizes):
-            raise ValueError(f"num_quantizers: must be the number of levels, {len(sizes)}, got {num_quantizers}")
+            raise ValueError(f"num_quantizers: must be the number of stages, {len(sizes)}, got {num_quantizers}")
         if shared_codebook and len(set(sizes)) > 1:
             raise ValueError(f"codebook_size: must be one number where the codebook is shared, got {codebook_size}")
         if heads != 1:
@@ -101,11 +109,10 @@ class ResidualVQ(ResidualRows):
         weights = (1.0,) * len(sizes) if beam_score_quantizer_weights is None else tuple(beam_score_quantizer_weights)
         if len(weights) != len(sizes):
             raise ValueError(f"beam_score_quantizer_weights: must be {len(sizes)} numbers, got {weights}")
-        if not 0 <= quant_grad_frac <= 1:
-            raise ValueError(f"quant_grad_frac: must lie in [0, 1], got {quant_grad_frac}")
+        check_fractions(quant_grad_frac=quant_grad_frac)
         self._set_dropout(len(sizes), quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
         if shared_codebook:
-            settings["manual_ema_update"] = False  # it follows at the end anyway
+            settings["manual_ema_update"] = False  # the codes follow after the last stage anyway
             settings["manual_in_place_optimizer_update"] = True
         if diveq or implicit_neural_codebook:
             settings.update(learnable_codebook=True, ema_update=False)
@@ -130,27 +137,31 @@ class ResidualVQ(ResidualRows):
         self.project_in, self.project_out = projections(dim, codebook_dim)
         self.has_projections = codebook_dim != dim
         self.layers = nn.ModuleList([VectorQuantize(dim=codebook_dim, codebook_size=k, **settings) for k in sizes])
-        if any(layer.has_projections for layer in self._levels):
+        if any(stage.has_projections for stage in self._stages):
             raise ValueError("codebook_dim: must be given to ResidualVQ itself")
-        self.mlps = (
+        self.mlps: nn.ModuleList | tuple[None, ...] = (
             nn.ModuleList([NeuralCodes(codebook_dim, **(mlp_kwargs or {})) for _ in sizes[1:]])
             if implicit_neural_codebook
             else (None,) * (len(sizes) - 1)
         )
         if shared_codebook:
-            for layer in self._levels:
-                layer._codebook = self._levels[0]._codebook
-                layer._in_place = self._levels[0]._in_place
+            for stage in self._stages:
+                stage._codebook = self._stages[0]._codebook
+                stage._in_place = self._stages[0]._in_place
+
+    @property
+    def _stages(self) -> list[VectorQuantize]:
+        return cast("list[VectorQuantize]", list(self.layers))
 
     @property
     def codebook_size(self) -> int:
-        """K of the first level."""
+        """K of the first stage."""
         return self.codebook_sizes[0]
 
     @property
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:
-        """The codes of all levels, (Q, K, D), or a tuple of (K_q, D) where the sizes differ."""
-        codes = tuple(layer.codebook for layer in self._levels)
+        """The codes of all stages, (Q, K, D), or a tuple of (K_q, D) if the sizes differ."""
+        codes = tuple(stage.codebook for stage in self._stages)
         return torch.stack(codes) if self.uniform_codebook_size else codes
 
     def forward(
@@ -167,35 +178,40 @@ class ResidualVQ(ResidualRows):
         lens: Tensor | None = None,
         accum_ema_update: bool = False,
     ) -> tuple[Tensor, ...]:
-        """(quantized, indices, losses) of x, and all codes if asked for; with indices given, (quantized, the sum of the
-        levels' cross entropies).
+        """Return (quantized, indices, losses) of x, and all codes if requested; or with indices, (quantized, the sum of
+        the stages' cross entropies).
 
         Args:
             x: (B, N, dim), (B, dim) or (B, ..., dim); (B, dim, H, W) if accept_image_fmap. Any floating dtype.
             mask: bool, shaped as the vectors, as in `VectorQuantize`.
-            indices: as this layer returns them, or a list of a tensor for each level: the loss is the cross entropy of
-                each level's soft assignment to them, without those that are -1. Nothing is dropped then.
-            return_all_codes: also return the codes of each level.
-            sample_codebook_temp: for this call, instead of the levels' own.
-            freeze_codebook: leave the codebooks as they are.
-            beam_size: for this call, instead of the layer's own.
-            rand_quantize_dropout_fixed_seed: decides where dropout cuts; by default torch's generator does.
-            lens: int (B,), a mask for sequences: the first lens[b] vectors count.
-            accum_ema_update: keep this batch's statistics for the next step of learning, or `commit_ema_update`.
+            indices: targets, shaped as this layer returns them, or a list with a tensor for each stage: the loss is the
+                cross entropy between each stage's soft assignment and the targets that aren't -1. No stage is dropped.
+            return_all_codes: also return the codes of each stage.
+            sample_codebook_temp: overrides the stages' own for this call.
+            freeze_codebook: keep the codebooks as they are.
+            beam_size: overrides the layer's own for this call.
+            rand_quantize_dropout_fixed_seed: seed of dropout; by default torch's generator draws one.
+            lens: int (B,), a mask for sequences: the first lens[b] vectors take part.
+            accum_ema_update: keep this batch's statistics for the next learning step, or for `commit_ema_update`.
 
         Returns:
             quantized, shaped and typed as x; indices int64 (B, N, Q), (B, Q), (B, ..., Q) or (B, H, W, Q), -1 for
-            levels dropped and vectors that don't count; losses (Q,) float32, zero for levels dropped; codes
-            (Q, B, N, D).
+            dropped stages and excluded vectors; losses (Q,) float32, zero for dropped stages; codes (Q, B, N, D).
 
         Raises:
-            ValueError, TypeError: x or mask that don't fit.
+            ValueError, TypeError: an argument is invalid; the message names it.
         """
+        learning = self.training and not (freeze_codebook or cast(VectorQuantize, self.layers[0]).freeze_codebook)
+        repeatable = learning and may_be_recomputed()
+        no_options = mask is indices is beam_size is lens is None and not (return_all_codes or accum_ema_update)
+        if no_options and not repeatable and self._is_plain(learning):
+            return self._forward_plain(x, learning)
+
         layout = self._layout(x)
         rows = layout.to_rows(x)
         rows_mask = layout.rows_mask(mask, lens)
         flat_mask = None if rows_mask is None else rows_mask.reshape(1, -1)
-        projected = self._projected_in(rows, rows_mask)
+        projected = self._project_in(rows, rows_mask)
         if isinstance(indices, list):
             indices = torch.stack(indices, -1)
         if indices is not None and indices.shape[-1:] != (self.num_quantizers,):
@@ -204,32 +220,38 @@ class ResidualVQ(ResidualRows):
             raise ValueError(f"beam_size: must be at least 1, got {beam_size}")
         targets = None if indices is None else layout.indices_to_rows(indices).flatten(0, 1)[None]
         active = self._dropout.draw(self.training and targets is None, x, rand_quantize_dropout_fixed_seed)
-        learning = self.training and not (freeze_codebook or self._levels[0].freeze_codebook)
+        if repeatable:
+            self._history.replay(projected, self._unique_codebooks)
         if learning:
-            self._begin_pass(projected)
-        if learning and not self._ready:
-            self._initialise_levels(projected.detach(), flat_mask)
-        given = self._given(projected, flat_mask, beam_size, active, sample_codebook_temp)
-        if targets is None and self._all_at_once(learning):
-            total, found, losses = self._all_levels(
-                projected, flat_mask, learning, active, given, accumulate_only=accum_ema_update
+            self._initialise_stages(projected.detach(), flat_mask)
+        known = self._beam_search(projected, flat_mask, beam_size, active, sample_codebook_temp)
+        if targets is None and self._fits_one_pass(learning):
+            total, found, losses = self._quantize_in_one_pass(
+                projected.flatten(0, 1),
+                None if flat_mask is None else flat_mask[0],
+                learning,
+                active,
+                None if known is None else known[0],
+                repeatable,
+                accum_ema_update,
             )
         else:
-            total, found, losses = self._level_by_level(
+            total, found, losses = self._quantize_by_stage(
                 projected,
                 flat_mask,
                 learning,
                 active,
-                given,
+                known,
                 shape=(layout.batch, layout.rows),
                 targets=targets,
                 temperature=sample_codebook_temp,
+                repeatable=repeatable,
                 accumulate_only=accum_ema_update,
             )
-        if learning:
-            self._end_pass()
-        if targets is None and given is not None and not self.training:
-            weight = self._levels[0].commitment_weight
+        if repeatable:
+            self._history.finish(self._unique_codebooks)
+        if targets is None and known is not None and not self.training:
+            weight = self._stages[0].commitment_weight
             losses = losses * weight if weight else losses
         elif targets is None and not self.training:
             losses = torch.zeros_like(losses)
@@ -249,61 +271,317 @@ class ResidualVQ(ResidualRows):
         result = (layout.from_rows(quantized), layout.indices(found), losses)
         return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
 
+    def _is_plain(self, learning: bool) -> bool:
+        """Return whether `_forward_plain` can replace the general forward pass, by the settings and state of now."""
+        beams = self.beam_size if self.training else self.eval_beam_size
+        if self.has_projections or (beams or 1) > 1 or (self.training and self.quantize_dropout):
+            return False
+        return not (learning and self._unready_stages) and self._fits_one_pass(learning)
+
+    def _forward_plain(self, x: Tensor, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the common case of `forward`, with the same results: layout, then all stages in one pass."""
+        layout = self._layout(x)
+        rows = layout.to_rows(x).reshape(-1, self.dim)
+        quantized, indices, losses = self._quantize_in_one_pass(rows, None, learning)
+        if not self.training:
+            losses = torch.zeros_like(losses)
+        shape = (layout.batch, layout.rows)
+        return (
+            layout.from_rows(quantized.view(*shape, self.dim)),
+            layout.indices(indices.view(*shape, self.num_quantizers)),
+            losses,
+        )
+
+    def _fits_one_pass(self, learning: bool) -> bool:
+        """Return whether one pass can quantize all stages: each searches the residuals themselves, and no more."""
+        return self._shares_space and self.quant_grad_frac == 0 and self._stages[0].only_searches(learning)
+
+    @property
+    def _shares_space(self) -> bool:
+        """Whether every stage compares the residuals themselves with codes of one number."""
+        return self.uniform_codebook_size and not (self._stages[0].use_cosine_sim or self.implicit_neural_codebook)
+
+    def _quantize_in_one_pass(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        learning: bool,
+        active: ActiveStages | None = None,
+        known: Tensor | None = None,
+        repeatable: bool = False,
+        accumulate_only: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize rows x (R, D) by all stages in one pass, and let each stage learn.
+
+        Args:
+            mask: bool (R,), or None.
+            learning: whether the codebooks learn.
+            active: the stages that take part; all by default.
+            known: indices (R, Q) of a beam search.
+            repeatable: whether activation checkpointing may repeat this pass.
+            accumulate_only: see `learn_together`.
+
+        Returns:
+            quantized (R, D), indices (R, active) and losses (active,).
+        """
+        stages = self._stages
+        first = stages[0]
+        if active is not None and isinstance(active.number, int):
+            stages = stages[: active.number]
+        codebooks = torch.cat([stage._codebook.codes for stage in stages]).detach()
+        if known is not None:
+            found = known[:, : len(stages)]
+        else:
+            found = residual_search(x.detach(), codebooks, mask=mask)
+        if active is not None and isinstance(active.number, Tensor):
+            found = torch.stack([active.fill(place, one, -1) for place, one in enumerate(found.unbind(-1))], -1)
+        quantized, _, losses, residuals = residual_quantize(
+            x if self.training else x.detach(),
+            codebooks,
+            gradient="rotation" if first.rotation_trick else "ste",
+            commitment_weight=1.0,
+            indices=found,
+            keep_residuals=learning,
+            copy_codebooks=False,
+        )
+        indices = found.T[:, None]  # [Q, 1, R]
+        if self.training:
+            observe_stages_([stage._health for stage in stages], indices, losses)
+        if repeatable:
+            self._history.record(x, self._unique_codebooks)
+        if learning:
+            self._learn(stages, residuals[:, None], indices, active, accumulate_only)
+        if self.training and not first.has_commitment_loss:
+            losses = torch.zeros_like(losses)
+        elif self.training and first.commitment_weight != 1:
+            losses = losses * first.commitment_weight
+        return quantized, found, losses
+
+    def _quantize_by_stage(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        learning: bool,
+        active: ActiveStages,
+        known: Tensor | None,
+        *,
+        shape: tuple[int, int],
+        targets: Tensor | None,
+        temperature: float | None,
+        repeatable: bool,
+        accumulate_only: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize rows x (1, R, D) one stage after another, with any options of the stages.
+
+        The other tensors are those of `_quantize_in_one_pass`, with the same leading axis. With targets (1, R, Q), the
+        losses are cross entropies.
+        """
+        residual = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        start, total = residual, torch.zeros_like(residual)
+        stages, steps = [], []
+        for place, stage in enumerate(self._stages):
+            if active.skips(place):
+                break
+            step = stage.quantize_rows(
+                stage.split_rows(residual),
+                active.row_mask(place, mask, residual),
+                shape=shape,
+                learning=learning,
+                indices=None if known is None else active.fill(place, known[..., place], -1),
+                targets=None if targets is None else targets[..., place],
+                temperature=temperature,
+                table=self._table(place, total),
+            )
+            residual = residual - scale_gradient(step.quantized, self.quant_grad_frac)
+            total = total + step.quantized
+            stages.append(stage)
+            steps.append(step)
+        found = torch.stack([step.indices for step in steps], -1)
+        if self.diveq and self.training:  # before learning draws random numbers, which a repeated pass doesn't
+            absent = (found < 0).all(-1, keepdim=True)
+            total = directional_reparam(start.masked_fill(absent, 0), total).masked_fill(absent, 0)
+        if repeatable:
+            self._history.record(x, self._unique_codebooks)
+        pending = [place for place, step in enumerate(steps) if not step.learned]
+        if learning and pending:
+            self._learn(
+                [stages[place] for place in pending],
+                [steps[place].inputs.detach() for place in pending],
+                [steps[place].indices for place in pending],
+                active,
+                accumulate_only,
+            )
+        if learning and self.shared_codebook:
+            stages[0].update_in_place_optimizer()
+        if targets is not None:
+            losses = [step.cross_entropy for step in steps if step.cross_entropy is not None]
+        elif self.training:
+            losses = [
+                active.fill(place, stage.losses(step, learning)[0], 0)
+                for place, (stage, step) in enumerate(zip(stages, steps, strict=True))
+            ]
+        else:
+            losses = [step.commitment for step in steps]
+        return total, found, torch.stack(losses)
+
+    def _learn(
+        self,
+        stages: list[VectorQuantize],
+        x: Tensor | list[Tensor],
+        indices: Tensor | list[Tensor],
+        active: ActiveStages | None,
+        accumulate_only: bool,
+    ) -> None:
+        """Move the codebooks of the stages towards their rows x (1, R, D) with indices (1, R)."""
+        weights = None
+        if active is not None and isinstance(active.number, Tensor):  # a dropped stage doesn't decay
+            weights = [(active.number > self._stages.index(stage)).float() for stage in stages]
+        codebooks = [stage._codebook for stage in stages]
+        learn_together(codebooks, x, indices, weight=weights, accumulate_only=accumulate_only)
+
+    @property
+    def _unique_codebooks(self) -> list[Codebook]:
+        return list(dict.fromkeys(stage._codebook for stage in self._stages))
+
+    @property
+    def _unready_stages(self) -> list[VectorQuantize]:
+        """The stages whose codebooks wait for k-means."""
+        return [stage for stage in self._stages if not stage._codebook._ready]
+
+    def _initialise_stages(self, x: Tensor, mask: Tensor | None) -> None:
+        """Run k-means on the residuals of a greedy search, stage by stage, unless it has run."""
+        if not self._unready_stages:
+            return
+        residual = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        total = torch.zeros_like(residual)
+        for place, stage in enumerate(self._stages):
+            rows = stage.split_rows(residual)
+            if not stage._codebook._ready:
+                stage._codebook.initialise_(rows, mask)
+            table = self._table_of(place, total)
+            chosen = table.lookup(table.nearest(rows, mask)).detach()
+            residual, total = residual - chosen, total + chosen
+
+    def _table(self, place: int, total: Tensor) -> Callable[[Tensor], Table] | None:
+        """Return a function that makes the table of a stage from its codes, given the sum (1, R, D) of those before.
+
+        None stands for one table of the codes themselves for all rows.
+        """
+        network = self.mlps[place - 1] if place > 0 else None
+        if network is None:
+            return None
+        metric = self._stages[place]._codebook.metric
+        return lambda codes: Implicit(codes, cast(NeuralCodes, network), total, metric)
+
+    def _table_of(self, place: int, total: Tensor, detached: bool = True) -> Table:
+        """Return the table of a stage with its current codes, given the sum (1, R, D) of those before."""
+        codebook, make = self._stages[place]._codebook, self._table(place, total)
+        codes = codebook.codes.detach() if detached else codebook.codes
+        return Shared(codes, codebook.metric) if make is None else make(codes)
+
+    def _beam_search(
+        self, x: Tensor, mask: Tensor | None, beam_size: int | None, active: ActiveStages, temperature: float | None
+    ) -> Tensor | None:
+        """Return the indices (1, R, active) of a beam search, or None if the search is greedy."""
+        own = self.beam_size if self.training else self.eval_beam_size
+        beams = own if beam_size is None else beam_size
+        if beams is None or beams <= 1:
+            return None
+        x = x.detach()
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        stages = [
+            self._beam_stage(place, temperature) for place in range(self.num_quantizers) if not active.skips(place)
+        ]
+        weights: Sequence[float] | Tensor = self.beam_score_weights[: len(stages)]
+        if isinstance(active.number, Tensor):  # after the last active stage, the best beam stays the first
+            is_active = torch.arange(len(stages), device=x.device) < active.number
+            weights = x.new_tensor(self.beam_score_weights, dtype=torch.float64) * is_active
+        return beam_search(x[0], stages, beams, weights=weights, mask=None if mask is None else mask[0])[None]
+
+    def _beam_stage(self, place: int, temperature: float | None = None) -> Stage:
+        """Return the stage as `beam_search` takes it."""
+        stage = self._stages[place]
+        temperature = stage.sample_codebook_temp if temperature is None else temperature
+
+        def propose(residuals: Tensor, totals: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
+            table = self._table_of(place, totals[None])
+            rows, own_mask = stage.split_rows(residuals[None]), None if mask is None else mask[None]
+            indices = stage.choose(table, rows, own_mask, min(k, table.size), temperature)
+            return indices[0], table.lookup(indices)[0], rows[0]
+
+        return propose
+
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The indices alone, of all levels, shaped as `forward` returns them. Touches no state."""
+        """Return the indices of all stages, shaped as `forward` returns them. No state changes."""
         layout = self._layout(x)
         rows_mask = layout.rows_mask(mask)
         flat_mask = None if rows_mask is None else rows_mask.reshape(1, -1)
-        projected = self._projected_in(layout.to_rows(x)).detach()
-        found = self._given(projected, flat_mask, self.eval_beam_size, ActiveStages(self.num_quantizers), 0.0)
+        projected = self._project_in(layout.to_rows(x)).detach()
+        found = self._beam_search(projected, flat_mask, self.eval_beam_size, ActiveStages(self.num_quantizers), 0.0)
         if found is None:
-            found = self._greedy(projected, flat_mask)
+            found = self._greedy_search(projected, flat_mask)
         return layout.indices(found.view(layout.batch, layout.rows, self.num_quantizers))
 
+    def _greedy_search(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the indices (1, R, Q) of x (1, R, D)."""
+        only_mask = None if mask is None else mask[0]
+        if self._shares_space:
+            codebooks = torch.cat([stage._codebook.codes for stage in self._stages]).detach()
+            return residual_search(x[0], codebooks, mask=only_mask)[None]
+        stages = [self._beam_stage(place, 0.0) for place in range(self.num_quantizers)]
+        return beam_search(x[0].float() if x.dtype != torch.float64 else x[0], stages, 1, mask=only_mask)[None]
+
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes (Q, ..., D) of indices (..., Q), zeros for -1. Indices of the first levels alone will do."""
-        return self._codes(self._checked_levels(indices))
+        """Return the codes (Q, ..., D) of indices (..., Q), zeros for -1. Indices of the first stages alone suffice."""
+        return self._codes(self._checked_stages(indices))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What `forward` gives as quantized for these indices, vectors last unless accept_image_fmap."""
-        indices = self._checked_levels(indices)
+        """Return the quantized output of `forward` for these indices; channels come last unless accept_image_fmap."""
+        indices = self._checked_stages(indices)
         total = self._codes(indices).sum(0)
         if self.has_projections:
             total = project_codes_out(self.project_out, total, (indices >= 0).any(-1))
         return codes_in_layout(total, self.accept_image_fmap)
 
     def _codes(self, indices: Tensor) -> Tensor:
-        """The codes (Q, ..., D) of indices (..., 1 to Q), zeros for levels that aren't there."""
+        """Return the codes (Q, ..., D) of indices (..., 1 to Q), zeros for the missing stages."""
         if self.implicit_neural_codebook:
             codes = self._implicit_codes(indices)
         else:
-            chosen = zip(self._levels, indices.clamp_min(0).unbind(-1), strict=False)
-            codes = torch.stack([nn.functional.embedding(one, level._codebook.codes[0]) for level, one in chosen])
+            pairs = zip(self._stages, indices.clamp_min(0).unbind(-1), strict=False)
+            codes = torch.stack([nn.functional.embedding(one, stage._codebook.codes[0]) for stage, one in pairs])
             codes = codes.masked_fill((indices < 0).movedim(-1, 0).unsqueeze(-1), 0)
         missing = self.num_quantizers - len(codes)
         return torch.cat([codes, codes.new_zeros(missing, *codes.shape[1:])]) if missing else codes
 
     def _implicit_codes(self, indices: Tensor) -> Tensor:
-        """The codes (levels, ..., D) of indices (..., levels), each level's with the sum of those before."""
-        total = self._levels[0]._codebook.embed.new_zeros(1, indices[..., 0].numel(), self.codebook_dim)
+        """Return the codes (stages, ..., D) of indices (..., stages), each stage's given the sum of those before."""
+        total = self._stages[0]._codebook.embed.new_zeros(1, indices[..., 0].numel(), self.codebook_dim)
         codes: list[Tensor] = []
         for place, one in enumerate(indices.unbind(-1)):
-            codebook, make = self._levels[place]._codebook.codes, self._table(place, total)
-            table = Shared(codebook) if make is None else make(codebook)
-            codes.append(table.lookup(one.flatten()[None]))
+            codes.append(self._table_of(place, total, detached=False).lookup(one.flatten()[None]))
             total = total + codes[-1]
         return torch.stack(codes).view(len(codes), *indices.shape[:-1], self.codebook_dim)
 
-    def _projected_in(self, rows: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Rows (B, N, dim) as the levels see them, (1, R, D); where they are projected, NaN for what isn't finite, and
-        outside of the mask (B, N)."""
+    @torch.no_grad()
+    def commit_ema_update(self) -> None:
+        """Learn from the statistics that `forward(..., accum_ema_update=True)` has kept, if there are any."""
+        held = [codebook for codebook in self._unique_codebooks if codebook.held_counts is not None]
+        none = [codebook.embed.new_zeros(1, 0, self.codebook_dim) for codebook in held]
+        learn_together(held, none, [rows.new_zeros(1, 0, dtype=torch.int64) for rows in none])
+
+    def _project_in(self, rows: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return rows (B, N, dim) as the stages quantize them, (1, R, D).
+
+        If there is a projection, rows that are not finite or outside the mask (B, N) become NaN.
+        """
         if not self.has_projections:
             return rows.reshape(1, rows.shape[0] * rows.shape[1], rows.shape[2])
-        rows, counts = exclude_non_finite(rows, mask)
+        rows, mask = exclude_non_finite(rows, mask)
         projected = self.project_in(rows)
         if projected.dtype in (torch.float16, torch.bfloat16):
-            projected = projected.float()  # what is projected back isn't rounded in between
-        return nan_fill(projected, counts).flatten(0, 1)[None]
+            projected = projected.float()  # no rounding between the projections
+        return nan_fill(projected, mask).flatten(0, 1)[None]
 
     def _layout(self, x: Tensor) -> Layout:
         spatial = (2,) if self.accept_image_fmap else None

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from fastvq.codebook.health import Health, Monitored
 from fastvq.functional.quantize import lookup, quantize
+from fastvq.parts.arguments import check_sizes
 from fastvq.parts.indices import checked_indices
 from fastvq.parts.shapes import Layout, codes_in_layout
 from fastvq.precision import KeepsBuffers, full_precision
-
-from .settings import check_positive
 
 
 class SimVQ(Monitored, KeepsBuffers, nn.Module):
@@ -65,8 +64,7 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
     ) -> None:
         super().__init__()
         frozen_dim = dim if frozen_codebook_dim is None else frozen_codebook_dim
-        for name, value in (("dim", dim), ("codebook_size", codebook_size), ("frozen_codebook_dim", frozen_dim)):
-            check_positive(name, value)
+        check_sizes(dim=dim, codebook_size=codebook_size, frozen_codebook_dim=frozen_dim)
         if not input_to_quantize_commit_loss_weight >= 0:
             raise ValueError(
                 "input_to_quantize_commit_loss_weight: must not be negative, got"

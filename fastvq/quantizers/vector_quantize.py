@@ -3,93 +3,120 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastvq.codebook import Codebook, Revival
-from fastvq.codebook.health import Health
+from fastvq.codebook import Codebook, Replacement
+from fastvq.codebook.health import Health, Monitored
 from fastvq.codebook.in_place import InPlaceStep
 from fastvq.codebook.recompute import History
-from fastvq.functional.quantize import unit_norm
+from fastvq.distributed import may_be_recomputed, recomputing
+from fastvq.functional.quantize import lookup, quantize, unit_norm
+from fastvq.ops import search
+from fastvq.parts.arguments import check_fractions, check_not_negative, check_sizes
+from fastvq.parts.gradients import Estimator
 from fastvq.parts.indices import checked_indices
-from fastvq.parts.projection import projections
+from fastvq.parts.losses import orthogonality, used_codes
+from fastvq.parts.masking import exclude_non_finite, nan_fill
+from fastvq.parts.projection import project_codes_out, projections
 from fastvq.parts.shapes import Heads, Layout, codes_in_layout
+from fastvq.parts.tables import PerRow, Shared, Table
+from fastvq.precision import full_precision
 
-from .row_quantizer import RowQuantizer
-from .settings import check_vector_quantize
+
+class VectorQuantizeLosses(NamedTuple):
+    """The losses of a `VectorQuantize` before their weights; zero where a loss is unused."""
+
+    commitment: Tensor
+    codebook_diversity: Tensor
+    orthogonal_reg: Tensor
+    inplace_optimize: Tensor
 
 
-class VectorQuantize(RowQuantizer):
-    """Replaces each vector by its nearest code and learns the codebook, with the API of vector_quantize_pytorch.
+class QuantizedRows(NamedTuple):
+    """The result of `VectorQuantize.quantize_rows`, with C codebooks and R rows for each of them."""
+
+    inputs: Tensor  # (C, R, D), as they are compared with the codes
+    quantized: Tensor  # (C, R, D), or (C, R, k, D) for top-k
+    indices: Tensor  # (C, R), or (C, R, k) for top-k
+    commitment: Tensor  # (), or (C, R, k) for top-k
+    diversity: Tensor | None  # ()
+    cross_entropy: Tensor | None  # (), with targets
+    in_place: Tensor | None  # (), with an in-place optimizer
+    learned: bool  # whether the codebook has learned from these rows already
+
+
+class VectorQuantize(Monitored, nn.Module):
+    """Vector quantizer that replaces each vector by its nearest code, with the API of vector_quantize_pytorch.
 
         quantized = project_out(e_index),   index = argmin_k |project_in(x) - e_k|^2
         loss = commitment_weight * mean (project_in(x) - sg[e_index])^2 + the other losses     (zero in eval)
 
-    In training the codebook follows the exponential moving averages of its vectors (`fastvq.ema_update_`), or the
-    gradient if it is learnable; the output is that of the codebook from before the update. Vectors that are not
-    finite get index -1 and a zero output, and touch neither loss nor codebook.
+    In training the codebook follows the exponential moving averages of its vectors (`fastvq.ema_update_`), or learns by
+    gradient if it is learnable; the output uses the codes from before the update. Vectors with NaN or infinity get
+    index -1 and a zero output, and contribute neither to the loss nor to the codebook.
 
     Args:
-        dim: dimension of the vectors that come in and go out.
+        dim: dimension of the input and output vectors.
         codebook_size: K.
-        codebook_dim: D, the dimension of the codes; linear projections stand around the codebook where heads * D isn't
-            dim.
-        heads: parts of a vector that are coded by themselves, see `fastvq.parts.shapes`.
-        separate_codebook_per_head: each head has a codebook of its own.
-        decay: of the moving averages, in [0, 1].
+        codebook_dim: D, the dimension of the codes. If heads * D is not dim, linear projections surround the codebook.
+        heads: number of parts of a vector that are quantized separately, see `fastvq.parts.shapes.Heads`.
+        separate_codebook_per_head: each head has its own codebook.
+        decay: decay of the moving averages, in [0, 1].
         eps: Laplace smoothing of the cluster sizes.
-        freeze_codebook: leave the codebook as it is, bit for bit, in training too.
-        kmeans_init: set the codebook by k-means on the first training batch; until then it is zero.
-        kmeans_iters: rounds of that k-means.
-        sync_kmeans: over all ranks.
-        use_cosine_sim: compare directions: x and the codes are normalised and the largest product wins.
-        layernorm_after_project_in: normalise what is projected in.
-        threshold_ema_dead_code: codes whose moving cluster size falls below it are put on random vectors of the batch;
-            0 for never.
+        freeze_codebook: keep the codebook bit-identical, in training too.
+        kmeans_init: initialize the codebook by k-means on the first training batch; until then it is zero.
+        kmeans_iters: number of k-means iterations.
+        sync_kmeans: run k-means over all ranks.
+        use_cosine_sim: compare directions: x and the codes are normalized, and the largest product wins.
+        layernorm_after_project_in: apply a layer norm after the input projection.
+        threshold_ema_dead_code: replace codes whose moving cluster size is below this by random vectors of the batch; 0
+            for never.
         channel_last: vectors are (B, N, dim); if False, (B, dim, N).
         accept_image_fmap, accept_3d_fmap: x is (B, dim, H, W), or (B, dim, T, H, W).
-        commitment_weight: beta; 0 for no loss.
-        commitment_use_cross_entropy_loss: the commitment loss is the cross entropy of the soft assignment to the code
-            that was chosen, `fastvq.cross_entropy`.
-        orthogonal_reg_weight, orthogonal_reg_active_codes_only, orthogonal_reg_max_codes: of
-            `fastvq.parts.losses.orthogonality`, for all codes, those that this batch uses, or so many random ones.
-        codebook_diversity_loss_weight, codebook_diversity_temperature: of minus the `positional_entropy` of
-            `fastvq.parts.tables`, the entropy of the codes' mean soft assignment.
-        stochastic_sample_codes: in training, draw each code as probable as its soft assignment says (`fastvq.sample`).
-        sample_codebook_temp: temperature of that; 0 for the nearest code.
-        straight_through: where route_gradients_to_input is False, pass x the gradient of the soft assignment: Gumbel
-            straight-through. Elsewhere the plain straight-through estimate stands in for it.
-        rotation_trick: estimate the gradient by the rotation trick, else straight through; by default where dim > 1.
-        directional_reparam, directional_reparam_variance: learn the codes by `fastvq.parts.directional_reparam` alone.
-        sync_codebook: learn with the other ranks, should there be any when it learns; None for yes.
-        sync_affine_param: take affine_param's statistics over them.
-        ema_update: use the moving averages; by default wherever the codebook isn't learnable.
-        vq_bridge: a module (1, K, D) -> (1, K, D) whose output the vectors are compared with; the codebook is then
-            learnable.
-        manual_ema_update: the averages move in training, but the codes follow by `update_ema` of the codebook alone.
-        learnable_codebook: the codebook is a parameter and the loss pulls it to the vectors by the same weight.
-        in_place_codebook_optimizer: makes an optimizer of the codebook's parameters, which then take a step of their
-            own before the output, see `fastvq.codebook.in_place`.
-        manual_in_place_optimizer_update: only gather its gradients; `update_in_place_optimizer` steps.
+        commitment_weight: beta; 0 for no commitment loss.
+        commitment_use_cross_entropy_loss: use the cross entropy between the soft assignment and the chosen code as
+            commitment loss (`fastvq.cross_entropy`).
+        orthogonal_reg_weight, orthogonal_reg_active_codes_only, orthogonal_reg_max_codes: weight of
+            `fastvq.parts.losses.orthogonality`; whether it only covers the codes used by the batch; the largest number
+            of codes, drawn at random, that it covers.
+        codebook_diversity_loss_weight, codebook_diversity_temperature: weight and temperature of the diversity loss,
+            minus the `positional_entropy` of `fastvq.parts.tables`.
+        stochastic_sample_codes: in training, sample each code from the soft assignment (`fastvq.sample`).
+        sample_codebook_temp: temperature of the sampling; 0 for the nearest code.
+        straight_through: where route_gradients_to_input is False, pass x the gradient of the soft assignment (Gumbel
+            straight-through). Otherwise, use the straight-through estimator.
+        rotation_trick: use the rotation trick instead of the straight-through estimator; by default if dim > 1.
+        directional_reparam, directional_reparam_variance: learn the codes only by `fastvq.parts.directional_reparam`.
+        sync_codebook: learn with all ranks, if there are several when the codebook learns; None means True.
+        sync_affine_param: take the statistics of affine_param over all ranks.
+        ema_update: use the moving averages; by default unless the codebook is learnable.
+        vq_bridge: a module (1, K, D) -> (1, K, D) whose output the vectors are compared with; requires a learnable
+            codebook.
+        manual_ema_update: move the averages in training, but the codes only by `update_ema` of the codebook.
+        learnable_codebook: make the codebook a parameter that the loss pulls to the vectors with the same weight.
+        in_place_codebook_optimizer: a function that makes an optimizer of the codebook's parameters; it steps before
+            the output is computed, see `fastvq.codebook.in_place`.
+        manual_in_place_optimizer_update: only accumulate its gradients; `update_in_place_optimizer` steps.
         affine_param, affine_param_batch_decay, affine_param_codebook_decay: compare with an affine image of the codes
-            that follows the mean and variance of the vectors.
-        sync_update_v: share of the output's gradient that the codes get, see `fastvq.parts.synchronous`.
-        return_zeros_for_masked_padding: masked vectors come back as zero; if False, as they were.
-        route_gradients_to_input: if False the output's gradient stops at the codes, which take it if learnable.
-        revival: what to do with dead codes, instead of threshold_ema_dead_code (`fastvq.codebook.Revival`).
+            that follows the mean and variance of the vectors, see `fastvq.codebook.affine`.
+        sync_update_v: share of the output's gradient for the codes, see `fastvq.parts.synchronous`.
+        return_zeros_for_masked_padding: return zeros for masked vectors; if False, return them unchanged.
+        route_gradients_to_input: if False, the output's gradient reaches the codes, if learnable, instead of x.
+        replacement: policy for dead codes, instead of threshold_ema_dead_code (`fastvq.Replacement`).
 
     Raises:
-        ValueError: an argument, or a pair of arguments, that can't be; it is named.
-        TypeError: an argument that doesn't exist.
+        ValueError: an argument or a combination of arguments is invalid; the message names them.
+        TypeError: an unknown argument.
 
-    Numerics: search is exact (`fastvq.search`); codebook and statistics are float32 whatever dtype the module, x or
-    autocast has.
+    Numerics: the search is exact (`fastvq.search`). The codebook and its statistics are float32 whatever the dtype of
+    the module, x or autocast.
 
-    Source: van den Oord et al. 2017; the options' at the parts they name, and Dhariwal et al., Jukebox, 2020, for
-    revival; Chang et al., Scalable Training for Vector-Quantized Networks with 100% Codebook Utilization (FVQ), 2025,
-    for vq_bridge.
+    Source: van den Oord et al. 2017; for options, see the parts that they name; Dhariwal et al., Jukebox, 2020, for the
+    replacement of dead codes; Chang et al., Scalable Training for Vector-Quantized Networks with 100% Codebook
+    Utilization (FVQ), 2025, for vq_bridge.
     """
 
     def __init__(
@@ -139,26 +166,73 @@ class VectorQuantize(RowQuantizer):
         return_zeros_for_masked_padding: bool = True,
         route_gradients_to_input: bool = True,
         *,
-        revival: Revival | None = None,
+        replacement: Replacement | None = None,
     ) -> None:
         super().__init__()
         by_gradient = directional_reparam or vq_bridge is not None
-        learnable_codebook = by_gradient if learnable_codebook is None else learnable_codebook
-        ema_update = not (by_gradient or learnable_codebook) if ema_update is None else ema_update
+        learnable = by_gradient if learnable_codebook is None else learnable_codebook
+        ema_update = not (by_gradient or learnable) if ema_update is None else ema_update
         if rotation_trick is None:
             rotation_trick = dim > 1 and not (directional_reparam or straight_through)
         codebook_dim = dim if codebook_dim is None else codebook_dim
-        if revival is not None and threshold_ema_dead_code:
-            raise ValueError("revival, threshold_ema_dead_code: only one of them may be given")
+
+        check_sizes(dim=dim, codebook_size=codebook_size, codebook_dim=codebook_dim, heads=heads)
+        check_not_negative(
+            commitment_weight=commitment_weight,
+            threshold_ema_dead_code=threshold_ema_dead_code,
+            sample_codebook_temp=sample_codebook_temp,
+            orthogonal_reg_weight=orthogonal_reg_weight,
+            codebook_diversity_loss_weight=codebook_diversity_loss_weight,
+            directional_reparam_variance=directional_reparam_variance,
+        )
+        check_fractions(
+            sync_update_v=sync_update_v,
+            affine_param_batch_decay=affine_param_batch_decay,
+            affine_param_codebook_decay=affine_param_codebook_decay,
+        )
+        if not codebook_diversity_temperature > 0:
+            raise ValueError(f"codebook_diversity_temperature: must be positive, got {codebook_diversity_temperature}")
+        if orthogonal_reg_max_codes is not None:
+            check_sizes(orthogonal_reg_max_codes=orthogonal_reg_max_codes)
+        if replacement is not None and threshold_ema_dead_code:
+            raise ValueError("replacement, threshold_ema_dead_code: only one of them may be given")
+        replacement = Replacement(threshold_ema_dead_code) if replacement is None else replacement
+        if learnable and ema_update:
+            raise ValueError("ema_update: must be False beside learnable_codebook=True: one of them moves the codebook")
+        if use_cosine_sim and (learnable or affine_param):
+            name = "learnable_codebook" if learnable else "affine_param"
+            raise ValueError(f"{name}: must be False beside use_cosine_sim=True")
+        estimators = {
+            "straight_through": straight_through,
+            "rotation_trick": rotation_trick,
+            "directional_reparam": directional_reparam,
+        }
+        if sum(map(bool, estimators.values())) > 1:
+            names = ", ".join(name for name, given in estimators.items() if given)
+            raise ValueError(f"{names}: only one of them may be True")
+        if straight_through and learnable:
+            raise ValueError("straight_through: must be False beside learnable_codebook=True")
+        if directional_reparam and not replacement.threshold:
+            raise ValueError("threshold_ema_dead_code: must be positive beside directional_reparam=True")
+        for name, given in (
+            ("vq_bridge", vq_bridge is not None),
+            ("in_place_codebook_optimizer", in_place_codebook_optimizer is not None),
+            ("sync_update_v", sync_update_v > 0),
+        ):
+            if given and not learnable:
+                raise ValueError(f"learnable_codebook: must be True beside {name}")
+        if accept_image_fmap and accept_3d_fmap:
+            raise ValueError("accept_image_fmap, accept_3d_fmap: only one of them may be True")
+
         self.dim, self.codebook_size, self.codebook_dim = dim, codebook_size, codebook_dim
         self.heads, self.separate_codebook_per_head = heads, separate_codebook_per_head
         self.eps = eps
         self.freeze_codebook = freeze_codebook
         self.use_cosine_sim = use_cosine_sim
+        self.learnable_codebook = learnable
         self.channel_last = channel_last
         self.accept_image_fmap, self.accept_3d_fmap = accept_image_fmap, accept_3d_fmap
-        self.learnable_codebook = learnable_codebook
-
+        self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.commitment_weight = commitment_weight
         self.has_commitment_loss = commitment_weight > 0 and not directional_reparam
         self.commitment_use_cross_entropy_loss = commitment_use_cross_entropy_loss
@@ -167,7 +241,6 @@ class VectorQuantize(RowQuantizer):
         self.orthogonal_reg_max_codes = orthogonal_reg_max_codes
         self.codebook_diversity_loss_weight = codebook_diversity_loss_weight
         self.codebook_diversity_temperature = codebook_diversity_temperature
-
         self.stochastic_sample_codes = stochastic_sample_codes
         self.sample_codebook_temp = sample_codebook_temp
         self.straight_through = straight_through
@@ -176,17 +249,7 @@ class VectorQuantize(RowQuantizer):
         self.directional_reparam_variance = directional_reparam_variance
         self.sync_update_v = sync_update_v
         self.route_gradients_to_input = route_gradients_to_input
-        self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
-        check_vector_quantize(
-            **vars(self),
-            threshold_ema_dead_code=threshold_ema_dead_code if revival is None else revival.threshold,
-            ema_update=ema_update,
-            vq_bridge=vq_bridge,
-            affine_param=affine_param,
-            affine_param_batch_decay=affine_param_batch_decay,
-            affine_param_codebook_decay=affine_param_codebook_decay,
-            in_place_codebook_optimizer=in_place_codebook_optimizer,
-        )
+        self.manual_in_place_optimizer_update = manual_in_place_optimizer_update
 
         self._heads = Heads(heads, separate_codebook_per_head)
         self.project_in, self.project_out = projections(dim, codebook_dim * heads, layernorm=layernorm_after_project_in)
@@ -206,9 +269,9 @@ class VectorQuantize(RowQuantizer):
             kmeans_iters=kmeans_iters,
             sync=sync_codebook,
             sync_kmeans=sync_kmeans,
-            revival=Revival(threshold_ema_dead_code) if revival is None else revival,
+            replacement=replacement,
             cosine=use_cosine_sim,
-            learnable=learnable_codebook or orthogonal_reg_weight > 0,
+            learnable=learnable or orthogonal_reg_weight > 0,
             ema_update=ema_update,
             manual_ema_update=manual_ema_update,
             affine=affine if affine_param else None,
@@ -216,18 +279,15 @@ class VectorQuantize(RowQuantizer):
         )
         self._health = Health(codebook_size, heads if separate_codebook_per_head else None)
         self._history = History()
-        self.manual_in_place_optimizer_update = manual_in_place_optimizer_update
-        self._in_place = (
-            None
-            if in_place_codebook_optimizer is None
-            else InPlaceStep(in_place_codebook_optimizer, self._codebook.parameters())
-        )
+        optimizer = in_place_codebook_optimizer
+        self._in_place = None if optimizer is None else InPlaceStep(optimizer, self._codebook.parameters())
 
     @property
     def codebook(self) -> Tensor:
-        """The codes (K, D), or (H, K, D) for separate heads, float32; without the affine image or bridge that they are
-        compared through. Assigning sets them, as unit vectors for cosine similarity, with moving averages that agree;
-        k-means then has nothing to do."""
+        """The codes (K, D), or (H, K, D) for separate heads, float32, before any affine map or bridge.
+
+        Assigning sets them, normalized for cosine similarity, with moving averages that agree; k-means then won't run.
+        """
         return self._codebook.embed if self.separate_codebook_per_head else self._codebook.embed[0]
 
     @codebook.setter
@@ -237,6 +297,16 @@ class VectorQuantize(RowQuantizer):
             like = "(H, K, D)" if self.separate_codebook_per_head else "(K, D)"
             raise ValueError(f"codebook: must have shape {like} = {tuple(shape)}, got {tuple(codes.shape)}")
         self._codebook.set_(codes if self.separate_codebook_per_head else codes[None])
+
+    @property
+    def ema_update(self) -> bool:
+        """Whether the codebook follows moving averages."""
+        return self._codebook.ema_update
+
+    @property
+    def in_place_codebook_optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer that the argument of this name has made."""
+        return None if self._in_place is None else self._in_place.optimizer
 
     def forward(
         self,
@@ -253,42 +323,47 @@ class VectorQuantize(RowQuantizer):
         accum_ema_update: bool = False,
         ema_update: bool | None = None,
     ) -> tuple[Any, ...]:
-        """(quantized, indices, loss) of x; with indices given, (quantized, their cross entropy).
+        """Return (quantized, indices, loss) of x, or with indices given, (quantized, their cross entropy).
 
         Args:
             x: (B, N, dim), (B, dim) or (B, ..., dim); (B, dim, N) if not channel_last; (B, dim, H, W) if
                 accept_image_fmap; (B, dim, T, H, W) if accept_3d_fmap. Any floating dtype.
-            indices: as this layer returns them, to be learned to predict: the loss is the cross entropy of the soft
-                assignment of x to them, without those that are -1.
-            mask: bool, shaped as the indices of one head, True for the vectors that count. The others cost nothing in
-                the loss, touch no codebook and come back as index -1 and zero.
-            lens: int (B,), the same for sequences: the first lens[b] vectors count.
-            topk: give the so many nearest codes of each vector, and learn from none. For one head.
-            sample_codebook_temp, freeze_codebook: for this call, instead of the layer's own.
-            return_loss_breakdown: also return a `LossBreakdown`.
-            codebook_transform_fn: makes codes (C, B, N, K, D) of the codes (C, K, D), for each vector its own.
+            indices: targets, shaped as this layer returns them: the loss is the cross entropy between the soft
+                assignment of x and the targets that aren't -1.
+            mask: bool, shaped as the indices of one head, True for the vectors that take part. The others contribute
+                neither to the loss nor to the codebook, and have index -1 and a zero output.
+            lens: int (B,), a mask for sequences: the first lens[b] vectors take part.
+            topk: return the k nearest codes of each vector, and don't learn. For one head.
+            sample_codebook_temp, freeze_codebook: override the layer's own for this call.
+            return_loss_breakdown: also return `VectorQuantizeLosses`.
+            codebook_transform_fn: a function from codes (C, K, D) to codes (C, B, N, K, D), which differ by vector.
             ema_update_weight: factor of this step's (1 - decay), (K,) or (H, K), or a function of (sums, counts).
-            accum_ema_update: keep this batch's statistics for the next step of learning, which uses both.
-            ema_update: for this call, instead of the layer's own.
+            accum_ema_update: keep this batch's statistics for the next learning step, which uses both.
+            ema_update: overrides the layer's own for this call.
 
         Returns:
             quantized, shaped and typed as x; indices int64 (B, N), (B,), (B, ...), (B, H, W) or (B, T, H, W), with a
             last axis for heads if there are several; loss () float32. With topk, quantized and indices have an axis of
-            that size behind those of the vectors, and loss is that of each code, shaped as the indices.
+            size k after the axes of the vectors, and loss is that of each code, shaped as the indices.
 
         Raises:
-            ValueError, TypeError: what doesn't fit, by name.
+            ValueError, TypeError: an argument is invalid; the message names it.
         """
-        frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
+        learning = self.training and not (self.freeze_codebook if freeze_codebook is None else freeze_codebook)
+        repeatable = learning and may_be_recomputed()
+        no_options = indices is mask is lens is topk is codebook_transform_fn is ema_update_weight is ema_update is None
+        no_options = no_options and not (return_loss_breakdown or accum_ema_update)
+        if no_options and not repeatable and self._is_plain(learning):
+            return self._forward_plain(x, learning)
+
         topk = self._checked_topk(topk)
         layout = self._layout(x)
         rows = layout.to_rows(x)
         rows_mask = layout.rows_mask(mask, lens)
         targets = None if indices is None else self._heads.split_indices(layout.indices_to_rows(indices))
-        inputs = self.inputs(rows, rows_mask)
-        learning = self.training and not frozen
-        if learning:
-            self._begin_pass(inputs)
+        inputs = self.split_rows(rows, rows_mask)
+        if repeatable:
+            self._history.replay(inputs, [self._codebook])
         step = self.quantize_rows(
             inputs,
             self._heads.split_mask(rows_mask),
@@ -299,23 +374,23 @@ class VectorQuantize(RowQuantizer):
             temperature=sample_codebook_temp,
             transform=codebook_transform_fn,
         )
-        if learning:
-            self._note_pass(inputs)
+        if repeatable:
+            self._history.record(inputs, [self._codebook])
         if learning and not (step.learned or topk):
             self._codebook.learn_(
-                step.inputs.detach(),
+                inputs.detach(),
                 step.indices,
                 weight=ema_update_weight,
                 ema_update=ema_update,
                 accumulate_only=accum_ema_update,
             )
-        loss, breakdown = self.losses(step)
-        if learning:
-            self._end_pass()
+        loss, breakdown = self.losses(step, learning)
+        if repeatable:
+            self._history.finish([self._codebook])
 
         joined = self._heads.join_indices(step.indices, layout.batch, layout.rows)
         quantized = self._heads.join(step.quantized, layout.batch, layout.rows)
-        quantized = self._projected_out(quantized, joined).to(x.dtype)
+        quantized = self._project_out(quantized, joined).to(x.dtype)
         if rows_mask is not None and not self.return_zeros_for_masked_padding:
             extra = [1] * (quantized.dim() - 2)
             original = rows if topk is None else rows.unsqueeze(2)
@@ -332,45 +407,254 @@ class VectorQuantize(RowQuantizer):
         # A loss of its own: what is added to it in place stays out of the breakdown.
         return (*result[:2], loss.clone(), breakdown) if return_loss_breakdown else result
 
-    def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
-        """Lets the codebook learn from x with these indices, as the forward pass does that found them.
+    def _is_plain(self, learning: bool) -> bool:
+        """Return whether `_forward_plain` can replace the general forward pass, by the settings and state of now."""
+        codebook = self._codebook
+        if self.heads > 1 or self.has_projections or self.use_cosine_sim or codebook.vq_bridge is not None:
+            return False
+        if not self.training:
+            return True
+        return (codebook._ready or not learning) and not self.straight_through and self.only_searches(learning)
 
-        x, indices and mask are laid out as for `forward`; -1 is for vectors that don't count.
+    def _forward_plain(self, x: Tensor, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the common case of `forward`, with the same results: layout, search, quantize, learn, loss."""
+        layout = self._layout(x)
+        rows = layout.to_rows(x).reshape(-1, self.dim)
+        codes = self._codebook.codes[0].detach()
+        indices = search(rows.detach(), codes)
+        quantized, _, error = quantize(
+            rows if self.training else rows.detach(),
+            codes,
+            gradient="rotation" if self.rotation_trick else "ste",
+            indices=indices,
+        )
+        loss = error
+        if self.training:
+            self._health.observe_(indices, error)
+        if learning:
+            self._codebook.learn_(rows.detach()[None], indices[None])
+        if not (self.training and self.has_commitment_loss):
+            loss = error.new_zeros(())
+        elif self.commitment_weight != 1:
+            loss = error * self.commitment_weight
+        shape = (layout.batch, layout.rows)
+        return layout.from_rows(quantized.view(*shape, self.dim)), layout.indices(indices.view(shape)), loss
+
+    def only_searches(self, learning: bool) -> bool:
+        """Return whether a forward pass consists of the search of fixed codes, the lookup, and a gradient for x."""
+        if not self.training:
+            return True
+        passes_on = self.route_gradients_to_input and not self.directional_reparam
+        soft = self.stochastic_sample_codes or self._is_soft or self.orthogonal_reg_weight
+        moves = learning and (self.learnable_codebook or self._codebook.affine is not None)
+        return passes_on and not (soft or moves)
+
+    @property
+    def _is_soft(self) -> bool:
+        """Whether training uses a loss of the soft assignment."""
+        entropy = self.commitment_use_cross_entropy_loss and self.has_commitment_loss
+        return entropy or self.codebook_diversity_loss_weight > 0
+
+    def split_rows(self, rows: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return rows (B, N, dim) as the codebooks are compared with them, (C, R, D).
+
+        They are projected, split into heads and, for cosine similarity, normalized. Rows that are not finite or outside
+        the mask (B, N) become NaN if anything of this is done.
+        """
+        if not (self.has_projections or self.use_cosine_sim or self.heads > 1):
+            return self._heads.split(rows)
+        rows, mask = exclude_non_finite(rows, mask)
+        split = self._heads.split(self.project_in(rows))
+        split = unit_norm(split.float()) if self.use_cosine_sim else split
+        split_mask = self._heads.split_mask(mask)
+        assert split_mask is not None
+        return nan_fill(split, split_mask)
+
+    def quantize_rows(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        *,
+        shape: tuple[int, int],
+        learning: bool,
+        topk: int | None = None,
+        indices: Tensor | None = None,
+        targets: Tensor | None = None,
+        temperature: float | None = None,
+        table: Callable[[Tensor], Table] | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> QuantizedRows:
+        """Quantize rows with any combination of options, without the projections and without learning by averages.
+
+        Args:
+            x: (C, R, D) from `split_rows`.
+            mask: bool (C, R), or None.
+            shape: (B, N) of the vectors that the rows are parts of.
+            learning: whether the codebook may change: by k-means, affine statistics or its in-place optimizer.
+            topk: number of codes for each row.
+            indices: (C, R), if they are known already.
+            targets: (C, R), of the cross entropy.
+            temperature: overrides sample_codebook_temp.
+            table: makes the table of the codes (C, K, D).
+            transform: the argument codebook_transform_fn of `forward`.
+        """
+        codebook = self._codebook
+        if learning:
+            codebook.initialise_(x.detach(), mask)
+        pulled = self.learnable_codebook and learning
+        temperature = self.sample_codebook_temp if temperature is None else temperature
+
+        def current_table() -> Table:
+            if codebook.vq_bridge is None:
+                codes = codebook.codes
+            else:
+                with full_precision(x):
+                    codes = codebook.codes
+            if not (learning and codes.requires_grad):
+                codes = codes.detach()
+            elif self._is_soft or targets is not None:
+                codes = codes.clone()  # the backward pass needs them as they are now
+            if transform is not None:
+                return PerRow(transform(codes).reshape(*x.shape[:2], *codes.shape[1:]), codebook.metric)
+            return Shared(codes, codebook.metric) if table is None else table(codes)
+
+        known = indices
+        codes = current_table()
+        indices = self.choose(codes, x, mask, topk, temperature) if known is None else known
+        estimator = self._estimator(temperature)
+        in_place = None
+        if self._in_place is not None and learning and not recomputing():
+            chosen = indices
+            codebook.learn_(x.detach(), chosen)
+            self._in_place.follow(codebook.parameters())
+            in_place = self._in_place.backward(
+                lambda: estimator.output(x.detach(), current_table(), chosen, pulled=True).error
+            )
+            if not self.manual_in_place_optimizer_update:
+                self.update_in_place_optimizer()
+            codes = current_table()
+            indices = self.choose(codes, x, mask, topk, temperature) if known is None else known
+        # As in vector_quantize_pytorch, no gradient flows in eval.
+        quantized, error = estimator.output(x if self.training else x.detach(), codes, indices, pulled=pulled)
+        if self.training and topk is None:
+            self._health.observe_(indices if self.separate_codebook_per_head else indices.flatten(), error)
+        diversity = cross_entropy = None
+        if self.training and self.codebook_diversity_loss_weight > 0:
+            diversity = -codes.positional_entropy(x, shape, self.codebook_diversity_temperature, mask)
+        if self.training and self.commitment_use_cross_entropy_loss and self.has_commitment_loss and topk is None:
+            error = codes.cross_entropy(x, indices)
+        if targets is not None:
+            cross_entropy = codes.cross_entropy(x, targets if mask is None else targets.masked_fill(~mask, -1))
+        return QuantizedRows(
+            x, quantized, indices, error, diversity, cross_entropy, in_place, learned=in_place is not None
+        )
+
+    def choose(self, table: Table, x: Tensor, mask: Tensor | None, topk: int | None, temperature: float) -> Tensor:
+        """Return the indices (C, R), or (C, R, k) for top-k, of x (C, R, D): of the nearest codes, or sampled ones."""
+        x = x.detach()
+        if self.training and self.stochastic_sample_codes and temperature > 0:
+            return table.draw(x, temperature, topk, mask)
+        return table.nearest(x, mask) if topk is None else table.nearest_k(x, topk, mask)
+
+    def _estimator(self, temperature: float) -> Estimator:
+        kind = "rotation" if self.rotation_trick else "directional" if self.directional_reparam else "ste"
+        soft = temperature if self.straight_through and self.training and temperature > 0 else None
+        return Estimator(
+            kind, self.directional_reparam_variance, self.sync_update_v, self.route_gradients_to_input, soft
+        )
+
+    def losses(self, step: QuantizedRows, learning: bool) -> tuple[Tensor, VectorQuantizeLosses]:
+        """Return the loss, (), or that of each code for top-k, and its parts.
+
+        Called after the codebook has learned, because the orthogonality loss is that of the new codes.
+        """
+        commitment = orthogonal = zero = step.commitment.new_zeros(())
+        loss = zero if step.commitment.dim() == 0 else torch.zeros_like(step.commitment)
+        by_code = step.indices.dim() == 3  # top-k, which returns the loss in eval too
+        if self.has_commitment_loss and (self.training or by_code):
+            commitment = step.commitment
+            loss = commitment if self.commitment_weight == 1 else commitment * self.commitment_weight
+        elif by_code and not self.training:
+            loss = commitment = step.commitment
+        if step.diversity is not None:
+            loss = loss + step.diversity * self.codebook_diversity_loss_weight
+        if self.training and self.orthogonal_reg_weight > 0:
+            used = None
+            if self.orthogonal_reg_active_codes_only:
+                used = used_codes(step.indices.flatten(1), self.codebook_size)
+            # A copy, because the codes may move before the backward pass.
+            codes = self._codebook.embed.clone() if learning else self._codebook.embed.detach()
+            orthogonal = orthogonality(codes, used, most=self.orthogonal_reg_max_codes)
+            loss = loss + orthogonal * self.orthogonal_reg_weight
+        diversity, in_place = (zero if each is None else each for each in (step.diversity, step.in_place))
+        return loss, VectorQuantizeLosses(commitment, diversity, orthogonal, in_place)
+
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the indices alone, shaped as `forward` returns them. No state changes, not even in training."""
+        layout = self._layout(x)
+        inputs = self.split_rows(layout.to_rows(x))
+        indices = self._codebook(inputs, self._heads.split_mask(layout.rows_mask(mask)))
+        return layout.indices(self._heads.join_indices(indices, layout.batch, layout.rows))
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """Return the codes (..., D) of indices (...), or (..., H D) of (..., H) for several heads, zeros for -1.
+
+        Channels come first, (B, D, ...), if the layer's input has them first.
+        """
+        return codes_in_layout(self._decode(checked_indices(indices, self.codebook_size)), self._channel_first)
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """Return the quantized output of `forward` for these indices, in float32 or the projection's dtype."""
+        indices = checked_indices(indices, self.codebook_size)
+        return codes_in_layout(self._project_out(self._decode(indices), indices), self._channel_first)
+
+    def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
+        """Let the codebook learn from x with these indices, as the forward pass does that found them.
+
+        x, indices and mask are laid out as for `forward`; vectors with index -1 are excluded.
         """
         layout = self._layout(x)
         rows = layout.indices_to_rows(indices)
         split = self._heads.split_indices(rows)
-        counted = self._heads.split_mask(layout.rows_mask(mask))
-        if counted is not None:
-            split = split.masked_fill(~counted, -1)
-        inputs = self.inputs(layout.to_rows(x)).detach()
+        split_mask = self._heads.split_mask(layout.rows_mask(mask))
+        if split_mask is not None:
+            split = split.masked_fill(~split_mask, -1)
+        inputs = self.split_rows(layout.to_rows(x)).detach()
         self._codebook.learn_(inputs, split.masked_fill(~inputs.isfinite().all(-1), -1))
 
     update_ema_indices = update_indices
 
     def expire_codes_(self, x: Tensor) -> None:
-        """Puts dead codes on vectors of x (B, N, H D), which are as `project_in` gives them."""
+        """Replace dead codes by vectors of x (B, N, H D), which are outputs of `project_in`."""
         if self.training:
             inputs = self._heads.split(x.detach())
             inputs = unit_norm(inputs.float()) if self.use_cosine_sim else inputs
-            self._codebook.revive_(inputs, inputs.isfinite().all(-1))
+            self._codebook.replace_dead_(inputs, inputs.isfinite().all(-1))
 
-    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The indices alone, shaped as `forward` returns them. Touches no state, in training neither."""
-        layout = self._layout(x)
-        inputs = self.inputs(layout.to_rows(x))
-        indices = self._codebook(inputs, self._heads.split_mask(layout.rows_mask(mask)))
-        return layout.indices(self._heads.join_indices(indices, layout.batch, layout.rows))
+    def commit_ema_update(self) -> None:
+        """Learn from the statistics that `forward(..., accum_ema_update=True)` has kept, if there are any."""
+        self._codebook.commit_()
 
-    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes (..., D) of indices (...), or (..., H D) of (..., H) for several heads, zeros for -1; channels
-        first, (B, D, ...), where the layer is."""
-        return codes_in_layout(self._decode(checked_indices(indices, self.codebook_size)), self._channel_first)
+    def update_in_place_optimizer(self) -> None:
+        """Step the in-place optimizer with the accumulated gradients, over all ranks."""
+        if self._in_place is not None:
+            self._in_place.step(self._codebook.together())
 
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What `forward` gives as quantized for these indices, in float32 or the projection's dtype."""
-        indices = checked_indices(indices, self.codebook_size)
-        return codes_in_layout(self._projected_out(self._decode(indices), indices), self._channel_first)
+    def _decode(self, indices: Tensor) -> Tensor:
+        heads = self._heads
+        if heads.number == 1:
+            return lookup(self._codebook.codes[0], indices)
+        if indices.shape[-1:] != (heads.number,):
+            raise ValueError(f"indices: must have shape (..., H={heads.number}), got {tuple(indices.shape)}")
+        flat = indices.flatten(0, -2)[None]
+        codes = Shared(self._codebook.codes).lookup(heads.split_indices(flat))
+        return heads.join(codes, 1, flat.shape[1]).view(*indices.shape[:-1], heads.number * self.codebook_dim)
+
+    def _project_out(self, codes: Tensor, indices: Tensor) -> Tensor:
+        if not self.has_projections:
+            return codes
+        absent = indices < 0
+        return project_codes_out(self.project_out, codes, ~(absent.all(-1) if self.heads > 1 else absent))
 
     def _checked_topk(self, topk: int | None) -> int | None:
         if topk is None:

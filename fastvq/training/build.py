@@ -40,7 +40,7 @@ def build_model(config: TrainConfig) -> VQVAE:
             config.codebook_size,
             decay=config.decay,
             commitment_weight=config.commitment_weight,
-            threshold_ema_dead_code=config.revival_threshold,
+            threshold_ema_dead_code=config.dead_code_threshold,
             kmeans_init=True,
             rotation_trick=config.rotation_trick,
         )

@@ -89,7 +89,7 @@ class TrainConfig(Settings):
     dim: int = _setting(64, "length of a code vector D")
     decay: float = _setting(0.99, "decay of the codebook's moving averages")
     commitment_weight: float = _setting(0.25, "weight of the commitment loss")
-    revival_threshold: float = _setting(1.0, "a code used less often in a batch, on average, is replaced")
+    dead_code_threshold: float = _setting(1.0, "a code used less often in a batch, on average, is replaced")
 
     rotation_trick: bool = _setting(False, "rotate gradients past the bottleneck instead of copying them")
 
@@ -105,7 +105,7 @@ class TrainConfig(Settings):
     warmup_steps: int = _setting(100, "steps of linear warm-up, before a cosine decay to zero")
     reconstruction_variance: float = _setting(0.08, "the squared error is divided by this, about the data's variance")
     flip: bool = _setting(True, "mirror each training image with probability 1/2")
-    seed: int = _setting(0, "seed of weights, data order and code revival")
+    seed: int = _setting(0, "seed of weights, data order and the replacement of codes")
     device: str = _setting("cpu", "torch device to train on")
 
     log_every: int = _setting(20, "steps between training records in metrics.jsonl")
@@ -178,7 +178,7 @@ _COUNTS = (
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_COUNTS, (1, math.inf)),
     **dict.fromkeys(("encoder_blocks", "decoder_blocks", "warmup_steps"), (0, math.inf)),
-    **dict.fromkeys(("commitment_weight", "revival_threshold", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("commitment_weight", "dead_code_threshold", "weight_decay"), (0, math.inf)),
     **dict.fromkeys(("learning_rate", "reconstruction_variance"), (_SMALLEST, math.inf)),
     **dict.fromkeys(("dropout", "label_dropout"), (0, _BELOW_ONE)),
     "test_fraction": (_SMALLEST, _BELOW_ONE),

@@ -10,7 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastvq.codebook.health import Health
-from fastvq.codebook.recompute import History, recomputing
+from fastvq.codebook.recompute import History
+from fastvq.distributed import recomputing
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -1,4 +1,4 @@
-"""Which codes are revived, from what, and when."""
+"""The replacement of dead codes: which, by what, and when."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from fastvq.backends import reference
-from fastvq.codebook import Codebook, Revival
+from fastvq.codebook import Codebook, Replacement
 from fastvq.codebook.candidates import Reservoir, compacted, random_rows, spread_rows
 
 from ..cases import close, generator
 
 
-def revive(codebook, x, mask=None):
-    codebook.revive_(x[None], (torch.ones(len(x), dtype=torch.bool) if mask is None else mask)[None])
+def replace(codebook, x, mask=None):
+    codebook.replace_dead_(x[None], (torch.ones(len(x), dtype=torch.bool) if mask is None else mask)[None])
 
 
 @pytest.mark.parametrize(("rows", "available", "count"), [(10, 10, 10), (10, 6, 4), (50, 20, 7), (1, 1, 1), (3, 2, 8)])
@@ -84,13 +84,13 @@ def test_a_reservoir_keeps_recent_rows():
 
 
 def test_dead_codes_become_distinct_rows():
-    codebook = Codebook(4, 10, revival=Revival(2.0))
+    codebook = Codebook(4, 10, replacement=Replacement(2.0))
     dead = torch.tensor([1, 4, 5, 9])
     codebook.cluster_size[:] = 3.0
     codebook.cluster_size[0, dead] = torch.tensor([0.0, 1.9, 1e-30, 1.0])
     before = codebook.embed[0].clone(), codebook.embed_avg[0].clone()
     x = torch.randn(20, 4)
-    revive(codebook, x)
+    replace(codebook, x)
     rows = [(x == code).all(1).nonzero().item() for code in codebook.embed[0, dead]]
     assert len(set(rows)) == 4
     assert torch.equal(codebook.cluster_size[0, dead], torch.full((4,), 2.0))
@@ -102,24 +102,24 @@ def test_dead_codes_become_distinct_rows():
 
 
 def test_more_dead_codes_than_rows():
-    """As many as there are rows are revived, the others wait."""
-    codebook = Codebook(4, 10, revival=Revival(2.0))
+    """As many codes are replaced as there are rows; the others wait."""
+    codebook = Codebook(4, 10, replacement=Replacement(2.0))
     before = codebook.embed[0].clone()
     x = torch.randn(6, 4)
     mask = torch.tensor([True, False, True, True, False, False])
     x[~mask] = torch.nan
-    revive(codebook, x, mask)
-    revived = (codebook.embed[0] != before).any(1)
-    assert revived.sum() == 3
-    assert {tuple(c) for c in codebook.embed[0, revived].tolist()} == {tuple(row) for row in x[mask].tolist()}
-    assert torch.equal(codebook.cluster_size[0] == 2, revived)
+    replace(codebook, x, mask)
+    replaced = (codebook.embed[0] != before).any(1)
+    assert replaced.sum() == 3
+    assert {tuple(c) for c in codebook.embed[0, replaced].tolist()} == {tuple(row) for row in x[mask].tolist()}
+    assert torch.equal(codebook.cluster_size[0] == 2, replaced)
 
 
 @pytest.mark.parametrize("rows", [0, 5])
-def test_no_rows_to_revive_from(rows):
-    codebook = Codebook(4, 10, revival=Revival(2.0))
+def test_no_rows_to_replace_by(rows):
+    codebook = Codebook(4, 10, replacement=Replacement(2.0))
     before = {name: t.clone() for name, t in codebook.state_dict().items()}
-    revive(codebook, torch.full((rows, 4), torch.nan), torch.zeros(rows, dtype=torch.bool))
+    replace(codebook, torch.full((rows, 4), torch.nan), torch.zeros(rows, dtype=torch.bool))
     for name, t in codebook.state_dict().items():
         assert torch.equal(t, before[name])
 
@@ -127,16 +127,16 @@ def test_no_rows_to_revive_from(rows):
 def test_relative_threshold():
     """A tenth of what equal use would give, whatever the batch's size."""
     for scale in (1.0, 1000.0):
-        codebook = Codebook(4, 4, revival=Revival(0.1, relative=True))
+        codebook = Codebook(4, 4, replacement=Replacement(0.1, relative=True))
         codebook.cluster_size[0] = scale * torch.tensor([1.0, 1.0, 0.05, 0.06])  # the limit is 0.05275 of it
         before = codebook.embed[0].clone()
-        revive(codebook, torch.randn(9, 4))
+        replace(codebook, torch.randn(9, 4))
         assert (codebook.embed[0] != before).any(1).tolist() == [False, False, True, False]
         close(codebook.cluster_size[0, 2], torch.tensor(scale * 0.05275))
 
 
 def test_every_so_many_steps():
-    codebook = Codebook(4, 4, revival=Revival(2.0, every=3), ema_update=False, decay=1.0)
+    codebook = Codebook(4, 4, replacement=Replacement(2.0, every=3), ema_update=False, decay=1.0)
     changed = []
     for _ in range(7):
         codebook.cluster_size.zero_()
@@ -147,49 +147,49 @@ def test_every_so_many_steps():
 
 
 def test_at_once_and_size():
-    codebook = Codebook(4, 10, revival=Revival(2.0, at_once=3, size=7.0))
+    codebook = Codebook(4, 10, replacement=Replacement(2.0, at_once=3, size=7.0))
     before = codebook.embed[0].clone()
     codebook.cluster_size.zero_()
-    revive(codebook, torch.randn(20, 4))
+    replace(codebook, torch.randn(20, 4))
     assert (codebook.embed[0] != before).any(1).tolist() == [True] * 3 + [False] * 7
     assert codebook.cluster_size[0].tolist() == [7.0] * 3 + [0.0] * 7
 
 
-def test_revival_from_earlier_batches():
-    codebook = Codebook(4, 6, revival=Revival(2.0, reservoir=64))
+def test_replacement_by_rows_of_earlier_batches():
+    codebook = Codebook(4, 6, replacement=Replacement(2.0, reservoir=64))
     codebook.cluster_size.fill_(5.0)
     earlier = torch.randn(50, 4)
-    revive(codebook, earlier)
+    replace(codebook, earlier)
     codebook.cluster_size.zero_()
-    revive(codebook, torch.zeros(1, 4))
+    replace(codebook, torch.zeros(1, 4))
     known = {tuple(row) for row in earlier.tolist()} | {(0.0,) * 4}
     assert {tuple(code) for code in codebook.embed[0].tolist()} <= known
     assert len(codebook.embed[0].unique(dim=0)) == 6
 
 
-def test_kmeans_pp_revival_covers_the_data_faster():
-    """Codes all in one of 8 clusters of very different sizes: after one revival every cluster has one."""
+def test_kmeans_pp_replacement_covers_the_data_faster():
+    """Codes all in one of 8 clusters of very different sizes: after one replacement every cluster has one."""
     g = generator(1)
     centres = 20 * torch.eye(8)
     sizes = torch.tensor([2000, 3, 3, 3, 3, 3, 3, 3])
     x = torch.cat([c + 0.1 * torch.randn(int(n), 8, generator=g) for c, n in zip(centres, sizes, strict=True)])
     covered = {}
     for rows in ("random", "kmeans++"):
-        codebook = Codebook(8, 16, revival=Revival(2.0, rows=rows))
+        codebook = Codebook(8, 16, replacement=Replacement(2.0, rows=rows))
         codebook.embed[0] = centres[0] + 0.1 * torch.randn(16, 8, generator=g)
         codebook.cluster_size.zero_()
         codebook.cluster_size[0, 0] = 100.0
-        revive(codebook, x)
+        replace(codebook, x)
         covered[rows] = len(reference.search(codebook.embed[0], centres).unique())
     assert covered["kmeans++"] == 8
     assert covered["random"] < 5
 
 
-def test_each_head_revives_from_its_own_rows():
-    codebook = Codebook(2, 3, heads=2, revival=Revival(2.0, reservoir=16))
+def test_each_head_takes_its_own_rows():
+    codebook = Codebook(2, 3, heads=2, replacement=Replacement(2.0, reservoir=16))
     codebook.cluster_size.zero_()
     x = torch.stack([torch.full((9, 2), 1.0), torch.full((9, 2), 2.0)])
-    codebook.revive_(x, torch.ones(2, 9, dtype=torch.bool))
+    codebook.replace_dead_(x, torch.ones(2, 9, dtype=torch.bool))
     assert codebook.embed[0].unique().tolist() == [1.0]
     assert codebook.embed[1].unique().tolist() == [2.0]
 
@@ -200,12 +200,12 @@ def test_each_head_revives_from_its_own_rows():
 )
 def test_policies_that_cannot_be(name, value):
     with pytest.raises(ValueError, match=f"^{name}: must"):
-        Revival(**{name: value})
+        Replacement(**{name: value})
 
 
 def test_sizes_follow_the_use_without_moving_averages():
-    """As beside a learnable codebook, where revival has nothing else to go by."""
-    codebook = Codebook(4, 3, decay=0.5, ema_update=False, revival=Revival(0.3))
+    """As for a learnable codebook, where replacement depends on nothing else."""
+    codebook = Codebook(4, 3, decay=0.5, ema_update=False, replacement=Replacement(0.3))
     before, x = codebook.embed[0].clone(), torch.randn(2, 4)
     for _ in range(2):  # the sizes of the unused codes: 1/2, then 1/4
         codebook.learn_(x[None], torch.tensor([[1, 1]]))

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from fastvq.codebook import Codebook, Revival, learn_together
+from fastvq.codebook import Codebook, Replacement, learn_together
 
 from ..cases import close, generator
 
@@ -86,8 +86,8 @@ def test_weights_that_do_not_fit():
 def test_a_codebook_without_weight_stays_to_the_bit(ema, compiled):
     """As a level that quantize dropout left out, beside one that learns."""
     torch._dynamo.reset()
-    codebooks = [Codebook(D, K, ema_update=ema, revival=Revival(0.5)) for _ in range(2)]
-    for codebook in codebooks:  # as revival leaves them: averages that give slightly other codes
+    codebooks = [Codebook(D, K, ema_update=ema, replacement=Replacement(0.5)) for _ in range(2)]
+    for codebook in codebooks:  # as replacement leaves them: averages that give slightly other codes
         codebook.cluster_size[0, :3] = 0.6
         codebook.embed_avg[0] = codebook.embed[0] * codebook.cluster_size[0, :, None]
     before = copy.deepcopy(codebooks[1].state_dict())
@@ -103,7 +103,7 @@ def test_a_codebook_without_weight_stays_to_the_bit(ema, compiled):
     assert not torch.equal(codebooks[0].cluster_size, before["cluster_size"])
 
 
-def test_levels_together_are_levels_apart():
+def test_stages_together_are_stages_apart():
     sizes = (7, 5, 9)
     together = [Codebook(D, k) for k in sizes]
     apart = copy.deepcopy(together)
@@ -117,7 +117,7 @@ def test_levels_together_are_levels_apart():
             assert torch.equal(value, other.state_dict()[name]), name
 
 
-def test_levels_that_share_a_codebook_take_turns():
+def test_stages_that_share_a_codebook_take_turns():
     codebook = Codebook(D, K, decay=0.7)
     size, average = codebook.cluster_size[0].double(), codebook.embed_avg[0].double()
     batches = [batch(seed=seed) for seed in range(3)]
@@ -127,14 +127,14 @@ def test_levels_that_share_a_codebook_take_turns():
     assert_state(codebook, 0, size, average)
 
 
-@pytest.mark.parametrize("revival", [None, Revival(0.5)])
-def test_a_level_that_does_not_learn_is_passed_over(revival):
-    codebooks = [Codebook(D, K, ema_update=False, revival=revival), Codebook(D, K)]
+@pytest.mark.parametrize("replacement", [None, Replacement(0.5)])
+def test_a_codebook_that_does_not_learn_is_skipped(replacement):
+    codebooks = [Codebook(D, K, ema_update=False, replacement=replacement), Codebook(D, K)]
     before = copy.deepcopy(codebooks[0].state_dict())
     x, indices = batch()
     learn_together(codebooks, [x, x], [indices, indices])
     assert torch.equal(codebooks[0].embed_avg, before["embed_avg"])
-    assert torch.equal(codebooks[0].cluster_size, before["cluster_size"]) == (revival is None)
+    assert torch.equal(codebooks[0].cluster_size, before["cluster_size"]) == (replacement is None)
     assert not torch.equal(codebooks[1].embed_avg, codebooks[1].embed)
 
 
@@ -251,10 +251,12 @@ def test_what_is_held_belongs_to_the_codes_it_was_held_for():
         assert torch.equal(value, state[name])
 
 
-@pytest.mark.parametrize("revival", [Revival(2.0, rows="kmeans++", reservoir=16, at_once=3), Revival(0.1, every=2)])
-def test_policies_compile(revival):
+@pytest.mark.parametrize(
+    "replacement", [Replacement(2.0, rows="kmeans++", reservoir=16, at_once=3), Replacement(0.1, every=2)]
+)
+def test_policies_compile(replacement):
     torch._dynamo.reset()
-    codebook = Codebook(D, K, revival=revival)
+    codebook = Codebook(D, K, replacement=replacement)
     codebook.cluster_size.zero_()
     before = codebook.embed.clone()
     step = torch.compile(lambda x, indices: codebook.learn_(x, indices), fullgraph=True, backend="aot_eager")

@@ -198,7 +198,7 @@ def test_built_before_the_process_group(tmp_path):
 BREAKS = {
     "eval": ("VectorQuantize", False, {}),
     "train": ("VectorQuantize", True, {}),
-    "k-means and revival": ("VectorQuantize", True, {"kmeans_init": True, "threshold_ema_dead_code": 2}),
+    "k-means and replacement": ("VectorQuantize", True, {"kmeans_init": True, "threshold_ema_dead_code": 2}),
     "residual": ("ResidualVQ", True, {"num_quantizers": 4}),
 }
 

@@ -115,7 +115,7 @@ def assert_equal_state(ours, theirs):
     for name, tensor in expected.items():
         assert (state[name].shape, state[name].dtype) == (tensor.shape, tensor.dtype), name
         if name.endswith("embed_avg") and not ours.ema_update:
-            continue  # theirs moves it for nothing, where codes are revived
+            continue  # theirs moves it for nothing, where codes are replaced
         torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 

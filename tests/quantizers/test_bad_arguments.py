@@ -32,8 +32,8 @@ CASES = {
     "rounds that are no integer": ("kmeans_iters", lambda: vq(kmeans_iters=1.5)),
     "a negative temperature": ("sample_codebook_temp", lambda: vq(sample_codebook_temp=-1.0)),
     "two policies": (
-        "revival, threshold_ema_dead_code",
-        lambda: vq(revival=fastvq.Revival(), threshold_ema_dead_code=2),
+        "replacement, threshold_ema_dead_code",
+        lambda: vq(replacement=fastvq.Replacement(), threshold_ema_dead_code=2),
     ),
     "a decay above 1": ("affine_param_batch_decay", lambda: vq(affine_param=True, affine_param_batch_decay=5.0)),
     "a size of LFQ": ("codebook_size", lambda: fastvq.LFQ(codebook_size=16.0)),

@@ -27,7 +27,7 @@ LAYERS = {
         },
         {"return_loss_breakdown": True, "mask": MASK},
     ),
-    "affine, revival": ({"affine_param": True, "threshold_ema_dead_code": 1e-9}, {}),
+    "affine, replacement": ({"affine_param": True, "threshold_ema_dead_code": 1e-9}, {}),
     "top-k": ({"commitment_weight": 0.5, "return_zeros_for_masked_padding": False}, {"topk": 3, "mask": MASK}),
 }
 STACKS = {

@@ -37,10 +37,10 @@ LAYERS = {
     "straight through": lambda: fastvq.VectorQuantize(DIM, SIZE, rotation_trick=False),
     "projected": lambda: fastvq.VectorQuantize(DIM, SIZE, codebook_dim=4),
     "cosine": lambda: fastvq.VectorQuantize(DIM, SIZE, use_cosine_sim=True),
-    "k-means and revival": lambda: fastvq.VectorQuantize(DIM, SIZE, kmeans_init=True, threshold_ema_dead_code=2),
+    "k-means and replacement": lambda: fastvq.VectorQuantize(DIM, SIZE, kmeans_init=True, threshold_ema_dead_code=2),
     "learnable": lambda: fastvq.VectorQuantize(DIM, SIZE, learnable_codebook=True, ema_update=False),
     "residual": lambda: fastvq.ResidualVQ(dim=DIM, num_quantizers=3, codebook_size=SIZE),
-    "residual, k-means and revival": lambda: fastvq.ResidualVQ(
+    "residual, k-means and replacement": lambda: fastvq.ResidualVQ(
         dim=DIM, num_quantizers=3, codebook_size=SIZE, kmeans_init=True, threshold_ema_dead_code=2
     ),
     "residual, dropout": lambda: fastvq.ResidualVQ(
@@ -240,7 +240,7 @@ def test_a_compiled_layer_cannot_be_repeated():
     (quantized.sum() + loss).backward()
 
 
-@pytest.mark.parametrize("kind", ["plain", "cosine", "residual, k-means and revival"])
+@pytest.mark.parametrize("kind", ["plain", "cosine", "residual, k-means and replacement"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(kind, dtype):
     """What the layer gets has the dtype of autocast; its codes are the exact ones of that, its state is float32."""
@@ -264,7 +264,7 @@ def _process_group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["plain", "k-means and revival", "residual", "learnable"])
+@pytest.mark.parametrize("kind", ["plain", "k-means and replacement", "residual", "learnable"])
 @pytest.mark.usefixtures("_process_group")
 def test_ddp_in_one_process(kind):
     model = Model(kind)
@@ -300,7 +300,7 @@ def test_vmap_in_eval(kind):
         assert torch.equal(codes, model.layer(x)[1])
 
 
-@pytest.mark.parametrize("kind", ["plain", "k-means and revival", "residual, k-means and revival"])
+@pytest.mark.parametrize("kind", ["plain", "k-means and replacement", "residual, k-means and replacement"])
 def test_inference_mode_then_training(kind):
     model, other = Model(kind).eval(), Model(kind)
     with torch.inference_mode():

@@ -11,7 +11,7 @@ from ..cases import close, generator
 from ..peers import assert_compiles, assert_same_step, assert_travels, pair
 
 DIM = 5
-# Without k-means and revival, whose random choices are others than the peer's.
+# Without k-means and replacement, whose random choices are others than the peer's.
 STILL = {"dim": DIM, "codebook_size": 16, "kmeans_init": False, "threshold_ema_dead_code": 0}
 IMAGES = STILL | {"scales": (1, 2, 4), "accept_image_fmap": True}
 
@@ -134,7 +134,7 @@ def test_sampled_codes():
     assert torch.equal(ours(x, sample_codebook_temp=1e4)[1][2], nearest)
 
 
-def test_kmeans_and_revival():
+def test_kmeans_and_replacement():
     ours = hierarchical_vq(kmeans_init=True, threshold_ema_dead_code=2)
     for seed in range(5):
         total, indices, loss = ours(batch(4, DIM, 8, 8, seed=seed))

@@ -187,7 +187,7 @@ def test_survives_pickling_empty_batches_and_autocast():
     [
         ({"num_quantizers": None}, ValueError, "num_quantizers: must be given"),
         ({"num_quantizers": 0}, ValueError, "num_quantizers: must be at least 1"),
-        ({"codebook_size": (4, 5)}, ValueError, "num_quantizers: must be the number of levels"),
+        ({"codebook_size": (4, 5)}, ValueError, "num_quantizers: must be the number of stages"),
         ({"codebook_size": (4, 5, 6), "shared_codebook": True}, ValueError, "codebook_size: must be one number"),
         ({"quantize_dropout_cutoff_index": 3}, ValueError, "quantize_dropout_cutoff_index: must lie in"),
         ({"quantize_dropout_multiple_of": 0}, ValueError, "quantize_dropout_multiple_of: must be at least 1"),

@@ -127,7 +127,7 @@ def test_kmeans_init_of_a_learnable_codebook():
     assert parameter.grad.any()
 
 
-def test_dead_codes_are_revived():
+def test_dead_codes_are_replaced():
     module = layer(threshold_ema_dead_code=0.5, decay=0.0)
     x = batch()
     _, indices, _ = module(x)
@@ -137,7 +137,7 @@ def test_dead_codes_are_revived():
     assert all((tuple(code) in rows) == (not used) for code, used in zip(module.codebook.tolist(), chosen, strict=True))
 
 
-def test_revival_lifts_usage():
+def test_replacement_lifts_usage():
     def usage_after(threshold):
         module = layer(codebook_size=64, threshold_ema_dead_code=threshold)
         module._codebook.embed_avg[0, 1:] = module.codebook[1:] = 1000.0  # all but one far from the data

@@ -35,9 +35,9 @@ from fastvq.training.evaluation import reconstruct
 from fastvq.training.loop import forget_run
 from fastvq.training.metrics import read_metrics
 
-# 392 vectors a batch for 16 codes: with this threshold some code is revived at random in nearly every step.
+# 392 vectors a batch for 16 codes: with this threshold some code is replaced at random in nearly every step.
 TINY = TrainConfig(
-    codebook_size=16, dim=8, revival_threshold=20, width=8, residual_width=4, encoder_blocks=1, decoder_blocks=1,
+    codebook_size=16, dim=8, dead_code_threshold=20, width=8, residual_width=4, encoder_blocks=1, decoder_blocks=1,
     steps=12, batch_size=8, warmup_steps=2, log_every=2, evaluate_every=6, checkpoint_every=4,
 )  # fmt: skip
 

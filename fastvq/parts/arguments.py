@@ -1,0 +1,39 @@
+"""Checks of constructor arguments, given by name so that messages name them."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Check that each argument is an integer, numpy's included, of at least 1.
+
+    Raises:
+        ValueError: an argument is not; the message names it.
+    """
+    for name, value in sizes.items():
+        if not (isinstance(value, Integral) and int(value) >= 1):
+            raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+
+
+def check_not_negative(**values: float) -> None:
+    """Check that no argument is negative or NaN.
+
+    Raises:
+        ValueError: an argument is; the message names it.
+    """
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{name}: must not be negative, got {value}")
+
+
+def check_fractions(**values: float) -> None:
+    """Check that each argument lies in [0, 1].
+
+    Raises:
+        ValueError: an argument does not; the message names it.
+    """
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: must lie in [0, 1], got {value}")
