@@ -43,7 +43,7 @@ SOURCES = [
     "residual_search.cpp",
     "topk_search.cpp",
     "sample.cpp",
-    "soft.cpp",
+    "soft_assign.cpp",
     "frame.cpp",
     "packed.cpp",
     "tier_pass.cpp",

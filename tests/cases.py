@@ -48,6 +48,22 @@ def close(actual: Tensor | tuple, expected: Tensor | tuple, dtype: torch.dtype |
     torch.testing.assert_close(actual, expected, **TOLERANCE[dtype or actual.dtype], equal_nan=True)
 
 
+def weighted_by_loop(state, statistics, weight: Tensor, decay: float, eps: float) -> list[Tensor]:
+    """Codebook, cluster size and embed_avg after `ema_update_` with a weight, by a loop over scalars in float64."""
+    codebook, cluster_size, embed_avg = (t.tolist() for t in state)
+    counts, sums = (t.tolist() for t in statistics)
+    shares = [(1 - decay) * w for w in weight.tolist()]
+    for k, share in enumerate(shares):
+        cluster_size[k] += share * (counts[k] - cluster_size[k])
+        embed_avg[k] = [m + share * (s - m) for m, s in zip(embed_avg[k], sums[k], strict=True)]
+    total = sum(cluster_size)
+    for k, size in enumerate(cluster_size):
+        smoothed = (size + eps) / (total + len(cluster_size) * eps) * total
+        if smoothed > 0:
+            codebook[k] = [m / smoothed for m in embed_avg[k]]
+    return [torch.tensor(t) for t in (codebook, cluster_size, embed_avg)]
+
+
 Data = Callable[[int, int, int, torch.Generator], tuple[Tensor, Tensor]]
 ADVERSARIAL: dict[str, Data] = {}
 """Each maps (N, K, D, generator) to x (N, D) and a codebook (K, D)."""

@@ -77,3 +77,4 @@ def sample_inputs():
     for shape in [(6, 5), (1, 1)]:
         state = [normal(*shape), normal(shape[0]).abs(), normal(*shape), normal(shape[0]).abs(), normal(*shape)]
         yield "ema_update_", tuple(state), {"decay": 0.9, "eps": 1e-5}
+    yield "ema_update_", tuple(state), {"decay": 0.9, "eps": 1e-5, "weight": normal(1).abs()}

@@ -1,9 +1,6 @@
-// The native CPU backend's ops, on the LibTorch stable ABI: one binary for every torch from 2.10 on. Schemas, argument
-// checks and documentation are in fastvq/ops/; arguments arrive checked and contiguous.
+// The native CPU backend's ops, on the LibTorch stable ABI: one binary for every torch from 2.10 on. Schemas and
+// documentation are in fastvq/ops/.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cfenv>
@@ -13,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../arguments.h"
 #include "accumulate.h"
 #include "ema_update.h"
 #include "min_distance.h"
@@ -21,15 +19,16 @@
 #include "residual_quantize.h"
 #include "residual_search.h"
 #include "sample.h"
+#include "scratch.h"
 #include "search.h"
-#include "soft.h"
+#include "soft_assign.h"
 #include "topk_search.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
+using namespace fastvq::arguments;
+using fastvq::Matrix;
 using torch::stable::parallel_for;
-using torch::stable::Tensor;
 
 // Work below this many multiply-adds isn't worth handing to another thread.
 constexpr int64_t GRAIN = 1 << 16;
@@ -45,29 +44,40 @@ fastvq::DType dtype_of(const Tensor& tensor) {
     case ScalarType::BFloat16:
       return fastvq::DType::bf16;
     default:
-      STD_TORCH_CHECK(false, "expected float32, float64, float16 or bfloat16");
+      refuse("argument", "must be float32, float16, bfloat16 or float64");
   }
 }
 
-// Options arrive as places in this list, which is that of fastvq/ops/registry.py: in torch 2.13, a string that the
-// stable ABI hands over is never freed.
-template <class E, class... Rest>
-E enumerator(int64_t place, E first, Rest... rest) {
-  const E values[] = {first, rest...};
-  STD_TORCH_CHECK(place >= 0 && place < static_cast<int64_t>(1 + sizeof...(rest)), "no option has the number ", place);
-  return values[place];
-}
-
-fastvq::Metric metric_of(int64_t metric) {
-  return enumerator(metric, fastvq::Metric::l2, fastvq::Metric::dot);
-}
-
 // Matrix `head` of a contiguous [rows, dim] or [heads, rows, dim] tensor.
-fastvq::Matrix matrix_of(const Tensor& tensor, int64_t head = 0) {
+Matrix matrix_of(const Tensor& tensor, int64_t head = 0) {
   const int64_t rows = tensor.size(-2), dim = tensor.size(-1);
   const fastvq::DType dtype = dtype_of(tensor);
   const char* data = static_cast<const char*>(tensor.const_data_ptr());
   return {dtype, data + head * rows * dim * fastvq::size_of(dtype), rows, dim};
+}
+
+// An uninitialized contiguous tensor on the CPU. The C function costs a quarter of a call through the dispatcher.
+Tensor empty(const Shape& shape, ScalarType dtype) {
+  const int32_t type = dtype == ScalarType::Long     ? aoti_torch_dtype_int64()
+                       : dtype == ScalarType::Float  ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::Half   ? aoti_torch_dtype_float16()
+                                                     : aoti_torch_dtype_bfloat16();
+  Shape strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, shape[i]);
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), type,
+                               aoti_torch_device_type_cpu(), 0, &handle))
+    throw std::runtime_error("no memory for a result");
+  return Tensor(handle);
+}
+
+fastvq::Metric metric_of(int64_t metric) {
+  return enumerator("metric", metric, fastvq::Metric::l2, fastvq::Metric::dot);
+}
+
+fastvq::Gradient gradient_of(int64_t gradient) {
+  return enumerator("gradient", gradient, fastvq::Gradient::straight_through, fastvq::Gradient::rotation);
 }
 
 int64_t grain(int64_t work_per_item) {
@@ -101,161 +111,256 @@ void in_parallel(int64_t end, int64_t grain, const F& f) {
 
 const fastvq::Parallel PARALLEL = [](int64_t count, int64_t grain, const auto& f) { in_parallel(count, grain, f); };
 
-Tensor search(const Tensor& x, const Tensor& codebook, int64_t metric) {
-  const bool heads = x.dim() == 3;
-  const int64_t rows = x.size(-2);
-  Tensor indices = heads ? torch::stable::new_empty(x, {x.size(0), rows}, ScalarType::Long)
-                         : torch::stable::new_empty(x, {rows}, ScalarType::Long);
-  int64_t* out = static_cast<int64_t*>(indices.mutable_data_ptr());
+// Writes run's `width` integers for each row of x to `out`. Rows that the mask leaves out are not searched and get -1.
+template <class Run>
+void run_masked(const Matrix& x, const bool* mask, int64_t width, int64_t* out, const Run& run) {
+  std::vector<int64_t> rows;
+  for (int64_t n = 0; mask && n < x.rows; ++n)
+    if (mask[n]) rows.push_back(n);
+  const auto count = static_cast<int64_t>(rows.size());
+  if (!mask || count == x.rows) {
+    run(x, out);
+    return;
+  }
+  std::fill_n(out, x.rows * width, -1);
+  if (count == 0) return;
+  const int64_t bytes = x.dim * fastvq::size_of(x.dtype);
+  const fastvq::Scratch<char> gathered(count * bytes);
+  for (int64_t i = 0; i < count; ++i)
+    std::copy_n(static_cast<const char*>(x.row(rows[i])), bytes, gathered.get() + i * bytes);
+  std::vector<int64_t> found(count * width);
+  run({x.dtype, gathered.get(), count, x.dim}, found.data());
+  for (int64_t i = 0; i < count; ++i) std::copy_n(found.begin() + i * width, width, out + rows[i] * width);
+}
+
+// The arguments of the searches among the codes of one codebook, and those of `sample`: x [rows, dim] or
+// [heads, rows, dim] and codebook [size, dim] or [heads, size, dim].
+struct Searched {
+  Searched(const Tensor& x, const Tensor& codebook, const std::optional<Tensor>& mask, int64_t width = 1)
+      : x(values("x", x, x.dim() == 3 ? 3 : 2)),
+        codebook(codes("codebook", codebook, x.dim(), x)),
+        heads(x.dim() == 3 ? x.size(0) : 1),
+        rows(x.size(-2)),
+        width(width) {
+    require(x.dim() == 2 || codebook.size(0) == heads, "codebook", "must have the heads of x, ", heads);
+    this->mask = exactly("mask", mask, ScalarType::Bool, x.dim() == 3 ? Shape{heads, rows} : Shape{rows});
+  }
+
+  // `result` has `width` indices a row. Calls run(head, its rows, its codes, their indices).
+  template <class Run>
+  void each_head(const Tensor& result, const Run& run) const {
+    const bool* kept = booleans(mask);
+    auto* out = mutable_integers(result);
+    const IeeeArithmetic arithmetic;
+    for (int64_t h = 0; h < heads; ++h) {
+      const Matrix own_codes = matrix_of(codebook, h);
+      run_masked(matrix_of(x, h), kept ? kept + h * rows : nullptr, width, out + h * rows * width,
+                 [&](const Matrix& own_rows, int64_t* indices) { run(h, own_rows, own_codes, indices); });
+    }
+  }
+
+  Tensor x, codebook;
+  std::optional<Tensor> mask;
+  int64_t heads, rows, width;
+};
+
+Tensor search(const Tensor& x, const Tensor& codebook, int64_t metric, const std::optional<Tensor>& mask) {
+  const Searched searched(x, codebook, mask);
   const fastvq::Metric kind = metric_of(metric);
-  const IeeeArithmetic arithmetic;
-  for (int64_t h = 0; h < (heads ? x.size(0) : 1); ++h)
-    fastvq::search(fastvq::active_isa(), fastvq::active_precision(), matrix_of(x, h), matrix_of(codebook, h), kind,
-                   out + h * rows, PARALLEL);
-  return indices;
-}
-
-Tensor topk_search(const Tensor& x, const Tensor& codebook, int64_t k, int64_t metric) {
-  const bool heads = x.dim() == 3;
-  const int64_t rows = x.size(-2);
-  Tensor indices = heads ? torch::stable::new_empty(x, {x.size(0), rows, k}, ScalarType::Long)
-                         : torch::stable::new_empty(x, {rows, k}, ScalarType::Long);
-  int64_t* out = static_cast<int64_t*>(indices.mutable_data_ptr());
-  const fastvq::Metric kind = metric_of(metric);
-  const IeeeArithmetic arithmetic;
-  for (int64_t h = 0; h < (heads ? x.size(0) : 1); ++h)
-    fastvq::topk_search(fastvq::active_isa(), matrix_of(x, h), matrix_of(codebook, h), kind, k, out + h * rows * k,
-                        PARALLEL);
-  return indices;
-}
-
-Tensor sample(const Tensor& x, const Tensor& codebook, double temperature, const Tensor& seed, int64_t metric) {
-  const bool heads = x.dim() == 3;
-  const int64_t rows = x.size(-2);
-  Tensor indices = heads ? torch::stable::new_empty(x, {x.size(0), rows}, ScalarType::Long)
-                         : torch::stable::new_empty(x, {rows}, ScalarType::Long);
-  int64_t* out = static_cast<int64_t*>(indices.mutable_data_ptr());
-  const fastvq::Metric kind = metric_of(metric);
-  const auto key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
-  const IeeeArithmetic arithmetic;
-  for (int64_t h = 0; h < (heads ? x.size(0) : 1); ++h)
-    fastvq::sample(fastvq::active_isa(), matrix_of(x, h), matrix_of(codebook, h), kind,
-                   {temperature, key, static_cast<uint32_t>(h)}, out + h * rows, PARALLEL);
-  return indices;
-}
-
-Tensor residual_search(const Tensor& x, const Tensor& codebooks) {
-  const IeeeArithmetic arithmetic;
-  const int64_t levels = codebooks.size(0), size = codebooks.size(1), dim = codebooks.size(2);
-  Tensor indices = torch::stable::new_empty(x, {x.size(0), levels}, ScalarType::Long);
-  const fastvq::Matrix codes{dtype_of(codebooks), codebooks.const_data_ptr(), levels * size, dim};
-  fastvq::residual_search(fastvq::active_isa(), fastvq::active_precision(), matrix_of(x), codes, levels,
-                          static_cast<int64_t*>(indices.mutable_data_ptr()), PARALLEL);
-  return indices;
-}
-
-fastvq::Gradient kind_of(int64_t gradient) {
-  return enumerator(gradient, fastvq::Gradient::straight_through, fastvq::Gradient::rotation);
-}
-
-// A float32 or float64 tensor of a few numbers, from and to double.
-Tensor tensor_of(const Tensor& like, ScalarType dtype, const std::vector<int64_t>& shape, const double* values) {
-  Tensor result = torch::stable::new_empty(like, shape, dtype);
-  if (dtype == ScalarType::Double)
-    std::copy_n(values, result.numel(), static_cast<double*>(result.mutable_data_ptr()));
-  else
-    std::copy_n(values, result.numel(), static_cast<float*>(result.mutable_data_ptr()));
+  Tensor result = empty(x.dim() == 3 ? Shape{searched.heads, searched.rows} : Shape{searched.rows}, ScalarType::Long);
+  searched.each_head(result, [&](int64_t, const Matrix& rows, const Matrix& codes, int64_t* indices) {
+    fastvq::search(fastvq::active_isa(), fastvq::active_precision(), rows, codes, kind, indices, PARALLEL);
+  });
   return result;
 }
 
-std::vector<double> values_of(const Tensor& tensor) {
-  std::vector<double> values(tensor.numel());
-  fastvq::load_row(dtype_of(tensor), tensor.const_data_ptr(), 0, tensor.numel(), values.data());
-  return values;
+Tensor topk_search(const Tensor& x, const Tensor& codebook, int64_t k, int64_t metric,
+                   const std::optional<Tensor>& mask) {
+  const Searched searched(x, codebook, mask, k);
+  const int64_t size = codebook.size(-2), rows = searched.rows;
+  require(k >= 1 && k <= size, "k", "must lie in [1, ", size, "], got ", k);
+  const fastvq::Metric kind = metric_of(metric);
+  Tensor result = empty(x.dim() == 3 ? Shape{searched.heads, rows, k} : Shape{rows, k}, ScalarType::Long);
+  searched.each_head(result, [&](int64_t, const Matrix& rows, const Matrix& codes, int64_t* indices) {
+    fastvq::topk_search(fastvq::active_isa(), rows, codes, kind, k, indices, PARALLEL);
+  });
+  return result;
+}
+
+Tensor sample(const Tensor& x, const Tensor& codebook, double temperature, const Tensor& seed, int64_t metric) {
+  const Searched searched(x, codebook, std::nullopt);
+  require(temperature > 0.0, "temperature", "must be positive, got ", temperature);
+  const auto key = static_cast<uint64_t>(*integers(exactly("seed", seed, ScalarType::Long, {})));
+  const fastvq::Metric kind = metric_of(metric);
+  Tensor result = empty(x.dim() == 3 ? Shape{searched.heads, searched.rows} : Shape{searched.rows}, ScalarType::Long);
+  searched.each_head(result, [&](int64_t head, const Matrix& rows, const Matrix& codes, int64_t* indices) {
+    fastvq::sample(fastvq::active_isa(), rows, codes, kind, {temperature, key, static_cast<uint32_t>(head)}, indices,
+                   PARALLEL);
+  });
+  return result;
+}
+
+Tensor residual_search(const Tensor& x, const Tensor& codebooks, const std::optional<Tensor>& mask) {
+  const Tensor vectors = values("x", x, 2), books = codes("codebooks", codebooks, 3, x);
+  const int64_t stages = books.size(0), size = books.size(1), dim = books.size(2);
+  require(stages > 0, "codebooks", "must hold at least one stage");
+  const auto kept = exactly("mask", mask, ScalarType::Bool, {x.size(0)});
+  Tensor result = empty({x.size(0), stages}, ScalarType::Long);
+  const Matrix all_codes{matrix_of(books).dtype, books.const_data_ptr(), stages * size, dim};
+  const IeeeArithmetic arithmetic;
+  run_masked(matrix_of(vectors), booleans(kept), stages, mutable_integers(result),
+             [&](const Matrix& rows, int64_t* indices) {
+               fastvq::residual_search(fastvq::active_isa(), fastvq::active_precision(), rows, all_codes, stages,
+                                       indices, PARALLEL);
+             });
+  return result;
+}
+
+// A float32 or float64 tensor of a few numbers, from and to double.
+Tensor tensor_of(ScalarType dtype, const Shape& shape, const double* numbers) {
+  Tensor result = empty(shape, dtype);
+  if (dtype == ScalarType::Double)
+    std::copy_n(numbers, result.numel(), static_cast<double*>(result.mutable_data_ptr()));
+  else
+    std::copy_n(numbers, result.numel(), static_cast<float*>(result.mutable_data_ptr()));
+  return result;
+}
+
+std::vector<double> numbers_of(const Tensor& tensor) {
+  std::vector<double> numbers(tensor.numel());
+  fastvq::load_row(dtype_of(tensor), tensor.const_data_ptr(), 0, tensor.numel(), numbers.data());
+  return numbers;
+}
+
+// float32 unless an argument is float64.
+ScalarType compute_dtype(const Tensor& x, const Tensor& codebook) {
+  const bool wide = x.scalar_type() == ScalarType::Double || codebook.scalar_type() == ScalarType::Double;
+  return wide ? ScalarType::Double : ScalarType::Float;
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_forward(const Tensor& x, const Tensor& codebook, const Tensor& indices,
                                                     bool keep_codes) {
-  const fastvq::Matrix rows = matrix_of(x), codes = matrix_of(codebook);
-  const bool wide = rows.dtype == fastvq::DType::f64 || codes.dtype == fastvq::DType::f64;
-  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
-  Tensor quantized = torch::stable::new_empty(x, {rows.rows, rows.dim}, x.scalar_type());
-  Tensor kept = torch::stable::new_empty(x, {keep_codes ? rows.rows : 0, rows.dim}, dtype);
-  const fastvq::Matrix out{wide ? fastvq::DType::f64 : fastvq::DType::f32,
-                           keep_codes ? kept.mutable_data_ptr() : nullptr, rows.rows, rows.dim};
-  const double loss =
-      fastvq::quantize_forward(fastvq::active_isa(), rows, codes, static_cast<const int64_t*>(indices.const_data_ptr()),
-                               quantized.mutable_data_ptr(), out, PARALLEL);
-  return {quantized, kept, tensor_of(x, dtype, {}, &loss)};
+  const Tensor vectors = values("x", x, 2), book = codes("codebook", codebook, 2, x);
+  const Matrix rows = matrix_of(vectors);
+  const Tensor chosen = exactly("indices", indices, ScalarType::Long, {rows.rows});
+  const ScalarType dtype = compute_dtype(x, codebook);
+  Tensor quantized = empty({rows.rows, rows.dim}, x.scalar_type());
+  Tensor kept = empty({keep_codes ? rows.rows : 0, rows.dim}, dtype);
+  const Matrix out{dtype == ScalarType::Double ? fastvq::DType::f64 : fastvq::DType::f32,
+                   keep_codes ? kept.mutable_data_ptr() : nullptr, rows.rows, rows.dim};
+  const double loss = fastvq::quantize_forward(fastvq::active_isa(), rows, matrix_of(book), integers(chosen),
+                                               quantized.mutable_data_ptr(), out, PARALLEL);
+  return {quantized, kept, tensor_of(dtype, {}, &loss)};
 }
 
 Tensor quantize_backward(const Tensor& x, const Tensor& codes, const Tensor& indices, const Tensor& quantized_grad,
                          const Tensor& loss_grad, int64_t gradient, double commitment_weight) {
-  const fastvq::Matrix rows = matrix_of(x);
-  Tensor x_grad = torch::stable::new_empty(x, {rows.rows, rows.dim}, x.scalar_type());
-  const double pull = 2.0 * commitment_weight * values_of(loss_grad)[0];
-  fastvq::quantize_backward(fastvq::active_isa(), rows, matrix_of(codes),
-                            static_cast<const int64_t*>(indices.const_data_ptr()), matrix_of(quantized_grad),
-                            kind_of(gradient), pull, x_grad.mutable_data_ptr(), PARALLEL);
+  const Tensor vectors = values("x", x, 2), kept = values("codes", codes, 2);
+  const Matrix rows = matrix_of(vectors);
+  require(rows.dim > 0, "x", "must have at least one dimension D");
+  require_shape("codes", kept, {rows.rows, rows.dim});
+  const ScalarType dtype = kept.scalar_type();
+  require(dtype == ScalarType::Float || dtype == ScalarType::Double, "codes", "must be float32 or float64");
+  const Tensor chosen = exactly("indices", indices, ScalarType::Long, {rows.rows});
+  const Tensor grad = exactly("quantized_grad", quantized_grad, x.scalar_type(), {rows.rows, rows.dim});
+  const double pull = 2.0 * commitment_weight * numbers_of(exactly("loss_grad", loss_grad, dtype, {}))[0];
+  Tensor x_grad = empty({rows.rows, rows.dim}, x.scalar_type());
+  fastvq::quantize_backward(fastvq::active_isa(), rows, matrix_of(kept), integers(chosen), matrix_of(grad),
+                            gradient_of(gradient), pull, x_grad.mutable_data_ptr(), PARALLEL);
   return x_grad;
 }
 
-fastvq::Levels levels_of(const Tensor& codebooks, const Tensor& indices) {
-  const int64_t count = codebooks.size(0), size = codebooks.size(1), dim = codebooks.size(2);
-  return {{dtype_of(codebooks), codebooks.const_data_ptr(), count * size, dim},
-          static_cast<const int64_t*>(indices.const_data_ptr()),
-          count,
-          size};
-}
+// The arguments that both directions of the residual quantize step have.
+struct StackArguments {
+  StackArguments(const Tensor& x, const Tensor& codebooks, const Tensor& indices)
+      : x(values("x", x, 2)), codebooks(codes("codebooks", codebooks, 3, x)), stages(codebooks.size(0)) {
+    require(stages > 0, "codebooks", "must hold at least one stage");
+    this->indices = exactly("indices", indices, ScalarType::Long, {x.size(0), stages});
+  }
+
+  fastvq::Stages stages_of() const {
+    const int64_t size = codebooks.size(1), dim = codebooks.size(2);
+    return {
+        {matrix_of(codebooks).dtype, codebooks.const_data_ptr(), stages * size, dim}, integers(*indices), stages, size};
+  }
+
+  Tensor x, codebooks;
+  int64_t stages;
+  std::optional<Tensor> indices;
+};
 
 std::tuple<Tensor, Tensor, Tensor> residual_quantize_forward(const Tensor& x, const Tensor& codebooks,
                                                              const Tensor& indices, bool keep_residuals) {
-  const fastvq::Matrix rows = matrix_of(x);
-  const fastvq::Levels levels = levels_of(codebooks, indices);
-  const bool wide = rows.dtype == fastvq::DType::f64 || levels.codebooks.dtype == fastvq::DType::f64;
-  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
-  Tensor quantized = torch::stable::new_empty(x, {rows.rows, rows.dim}, x.scalar_type());
-  Tensor residuals = torch::stable::new_empty(x, {keep_residuals ? levels.count : 0, rows.rows, rows.dim}, dtype);
-  std::vector<double> errors(levels.count);
-  fastvq::residual_quantize_forward(fastvq::active_isa(), rows, levels, quantized.mutable_data_ptr(), errors.data(),
-                                    keep_residuals ? residuals.mutable_data_ptr() : nullptr, PARALLEL);
-  return {quantized, tensor_of(x, dtype, {levels.count}, errors.data()), residuals};
+  const StackArguments stack(x, codebooks, indices);
+  const Matrix rows = matrix_of(stack.x);
+  const ScalarType dtype = compute_dtype(x, codebooks);
+  Tensor quantized = empty({rows.rows, rows.dim}, x.scalar_type());
+  Tensor residuals = empty({keep_residuals ? stack.stages : 0, rows.rows, rows.dim}, dtype);
+  std::vector<double> errors(stack.stages);
+  fastvq::residual_quantize_forward(fastvq::active_isa(), rows, stack.stages_of(), quantized.mutable_data_ptr(),
+                                    errors.data(), keep_residuals ? residuals.mutable_data_ptr() : nullptr, PARALLEL);
+  return {quantized, tensor_of(dtype, {stack.stages}, errors.data()), residuals};
 }
 
 Tensor residual_quantize_backward(const Tensor& x, const Tensor& codebooks, const Tensor& indices,
                                   const Tensor& quantized_grad, const Tensor& error_grads, int64_t gradient,
                                   double commitment_weight) {
-  const fastvq::Matrix rows = matrix_of(x);
-  Tensor x_grad = torch::stable::new_empty(x, {rows.rows, rows.dim}, x.scalar_type());
-  std::vector<double> pulls = values_of(error_grads);
+  const StackArguments stack(x, codebooks, indices);
+  const Matrix rows = matrix_of(stack.x);
+  const Tensor grad = exactly("quantized_grad", quantized_grad, x.scalar_type(), {rows.rows, rows.dim});
+  const Tensor error = exactly("error_grads", error_grads, compute_dtype(x, codebooks), {stack.stages});
+  std::vector<double> pulls = numbers_of(error);
   for (double& pull : pulls) pull *= 2.0 * commitment_weight;
-  fastvq::residual_quantize_backward(fastvq::active_isa(), rows, levels_of(codebooks, indices),
-                                     matrix_of(quantized_grad), kind_of(gradient), pulls.data(),
-                                     x_grad.mutable_data_ptr(), PARALLEL);
+  Tensor x_grad = empty({rows.rows, rows.dim}, x.scalar_type());
+  fastvq::residual_quantize_backward(fastvq::active_isa(), rows, stack.stages_of(), matrix_of(grad),
+                                     gradient_of(gradient), pulls.data(), x_grad.mutable_data_ptr(), PARALLEL);
   return x_grad;
 }
 
-fastvq::SoftInput soft_input(const Tensor& x, const Tensor& codebook, const std::optional<Tensor>& mask, int64_t metric,
-                             double scale, double floor) {
-  const auto kind = enumerator(metric, fastvq::SoftMetric::distance, fastvq::SoftMetric::l2, fastvq::SoftMetric::dot);
-  const fastvq::Matrix rows{dtype_of(x), x.const_data_ptr(), x.size(0) * x.size(1), x.size(2)};
-  const bool* kept = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
-  const float log_floor = floor > 0.0 ? static_cast<float>(std::log(floor)) : -1e6f;
-  return {rows, matrix_of(codebook), x.size(0), kept, kind, static_cast<float>(scale), log_floor};
-}
+// The arguments that both directions of a soft assignment have.
+struct SoftArguments {
+  SoftArguments(const Tensor& x, const Tensor& codebook, const std::optional<Tensor>& mask, int64_t metric,
+                double scale, double floor)
+      : x(values("x", x, 3)),
+        codebook(codes("codebook", codebook, 2, x)),
+        mask(exactly("mask", mask, ScalarType::Bool, {x.size(0), x.size(1)})),
+        groups(x.size(0)),
+        rows(x.size(1)),
+        dim(x.size(2)),
+        size(codebook.size(0)) {
+    require(compute_dtype(x, codebook) == ScalarType::Float, "x", "the kernel of this op has no float64");
+    require(scale > 0.0, "scale", "must be positive, got ", scale);
+    require(floor >= 0.0 && floor < 1.0, "floor", "must lie in [0, 1), got ", floor);
+    const auto kind =
+        enumerator("metric", metric, fastvq::SoftMetric::distance, fastvq::SoftMetric::l2, fastvq::SoftMetric::dot);
+    const bool* kept = booleans(this->mask);
+    const float log_floor = floor > 0.0 ? static_cast<float>(std::log(floor)) : -1e6f;
+    input = {{matrix_of(this->x).dtype, this->x.const_data_ptr(), groups * rows, dim},
+             matrix_of(this->codebook),
+             groups,
+             kept,
+             kind,
+             static_cast<float>(scale),
+             log_floor};
+  }
+
+  Tensor x, codebook;
+  std::optional<Tensor> mask;
+  int64_t groups, rows, dim, size;
+  fastvq::SoftInput input;
+};
 
 std::tuple<Tensor, Tensor, Tensor> soft_assign_forward(const Tensor& x, const Tensor& codebook,
                                                        std::optional<Tensor> mask, int64_t metric, double scale,
                                                        double floor, bool statistics) {
-  const int64_t groups = x.size(0), rows = x.size(1);
-  Tensor logsumexp = torch::stable::new_empty(x, {groups, rows}, ScalarType::Float);
-  Tensor entropy = torch::stable::new_empty(x, {groups, statistics ? rows : 0}, ScalarType::Float);
-  Tensor mean = torch::stable::new_empty(x, {groups, statistics ? codebook.size(0) : 0}, ScalarType::Float);
-  const auto floats = [](Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
+  const SoftArguments soft(x, codebook, mask, metric, scale, floor);
+  Tensor logsumexp = empty({soft.groups, soft.rows}, ScalarType::Float);
+  Tensor entropy = empty({soft.groups, statistics ? soft.rows : 0}, ScalarType::Float);
+  Tensor mean = empty({soft.groups, statistics ? soft.size : 0}, ScalarType::Float);
   const IeeeArithmetic arithmetic;
-  fastvq::soft_assign_forward(fastvq::active_isa(), soft_input(x, codebook, mask, metric, scale, floor),
-                              floats(logsumexp), statistics ? floats(entropy) : nullptr,
-                              statistics ? floats(mean) : nullptr, PARALLEL);
+  fastvq::soft_assign_forward(fastvq::active_isa(), soft.input, mutable_floats(logsumexp),
+                              statistics ? mutable_floats(entropy) : nullptr,
+                              statistics ? mutable_floats(mean) : nullptr, PARALLEL);
   return {logsumexp, entropy, mean};
 }
 
@@ -264,29 +369,36 @@ std::tuple<Tensor, Tensor> soft_assign_backward(const Tensor& x, const Tensor& c
                                                 std::optional<Tensor> entropy_grad, std::optional<Tensor> mean_grad,
                                                 std::optional<Tensor> code_grad, int64_t metric, double scale,
                                                 double floor, bool need_x, bool need_codebook) {
-  const int64_t groups = x.size(0), rows = x.size(1), dim = x.size(2), size = codebook.size(0);
-  Tensor x_grad = torch::stable::new_empty(x, {groups, rows, need_x ? dim : 0}, ScalarType::Float);
-  Tensor codebook_grad = torch::stable::new_empty(x, {need_codebook ? size : 0, dim}, ScalarType::Float);
-  const auto given = [](const std::optional<Tensor>& t) {
-    return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+  const SoftArguments soft(x, codebook, mask, metric, scale, floor);
+  const Shape per_row{soft.groups, soft.rows};
+  const auto given = [](const char* name, const auto& tensor, const Shape& shape) {
+    return exactly(name, tensor, ScalarType::Float, shape);
   };
-  const fastvq::SoftGradients gradients{given(logsumexp_grad), given(entropy_grad), given(mean_grad), given(code_grad)};
+  const auto sums = given("logsumexp", logsumexp, per_row);
+  const auto sums_grad = given("logsumexp_grad", logsumexp_grad, per_row);
+  const auto entropies = given("entropy_grad", entropy_grad, per_row);
+  const auto means = given("mean_grad", mean_grad, {soft.groups, soft.size});
+  const auto soft_codes = given("code_grad", code_grad, {soft.groups, soft.rows, soft.dim});
+  Tensor x_grad = empty({soft.groups, soft.rows, need_x ? soft.dim : 0}, ScalarType::Float);
+  Tensor codebook_grad = empty({need_codebook ? soft.size : 0, soft.dim}, ScalarType::Float);
+  const fastvq::SoftGradients gradients{floats(sums_grad), floats(entropies), floats(means), floats(soft_codes)};
   const IeeeArithmetic arithmetic;
-  fastvq::soft_assign_backward(fastvq::active_isa(), soft_input(x, codebook, mask, metric, scale, floor),
-                               static_cast<const float*>(logsumexp.const_data_ptr()), gradients,
-                               need_x ? static_cast<float*>(x_grad.mutable_data_ptr()) : nullptr,
-                               need_codebook ? static_cast<float*>(codebook_grad.mutable_data_ptr()) : nullptr,
-                               PARALLEL);
+  fastvq::soft_assign_backward(fastvq::active_isa(), soft.input, floats(sums), gradients,
+                               need_x ? mutable_floats(x_grad) : nullptr,
+                               need_codebook ? mutable_floats(codebook_grad) : nullptr, PARALLEL);
   return {x_grad, codebook_grad};
 }
 
 std::tuple<Tensor, Tensor> accumulate(const Tensor& x, const Tensor& indices, int64_t codebook_size) {
-  const fastvq::Matrix rows = matrix_of(x);
-  Tensor counts = torch::stable::new_empty(x, {codebook_size}, ScalarType::Float);
-  Tensor sums = torch::stable::new_empty(x, {codebook_size, rows.dim}, ScalarType::Float);
-  const fastvq::RowsByCode sorted(static_cast<const int64_t*>(indices.const_data_ptr()), rows.rows, codebook_size);
-  float* count = static_cast<float*>(counts.mutable_data_ptr());
-  float* sum = static_cast<float*>(sums.mutable_data_ptr());
+  const Tensor vectors = values("x", x, 2);
+  const Matrix rows = matrix_of(vectors);
+  const Tensor chosen = exactly("indices", indices, ScalarType::Long, {rows.rows});
+  require(codebook_size >= 1, "codebook_size", "must be at least 1, got ", codebook_size);
+  Tensor counts = empty({codebook_size}, ScalarType::Float);
+  Tensor sums = empty({codebook_size, rows.dim}, ScalarType::Float);
+  const fastvq::RowsByCode sorted(integers(chosen), rows.rows, codebook_size);
+  float* count = mutable_floats(counts);
+  float* sum = mutable_floats(sums);
   const auto sum_rows = [&](int64_t begin, int64_t end) {
     sorted.sum(fastvq::active_isa(), rows, begin, end, count, sum);
   };
@@ -298,26 +410,47 @@ std::tuple<Tensor, Tensor> accumulate(const Tensor& x, const Tensor& indices, in
 }
 
 void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_avg, const Tensor& counts, const Tensor& sums,
-                 double decay, double eps) {
-  const auto mutable_floats = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
-  const auto floats = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
-  const fastvq::EmaState state{mutable_floats(codebook),
-                               mutable_floats(cluster_size),
-                               mutable_floats(embed_avg),
-                               floats(counts),
-                               floats(sums),
-                               codebook.size(0),
-                               codebook.size(1)};
-  const IeeeArithmetic arithmetic;
-  const double total = fastvq::update_cluster_size(state, decay);
-  in_parallel(state.size, grain(state.dim),
-              [&](int64_t begin, int64_t end) { fastvq::update_codes(state, decay, eps, total, begin, end); });
+                 double decay, double eps, std::optional<Tensor> weight) {
+  require(codebook.dim() == 2, "codebook", "must have 2 dimensions, got ", codebook.dim());
+  require(decay >= 0.0 && decay <= 1.0, "decay", "must lie in [0, 1], got ", decay);
+  require(eps >= 0.0, "eps", "must not be negative, got ", eps);
+  const int64_t size = codebook.size(0), dim = codebook.size(1);
+  const auto given = [](const char* name, const auto& tensor, const Shape& shape) {
+    return exactly(name, tensor, ScalarType::Float, shape);
+  };
+  const Tensor own_codebook = given("codebook", codebook, {size, dim});
+  const Tensor own_size = given("cluster_size", cluster_size, {size});
+  const Tensor own_average = given("embed_avg", embed_avg, {size, dim});
+  const Tensor own_counts = given("counts", counts, {size}), own_sums = given("sums", sums, {size, dim});
+  const std::optional<Tensor> own_weight = given("weight", weight, {size});
+  const fastvq::EmaState state{mutable_floats(own_codebook),
+                               mutable_floats(own_size),
+                               mutable_floats(own_average),
+                               floats(own_counts),
+                               floats(own_sums),
+                               floats(own_weight),
+                               size,
+                               dim,
+                               decay,
+                               eps};
+  {
+    const IeeeArithmetic arithmetic;
+    const double total = fastvq::update_cluster_size(state);
+    in_parallel(size, grain(dim), [&](int64_t begin, int64_t end) { fastvq::update_codes(state, total, begin, end); });
+  }
+  write_back(codebook, own_codebook);
+  write_back(cluster_size, own_size);
+  write_back(embed_avg, own_average);
 }
 
 void min_distance_(Tensor distances, const Tensor& x, const Tensor& codes) {
-  const IeeeArithmetic arithmetic;
-  fastvq::min_distance(fastvq::active_isa(), matrix_of(x), matrix_of(codes),
-                       static_cast<float*>(distances.mutable_data_ptr()), PARALLEL);
+  const Tensor vectors = values("x", x, 2), added = fastvq::arguments::codes("codes", codes, 2, x);
+  const Tensor lowered = exactly("distances", distances, ScalarType::Float, {x.size(0)});
+  {
+    const IeeeArithmetic arithmetic;
+    fastvq::min_distance(fastvq::active_isa(), matrix_of(vectors), matrix_of(added), mutable_floats(lowered), PARALLEL);
+  }
+  write_back(distances, lowered);
 }
 
 }  // namespace

@@ -97,14 +97,15 @@ struct Perturbation {
 
 enum class SoftMetric { distance, l2, dot };
 
-// How the logits of a row get u = dL/dp from upstream gradients; see soft.h.
+// How the logits of a row get u = dL/dp from upstream gradients; see soft_assign.h.
 struct Slope {
   float logsumexp, entropy_grad, log_floor;
   const float* share;  // dL/dmean / rows, or null
   bool products;       // u begins as what it holds, negated
 };
 
-// Kernels of soft.h over the codes of a row, `count` of them, a multiple of lanes; -infinity is the logit of no code.
+// Kernels of soft_assign.h over the codes of a row, `count` of them, a multiple of lanes; -infinity is the logit of no
+// code.
 struct SoftKernels {
   // Scores to squared distances, max(0, 2 score + square).
   void (*squares)(float* scores, int64_t count, float square);

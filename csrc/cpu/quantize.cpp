@@ -1,6 +1,7 @@
 #include "quantize.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -14,6 +15,13 @@ namespace {
 
 int64_t counted_rows(const int64_t* indices, int64_t rows) {
   return std::count_if(indices, indices + rows, [](int64_t index) { return index >= 0; });
+}
+
+// Throws std::out_of_range for an index outside [-1, end).
+void check_indices(const int64_t* indices, int64_t rows, int64_t end, const char* range) {
+  for (int64_t i = 0; i < rows; ++i)
+    if (indices[i] < -1 || indices[i] >= end)
+      throw std::out_of_range("indices: must " + std::string(range) + ", got " + std::to_string(indices[i]));
 }
 
 // C is the type of the arithmetic, float32 unless something is float64.
@@ -69,10 +77,7 @@ void backward(const Isa& isa, const T* x, const C* codes, const int64_t* indices
 
 double quantize_forward(const Isa& isa, const Matrix& x, const Matrix& codebook, const int64_t* indices,
                         void* quantized, const Matrix& codes, const Parallel& parallel) {
-  for (int64_t i = 0; i < x.rows; ++i)
-    if (indices[i] < -1 || indices[i] >= codebook.rows)
-      throw std::out_of_range("indices: must lie in [-1, " + std::to_string(codebook.rows) + "), got " +
-                              std::to_string(indices[i]));
+  check_indices(indices, x.rows, codebook.rows, ("lie in [-1, " + std::to_string(codebook.rows) + ")").c_str());
   return with_elements(x.dtype, x.data, [&](const auto* elements) {
     using T = Plain<decltype(elements)>;
     return with_elements(codebook.dtype, codebook.data, [&](const auto* code_elements) {
@@ -86,6 +91,7 @@ double quantize_forward(const Isa& isa, const Matrix& x, const Matrix& codebook,
 
 void quantize_backward(const Isa& isa, const Matrix& x, const Matrix& codes, const int64_t* indices, const Matrix& grad,
                        Gradient gradient, double pull, void* x_grad, const Parallel& parallel) {
+  check_indices(indices, x.rows, std::numeric_limits<int64_t>::max(), "not be below -1");
   with_elements(x.dtype, x.data, [&](const auto* elements) {
     using T = Plain<decltype(elements)>;
     const auto with_codes = [&](const auto* code_elements) {

@@ -17,7 +17,7 @@ double quantize_forward(const Isa& isa, const Matrix& x, const Matrix& codebook,
 enum class Gradient { straight_through, rotation };
 
 // Writes the gradient of x, in its dtype: what comes from `grad`, the gradient of quantized, through the estimator, and
-// pull * (x - code) / (elements of the rows that have a code).
+// pull * (x - code) / (elements of the rows that have a code). Throws std::out_of_range for an index below -1.
 void quantize_backward(const Isa& isa, const Matrix& x, const Matrix& codes, const int64_t* indices, const Matrix& grad,
                        Gradient gradient, double pull, void* x_grad, const Parallel& parallel);
 

@@ -12,18 +12,18 @@
 namespace fastvq {
 namespace {
 
-// How many elements have a code at each level, at least 1. Throws for an index that can't be.
-std::vector<double> counted_elements(const Matrix& x, const Levels& levels) {
-  std::vector<int64_t> rows(levels.count);
-  for (int64_t i = 0; i < x.rows * levels.count; ++i) {
-    const int64_t k = levels.indices[i];
-    if (k < -1 || k >= levels.size)
-      throw std::out_of_range("indices: must lie in [-1, " + std::to_string(levels.size) + "), got " +
+// How many elements have a code at each stage, at least 1. Throws for an index that can't be.
+std::vector<double> counted_elements(const Matrix& x, const Stages& stages) {
+  std::vector<int64_t> rows(stages.count);
+  for (int64_t i = 0; i < x.rows * stages.count; ++i) {
+    const int64_t k = stages.indices[i];
+    if (k < -1 || k >= stages.size)
+      throw std::out_of_range("indices: must lie in [-1, " + std::to_string(stages.size) + "), got " +
                               std::to_string(k));
-    rows[i % levels.count] += k >= 0;
+    rows[i % stages.count] += k >= 0;
   }
-  std::vector<double> elements(levels.count);
-  for (int64_t q = 0; q < levels.count; ++q) elements[q] = static_cast<double>(std::max<int64_t>(1, rows[q] * x.dim));
+  std::vector<double> elements(stages.count);
+  for (int64_t q = 0; q < stages.count; ++q) elements[q] = static_cast<double>(std::max<int64_t>(1, rows[q] * x.dim));
   return elements;
 }
 
@@ -34,46 +34,46 @@ void start_row(const T* x, int64_t i, int64_t dim, C* residual) {
   if (row != residual) std::copy_n(row, dim, residual);
 }
 
-// The code of row i at level q, or null.
+// The code of row i at stage q, or null.
 template <class C, class E>
-const C* code_of(const E* codebooks, const Levels& levels, int64_t i, int64_t q, int64_t dim, C* buffer) {
-  const int64_t k = levels.indices[i * levels.count + q];
-  return k < 0 ? nullptr : row_as(codebooks, q * levels.size + k, dim, buffer);
+const C* code_of(const E* codebooks, const Stages& stages, int64_t i, int64_t q, int64_t dim, C* buffer) {
+  const int64_t k = stages.indices[i * stages.count + q];
+  return k < 0 ? nullptr : row_as(codebooks, q * stages.size + k, dim, buffer);
 }
 
 template <class C, class T, class E>
-void forward(const Isa& isa, const T* x, const E* codebooks, const Matrix& shape, const Levels& levels, T* quantized,
+void forward(const Isa& isa, const T* x, const E* codebooks, const Matrix& shape, const Stages& stages, T* quantized,
              double* errors, C* residuals, const Parallel& parallel) {
   const int64_t rows = shape.rows, dim = shape.dim, blocks = (rows + LOSS_BLOCK - 1) / LOSS_BLOCK;
-  const std::vector<double> elements = counted_elements(shape, levels);
-  std::vector<double> squares(blocks * levels.count);
+  const std::vector<double> elements = counted_elements(shape, stages);
+  std::vector<double> squares(blocks * stages.count);
   parallel(blocks, std::max<int64_t>(1, QUANTIZE_GRAIN / (LOSS_BLOCK * dim)), [&](int64_t begin, int64_t end) {
     const Scratch<C> residual(dim), code_row(dim), sum(dim);
     for (int64_t i = begin * LOSS_BLOCK; i < std::min(end * LOSS_BLOCK, rows); ++i) {
       start_row(x, i, dim, residual.get());
       std::fill_n(sum.get(), dim, C{});
-      for (int64_t q = 0; q < levels.count; ++q) {
+      for (int64_t q = 0; q < stages.count; ++q) {
         if (residuals) std::copy_n(residual.get(), dim, residuals + (q * rows + i) * dim);
-        if (const C* code = code_of(codebooks, levels, i, q, dim, code_row.get()))
-          squares[i / LOSS_BLOCK * levels.count + q] += take_code(isa, residual.get(), code, dim, sum.get());
+        if (const C* code = code_of(codebooks, stages, i, q, dim, code_row.get()))
+          squares[i / LOSS_BLOCK * stages.count + q] += take_code(isa, residual.get(), code, dim, sum.get());
       }
       write_row(sum.get(), dim, quantized + i * dim);
     }
   });
-  for (int64_t q = 0; q < levels.count; ++q) {
+  for (int64_t q = 0; q < stages.count; ++q) {
     double total = 0.0;
-    for (int64_t block = 0; block < blocks; ++block) total += squares[block * levels.count + q];
+    for (int64_t block = 0; block < blocks; ++block) total += squares[block * stages.count + q];
     errors[q] = total / elements[q];
   }
 }
 
 template <class C, class T, class E>
-void backward(const Isa& isa, const T* x, const E* codebooks, const T* grad, const Matrix& shape, const Levels& levels,
+void backward(const Isa& isa, const T* x, const E* codebooks, const T* grad, const Matrix& shape, const Stages& stages,
               Gradient gradient, const double* pulls, T* x_grad, const Parallel& parallel) {
   const int64_t rows = shape.rows, dim = shape.dim;
-  std::vector<C> factors(levels.count);
-  const std::vector<double> elements = counted_elements(shape, levels);
-  for (int64_t q = 0; q < levels.count; ++q) factors[q] = static_cast<C>(pulls[q] / elements[q]);
+  std::vector<C> factors(stages.count);
+  const std::vector<double> elements = counted_elements(shape, stages);
+  for (int64_t q = 0; q < stages.count; ++q) factors[q] = static_cast<C>(pulls[q] / elements[q]);
   parallel(rows, std::max<int64_t>(1, QUANTIZE_GRAIN / dim), [&](int64_t begin, int64_t end) {
     const Scratch<C> residual(dim), code_row(dim), grad_row(dim), codes(dim), sum(dim);
     for (int64_t i = begin; i < end; ++i) {
@@ -81,8 +81,8 @@ void backward(const Isa& isa, const T* x, const E* codebooks, const T* grad, con
       std::fill_n(sum.get(), dim, C{});
       std::fill_n(codes.get(), dim, C{});
       const C* given = row_as(grad, i, dim, grad_row.get());
-      for (int64_t q = 0; q < levels.count; ++q) {
-        const C* code = code_of(codebooks, levels, i, q, dim, code_row.get());
+      for (int64_t q = 0; q < stages.count; ++q) {
+        const C* code = code_of(codebooks, stages, i, q, dim, code_row.get());
         if (!code) continue;
         add_gradient(isa, residual.get(), code, given, dim, gradient, factors[q], true, sum.get());
         take_code(isa, residual.get(), code, dim, codes.get());
@@ -106,20 +106,20 @@ void with_types(const Matrix& x, const Matrix& codebooks, const F& f) {
 
 }  // namespace
 
-void residual_quantize_forward(const Isa& isa, const Matrix& x, const Levels& levels, void* quantized, double* errors,
+void residual_quantize_forward(const Isa& isa, const Matrix& x, const Stages& stages, void* quantized, double* errors,
                                void* residuals, const Parallel& parallel) {
-  with_types(x, levels.codebooks, [&](const auto* elements, const auto* codes, auto zero) {
+  with_types(x, stages.codebooks, [&](const auto* elements, const auto* codes, auto zero) {
     using T = Plain<decltype(elements)>;
-    forward(isa, elements, codes, x, levels, static_cast<T*>(quantized), errors,
+    forward(isa, elements, codes, x, stages, static_cast<T*>(quantized), errors,
             static_cast<decltype(zero)*>(residuals), parallel);
   });
 }
 
-void residual_quantize_backward(const Isa& isa, const Matrix& x, const Levels& levels, const Matrix& grad,
+void residual_quantize_backward(const Isa& isa, const Matrix& x, const Stages& stages, const Matrix& grad,
                                 Gradient gradient, const double* pulls, void* x_grad, const Parallel& parallel) {
-  with_types(x, levels.codebooks, [&](const auto* elements, const auto* codes, auto zero) {
+  with_types(x, stages.codebooks, [&](const auto* elements, const auto* codes, auto zero) {
     using T = Plain<decltype(elements)>;
-    backward<decltype(zero)>(isa, elements, codes, static_cast<const T*>(grad.data), x, levels, gradient, pulls,
+    backward<decltype(zero)>(isa, elements, codes, static_cast<const T*>(grad.data), x, stages, gradient, pulls,
                              static_cast<T*>(x_grad), parallel);
   });
 }

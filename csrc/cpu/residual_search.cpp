@@ -17,9 +17,9 @@ constexpr int64_t GRAIN = 1 << 18;  // multiply-adds that a thread should have
 // A block of which more than one row in so many needs another tier isn't worth keeping together.
 constexpr int64_t RARE = 4;
 
-Matrix level_of(const Matrix& codebooks, int64_t levels, int64_t level) {
-  const int64_t size = codebooks.rows / levels;
-  return {codebooks.dtype, codebooks.row(level * size), size, codebooks.dim};
+Matrix stage_of(const Matrix& codebooks, int64_t stages, int64_t stage) {
+  const int64_t size = codebooks.rows / stages;
+  return {codebooks.dtype, codebooks.row(stage * size), size, codebooks.dim};
 }
 
 // out = rows - their codes, rounded to float32 once; rows without a code stay what they are. `out` may be what `rows`
@@ -50,23 +50,23 @@ void subtract_codes(const Isa& isa, const Matrix& rows, const Matrix& codes, con
   }
 }
 
-// Without keeping rows together: every level searches all rows.
-void level_by_level(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codebooks, int64_t levels,
+// Without keeping rows together: every stage searches all rows.
+void stage_by_stage(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codebooks, int64_t stages,
                     int64_t* indices, const Parallel& parallel) {
   const Scratch<float> residual(x.rows * x.dim);
   std::vector<int64_t> found(x.rows);
   Matrix rows = x;
-  for (int64_t level = 0; level < levels; ++level) {
-    const Matrix codes = level_of(codebooks, levels, level);
+  for (int64_t stage = 0; stage < stages; ++stage) {
+    const Matrix codes = stage_of(codebooks, stages, stage);
     search(isa, precision, rows, codes, Metric::l2, found.data(), parallel);
-    for (int64_t n = 0; n < x.rows; ++n) indices[n * levels + level] = found[n];
+    for (int64_t n = 0; n < x.rows; ++n) indices[n * stages + stage] = found[n];
     subtract_codes(isa, rows, codes, found.data(), residual.get());
     rows = {DType::f32, residual.get(), x.rows, x.dim};
   }
 }
 
-struct Level {
-  Level(const Isa& isa, const Tier& tier, const Matrix& codes, const Parallel& parallel)
+struct Stage {
+  Stage(const Isa& isa, const Tier& tier, const Matrix& codes, const Parallel& parallel)
       : codes(codes), frame(isa, codes, Metric::l2, parallel), packed(isa, tier, codes, frame, parallel) {}
 
   const Matrix codes;
@@ -78,14 +78,14 @@ void serially(int64_t count, int64_t, const std::function<void(int64_t, int64_t)
   if (count > 0) f(0, count);
 }
 
-// One block of rows through all levels. False where a level leaves too many of them open.
-bool search_block(const Isa& isa, const std::vector<std::unique_ptr<Level>>& levels, const Matrix& block, bool hand_on,
+// One block of rows through all stages. False where a stage leaves too many of them open.
+bool search_block(const Isa& isa, const std::vector<std::unique_ptr<Stage>>& stages, const Matrix& block, bool hand_on,
                   float* residual, int64_t* indices) {
-  const auto count = static_cast<int64_t>(levels.size());
+  const auto count = static_cast<int64_t>(stages.size());
   std::vector<int64_t> found(block.rows), left;
   Matrix rows = block;
-  for (int64_t level = 0; level < count; ++level) {
-    const Level& own = *levels[level];
+  for (int64_t stage = 0; stage < count; ++stage) {
+    const Stage& own = *stages[stage];
     const TierPass pass(isa, own.frame, own.packed, rows, own.codes);
     left.clear();
     pass.run({nullptr, 0, rows.rows}, found.data(), hand_on ? &left : nullptr, rows.rows);
@@ -93,8 +93,8 @@ bool search_block(const Isa& isa, const std::vector<std::unique_ptr<Level>>& lev
       if (static_cast<int64_t>(left.size()) * RARE > rows.rows || !direct_serves(rows, own.codes)) return false;
       direct_pass(isa, rows, own.codes, Metric::l2, left, found.data(), serially);
     }
-    for (int64_t i = 0; i < rows.rows; ++i) indices[i * count + level] = found[i];
-    if (level + 1 == count) break;
+    for (int64_t i = 0; i < rows.rows; ++i) indices[i * count + stage] = found[i];
+    if (stage + 1 == count) break;
     subtract_codes(isa, rows, own.codes, found.data(), residual);
     rows = {DType::f32, residual, block.rows, block.dim};
   }
@@ -103,23 +103,23 @@ bool search_block(const Isa& isa, const std::vector<std::unique_ptr<Level>>& lev
 
 }  // namespace
 
-void residual_search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codebooks, int64_t levels,
+void residual_search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codebooks, int64_t stages,
                      int64_t* indices, const Parallel& parallel) {
   const int64_t dim = x.dim;
   if (precision == Precision::direct || (precision == Precision::automatic && x.rows <= FEW_ROWS)) {
-    level_by_level(isa, precision, x, codebooks, levels, indices, parallel);
+    stage_by_stage(isa, precision, x, codebooks, stages, indices, parallel);
     return;
   }
   const bool integer = precision != Precision::float32 && isa.int16 && dim <= LARGEST_INTEGER_DIM;
-  std::vector<std::unique_ptr<Level>> packed(levels);
-  parallel(levels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t level = begin; level < end; ++level)
-      packed[level] = std::make_unique<Level>(isa, integer ? *isa.int16 : *isa.float32,
-                                              level_of(codebooks, levels, level), serially);
+  std::vector<std::unique_ptr<Stage>> packed(stages);
+  parallel(stages, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t stage = begin; stage < end; ++stage)
+      packed[stage] = std::make_unique<Stage>(isa, integer ? *isa.int16 : *isa.float32,
+                                              stage_of(codebooks, stages, stage), serially);
   });
   // A codebook of zeros, say, has no integers to be rounded to.
-  const bool fits = !integer || std::all_of(packed.begin(), packed.end(), [](const auto& level) {
-    return level->frame.usable && level->frame.norm > 0.0;
+  const bool fits = !integer || std::all_of(packed.begin(), packed.end(), [](const auto& stage) {
+    return stage->frame.usable && stage->frame.norm > 0.0;
   });
   std::vector<int64_t> again;  // rows that the blocks leave open
   std::mutex merging;
@@ -132,7 +132,7 @@ void residual_search(const Isa& isa, Precision precision, const Matrix& x, const
     int64_t row = begin;
     for (bool going = fits; going && row < end; row += going ? block : 0) {
       const Matrix rows{x.dtype, x.row(row), std::min(block, end - row), dim};
-      going = search_block(isa, packed, rows, integer, residual.get(), indices + row * levels);
+      going = search_block(isa, packed, rows, integer, residual.get(), indices + row * stages);
     }
     const std::lock_guard<std::mutex> lock(merging);
     for (; row < end; ++row) again.push_back(row);
@@ -142,9 +142,9 @@ void residual_search(const Isa& isa, Precision precision, const Matrix& x, const
   const Scratch<char> gathered(count * row_bytes);
   for (int64_t i = 0; i < count; ++i)
     std::copy_n(static_cast<const char*>(x.row(again[i])), row_bytes, gathered.get() + i * row_bytes);
-  std::vector<int64_t> found(count * levels);
-  level_by_level(isa, precision, {x.dtype, gathered.get(), count, dim}, codebooks, levels, found.data(), parallel);
-  for (int64_t i = 0; i < count; ++i) std::copy_n(found.begin() + i * levels, levels, indices + again[i] * levels);
+  std::vector<int64_t> found(count * stages);
+  stage_by_stage(isa, precision, {x.dtype, gathered.get(), count, dim}, codebooks, stages, found.data(), parallel);
+  for (int64_t i = 0; i < count; ++i) std::copy_n(found.begin() + i * stages, stages, indices + again[i] * stages);
 }
 
 }  // namespace fastvq

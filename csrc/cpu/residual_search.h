@@ -1,4 +1,4 @@
-// Residual quantization: each level's nearest code of what the levels before it left over.
+// Residual quantization: each stage's nearest code of what the stages before it left over.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,9 @@
 
 namespace fastvq {
 
-// Writes the codes of row n under all levels to indices[n * levels ...]. `codebooks` holds the codes of all levels, one
-// level after the other. The residual is rounded to float32 between levels.
-void residual_search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codebooks, int64_t levels,
+// Writes the codes of row n under all stages to indices[n * stages ...]. `codebooks` holds the codes of all stages, one
+// stage after the other. The residual is rounded to float32 between stages.
+void residual_search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codebooks, int64_t stages,
                      int64_t* indices, const Parallel& parallel);
 
 }  // namespace fastvq

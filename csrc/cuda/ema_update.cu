@@ -4,8 +4,8 @@
 namespace fastvq::cuda {
 
 void ema_update(const Context& context, float* codebook, float* cluster_size, float* embed_avg, const float* counts,
-                const float* sums, int64_t size, int64_t dim, double decay, double eps) {
-  const EmaState state{codebook, cluster_size, embed_avg, counts, sums, nullptr, size, dim, 0, decay, eps};
+                const float* sums, const float* weight, int64_t size, int64_t dim, double decay, double eps) {
+  const EmaState state{codebook, cluster_size, embed_avg, counts, sums, weight, nullptr, size, dim, 0, decay, eps};
   ema_update(state, static_cast<Stream>(context.stream), context.take);
 }
 

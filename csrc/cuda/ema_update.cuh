@@ -13,24 +13,30 @@ constexpr int EMA_CODES = 16;       // of a block
 struct EmaState {
   float *codebook, *cluster_size, *embed_avg;
   const float *counts, *sums;
-  double* totals;  // [parts]: of the updated cluster sizes
+  const float* weight;  // [size], or null for ones
+  double* totals;       // [parts]: of the updated cluster sizes
   int64_t size, dim, parts;
   double decay, eps;
+
+  // The share of the new statistics in the averages of code k.
+  __device__ float share(int64_t k) const {
+    const float step = static_cast<float>(1.0 - decay);
+    return weight ? step * weight[k] : step;
+  }
 };
 
-// a moved towards b by weight, exact at both ends.
-__device__ inline float lerp(float a, float b, float weight) {
-  return weight < 0.5f ? a + weight * (b - a) : b - (b - a) * (1.0f - weight);
+// Linear interpolation between a and b, exact at both ends.
+__device__ inline float lerp(float a, float b, float share) {
+  return share < 0.5f ? a + share * (b - a) : b - (b - a) * (1.0f - share);
 }
 
 // A block has a part of the codes, the same for every device: so is the order of the sum.
 static __global__ void __launch_bounds__(EMA_THREADS) ema_sizes(EmaState state) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
-  const float weight = static_cast<float>(1.0 - state.decay);
   double total = 0.0;
   for (int64_t k = static_cast<int64_t>(blockIdx.x) * EMA_THREADS + threadIdx.x; k < state.size;
        k += state.parts * EMA_THREADS) {
-    const float moved = lerp(state.cluster_size[k], state.counts[k], weight);
+    const float moved = lerp(state.cluster_size[k], state.counts[k], state.share(k));
     state.cluster_size[k] = moved;
     total += moved;
   }
@@ -48,16 +54,16 @@ static __global__ void __launch_bounds__(EMA_THREADS) ema_codes(EmaState state) 
   const int64_t first = static_cast<int64_t>(blockIdx.x) * EMA_CODES, last = min(first + EMA_CODES, state.size);
   if (threadIdx.x < EMA_CODES && first + threadIdx.x < last) {
     const double size = state.cluster_size[first + threadIdx.x];
-    const double share = (size + state.eps) / (total + static_cast<double>(state.size) * state.eps);
-    smoothed[threadIdx.x] = static_cast<float>(share * total);
+    const double fraction = (size + state.eps) / (total + static_cast<double>(state.size) * state.eps);
+    smoothed[threadIdx.x] = static_cast<float>(fraction * total);
   }
   __syncthreads();
-  const float weight = static_cast<float>(1.0 - state.decay);
   const int elements = static_cast<int>((last - first) * state.dim);
   for (int at = threadIdx.x; at < elements; at += EMA_THREADS) {
     const int64_t i = first * state.dim + at;
-    const float size = smoothed[at / static_cast<int>(state.dim)];
-    const float moved = lerp(state.embed_avg[i], state.sums[i], weight);
+    const int code = at / static_cast<int>(state.dim);
+    const float size = smoothed[code];
+    const float moved = lerp(state.embed_avg[i], state.sums[i], state.share(first + code));
     state.embed_avg[i] = moved;
     if (size > 0.0f) state.codebook[i] = moved / size;
   }

@@ -4,7 +4,7 @@
 //   scan_slices   of each slice of the codes and each row, where the smallest score lies
 //   settle_row    a block has a row, and looks at the slices that may hold its nearest code once more
 //
-// A search takes a launch for each, a residual search one for all levels, in which every block waits for the others.
+// A search takes a launch for each, a residual search one for all stages, in which every block waits for the others.
 #pragma once
 
 #include "direct.cuh"
@@ -21,13 +21,13 @@ struct FewRows {
   Values x;       // [heads, n, dim]
   Codes codes;    // [heads]
   Range* ranges;  // [heads, slices, n]
-  int64_t* out;   // [heads, n], or [n, levels]
+  int64_t* out;   // [heads, n], or [n, stages]
   int64_t n;
   int slices;
   int64_t share;  // codes of a slice
   int width;
-  int levels;
-  float* residual;    // [n, dim], of few_levels
+  int stages;
+  float* residual;    // [n, dim], of few_stages
   unsigned* arrived;  // blocks at the grid's barrier
 };
 

@@ -28,17 +28,18 @@ const char* unfit();
 void search(const Context& context, Values x, Values codebook, Metric metric, int64_t heads, int64_t n, int64_t size,
             int64_t dim, int64_t* out);
 
-// x [n, dim], codebooks [levels, size, dim], out [n, levels].
-void residual_search(const Context& context, Values x, Values codebooks, int64_t levels, int64_t n, int64_t size,
+// x [n, dim], codebooks [stages, size, dim], out [n, stages].
+void residual_search(const Context& context, Values x, Values codebooks, int64_t stages, int64_t n, int64_t size,
                      int64_t dim, int64_t* out);
 
 // x [n, dim], indices [n], counts [size], sums [size, dim].
 void accumulate(const Context& context, Values x, const int64_t* indices, int64_t n, int64_t dim, int64_t size,
                 float* counts, float* sums);
 
-// One step of the moving averages, in place: codebook, embed_avg and sums [size, dim], cluster_size and counts [size].
+// One step of the moving averages, in place: codebook, embed_avg and sums [size, dim], cluster_size, counts and
+// weight [size]; weight may be null.
 void ema_update(const Context& context, float* codebook, float* cluster_size, float* embed_avg, const float* counts,
-                const float* sums, int64_t size, int64_t dim, double decay, double eps);
+                const float* sums, const float* weight, int64_t size, int64_t dim, double decay, double eps);
 
 // x [n, dim], codes [count, dim], distances [n], in place.
 void min_distance(const Context& context, Values x, Values codes, int64_t n, int64_t count, int64_t dim,

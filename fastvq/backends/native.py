@@ -147,19 +147,18 @@ def unavailable(device: torch.device) -> str:
 
 
 def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
-    return torch.ops.fastvq.native_search(x.contiguous(), codebook.contiguous(), metric=METRICS.index(metric))
+    return torch.ops.fastvq.native_search(x, codebook, metric=METRICS.index(metric))
 
 
 def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
-    return torch.ops.fastvq.native_residual_search(x.contiguous(), codebooks.contiguous())
+    return torch.ops.fastvq.native_residual_search(x, codebooks)
 
 
 def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2") -> Tensor:
-    return torch.ops.fastvq.native_topk_search(x.contiguous(), codebook.contiguous(), k, metric=METRICS.index(metric))
+    return torch.ops.fastvq.native_topk_search(x, codebook, k, metric=METRICS.index(metric))
 
 
 def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, metric: str = "l2") -> Tensor:
-    x, codebook = x.contiguous(), codebook.contiguous()
     return torch.ops.fastvq.native_sample(x, codebook, temperature=temperature, seed=seed, metric=METRICS.index(metric))
 
 
@@ -168,8 +167,7 @@ def soft_assign_forward(
 ) -> tuple[Tensor, ...]:
     if compute_dtype(x, codebook) == torch.float64:  # kernels are in float32
         return eager.soft_assign.soft_assign_forward(x, codebook, mask, metric=metric, **options)
-    tensors = _contiguous(x, codebook, mask)
-    return torch.ops.fastvq.native_soft_assign_forward(*tensors, metric=SOFT_METRICS.index(metric), **options)
+    return torch.ops.fastvq.native_soft_assign_forward(x, codebook, mask, metric=SOFT_METRICS.index(metric), **options)
 
 
 def soft_assign_backward(
@@ -183,76 +181,36 @@ def soft_assign_backward(
 ) -> tuple[Tensor, ...]:
     if compute_dtype(x, codebook) == torch.float64:
         return eager.soft_assign.soft_assign_backward(x, codebook, mask, logsumexp, *grads, metric=metric, **options)
-    tensors = _contiguous(x, codebook, mask, logsumexp, *grads)
+    tensors = (x, codebook, mask, logsumexp, *grads)
     return torch.ops.fastvq.native_soft_assign_backward(*tensors, metric=SOFT_METRICS.index(metric), **options)
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
+def quantize_backward(*tensors: Tensor, gradient: str, **options: Any) -> Tensor:
+    return torch.ops.fastvq.native_quantize_backward(*tensors, gradient=GRADIENTS.index(gradient), **options)
 
 
-def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.fastvq.native_quantize_forward(
-        x.contiguous(), codebook.contiguous(), indices.contiguous(), keep_codes
-    )
+def residual_quantize_backward(*tensors: Tensor, gradient: str, **options: Any) -> Tensor:
+    return torch.ops.fastvq.native_residual_quantize_backward(*tensors, gradient=GRADIENTS.index(gradient), **options)
 
 
-def quantize_backward(
-    x: Tensor,
-    codes: Tensor,
-    indices: Tensor,
-    quantized_grad: Tensor,
-    loss_grad: Tensor,
-    *,
-    gradient: str,
-    **options: Any,
-) -> Tensor:
-    tensors = (x, codes, indices, quantized_grad, loss_grad)
-    work = [t.contiguous() for t in tensors]
-    return torch.ops.fastvq.native_quantize_backward(*work, gradient=GRADIENTS.index(gradient), **options)
+def quantize_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.fastvq.native_quantize_forward(*arguments)
 
 
-def residual_quantize_forward(
-    x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.fastvq.native_residual_quantize_forward(
-        x.contiguous(), codebooks.contiguous(), indices.contiguous(), keep_residuals
-    )
-
-
-def residual_quantize_backward(
-    x: Tensor,
-    codebooks: Tensor,
-    indices: Tensor,
-    quantized_grad: Tensor,
-    error_grads: Tensor,
-    *,
-    gradient: str,
-    **options: Any,
-) -> Tensor:
-    tensors = (x, codebooks, indices, quantized_grad, error_grads)
-    work = [t.contiguous() for t in tensors]
-    return torch.ops.fastvq.native_residual_quantize_backward(*work, gradient=GRADIENTS.index(gradient), **options)
+def residual_quantize_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.fastvq.native_residual_quantize_forward(*arguments)
 
 
 def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    return torch.ops.fastvq.native_accumulate(x.contiguous(), indices.contiguous(), codebook_size)
+    return torch.ops.fastvq.native_accumulate(x, indices, codebook_size)
 
 
-def ema_update_(*tensors: Tensor, decay: float, eps: float) -> None:
-    # The kernel writes through plain pointers: what isn't contiguous is updated in a copy and written back.
-    work = [t.contiguous() for t in tensors]
-    torch.ops.fastvq.native_ema_update_(*work, decay=decay, eps=eps)
-    for target, result in zip(tensors[:3], work, strict=False):
-        if target is not result:
-            target.copy_(result)
+def ema_update_(*tensors: Tensor, **options: Any) -> None:
+    torch.ops.fastvq.native_ema_update_(*tensors, **options)
 
 
 def min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
-    work = distances.contiguous()
-    torch.ops.fastvq.native_min_distance_(work, x.contiguous(), codes.contiguous())
-    if work is not distances:
-        distances.copy_(work)
+    torch.ops.fastvq.native_min_distance_(distances, x, codes)
 
 
 def _on_cpu(kernel: Callable[..., Any], operations: Callable[..., Any]) -> Callable[..., Any]:

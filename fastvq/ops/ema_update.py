@@ -12,7 +12,15 @@ from .registry import op
 
 
 def _check_ema_update(
-    codebook: Tensor, cluster_size: Tensor, embed_avg: Tensor, counts: Tensor, sums: Tensor, *, decay: float, eps: float
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_avg: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    *,
+    decay: float,
+    eps: float,
+    weight: Tensor | None,
 ) -> None:
     if codebook.dim() != 2:
         raise ValueError(f"codebook: must have shape (K, D), got {tuple(codebook.shape)}")
@@ -23,7 +31,10 @@ def _check_ema_update(
         ("embed_avg", embed_avg, like_codes),
         ("counts", counts, like_sizes),
         ("sums", sums, like_codes),
+        ("weight", weight, like_sizes),
     ):
+        if tensor is None:
+            continue
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name}: must be float32 whatever the module's dtype is, got {tensor.dtype}")
         if tensor.shape != shape:
@@ -36,8 +47,50 @@ def _check_ema_update(
         raise ValueError(f"eps: must not be negative, got {eps}")
 
 
-def _ema_update_fake(*tensors: Tensor, decay: float, eps: float) -> None:
-    _check_ema_update(*tensors, decay=decay, eps=eps)
+def _check_overlap(written: tuple[Tensor, ...], read: tuple[Tensor | None, ...]) -> None:
+    """Refuse memory that is written twice, or written and read. It costs little unless tensors share a range."""
+    names = ("codebook", "cluster_size", "embed_avg", "counts", "sums", "weight")
+    given = [(name, t) for name, t in zip(names, (*written, *read), strict=True) if t is not None]
+    for i, (name, tensor) in enumerate(given[: len(written)]):
+        if tensor.numel() and _offsets_repeat(tensor):
+            raise ValueError(f"{name}: must have memory of its own for each element, but is expanded from fewer")
+        for other_name, other in given[i + 1 :]:
+            if _ranges_meet(tensor, other) and _share_elements(tensor, other):
+                raise ValueError(f"{other_name}: must not overlap {name} in memory, which is written")
+
+
+def _ranges_meet(a: Tensor, b: Tensor) -> bool:
+    first, last = a.data_ptr(), b.data_ptr()
+    return first < last + _span(b) and last < first + _span(a) and a.numel() > 0 and b.numel() > 0
+
+
+def _span(tensor: Tensor) -> int:
+    """The bytes from the first element to the end of the last one."""
+    if tensor.is_contiguous():
+        return 4 * tensor.numel()
+    return 4 * (1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)))
+
+
+def _offsets_repeat(tensor: Tensor) -> bool:
+    return not tensor.is_contiguous() and len(torch.unique(_offsets(tensor))) < tensor.numel()
+
+
+def _share_elements(a: Tensor, b: Tensor) -> bool:
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    return bool(torch.isin(a.data_ptr() // 4 + _offsets(a), b.data_ptr() // 4 + _offsets(b)).any())
+
+
+def _offsets(tensor: Tensor) -> Tensor:
+    """The places of the elements in memory, counted from the first."""
+    offsets = torch.zeros((), dtype=torch.int64)
+    for size, step in zip(tensor.shape, tensor.stride(), strict=True):
+        offsets = offsets[..., None] + step * torch.arange(size)
+    return offsets.flatten()
+
+
+def _ema_update_fake(*tensors: Tensor, decay: float, eps: float, weight: Tensor | None = None) -> None:
+    _check_ema_update(*tensors, decay=decay, eps=eps, weight=weight)
 
 
 @op(fake=_ema_update_fake, mutates=("codebook", "cluster_size", "embed_avg"))
@@ -50,11 +103,12 @@ def ema_update_(
     *,
     decay: float,
     eps: float,
+    weight: Tensor | None = None,
 ) -> None:
     """One step of the codebook's exponential moving averages, in place.
 
-        N_k <- decay N_k + (1 - decay) counts_k
-        m_k <- decay m_k + (1 - decay) sums_k
+        N_k <- N_k + w_k (1 - decay) (counts_k - N_k)
+        m_k <- m_k + w_k (1 - decay) (sums_k - m_k)
         e_k <- m_k / N'_k   with   N'_k = (N_k + eps) / (N + K eps) N,   N = sum_k N_k
 
     A code whose N'_k isn't positive (nothing was ever counted) stays as it is.
@@ -64,8 +118,11 @@ def ema_update_(
         counts, sums: of this step, (K,) and (K, D), from `accumulate`.
         decay: share of the old average that is kept, in [0, 1].
         eps: Laplace smoothing of the cluster sizes, not negative.
+        weight: w, (K,), the factor of a code's step; None for ones.
 
-    All tensors are float32 and on one device. Deterministic for any number of threads.
+    All tensors are float32 and on one device. The written tensors overlap no other in memory. Deterministic for any
+    number of threads. The product w_k (1 - decay) is rounded to float32; where it is 0 or 1, N_k and m_k are exactly
+    the old or the new values.
 
     Raises:
         TypeError, ValueError: what doesn't fit, by name. RuntimeError: it is called within a backward pass, as happens
@@ -73,12 +130,13 @@ def ema_update_(
 
     Source: van den Oord et al. 2017, appendix A.1, equations 6 to 8; smoothing as in Sonnet's VectorQuantizerEMA.
     """
-    _check_ema_update(codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps)
+    _check_ema_update(codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps, weight=weight)
+    _check_overlap((codebook, cluster_size, embed_avg), (counts, sums, weight))
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "a codebook would learn a batch again, within backward: keep compiled layers that learn out of what"
             " activation checkpointing repeats, or leave them uncompiled"
         )
     backends.select("ema_update_", codebook.device)(
-        codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps
+        codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps, weight=weight
     )

@@ -17,20 +17,17 @@ _library = torch.library.Library("fastvq", "DEF")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def op(
-    *, fake: Callable[..., Any], mutates: tuple[str, ...] = (), not_native: tuple[str, ...] = ()
-) -> Callable[[_F], _F]:
+def op(*, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[_F], _F]:
     """Registers the decorated function as an op and returns a function of its signature that calls the op.
 
-    `native_<name>` gets the same schema, for the compiled library to implement, less the arguments `not_native`, with
-    which the op deals before it calls a backend, and with an integer for each string: its place in METRICS,
-    SOFT_METRICS or GRADIENTS. Libraries built with torch 2.13 leak every string that they are given.
+    `native_<name>` gets the same schema, for the compiled library to implement, with an integer for each string: its
+    place in METRICS, SOFT_METRICS or GRADIENTS. Libraries built with torch 2.13 leak every string that they are given.
     """
 
     def register(function: _F) -> _F:
         name = function.__name__
         schemas = {name: torch.library.infer_schema(function, mutates_args=mutates)}
-        schemas[f"native_{name}"] = _schema_without(function, mutates, not_native)
+        schemas[f"native_{name}"] = _integer_schema(function, mutates)
         for op_name, schema in schemas.items():
             _library.define(op_name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Without a graph, which would hold every temporary tensor of a search that nothing differentiates.
@@ -81,7 +78,7 @@ def _bump_versions(function: Callable[..., Any], mutates: tuple[str, ...]) -> Ca
     return run
 
 
-def _schema_without(function: Callable[..., Any], mutates: tuple[str, ...], names: tuple[str, ...]) -> str:
+def _integer_schema(function: Callable[..., Any], mutates: tuple[str, ...]) -> str:
     signature = inspect.signature(function)
 
     def prototype(*args: Any, **kwargs: Any) -> None: ...
@@ -89,7 +86,6 @@ def _schema_without(function: Callable[..., Any], mutates: tuple[str, ...], name
     kept = [
         p.replace(annotation=int, default=p.empty) if p.annotation in (str, "str") else p
         for p in signature.parameters.values()
-        if p.name not in names
     ]
     prototype.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
     prototype.__module__ = function.__module__

@@ -27,7 +27,7 @@ def _residual_search_fake(x: Tensor, codebooks: Tensor, *, mask: Tensor | None =
     return x.new_empty((x.shape[0], codebooks.shape[0]), dtype=torch.int64)
 
 
-@op(fake=_residual_search_fake, not_native=("mask",))
+@op(fake=_residual_search_fake)
 def residual_search(x: Tensor, codebooks: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """The codes of each vector under residual quantization: each level codes what the levels before it left over.
 

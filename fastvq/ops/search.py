@@ -49,7 +49,7 @@ def _search_fake(x: Tensor, codebook: Tensor, *, metric: str = "l2", mask: Tenso
     return x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
-@op(fake=_search_fake, not_native=("mask",))
+@op(fake=_search_fake)
 def search(x: Tensor, codebook: Tensor, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
     """The exact nearest code of each vector.
 

@@ -25,7 +25,7 @@ def _topk_search_fake(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2"
     return x.new_empty((*x.shape[:-1], k), dtype=torch.int64)
 
 
-@op(fake=_topk_search_fake, not_native=("mask",))
+@op(fake=_topk_search_fake)
 def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
     """The k nearest codes of each vector, nearest first.
 

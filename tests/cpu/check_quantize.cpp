@@ -1,5 +1,5 @@
 // The quantize step on every instruction set against plain loops in float64: outputs exactly, sums and gradients to
-// rounding, one level and several, in exact buffers so that a sanitizer sees what lies beyond them.
+// rounding, one stage and several, in exact buffers so that a sanitizer sees what lies beyond them.
 #include <cmath>
 #include <cstdio>
 #include <vector>
@@ -13,8 +13,8 @@ namespace {
 using fastvq::DType;
 using fastvq::Gradient;
 using fastvq::Isa;
-using fastvq::Levels;
 using fastvq::Matrix;
+using fastvq::Stages;
 
 void in_pieces(int64_t count, int64_t, const std::function<void(int64_t, int64_t)>& f) {
   for (int64_t begin = 0; begin < count; begin += 3) f(begin, std::min(begin + 3, count));
@@ -45,18 +45,18 @@ bool near(double a, double b, double scale) {
   return std::fabs(a - b) <= 2e-5 * (scale + std::fabs(b));
 }
 
-int64_t check(const Isa& isa, int64_t n, int64_t k, int64_t d, int64_t levels, Gradient gradient) {
-  std::vector<float> x(n * d), codes(levels * k * d), grad(n * d), quantized(n * d), x_grad(n * d);
-  std::vector<float> residuals(levels * n * d);
-  std::vector<int64_t> indices(n * levels);
+int64_t check(const Isa& isa, int64_t n, int64_t k, int64_t d, int64_t stages, Gradient gradient) {
+  std::vector<float> x(n * d), codes(stages * k * d), grad(n * d), quantized(n * d), x_grad(n * d);
+  std::vector<float> residuals(stages * n * d);
+  std::vector<int64_t> indices(n * stages);
   for (float& value : x) value = static_cast<float>(cases::normal());
   for (float& value : codes) value = static_cast<float>(cases::normal());
   for (float& value : grad) value = static_cast<float>(cases::normal());
   for (int64_t& index : indices) index = static_cast<int64_t>(cases::generator() % (k + 1)) - 1;
   const Matrix rows{DType::f32, x.data(), n, d}, own_grad{DType::f32, grad.data(), n, d};
-  const Levels all{{DType::f32, codes.data(), levels * k, d}, indices.data(), levels, k};
-  std::vector<double> errors(levels), pulls(levels, 0.5);
-  if (levels > 1) {
+  const Stages all{{DType::f32, codes.data(), stages * k, d}, indices.data(), stages, k};
+  std::vector<double> errors(stages), pulls(stages, 0.5);
+  if (stages > 1) {
     fastvq::residual_quantize_forward(isa, rows, all, quantized.data(), errors.data(), residuals.data(), in_pieces);
     fastvq::residual_quantize_backward(isa, rows, all, own_grad, gradient, pulls.data(), x_grad.data(), in_pieces);
   } else {
@@ -68,14 +68,14 @@ int64_t check(const Isa& isa, int64_t n, int64_t k, int64_t d, int64_t levels, G
   }
 
   int64_t wrong = 0;
-  std::vector<double> squares(levels), counted(levels);
-  for (int64_t i = 0; i < n * levels; ++i) counted[i % levels] += indices[i] >= 0 ? static_cast<double>(d) : 0.0;
+  std::vector<double> squares(stages), counted(stages);
+  for (int64_t i = 0; i < n * stages; ++i) counted[i % stages] += indices[i] >= 0 ? static_cast<double>(d) : 0.0;
   for (int64_t i = 0; i < n; ++i) {
     std::vector<float> rest(&x[i * d], &x[i * d] + d), sum(d);
     std::vector<double> expected(d), g(&grad[i * d], &grad[i * d] + d);
-    for (int64_t q = 0; q < levels; ++q) {
+    for (int64_t q = 0; q < stages; ++q) {
       for (int64_t j = 0; j < d; ++j) wrong += residuals[(q * n + i) * d + j] != rest[j];
-      const int64_t index = indices[i * levels + q];
+      const int64_t index = indices[i * stages + q];
       if (index < 0) continue;
       const float* code = &codes[(q * k + index) * d];
       const std::vector<double> r(rest.begin(), rest.end()), e(code, code + d);
@@ -95,10 +95,10 @@ int64_t check(const Isa& isa, int64_t n, int64_t k, int64_t d, int64_t levels, G
       wrong += d > 1 && !near(x_grad[i * d + j], expected[j], 10 * scale);
     }
   }
-  for (int64_t q = 0; q < levels; ++q) wrong += !near(errors[q], squares[q] / std::max(1.0, counted[q]), 0.0);
+  for (int64_t q = 0; q < stages; ++q) wrong += !near(errors[q], squares[q] / std::max(1.0, counted[q]), 0.0);
   if (wrong)
-    std::printf("%s: N=%d K=%d D=%d, %d levels: %d wrong\n", isa.name, static_cast<int>(n), static_cast<int>(k),
-                static_cast<int>(d), static_cast<int>(levels), static_cast<int>(wrong));
+    std::printf("%s: N=%d K=%d D=%d, %d stages: %d wrong\n", isa.name, static_cast<int>(n), static_cast<int>(k),
+                static_cast<int>(d), static_cast<int>(stages), static_cast<int>(wrong));
   return wrong;
 }
 
@@ -112,9 +112,9 @@ int main() {
       continue;
     }
     for (int64_t d : {1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 64, 100})
-      for (int64_t levels : {1, 2, 5})
+      for (int64_t stages : {1, 2, 5})
         for (Gradient gradient : {Gradient::straight_through, Gradient::rotation}) {
-          wrong += check(*isa, 150, 9, d, levels, gradient);
+          wrong += check(*isa, 150, 9, d, stages, gradient);
           ++checked;
         }
   }

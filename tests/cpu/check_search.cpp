@@ -75,7 +75,7 @@ int64_t check(const Isa& isa, Precision precision, const Case& c, DType dtype, M
   int64_t wrong = 0;
   for (int64_t i = 0; i < n; ++i) wrong += indices[i] != definition(x.data() + i * d, codes, k, d, metric);
 
-  if (k % 2 == 0 && metric == Metric::l2) {  // the codes as two levels
+  if (k % 2 == 0 && metric == Metric::l2) {  // the codes as two stages
     const int64_t half = k / 2;
     const std::vector<T> first(codes.begin(), codes.begin() + half * d), second(codes.begin() + half * d, codes.end());
     std::vector<int64_t> both(2 * n, -7);

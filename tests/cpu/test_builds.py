@@ -20,7 +20,7 @@ ISAS = {
     "avx512_vnni": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
 }
 X86 = platform.machine() == "x86_64"
-CHECKS = ("check_search", "check_bound", "check_quantize", "check_ranking", "check_soft")
+CHECKS = ("check_search", "check_bound", "check_quantize", "check_ranking", "check_soft_assign")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
 
 

@@ -83,6 +83,7 @@ void run_ema_update() {
   const int64_t elements = state.size * state.dim;
   state.codebook = floats(elements), state.cluster_size = floats(state.size), state.embed_avg = floats(elements);
   state.counts = floats(state.size), state.sums = floats(elements);
+  if (read<int64_t>()) state.weight = floats(state.size);
   ema_update(state, nullptr, [&](size_t bytes) { return memory(bytes); });
   write(state.codebook, elements * sizeof(float));
   write(state.cluster_size, state.size * sizeof(float));
@@ -125,19 +126,19 @@ void run_search() {
 
 void run_residual_search() {
   Memory memory;
-  const auto levels = read<int64_t>(), n = read<int64_t>(), size = read<int64_t>(), dim = read<int64_t>();
+  const auto stages = read<int64_t>(), n = read<int64_t>(), size = read<int64_t>(), dim = read<int64_t>();
   const Path path = read_path();
   const Values x = read_values(memory, n * dim);
-  const Values codebooks = read_values(memory, levels * size * dim);
+  const Values codebooks = read_values(memory, stages * size * dim);
   const Codes codes = codes_of(codebooks, size, static_cast<int>(dim), Metric::l2, x);
-  auto* out = static_cast<int64_t*>(memory(n * levels * sizeof(int64_t)));
+  auto* out = static_cast<int64_t*>(memory(n * stages * sizeof(int64_t)));
   const auto take = [&](size_t bytes) { return memory(bytes); };
-  const auto search = [&](Values rows, const Codes& level, int64_t* found) {
-    Search<decltype(take)>{rows, level, n, 1, found, machine_of(0), nullptr, take}.run(path);
+  const auto search = [&](Values rows, const Codes& stage, int64_t* found) {
+    Search<decltype(take)>{rows, stage, n, 1, found, machine_of(0), nullptr, take}.run(path);
   };
   const bool few = path == Path::automatic || path == Path::few;
-  residual_search(x, codes, n, static_cast<int>(levels), out, few, machine_of(0), nullptr, take, search);
-  write(out, n * levels * sizeof(int64_t));
+  residual_search(x, codes, n, static_cast<int>(stages), out, few, machine_of(0), nullptr, take, search);
+  write(out, n * stages * sizeof(int64_t));
 }
 
 // Calls visit(name, tile, columns at most) for each scan on matrix units.
@@ -162,7 +163,7 @@ void run_needs() {
   };
   say("few_scan", FEW_THREADS, few_shared(columns));
   say("few_settle", FEW_THREADS, few_shared(columns));
-  say("few_levels", FEW_THREADS, few_shared(columns));
+  say("few_stages", FEW_THREADS, few_shared(columns));
   say("define", FEW_THREADS, define_shared(columns));
   say("scan_cores<4>", CORES_THREADS, cores_shared<4>());
   say("scan_cores<8>", CORES_THREADS, cores_shared<8>());

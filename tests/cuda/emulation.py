@@ -164,10 +164,13 @@ def accumulate(x: Tensor, indices: Tensor, size: int) -> Call:
     return call.returns(torch.float32, size).returns(torch.float32, size, dim)
 
 
-def ema_update(*tensors: Tensor, decay: float, eps: float) -> Call:
+def ema_update(*tensors: Tensor, decay: float, eps: float, weight: Tensor | None = None) -> Call:
     call = Call("ema_").integers(*tensors[0].shape).numbers(decay, eps)
     for tensor in tensors:
         call.tensor(tensor)
+    call.integers(weight is not None)
+    if weight is not None:
+        call.tensor(weight)
     for tensor in tensors[:3]:
         call.returns(torch.float32, *tensor.shape)
     return call
@@ -188,6 +191,6 @@ def search(x: Tensor, codebook: Tensor, metric: str = "l2", path: str = "automat
 
 
 def residual_search(x: Tensor, codebooks: Tensor, path: str = "automatic") -> Call:
-    levels, size, dim = codebooks.shape
-    call = Call("resi").integers(levels, x.shape[0], size, dim).text(path)
-    return call.tensor(x, typed=True).tensor(codebooks, typed=True).returns(torch.int64, x.shape[0], levels)
+    stages, size, dim = codebooks.shape
+    call = Call("resi").integers(stages, x.shape[0], size, dim).text(path)
+    return call.tensor(x, typed=True).tensor(codebooks, typed=True).returns(torch.int64, x.shape[0], stages)

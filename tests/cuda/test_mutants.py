@@ -120,7 +120,7 @@ MUTANTS = (
         "address", "AddressSanitizer",
     ),
     Mutant(
-        "levels don't wait for each other", residual(9, 3, 60, 5),
+        "stages don't wait for each other", residual(9, 3, 60, 5),
         "residual_search.cuh", "    grid_barrier(few.arrived);\n    for",
         "    if (!MUTANT) grid_barrier(few.arrived);\n    for",
         processors=3,

@@ -9,7 +9,7 @@ from fastvq.backends import reference
 from fastvq.kernels import ema_update as kernels
 from fastvq.kernels.ema_update import ema_update_
 
-from ..cases import close, generator
+from ..cases import close, generator, weighted_by_loop
 from .test_accumulate import guard
 
 
@@ -49,6 +49,33 @@ def test_equals_the_reference(eps, decay, device, poison):
             source = statistics if decay == 0 else state[1:]
             assert torch.equal(actual[1], source[0])
             assert torch.equal(actual[2], source[1])
+
+
+def weights(k):
+    """Shares of 0 and 1 with decay 0.75, between and beyond them."""
+    return torch.tensor([0.0, 4.0, 1.0, 0.3, 2.5])[torch.arange(k) % 5]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.75, 1.0])
+def test_a_weight_scales_the_step_of_each_code(decay, device, poison):
+    for shape in [(1, 1), (7, 3), (100, 33), (33, 257)]:
+        state, statistics = state_and_statistics(*shape)
+        weight = weights(shape[0])
+        actual = update(state, statistics, device, decay=decay, eps=1e-5, weight=weight.to(device))
+        for a, b in zip(actual, weighted_by_loop(state, statistics, weight, decay, 1e-5), strict=True):
+            close(a, b)
+        for k, share in enumerate(((1 - decay) * weight).tolist()):
+            if share in (0, 1):
+                source = statistics if share else state[1:]
+                assert torch.equal(actual[1][k], source[0][k])
+                assert torch.equal(actual[2][k], source[1][k])
+
+
+def test_a_weight_of_one_changes_no_bit(device):
+    state, statistics = state_and_statistics(100, 33)
+    plain = update(state, statistics, device, decay=0.8, eps=1e-5)
+    weighted = update(state, statistics, device, decay=0.8, eps=1e-5, weight=torch.ones(200, device=device)[::2])
+    assert all(torch.equal(a, b) for a, b in zip(plain, weighted, strict=True))
 
 
 def test_more_sizes_than_a_program_sums(device, monkeypatch, poison):

@@ -8,7 +8,7 @@ import torch
 import fastvq
 from fastvq.backends import reference
 
-from ..cases import close, generator
+from ..cases import close, generator, weighted_by_loop
 
 
 def state_and_statistics(k, d, seed=0):
@@ -58,6 +58,58 @@ def test_the_ends_of_decay_are_exact(backend):
     for kind in (1, 2):
         assert torch.equal(kept[kind], state[kind])
         assert torch.equal(replaced[kind], statistics[kind - 1])
+
+
+def weights(k):
+    """Shares of 0 and 1 with decay 0.75, between and beyond them."""
+    return torch.tensor([0.0, 4.0, 1.0, 0.3, 2.5])[torch.arange(k) % 5]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.75, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (100, 33)], ids=str)
+def test_a_weight_scales_the_step_of_each_code(shape, decay, backend):
+    state, statistics = state_and_statistics(*shape)
+    weight = weights(shape[0])
+    actual = update_by(backend, state, statistics, decay=decay, eps=1e-5, weight=weight)
+    for a, b in zip(actual, weighted_by_loop(state, statistics, weight, decay, 1e-5), strict=True):
+        close(a, b)
+    for k, share in enumerate(((1 - decay) * weight).tolist()):
+        if share in (0, 1):
+            source = statistics if share else state[1:]
+            assert torch.equal(actual[1][k], source[0][k])
+            assert torch.equal(actual[2][k], source[1][k])
+
+
+def test_a_weight_of_one_changes_no_bit(backend):
+    state, statistics = state_and_statistics(100, 33)
+    plain = update_by(backend, state, statistics, decay=0.8, eps=1e-5)
+    weighted = update_by(backend, state, statistics, decay=0.8, eps=1e-5, weight=torch.ones(200)[::2])
+    for a, b in zip(plain, weighted, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_refuses_tensors_that_overlap(backend):
+    """What is written must not be read as something else, nor be written twice."""
+    (codebook, size, average), (counts, sums) = state_and_statistics(20, 6)
+    storage = torch.rand(20, 13)
+    overlapping = [
+        ("embed_avg", codebook, size, codebook, counts, sums),
+        ("sums", codebook, size, average, counts, average),
+        ("counts", codebook, size, average, size, sums),
+        ("counts", storage[:, :6], size, average, storage[:, 5], sums),
+        ("embed_avg", storage[:, :6], storage[:, 12], storage[:, 5:11], counts, sums),
+        ("embed_avg: must have memory of its own", codebook, size, torch.rand(6).expand(20, 6), counts, sums),
+    ]
+    for name, *tensors in overlapping:
+        before = [t.clone() for t in tensors]
+        with fastvq.use_backend(backend), pytest.raises(ValueError, match=f"^{name}"):
+            fastvq.ema_update_(*tensors, decay=0.8, eps=1e-5)
+        assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+    with fastvq.use_backend(backend), pytest.raises(ValueError, match=r"^weight: must not overlap cluster_size"):
+        fastvq.ema_update_(codebook, size, average, counts, sums, decay=0.8, eps=1e-5, weight=size)
+    shared = torch.zeros(20, 6)  # read twice
+    with fastvq.use_backend(backend):
+        fastvq.ema_update_(codebook, size, average, shared[:, 0], shared, decay=1.0, eps=1e-5)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-5])

@@ -15,10 +15,15 @@ def ema_update_(
     *,
     decay: float,
     eps: float,
+    weight: Tensor | None = None,
 ) -> None:
     """Implement `fastvq.ema_update_`."""
-    cluster_size.copy_(decay * cluster_size.double() + (1 - decay) * counts.double())
-    embed_avg.copy_(decay * embed_avg.double() + (1 - decay) * sums.double())
+    share = torch.full_like(cluster_size, 1 - decay, dtype=torch.float64)
+    if weight is not None:
+        share = share * weight
+    kept = 1 - share
+    cluster_size.copy_(kept * cluster_size.double() + share * counts.double())
+    embed_avg.copy_(kept[:, None] * embed_avg.double() + share[:, None] * sums.double())
     size = cluster_size.double()
     total = size.sum()
     smoothed = ((size + eps) / (total + len(size) * eps) * total).float()[:, None]

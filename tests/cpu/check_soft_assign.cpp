@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cases.h"
-#include "soft.h"
+#include "soft_assign.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-#include "soft.h"
+#include "soft_assign.h"
 
 #include <algorithm>
 #include <cmath>
