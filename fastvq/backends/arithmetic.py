@@ -1,4 +1,4 @@
-"""Rules of arithmetic that the backends share: dtypes, exact widening, excluded rows, ranges of indices."""
+"""Rules that the backends share: dtypes, exact widening, rows that take part, ranges of indices, sizes of chunks."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def _flushes_denormals() -> bool:
     return smallest.double().item() == 0
 
 
-def valid_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return which rows (...) of x (..., D) take part: the finite ones that `mask` does not exclude."""
+def row_mask(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mask (...) of the rows of x (..., D) that take part: the finite ones that `mask` does not exclude."""
     finite = x.isfinite().all(-1)
     return finite if mask is None else finite & mask
 
@@ -51,7 +51,7 @@ def difference(x: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
 def check_index_range(indices: Tensor, codebook_size: int) -> None:
     """Raise IndexError if an index on the CPU lies outside [-1, codebook_size).
 
-    On other devices the kernel that uses the index asserts: to look at it here would wait for the device.
+    On other devices the kernel that uses the index asserts: to read it here would wait for the device.
     """
     if indices.device.type == "cpu":
         outside = indices[(indices < -1) | (indices >= codebook_size)]
@@ -60,5 +60,5 @@ def check_index_range(indices: Tensor, codebook_size: int) -> None:
 
 
 def chunk_rows(elements: int) -> int:
-    """Return how many rows with so many elements each fit CHUNK_ELEMENTS, at least one."""
+    """Return the number of rows, at least one, that a chunk holds at `elements` elements a row."""
     return max(1, CHUNK_ELEMENTS // max(1, elements))

@@ -9,15 +9,16 @@ _WORD = 0xFFFFFFFF
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four random words of 32 bits from four words of counter, as int64 tensors that broadcast, and the
-    64 bits of `seed`, its low word first.
+    """Return the four 32-bit words of Philox4x32-10 for four counter words and the key `seed`, 64 bits, low word first.
+
+    Words are int64 tensors that broadcast.
 
     Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011, section 4.3.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _WORD, seed >> 32 & _WORD
     for _ in range(10):
-        # int64 wraps around, so the low 64 bits of a product are right, and all that there are.
+        # int64 wraps around, so a product keeps its low 64 bits, and it has no others.
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (b >> 32 & _WORD) ^ c1 ^ k0, b & _WORD, (a >> 32 & _WORD) ^ c3 ^ k1, a & _WORD
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
@@ -25,10 +26,10 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tupl
 
 
 def noise_words(head: int, row: Tensor, block: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The words of the codes 4 block, ..., 4 block + 3 of each row."""
+    """Return the words of the codes 4 block, ..., 4 block + 3 of each row."""
     return philox((block, row & _WORD, row >> 32, torch.full_like(row, head)), seed)
 
 
 def gumbel(words: Tensor) -> Tensor:
-    """-ln(-ln u) in float64 for u = (word + 1/2) 2^-32."""
+    """Return -ln(-ln u) in float64 for u = (word + 1/2) 2^-32."""
     return -(-((words.double() + 0.5) * 2.0**-32).log()).log()

@@ -1,7 +1,7 @@
-"""The specification: every op in plain PyTorch, written to be read and checked, not to be fast.
+"""The reference backend: the specification of every op, written to be read and checked, not to be fast.
 
-Every other backend must return the same indices as this one, to the last one. No N x K matrix exists at any time:
-rows are taken in chunks.
+Every other backend must return exactly the same indices. The N x K matrix is never materialized: rows are taken in
+chunks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far rows are from the codes that there are so far, in plain PyTorch."""
+"""The op `min_distance_` by definition, in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastvq.backends.arithmetic import chunk_rows, widen
 
 
 def min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
-    """`fastvq.min_distance_`: float64 sums, rounded to float32 once; fmin passes over what is no number."""
+    """Implement `fastvq.min_distance_`: round each float64 sum to float32 once. `fmin` ignores a NaN."""
     rows = chunk_rows(x.shape[1])
     for chunk, nearest in zip(x.split(rows), distances.split(rows), strict=True):
         for code in widen(codes):

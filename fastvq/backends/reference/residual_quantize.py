@@ -23,8 +23,8 @@ def residual_quantize_forward(
         residuals.append(residual)
         residual = residual - codes
         quantized = quantized + codes
-    kept = torch.stack(residuals) if keep_residuals else residual.new_empty(0, *x.shape)
-    return quantized.to(x.dtype, copy=True), torch.stack(errors), kept
+    stacked = torch.stack(residuals) if keep_residuals else residual.new_empty(0, *x.shape)
+    return quantized.to(x.dtype, copy=True), torch.stack(errors), stacked
 
 
 def residual_quantize_backward(

@@ -12,12 +12,12 @@ from .search import scores_by_definition
 
 
 def logits_of(scores: Tensor, metric: str) -> Tensor:
-    """The logits that belong to the scores of `scores_by_definition`: -|x - e| or <x, e>."""
+    """Return the logits of the scores of `scores_by_definition`: -|x - e| or <x, e>."""
     return -scores.sqrt() if metric == "l2" else -scores
 
 
 def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, metric: str = "l2") -> Tensor:
-    """A random code for each vector: `fastvq.sample` defines what this computes."""
+    """Implement `fastvq.sample`."""
     indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
     heads = zip(x, codebook, indices, strict=True) if x.dim() == 3 else [(x, codebook, indices)]
     for head, (xh, eh, out) in enumerate(heads):

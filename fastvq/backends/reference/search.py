@@ -9,7 +9,7 @@ from fastvq.backends.arithmetic import chunk_rows, widen
 
 
 def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
-    """Exact nearest codes: `fastvq.search` defines what this computes."""
+    """Implement `fastvq.search`."""
     indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
     if x.dim() == 3:
         for xh, eh, out in zip(x, codebook, indices, strict=True):
@@ -22,7 +22,10 @@ def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
 
 
 def scores_by_definition(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """The number of section "The definition" for each pair, smaller is nearer: [n, K] of x [n, D] in float64."""
+    """Return the score of each pair [n, K], the smaller the nearer, for float64 x [n, D] and codebook [K, D].
+
+    docs/exactness.md defines it in the section "The definition".
+    """
     scores = x.new_zeros(x.shape[0], codebook.shape[0])
     for x_j, e_j in zip(x.unbind(1), codebook.unbind(1), strict=True):
         if metric == "l2":
@@ -30,7 +33,7 @@ def scores_by_definition(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
             scores += difference * difference
         else:
             scores -= x_j[:, None] * e_j[None, :]
-    # Only float64 input of more than 1e154 can overflow to a NaN between finite rows: infinitely far, then.
+    # Only finite float64 input beyond 1e154 overflows to a NaN, which counts as infinitely far.
     return scores.masked_fill(scores.isnan(), torch.inf)
 
 

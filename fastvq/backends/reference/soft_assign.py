@@ -1,4 +1,4 @@
-"""Soft assignments, pair by pair, in float64."""
+"""The op `soft_assign` by definition: the softmax over all codes, in float64."""
 
 from __future__ import annotations
 
@@ -7,57 +7,57 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastvq.backends.arithmetic import chunk_rows, compute_dtype, valid_rows, widen
+from fastvq.backends.arithmetic import chunk_rows, compute_dtype, row_mask, widen
 
 from .search import scores_by_definition
 
 
 def entropy_terms(p: Tensor, floor: float) -> Tensor:
-    """-p ln max(p, floor), 0 for p = 0."""
+    """Return -p ln max(p, floor), which is 0 for p = 0."""
     return -torch.special.xlogy(p, p.clamp_min(floor))
 
 
 def entropy_slope(p: Tensor, floor: float) -> Tensor:
-    """Its derivative, 0 where p is 0 and the floor is too: it only ever meets a factor p."""
-    counted = (p >= floor) & (p > 0)
-    return torch.where(p.clamp_min(floor) > 0, -p.clamp_min(floor).log(), 0) - counted.to(p.dtype)
+    """Return the derivative of `entropy_terms`, or 0 for p = floor = 0: it is always multiplied by p."""
+    above = (p >= floor) & (p > 0)
+    return torch.where(p.clamp_min(floor) > 0, -p.clamp_min(floor).log(), 0) - above.to(p.dtype)
 
 
 def _pairs(
     x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, scale: float
 ) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor, Tensor]]:
-    """Chunks of rows: group, rows, which count [n, 1], the rows [n, D], |x - e| or 1 [n, K] and logits [n, K]."""
+    """Yield the chunks of rows: group, slice, mask [n, 1], x [n, D], |x - e| or 1 [n, K], logits [n, K]."""
     usable = codebook.isfinite().all(1)
     codes = widen(codebook).masked_fill(~usable[:, None], 0)
-    valid = valid_rows(x, mask) & usable.any()
+    mask = row_mask(x, mask) & usable.any()
     rows = chunk_rows(len(codes))
     for g in range(x.shape[0]):
         for first in range(0, x.shape[1], rows):
             part = slice(first, first + rows)
-            kept = valid[g, part, None]
-            own = widen(x[g, part]).masked_fill(~kept, 0)
+            part_mask = mask[g, part, None]
+            own = widen(x[g, part]).masked_fill(~part_mask, 0)
             scores = scores_by_definition(own, codes, "dot" if metric == "dot" else "l2")
             distance = scores.sqrt() if metric == "distance" else torch.ones_like(scores)
             logits = -scale * (distance if metric == "distance" else scores)
-            yield g, part, kept, own, distance, logits.masked_fill(~usable, -torch.inf)
+            yield g, part, part_mask, own, distance, logits.masked_fill(~usable, -torch.inf)
 
 
 def soft_assign_forward(
     x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: str, scale: float, floor: float, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastvq.ops.soft_assign_forward`."""
+    """Implement `fastvq.ops.soft_assign_forward`."""
     dtype = compute_dtype(x, codebook)
     logsumexp = x.new_zeros(x.shape[:2], dtype=torch.float64)
     entropy = x.new_zeros((x.shape[0], x.shape[1] if statistics else 0), dtype=torch.float64)
     mean = x.new_zeros((x.shape[0], len(codebook) if statistics else 0), dtype=torch.float64)
-    for g, part, kept, _, _, logits in _pairs(x, codebook, mask, metric, scale):
-        logsumexp[g, part] = logits.logsumexp(1).masked_fill(~kept[:, 0], 0)
+    for g, part, part_mask, _, _, logits in _pairs(x, codebook, mask, metric, scale):
+        logsumexp[g, part] = logits.logsumexp(1).masked_fill(~part_mask[:, 0], 0)
         if statistics:
-            p = logits.softmax(1).masked_fill(~kept, 0)
+            p = logits.softmax(1).masked_fill(~part_mask, 0)
             entropy[g, part] = entropy_terms(p, floor).sum(1)
             mean[g] += p.sum(0)
     if statistics:
-        mean /= valid_rows(x, mask).sum(1, keepdim=True).clamp_min(1)
+        mean /= row_mask(x, mask).sum(1, keepdim=True).clamp_min(1)
     return logsumexp.to(dtype), entropy.to(dtype), mean.to(dtype)
 
 
@@ -77,14 +77,14 @@ def soft_assign_backward(
     need_x: bool,
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`fastvq.ops.soft_assign_backward`."""
+    """Implement `fastvq.ops.soft_assign_backward`."""
     dtype = compute_dtype(x, codebook)
     x_grad = x.new_zeros((*x.shape[:2], x.shape[2] if need_x else 0), dtype=torch.float64)
     codebook_grad = x.new_zeros((len(codebook) if need_codebook else 0, x.shape[2]), dtype=torch.float64)
     codes = widen(codebook).nan_to_num(0, 0, 0)
-    count = valid_rows(x, mask).sum(1).clamp_min(1)
-    for g, part, kept, own, distance, logits in _pairs(x, codebook, mask, metric, scale):
-        p = logits.softmax(1).masked_fill(~kept, 0)
+    count = row_mask(x, mask).sum(1).clamp_min(1)
+    for g, part, part_mask, own, distance, logits in _pairs(x, codebook, mask, metric, scale):
+        p = logits.softmax(1).masked_fill(~part_mask, 0)
         p_grad = torch.zeros_like(p)
         if entropy_grad is not None:
             p_grad += entropy_grad[g, part, None].double() * entropy_slope(p, floor)

@@ -11,7 +11,7 @@ from .search import scores_by_definition
 
 
 def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2") -> Tensor:
-    """The nearest codes in order: `fastvq.topk_search` defines what this computes."""
+    """Implement `fastvq.topk_search`."""
     indices = x.new_empty((*x.shape[:-1], k), dtype=torch.int64)
     if x.dim() == 3:
         for xh, eh, out in zip(x, codebook, indices, strict=True):

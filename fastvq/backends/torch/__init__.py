@@ -1,5 +1,7 @@
-"""The torch backend: every op in chunked torch operations. It needs no compiler and no Triton and serves every device
-that has float64."""
+"""The torch backend: every op in chunked torch operations.
+
+It needs neither a compiler nor Triton and serves every device that has float64.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from . import (
 
 
 def unavailable(device: torch.device) -> str:
-    """Why this backend can't serve `device`; empty where it can."""
+    """Return the reason why this backend can't serve `device`, or an empty string."""
     return "mps has no float64, which defines the exact code" if device.type == "mps" else ""
 
 

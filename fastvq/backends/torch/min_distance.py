@@ -1,4 +1,4 @@
-"""How far rows are from the codes that there are so far, in chunks of a few operations each."""
+"""The op `min_distance_` in torch operations, in chunks of rows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from . import search
 
 
 def min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
-    """`fastvq.min_distance_`, in float32 unless an argument is float64."""
+    """Implement `fastvq.min_distance_`, in float32 unless an argument is float64."""
     dtype = compute_dtype(x, codes)
     rows = max(1, search.tile_elements(x.device) // x.shape[1])
     for chunk, nearest in zip(x.split(rows), distances.split(rows), strict=True):
         for code in codes.to(dtype):
-            # Rounded, where it is float64, as it is written.
+            # A float64 sum is rounded where it is written.
             torch.fmin(nearest, (chunk.to(dtype) - code).square_().sum(1), out=nearest)

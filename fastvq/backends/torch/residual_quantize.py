@@ -27,8 +27,8 @@ def residual_quantize_forward(
         residual = residual - codes
         total += codes
         errors.append(mean_square(residual.masked_fill(~mask, 0), mask))
-    kept = torch.stack(residuals) if keep_residuals else residual.new_empty(0, *x.shape)
-    return total.to(x.dtype), torch.stack(errors), kept
+    stacked = torch.stack(residuals) if keep_residuals else residual.new_empty(0, *x.shape)
+    return total.to(x.dtype), torch.stack(errors), stacked
 
 
 def residual_quantize_backward(

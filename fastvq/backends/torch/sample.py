@@ -1,5 +1,8 @@
-"""Random codes in chunked torch operations: perturbed logits in float32, each with a bound of its error, and the
-definition for the codes that may be the largest. docs/streams.md derives the bound."""
+"""The op `sample` in torch operations.
+
+Perturbed logits are computed in float32, each with a bound on its error; the definition decides among the codes that
+may be the largest. docs/streams.md derives the bound.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,18 @@ from . import search
 from .topk_search import write_ranked
 
 NOISE_ERROR = 2e-5
-"""Error of the Gumbel noise in float32, and of adding it: that is below 22."""
+"""Error of the Gumbel noise in float32, which stays below 22, and of its addition."""
 RELATIVE_ERROR = 2.0**-19
-"""Of what float32 makes of a score once it is known."""
+"""Relative error of the float32 operations on a known score."""
 
 
 def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, metric: str = "l2") -> Tensor:
-    """A random code for each vector: `fastvq.sample` defines what this computes."""
+    """Implement `fastvq.sample`."""
     indices = x.new_full((*x.shape[:-1], 1), -1, dtype=torch.int64)
     heads = zip(x, codebook, indices, strict=True) if x.dim() == 3 else [(x, codebook, indices)]
     for head, (xh, eh, out) in enumerate(heads):
         sampler = _Sampler(eh, head, temperature, seed.to(x.device), metric)
-        # Words are int64, and there are several of a tile.
+        # The int64 words of a tile need several tensors of its size.
         rows = max(1, search.tile_elements(x.device) // 4 // min(len(eh), search.TILE_CODES))
         for first in range(0, len(xh), rows):
             sampler.write(xh[first : first + rows], first, out[first : first + rows])
@@ -34,11 +37,13 @@ def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, met
 
 
 def logits_of(scores: Tensor, metric: str) -> Tensor:
-    """The logits that belong to the scores of `search.scores_by_definition`: -|x - e| or <x, e>."""
+    """Return the logits of the scores of `search.scores_by_definition`: -|x - e| or <x, e>."""
     return -scores.sqrt() if metric == "l2" else -scores
 
 
 class _Sampler:
+    """The codebook of one head, prepared, with the key of its noise."""
+
     def __init__(self, codebook: Tensor, head: int, temperature: float, seed: Tensor, metric: str) -> None:
         self.frame = search.make_frame(codebook, metric)
         self.head, self.temperature, self.seed, self.metric = head, temperature, seed, metric
@@ -48,7 +53,7 @@ class _Sampler:
         self.skipped = ~self.frame.half_norms.isfinite() if metric == "l2" else ~self.frame.usable  # [K]
 
     def write(self, x: Tensor, first: int, out: Tensor) -> None:
-        """Indices of the rows x, of which the first has the number `first`."""
+        """Write the indices of the rows x, numbered from `first` on, to `out`."""
         wide = widen(x)
         finite = (wide * 0).sum(1) == 0
         wide = wide.masked_fill(~finite[:, None], 0)
@@ -66,7 +71,7 @@ class _Sampler:
         write_ranked(row, code, -(logits_of(scores, self.metric) / self.temperature + noise), out)
 
     def _candidates(self, wide: Tensor, finite: Tensor, number: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The pairs (row, code) that may be the largest; None where they are too many to hold."""
+        """Return the pairs (row, code) that may be the largest, or None if they are too many to hold."""
         frame = self.frame
         near, bound = frame.rows(wide)
         bounded = (bound < math.inf) & (self.unit > 1e-30) & (self.unit < 1e30)
@@ -80,7 +85,7 @@ class _Sampler:
             lower, upper = self._ends(near, tile, number, *(column.float()[:, None] for column in columns))
             best = torch.maximum(best, lower.amax(1))
             limit = best.masked_fill(~bounded, -math.inf).masked_fill(~finite, math.inf)
-            # A NaN may be anything.
+            # A NaN bounds nothing, so its pair stays.
             row, code = (~(upper < limit[:, None]) & finite[:, None]).nonzero(as_tuple=True)
             found.append((row, code + start, upper[row, code]))
             if len(near) > 1 and sum(len(row) for row, _, _ in found) > room:
@@ -96,7 +101,7 @@ class _Sampler:
         return row, code
 
     def _ends(self, near: Tensor, tile: slice, number: Tensor, squares: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        """Between which float32 numbers the perturbed logits [n, t] of a tile lie, -infinity for what is skipped."""
+        """Return float32 bounds (lower, upper) [n, t] of the perturbed logits, -infinity for skipped codes."""
         codes = self.frame.codes[tile]
         scores = near.new_empty(len(near), len(codes))
         torch.addmm(self.frame.half_norms[tile], near, codes.T, alpha=-1, out=scores)
@@ -111,7 +116,7 @@ class _Sampler:
         return lower.masked_fill_(self.skipped[tile], -math.inf), upper.masked_fill_(self.skipped[tile], -math.inf)
 
     def _noise(self, number: Tensor, start: int, count: int) -> Tensor:
-        """The Gumbel noise [n, count] in float32, for u and for 1 - u as precise as floating point is near zero."""
+        """Return the Gumbel noise [n, count] in float32, precise for u near 0 and for u near 1."""
         blocks = torch.arange(start // 4, (start + count + 3) // 4, device=number.device)
         words = torch.stack(noise_words(self.head, number[:, None], blocks, self.seed), -1).flatten(1)
         words = words[:, start % 4 : start % 4 + count]

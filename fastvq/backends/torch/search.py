@@ -1,8 +1,8 @@
-"""Certified search in chunked torch operations.
+"""The op `search` in torch operations, and the certificate that `topk_search` and `sample` share with it.
 
-The cheap pass is one float32 matrix product a tile; a row is settled where the bound of docs/exactness.md leaves one
-code, and else by the definition in float64.
-Reading how many are left waits for the device, once a chunk.
+The cheap pass is one float32 matrix product for each tile of codes. The bound of docs/exactness.md certifies the rows
+for which it leaves one candidate; the float64 definition decides the others. The number of candidates is read once for
+each chunk, which waits for the device.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ from torch import Tensor
 from fastvq.backends.arithmetic import widen
 
 TILE_CODES = 8192
-"""Codes of one score tile; more are taken in several."""
+"""Largest number of codes in a tile of scores."""
 
 FAR = 8.0
-"""Times the median norm, and a code counts as far from the others."""
+"""A code is an outlier if its norm exceeds FAR times the median norm."""
 FAR_SHARE = 64
-"""At most one code in so many counts as far."""
+"""Outliers are treated apart only if they are at most one code in FAR_SHARE."""
 
 _U = 2.0**-23
-"""Error of one float32 operation. Tensor cores truncate, which is twice the rounding of IEEE."""
+"""Relative error of a float32 operation. Tensor cores truncate, which doubles the error of IEEE rounding."""
 _V = 2.0**-53
-"""Error of one float64 operation."""
+"""Relative error of a float64 operation."""
 
 
 def tile_elements(device: torch.device) -> int:
+    """Return the largest number of elements of a temporary tensor."""
     return 1 << 20 if device.type == "cpu" else 1 << 24
 
 
 def _operand_unit() -> float:
-    """By how much a float32 matrix product may round its operands, as the user's precision settings stand.
+    """Return the relative error to which a float32 matrix product may round its operands under the user's settings.
 
-    Both settings count for every device: one that is read needlessly costs certificates, never exactness.
+    Both settings are read for every device: the wrong one costs certificates, never exactness.
     """
     libraries = (torch.backends.mkldnn, torch.backends.cuda)
     settings = {library.matmul.fp32_precision for library in libraries}
@@ -49,13 +50,13 @@ def _operand_unit() -> float:
 
 @dataclass
 class Frame:
-    """The codebook as the cheap pass sees it: e' = float32((e - centre) 2^exponent)."""
+    """The codebook of the cheap pass: e' = float32((e - centre) 2^exponent)."""
 
     exact: Tensor  # [K, D] float64, for the definition
     usable: Tensor  # [K] finite
-    far: Tensor  # [K] far from all others: they would make the bound useless, and the cheap pass passes them over
-    far_norm: Tensor  # [] the smallest of their |e|
-    centre: Tensor  # [D] float64, zero where centring doesn't pay
+    far: Tensor  # [K] outliers, which the cheap pass skips: they would inflate the bound of all rows
+    far_norm: Tensor  # [] the smallest norm of an outlier
+    centre: Tensor  # [D] float64, zero unless centring shrinks the norms
     exponent: Tensor  # [] int32
     codes: Tensor  # [K, D] float32
     half_norms: Tensor  # [K] float32, infinity for a code that can't win
@@ -69,8 +70,10 @@ class Frame:
         return self.far.nonzero().squeeze(1)
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(x' [n, D] float32, bound B(x) [n] float64) of the rows x, float64; where B is infinite, x' is zero, so that
-        no score is a NaN. See docs/exactness.md for the terms."""
+        """Return x' [n, D] in float32 and the bound B(x) [n] in float64 for float64 rows x [n, D].
+
+        Where B is infinite, x' is zero, so that no score is a NaN. docs/exactness.md derives the terms.
+        """
         scaled = (x - self.centre) * torch.ldexp(torch.ones_like(self.norm), self.exponent)
         near = scaled.float()
         norm = near.double().norm(dim=1)
@@ -82,26 +85,27 @@ class Frame:
         extent = norm + x_residual + self.norm + e_residual
         gamma = (dim + 2) * _U / (1 - (dim + 2) * _U) if (dim + 2) * _U < 0.25 else math.inf
         operands = x_residual * (self.norm + e_residual) + norm * e_residual
-        # The library may add |e|^2 / 2 at any place of the sum.
+        # The library may add |e|^2 / 2 at any point of the sum.
         accumulation = gamma * (norm * self.norm + self.half)
         half_norms = (2 * _U + dim * 4 * _V) * self.half + _U * (1 + gamma) * norm * self.norm
         definition = (dim + 3) * _V * 0.5 * extent * extent
         tiny = torch.ldexp(torch.full_like(self.norm, float(dim)), 2 * self.exponent - 1074)
         underflow = dim * dim * 2.0**-118 + tiny
         bound = (operands + accumulation + half_norms + definition + underflow) * (1 + 1e-6)
-        # Past these sizes float32, or the float64 definition itself, may overflow: nothing is promised.
+        # Beyond these sizes float32 or the float64 definition itself may overflow, and no bound holds.
         tame = (norm < 2.0**60) & (torch.ldexp(extent, -self.exponent) < 1e150) & (bound < math.inf)
         return near.masked_fill(~tame[:, None], 0), torch.where(tame, bound, math.inf)
 
 
 def _far_codes(norms: Tensor, usable: Tensor) -> Tensor:
-    """Which usable codes, of these norms, are FAR times longer than the median; none where they are more than a few."""
+    """Return the mask of the outliers among the usable codes, given their norms; empty if they are too many."""
     median = norms.masked_fill(~usable, math.nan).nanmedian()
     far = usable & (norms > FAR * median) & (median > 0)
     return far & (far.sum() <= len(norms) // FAR_SHARE)
 
 
 def make_frame(codebook: Tensor, metric: str) -> Frame:
+    """Return the frame of a codebook [K, D]."""
     exact = widen(codebook)
     usable = exact.isfinite().all(1)
     finite = exact.masked_fill(~usable[:, None], 0)
@@ -140,7 +144,7 @@ def make_frame(codebook: Tensor, metric: str) -> Frame:
 
 
 def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
-    """Exact nearest codes: `fastvq.search` defines what this computes."""
+    """Implement `fastvq.search`."""
     indices = x.new_full(x.shape[:-1], -1, dtype=torch.int64)
     if x.dim() == 3:
         for xh, eh, out in zip(x, codebook, indices, strict=True):
@@ -164,7 +168,8 @@ def _search_rows(x: Tensor, frame: Frame, metric: str, out: Tensor) -> None:
             _search_rows(part, frame, metric, part_out)
         return
     row, code = candidates
-    out[row] = code  # final where a row has one candidate; the others are settled below
+    # A row with one candidate is certified; the definition decides among several.
+    out[row] = code
     several = torch.bincount(row, minlength=len(x))[row] > 1
     row, code = row[several], code[several]
     if len(row) == 0:
@@ -179,8 +184,10 @@ def _search_rows(x: Tensor, frame: Frame, metric: str, out: Tensor) -> None:
 def find_candidates(
     near: Tensor, bound: Tensor, finite: Tensor, frame: Frame, k: int = 1
 ) -> tuple[Tensor, Tensor] | None:
-    """The pairs (row, code) that the cheap pass can't rule out: for each finite row, its k nearest codes at least. None
-    where they are too many to hold, on ties everywhere: fewer rows must be taken at once."""
+    """Return the pairs (row, code) that the cheap pass can't rule out: the k nearest codes of each finite row, or more.
+
+    Return None if the pairs are too many to hold, as with ties everywhere: the caller then takes fewer rows at once.
+    """
     nearest = near.new_full((len(near), k), math.inf)
     room = max(tile_elements(near.device) // 8, 8 * k * len(near))
     found = []
@@ -196,8 +203,8 @@ def find_candidates(
         if len(near) > 1 and sum(len(row) for row, _, _ in found) > room:
             return None
     row, code, score = (torch.cat(parts) for parts in zip(*found, strict=True))
-    # Only after the last tile are the best scores known; an unusable code or a far one scores infinity, which only a
-    # row without a bound, or with too few near codes, lets through.
+    # The best scores are known only after the last tile. An unusable code or an outlier scores infinity, which passes
+    # the limit only of a row without a bound or with too few other codes.
     limit = _limit(nearest[:, -1], bound, finite)
     still = (score <= limit[row]) & frame.usable[code] & ~frame.far[code]
     row, code = row[still], code[still]
@@ -212,7 +219,7 @@ def find_candidates(
 
 
 def _smallest(nearest: Tensor, scores: Tensor) -> Tensor:
-    """The smallest of both in each row, ascending, as many as there are in `nearest` [n, k]."""
+    """Return the k smallest of `nearest` [n, k] and `scores` [n, t] in each row, ascending."""
     k = nearest.shape[1]
     if k == 1:
         return torch.minimum(nearest, scores.amin(1, keepdim=True))
@@ -221,8 +228,10 @@ def _smallest(nearest: Tensor, scores: Tensor) -> Tensor:
 
 
 def _limit(best: Tensor, bound: Tensor, finite: Tensor) -> Tensor:
-    """The score up to which a code may still be the nearest, rounded up to float32; none may for a row that is not
-    finite, and all where nothing is promised."""
+    """Return the largest score with which a code may still be the nearest, rounded up to float32.
+
+    It is -infinity for a row that isn't finite, and infinity for a row without a bound.
+    """
     limit = (best.double() + 2 * bound).float()
     limit = torch.nextafter(limit, torch.full_like(limit, math.inf))
     limit = limit.masked_fill(bound == math.inf, math.inf)
@@ -230,7 +239,7 @@ def _limit(best: Tensor, bound: Tensor, finite: Tensor) -> Tensor:
 
 
 def scores_by_definition(x: Tensor, row: Tensor, codebook: Tensor, code: Tensor, metric: str) -> Tensor:
-    """The float64 score of each pair, every operation rounded by itself, in ascending order."""
+    """Return the float64 score of each pair (row, code): a sum in ascending order, each operation rounded by itself."""
     pairs = max(1, (1 << 19) // x.shape[1])
     scores = []
     for r, c in zip(row.split(pairs), code.split(pairs), strict=True):

@@ -1,5 +1,7 @@
-"""Soft assignments in chunked torch operations: tiles of logits, an online logsumexp, and a backward that makes the
-tiles again. docs/streams.md has the formulae."""
+"""The op `soft_assign` in torch operations: tiles of logits, an online logsumexp, a backward that recomputes the tiles.
+
+docs/streams.md has the formulae.
+"""
 
 from __future__ import annotations
 
@@ -10,54 +12,56 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvq.backends.arithmetic import compute_dtype, valid_rows
+from fastvq.backends.arithmetic import compute_dtype, row_mask
 
 from . import search
 
 NEAR = 2.0**-8
-"""Share of |x|^2 below which a squared distance is summed from differences: of |x|^2 + |e|^2 - 2 <x, e> too few digits
-are left, and taking the centre off may have cost some."""
+"""Share of |x|^2 below which a squared distance is summed from differences.
+
+There |x|^2 + |e|^2 - 2 <x, e> cancels to too few digits, and subtracting the centre may have cost some.
+"""
 
 LEAST = -1e6
-"""Stands for the logarithm of zero where it meets a factor of zero."""
+"""Finite stand-in for the logarithm of zero where its factor is zero."""
 
 
 @dataclass
 class _Rows:
-    """Some rows: whole groups, or a part of one."""
+    """A chunk of rows: whole groups, or a part of one."""
 
     groups: slice
     part: slice
     shape: tuple[int, int]  # groups, rows of each
-    exact: Tensor  # [n, D], zero where they don't count
-    values: Tensor  # [n, D], the same less the centre
+    exact: Tensor  # [n, D], zero in excluded rows
+    values: Tensor  # [n, D], the same minus the centre
     squares: Tensor  # [n, 1]
-    kept: Tensor  # [n, 1]
+    mask: Tensor  # [n, 1]
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Their elements of a (G, R, ...) tensor, as (n, ...)."""
+        """Return the elements of a (G, R, ...) tensor that belong to these rows, as (n, ...)."""
         return tensor[self.groups, self.part].flatten(0, 1)
 
 
 @dataclass
 class _Codes:
-    """Some codes."""
+    """A tile of codes."""
 
     place: slice
-    exact: Tensor  # [t, D], zero where they aren't finite
-    values: Tensor  # [t, D], the same less the centre
+    exact: Tensor  # [t, D], zero for a code that isn't finite
+    values: Tensor  # [t, D], the same minus the centre
     bias: Tensor  # [t] |e|^2, infinity for a code that isn't finite; for "dot" 0 and -infinity
 
 
 class _Problem:
-    """The pairs of a call, tile by tile."""
+    """The rows and codes of one call, in chunks and tiles."""
 
     def __init__(self, x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, scale: float) -> None:
         self.x, self.metric, self.scale = x, metric, scale
         self.dtype = compute_dtype(x, codebook)
         usable = codebook.isfinite().all(1)
         codes = codebook.to(self.dtype).masked_fill(~usable[:, None], 0)
-        self.valid = valid_rows(x, mask) & usable.any()
+        self.mask = row_mask(x, mask) & usable.any()
         self.centre = torch.zeros_like(codes[0])
         if metric != "dot":
             self.centre = (codes.sum(0, dtype=torch.float64) / usable.sum().clamp_min(1)).to(self.dtype)
@@ -70,6 +74,7 @@ class _Problem:
         self.tiles = [_Codes(place, codes[place], near[place], bias[place]) for place in places]
 
     def chunks(self) -> Iterator[_Rows]:
+        """Yield the rows in chunks that fit a tile."""
         groups, rows, _ = self.x.shape
         most = max(1, search.tile_elements(self.x.device) // len(self.tiles[0].values))
         group_step, row_step = (max(1, most // rows), rows) if 0 < rows <= most else (1, most)
@@ -77,14 +82,14 @@ class _Problem:
             for first in range(0, rows, row_step):
                 place = slice(group, group + group_step), slice(first, first + row_step)
                 own = self.x[place]
-                kept = self.valid[place].reshape(-1, 1)
-                exact = own.flatten(0, 1).to(self.dtype).masked_fill(~kept, 0)
-                values = exact if self.metric == "dot" else (exact - self.centre).masked_fill(~kept, 0)
+                mask = self.mask[place].reshape(-1, 1)
+                exact = own.flatten(0, 1).to(self.dtype).masked_fill(~mask, 0)
+                values = exact if self.metric == "dot" else (exact - self.centre).masked_fill(~mask, 0)
                 squares = values.square().sum(1, keepdim=True)
-                yield _Rows(*place, (own.shape[0], own.shape[1]), exact, values, squares, kept)
+                yield _Rows(*place, (own.shape[0], own.shape[1]), exact, values, squares, mask)
 
     def scores(self, rows: _Rows, codes: _Codes) -> Tensor:
-        """s [n, t]: -|x - e|, -|x - e|^2 or <x, e>."""
+        """Return the scores s [n, t]: -|x - e|, -|x - e|^2 or <x, e>."""
         scores = rows.values.new_empty(len(rows.values), len(codes.values))
         # With out= autocast leaves the product in float32.
         if self.metric == "dot":
@@ -101,7 +106,7 @@ class _Problem:
 def soft_assign_forward(
     x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: str, scale: float, floor: float, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastvq.ops.soft_assign_forward`."""
+    """Implement `fastvq.ops.soft_assign_forward`."""
     problem = _Problem(x, codebook, mask, metric, scale)
     logsumexp = x.new_zeros(x.shape[:2], dtype=problem.dtype)
     entropy = x.new_zeros((x.shape[0], x.shape[1] if statistics else 0), dtype=problem.dtype)
@@ -114,7 +119,7 @@ def soft_assign_forward(
             higher = torch.maximum(largest, logits.amax(1, keepdim=True))
             total = total * (largest - higher).exp() + (logits - higher).exp_().sum(1, keepdim=True)
             largest = higher
-        own = (largest + total.log()).masked_fill(~rows.kept, 0)
+        own = (largest + total.log()).masked_fill(~rows.mask, 0)
         logsumexp[rows.groups, rows.part] = own.view(rows.shape)
         if not statistics:
             continue
@@ -123,12 +128,12 @@ def soft_assign_forward(
             if len(problem.tiles) > 1:
                 logits = problem.scores(rows, codes).mul_(scale)
             log_p = logits.sub_(own)
-            p = log_p.exp().masked_fill_(~rows.kept, 0)
+            p = log_p.exp().masked_fill_(~rows.mask, 0)
             mean[rows.groups, codes.place] += p.view(*rows.shape, -1).sum(1)
             terms -= p.mul_(log_p.clamp_min_(_log_floor(floor))).sum(1, keepdim=True)
         entropy[rows.groups, rows.part] = terms.view(rows.shape)
     if statistics:
-        mean /= problem.valid.sum(1, keepdim=True).clamp_min(1)
+        mean /= problem.mask.sum(1, keepdim=True).clamp_min(1)
     return logsumexp, entropy, mean
 
 
@@ -152,18 +157,18 @@ def soft_assign_backward(
     need_x: bool,
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`fastvq.ops.soft_assign_backward`."""
+    """Implement `fastvq.ops.soft_assign_backward`."""
     problem = _Problem(x, codebook, mask, metric, scale)
     x_grad = x.new_zeros((*x.shape[:2], x.shape[2] if need_x else 0), dtype=problem.dtype)
     codebook_grad = x.new_zeros((len(codebook) if need_codebook else 0, x.shape[2]), dtype=problem.dtype)
-    share = None if mean_grad is None else mean_grad / problem.valid.sum(1, keepdim=True).clamp_min(1)
+    share = None if mean_grad is None else mean_grad / problem.mask.sum(1, keepdim=True).clamp_min(1)
     by_p = any(grad is not None for grad in (entropy_grad, mean_grad, code_grad))
 
     def pairs(rows: _Rows, codes: _Codes) -> tuple[Tensor, Tensor, Tensor]:
-        """(s, p, dL/dp) [n, t]; of dL/dp what isn't the same for all codes."""
+        """Return (s, p, dL/dp) [n, t], without the part of dL/dp that is the same for all codes."""
         scores = problem.scores(rows, codes)
         log_p = (scores * scale).sub_(rows.of(logsumexp)[:, None])
-        p = log_p.exp().masked_fill_(~rows.kept, 0)
+        p = log_p.exp().masked_fill_(~rows.mask, 0)
         slope = torch.zeros_like(p)
         if code_grad is not None:
             torch.mm(rows.of(code_grad), codes.values.T, out=slope)
@@ -176,7 +181,7 @@ def soft_assign_backward(
         return scores, p, slope
 
     for rows in problem.chunks():
-        centre = torch.zeros_like(rows.squares)  # [n, 1] sum over k of p dL/dp
+        centre = torch.zeros_like(rows.squares)  # [n, 1], the sum over k of p dL/dp
         if by_p:
             for codes in problem.tiles:
                 _, p, slope = pairs(rows, codes)

@@ -1,5 +1,7 @@
-"""The k nearest codes in chunked torch operations: the certificate of `search`, with the k-th smallest score in the
-place of the smallest."""
+"""The op `topk_search` in torch operations.
+
+The certificate is that of `search`, with the k-th smallest score in place of the smallest.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from . import search
 
 
 def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2") -> Tensor:
-    """The nearest codes in order: `fastvq.topk_search` defines what this computes."""
+    """Implement `fastvq.topk_search`."""
     indices = x.new_full((*x.shape[:-1], k), -1, dtype=torch.int64)
     if x.dim() == 3:
         for xh, eh, out in zip(x, codebook, indices, strict=True):
@@ -41,7 +43,7 @@ def _topk_rows(x: Tensor, frame: search.Frame, metric: str, out: Tensor) -> None
 
 
 def write_ranked(row: Tensor, code: Tensor, scores: Tensor, out: Tensor) -> None:
-    """out[n] = the codes of row n's pairs by ascending score, equal scores by ascending code, as many as out holds."""
+    """Write to out [n, k] the k codes of each row with the lowest scores, in order, ties by ascending code."""
     order = code.argsort(stable=True)
     order = order[scores[order].argsort(stable=True)]
     order = order[row[order].argsort(stable=True)]
