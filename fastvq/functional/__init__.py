@@ -1,4 +1,4 @@
-"""The autograd functions: quantization and soft assignments with their gradients."""
+"""The differentiable functions: quantization and soft assignments with their gradients."""
 
 from __future__ import annotations
 

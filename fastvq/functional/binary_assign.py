@@ -1,4 +1,4 @@
-"""The soft assignment to all vectors of signs, as a differentiable function."""
+"""Soft assignment to all vectors of signs, as a differentiable function."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastvq.ops import binary_assign_backward, binary_assign_forward
 
 
 class BinaryAssignment(NamedTuple):
-    """What `binary_assign` returns."""
+    """Result of `binary_assign`."""
 
     entropy: Tensor  # (R,) or (G, R)
     mean: Tensor  # (K,) or (G, K), K = 2^D
 
 
 def binary_assign(x: Tensor, *, scale: float = 1.0, floor: float = 0.0, mask: Tensor | None = None) -> BinaryAssignment:
-    """How probable each of the 2^D vectors of signs is for each vector, as entropies and their mean over the vectors.
+    """Return the entropy of each vector's distribution over the 2^D vectors of signs, and the mean distribution.
 
         p_nk = softmax_k(scale <x_n, b_k>),   b_k in {-1, 1}^D,   bit D-1-j of k is set where b_kj = 1
         entropy_n = -sum_k p_nk ln max(p_nk, floor),   mean_k = mean over n of p_nk
@@ -30,18 +30,18 @@ def binary_assign(x: Tensor, *, scale: float = 1.0, floor: float = 0.0, mask: Te
         x: (R, D), or (G, R, D) for means within each group; any floating dtype, D up to 30.
         scale: factor of the products, not negative. LFQ's is 2 inv_temperature codebook_scale: its codes are
             +-codebook_scale, its distance -2 <x, code>.
-        floor: smallest probability whose logarithm is taken, in [0, 1); LFQ's is 1e-5. 0: the entropy itself.
-        mask: bool (R,) or (G, R), True for the rows that count.
+        floor: smallest probability whose logarithm is taken, in [0, 1); LFQ's is 1e-5, 0 gives the exact entropy.
+        mask: bool (R,) or (G, R), True for the rows that take part.
 
     Returns:
         entropy (R,) or (G, R) in nats, and mean (K,) or (G, K); float32, or float64 for float64 x. A row that is masked
-        out or not finite has entropy 0, no part in the mean and no gradient; without any row the mean is 0.
+        out or non-finite has entropy 0, no part in the mean and no gradient. If all rows are excluded, the mean is 0.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
-    Numerics: docs/streams.md. The distribution is a product over the bits, so that time is that of one product of
-    matrices (2^(D/2), R) and (R, 2^(D/2)) for the mean, and memory O(R D + K) and a tile; no R x K matrix is made.
+    Numerics: docs/streams.md. The distribution is a product over the bits, so that the mean costs one product of
+    matrices (2^(D/2), R) and (R, 2^(D/2)). Memory is O(R D + K) and a tile; the R x K matrix is never materialized.
 
     Source: Yu et al., Language Model Beats Diffusion (MAGVIT-v2), 2023, equation 5; Zhao et al., Image and Video
     Tokenization with Binary Spherical Quantization, 2024, for the product.

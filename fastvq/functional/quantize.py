@@ -14,18 +14,18 @@ from fastvq.ops import GRADIENTS, accumulate, quantize_backward, quantize_forwar
 
 
 def unit_norm(x: Tensor) -> Tensor:
-    """x / max(|x|, 1e-6) along the last dimension: what metric="dot" searches for cosine similarity."""
+    """Return x / max(|x|, 1e-6) along the last dimension, for cosine similarity by `metric="dot"`."""
     return F.normalize(x, dim=-1, eps=SHORTEST)
 
 
 def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
-    """The codes of `indices` (...,) from `codebook` (K, D), as (..., D); index -1 gives zeros. Differentiable."""
+    """Return the codes (..., D) of `indices` (...) in `codebook` (K, D), zeros for index -1. Differentiable."""
     codes = F.embedding(indices.clamp_min(0), codebook)
     return codes.masked_fill((indices < 0).unsqueeze(-1), 0)
 
 
 class Quantized(NamedTuple):
-    """What `quantize` returns."""
+    """Result of `quantize`."""
 
     quantized: Tensor  # (..., D), dtype of x
     indices: Tensor  # (...) int64
@@ -43,35 +43,35 @@ def quantize(
     mask: Tensor | None = None,
     indices: Tensor | None = None,
 ) -> Quantized:
-    """The nearest code of each vector, with a gradient for the encoder and the losses of VQ-VAE.
+    """Return the nearest code of each vector, with a gradient for the encoder, and the losses of VQ-VAE.
 
         quantized_n = e_{index_n}
         loss = commitment_weight mean (x - sg[quantized])^2 + codebook_weight mean (sg[x] - quantized)^2
 
-    with means over the D elements of the rows that count, those that are finite and not masked out. The others have
-    index -1, a zero output, a zero gradient and no part in the loss.
+    with means over the D elements of the rows that take part. Non-finite and masked rows are excluded: they have index
+    -1, a zero output, a zero gradient and no part in the loss.
 
     Args:
         x: vectors (..., D), any floating dtype, any leading shape.
-        codebook: codes (K, D). It receives a gradient from the loss where codebook_weight isn't zero, never from
+        codebook: codes (K, D). It receives a gradient from the loss if codebook_weight isn't zero, never from
             `quantized`.
         metric: "l2" or "dot", as in `search`.
-        gradient: how the gradient g of `quantized` reaches x. "ste", straight-through: g itself. "rotation": as if
-            `quantized` were lambda R x with R the rotation that takes x's direction to e's and lambda = |e| / |x|, both
-            held constant, so lambda R^T g; where x or e is shorter than 1e-6, g itself.
-        commitment_weight, codebook_weight: factors of the two losses; beta of the paper is commitment_weight beside
+        gradient: how the gradient g of `quantized` reaches x. "ste", straight-through estimator: g itself. "rotation":
+            as if `quantized` were lambda R x with R the rotation that takes x's direction to e's and lambda = |e| / |x|,
+            both held constant, hence lambda R^T g; if x or e is shorter than 1e-6, g itself.
+        commitment_weight, codebook_weight: factors of the two losses. The paper's beta is commitment_weight, with
             codebook_weight = 1.
-        mask: bool (...), True for the rows that count.
-        indices: int64 (...), what `search` would return for x, where that is known already.
+        mask: bool (...), True for the rows that take part.
+        indices: int64 (...), the result of `search` for x if it is known already.
 
     Returns:
         quantized (..., D), exactly the codes, rounded to x's dtype; indices (...) int64; loss ().
 
     Raises:
-        TypeError, ValueError: as `search`; also for a mask that isn't bool or doesn't fit, a negative weight and an
-        unknown gradient.
+        TypeError, ValueError: as `search`; also for a mask of another dtype or shape, a negative weight or an unknown
+        gradient.
 
-    Numerics: losses are computed in float32 for x in half precision, in float64 for x or codebook in float64.
+    Numerics: losses are computed in float64 if x or codebook is float64, else in float32.
     Memory is O(N D + K D), forward and backward.
 
     Source: van den Oord et al. 2017, equation 3 (losses, straight-through); Fifty et al., Restructuring Vector
@@ -79,14 +79,14 @@ def quantize(
     """
     check_choices(gradient, commitment_weight=commitment_weight, codebook_weight=codebook_weight)
     rows = flatten_rows(x)
-    kept = None if mask is None else rows_of_mask(mask, x.shape[:-1])
+    row_mask = None if mask is None else rows_of_mask(mask, x.shape[:-1])
     if indices is None:
-        indices = search(rows.detach(), codebook.detach(), metric=metric, mask=kept)
+        indices = search(rows.detach(), codebook.detach(), metric=metric, mask=row_mask)
     else:
-        indices = checked_indices(indices, x.shape[:-1])
+        check_shape(indices, x.shape[:-1])
         indices = indices if x.dim() == 2 else indices.reshape(-1)
-        if kept is not None:
-            indices = indices.masked_fill(~kept, -1)
+        if row_mask is not None:
+            indices = indices.masked_fill(~row_mask, -1)
     if differentiates(rows, codebook):
         quantized, loss = _Quantize.apply(rows, codebook, indices, gradient, commitment_weight, codebook_weight)
     else:
@@ -98,18 +98,19 @@ def quantize(
 
 
 def differentiates(*tensors: Tensor) -> bool:
-    """Whether a gradient can flow to one of them. Without, plain ops are called: TorchScript can't save a Function."""
+    """Return whether a gradient can flow to a tensor. Otherwise plain ops serve: TorchScript can't save a Function."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def weighted(error: Tensor, weight: float) -> Tensor:
+    """Return error * weight, without an operation for the weights 0 and 1."""
     if weight == 1:
         return error
     return error * weight if weight else torch.zeros_like(error)
 
 
 def rows_of_mask(mask: Tensor, shape: torch.Size) -> Tensor:
-    """`mask` flattened to (N,), checked against the leading shape of the vectors."""
+    """Check `mask` against the leading shape of the vectors and flatten it to (N,)."""
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: must be bool, got {mask.dtype}")
     if mask.shape != shape:
@@ -118,6 +119,7 @@ def rows_of_mask(mask: Tensor, shape: torch.Size) -> Tensor:
 
 
 def check_choices(gradient: str, **weights: float) -> None:
+    """Check the name of the gradient estimator and the weights of the losses."""
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient: must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
     for name, weight in weights.items():
@@ -126,20 +128,23 @@ def check_choices(gradient: str, **weights: float) -> None:
 
 
 def flatten_rows(x: Tensor) -> Tensor:
+    """Flatten vectors (..., D) to (N, D)."""
     if x.dim() == 0:
         raise ValueError("x: must have shape (..., D), got a scalar")
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def checked_indices(indices: Tensor, shape: torch.Size) -> Tensor:
+def check_shape(indices: Tensor, shape: torch.Size) -> None:
+    """Check the shape of indices that the caller gives."""
     if indices.shape != shape:
         raise ValueError(f"indices: must have shape {tuple(shape)} beside x, got {tuple(indices.shape)}")
-    return indices
 
 
 class _Quantize(torch.autograd.Function):
-    """(quantized, loss) of rows whose indices are known. The backward is written out: no graph of the forward is kept,
-    and neither pass holds more than N x D."""
+    """(quantized, loss) of rows with known indices.
+
+    The backward is written out: it keeps no graph of the forward, and neither pass holds more than N x D.
+    """
 
     @staticmethod
     def forward(
@@ -176,9 +181,9 @@ class _Quantize(torch.autograd.Function):
         if need_codebook:
             codebook_grad = codes.new_zeros(ctx.codebook_shape, dtype=ctx.codebook_dtype)
             if ctx.codebook_weight:
-                counted = (indices >= 0)[:, None]
-                elements = (counted.sum() * x.shape[1]).clamp_min(1)
-                pull = difference(x, codes, counted) * (2 * loss_grad / elements)
+                row_mask = (indices >= 0)[:, None]
+                elements = (row_mask.sum() * x.shape[1]).clamp_min(1)
+                pull = difference(x, codes, row_mask) * (2 * loss_grad / elements)
                 _, sums = accumulate(pull, indices, len(codebook_grad))
                 codebook_grad = (-ctx.codebook_weight * sums).to(ctx.codebook_dtype)
         return x_grad, codebook_grad, None, None, None, None

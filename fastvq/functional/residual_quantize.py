@@ -11,11 +11,11 @@ from torch.autograd.function import once_differentiable
 from fastvq.backends.arithmetic import compute_dtype
 from fastvq.ops import residual_quantize_backward, residual_quantize_forward, residual_search
 
-from .quantize import check_choices, checked_indices, differentiates, flatten_rows, rows_of_mask, weighted
+from .quantize import check_choices, check_shape, differentiates, flatten_rows, rows_of_mask, weighted
 
 
 class ResidualQuantized(NamedTuple):
-    """What `residual_quantize` returns."""
+    """Result of `residual_quantize`."""
 
     quantized: Tensor  # (..., D), dtype of x
     indices: Tensor  # (..., Q) int64
@@ -34,25 +34,25 @@ def residual_quantize(
     keep_residuals: bool = False,
     copy_codebooks: bool = True,
 ) -> ResidualQuantized:
-    """`quantize` by a stack of codebooks, each for what the ones before it left over.
+    """Quantize by a stack of codebooks, each of which codes the residual of the one before.
 
         r_0 = x,   quantized = sum_q e_{q,index_q},   r_{q+1} = r_q - sg[e_{q,index_q}]
         loss_q = commitment_weight mean (r_q - sg[e_{q,index_q}])^2
 
-    Rows that don't count, because they aren't finite or masked out, are treated as by `quantize`.
+    Non-finite and masked rows are excluded as by `quantize`.
 
     Args:
         x: vectors (..., D), any floating dtype.
         codebooks: codes (Q, K, D). They get no gradient.
-        gradient: "ste" or "rotation", as in `quantize`, at every level. x gets the sum over the levels, as when levels
-            are stacked by hand: Q times the gradient of quantized, for "ste".
+        gradient: "ste" or "rotation", as in `quantize`, at every stage. x gets the sum over the stages, as if the
+            quantizers were stacked by hand: for "ste", Q times the gradient of quantized.
         commitment_weight: factor of the losses.
-        mask: bool (...), True for the rows that count.
-        indices: int64 (..., Q), what `residual_search` would return for x, where that is known already; -1 also for
-            levels that are left out.
-        keep_residuals: return the r_q, from which the codebooks can learn.
-        copy_codebooks: hold a copy of the codebooks for the backward, so that they may learn before it. False saves
-            it where they are a copy already.
+        mask: bool (...), True for the rows that take part.
+        indices: int64 (..., Q), the result of `residual_search` for x if it is known already, with -1 also for a stage
+            that is left out.
+        keep_residuals: whether to return the r_q, from which the codebooks can learn.
+        copy_codebooks: keep a copy of the codebooks for the backward, so that they may learn before it. False saves
+            the copy of codebooks that are a copy already.
 
     Returns:
         quantized (..., D); indices (..., Q) int64; losses (Q,); residuals (Q, ..., D), or an empty (0, ..., D).
@@ -60,21 +60,22 @@ def residual_quantize(
     Raises:
         TypeError, ValueError: as `quantize`.
 
-    Numerics: arithmetic is in float32, or in float64 where an argument is; quantized is rounded to x's dtype once.
+    Numerics: arithmetic is in float64 if an argument is float64, else in float32; quantized is rounded once, to
+    x's dtype.
     Memory is O(N D + Q K D), and Q N D for the residuals.
 
     Source: Zeghidour et al., SoundStream, 2021, algorithm 1.
     """
     check_choices(gradient, commitment_weight=commitment_weight)
     rows = flatten_rows(x)
-    kept = None if mask is None else rows_of_mask(mask, x.shape[:-1])
+    row_mask = None if mask is None else rows_of_mask(mask, x.shape[:-1])
     if indices is None:
-        indices = residual_search(rows.detach(), codebooks.detach(), mask=kept)
+        indices = residual_search(rows.detach(), codebooks.detach(), mask=row_mask)
     else:
-        indices = checked_indices(indices, torch.Size([*x.shape[:-1], len(codebooks)]))
+        check_shape(indices, torch.Size([*x.shape[:-1], len(codebooks)]))
         indices = indices if x.dim() == 2 else indices.reshape(-1, len(codebooks))
-        if kept is not None:
-            indices = indices.masked_fill(~kept[:, None], -1)
+        if row_mask is not None:
+            indices = indices.masked_fill(~row_mask[:, None], -1)
     held = codebooks.detach()
     if differentiates(rows):
         held = held.clone() if copy_codebooks else held
@@ -91,8 +92,10 @@ def residual_quantize(
 
 
 class _ResidualQuantize(torch.autograd.Function):
-    """(quantized, losses, residuals) of rows whose indices are known; the backward walks the levels again, so that no
-    residual is kept for it."""
+    """(quantized, losses, residuals) of rows with known indices.
+
+    The backward runs through the stages again, so that no residual is kept for it.
+    """
 
     @staticmethod
     def forward(

@@ -4,9 +4,9 @@ Throughout p_nk = softmax over k of scale s_nk, with s by metric:
 
     "distance"   -|x_n - e_k|          "l2"   -|x_n - e_k|^2          "dot"   <x_n, e_k>
 
-Rows that are masked out or not finite don't count: their results are 0 and so are their gradients. Codes that aren't
-finite have p = 0. Arithmetic is in float32, or in float64 where an argument is. docs/streams.md has the formulae and
-what is exact.
+Masked and non-finite rows are excluded: their results are 0 and so are their gradients. Non-finite codes have p = 0.
+Arithmetic is in float64 if an argument is float64, else in float32. docs/streams.md has the formulae and says what is
+exact.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastvq.backends.arithmetic import compute_dtype
+from fastvq.backends.arithmetic import compute_dtype, row_mask
 from fastvq.ops import soft_assign_backward, soft_assign_forward
 
 LARGEST_MEAN = 1 << 20
@@ -26,7 +26,7 @@ LARGEST_MEAN = 1 << 20
 
 
 class SoftAssignment(NamedTuple):
-    """What `soft_assign` returns."""
+    """Result of `soft_assign`."""
 
     logsumexp: Tensor  # (R,) or (G, R)
     entropy: Tensor  # (R,) or (G, R)
@@ -42,7 +42,7 @@ def soft_assign(
     floor: float = 0.0,
     mask: Tensor | None = None,
 ) -> SoftAssignment:
-    """How probable each code is for each vector, as sums over the codes and the mean over the vectors.
+    """Return statistics of each vector's distribution over the codes, and the mean distribution.
 
         logsumexp_n = ln sum_k exp(scale s_nk),   entropy_n = -sum_k p_nk ln max(p_nk, floor),   mean_k = mean_n p_nk
 
@@ -50,14 +50,15 @@ def soft_assign(
         x: (R, D), or (G, R, D) for means within each group; any floating dtype.
         codebook: (K, D). It and x get gradients from all three results.
         metric: "distance", "l2" or "dot": s, as above. scale: its factor, positive; 1 / temperature.
-        floor: smallest probability whose logarithm is taken, in [0, 1); 0: the entropy itself.
-        mask: bool (R,) or (G, R), True for the rows that count.
+        floor: smallest probability whose logarithm is taken, in [0, 1); 0 gives the exact entropy.
+        mask: bool (R,) or (G, R), True for the rows that take part.
 
     Returns:
-        logsumexp and entropy in nats (R,) or (G, R), mean (K,) or (G, K); float32, or float64 where an argument is.
+        logsumexp and entropy in nats (R,) or (G, R), mean (K,) or (G, K); float64 if an argument is float64, else
+        float32.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Memory is O(R D + K D + G K) and a tile, forward and backward.
     """
@@ -78,41 +79,40 @@ def cross_entropy(
     scale: float = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The mean cross-entropy of the soft assignment to given codes: F.cross_entropy(scale s, indices).
+    """Return the mean cross-entropy of the soft assignment to given indices: F.cross_entropy(scale s, indices).
 
-        loss = mean over the rows that count of  logsumexp_n - scale s_{n,index_n}
+        loss = mean over the rows that take part of  logsumexp_n - scale s_{n,index_n}
 
     Args:
         x: (..., D). codebook: (K, D). Both get gradients.
-        indices: int64 (...), in [-1, K); a row with -1 doesn't count.
+        indices: int64 (...), in [-1, K); a row with -1 is excluded.
         metric, scale: as for `soft_assign`. mask: bool (...).
 
     Returns:
-        () in nats, 0 where no row counts.
+        () in nats, 0 if all rows are excluded.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name. IndexError: an index out of range, on the CPU.
+        TypeError, ValueError: an argument is invalid; the message names it. IndexError: an index is out of range, on
+        the CPU.
 
-    Source: Shen et al., NaturalSpeech 2, 2023, section 3.1, for a cross-entropy over distances to the codes.
+    Source: Shen et al., NaturalSpeech 2, 2023, section 3.1, for a cross-entropy over the distances to the codes.
     """
     rows = x.reshape(-1, x.shape[-1])
     if indices.shape != x.shape[:-1]:
         raise ValueError(f"indices: must have shape {tuple(x.shape[:-1])} beside x, got {tuple(indices.shape)}")
     targets = indices.reshape(-1)
-    counted = (targets >= 0) & rows.isfinite().all(1)
-    if mask is not None:
-        counted = counted & mask.reshape(-1)
+    target_mask = row_mask(rows, None if mask is None else mask.reshape(-1)) & (targets >= 0)
     codebook = _held(codebook)
-    logsumexp, _, _ = _SoftAssign.apply(rows[None], codebook, counted[None], metric, scale, 0.0, False)
+    logsumexp, _, _ = _SoftAssign.apply(rows[None], codebook, target_mask[None], metric, scale, 0.0, False)
     dtype = compute_dtype(x, codebook)
-    own = rows.to(dtype).masked_fill(~counted[:, None], 0)
-    codes = F.embedding(targets.clamp_min(0), codebook).to(dtype).masked_fill(~counted[:, None], 0)
+    own = rows.to(dtype).masked_fill(~target_mask[:, None], 0)
+    codes = F.embedding(targets.clamp_min(0), codebook).to(dtype).masked_fill(~target_mask[:, None], 0)
     if metric == "dot":
         target = (own * codes).sum(1)
     else:
         difference = own - codes
         target = -difference.square().sum(1) if metric == "l2" else -torch.linalg.vector_norm(difference, dim=1)
-    return (logsumexp[0] - scale * target).sum() / counted.sum().clamp_min(1)
+    return (logsumexp[0] - scale * target).sum() / target_mask.sum().clamp_min(1)
 
 
 def mean_assignment_entropy(
@@ -124,20 +124,22 @@ def mean_assignment_entropy(
     floor: float = 1e-5,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The entropy of the mean assignment at each position, averaged over the positions: how evenly codes are used.
+    """Return the entropy of the mean assignment at each position, averaged over the positions.
 
         m_ik = mean over the batch of p_bik,   result = mean over positions i of -sum_k m_ik ln max(m_ik, floor)
+
+    The more evenly the codes are used, the larger it is.
 
     Args:
         x: (B, n, D). codebook: (K, D). Both get gradients.
         metric, scale, floor: as for `soft_assign`.
-        mask: bool (B, n). Positions without a row that counts are left out.
+        mask: bool (B, n). Positions whose rows are all excluded are left out.
 
     Returns:
         () in nats.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Positions are taken in turn, so that memory is O(B n D + K D) and a tile of the means.
     """
@@ -148,14 +150,14 @@ def mean_assignment_entropy(
 
 
 def soft_lookup(x: Tensor, codebook: Tensor, indices: Tensor, *, metric: str = "dot", scale: float = 1.0) -> Tensor:
-    """Codes by index in value, with the gradient of the soft assignment to all codes.
+    """Look up codes by index, with the gradient of the soft assignment to all codes.
 
         quantized_n = e_{index_n},   gradient as if it were  sum_k (onehot_nk + p_nk - sg[p_nk]) e_k
 
-    This is the straight-through estimator of index backpropagation, and of Gumbel sampling where indices are sampled.
+    This is the straight-through estimator of index backpropagation and, for sampled indices, of Gumbel sampling.
 
     Args:
-        x: (..., D). codebook: (K, D). Both get gradients: x by way of p, the codebook by p and by the lookup.
+        x: (..., D). codebook: (K, D). Both get gradients: x through p, the codebook through p and the lookup.
         indices: int64 (...), in [-1, K); -1 gives zeros and no gradient.
         metric, scale: as for `soft_assign`.
 
@@ -163,7 +165,8 @@ def soft_lookup(x: Tensor, codebook: Tensor, indices: Tensor, *, metric: str = "
         (..., D) in the dtype of x.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name. IndexError: an index out of range, on the CPU.
+        TypeError, ValueError: an argument is invalid; the message names it. IndexError: an index is out of range, on
+        the CPU.
 
     Source: Shi et al., Scalable Image Tokenization with Index Backpropagation Quantization, 2024, equations 3 and 4.
     """
@@ -174,7 +177,7 @@ def soft_lookup(x: Tensor, codebook: Tensor, indices: Tensor, *, metric: str = "
 
 
 def _held(codebook: Tensor) -> Tensor:
-    """A codebook without a gradient learns by moving averages, maybe before the backward, which needs it as it was."""
+    """Return the codebook for the backward: a copy if it may learn by moving averages before that."""
     return codebook if codebook.requires_grad or not torch.is_grad_enabled() else codebook.detach().clone()
 
 
@@ -217,7 +220,10 @@ def _gradients(
 
 
 class _MeanAssignmentEntropy(torch.autograd.Function):
-    """x is (n, B, D) here. The means are made again in the backward: together they may be as large as N x K."""
+    """The function of x transposed to (n, B, D).
+
+    The backward recomputes the means, which together may be as large as N x K.
+    """
 
     @staticmethod
     def forward(
@@ -255,8 +261,7 @@ def _positions(x: Tensor, codebook: Tensor, mask: Tensor | None) -> list[tuple[T
 
 
 def _count_positions(x: Tensor, mask: Tensor | None) -> Tensor:
-    counted = x.isfinite().all(2)
-    return (counted if mask is None else counted & mask).any(1).sum().clamp_min(1)
+    return row_mask(x, mask).any(1).sum().clamp_min(1)
 
 
 class _SoftLookup(torch.autograd.Function):
@@ -271,9 +276,9 @@ class _SoftLookup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, codebook, indices = ctx.saved_tensors
-        counted = indices >= 0
-        wide = grad.to(compute_dtype(x, codebook)).masked_fill(~counted[:, None], 0)
-        own, mask, code_grad = x[None], counted[None], wide[None]
+        index_mask = indices >= 0
+        wide = grad.to(compute_dtype(x, codebook)).masked_fill(~index_mask[:, None], 0)
+        own, mask, code_grad = x[None], index_mask[None], wide[None]
         logsumexp, _, _ = soft_assign_forward(own, codebook, mask, **ctx.options, statistics=False)
         x_grad, codebook_grad = _gradients(ctx, own, codebook, mask, logsumexp, None, None, None, code_grad)
         if codebook_grad is not None:

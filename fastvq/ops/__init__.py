@@ -1,4 +1,4 @@
-"""Every op: its schema, its argument checks, its fake and its choice of backend, once each."""
+"""The ops: schema, argument checks, fake and choice of backend of each, in one file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The op `accumulate`: how many vectors each code has, and their sum."""
+"""The op `accumulate`: the number of vectors of each code, and their sum."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ def _accumulate_fake(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Te
 
 @op(fake=_accumulate_fake)
 def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """How many vectors each code has, and their sum.
+    """Count and sum the vectors of each code.
 
         counts_k = |{n : index_n = k}|,   sums_k = sum over {n : index_n = k} of x_n
 
     Args:
         x: vectors (N, D); float32, float16, bfloat16 or float64.
-        indices: int64 (N,) in [-1, K); a row with -1 is skipped, whatever it holds.
+        indices: int64 (N,) in [-1, K); a row with -1 is excluded, whatever it holds.
         codebook_size: K.
 
     Returns:
         counts (K,) and sums (K, D), float32. Sums are taken in float64 and rounded once; on the CPU in ascending order
-        of n, so that the result doesn't depend on the number of threads. Memory is O(N + K D): there is no one-hot.
+        of n, so that the result is independent of the number of threads. Memory is O(N + K D): there
+        is no one-hot matrix.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices that don't fit. IndexError: an index out of range, on
-        the CPU; elsewhere the device asserts, since looking would mean waiting for it.
+        TypeError, ValueError: dtypes, shapes or devices are invalid. IndexError: an index is out of range, on the CPU;
+        elsewhere the device asserts, since to read the indices would wait for it.
 
     Source: van den Oord et al. 2017, appendix A.1, equations 6 and 7.
     """

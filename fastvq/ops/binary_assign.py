@@ -1,4 +1,4 @@
-"""Soft assignment to the codebook of all vectors of signs, which is never made."""
+"""The op `binary_assign`: the soft assignment to all vectors of signs, and its gradient."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def _binary_assign_forward_fake(x: Tensor, mask: Tensor | None, *, scale: float,
 
 @op(fake=_binary_assign_forward_fake)
 def binary_assign_forward(x: Tensor, mask: Tensor | None, *, scale: float, floor: float) -> tuple[Tensor, Tensor]:
-    """The soft assignment of `fastvq.binary_assign`, of groups of rows.
+    """Return the soft assignment of `fastvq.binary_assign` for groups of rows.
 
     Args:
         x: (G, R, D); float32, float16, bfloat16 or float64. Means are taken within a group.
-        mask: bool (G, R), or None for all rows. scale, floor: as there.
+        mask: bool (G, R), or None for all rows. scale, floor: as for `fastvq.binary_assign`.
 
     Returns:
         entropy (G, R) and mean (G, 2^D), float32, or float64 for float64 x.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     check_binary_assign(x, mask, scale, floor)
     return backends.select("binary_assign_forward", x.device)(x, mask, scale=scale, floor=floor)
@@ -86,12 +86,12 @@ def binary_assign_backward(
     scale: float,
     floor: float,
 ) -> Tensor:
-    """The gradient of x from those of `binary_assign_forward`'s entropy and mean; None stands for zeros.
+    """Return the gradient of x, given those of the results of `binary_assign_forward`; None stands for zeros.
 
-    Returns (G, R, D) in float32, or float64 for float64 x; zeros in rows that don't count.
+    The gradient is (G, R, D) in float32, or float64 for float64 x, with zeros in excluded rows.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     _check_binary_assign_backward(x, mask, entropy_grad, mean_grad, scale, floor)
     run = backends.select("binary_assign_backward", x.device)

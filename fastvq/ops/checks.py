@@ -51,7 +51,7 @@ def check_mask(mask: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def check_like(name: str, tensor: Tensor | None, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """An argument that may be left out, and has one shape and dtype where it isn't."""
+    """Check an optional argument that has one shape and one dtype."""
     if tensor is None:
         return
     check_same_device(name, tensor, x)

@@ -65,7 +65,7 @@ def _ranges_meet(a: Tensor, b: Tensor) -> bool:
 
 
 def _span(tensor: Tensor) -> int:
-    """The bytes from the first element to the end of the last one."""
+    """Return the number of bytes from the first element to the end of the last one."""
     if tensor.is_contiguous():
         return 4 * tensor.numel()
     return 4 * (1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)))
@@ -82,7 +82,7 @@ def _share_elements(a: Tensor, b: Tensor) -> bool:
 
 
 def _offsets(tensor: Tensor) -> Tensor:
-    """The places of the elements in memory, counted from the first."""
+    """Return the offsets of the elements in memory from the first one."""
     offsets = torch.zeros((), dtype=torch.int64)
     for size, step in zip(tensor.shape, tensor.stride(), strict=True):
         offsets = offsets[..., None] + step * torch.arange(size)
@@ -105,13 +105,13 @@ def ema_update_(
     eps: float,
     weight: Tensor | None = None,
 ) -> None:
-    """One step of the codebook's exponential moving averages, in place.
+    """Update the exponential moving averages of a codebook by one step, in place.
 
         N_k <- N_k + w_k (1 - decay) (counts_k - N_k)
         m_k <- m_k + w_k (1 - decay) (sums_k - m_k)
         e_k <- m_k / N'_k   with   N'_k = (N_k + eps) / (N + K eps) N,   N = sum_k N_k
 
-    A code whose N'_k isn't positive (nothing was ever counted) stays as it is.
+    A code whose N'_k isn't positive (it never had a vector) stays as it is.
 
     Args:
         codebook: e, (K, D). cluster_size: N, (K,). embed_avg: m, (K, D). All are written.
@@ -125,8 +125,8 @@ def ema_update_(
     the old or the new values.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name. RuntimeError: it is called within a backward pass, as happens
-        where activation checkpointing repeats a compiled layer, which can't know that it is repeated.
+        TypeError, ValueError: an argument is invalid; the message names it. RuntimeError: the op is called within a
+        backward pass, as happens where activation checkpointing repeats a compiled layer, which can't detect that.
 
     Source: van den Oord et al. 2017, appendix A.1, equations 6 to 8; smoothing as in Sonnet's VectorQuantizerEMA.
     """

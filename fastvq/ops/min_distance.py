@@ -1,4 +1,4 @@
-"""How far rows are from the codes that there are so far."""
+"""The op `min_distance_`: the squared distance of each row to the nearest chosen centre."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ def _min_distance_fake(distances: Tensor, x: Tensor, codes: Tensor) -> None:
 
 @op(fake=_min_distance_fake, mutates=("distances",))
 def min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
-    """The squared distance of each row to the nearest of some codes, once a few more codes are there; in place.
+    """Lower the squared distance of each row to its nearest centre by a few new centres, in place.
 
         distances_n <- min(distances_n, min_m |x_n - c_m|^2)
 
-    D(x)^2 of k-means++: the next row is drawn by it, and becomes a code. One pass over x, without an N x D temporary;
-    where a distance is 0 already the row isn't read. So zeros are the mask of rows that never count.
+    This is D(x)^2 of k-means++, which draws the next centre from the rows in proportion to it. The op makes one pass
+    over x and no N x D temporary. A row whose distance is 0 isn't read, so that zeros exclude rows.
 
     Args:
         distances: float32 (N,), not negative; written.
         x: vectors (N, D); float32, float16, bfloat16 or float64.
-        codes: the codes that are new, (M, D), any of these dtypes. For many of them `search` is the way.
+        codes: the new centres, (M, D), any of these dtypes. For many of them `search` is faster.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
-    Numerics: the kernels take differences, squares and their sum in float64 and round to float32 once. They add in
-    different orders, and agree to the bit but where a sum lies next to the middle between two float32 numbers: there to
-    one unit in the last place. torch operations, which serve where there is no kernel, take float32 unless an argument
-    is float64, and err by less than (D + 3) 2^-24 of the distance. Squares beyond float32's range are infinite, those
-    below it 0. No number of threads changes a bit. A row equal to a code has 0. What is no number, as the distance of a
-    row that isn't finite, changes nothing, and any number replaces it. Memory is O(N + M D). Not differentiable.
+    Numerics: kernels compute differences, squares and their sum in float64 and round to float32 once. They add in
+    different orders and agree to the bit, or to one unit in the last place if a sum lies next to the midpoint of two
+    float32 numbers. The torch backend computes in float32 unless an argument is float64, with a relative error below
+    (D + 3) 2^-24. Squares beyond float32's range become infinite, those below it 0. The result is independent of the
+    number of threads. A row equal to a centre has distance 0. A NaN, such as the distance of a non-finite row, changes
+    no distance, and any number replaces it. Memory is O(N + M D). Not differentiable.
 
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007, section 2.2.
     """

@@ -30,23 +30,25 @@ def _quantize_forward_fake(
 
 @op(fake=_quantize_forward_fake)
 def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Lookup and quantization error in one pass: what `fastvq.quantize` does once it has the indices.
+    """Look up the codes and measure the quantization error, in one pass.
 
         quantized_n = e_{index_n},   error = mean of (x - quantized)^2 over the D elements of the rows with a code
+
+    `fastvq.quantize` calls this once it has the indices.
 
     Args:
         x: vectors (N, D); float32, float16, bfloat16 or float64.
         codebook: codes (K, D), any of these dtypes.
-        indices: int64 (N,) in [-1, K); a row with -1 gets zeros and counts for nothing.
-        keep_codes: whether the second result is wanted, which `quantize_backward` needs.
+        indices: int64 (N,) in [-1, K); a row with -1 is excluded and gets zeros.
+        keep_codes: whether to return the codes, which `quantize_backward` needs.
 
     Returns:
-        quantized (N, D) in the dtype of x; the codes (N, D) unrounded, in float32 or, where an argument is, in float64,
-        or an empty (0, D); error () in that dtype, 0 if no row counts. On the CPU rows are summed in float64 in a fixed
-        order: the result doesn't depend on the number of threads.
+        quantized (N, D) in the dtype of x; the codes (N, D) unrounded, in float64 if an argument is float64, else in
+        float32, or an empty (0, D); error () in the dtype of the codes, 0 if all rows are excluded. On the CPU rows are
+        summed in float64 in a fixed order, so that the result is independent of the number of threads.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices that don't fit. IndexError: an index out of range, on the CPU.
+        TypeError, ValueError: dtypes, shapes or devices are invalid. IndexError: an index is out of range, on the CPU.
 
     Source: van den Oord et al. 2017, equations 2 and 3.
     """
@@ -91,14 +93,14 @@ def quantize_backward(
     gradient: str,
     commitment_weight: float,
 ) -> Tensor:
-    """The gradient of x from those of `quantize_forward`'s quantized and error, in one pass.
+    """Return the gradient of x, given those of the output and the error of `quantize_forward`, in one pass.
 
         x_grad_n = G_n(quantized_grad_n) + commitment_weight 2 loss_grad (x_n - e_n) / (D |{n : index_n >= 0}|)
 
     with G the identity for "ste" and lambda R^T for "rotation", see `fastvq.quantize`; zeros for index -1.
 
     Args:
-        x, indices: as in the forward. codes: what it kept.
+        x, indices: as in the forward. codes: the codes that it returned.
         quantized_grad: (N, D) in the dtype of x. loss_grad: () in that of the codes.
         gradient: "ste" or "rotation". commitment_weight: factor of the error in the loss.
 
@@ -106,7 +108,7 @@ def quantize_backward(
         (N, D) in the dtype of x, computed in that of the codes.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Source: van den Oord et al. 2017, section 3.2; Fifty et al. 2024, section 4.2.
     """

@@ -12,7 +12,7 @@ from .registry import op
 from .residual_search import check_residual_search
 
 
-def _check_level_indices(indices: Tensor, x: Tensor, codebooks: Tensor) -> None:
+def _check_stage_indices(indices: Tensor, x: Tensor, codebooks: Tensor) -> None:
     check_int64(indices, x, (x.shape[0], codebooks.shape[0]), "(N, Q)", "x and codebooks")
 
 
@@ -20,38 +20,39 @@ def _residual_quantize_forward_fake(
     x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_residual_search(x, codebooks)
-    _check_level_indices(indices, x, codebooks)
-    levels, dtype = codebooks.shape[0], compute_dtype(x, codebooks)
-    residuals = x.new_empty((levels if keep_residuals else 0, *x.shape), dtype=dtype)
-    return x.new_empty(x.shape), x.new_empty((levels,), dtype=dtype), residuals
+    _check_stage_indices(indices, x, codebooks)
+    stages, dtype = codebooks.shape[0], compute_dtype(x, codebooks)
+    residuals = x.new_empty((stages if keep_residuals else 0, *x.shape), dtype=dtype)
+    return x.new_empty(x.shape), x.new_empty((stages,), dtype=dtype), residuals
 
 
 @op(fake=_residual_quantize_forward_fake)
 def residual_quantize_forward(
     x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_forward` of all levels of a residual quantizer, in one pass.
+    """Run `quantize_forward` for all stages of a residual quantizer, in one pass.
 
         r_0 = x,   r_{q+1} = r_q - e_{q,index_q},   quantized = sum_q e_{q,index_q}
-        error_q = mean of (r_q - e_{q,index_q})^2 over the D elements of the rows with a code at level q
+        error_q = mean of (r_q - e_{q,index_q})^2 over the D elements of the rows with a code at stage q
 
     Args:
         x: vectors (N, D); float32, float16, bfloat16 or float64.
         codebooks: codes (Q, K, D), any of these dtypes.
-        indices: int64 (N, Q) in [-1, K), as from `residual_search`; a level with -1 adds nothing and takes nothing off.
-        keep_residuals: whether the third result is wanted.
+        indices: int64 (N, Q) in [-1, K), as from `residual_search`; a stage with -1 changes neither output nor
+            residual.
+        keep_residuals: whether to return the residuals.
 
     Returns:
         quantized (N, D) in the dtype of x; errors (Q,); the residuals r_q (Q, N, D), or an empty (0, N, D). Arithmetic,
-        errors and residuals are float32, or float64 where an argument is. The rest as `quantize_forward`.
+        errors and residuals are float64 if an argument is float64, else float32. Otherwise as `quantize_forward`.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices that don't fit. IndexError: an index out of range, on the CPU.
+        TypeError, ValueError: dtypes, shapes or devices are invalid. IndexError: an index is out of range, on the CPU.
 
     Source: Zeghidour et al., SoundStream, 2021, algorithm 1.
     """
     check_residual_search(x, codebooks)
-    _check_level_indices(indices, x, codebooks)
+    _check_stage_indices(indices, x, codebooks)
     return backends.select("residual_quantize_forward", x.device)(x, codebooks, indices, keep_residuals)
 
 
@@ -59,7 +60,7 @@ def _check_residual_quantize_backward(
     x: Tensor, codebooks: Tensor, indices: Tensor, quantized_grad: Tensor, error_grads: Tensor, gradient: str
 ) -> None:
     check_residual_search(x, codebooks)
-    _check_level_indices(indices, x, codebooks)
+    _check_stage_indices(indices, x, codebooks)
     check_gradients(x, quantized_grad, gradient)
     dtype = compute_dtype(x, codebooks)
     check_same_device("error_grads", error_grads, x)
@@ -95,16 +96,16 @@ def residual_quantize_backward(
     gradient: str,
     commitment_weight: float,
 ) -> Tensor:
-    """The gradient of x from those of `residual_quantize_forward`'s quantized and errors, in one pass.
+    """Return the gradient of x, given those of the output and the errors of `residual_quantize_forward`, in one pass.
 
-        x_grad_n = sum over the levels q with a code of
+        x_grad_n = sum over the stages q with a code of
                    G_{n,q}(quantized_grad_n) + commitment_weight 2 error_grad_q (r_q,n - e_q) / (D rows_q)
 
-    with G as in `quantize_backward`, for the residual and the code of the level, and rows_q the number of rows with a
-    code there. Each residual depends on x as x itself: codes are held constant.
+    with G as in `quantize_backward`, for the residual and the code of the stage, and rows_q the number of rows with a
+    code at stage q. The derivative of each residual with respect to x is the identity: codes are held constant.
 
     Args:
-        x, codebooks, indices: as in the forward; the codebooks as they were then.
+        x, codebooks, indices: as in the forward; the codebooks must hold the same values.
         quantized_grad: (N, D) in the dtype of x. error_grads: (Q,) in that of the errors.
         gradient: "ste" or "rotation". commitment_weight: factor of the errors in the loss.
 
@@ -112,7 +113,7 @@ def residual_quantize_backward(
         (N, D) in the dtype of x, computed in that of the errors.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Source: as `quantize_backward`.
     """

@@ -17,7 +17,7 @@ def check_residual_search(x: Tensor, codebooks: Tensor, mask: Tensor | None = No
     check_values("codebooks", codebooks, (3,), "(Q, K, D)")
     check_codes("codebooks", codebooks, x)
     if codebooks.shape[0] == 0:
-        raise ValueError(f"codebooks: must hold at least one level, got shape {tuple(codebooks.shape)}")
+        raise ValueError(f"codebooks: must hold at least one stage, got shape {tuple(codebooks.shape)}")
     if mask is not None:
         check_mask(mask, x, x.shape[:-1])
 
@@ -29,20 +29,20 @@ def _residual_search_fake(x: Tensor, codebooks: Tensor, *, mask: Tensor | None =
 
 @op(fake=_residual_search_fake)
 def residual_search(x: Tensor, codebooks: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """The codes of each vector under residual quantization: each level codes what the levels before it left over.
+    """Return the indices of each vector in a stack of codebooks, each of which codes the residual of the one before.
 
         r_0 = x,   index_nq = argmin_k |r_q,n - e_qk|^2,   r_{q+1} = float32(r_q - e_q,index)
 
-    The difference is one subtraction in float32; in float64, and then rounded, where an argument is float64.
+    The difference is one subtraction in float32, or in float64 with one rounding more if an argument is float64.
 
     Args:
         x: vectors (N, D), as for `search`.
-        codebooks: codes (Q, K, D), level by level, on the same device.
+        codebooks: codes (Q, K, D), stage by stage, on the same device.
         mask: bool (N,), as for `search`.
 
     Returns:
-        int64 indices (N, Q): the same as calling `search` level by level. -1 as there; a level without a finite code
-        leaves the residual as it is.
+        int64 indices (N, Q): the same as one `search` a stage, and -1 as there. A stage without a finite code leaves
+        the residual as it is.
 
     Raises:
         TypeError, ValueError: as `search`.

@@ -1,4 +1,4 @@
-"""Random codes."""
+"""The op `sample`: a random code for each vector."""
 
 from __future__ import annotations
 
@@ -28,17 +28,16 @@ def _sample_fake(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tenso
 
 @op(fake=_sample_fake)
 def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, metric: str = "l2") -> Tensor:
-    """A random code for each vector, as probable as its soft assignment says.
+    """Draw a random code for each vector, with the probabilities of its soft assignment.
 
         P(index_n = k) = softmax_k(l_nk / temperature),   l_nk = -|x_n - e_k| ("l2") or <x_n, e_k> ("dot")
         index_n = argmax_k  l_nk / temperature - ln(-ln u_nk),   u_nk = (w_nk + 1/2) 2^-32
 
     w_nk is word k mod 4 of Philox4x32-10 with the counter (k div 4, n mod 2^32, n div 2^32, h) and the key `seed`, its
-    low 32 bits first; h is the head. l comes from the float64 sum that defines `search`, and all else is float64 too;
-    equal values resolve to the lowest index. The result is thus a function of the arguments alone: no tile, thread or
-    backend changes it, save where two values are equal to the last digits, in which the logarithms of two platforms may
-    differ.
-    Memory is O(N + K D).
+    low 32 bits first; h is the head. l comes from the float64 sum that defines `search`; the rest is computed in
+    float64 too, and ties resolve to the lowest index. The result is thus a function of the arguments alone. Tiles,
+    threads and backends don't change it, unless two values agree to the last digits, in which the logarithms of two
+    platforms may differ. Memory is O(N + K D).
 
     Args:
         x, codebook: as for `search`, also with heads.
@@ -50,7 +49,7 @@ def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, met
         int64 indices (N,) or (H, N); -1 as for `search`.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Numerics: docs/streams.md. Not differentiable: see `fastvq.soft_lookup`.
 

@@ -27,12 +27,13 @@ def check_search(x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None) 
 
 
 def search_masked(search: Callable[[Tensor, Tensor], Tensor], x: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
-    """search(x, codes) with -1 in the rows of x that `mask` leaves out. On the CPU only the others are searched;
-    elsewhere all are, since to count them would be to wait for the device."""
+    """Return search(x, codes) with -1 in the rows of x that `mask` excludes.
+
+    The CPU searches only the other rows. Other devices search all, since to count rows would wait for the device.
+    """
     if x.device.type != "cpu":
         indices = search(x, codes)
-        kept = mask.reshape(*mask.shape, *[1] * (indices.dim() - mask.dim()))
-        return indices.masked_fill_(~kept, -1)
+        return indices.masked_fill_(~mask.reshape(*mask.shape, *[1] * (indices.dim() - mask.dim())), -1)
     if x.dim() == 3:
         pairs = zip(x, codes, mask, strict=True)
         heads = [search_masked(search, xh, eh, mh) for xh, eh, mh in pairs]
@@ -51,28 +52,28 @@ def _search_fake(x: Tensor, codebook: Tensor, *, metric: str = "l2", mask: Tenso
 
 @op(fake=_search_fake)
 def search(x: Tensor, codebook: Tensor, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
-    """The exact nearest code of each vector.
+    """Return the index of the exact nearest code of each vector.
 
         metric="l2"    index_n = argmin_k sum_j (x_nj - e_kj)^2
         metric="dot"   index_n = argmax_k sum_j x_nj e_kj
 
     The sums are those of IEEE float64 over ascending j, with difference, product and sum each rounded separately; equal
     values resolve to the lowest index. This holds on every backend, device, thread count and batch split. Memory is
-    O(N + K D): there is no N x K matrix.
+    O(N + K D): the N x K matrix is never materialized.
 
     Args:
         x: vectors (N, D) or (H, N, D); float32, float16, bfloat16 or float64, any strides.
         codebook: codes (K, D) or (H, K, D) on the same device; any of these dtypes, not necessarily that of x.
         metric: "l2" or "dot".
-        mask: bool (N,) or (H, N); a row with False gets -1. On the CPU it isn't searched; elsewhere it is, since to
-            leave it out would be to wait for the device.
+        mask: bool (N,) or (H, N); a row with False gets -1. The CPU doesn't search it; other devices do, since to
+            leave it out would wait for the device.
 
     Returns:
-        int64 indices (N,) or (H, N). A row with a NaN or an infinity gets -1. A code with one is never chosen; where no
-        finite code is left, every index is -1.
+        int64 indices (N,) or (H, N). A row with a NaN or an infinity gets -1. A code with one is never chosen; without
+        any finite code, every index is -1.
 
     Raises:
-        TypeError: a dtype that isn't listed. ValueError: shapes, devices or a metric that don't fit; each names the
+        TypeError: a dtype isn't listed. ValueError: a shape, a device or the metric is invalid. The message names the
         argument.
 
     Numerics: docs/exactness.md. Not differentiable: see `fastvq.quantize`.

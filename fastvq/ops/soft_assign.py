@@ -1,4 +1,4 @@
-"""Soft assignments of vectors to codes: what a softmax over all codes is needed for, without the softmax."""
+"""The op `soft_assign`: statistics of the softmax over all codes, without the softmax, and their gradient."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def _soft_assign_forward_fake(
 def soft_assign_forward(
     x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: str, scale: float, floor: float, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The soft assignment of `fastvq.soft_assign`, of groups of rows.
+    """Return the soft assignment of `fastvq.soft_assign` for groups of rows.
 
     Args:
         x: (G, R, D). Means are taken within a group. codebook: (K, D). mask: bool (G, R), or None for all rows.
-        metric, scale, floor: as there.
-        statistics: whether entropy and mean are wanted; they come out empty, (G, 0), where not.
+        metric, scale, floor: as for `fastvq.soft_assign`.
+        statistics: whether to compute entropy and mean; otherwise they are empty, (G, 0).
 
     Returns:
-        logsumexp (G, R), entropy (G, R) and mean (G, K), float32, or float64 where x or the codebook is.
+        logsumexp (G, R), entropy (G, R) and mean (G, K), float64 if x or the codebook is float64, else float32.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     _check_soft_assign(x, codebook, mask, metric, scale)
     _check_floor(floor)
@@ -114,22 +114,22 @@ def soft_assign_backward(
     need_x: bool,
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and the codebook from those of `soft_assign_forward`'s results; None stands for zeros.
+    """Return the gradients of x and codebook, given those of the results of `soft_assign_forward`; None means zeros.
 
         dL/dl_nk = logsumexp_grad_n p_nk + p_nk (u_nk - sum_j p_nj u_nj)
         u_nk = entropy_grad_n d/dp (-p ln max(p, floor)) + mean_grad_k / R + <code_grad_n, e_k>
 
     Args:
         x, codebook, mask, metric, scale, floor: as in the forward. logsumexp: its result.
-        code_grad: (G, R, D), the gradient of sum_k p_nk e_k with the e_k in it held constant.
-        need_x, need_codebook: which gradients are wanted.
+        code_grad: (G, R, D), the gradient of sum_k p_nk e_k with each e_k held constant.
+        need_x, need_codebook: which gradients to compute.
 
     Returns:
-        x_grad (G, R, D), or (G, R, 0), and codebook_grad (K, D), or (0, D); float32, or float64 where x or the codebook
-        is. Rows that don't count and codes that aren't finite have zeros.
+        x_grad (G, R, D), or (G, R, 0), and codebook_grad (K, D), or (0, D); float64 if x or the codebook is
+        float64, else float32. Excluded rows and non-finite codes have zeros.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     grads = (logsumexp, logsumexp_grad, entropy_grad, mean_grad, code_grad)
     _soft_assign_backward_fake(

@@ -27,18 +27,18 @@ def _topk_search_fake(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2"
 
 @op(fake=_topk_search_fake)
 def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
-    """The k nearest codes of each vector, nearest first.
+    """Return the indices of the k nearest codes of each vector, nearest first.
 
-    Codes are ordered by the float64 sums that define `search`, and equal ones by index, so that the first of them is
-    what `search` returns. Like there, the result is the same on every backend, and there is no N x K matrix.
+    Codes are ordered by the float64 sums that define `search`, ties by index, so that the first of them is the one that
+    `search` returns. The result is the same on every backend, and the N x K matrix is never materialized.
 
     Args:
         x, codebook, metric, mask: as for `search`.
-        k: how many, from 1 to K.
+        k: number of codes, from 1 to K.
 
     Returns:
-        int64 indices (N, k) or (H, N, k). All are -1 in a row that isn't finite or masked out; where fewer than k codes
-        are finite, the last ones are -1.
+        int64 indices (N, k) or (H, N, k). All are -1 in a row that is non-finite or masked out. If fewer than k
+        codes are finite, the last ones are -1.
 
     Raises:
         TypeError, ValueError: as `search`.

@@ -141,7 +141,7 @@ def test_exports_in_eval(options, dynamic):
 X, CODES = torch.zeros(3, 4), torch.zeros(5, 4)
 META = torch.zeros(5, 4, device="meta")
 INDICES = torch.zeros(3, dtype=torch.int64)
-LEVELS = torch.zeros(2, 5, 4)
+STAGES = torch.zeros(2, 5, 4)
 FAR = torch.ones(3)
 
 
@@ -172,11 +172,11 @@ FAR = torch.ones(3)
         ("search", (X.cfloat(), CODES), {}, TypeError, "x: must be float32, .* got torch.complex64"),
         ("search", (X, META), {}, ValueError, "codebook: must be on the device of x, cpu, got meta"),
         ("search", (X, CODES), {"metric": "cosine"}, ValueError, "metric: must be 'l2' or 'dot', got 'cosine'"),
-        ("residual_search", (X, LEVELS[:0]), {}, ValueError, "codebooks: must hold at least one level"),
-        ("residual_search", (X, LEVELS[:, :0]), {}, ValueError, "codebooks: must hold at least one code"),
+        ("residual_search", (X, STAGES[:0]), {}, ValueError, "codebooks: must hold at least one stage"),
+        ("residual_search", (X, STAGES[:, :0]), {}, ValueError, "codebooks: must hold at least one code"),
         ("residual_search", (X, CODES), {}, ValueError, r"codebooks: must have shape \(Q, K, D\)"),
-        ("residual_search", (X, LEVELS[..., :2]), {}, ValueError, "codebooks: must have the dimension of x"),
-        ("residual_search", (X[None], LEVELS), {}, ValueError, r"x: must have shape \(N, D\)"),
+        ("residual_search", (X, STAGES[..., :2]), {}, ValueError, "codebooks: must have the dimension of x"),
+        ("residual_search", (X[None], STAGES), {}, ValueError, r"x: must have shape \(N, D\)"),
         ("accumulate", (X, INDICES.int(), 5), {}, TypeError, "indices: must be int64, got torch.int32"),
         (
             "accumulate",

@@ -12,13 +12,13 @@ from ..cases import ADVERSARIAL, DTYPES, generator
 
 
 def residual_by_search(x, codebooks):
-    residual, levels = x, []
+    residual, stages = x, []
     for codebook in codebooks:
         indices = reference.search(residual, codebook)
-        levels.append(indices)
+        stages.append(indices)
         chosen = torch.stack([codebook[i] if i >= 0 else torch.zeros_like(codebook[0]) for i in indices.tolist()])
         residual = (residual.double() - chosen.double()).float()
-    return torch.stack(levels, 1)
+    return torch.stack(stages, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
