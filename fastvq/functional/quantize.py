@@ -57,8 +57,8 @@ def quantize(
             `quantized`.
         metric: "l2" or "dot", as in `search`.
         gradient: how the gradient g of `quantized` reaches x. "ste", straight-through estimator: g itself. "rotation":
-            as if `quantized` were lambda R x with R the rotation that takes x's direction to e's and lambda = |e| / |x|,
-            both held constant, hence lambda R^T g; if x or e is shorter than 1e-6, g itself.
+            lambda R^T g, as if `quantized` were lambda R x, where R is the rotation that takes x's direction to e's and
+            lambda = |e| / |x|, both held constant; if x or e is shorter than 1e-6, g itself.
         commitment_weight, codebook_weight: factors of the two losses. The paper's beta is commitment_weight, with
             codebook_weight = 1.
         mask: bool (...), True for the rows that take part.
