@@ -1,4 +1,4 @@
-"""State that keeps its precision."""
+"""Dtypes of state under casts and autocast, and unsaved state on the device "meta"."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor
 
 
 class KeepsPrecision:
-    """For a module (before nn.Module among its bases) whose state follows it to another device, never to another dtype:
-    rounding a moving average or a codebook to half precision would end its learning."""
+    """Mixin, before nn.Module, of modules whose state moves to other devices but keeps its dtype.
+
+    A moving average or a codebook that is rounded to half precision stops learning.
+    """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -23,7 +25,7 @@ class KeepsPrecision:
 
 
 class KeepsBuffers:
-    """The same for some buffers of a module, `_kept_buffers`: what else it has is cast as the module is."""
+    """Mixin, before nn.Module, of modules whose buffers named in `_kept_buffers` keep their dtype."""
 
     _kept_buffers: tuple[str, ...] = ()
     _buffers: dict[str, Tensor | None]
@@ -39,16 +41,18 @@ class KeepsBuffers:
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[None]:
-    """Where autocast is off on the device of `like`."""
-    if like.is_meta:  # which has no autocast
+    """Return a context in which autocast is off on the device of `like`."""
+    if like.is_meta:  # has no autocast
         return nullcontext()
     return torch.autocast(like.device.type, enabled=False)
 
 
 class ZeroOnMaterialize:
-    """For a module (first among its bases) whose unsaved buffers are zero at first. No checkpoint can bring them, so
-    they become zero when a module that was built on the device "meta" gets memory: in `to_empty`, which leaves there
-    what was there, and in `load_state_dict`, by `materialize_unsaved_buffers_`."""
+    """Mixin, first among the bases, of modules whose unsaved buffers are initially zero.
+
+    If the module was built on the device "meta", these buffers are set to zero when they get memory: in `to_empty`,
+    which would leave them uninitialized, and in `load_state_dict`, by `materialize_unsaved_buffers_`.
+    """
 
     _buffers: dict[str, Tensor | None]
     _non_persistent_buffers_set: set[str]
@@ -68,8 +72,7 @@ class ZeroOnMaterialize:
 
 
 def materialize_unsaved_buffers_(module: Any, state_dict: dict[str, Any]) -> None:
-    """For a module that loads `state_dict`: the buffers in it that no checkpoint brings are zeros on its device, where
-    they had no memory."""
+    """Set the unsaved buffers of `module` that are on "meta" to zeros on the device of `state_dict`."""
     device = next((value.device for value in state_dict.values() if isinstance(value, Tensor)), None)
     for part in module.modules():
         if isinstance(part, ZeroOnMaterialize) and device is not None and device.type != "meta":

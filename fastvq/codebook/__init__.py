@@ -1,4 +1,4 @@
-"""Codebook learning: state, k-means, moving averages, replacement of dead codes, in one process or in many."""
+"""Codebooks and their learning: k-means, moving averages, replacement of dead codes, in one process or several."""
 
 from __future__ import annotations
 

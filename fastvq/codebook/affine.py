@@ -1,4 +1,4 @@
-"""Affine reparametrisation: codes follow the mean and variance of the vectors faster than they could learn to."""
+"""Affine reparametrization: codes follow the mean and variance of the vectors faster than by learning."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ LEAST_VARIANCE = 1e-5
 
 
 class Affine:
-    """The statistics of a codebook's affine reparametrisation, kept as buffers of that codebook.
+    """Statistics of a codebook's affine reparametrization, kept as buffers of that codebook.
 
         e' = (e - m_e) s_x / s_e + m_x
 
-    with moving means m and standard deviations s of the codes and of the vectors, per head and dimension. Vectors are
-    compared with e', and the codebook learns from them mapped back.
+    with moving means m and standard deviations s of the codes (e) and of the vectors (x), per head and dimension.
+    Vectors are compared with e', and the codebook learns from the vectors mapped back.
 
     Args:
-        codebook: gets the buffers batch_mean, batch_variance (absent until the first training step), codebook_mean,
-            codebook_variance, (H, 1, D) float32, and codebook_mean_needs_init, codebook_variance_needs_init (), the
-            names of vector_quantize_pytorch.
-        batch_decay, codebook_decay: shares of the old statistics that a step keeps.
+        codebook: receives the buffers batch_mean, batch_variance (absent until the first training step),
+            codebook_mean, codebook_variance, (H, 1, D) float32, and codebook_mean_needs_init,
+            codebook_variance_needs_init (). The names are those of vector_quantize_pytorch.
+        batch_decay, codebook_decay: decays of the moving statistics.
         sync: take the statistics of the vectors over all ranks.
 
     Source: Huh et al., Straightening Out the Straight-Through Estimator, 2023, section 4.1.
@@ -40,7 +40,7 @@ class Affine:
 
     @torch.no_grad()
     def observe_(self, codebook: nn.Module, embed: Tensor, x: Tensor, mask: Tensor) -> None:
-        """Follows the codes embed (H, K, D) and the rows of x (H, N, D) in mask (H, N)."""
+        """Update the statistics of the codes embed (H, K, D) and of the rows of x (H, N, D) in the mask (H, N)."""
         for name, value in (
             ("codebook_mean", embed.mean(1, keepdim=True)),
             ("codebook_variance", embed.var(1, keepdim=True, unbiased=False)),
@@ -58,21 +58,21 @@ class Affine:
         variance = (second_moment / count.clamp_min(1) - mean.square()).clamp_min(0)
         for name, value in (("batch_mean", mean.float()), ("batch_variance", variance.float())):
             old = getattr(codebook, name)
-            if old is None:  # without a row, the codebook's own: the identity
+            if old is None:  # without a row, the statistics of the codebook: the map is the identity
                 start = getattr(codebook, name.replace("batch", "codebook"))
                 setattr(codebook, name, torch.where(count > 0, value, start))
             else:
                 old.copy_(torch.where(count > 0, old * self.batch_decay + value * (1 - self.batch_decay), old))
 
     def of_codes(self, codebook: nn.Module, codes: Tensor) -> Tensor:
-        """e' of codes (H, K, D); the codes themselves before the first training step."""
+        """Return e' of codes (H, K, D), or the codes themselves before the first training step."""
         if codebook.batch_mean is None:
             return codes
         scale = _deviation(codebook.batch_variance) / _deviation(codebook.codebook_variance)
         return (codes - codebook.codebook_mean) * scale + codebook.batch_mean  # type: ignore[operator]
 
     def of_rows(self, codebook: nn.Module, x: Tensor) -> Tensor:
-        """The rows x (H, N, D) mapped to where the codes themselves are."""
+        """Return the rows x (H, N, D) mapped back to the space of the codes e."""
         if codebook.batch_mean is None:
             return x
         scale = _deviation(codebook.codebook_variance) / _deviation(codebook.batch_variance)

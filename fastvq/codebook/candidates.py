@@ -1,7 +1,7 @@
-"""Rows that codes may be put on: drawn from the batch or from a memory of recent ones, by all ranks together.
+"""Rows that codes may be set to: drawn from the batch or from a reservoir of recent rows, by all ranks together.
 
-Candidates are (rows (S, D) float32, filled (S,) float32): a row stands in each slot with filled = 1, zeros in the
-others. Nothing waits for the device, so the number of slots never depends on data.
+Candidates are (rows (S, D) float32, filled (S,) float32): slots with filled = 1 hold a row, the others zeros. The
+number of slots never depends on data, so that nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Candidates = tuple[Tensor, Tensor]
 
 
 def slots(count: int, together: bool) -> int:
-    """How many slots each rank fills so that all have `count` together."""
+    """Return the number of slots that each rank fills, so that all ranks have `count` of them together."""
     return math.ceil(count / distributed.world_size()) if together else count
 
 
 def random_rows(x: Tensor, mask: Tensor, count: int) -> Candidates:
-    """Up to `count` distinct random rows of x (N, D) among those with mask (N,)."""
+    """Draw up to `count` distinct random rows of x (N, D) in the mask (N,)."""
     taken = min(count, len(x))
     keys = torch.rand(len(x), device=x.device).masked_fill_(~mask, 2.0)
     chosen = keys.topk(taken, largest=False, sorted=True).indices
@@ -33,23 +33,23 @@ def random_rows(x: Tensor, mask: Tensor, count: int) -> Candidates:
 
 
 def spread_rows(x: Tensor, mask: Tensor, codes: Tensor, count: int, metric: str) -> Candidates:
-    """Up to `count` rows of x (N, D) far from the codes (K, D) and from each other: each is drawn with a probability
-    proportional to its squared distance to the nearest code or row drawn before.
+    """Draw up to `count` rows of x (N, D) that are far from the codes (K, D) and from each other.
 
-    Each of several ranks draws its share from its own rows, by itself: the rows of two ranks may be near each other.
-    Distances whose squares float32 can't hold are all alike.
+    Each is drawn with a probability proportional to its squared distance to the nearest code or row drawn before. Each
+    of several ranks draws its share from its own rows, so the rows of two ranks may be near each other. Distances whose
+    squares overflow float32 count as equal.
 
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007, with given first centres.
     """
     taken = min(count, len(x))
-    # A row whose distance is zero is never drawn, and stays where it is.
+    # A row with distance zero is never drawn, because ln 0 = -inf.
     distances = (x.float() - lookup(codes.float(), search(x, codes, metric=metric))).square().sum(1)
     distances = torch.where(mask, distances, 0)
     chosen, filled = [], []
     for _ in range(taken):
-        # The largest of ln w + Gumbel noise falls on each row with a probability proportional to w.
+        # The argmax of ln w + Gumbel noise is each row with a probability proportional to w.
         noise = -torch.empty_like(distances).exponential_().log()
-        # As a tensor of one element: an index without an axis would be read by the host.
+        # keepdim, because the host would read an index without an axis.
         pick = (distances.log() + noise).argmax(keepdim=True)
         chosen.append(pick)
         filled.append(distances[pick] > 0)
@@ -66,8 +66,10 @@ def _padded(rows: Tensor, filled: Tensor, count: int) -> Candidates:
 
 
 def spread_over_ranks(candidates: Candidates) -> Candidates:
-    """The same in every rank's own slots of a larger, otherwise empty table: the sum of these tables over the ranks has
-    the rows of all, in turn."""
+    """Return the candidates in this rank's slots of a larger, otherwise empty table.
+
+    The sum of these tables over the ranks holds the candidates of all ranks, interleaved.
+    """
     rows, filled = candidates
     ranks, own = distributed.world_size(), distributed.rank()
     all_rows, all_filled = rows.new_zeros(len(rows), ranks, rows.shape[1]), filled.new_zeros(len(rows), ranks)
@@ -76,15 +78,16 @@ def spread_over_ranks(candidates: Candidates) -> Candidates:
 
 
 def compacted(candidates: Candidates) -> tuple[Tensor, Tensor]:
-    """The rows with the filled slots first, in their order, and how many these are, ()."""
+    """Return the rows with the filled slots first, in their order, and the number () of filled slots."""
     rows, filled = candidates
     order = torch.argsort(filled, descending=True, stable=True)
     return rows[order], filled.sum().long()
 
 
 class Reservoir(ZeroOnMaterialize, nn.Module):
-    """A memory of recent rows: the last `size` of those that were drawn for it, for a batch that is too small or too
-    uniform to replace codes by. Not saved.
+    """Memory of the last `size` rows drawn for it, for batches that are too small or too uniform.
+
+    It is not saved.
 
     State: rows (R, D) float32; filled (R,) bool; position () int64, where the next row goes.
     """
@@ -101,7 +104,7 @@ class Reservoir(ZeroOnMaterialize, nn.Module):
 
     @torch.no_grad()
     def add_(self, x: Tensor, mask: Tensor) -> None:
-        """Takes in up to a quarter of its size of x (N, D), drawn among the rows with mask (N,)."""
+        """Add random rows of x (N, D) in the mask (N,), up to a quarter of the size."""
         size = len(self.rows)
         rows, filled = random_rows(x, mask, min(max(1, size // 4), len(x)))
         places = (self.position + torch.arange(len(rows), device=rows.device)) % size

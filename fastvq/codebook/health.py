@@ -1,4 +1,4 @@
-"""The health of a codebook: which codes are used, how evenly, and how far the vectors are from them."""
+"""Health of a codebook: usage, perplexity, dead codes and quantization error."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from fastvq.distributed import recomputing
 from fastvq.precision import KeepsPrecision, ZeroOnMaterialize, materialize_unsaved_buffers_
 
 DEAD_SHARE_OF_UNIFORM = 0.1
-"""A code is counted as dead below this share of what it would have if all codes were chosen equally often."""
+"""A code counts as dead below this share of its count under uniform use."""
 
 
 def usage(counts: Tensor) -> Tensor:
-    """Share of codes with a nonzero count, in [0, 1]. counts (..., K) of any dtype; returns (...) float32."""
+    """Return the share (...) float32 of codes with a nonzero count, in [0, 1], for counts (..., K) of any dtype."""
     return (counts > 0).float().mean(-1)
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of the codes, in [1, K]: how many codes, used equally often, would carry as much.
+    """Return the perplexity of the codes, in [1, K]: the number of equally used codes with the same entropy.
 
         perplexity = exp(-sum_k p_k ln p_k),   p = counts / sum of counts
 
-    counts (..., K) of any dtype; returns (...) float32, and 0 where nothing was counted.
+    counts (..., K) of any dtype; returns (...) float32, 0 if the counts are all zero.
 
     Source: Sonnet's VectorQuantizer; van den Oord et al. 2017.
     """
@@ -36,11 +36,11 @@ def perplexity(counts: Tensor) -> Tensor:
 
 
 def dead_share(counts: Tensor) -> Tensor:
-    """Share of codes chosen less than a tenth as often as under equal use, in [0, 1]; 0 where nothing was counted.
+    """Return the share of codes used less than a tenth as often as under uniform use, in [0, 1].
 
         dead = |{k : counts_k < 0.1 sum(counts) / K}| / K
 
-    counts (..., K) of any dtype; returns (...) float32.
+    counts (..., K) of any dtype; returns (...) float32, 0 if the counts are all zero.
 
     Source: the threshold is Mimi's for replacing a code (Defossez et al., Moshi, 2024).
     """
@@ -49,7 +49,7 @@ def dead_share(counts: Tensor) -> Tensor:
 
 
 class HealthReport(NamedTuple):
-    """What `Monitored.health` returns: each () for one codebook, with an axis for levels, groups or heads."""
+    """Result of `Monitored.health`: each () for one codebook, with an axis for stages, groups or heads."""
 
     usage: Tensor
     perplexity: Tensor
@@ -58,14 +58,13 @@ class HealthReport(NamedTuple):
 
 
 class Health(ZeroOnMaterialize, KeepsPrecision, nn.Module):
-    """Counts on the device, without ever waiting for it, what a quantizer chooses in training. Nothing of it is saved.
+    """Statistics of the indices that a quantizer chooses in training, kept on the device and not saved.
 
     Args:
         size: K.
-        heads: a leading axis of so many codebooks, or None for none.
+        heads: H, the size of a leading axis of codebooks, or None for no such axis.
 
-    State: code_counts (K,) or (H, K) int64; error () float32, the mean squared error per element of the vectors that
-    were counted with an error, `weight` of them.
+    State: code_counts (K,) or (H, K) int64; error () float32, the mean squared error per element of `weight` vectors.
     """
 
     code_counts: Tensor
@@ -81,38 +80,40 @@ class Health(ZeroOnMaterialize, KeepsPrecision, nn.Module):
 
     @torch.no_grad()
     def observe_(self, indices: Tensor, error: Tensor | None = None) -> None:
-        """Counts indices, (...) or (H, ...) beside heads; -1 counts for nothing. `error` () is the mean of
-        (x - quantized)^2 over the elements of the vectors that count. A recomputed forward doesn't count again."""
+        """Count indices (...), or (H, ...) with heads; -1 is excluded. A recomputed forward pass is not counted again.
+
+        `error` () is the mean of (x - quantized)^2 over the elements of the vectors with an index.
+        """
         if recomputing():
             return
         heads = self.code_counts.view(-1, self.code_counts.shape[-1])
         flat = indices.reshape(len(heads), -1)
-        counted = (flat >= 0).long()
-        heads.scatter_add_(1, flat.clamp_min(0), counted)
+        ones = (flat >= 0).long()
+        heads.scatter_add_(1, flat.clamp_min(0), ones)
         if error is not None:
-            rows = counted.sum()
+            rows = ones.sum()
             self.weight.add_(rows)
             error = torch.where(rows > 0, error.detach().to(self.error), self.error)
             self.error.lerp_(error, rows / self.weight.clamp_min(1))
 
     def reset_(self) -> None:
-        """Counts from here on."""
+        """Set all statistics to zero."""
         self.code_counts.zero_()
         self.error.zero_()
         self.weight.zero_()
 
 
 @torch.no_grad()
-def observe_stages_(levels: Sequence[Health], indices: Tensor, errors: Tensor) -> None:
-    """`observe_` of each level with its own of the indices (Q, ...) and errors (Q,), in fewer operations."""
+def observe_stages_(stages: Sequence[Health], indices: Tensor, errors: Tensor) -> None:
+    """Apply `observe_` to each stage, with indices (Q, ...) and errors (Q,), in fewer operations."""
     if recomputing():
         return
     flat = indices.flatten(1)
-    counted = (flat >= 0).long()
-    for health, places, once in zip(levels, flat.clamp_min(0).unbind(), counted.unbind(), strict=True):
-        health.code_counts.scatter_add_(0, places, once)
-    rows = counted.sum(1)
-    weights, means = [health.weight for health in levels], [health.error for health in levels]
+    ones = (flat >= 0).long()
+    for health, places, one in zip(stages, flat.clamp_min(0).unbind(), ones.unbind(), strict=True):
+        health.code_counts.scatter_add_(0, places, one)
+    rows = ones.sum(1)
+    weights, means = [health.weight for health in stages], [health.error for health in stages]
     torch._foreach_add_(weights, list(rows.to(weights[0].dtype).unbind()))
     before = torch.stack(means)
     errors = torch.where(rows > 0, errors.detach().to(before), before)
@@ -121,11 +122,10 @@ def observe_stages_(levels: Sequence[Health], indices: Tensor, errors: Tensor) -
 
 
 class Monitored:
-    """What every quantizer tells of its codebooks' health, in training since `reset_health`. Nothing waits for the
-    device.
+    """Mixin of quantizers that report the health of their codebooks in training, since `reset_health`.
 
-    A quantizer with one codebook keeps its `Health` in `_health`; one made of others names them in `_monitored`, and
-    its values have an axis for them.
+    A quantizer with one codebook has a `Health` as `_health`; one that consists of other quantizers returns them as
+    `_monitored`, and its values have an axis for them. Nothing waits for the device.
     """
 
     _health: Health
@@ -140,8 +140,7 @@ class Monitored:
 
     @property
     def code_counts(self) -> Tensor:
-        """How often each code was chosen, (K,) int64; (levels, K) for several codebooks, filled up with zeros where one
-        has fewer codes than another."""
+        """The counts of the codes, (K,) int64, or (Q, K) for several codebooks, padded with zeros to the largest K."""
         if self._monitored is None:
             return self._health.code_counts
         counts = [one.code_counts for one in self._monitored]
@@ -149,32 +148,32 @@ class Monitored:
         return torch.stack([nn.functional.pad(c, (0, largest - c.shape[-1])) for c in counts])
 
     def usage(self) -> Tensor:
-        """Share of the codes that were chosen at all, () float32 or per level."""
+        """Return the share of codes in use, () float32, or (Q,) for several codebooks."""
         return self.health().usage
 
     def perplexity(self) -> Tensor:
-        """`fastvq.perplexity` of the counts, () float32 or per level."""
+        """Return `fastvq.perplexity` of the counts, () float32, or (Q,) for several codebooks."""
         return self.health().perplexity
 
     def dead_share(self) -> Tensor:
-        """Share of the codes that were chosen hardly ever, `fastvq.dead_share`, () float32 or per level."""
+        """Return `fastvq.dead_share` of the counts, () float32, or (Q,) for several codebooks."""
         return self.health().dead_share
 
     def quantization_error(self) -> Tensor:
-        """Mean of (x - quantized)^2 over elements, as the codebook meets x, () float32 or per level."""
+        """Return the mean of (x - quantized)^2 over elements, in the space of the codebook, () float32 or (Q,)."""
         return self.health().quantization_error
 
     def health(self) -> HealthReport:
-        """(usage, perplexity, dead_share, quantization_error), each () float32 or per level."""
+        """Return usage, perplexity, dead_share and quantization_error: () float32, or (Q,) for several codebooks."""
         if self._monitored is not None:
             reports = [one.health() for one in self._monitored]
             return HealthReport(*(torch.stack(values) for values in zip(*reports, strict=True)))
         counts = self._health.code_counts
-        # A copy: the value is that of now, not of when it is read.
+        # A copy, because the error will change in place.
         return HealthReport(usage(counts), perplexity(counts), dead_share(counts), self._health.error.clone())
 
     def reset_health(self) -> None:
-        """Starts all of it afresh."""
+        """Set all statistics to zero."""
         for one in self._monitored or ():
             one.reset_health()
         if self._monitored is None:
@@ -182,7 +181,7 @@ class Monitored:
 
 
 COUNTED = 2**18
-"""The largest codebook whose codes are counted one by one."""
+"""The largest codebook whose codes are counted individually."""
 
 
 class _Dimension(Monitored, nn.Module):
@@ -192,11 +191,14 @@ class _Dimension(Monitored, nn.Module):
 
 
 class LevelUse(Monitored):
-    """`Monitored` for a quantizer whose codes are products of levels: up to 2^18 codes are counted one by one, of a
-    larger codebook the levels of each dimension, so that health has an axis for the dimensions."""
+    """`Monitored` for quantizers whose codes are products of levels.
+
+    Up to 2^18 codes are counted individually. Of a larger codebook, the levels of each dimension are counted, and the
+    health has an axis for the dimensions.
+    """
 
     def _count_levels(self, levels: Sequence[int], heads: int | None = None) -> None:
-        """To be called in __init__. heads: of so many codebooks, each of these levels, for `Health`."""
+        """Create the statistics, in __init__, of H = heads codebooks with these levels each, or of one."""
         size = math.prod(levels)
         self._dimensions = nn.ModuleList() if size <= COUNTED else nn.ModuleList(_Dimension(count) for count in levels)
         if size <= COUNTED:
@@ -207,8 +209,10 @@ class LevelUse(Monitored):
         return list(self._dimensions) or None  # type: ignore[arg-type]
 
     def _observe(self, indices: Tensor, levels: Tensor, mask: Tensor, error: Tensor | None) -> None:
-        """Counts indices (...), or (H, ...), -1 for nothing; or levels (..., d) where mask, bool that broadcasts to
-        (...), is True; with their mean squared error () where there is such a thing."""
+        """Count indices (...), or (H, ...), without -1; or levels (..., d) in the mask, which broadcasts to (...).
+
+        `error` () is their mean squared error, if there is one.
+        """
         if not len(self._dimensions):
             self._health.observe_(indices.long(), error)
         for dimension, column in zip(self._dimensions, levels.unbind(-1), strict=False):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +11,15 @@ from fastvq import distributed
 
 
 class InPlaceStep:
-    """Steps an optimizer on a loss of the codebook alone, before the layer's output is computed.
+    """Optimizer step on the codebook's own loss, before the layer's output is computed.
 
         codes <- optimizer(codes, d loss / d codes),   loss = mean (sg[x] - e_index)^2
 
-    so that the codes which the encoder meets have answered its vectors already.
+    The output then uses codes that have adapted to the batch.
 
     Args:
-        build: makes the optimizer, from parameters.
-        parameters: the codebook's.
+        build: a function from parameters to the optimizer.
+        parameters: those of the codebook.
 
     Source: Huh et al., Straightening Out the Straight-Through Estimator, 2023, section 4.2 (alternated optimization).
     """
@@ -32,8 +31,10 @@ class InPlaceStep:
         self.optimizer = build(self.parameters)
 
     def follow(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Steps these parameters from now on, where loading with `assign=True` has put them in the place of the ones it
-        was built for; the optimizer's state of those is dropped."""
+        """Optimize these parameters from now on, if loading with `assign=True` has replaced the previous ones.
+
+        The optimizer's state is then dropped.
+        """
         new = list(parameters)
         if all(one is other for one, other in zip(self.parameters, new, strict=True)):
             return
@@ -44,8 +45,8 @@ class InPlaceStep:
         self.parameters = new
 
     def backward(self, loss: Callable[[], Tensor]) -> Tensor:
-        """Adds the gradient of `loss()` to the parameters'; returns the loss, detached."""
-        # Hooks of our own, so that those of activation checkpointing don't take this graph for the layer's.
+        """Add the gradient of `loss()` to those of the parameters, and return the loss, detached."""
+        # Own hooks, so that those of activation checkpointing don't record this graph as the layer's.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             value = loss()
             for parameter, grad in zip(
@@ -57,7 +58,7 @@ class InPlaceStep:
 
     @torch.no_grad()
     def step(self, together: bool) -> None:
-        """Steps with the gradients, averaged over the ranks if they learn `together`, and clears them."""
+        """Step with the gradients, averaged over the ranks if they learn `together`, and clear them."""
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if together and grads:
             distributed.sum_(*grads)
@@ -65,8 +66,3 @@ class InPlaceStep:
                 grad.div_(distributed.world_size())
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def optimizer_of(step: InPlaceStep | None) -> Any:
-    """The optimizer itself, or None."""
-    return None if step is None else step.optimizer

@@ -1,4 +1,4 @@
-"""k-means, which codebooks start from."""
+"""Initialization of codebooks by k-means."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .candidates import compacted, random_rows, slots, spread_over_ranks
 def kmeans(
     x: Tensor, size: int, *, iterations: int, mask: Tensor, metric: str = "l2", together: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm from random rows, by `search` and `accumulate`: no N x K matrix, no host synchronisation.
+    """Run Lloyd's algorithm from random rows, with `search` and `accumulate`: no N x K matrix, no synchronization.
 
     Args:
         x: vectors (N, D); unit vectors for metric "dot", whose means are normalised (spherical k-means).
         size: K.
-        iterations: rounds of assignment and averaging.
+        iterations: number of rounds of assignment and averaging.
         mask: bool (N,), the rows that take part; False for every row that is not finite.
         metric: "l2" or "dot".
-        together: over the rows of all ranks, which must all call this; one all-reduce for the first means and one a
+        together: use the rows of all ranks, which must all call this: one all-reduce for the first means and one a
             round. Every rank gets the same bits.
 
     Returns:
-        means (K, D) and how many rows each had in the last round (K,), float32. A mean without rows keeps its place.
-        With fewer such rows than K, rows repeat; with none, the means are zero.
+        means (K, D) and the number of rows of each in the last round (K,), float32. A mean without rows stays as it is.
+        With fewer than K rows in the mask, rows repeat; with none, the means are zero.
 
     Source: Lloyd, Least Squares Quantization in PCM, 1982; Dhillon and Modha, 2001, for the spherical form.
     """

@@ -1,4 +1,4 @@
-"""Which codes count as dead, and what they are put on."""
+"""Replacement of dead codes: the policy, and its state for one codebook."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .candidates import Candidates, Reservoir, compacted, random_rows, slots, sp
 
 @dataclass(frozen=True)
 class Replacement:
-    """A policy for codes that hardly any vector chooses: put them on vectors, with a cluster size to start from.
+    """Policy for dead codes, which are replaced by vectors.
 
-    Dead is a code whose moving cluster size N_k is below `threshold`, or below `threshold` sum_k N_k / K if `relative`:
-    the share that it would have if all codes were used alike.
+    A code is dead if its moving cluster size N_k is below `threshold`, or, if `relative`, below `threshold` times the
+    mean cluster size sum_k N_k / K.
 
     Args:
-        threshold: 0 for never. threshold_ema_dead_code of vector_quantize_pytorch is absolute, Mimi's 0.1 relative.
+        threshold: limit of the cluster size; 0 for no replacement. threshold_ema_dead_code of vector_quantize_pytorch
+            is absolute, Mimi's 0.1 relative.
         relative: see above.
-        every: look for dead codes in one of so many steps of learning.
-        rows: "random" vectors, or those of "kmeans++", drawn by their squared distance from the codes, one after
-            another.
-        reservoir: draw from a memory of so many recent vectors instead of the batch; 0 for the batch.
-        at_once: the most codes that a step replaces; by default all with random rows, 32 with "kmeans++".
-        size: cluster size that a new code starts from; by default the limit below which it was dead.
+        every: the number of learning steps between replacements.
+        rows: "random" vectors, or "kmeans++": vectors drawn one after another by their squared distance from the codes.
+        reservoir: number of recent vectors to draw from; 0 to draw from the batch.
+        at_once: the largest number of codes that a step replaces; by default K with random rows, 32 with "kmeans++".
+        size: initial cluster size of a new code; by default the limit below which a code is dead.
 
     Raises:
-        ValueError: a value that can't be, by name.
+        ValueError: a value is invalid; the message names it.
 
     Source: Dhariwal et al., Jukebox, 2020, section 3.1 (random restarts); Defossez et al., Moshi, 2024 (relative
     threshold, every 5 steps); Arthur and Vassilvitskii 2007 (k-means++).
@@ -64,7 +64,7 @@ class Replacement:
 
 
 class Replacer(ZeroOnMaterialize, nn.Module):
-    """A `Replacement` at work on the codes of one codebook, head by head. Not saved."""
+    """State of a `Replacement` policy for one codebook, which is not saved."""
 
     steps: Tensor
 
@@ -94,7 +94,7 @@ class Replacer(ZeroOnMaterialize, nn.Module):
 
     @torch.no_grad()
     def replace_(self, codes: Tensor, cluster_size: Tensor, embed_avg: Tensor, found: Candidates) -> None:
-        """Puts the dead ones of codes (K, D) on the rows found, as far as these go, the first codes first."""
+        """Replace dead codes of (K, D) by the rows found, in ascending order, until the rows are used up."""
         limit = torch.full_like(cluster_size[0], self.policy.threshold)
         if self.policy.relative:
             limit = limit * cluster_size.mean()
@@ -104,8 +104,8 @@ class Replacer(ZeroOnMaterialize, nn.Module):
         rows, available = compacted(found)
         rank = dead.cumsum(0) - 1
         dead = dead & (rank < available)
-        fresh = rows[rank.clamp(0, len(rows) - 1)]
+        new = rows[rank.clamp(0, len(rows) - 1)]
         size = limit if self.policy.size is None else torch.full_like(limit, self.policy.size)
-        codes.copy_(torch.where(dead[:, None], fresh, codes))
+        codes.copy_(torch.where(dead[:, None], new, codes))
         cluster_size.copy_(torch.where(dead, size, cluster_size))
-        embed_avg.copy_(torch.where(dead[:, None], fresh * size, embed_avg))
+        embed_avg.copy_(torch.where(dead[:, None], new * size, embed_avg))

@@ -69,21 +69,6 @@ def ema_step_(
 ) -> None:
     """Apply `fastvq.ema_update_` to each head: codes, embed_avg and sums (H, K, D), the others (H, K)."""
     for head in range(len(codes)):
-        if weight is not None:  # SHIM
-            share = torch.full_like(cluster_size[head], 1 - decay) * weight[head]
-            cluster_size[head].lerp_(counts[head], share)
-            embed_avg[head].lerp_(sums[head], share[..., None])
-            z = torch.zeros_like(cluster_size[head])
-            ema_update_(
-                codes[head],
-                cluster_size[head],
-                embed_avg[head],
-                z,
-                torch.zeros_like(embed_avg[head]),
-                decay=1.0,
-                eps=eps,
-            )
-            continue
         ema_update_(
             codes[head],
             cluster_size[head],
@@ -92,4 +77,5 @@ def ema_step_(
             sums[head],
             decay=decay,
             eps=eps,
+            weight=None if weight is None else weight[head],
         )

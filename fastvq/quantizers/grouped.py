@@ -1,4 +1,4 @@
-"""Residual quantizers side by side, each for a part of the channels."""
+"""Residual quantizers for groups of channels."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .residual_vq import ResidualVQ
 
 
 class Grouped(Monitored, nn.Module):
-    """Splits the channels into groups and gives each a residual quantizer of its own.
+    """Base of quantizers that split the channels into groups with a residual quantizer each.
 
-    A subclass names that quantizer as `quantizer`; it takes `dim` and what `group_settings` makes of the rest by name,
-    and its forward `return_all_codes`, `rand_quantize_dropout_fixed_seed` and what the subclass passes on. The levels
-    that quantize dropout leaves out are the same in every group. State: `rvqs`.
+    A subclass names the class of the groups' quantizers as `quantizer`. It is constructed from `dim` and the result of
+    `group_settings`; its forward takes `return_all_codes`, `rand_quantize_dropout_fixed_seed` and the options that the
+    subclass passes on. Quantize dropout leaves out the same stages in every group. State: `rvqs`.
 
     Args:
         dim: dimension of the vectors, a multiple of groups.
         groups: G.
-        accept_image_fmap: the channels are x's second axis.
-        settings: of every group's quantizer.
+        accept_image_fmap: the channels are the second axis of x.
+        settings: arguments of every group's quantizer.
 
     Raises:
-        ValueError: dim isn't a multiple of groups.
+        ValueError: dim is not a multiple of groups.
     """
 
     quantizer: ClassVar[type[Any]]
@@ -43,7 +43,7 @@ class Grouped(Monitored, nn.Module):
         self.rvqs = nn.ModuleList([self.quantizer(dim=dim // groups, **settings) for _ in range(groups)])
 
     def group_settings(self, **settings: Any) -> dict[str, Any]:
-        """What a group's quantizer is built with besides dim."""
+        """Return the arguments of a group's quantizer except dim."""
         return {"accept_image_fmap": self.accept_image_fmap, **settings}
 
     @property
@@ -65,23 +65,25 @@ class Grouped(Monitored, nn.Module):
         return torch.stack([rvq.codebooks for rvq in self._groups])
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes (G, Q, B, ..., D / G) of indices (G, B, ..., Q)."""
+        """Return the codes (G, Q, B, ..., D / G) of indices (G, B, ..., Q)."""
         self._check_groups(indices)
         return torch.stack([rvq.get_codes_from_indices(i) for rvq, i in zip(self._groups, indices, strict=True)])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What `forward` gives as quantized for indices (G, B, ..., Q)."""
+        """Return the quantized output of `forward` for indices (G, B, ..., Q)."""
         self._check_groups(indices)
         outputs = [rvq.get_output_from_indices(i) for rvq, i in zip(self._groups, indices, strict=True)]
         return torch.cat(outputs, dim=self.split_dim)
 
     def encode(self, x: Tensor) -> Tensor:
-        """The indices alone, (G, B, ..., Q). Touches no state."""
+        """Return the indices alone, (G, B, ..., Q). No state changes."""
         return torch.stack([rvq.encode(part) for rvq, part in zip(self._groups, self._split(x), strict=True)])
 
     def quantize_groups(self, x: Tensor, indices: Any = (), **forward: Any) -> tuple[Any, ...]:
-        """quantized as x, then every other result of the groups' quantizers stacked, (G, ...); but all codes as a
-        tuple of (Q, B, ..., D / G), one for each group."""
+        """Quantize each group, and return quantized as x and the other results of the groups, stacked (G, ...).
+
+        The codes, if requested, are a tuple of (Q, B, ..., D / G), one for each group.
+        """
         if self.training and any(getattr(rvq, "quantize_dropout", False) for rvq in self._groups):
             forward["rand_quantize_dropout_fixed_seed"] = common_seed(x)
         if len(indices):
@@ -109,7 +111,7 @@ class Grouped(Monitored, nn.Module):
 
 
 class GroupedResidualVQ(Grouped):
-    """`ResidualVQ` by groups of channels, with the API of vector_quantize_pytorch.
+    """Residual vector quantizer for groups of channels, with the API of vector_quantize_pytorch.
 
     Args: see `Grouped`; settings are those of `ResidualVQ`.
 
@@ -130,11 +132,11 @@ class GroupedResidualVQ(Grouped):
         lens: Tensor | None = None,
         accum_ema_update: bool = False,
     ) -> tuple[Any, ...]:
-        """(quantized, indices, losses) of x, and all codes if asked for.
+        """Return (quantized, indices, losses) of x, and all codes if requested.
 
         Args:
             x: (B, N, dim), (B, ..., dim), or (B, dim, H, W) if accept_image_fmap.
-            indices: (G, B, ..., Q), for cross entropy; this and the others as for `ResidualVQ`.
+            indices: targets (G, B, ..., Q) of the cross entropy; these and the others as for `ResidualVQ`.
 
         Returns:
             quantized as x; indices (G, B, ..., Q); losses (G, Q); codes, a tuple of G tensors (Q, B, ..., D / G). With
@@ -153,6 +155,6 @@ class GroupedResidualVQ(Grouped):
         return self.quantize_groups(x, return_all_codes=return_all_codes, **options)
 
     def commit_ema_update(self) -> None:
-        """`ResidualVQ.commit_ema_update` of every group."""
+        """Call `ResidualVQ.commit_ema_update` of every group."""
         for rvq in self._groups:
             rvq.commit_ema_update()

@@ -178,15 +178,14 @@ class ResidualVQ(ResidualStack):
         lens: Tensor | None = None,
         accum_ema_update: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Return (quantized, indices, losses) of x, and all codes if requested; or with indices, (quantized, the sum of
-        the stages' cross entropies).
+        """Return (quantized, indices, losses) of x; with indices given, (quantized, the sum of cross entropies).
 
         Args:
             x: (B, N, dim), (B, dim) or (B, ..., dim); (B, dim, H, W) if accept_image_fmap. Any floating dtype.
             mask: bool, shaped as the vectors, as in `VectorQuantize`.
             indices: targets, shaped as this layer returns them, or a list with a tensor for each stage: the loss is the
                 cross entropy between each stage's soft assignment and the targets that aren't -1. No stage is dropped.
-            return_all_codes: also return the codes of each stage.
+            return_all_codes: also return the codes of each stage, as a fourth result.
             sample_codebook_temp: overrides the stages' own for this call.
             freeze_codebook: keep the codebooks as they are.
             beam_size: overrides the layer's own for this call.
