@@ -38,3 +38,10 @@ def backend(request):
     if request.param == "native" and not native.build_record()["built"]:
         pytest.skip(f"native backend: {native.build_record()['reason']}")
     return request.param
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Make the torch backend take several tiles and chunks."""
+    monkeypatch.setattr("fastvq.backends.torch.search.TILE_CODES", 13)
+    monkeypatch.setattr("fastvq.backends.torch.search.tile_elements", lambda device: 13 * 12)

@@ -18,7 +18,7 @@ from fastvq.backends.torch import search
 from ..cases import ADVERSARIAL, METRICS, generator, mismatch
 
 FINITE = [name for name in ADVERSARIAL if "bad" not in name]
-# So far apart that nothing is promised: the definition decides among all codes.
+# Magnitudes too far apart for a bound: the definition decides among all codes.
 UNBOUNDED = {"huge_vectors_tiny_codes", "largest_vectors"}
 
 
@@ -30,7 +30,7 @@ def defined_score(row, code, metric):
 
 
 def exact_scores(x, codebook, frame, metric):
-    """s^ (N, K), as fractions."""
+    """Return s^ (N, K) as fractions."""
     scale, centre = Fraction(2) ** int(frame.exponent), [Fraction(m) for m in frame.centre.tolist()]
     scores = []
     for row in x.double().tolist():
@@ -47,7 +47,7 @@ def library_scores(near, codes, half_norms):
 
 
 def chained_from_the_half_norm(near, codes, half_norms):
-    """The half norm as the first term of one float32 chain: every later rounding is relative to it."""
+    """Compute scores as one float32 chain from the half norm, to which every later rounding is relative."""
     total = half_norms.numpy()[None].repeat(len(near), 0)
     for a, b in zip(near.numpy().T, codes.numpy().T, strict=True):
         total = total - np.multiply.outer(a, b)
@@ -55,7 +55,7 @@ def chained_from_the_half_norm(near, codes, half_norms):
 
 
 def leading_bits(values, count):
-    """Rounded to `count` significant bits, as tf32 (11) and bfloat16 (8) are."""
+    """Round to `count` significant bits, as tf32 (11) and bfloat16 (8) do."""
     mantissa, exponent = np.frexp(values.double().numpy())
     return torch.from_numpy(np.ldexp(np.round(np.ldexp(mantissa, count)), exponent - count)).float()
 
@@ -65,14 +65,17 @@ def truncated(value, quantum):
 
 
 def magnitude(value):
-    """The exponent of a fraction's leading bit."""
+    """Return the exponent of a fraction's leading bit."""
     exponent = value.numerator.bit_length() - value.denominator.bit_length()
     return exponent if abs(value) >= Fraction(2) ** exponent else exponent - 1
 
 
 def tensor_core_scores(near, codes, half_norms, block=8, guard=1):
-    """Tensor cores align a block of exact products and the accumulator to the largest of them, cut what is below, and
-    cut their sum to float32; see Khattak and Mikaitis, arXiv 2512.07004. By default as an A100 on 16-bit operands."""
+    """Compute scores as tensor cores do, by default those of an A100 on 16-bit operands.
+
+    They align a block of exact products and the accumulator to the largest of them, cut the bits below, and cut their
+    sum to float32; see Khattak and Mikaitis, arXiv 2512.07004.
+    """
     scores = torch.empty(len(near), len(codes))
     for n, row in enumerate(near.tolist()):
         for k, code in enumerate(codes.tolist()):
@@ -103,7 +106,7 @@ PASSES = {
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("cheap_pass", PASSES)
 @pytest.mark.parametrize("data", FINITE)
-def test_no_score_is_further_off_than_the_bound(data, cheap_pass, metric):
+def test_every_score_lies_within_the_bound(data, cheap_pass, metric):
     precision, bits, scores = PASSES[cheap_pass]
     torch.set_float32_matmul_precision(precision)
     bounded = 0
@@ -121,7 +124,7 @@ def test_no_score_is_further_off_than_the_bound(data, cheap_pass, metric):
 
 
 def test_a_long_chain_from_a_large_half_norm():
-    """Each of many products, just over half an ulp of the half norm, is rounded to a whole one."""
+    """Each of many products, just over half an ulp of the half norm, is rounded up to a whole one."""
     code = torch.full((513,), 2.0**-14)
     code[0] = 1.8**0.5
     x = torch.full((1, 513), 1.01 * 2.0**-11)
@@ -154,7 +157,7 @@ def candidates_a_row(x, codebook):
     ("data", "scale", "shift"),
     [("clustered", 1, 0), ("clustered", 1e-38, 0), ("clustered", 1e18, 0), ("clustered", 1, 10)],
 )
-def test_the_bound_settles_clustered_data(data, scale, shift):
+def test_the_bound_certifies_clustered_data(data, scale, shift):
     x, codebook = (scale * (t + shift) for t in ADVERSARIAL[data](2000, 512, 64, generator()))
     count = candidates_a_row(x, codebook)
     assert bool((count >= 1).all())
@@ -162,7 +165,7 @@ def test_the_bound_settles_clustered_data(data, scale, shift):
 
 
 @pytest.mark.parametrize("length", [10.0, 1e4, 1e30])
-def test_one_far_code_costs_no_certificate(length):
+def test_one_outlier_costs_no_certificate(length):
     x, codebook = ADVERSARIAL["clustered"](2000, 512, 64, generator())
     x[x.sub(codebook[7]).norm(dim=1) < 4] = 0
     codebook[7] *= length
@@ -183,7 +186,7 @@ def test_the_bound_leaves_few_candidates_on_gaussian_data():
     ],
 )
 def test_a_wrong_bound_is_noticed(share, noticed_on, monkeypatch):
-    """With a share of the bound the data of these tests do find wrong indices."""
+    """The data of these tests expose a bound that is too small."""
     rows = search.Frame.rows
 
     def too_small(self, x):
@@ -191,20 +194,20 @@ def test_a_wrong_bound_is_noticed(share, noticed_on, monkeypatch):
         return near, torch.where(bound < math.inf, share * bound, bound)
 
     monkeypatch.setattr(search.Frame, "rows", too_small)
-    # With fewer codes than FAR_SHARE none is taken out of the cheap pass, and the outlier stays in the bound.
+    # With fewer codes than FAR_SHARE no outlier is taken out of the cheap pass, so that it stays in the bound.
     shapes = [(63, 60, 33), (300, 400, 64), (200, 70, 513)]
     for name in noticed_on:
         assert any(mismatch(*ADVERSARIAL[name](*shape, generator()), "torch") for shape in shapes), name
 
 
 def rounded_to_integers(v, largest_norm):
-    """As the native int16 tier: one step for all, of which a vector of the largest norm has 37837."""
+    """Round as the native int16 tier does: a vector of the largest norm is 37837 steps long."""
     step = largest_norm / 37837
     return (v / step).round() * step
 
 
-def share_left_open(x, codebook, cheap):
-    """The share of rows whose two best scores are no further apart than twice the operands' part of the bound."""
+def share_uncertified(x, codebook, cheap):
+    """Return the share of rows whose two best scores differ by at most twice the operands' part of the bound."""
     x, codebook = x.double(), codebook.double()
     near, near_codes = cheap(x), cheap(codebook)
     bound = (x - near).norm(dim=1) * codebook.norm(dim=1).max()
@@ -215,11 +218,11 @@ def share_left_open(x, codebook, cheap):
 
 @pytest.mark.parametrize("shape", [(1000, 512, 64), (1000, 8192, 64), (1000, 1024, 8), (1000, 4096, 256)], ids=str)
 @pytest.mark.parametrize("data", ["gaussian", "clustered"])
-def test_integers_leave_less_open_than_bfloat16(data, shape):
-    """Why the cheap tier of the native backend is int16: the figures of docs/decisions.md."""
+def test_int16_certifies_more_rows_than_bfloat16(data, shape):
+    """The figures are those of docs/decisions.md: the reason for the int16 tier of the native backend."""
     x, codebook = ADVERSARIAL[data](*shape, generator())
     norm = max(x.norm(dim=1).max(), codebook.norm(dim=1).max())
-    integers = share_left_open(x, codebook, lambda v: rounded_to_integers(v, norm))
-    bfloat16 = share_left_open(x, codebook, lambda v: v.bfloat16().double())
-    print(f"{data} {shape}: rows left open by int16 {integers:.2%}, by bfloat16 {bfloat16:.2%}")
+    integers = share_uncertified(x, codebook, lambda v: rounded_to_integers(v, norm))
+    bfloat16 = share_uncertified(x, codebook, lambda v: v.bfloat16().double())
+    print(f"{data} {shape}: rows uncertified by int16 {integers:.2%}, by bfloat16 {bfloat16:.2%}")
     assert integers <= 0.2 * bfloat16

@@ -1,4 +1,4 @@
-"""Outputs, losses and gradients of `quantize`, against formulas left to autograd."""
+"""Outputs, losses and gradients of `quantize`, against formulas differentiated by autograd."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ def inputs(n=40, k=12, d=7, dtype=torch.float32):
 
 
 def householder_rotation(a, b):
-    """The rotation that takes a's direction to b's, as two explicit reflections: the first swaps a and -b, the second
-    turns -b over. Source: Fifty et al. 2024, section 4.2."""
+    """Return the rotation that takes the direction of a to that of b, as two reflections.
+
+    The first swaps a and -b, the second turns -b over. Source: Fifty et al. 2024, section 4.2.
+    """
     a, b = a / a.norm(), b / b.norm()
     eye = torch.eye(len(a), dtype=a.dtype)
     bisector = (a + b) / (a + b).norm()
     return (eye - 2 * torch.outer(b, b)) @ (eye - 2 * torch.outer(bisector, bisector))
 
 
-def by_autograd(x, codebook, indices, counted, gradient, commitment_weight, codebook_weight):
-    """The docstring of `quantize`, with detach() where the paper has sg[]; counted rows only, the others are zero."""
+def by_autograd(x, codebook, indices, row_mask, gradient, commitment_weight, codebook_weight):
+    """Apply the docstring of `quantize`, with detach() for sg[], to the rows of the mask; the others are zero."""
     codes = lookup(codebook, indices)
     if gradient == "ste":
         estimate = x + (codes - x).detach()
@@ -39,9 +41,9 @@ def by_autograd(x, codebook, indices, counted, gradient, commitment_weight, code
             turn = torch.stack([householder_rotation(a, b) for a, b in zip(x, codes, strict=True)])
             turn *= (codes.norm(dim=1) / x.norm(dim=1))[:, None, None]
         estimate = torch.einsum("nij,nj->ni", turn, x)
-    quantized = torch.where(counted[:, None], estimate, 0.0)
-    commitment = F.mse_loss(x[counted], codes.detach()[counted])
-    pull = F.mse_loss(codes[counted], x.detach()[counted])
+    quantized = torch.where(row_mask[:, None], estimate, 0.0)
+    commitment = F.mse_loss(x[row_mask], codes.detach()[row_mask])
+    pull = F.mse_loss(codes[row_mask], x.detach()[row_mask])
     return quantized, commitment_weight * commitment + codebook_weight * pull
 
 
@@ -72,7 +74,7 @@ def test_equals_autograd(dtype, masked, gradient, weights, backend):
 
 
 def test_gradcheck_of_the_losses():
-    """At the indices of the unperturbed inputs; each loss by the side that it moves."""
+    """Each loss is checked for the side that it moves, at the indices of the unperturbed inputs."""
     x, codebook = inputs(6, 4, 3, torch.float64)
     indices = reference.search(x.detach(), codebook.detach())
     indices[2] = -1
@@ -85,32 +87,32 @@ def test_gradcheck_of_the_losses():
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_rows_that_do_not_count(gradient, backend):
-    """Masked or not finite: zero output, no part in the loss, zero gradient; the others as if these weren't there."""
+def test_excluded_rows(gradient, backend):
+    """A masked or non-finite row has output and gradient zero and no part in the loss, and changes no other row."""
     x, codebook = inputs()
     bad = x.detach().clone()
     bad[3, 2], bad[4, 0], bad[5, 6] = torch.nan, torch.inf, -torch.inf
     bad[6] = 1e30
     mask = torch.ones(len(x), dtype=torch.bool)
     mask[6:8] = False
-    counted = mask & bad.isfinite().all(1)
+    row_mask = mask & bad.isfinite().all(1)
     bad.requires_grad_()
     with fastvq.use_backend(backend):
         out = fastvq.quantize(bad, codebook, gradient=gradient, codebook_weight=1.0, mask=mask)
         grads = torch.autograd.grad(out.quantized.square().sum() + out.loss, (bad, codebook))
-        kept = fastvq.quantize(x[counted], codebook, gradient=gradient, codebook_weight=1.0)
+        kept = fastvq.quantize(x[row_mask], codebook, gradient=gradient, codebook_weight=1.0)
         kept_grads = torch.autograd.grad(kept.quantized.square().sum() + kept.loss, (x, codebook))
-    assert bool((out.indices[~counted] == -1).all())
-    assert not out.quantized[~counted].any()
-    assert not grads[0][~counted].any()
-    assert torch.equal(out.indices[counted], kept.indices)
+    assert bool((out.indices[~row_mask] == -1).all())
+    assert not out.quantized[~row_mask].any()
+    assert not grads[0][~row_mask].any()
+    assert torch.equal(out.indices[row_mask], kept.indices)
     close(out.loss, kept.loss)
-    close(grads[0][counted], kept_grads[0][counted])
+    close(grads[0][row_mask], kept_grads[0][row_mask])
     close(grads[1], kept_grads[1])
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_nothing_counts(gradient):
+def test_all_rows_excluded(gradient):
     x, codebook = inputs()
     out = fastvq.quantize(x, codebook, gradient=gradient, mask=torch.zeros(len(x), dtype=torch.bool))
     (out.quantized.sum() + out.loss).backward()
@@ -129,7 +131,7 @@ def test_no_rows(gradient):
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision(dtype, gradient):
-    """Computed in float32, rounded at the end: as for the same values in float32."""
+    """Results equal those of the same values in float32, rounded at the end."""
     x, codebook = inputs(dtype=dtype)
     out = fastvq.quantize(x, codebook, gradient=gradient, codebook_weight=1.0)
     assert (out.quantized.dtype, out.loss.dtype) == (dtype, torch.float32)
@@ -154,7 +156,7 @@ def test_autocast(gradient):
 
 
 def test_zero_vectors_have_no_direction():
-    """The rotation falls back to straight-through where x or its code is zero, and turns opposite vectors over."""
+    """The rotation falls back to straight-through if x or its code is zero, and turns opposite vectors over."""
     x = torch.tensor([[0.0, 0.0], [1e-9, 0.0], [0.1, 0.0], [-3.0, -4.0]], requires_grad=True)
     codebook = torch.tensor([[0.0, 0.0], [-4.0, -3.0]])
     out = fastvq.quantize(x, codebook, gradient="rotation", commitment_weight=0.0)
@@ -168,7 +170,7 @@ def test_zero_vectors_have_no_direction():
 
 
 def test_rotation_keeps_angles():
-    """The gradient lies to x as the upstream gradient lies to the code, stretched by |e| / |x|."""
+    """The gradient has the same angle to x as the upstream gradient has to the code, and is stretched by |e| / |x|."""
     x, codebook = inputs(dtype=torch.float64)
     upstream = torch.randn(x.shape, dtype=torch.float64)
     out = fastvq.quantize(x, codebook, gradient="rotation", commitment_weight=0.0)
@@ -200,8 +202,8 @@ def test_leading_shapes(shape):
     assert torch.equal(out.quantized.reshape(-1, 7), flat.quantized)
 
 
-def test_the_output_is_the_users_own():
-    """Writing to it harms neither the codebook nor the backward."""
+def test_writing_to_the_output_changes_nothing_else():
+    """Neither the codebook nor the backward depends on the memory of the output."""
     x, codebook = inputs()
     before = codebook.detach().clone()
     out = fastvq.quantize(x, codebook)

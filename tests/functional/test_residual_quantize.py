@@ -1,4 +1,4 @@
-"""Outputs, losses and gradients of `residual_quantize`, against levels of `quantize` stacked by hand."""
+"""Outputs, losses and gradients of `residual_quantize`, against a stack of calls of `quantize`."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from fastvq.ops.registry import GRADIENTS
 from ..cases import close, generator
 
 
-def inputs(n=40, k=12, d=7, levels=3, dtype=torch.float32):
+def inputs(n=40, k=12, d=7, stages=3, dtype=torch.float32):
     g = generator()
-    scale = torch.tensor([0.6**q for q in range(levels)])[:, None, None]
-    codebooks = scale * torch.randn(levels, k, d, generator=g)
+    scale = torch.tensor([0.6**q for q in range(stages)])[:, None, None]
+    codebooks = scale * torch.randn(stages, k, d, generator=g)
     return torch.randn(n, d, generator=g).to(dtype).requires_grad_(), codebooks.to(dtype)
 
 
 def stacked(x, codebooks, **options):
-    """The docstring: each level quantizes what is left, its code held constant."""
-    residual, total, levels, losses, residuals = x, torch.zeros_like(x), [], [], []
+    """Apply the docstring: each stage quantizes the residual, its code held constant."""
+    residual, total, stages, losses, residuals = x, torch.zeros_like(x), [], [], []
     for codebook in codebooks:
         quantized, indices, loss = fastvq.quantize(residual, codebook, **options)
         residuals.append(residual.detach())
         residual = residual - quantized.detach()
         total = total + quantized
-        levels.append(indices)
+        stages.append(indices)
         losses.append(loss)
-    return total, torch.stack(levels, -1), torch.stack(losses), torch.stack(residuals)
+    return total, torch.stack(stages, -1), torch.stack(losses), torch.stack(residuals)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_equals_stacked_levels(dtype, masked, gradient, weight, backend):
+def test_equals_stacked_calls(dtype, masked, gradient, weight, backend):
     x, codebooks = inputs(dtype=dtype)
     mask = torch.rand(len(x)) < 0.6 if masked else None
     options = {"gradient": gradient, "commitment_weight": weight, "mask": mask}
@@ -69,7 +69,7 @@ def test_shapes_and_what_has_a_gradient(backend):
     assert not out.residuals.requires_grad
     assert out.losses.requires_grad
     close(
-        out.quantized, sum(lookup(codes, level) for codes, level in zip(codebooks, out.indices.unbind(-1), strict=True))
+        out.quantized, sum(lookup(codes, stage) for codes, stage in zip(codebooks, out.indices.unbind(-1), strict=True))
     )
     assert fastvq.residual_quantize(images.detach(), codebooks).losses.requires_grad is False
     (only_losses,) = torch.autograd.grad(flat.losses.sum(), x, retain_graph=True)
@@ -93,7 +93,7 @@ def test_codebooks_may_learn_before_the_backward(backend):
             torch.autograd.grad(losses, x)
 
 
-def test_indices_that_are_known(backend):
+def test_given_indices(backend):
     x, codebooks = inputs()
     with fastvq.use_backend(backend):
         indices = fastvq.residual_search(x, codebooks)
@@ -105,21 +105,21 @@ def test_indices_that_are_known(backend):
     assert out.losses[2] == 0
 
 
-def test_bad_rows_touch_nothing(backend):
+def test_non_finite_rows_are_excluded(backend):
     x, codebooks = inputs()
     bad = x.detach().clone()
     bad[3, 2], bad[4] = torch.nan, torch.inf
     bad.requires_grad_()
-    counted = bad.isfinite().all(1)
+    finite = bad.isfinite().all(1)
     with fastvq.use_backend(backend):
         out = fastvq.residual_quantize(bad, codebooks)
-        kept = fastvq.residual_quantize(x[counted], codebooks)
-    assert (out.indices[~counted] == -1).all()
-    assert not out.quantized[~counted].any()
+        kept = fastvq.residual_quantize(x[finite], codebooks)
+    assert (out.indices[~finite] == -1).all()
+    assert not out.quantized[~finite].any()
     close(out.losses, kept.losses)
     (grad,) = torch.autograd.grad(out.quantized.sum() + out.losses.sum(), bad)
-    assert not grad[~counted].any()
-    assert grad[counted].isfinite().all()
+    assert not grad[~finite].any()
+    assert grad[finite].isfinite().all()
 
 
 def test_compiles_without_a_break():

@@ -1,4 +1,4 @@
-"""Counts and sums are those of a scalar loop, to the last bit, on every backend and for any number of threads."""
+"""The op `accumulate`: counts and sums of a scalar loop, to the last bit, on every backend and number of threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..cases import DTYPES, generator
 
 
 def by_definition(x, indices, size):
-    """float64 sums over ascending n, rounded to float32 once."""
+    """Add the rows in float64 over ascending n and round to float32 once."""
     counts, sums = np.zeros(size), np.zeros((size, x.shape[1]))
     for row, k in zip(x.double().numpy(), indices.tolist(), strict=True):
         if k >= 0:
@@ -48,11 +48,11 @@ def one_code(n, k, g):
     return torch.full((n,), k - 1)
 
 
-def skipped(n, k, g):
+def excluded(n, k, g):
     return torch.full((n,), -1)
 
 
-INDICES = {f.__name__: f for f in (uniform, skewed, one_code, skipped)}
+INDICES = {f.__name__: f for f in (uniform, skewed, one_code, excluded)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,7 +93,7 @@ def test_sums_are_rounded_once(backend):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_skipped_row_may_hold_anything(bad, backend):
+def test_an_excluded_row_may_hold_anything(bad, backend):
     x = torch.randn(20, 4, generator=generator())
     indices = uniform(20, 3, generator(1))
     indices[5] = -1

@@ -1,4 +1,4 @@
-"""The moving averages, against the formulas of the docstring in float64."""
+"""The op `ema_update_`, against the formulas of its docstring in float64."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_refuses_tensors_that_overlap(backend):
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
-def test_a_codebook_that_never_saw_a_vector_stays(eps, backend):
+def test_a_codebook_without_vectors_stays(eps, backend):
     codebook = torch.randn(6, 4, generator=generator())
     empty = [torch.zeros(6), torch.zeros(6, 4)]
     after = update_by(backend, [codebook, *empty], empty, decay=0.9, eps=eps)
@@ -130,7 +130,7 @@ def test_without_smoothing_a_code_of_size_zero_stays(backend):
 
 
 def test_state_may_be_views(backend):
-    """Also of one another's storage: the update goes through to it and nothing else is touched."""
+    """Views may share a storage: the update writes their elements and no others."""
     state, statistics = state_and_statistics(20, 6)
     expected = update_by(backend, state, statistics, decay=0.8, eps=1e-5)
     storage = torch.full((20, 2 * 6 + 1, 2), torch.nan)
@@ -160,3 +160,34 @@ def test_reference_and_native_agree_closely():
     reference.ema_update_(*state, *statistics, decay=0.8, eps=1e-5)
     for a, b in zip(native, state, strict=True):
         close(a, b)
+
+
+STATE = {
+    "codebook": torch.zeros(5, 4),
+    "cluster_size": torch.zeros(5),
+    "embed_avg": torch.zeros(5, 4),
+    "counts": torch.zeros(5),
+    "sums": torch.zeros(5, 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        *[({name: t.half()}, TypeError, f"{name}: must be float32 .* got torch.float16") for name, t in STATE.items()],
+        *[({name: t[:-1]}, ValueError, f"{name}: must have shape") for name, t in STATE.items() if name != "codebook"],
+        *[
+            ({n: t.to("meta")}, ValueError, f"{n}: must be on the device of codebook")
+            for n, t in STATE.items()
+            if n != "codebook"
+        ],
+        ({"codebook": torch.zeros(5)}, ValueError, r"codebook: must have shape \(K, D\), got \(5,\)"),
+        ({"decay": 1.5}, ValueError, r"decay: must lie in \[0, 1\], got 1.5"),
+        ({"decay": -0.1}, ValueError, "decay: must lie in"),
+        ({"eps": -1e-5}, ValueError, "eps: must not be negative"),
+        ({"eps": float("nan")}, ValueError, "eps: must not be negative"),
+    ],
+)
+def test_refuses_by_name(change, error, message):
+    with pytest.raises(error, match=message):
+        fastvq.ema_update_(**{**STATE, "decay": 0.8, "eps": 1e-5, **change})

@@ -1,4 +1,4 @@
-"""Squared distances to the nearest of a growing set of codes: by a scalar loop, on every backend and in every dtype."""
+"""The op `min_distance_`, against a scalar loop, on every backend and in every dtype."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..cases import DTYPES, generator
 
 
 def by_definition(distances, x, codes):
-    """In float64 over ascending columns, rounded to float32 once."""
+    """Compute in float64 over ascending columns and round to float32 once."""
     result = distances.clone()
     for n, row in enumerate(x.double().tolist()):
         for code in codes.double().tolist():
@@ -38,7 +38,7 @@ def lower(backend, distances, x, codes):
 
 
 def tolerance(backend, x):
-    """Relative. Kernels round once and, as sums in other orders, nearly always alike."""
+    """Return the relative tolerance: kernels round once, but add in different orders."""
     return 2.0**-23 if backend != "torch" or x.dtype == torch.float64 else (x.shape[1] + 3) * 2.0**-24
 
 
@@ -71,7 +71,7 @@ def test_any_shape(n, m, d, seed):
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni"])
 def test_every_instruction_set(isa):
-    """Equal but for one rounding: in another order the sums are."""
+    """The sums differ in order, hence in the last bit at most."""
     code = (
         "import torch, fastvq\n"
         "g = torch.Generator().manual_seed(1)\n"
@@ -100,7 +100,7 @@ def test_a_row_that_is_a_code_has_distance_zero(dtype, backend):
 
 
 def test_zeros_are_a_mask(backend):
-    """Rows with distance zero may hold anything."""
+    """A row with distance zero may hold anything."""
     distances, x, codes = vectors(30, 2, 5, torch.float32)
     expected = by_definition(distances, x, codes)
     x[::3], distances[::3], expected[::3] = torch.nan, 0.0, 0.0
@@ -108,7 +108,7 @@ def test_zeros_are_a_mask(backend):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_no_number_changes_nothing(bad, backend):
+def test_non_finite_values_change_nothing(bad, backend):
     distances, x, codes = vectors(30, 3, 5, torch.float32)
     expected = by_definition(distances, x, codes[[0, 2]])
     codes[1, 2] = bad
@@ -146,7 +146,7 @@ def test_rows_in_several_chunks(monkeypatch):
         assert_near(lower(name, distances, x, codes), expected, tolerance(name, x))
 
 
-def test_one_pass_is_as_many_as_there_are_codes(backend):
+def test_one_pass_equals_one_pass_for_each_code(backend):
     distances, x, codes = vectors(200, 4, 12, torch.float32)
     expected = distances
     for code in codes:

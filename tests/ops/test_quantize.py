@@ -1,4 +1,4 @@
-"""The quantize step once the indices are known: the fused ops against the specification."""
+"""The op `quantize`, against scalar loops and the specification."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def operands(n, k, d, dtype, code_dtype=torch.float32):
 
 
 def forward_by_definition(x, codebook, indices):
-    """Return the codes as lists and the error: the docstring of `quantize_forward`, scalar by scalar."""
+    """Return the codes as lists and the error of the docstring of `quantize_forward`, scalar by scalar."""
     codes, squares = [], []
     for row, k in zip(x.double().tolist(), indices.tolist(), strict=True):
         code = codebook[k].double().tolist() if k >= 0 else [0.0] * len(row)
@@ -54,7 +54,7 @@ def rotated_by_definition(grad, row, code):
 
 
 def backward_by_definition(x, codes, indices, quantized_grad, loss_grad, *, gradient, commitment_weight):
-    """Return the docstring of `quantize_backward`, scalar by scalar."""
+    """Apply the docstring of `quantize_backward`, scalar by scalar."""
     elements = max(1, x.shape[1] * sum(k >= 0 for k in indices.tolist()))
     pull = 2 * commitment_weight * loss_grad.item() / elements
     x_grad = []
@@ -132,7 +132,7 @@ def test_backward_equals_the_reference(dtype, weight, gradient, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_rounded_as_torch_rounds(dtype, backend):
-    """Ties, subnormals, the largest finite number and what lies beyond it."""
+    """The values include ties, subnormals, the largest finite number and larger ones."""
     bits = torch.randint(-(2**31), 2**31 - 1, (4000,), generator=generator()).int()
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     halves = halves[halves.isfinite()].float()
@@ -166,7 +166,7 @@ def test_threads_change_nothing(gradient, backend):
         close(results[0], results[1])
 
 
-def test_what_a_skipped_row_holds_is_no_matter(backend):
+def test_excluded_rows_are_never_read(backend):
     x, codebook, indices = operands(50, 7, 5, torch.float32)
     clean = x.masked_fill((indices < 0)[:, None], 0)
     dirty = x.masked_fill((indices < 0)[:, None], torch.nan)
@@ -179,7 +179,7 @@ def test_what_a_skipped_row_holds_is_no_matter(backend):
 
 
 def test_opposite_and_short_vectors_have_a_gradient(backend):
-    """Where x points away from its code the rotation turns by half a circle; where one is zero there is none."""
+    """The rotation turns opposite vectors by half a circle and leaves zero vectors alone."""
     codebook = torch.eye(3)
     x = torch.stack([-codebook[0], -codebook[1] + 1e-4, torch.zeros(3), codebook[2]])
     indices, grad = torch.tensor([0, 1, 2, 2]), torch.randn(4, 3, generator=generator())
@@ -188,7 +188,7 @@ def test_opposite_and_short_vectors_have_a_gradient(backend):
     with fastvq.use_backend(backend):
         actual = ops.quantize_backward(*arguments, **options)
     exact = reference.quantize_backward(*(t.double() if t.is_floating_point() else t for t in arguments), **options)
-    # Where x and its code nearly cancel, float32 keeps a thousandth of the direction between them.
+    # If x and its code nearly cancel, float32 keeps three digits of the direction between them.
     torch.testing.assert_close(actual.double(), exact, rtol=0, atol=5e-3)
     assert torch.equal(actual[2], grad[2])
 

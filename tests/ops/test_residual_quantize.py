@@ -1,4 +1,4 @@
-"""All stages of a residual quantizer once the indices are known, and their gradient."""
+"""The op `residual_quantize`, against scalar loops and the specification."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .test_quantize import CODE_DTYPES, backward_by_definition, forward_by_defin
 
 
 def stage_operands(n, k, d, stages, dtype, code_dtype=torch.float32):
-    """Rows, codebooks that get smaller stage by stage, and indices of which some are -1 at one stage or at all."""
+    """Return rows, codebooks that get smaller, and indices with -1 at single stages and at all stages of a row."""
     g = generator()
     scale = torch.tensor([0.5**q for q in range(stages)])[:, None, None]
     codebooks = (scale * torch.randn(stages, k, d, generator=g)).to(code_dtype)

@@ -1,4 +1,4 @@
-"""The indices of a residual quantizer: one exact search a stage, on every backend."""
+"""The op `residual_search`: one exact search a stage, on every backend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastvq.backends import reference
 from ..cases import ADVERSARIAL, DTYPES, generator
 
 
-def residual_by_search(x, codebooks):
+def by_definition(x, codebooks):
     residual, stages = x, []
     for codebook in codebooks:
         indices = reference.search(residual, codebook)
@@ -23,9 +23,9 @@ def residual_by_search(x, codebooks):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("data", ["gaussian", "offset", "bad_vectors", "bad_codes", "rounded_midpoints"])
-def test_residual_search(data, dtype, backend):
+def test_is_the_definition(data, dtype, backend):
     x, codebooks = ADVERSARIAL[data](40, 3 * 20, 7, generator())
     x, codebooks = x.to(dtype), codebooks.view(3, 20, 7)
     with fastvq.use_backend(backend):
-        assert torch.equal(fastvq.residual_search(x, codebooks), residual_by_search(x, codebooks))
+        assert torch.equal(fastvq.residual_search(x, codebooks), by_definition(x, codebooks))
         assert fastvq.residual_search(x[:0], codebooks).shape == (0, 3)

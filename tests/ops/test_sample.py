@@ -1,4 +1,4 @@
-"""Random codes: the definition's to the last one on every backend, and as probable as they should be."""
+"""The op `sample`: exactly the random codes of the definition on every backend, and their probabilities."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def philox_by_integers(counter, key):
 
 
 def by_definition(x, codebook, temperature, seed, metric):
-    """The docstring of `fastvq.sample`, scalar by scalar."""
+    """Apply the docstring of `fastvq.sample`, scalar by scalar."""
     indices = []
     key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
     for n, row in enumerate(x.double().tolist()):
@@ -55,7 +55,7 @@ def by_definition(x, codebook, temperature, seed, metric):
     ],
 )
 def test_philox_gives_the_published_words(counter, key, words):
-    """The known answers of Random123's philox4x32 with ten rounds."""
+    """The words are the known answers of Random123 for philox4x32 with ten rounds."""
     actual = philox(tuple(torch.tensor(c) for c in counter), torch.tensor(key))
     assert tuple(int(word) for word in actual) == words
 

@@ -1,4 +1,4 @@
-"""Every backend returns the index that the specification returns, and the specification is the definition."""
+"""The op `search`: the specification against scalar loops, every backend against the specification."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..cases import ADVERSARIAL, DTYPES, FLOAT64_ONLY, METRICS, generator, misma
 
 
 def by_definition(x, codebook, metric):
-    """The docstring of `fastvq.search`, scalar by scalar. A Python float is an IEEE float64, never contracted."""
+    """Apply the docstring of `fastvq.search`, scalar by scalar: a Python float is an IEEE float64, never contracted."""
     indices = []
     for row in x.double().tolist():
         index, best = -1, math.inf
@@ -50,7 +50,7 @@ def test_reference_is_the_definition(data, dtype, metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("data", ["gaussian", "clustered", "offset", "mixed_magnitudes", "denormals", "values_of_1e18"])
-def test_reference_is_the_exact_nearest_where_one_is_clearly_nearest(data, metric):
+def test_reference_is_the_nearest_in_rational_arithmetic(data, metric):
     x, codebook = ADVERSARIAL[data](30, 12, 9, generator())
     codes = [[Fraction(e) for e in code] for code in codebook.tolist()]
     clear = 0
@@ -114,7 +114,7 @@ def test_mixed_dtypes(x_dtype, codebook_dtype, backend):
 
 @pytest.mark.parametrize("dtype", cases.HALF, ids=str)
 def test_every_half_precision_value_is_read_exactly(dtype, backend):
-    """Among its own values in float64, each is nearest to the one that equals it."""
+    """Among all values of the dtype in float64, each is nearest to its equal."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     with fastvq.use_backend(backend):
         for part in values.split(512):
@@ -148,13 +148,13 @@ def test_heads(backend):
 
 
 def test_ties_over_more_codes_than_a_tile(backend):
-    """So many candidates that the torch backend has to take fewer rows at once."""
+    """The torch backend gets more candidates than it can hold and takes fewer rows at once."""
     x, codebook = ADVERSARIAL["lattice"](40, 3 * TILE_CODES + 5, 3, generator())
     assert not mismatch(x, codebook, backend)
 
 
-def test_bad_rows_beside_far_codes(backend):
-    """At an offset, so that a row that stands in for a bad one lies far from the codes, as the far codes do."""
+def test_non_finite_rows_beside_outliers(backend):
+    """The offset puts the stand-in for a non-finite row as far from the codes as the outliers are."""
     x, codebook = (t + 300 for t in ADVERSARIAL["far_codes"](50, 200, 8, generator()))
     x[::3, 2] = math.nan
     assert not mismatch(x, codebook, backend)
@@ -207,7 +207,7 @@ def test_autocast(dtype, backend):
     [("denormals", torch.float32), ("denormals", torch.bfloat16), ("half_denormals", torch.float16)],
 )
 def test_flushed_denormals(data, dtype, threads, backend):
-    """`torch.set_flush_denormal` makes the processor read denormals as zero: the codes are still the exact ones."""
+    """Indices stay exact under `torch.set_flush_denormal`, which makes the processor read denormals as zero."""
     torch.set_num_threads(threads)
     x, codebook = (t.to(dtype) for t in ADVERSARIAL[data](1100, 40, 33, generator()))
     expected = reference.search(x, codebook)
@@ -274,7 +274,7 @@ FLOATS = {
 
 @st.composite
 def searches(draw, dtypes=tuple(FLOATS)):
-    """x and codes of any bits at all, with a habit of repeating elements and rows."""
+    """Draw x and codes of arbitrary bits, with many repeated elements."""
     n, k, d = draw(st.integers(0, 6)), draw(st.integers(1, 9)), draw(st.integers(1, 5))
     pool = None
     tensors = []
@@ -325,12 +325,12 @@ SEARCHES = {
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_masked_rows_are_not_searched(name, backend, monkeypatch):
-    """They get -1, and what they hold costs nothing: the search sees the other rows alone."""
+    """They get -1, and the backend sees only the other rows."""
     search, x, codes = SEARCHES[name], torch.randn(30, 4), torch.randn(9, 4)
-    mask = torch.rand(30, generator=generator()) < 0.5
+    some = torch.rand(30, generator=generator()) < 0.5
     with fastvq.use_backend(backend):
         expected = search(x, codes)
-        for kept in (mask, torch.zeros_like(mask), torch.ones_like(mask)):
+        for mask in (some, torch.zeros_like(some), torch.ones_like(some)):
             counts = []
             implementation = fastvq.backends.select.BACKENDS[backend].ops[name]
             monkeypatch.setitem(
@@ -338,15 +338,15 @@ def test_masked_rows_are_not_searched(name, backend, monkeypatch):
                 name,
                 lambda x, *a, _run=implementation, _counts=counts, **o: (_counts.append(len(x)), _run(x, *a, **o))[1],
             )
-            actual = search(x, codes, mask=kept)
+            actual = search(x, codes, mask=mask)
             monkeypatch.undo()
-            assert counts == [int(kept.sum())]
-            assert (actual[~kept] == -1).all()
-            assert torch.equal(actual[kept], expected[kept])
+            assert counts == [int(mask.sum())]
+            assert (actual[~mask] == -1).all()
+            assert torch.equal(actual[mask], expected[mask])
 
 
 @pytest.mark.parametrize("name", SEARCHES)
-def test_refuses_a_mask_that_does_not_fit(name):
+def test_refuses_an_invalid_mask(name):
     x, codes = torch.randn(30, 4), torch.randn(9, 4)
     with pytest.raises(TypeError, match="mask: must be bool, got torch"):
         SEARCHES[name](x, codes, mask=torch.ones(30))

@@ -1,4 +1,4 @@
-"""The k nearest codes: by the definition of `search`, in order, on every backend."""
+"""The op `topk_search`, against sorted scalar scores and the specification."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EVERY_DTYPE = ("gaussian", "clustered", "lattice", "bad_codes")
 
 
 def by_definition(x, codebook, k, metric):
-    """Sorted scalar by scalar: Python's tuples compare score, then index."""
+    """Sort by scalar scores: Python's tuples compare score, then index."""
     result = []
     for row in x.double().tolist():
         scored = []
@@ -81,7 +81,7 @@ def test_the_same_for_any_number_of_threads_and_any_batch(backend):
         assert torch.equal(fastvq.topk_search(x, codebook, 9), whole)
 
 
-def test_fewer_finite_codes_than_asked_for(backend):
+def test_fewer_finite_codes_than_k(backend):
     x, codebook = torch.randn(20, 3), torch.full((40, 3), torch.nan)
     codebook[[4, 7, 30]] = torch.randn(3, 3)
     with fastvq.use_backend(backend):
@@ -102,6 +102,6 @@ def test_heads_and_masks(backend):
 
 
 @pytest.mark.parametrize(("k", "codes", "most"), [(0, 4, 4), (5, 4, 4), (51, 50, 50)])
-def test_refuses_a_k_that_does_not_fit(k, codes, most):
+def test_refuses_a_k_out_of_range(k, codes, most):
     with pytest.raises(ValueError, match=rf"k: must lie in \[1, {most}\] for {codes} codes, got {k}"):
         fastvq.topk_search(torch.zeros(2, 3), torch.zeros(codes, 3), k)
