@@ -1,5 +1,8 @@
 # The two commands are `make demo` and `make test`; each sets up what it needs in .venv first.
 #   make lint       ruff, mypy, clang-format
+#   make check      lint and the fast tests, about two minutes; tests/conftest.py lists what is slow
+#   make test       all tests but those marked `machine`
+#   make test-machine   those: timings, resident memory and what depends on torch's internals; on a quiet machine
 #   make bench      the benchmark suite, which writes docs/benchmarks.md; about 13 minutes
 #   make gpu-check  what can be shown about the GPU kernels on a machine without a GPU; some ten minutes
 #   make format     rewrites the sources as `make lint` wants them
@@ -24,15 +27,22 @@ CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v cla
 # How OpenMP's threads wait. Asleep, they leave a machine that runs anything else its time; spinning for a moment first,
 # they make a training step on an idle one a third shorter.
 demo bench: export GOMP_SPINCOUNT ?= 20000
-test gpu-check: export OMP_WAIT_POLICY ?= PASSIVE
+check test test-machine gpu-check: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench gpu-check format clean
+.PHONY: demo check test test-machine lint bench gpu-check format clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/fastvq demo --out runs/demo
 
+check: lint $(VENV)/test.stamp
+	$(BIN)/python -m pytest $(SPREAD) -q -m "not slow and not machine" $(PYTEST)
+
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(SPREAD) $(PYTEST)
+	$(BIN)/python -m pytest $(SPREAD) -m "not machine" $(PYTEST)
+
+# One at a time: they measure.
+test-machine: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m machine $(PYTEST)
 
 lint: $(VENV)/lint.stamp $(VENV)/train.stamp
 	$(BIN)/ruff check .
@@ -54,10 +64,10 @@ gpu-check: $(VENV)/test.stamp
 	$(BIN)/python -m fastvq.kernels.aot
 	@echo "The same kernels in Triton's interpreter, and a training step on the meta device, which mixes no devices and"
 	@echo "never waits for one:"
-	$(BIN)/python -m pytest $(SPREAD) tests/kernels tests/quantizers/test_devices.py
+	$(BIN)/python -m pytest $(SPREAD) -m "not machine" tests/kernels tests/quantizers/test_devices.py
 	@echo "The CUDA kernels: compiled by nvcc for sm_80, sm_90a and sm_100 and loaded, where nvcc is; run in the emulator,"
 	@echo "by the reference and by sanitizers, where Boost.Context is:"
-	$(BIN)/python -m pytest $(SPREAD) tests/cuda -rsP
+	$(BIN)/python -m pytest $(SPREAD) -m "not machine" tests/cuda -rsP
 
 clean:
 	rm -rf build $(VENV) fastvq/_native.* fastvq/_native_cuda.so fastvq/native_build.json

@@ -1,6 +1,9 @@
+"""Settings of a test run, what every test starts from, and the fixture `backend`."""
+
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -20,9 +23,46 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+# Folders and files that `make check` leaves out: they compile, train, emulate GPUs, start processes or measure.
+SLOW = (
+    "bench",
+    "cli",
+    "compat",
+    "cpu",
+    "cuda",
+    "demo",
+    "kernels",
+    "models",
+    "runs",
+    "training",
+    "backends/test_bound.py",
+    "backends/test_native.py",
+    "backends/test_tiers.py",
+    "ops/test_registry.py",
+    "quantizers/test_compiled_options.py",
+    "quantizers/test_contexts.py",
+    "quantizers/test_export.py",
+    "quantizers/test_memory.py",
+    "test_distributed.py",
+    "test_docs.py",
+    "test_examples.py",
+    "test_onnx.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what SLOW names, before pytest applies `-m`."""
+    root = Path(__file__).parent
+    slow = [root / name for name in SLOW]
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in slow):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _defaults():
-    """Every test starts from one seed and leaves the process-wide settings as they were."""
+    """Start every test from one seed, and restore the process-wide settings after it."""
     torch.manual_seed(0)
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     yield
@@ -34,7 +74,7 @@ def _defaults():
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Each backend in turn, as a name. Serving fails loudly where it can't: only a build without native may skip."""
+    """Yield the name of each backend in turn. A backend that cannot serve fails the test, unless it was not built."""
     if request.param == "native" and not native.build_record()["built"]:
         pytest.skip(f"native backend: {native.build_record()['reason']}")
     return request.param

@@ -195,7 +195,7 @@ def test_a_wrong_bound_is_noticed(share, noticed_on, monkeypatch):
 
     monkeypatch.setattr(search.Frame, "rows", too_small)
     # With fewer codes than FAR_SHARE no outlier is taken out of the cheap pass, so that it stays in the bound.
-    shapes = [(63, 60, 33), (300, 400, 64), (200, 70, 513)]
+    shapes = [(63, 60, 33), (300, 400, 64), (200, 70, 513), (2000, 60, 8)]
     for name in noticed_on:
         assert any(mismatch(*ADVERSARIAL[name](*shape, generator()), "torch") for shape in shapes), name
 

@@ -159,7 +159,7 @@ def test_a_library_of_another_version(monkeypatch):
 
 
 def test_the_environment_chooses():
-    code = "import fastvq; from fastvq import backends; print(backends._requested, end='')"
+    code = "from fastvq.backends.select import info; print(info()['requested'], end='')"
     assert python(code, FASTVQ_BACKEND="reference").stdout == "reference"
 
 

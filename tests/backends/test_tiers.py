@@ -18,6 +18,8 @@ import torch
 import fastvq
 from fastvq.backends import native
 
+pytestmark = pytest.mark.machine
+
 LIMIT = 1.10
 ATTEMPTS = 4  # a neighbour's load can spoil one
 

@@ -77,6 +77,7 @@ def best_seconds(function, repeats=5):
     return min(times)
 
 
+@pytest.mark.machine
 def test_time_of_a_training_step():
     """Beside the bare product of x and the codes. `make bench` measures it properly, with targets; this bound is
     lenient, for machines that do something else too."""

@@ -115,7 +115,8 @@ def test_the_measurement_sees_a_matrix():
     matrix_mb = N * K * 4 / 1e6
     assert matrix_mb > 6 * LIMIT_MB
     layer = "fastvq.VectorQuantize(d, k)"
-    assert peak_mb("torch", layer, also="distances = x.detach() @ measured.codebook.T") > matrix_mb
+    peak = peak_mb("torch", layer, also="distances = x.detach() @ measured.codebook.T")
+    assert peak > 0.9 * matrix_mb
 
 
 @pytest.mark.parametrize(
