@@ -1,11 +1,11 @@
-"""Layers as ONNX files, whose codes in onnxruntime are the exact ones. Needs `pip install "fastvq-torch[onnx]"`.
+"""Export of layers as ONNX files whose indices in onnxruntime are exact.
 
-`export` writes a file. `TRANSLATIONS`, for `torch.onnx.export(..., custom_translation_table=)`, says what fastvq's ops
-become in models that are exported otherwise.
+Needs the extra "onnx". `export` writes a file. `TRANSLATIONS`, for `torch.onnx.export(..., custom_translation_table=)`,
+maps fastvq's ops to ONNX functions in models that are exported by other means.
 
 A search is the definition itself (docs/exactness.md): a loop over dimensions that adds float64 squares one by one, for
-CODES_AT_ONCE codes at a time, and keeps the nearest code so far. Its memory is N x 256 float64 and its speed that of
-elementwise operations: far below `fastvq.search`, the price of running where only ONNX does.
+CODES_AT_ONCE codes at a time, and keeps the nearest code found. It needs memory for N x 256 float64 and runs at the
+speed of elementwise operations, far slower than `fastvq.search`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from onnxscript import BOOL, DOUBLE, FLOAT, INT64  # noqa: E402
 op = onnxscript.opset18
 
 CODES_AT_ONCE = 256
-"""How many codes a row is compared with before the nearest is kept: what bounds the memory of a search."""
+"""Number of codes that a row is compared with at a time. It bounds the memory of a search."""
 
 
 def export(
@@ -40,24 +40,25 @@ def export(
     dynamic_shapes: Sequence[Any] | None = None,
     **options: Any,
 ) -> None:
-    """Writes `module`, or one of its methods, as an ONNX file. The file appears whole or not at all.
+    """Write `module`, or one of its methods, as an ONNX file. The file appears whole or not at all.
 
     Args:
-        module: in eval mode: a quantizer, or a model that has quantizers in it.
-        example: the argument, or the tuple of arguments, with which to trace it.
-        path: of the file.
-        method: what is called: "forward", "encode", "get_output_from_indices" ...
-        dynamic_shapes: for each argument, which of its axes may have any length, as for `torch.export.export`; by
-            default the first axis of each.
-        options: for `torch.onnx.export`: input_names (by default those of the method's arguments), output_names,
-            opset_version (18 or later) ...
+        module: a quantizer, or a model that contains quantizers, in eval mode.
+        example: the argument, or the tuple of arguments, to trace it with.
+        path: path of the file.
+        method: name of the method: "forward", "encode", "get_output_from_indices" ...
+        dynamic_shapes: for each argument, the axes of variable length, as for `torch.export.export`; by default the
+            first axis of each.
+        options: arguments of `torch.onnx.export`: input_names (by default those of the method's arguments),
+            output_names, opset_version (18 or later) ...
 
     Raises:
-        ValueError: the module is in training mode. TypeError: it has no such method.
-        torch.onnx.OnnxExporterError: something in it has no ONNX form, as learning has none.
+        ValueError: the module is in training mode.
+        TypeError: the module has no such method.
+        torch.onnx.OnnxExporterError: a part of it, such as learning, has no ONNX form.
 
-    Numerics: indices are those of `fastvq.search`, to the last one; rows that aren't finite get -1. Losses are summed
-    in float64, in an order that is the runtime's.
+    Numerics: indices equal those of `fastvq.search`; non-finite rows get -1. Losses are summed in float64, in the
+    runtime's order.
     """
     if module.training:
         raise ValueError("module: must be in eval mode, got one in training mode: call .eval() first")
@@ -82,7 +83,7 @@ def export(
 
 
 class _Call(nn.Module):
-    """A module whose forward is a method of another."""
+    """Module whose forward is a method of another."""
 
     def __init__(self, module: nn.Module, method: str) -> None:
         super().__init__()
@@ -97,9 +98,12 @@ _functions = onnxscript.values.Opset("fastvq", 1)
 
 @onnxscript.script(_functions)
 def nearest(x: DOUBLE, codebook: DOUBLE, usable: BOOL, first: INT64, dot: BOOL, size: int, chunks: int) -> INT64:
-    """The index (H, N) of the smallest sum_j (x_j - e_kj)^2, or of the largest sum_j x_j e_kj, of x (H, N, D) among the
-    `usable` (H, K) codes of the codebook (H, K, D), taken `size` at a time; `first` (H, 1), the first usable one, where
-    all sums are infinite."""
+    """Return the index (H, N) of the nearest usable code of each row of x (H, N, D).
+
+    The nearest code has the smallest sum_j (x_j - e_kj)^2, or the largest sum_j x_j e_kj, among the `usable` (H, K)
+    codes of the codebook (H, K, D), which are taken `size` at a time. It is `first` (H, 1), the first usable code,
+    where all sums are infinite.
+    """
     columns = op.Unsqueeze(op.Transpose(x, perm=[2, 0, 1]), [-1])  # [D, H, N, 1]
     dimensions = op.Squeeze(op.Shape(x, start=2, end=3), [0])
     zero = op.CastLike(op.Constant(value_float=0.0), x)
@@ -127,13 +131,13 @@ def nearest(x: DOUBLE, codebook: DOUBLE, usable: BOOL, first: INT64, dot: BOOL, 
 
 
 def _finite(x: Any) -> Any:
-    """Whether all of the last axis is finite."""
-    bad = op.Cast(op.Or(op.IsNaN(x), op.IsInf(x)), to=INT64.dtype)
-    return op.Not(op.Cast(op.ReduceMax(bad, [-1], keepdims=0), to=BOOL.dtype))
+    """Return the mask of rows, along the last axis, that hold neither NaN nor infinity."""
+    non_finite = op.Cast(op.Or(op.IsNaN(x), op.IsInf(x)), to=INT64.dtype)
+    return op.Not(op.Cast(op.ReduceMax(non_finite, [-1], keepdims=0), to=BOOL.dtype))
 
 
 def _indices(x: Any, codebook: Any, size: int, metric: str) -> Any:
-    """Indices (H, N) of x (H, N, D) among `size` codes (H, K, D), of any dtypes."""
+    """Return the indices (H, N) of x (H, N, D) among `size` codes (H, K, D), of any dtypes."""
     x, codebook = op.Cast(x, to=DOUBLE.dtype), op.Cast(codebook, to=DOUBLE.dtype)
     usable = op.Cast(_finite(codebook), to=INT64.dtype)
     index = nearest(
@@ -154,6 +158,7 @@ def _integer(value: int) -> Any:
 
 
 def search(x, codebook, metric="l2", mask=None):  # type: ignore[no-untyped-def]
+    """Translate `fastvq::search`."""
     size = codebook.shape[-2]
     if len(x.shape) == 3:
         index = _indices(x, codebook, size, metric)
@@ -163,16 +168,17 @@ def search(x, codebook, metric="l2", mask=None):  # type: ignore[no-untyped-def]
 
 
 def residual_search(x, codebooks, mask=None):  # type: ignore[no-untyped-def]
+    """Translate `fastvq::residual_search`."""
     dtype = _compute_dtype(x, codebooks)
-    residual, levels = x, []
-    for level in range(codebooks.shape[0]):
-        codebook = op.Gather(codebooks, _integer(level), axis=0)
+    residual, stages = x, []
+    for stage in range(codebooks.shape[0]):
+        codebook = op.Gather(codebooks, _integer(stage), axis=0)
         index = _indices(op.Unsqueeze(residual, [0]), op.Unsqueeze(codebook, [0]), codebooks.shape[1], "l2")
         index = op.Squeeze(index, [0])
-        levels.append(op.Unsqueeze(index, [-1]))
+        stages.append(op.Unsqueeze(index, [-1]))
         residual = op.Cast(op.Cast(residual, to=dtype) - _lookup(codebook, index, dtype), to=FLOAT.dtype)
         dtype = codebooks.dtype if codebooks.dtype == DOUBLE.dtype else FLOAT.dtype
-    indices = op.Concat(*levels, axis=-1)
+    indices = op.Concat(*stages, axis=-1)
     return indices if mask is None else op.Where(op.Unsqueeze(mask, [-1]), indices, _integer(-1))
 
 
@@ -183,6 +189,7 @@ def _lookup(codebook: Any, index: Any, dtype: int) -> Any:
 
 
 def quantize_forward(x, codebook, indices, keep_codes):  # type: ignore[no-untyped-def]
+    """Translate `fastvq::quantize_forward`."""
     dtype = _compute_dtype(x, codebook)
     codes = _lookup(codebook, indices, dtype)
     kept = codes if keep_codes else op.Slice(codes, [0], [0], [0])
@@ -190,13 +197,14 @@ def quantize_forward(x, codebook, indices, keep_codes):  # type: ignore[no-untyp
 
 
 def residual_quantize_forward(x, codebooks, indices, keep_residuals):  # type: ignore[no-untyped-def]
+    """Translate `fastvq::residual_quantize_forward`."""
     dtype = _compute_dtype(x, codebooks)
     residual = op.Cast(x, to=dtype)
     total = None
     errors, residuals = [], []
-    for level in range(codebooks.shape[0]):
-        index = op.Gather(indices, _integer(level), axis=1)
-        codes = _lookup(op.Gather(codebooks, _integer(level), axis=0), index, dtype)
+    for stage in range(codebooks.shape[0]):
+        index = op.Gather(indices, _integer(stage), axis=1)
+        codes = _lookup(op.Gather(codebooks, _integer(stage), axis=0), index, dtype)
         errors.append(op.Unsqueeze(_error(residual, codes, index, x.shape[-1], dtype), [0]))
         residuals.append(op.Unsqueeze(residual, [0]))
         residual = residual - codes
@@ -208,17 +216,17 @@ def residual_quantize_forward(x, codebooks, indices, keep_residuals):  # type: i
 
 
 def _error(x: Any, codes: Any, index: Any, dim: int, dtype: int) -> Any:
-    """The mean of (x - codes)^2 over the elements of the rows that have an index."""
-    counted = op.Unsqueeze(op.GreaterOrEqual(index, _integer(0)), [-1])
+    """Return the mean of (x - codes)^2 over the elements of the rows that have an index."""
+    mask = op.Unsqueeze(op.GreaterOrEqual(index, _integer(0)), [-1])
     zero = op.Cast(op.Constant(value_float=0.0), to=dtype)
-    difference = op.Cast(op.Where(counted, op.Cast(x, to=dtype) - codes, zero), to=DOUBLE.dtype)
-    rows = op.ReduceSum(op.Cast(counted, to=INT64.dtype), keepdims=0)
+    difference = op.Cast(op.Where(mask, op.Cast(x, to=dtype) - codes, zero), to=DOUBLE.dtype)
+    rows = op.ReduceSum(op.Cast(mask, to=INT64.dtype), keepdims=0)
     elements = op.Max(rows * dim, _integer(1))
     return op.Cast(op.ReduceSum(difference * difference, keepdims=0) / op.Cast(elements, to=DOUBLE.dtype), to=dtype)
 
 
 def _compute_dtype(x: Any, codebook: Any) -> int:
-    """ONNX's number for float32, or for float64 where either argument is that."""
+    """Return ONNX's number of float64 if either argument is float64, else that of float32."""
     return DOUBLE.dtype if DOUBLE.dtype in (x.dtype, codebook.dtype) else FLOAT.dtype
 
 
@@ -228,4 +236,4 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.fastvq.quantize_forward.default: quantize_forward,
     torch.ops.fastvq.residual_quantize_forward.default: residual_quantize_forward,
 }
-"""What each op of fastvq that an exported layer can hold becomes."""
+"""The ONNX form of each op of fastvq that an exported layer can contain."""
