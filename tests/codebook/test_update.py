@@ -1,265 +1,69 @@
-"""`learn_together` beside the formulas of the moving averages, written out in float64."""
+"""The tensor functions of a learning step, beside loops over codebooks and heads."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 
-from fastvq.codebook import Codebook, Replacement, learn_together
+from fastvq import accumulate, ema_update_
+from fastvq.codebook.update import batch_statistics, ema_step_, offset_indices
 
-from ..cases import close, generator
+from ..cases import generator
 
-K, D = 7, 4
-
-
-def batch(heads=1, n=30, seed=0):
-    g = generator(seed)
-    return torch.randn(heads, n, D, generator=g), torch.randint(-1, K, (heads, n), generator=g)
-
-
-def averaged(size, average, x, indices, *, decay, weight=1.0):
-    """cluster_size (K,) and embed_avg (K, D) after a step."""
-    share = (1 - decay) * torch.as_tensor(weight, dtype=torch.float64).expand(K)
-    for k in range(K):
-        members = x[indices == k].double()
-        size[k] += share[k] * (len(members) - size[k])
-        average[k] += share[k] * (members.sum(0) - average[k])
-
-
-def codes_of(size, average, eps):
-    smoothed = (size + eps) / (size.sum() + K * eps) * size.sum()
-    return average / smoothed[:, None]
-
-
-def assert_state(codebook, head, size, average):
-    close(codebook.cluster_size[head].double(), size, torch.float32)
-    close(codebook.embed_avg[head].double(), average, torch.float32)
-    close(codebook.embed[head].detach().double(), codes_of(size, average, codebook.eps), torch.float32)
-
-
-@pytest.mark.parametrize("learnable", [False, True])
-@pytest.mark.parametrize("heads", [1, 3])
-def test_heads(heads, learnable):
-    """A learnable codebook that follows the averages all the same, as beside an orthogonal loss."""
-    codebook = Codebook(D, K, heads=heads, decay=0.9, learnable=learnable)
-    expected = [(codebook.cluster_size[h].double(), codebook.embed_avg[h].double()) for h in range(heads)]
-    for seed in range(3):
-        x, indices = batch(heads, seed=seed)
-        codebook.learn_(x, indices)
-        for h in range(heads):
-            averaged(*expected[h], x[h], indices[h], decay=0.9)
-    for h in range(heads):
-        assert_state(codebook, h, *expected[h])
-
-
-WEIGHTS = {
-    "one": torch.tensor(0.25),
-    "a number": 0.25,
-    "each code": torch.linspace(0, 1, K),
-    "each head and code": torch.linspace(0, 1, K)[None],
-    "a function": lambda sums, counts: (counts > 4).float(),
+D = 4
+SHAPES = {
+    "one": [(1, 7)],
+    "heads": [(3, 7)],
+    "stages": [(1, 7)] * 4,
+    "stages of heads": [(2, 7)] * 3,
+    "sizes": [(1, 7), (2, 3), (1, 5)],
 }
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
-def test_weights(kind):
-    codebook = Codebook(D, K, decay=0.5)
-    size, average = codebook.cluster_size[0].double(), codebook.embed_avg[0].double()
-    x, indices = batch()
-    codebook.learn_(x, indices, weight=WEIGHTS[kind])
-    weight = WEIGHTS[kind]
-    if kind == "a function":
-        weight = (torch.bincount(indices[0, indices[0] >= 0], minlength=K) > 4).float()
-    averaged(size, average, x[0], indices[0], decay=0.5, weight=torch.as_tensor(weight).flatten())
-    assert_state(codebook, 0, size, average)
-
-
-def test_weights_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"^ema_update_weight: must have shape \(\), \(7,\) or \(1, 7\), got"):
-        Codebook(D, K).learn_(*batch(), weight=torch.ones(3))
-
-
-@pytest.mark.parametrize("ema", [True, False])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_codebook_without_weight_stays_to_the_bit(ema, compiled):
-    """As a level that quantize dropout left out, beside one that learns."""
-    torch._dynamo.reset()
-    codebooks = [Codebook(D, K, ema_update=ema, replacement=Replacement(0.5)) for _ in range(2)]
-    for codebook in codebooks:  # as replacement leaves them: averages that give slightly other codes
-        codebook.cluster_size[0, :3] = 0.6
-        codebook.embed_avg[0] = codebook.embed[0] * codebook.cluster_size[0, :, None]
-    before = copy.deepcopy(codebooks[1].state_dict())
-    x, indices = batch()
-    inputs, chosen = torch.stack([x, x]), torch.stack([indices, torch.full_like(indices, -1)])
-
-    def step(zero):
-        learn_together(codebooks, inputs, chosen, weight=[None, zero])
-
-    (torch.compile(step, fullgraph=True) if compiled else step)(torch.zeros(()))
-    for name, value in codebooks[1].state_dict().items():
-        assert torch.equal(value, before[name]), name
-    assert not torch.equal(codebooks[0].cluster_size, before["cluster_size"])
-
-
-def test_stages_together_are_stages_apart():
-    sizes = (7, 5, 9)
-    together = [Codebook(D, k) for k in sizes]
-    apart = copy.deepcopy(together)
-    x = torch.randn(3, 1, 20, D)
-    indices = [torch.randint(-1, k, (1, 20)) for k in sizes]
-    learn_together(together, x, indices)
-    for codebook, rows, chosen in zip(apart, x, indices, strict=True):
-        codebook.learn_(rows, chosen)
-    for one, other in zip(together, apart, strict=True):
-        for name, value in one.state_dict().items():
-            assert torch.equal(value, other.state_dict()[name]), name
-
-
-def test_stages_that_share_a_codebook_take_turns():
-    codebook = Codebook(D, K, decay=0.7)
-    size, average = codebook.cluster_size[0].double(), codebook.embed_avg[0].double()
-    batches = [batch(seed=seed) for seed in range(3)]
-    learn_together([codebook] * 3, [x for x, _ in batches], [indices for _, indices in batches])
-    for x, indices in batches:
-        averaged(size, average, x[0], indices[0], decay=0.7)
-    assert_state(codebook, 0, size, average)
-
-
-@pytest.mark.parametrize("replacement", [None, Replacement(0.5)])
-def test_a_codebook_that_does_not_learn_is_skipped(replacement):
-    codebooks = [Codebook(D, K, ema_update=False, replacement=replacement), Codebook(D, K)]
-    before = copy.deepcopy(codebooks[0].state_dict())
-    x, indices = batch()
-    learn_together(codebooks, [x, x], [indices, indices])
-    assert torch.equal(codebooks[0].embed_avg, before["embed_avg"])
-    assert torch.equal(codebooks[0].cluster_size, before["cluster_size"]) == (replacement is None)
-    assert not torch.equal(codebooks[1].embed_avg, codebooks[1].embed)
-
-
-@pytest.mark.parametrize("heads", [1, 2])
-def test_a_commit_is_one_step_on_all_batches(heads):
-    kept = Codebook(D, K, heads=heads)
-    whole, later = copy.deepcopy(kept), copy.deepcopy(kept)
-    batches = [batch(heads, seed=seed) for seed in range(3)]
-    before = copy.deepcopy(kept.state_dict())
-    for x, indices in batches:
-        kept.learn_(x, indices, accumulate_only=True)
-        for name, value in kept.state_dict().items():
-            assert torch.equal(value, before[name])
-    assert list(kept.state_dict()) == list(before)
-    kept.commit_()
-    whole.learn_(torch.cat([x for x, _ in batches], 1), torch.cat([i for _, i in batches], 1))
-    for x, indices in batches[:2]:
-        later.learn_(x, indices, accumulate_only=True)
-    later.learn_(*batches[2])
-    for name, value in kept.state_dict().items():
-        close(value, whole.state_dict()[name])
-        close(later.state_dict()[name], whole.state_dict()[name])
-    moved = copy.deepcopy(kept.state_dict())
-    kept.commit_()  # nothing is left
-    for name, value in kept.state_dict().items():
-        assert torch.equal(value, moved[name])
-
-
-def test_codes_that_follow_by_hand():
-    codebook = Codebook(D, K, manual_ema_update=True)
-    before, (x, indices) = codebook.embed.clone(), batch()
-    codebook.learn_(x, indices)
-    assert torch.equal(codebook.embed, before)
-    codebook.update_ema()
-    close(codebook.embed[0].double(), codes_of(codebook.cluster_size[0].double(), codebook.embed_avg[0].double(), 1e-5),
-          torch.float32)  # fmt: skip
-
-
-class TestAffine:
-    def settings(self):
-        return {"batch_decay": 0.9, "codebook_decay": 0.8, "sync": False}
-
-    def test_codes_take_mean_and_deviation_of_the_rows(self):
-        codebook = Codebook(D, 500, affine=self.settings())
-        x = 5 + 3 * torch.randn(1, 4000, D)
-        codebook.initialise_(x)
-        close(codebook.codes.mean(1), x.mean(1), torch.bfloat16)
-        close(codebook.codes.std(1, unbiased=False), x.std(1, unbiased=False), torch.bfloat16)
-        close(codebook.own_rows(codebook.codes), codebook.embed, torch.float16)
-
-    def test_statistics_move(self):
-        codebook = Codebook(D, 20, affine=self.settings())
-        first, second = torch.randn(1, 50, D), 2 + torch.randn(1, 50, D)
-        second[0, 7] = torch.nan
-        codebook.initialise_(first)
-        codebook.initialise_(second, torch.arange(50)[None] < 30)
-        counted = second[:, [i for i in range(30) if i != 7]]
-        close(codebook.batch_mean, 0.9 * first.mean(1, keepdim=True) + 0.1 * counted.mean(1, keepdim=True))
-        variance = first.var(1, keepdim=True, unbiased=False), counted.var(1, keepdim=True, unbiased=False)
-        close(codebook.batch_variance, 0.9 * variance[0] + 0.1 * variance[1])
-        close(codebook.codebook_mean, codebook.embed.mean(1, keepdim=True))
-
-    def test_without_a_row_the_map_is_the_identity(self):
-        codebook = Codebook(D, 20, affine=self.settings())
-        assert torch.equal(codebook.codes, codebook.embed)
-        codebook.initialise_(torch.full((1, 3, D), torch.nan))
-        close(codebook.codes, codebook.embed)
-        codebook.initialise_(torch.zeros(1, 0, D))
-        assert bool(codebook.codes.isfinite().all())
-
-    def test_learning_in_the_codes_own_place(self):
-        """Codes learn from the rows mapped back, so that their image moves to the rows."""
-        codebook = Codebook(D, 1, decay=0.0, affine=self.settings())
-        codebook.embed.fill_(0.5)
-        x = 4 + torch.randn(1, 60, D)
-        codebook.initialise_(x)
-        rows = codebook.own_rows(x)
-        codebook.learn_(x, torch.zeros(1, 60, dtype=torch.int64))
-        close(codebook.embed, rows.mean(1, keepdim=True))
-
-    def test_a_checkpoint_with_and_without_statistics(self):
-        trained = Codebook(D, 20, affine=self.settings())
-        fresh = Codebook(D, 20, affine=self.settings())
-        fresh.load_state_dict(copy.deepcopy(trained.state_dict()))
-        trained.initialise_(torch.randn(1, 9, D))
-        fresh.load_state_dict(trained.state_dict())
-        assert torch.equal(fresh.codes, trained.codes)
-        untrained = Codebook(D, 20, affine=self.settings())
-        fresh.load_state_dict(untrained.state_dict())
-        assert fresh.batch_mean is None
-
-    def test_the_gradient_reaches_a_learnable_codebook(self):
-        codebook = Codebook(D, 20, learnable=True, affine=self.settings())
-        codebook.initialise_(3 * torch.randn(1, 50, D))
-        codebook.codes.sum().backward()
-        assert codebook.embed.grad is not None
-        assert bool(codebook.embed.grad.any())
-
-
-def test_a_bridge_maps_the_codes():
-    bridge = torch.nn.Linear(D, D)
-    codebook = Codebook(D, K, learnable=True, ema_update=False, bridge=bridge)
-    close(codebook.codes, bridge(codebook.embed))
-    assert "vq_bridge.weight" in codebook.state_dict()
-
-
-def test_what_is_held_belongs_to_the_codes_it_was_held_for():
-    codebook = Codebook(D, K)
-    codebook.learn_(*batch(), accumulate_only=True)
-    state = copy.deepcopy(codebook.state_dict())
-    codebook.load_state_dict(state)
-    codebook.commit_()
-    for name, value in codebook.state_dict().items():
-        assert torch.equal(value, state[name])
+def batch(shapes, n=20, stacked=False):
+    g = generator()
+    x = [torch.randn(heads, n, D, generator=g) for heads, _ in shapes]
+    indices = [torch.randint(-1, size, (heads, n), generator=g) for heads, size in shapes]
+    return (torch.stack(x), torch.stack(indices)) if stacked else (x, indices)
 
 
 @pytest.mark.parametrize(
-    "replacement", [Replacement(2.0, rows="kmeans++", reservoir=16, at_once=3), Replacement(0.1, every=2)]
+    ("kind", "stacked"),
+    [(kind, stacked) for kind in SHAPES for stacked in (False, True) if kind != "sizes" or not stacked],
 )
-def test_policies_compile(replacement):
-    torch._dynamo.reset()
-    codebook = Codebook(D, K, replacement=replacement)
-    codebook.cluster_size.zero_()
-    before = codebook.embed.clone()
-    step = torch.compile(lambda x, indices: codebook.learn_(x, indices), fullgraph=True, backend="aot_eager")
-    for seed in range(2):
-        step(*batch(seed=seed))
-    assert not torch.equal(codebook.embed, before)
+def test_statistics_are_those_of_each_head(kind, stacked):
+    shapes = SHAPES[kind]
+    x, indices = batch(shapes, stacked=stacked)
+    counts, sums = batch_statistics(x, indices, shapes)
+    assert len(counts) == len(sums) == len(shapes)
+    for place, (heads, size) in enumerate(shapes):
+        assert counts[place].shape == (heads, size)
+        assert sums[place].shape == (heads, size, D)
+        for head in range(heads):
+            count, total = accumulate(x[place][head], indices[place][head], size)
+            assert torch.equal(counts[place][head], count)
+            assert torch.equal(sums[place][head], total)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_indices_are_offset_by_the_codes_before(stacked):
+    shapes = [(2, 7)] * 3
+    indices = batch(shapes, stacked=stacked)[1]
+    flat = offset_indices(indices, shapes).view(6, -1)
+    for head, chosen in enumerate(one for codebook in indices for one in codebook):
+        assert torch.equal(flat[head], torch.where(chosen < 0, -1, chosen + 7 * head))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_averages_move_head_by_head(weighted):
+    g = generator()
+    state = [torch.randn(2, 5, D, generator=g), torch.rand(2, 5, generator=g), torch.randn(2, 5, D, generator=g)]
+    counts, sums = torch.rand(2, 5, generator=g), torch.randn(2, 5, D, generator=g)
+    weight = torch.rand(2, 5, generator=g) if weighted else None
+    expected = [t.clone() for t in state]
+    ema_step_(*state, counts, sums, weight, decay=0.7, eps=1e-5)
+    for head in range(2):
+        own = None if weight is None else weight[head]
+        ema_update_(*(t[head] for t in expected), counts[head], sums[head], decay=0.7, eps=1e-5, weight=own)
+    for one, other in zip(state, expected, strict=True):
+        assert torch.equal(one, other)
