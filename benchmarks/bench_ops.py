@@ -1,4 +1,4 @@
-"""What a training step consists of besides the search, by the native and the torch backend."""
+"""Times of the ops of a training step besides the search, by the native and the torch backend."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class BenchOps:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def bench_spread_rows(benchmark, backend, draws=64):
-    """k-means++: each draw takes random numbers and a pass over x."""
+    """Time draws of k-means++, each of which takes random numbers and a pass over x."""
     x, codebook = clustered(STEPS[0])
     mask = torch.ones(len(x), dtype=torch.bool)
     call = functools.partial(spread_rows, x, mask, codebook, draws, "l2")
@@ -84,31 +84,45 @@ def bench_spread_rows(benchmark, backend, draws=64):
     timed(benchmark, backend, f"{draws} draws of k-means++ {STEPS[0]}", call)
 
 
-@pytest.mark.parametrize("name", ["one pass", "level by level"])
-def bench_residual_quantize(benchmark, name):
-    """Lookup, losses, residuals and gradient of all levels."""
+def quantize_stages(x, codebooks, indices):
+    """Return what `residual_quantize_forward` returns and the gradient of x, by one `quantize` a stage."""
+    residual, quantized, grad = x, torch.zeros_like(x), torch.zeros_like(x)
+    stages, errors, residuals = [], [], []
+    for codebook, stage in zip(codebooks, indices.unbind(1), strict=True):
+        codes, kept, error = ops.quantize_forward(residual, codebook, stage, True)
+        stages.append((residual, kept, stage))
+        errors.append(error)
+        residuals.append(residual)
+        residual, quantized = residual - codes, quantized + codes
+    for stage, error in zip(stages, errors, strict=True):
+        grad += ops.quantize_backward(*stage, quantized, error, gradient="rotation", commitment_weight=1.0)
+    return quantized, torch.stack(errors), torch.stack(residuals), grad
+
+
+def residual_quantize(x, codebooks, indices):
+    quantized, errors, residuals = ops.residual_quantize_forward(x, codebooks, indices, True)
+    options = {"gradient": "rotation", "commitment_weight": 1.0}
+    grad = ops.residual_quantize_backward(x, codebooks, indices, quantized, errors, **options)
+    return quantized, errors, residuals, grad
+
+
+@pytest.mark.parametrize("call", [residual_quantize, quantize_stages], ids=["one pass", "stage by stage"])
+def bench_residual_quantize(benchmark, call):
+    """Time lookup, losses, residuals and gradient of all stages."""
     x, codebook = clustered(RESIDUAL_STEP)
-    codebooks = torch.stack([codebook * 0.5**level for level in range(LEVELS)])
+    codebooks = torch.stack([codebook * 0.5**stage for stage in range(LEVELS)])
     indices = fastvq.residual_search(x, codebooks)
-    call = {"one pass": ops.residual_quantize_forward, "level by level": reference.residual_quantize_forward}[name]
-    back = {"one pass": ops.residual_quantize_backward, "level by level": reference.residual_quantize_backward}[name]
-
-    def step():
-        quantized, errors, residuals = call(x, codebooks, indices, True)
-        grad = back(x, codebooks, indices, quantized, errors, gradient="rotation", commitment_weight=1.0)
-        return quantized, errors, residuals, grad
-
-    expected = reference.residual_quantize_forward(x, codebooks, indices, True)
-    torch.testing.assert_close(step()[:3], expected)
-    timed(benchmark, "native", f"residual_quantize, forward and backward, {LEVELS} levels {RESIDUAL_STEP}", step)
+    step = functools.partial(call, x, codebooks, indices)
+    torch.testing.assert_close(step()[:3], reference.residual_quantize_forward(x, codebooks, indices, True))
+    timed(benchmark, "native", f"residual_quantize, forward and backward, {LEVELS} stages {RESIDUAL_STEP}", step)
 
 
 @pytest.mark.parametrize("shape", [RESIDUAL_STEP, Shape(64, 1024, 128), Shape(1, 1024, 128)], ids=str)
-@pytest.mark.parametrize("name", ["one pass", "level by level"])
+@pytest.mark.parametrize("name", ["one pass", "stage by stage"])
 def bench_residual_search(benchmark, name, shape):
     x, codebook = clustered(shape)
-    codebooks = torch.stack([codebook * 0.5**level for level in range(LEVELS)])
-    by_level = functools.partial(search_stages, fastvq.search, x, codebooks)
-    call = functools.partial(fastvq.residual_search, x, codebooks) if name == "one pass" else by_level
-    assert torch.equal(call(), by_level())
-    timed(benchmark, "native", f"residual_search {LEVELS} levels {shape}", call)
+    codebooks = torch.stack([codebook * 0.5**stage for stage in range(LEVELS)])
+    by_stage = functools.partial(search_stages, fastvq.search, x, codebooks)
+    call = functools.partial(fastvq.residual_search, x, codebooks) if name == "one pass" else by_stage
+    assert torch.equal(call(), by_stage())
+    timed(benchmark, "native", f"residual_search {LEVELS} stages {shape}", call)
