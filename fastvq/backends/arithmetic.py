@@ -14,7 +14,10 @@ SHORTEST = 1e-6
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """Return float64 if a tensor is float64, else float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def widen(x: Tensor) -> Tensor:
