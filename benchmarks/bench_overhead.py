@@ -32,14 +32,24 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 SHAPE = (4, 256, 64)
 TINY = (1, 4, 64)
 WARM_UP, STEPS = 20, 500
+OPS = ("fastvq/ops/", "fastvq/backends/", "fastvq/kernels/", "kernels/")
 ROOTS = tuple(str(Path(package.__file__ or "").parent) + os.sep for package in (fastvq, fastvq.kernels))
 
 
 class Overhead(NamedTuple):
-    """What a training step runs of fastvq's Python code."""
+    """The Python calls of fastvq's code in a training step."""
 
-    files: list[str]
     calls: collections.Counter[str]  # "file:function" -> calls
+
+    @property
+    def files(self) -> list[str]:
+        """The files that the calls enter."""
+        return sorted({name.rpartition(":")[0] for name in self.calls})
+
+    def without_ops(self) -> Overhead:
+        """Return the calls outside of the ops and their backends."""
+        own = {name: calls for name, calls in self.calls.items() if not name.startswith(OPS)}
+        return Overhead(collections.Counter(own))
 
 
 def training_step(layer: nn.Module, x: torch.Tensor) -> None:
@@ -64,7 +74,7 @@ def count(layer: nn.Module, shape: tuple[int, ...] = SHAPE) -> Overhead:
         training_step(layer, x)
     finally:
         sys.setprofile(None)
-    return Overhead(sorted({name.rpartition(":")[0] for name in calls}), calls)
+    return Overhead(calls)
 
 
 def microseconds(layer: nn.Module, shape: tuple[int, ...] = TINY) -> float:
@@ -86,8 +96,9 @@ def main() -> None:
     for name, build in LAYERS.items():
         torch.manual_seed(0)
         overhead = count(build())
-        total, time_us = sum(overhead.calls.values()), microseconds(build())
-        print(f"{name:15} {len(overhead.files):3} files {total:4} calls {time_us:6.0f} us for {TINY[1]} vectors")
+        for counted, what in ((overhead, "in all"), (overhead.without_ops(), "without the ops")):
+            print(f"{name:15} {len(counted.files):3} files {counted.calls.total():4} calls {what}")
+        print(f"{name:15} {microseconds(build()):.0f} us for {TINY[1]} vectors")
         for function, calls in sorted(overhead.calls.items()) if options.calls else ():
             print(f"    {calls:3} {function}")
 

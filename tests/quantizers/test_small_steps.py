@@ -38,15 +38,14 @@ def overhead():
     return module
 
 
-@pytest.mark.parametrize(("name", "files", "calls"), [("VectorQuantize", 8, 60), ("ResidualVQ", 10, 90)])
+@pytest.mark.parametrize(("name", "files", "calls"), [("VectorQuantize", 7, 45), ("ResidualVQ", 9, 70)])
 def test_a_training_step_is_short(name, files, calls):
+    """Beside the ops, whose frames depend on the backend that serves them: one each where native does."""
     bench = overhead()
     torch.manual_seed(0)
-    counted = bench.count(bench.LAYERS[name]())
-    # TODO: with the short dispatch, of all files.
-    own = {name: n for name, n in counted.calls.items() if not name.startswith(("fastvq/ops", "fastvq/backends"))}
-    assert len({name.partition(":")[0] for name in own}) < files, own
-    assert sum(own.values()) < calls, own
+    counted = bench.count(bench.LAYERS[name]()).without_ops()
+    assert len(counted.files) <= files, counted.files
+    assert counted.calls.total() <= calls, counted.calls
 
 
 PLAIN = {
