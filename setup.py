@@ -67,10 +67,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 
 def torch_root() -> Path | None:
-    """The torch to build against: the build environment's, else the one of the environment that we install into.
+    """Return the torch to build against: that of the build environment, or that of the environment to install into.
 
-    With build isolation the second is out of reach of `import`, but its headers are all that the build needs; so
-    nothing is downloaded where torch is installed already.
+    With build isolation the second cannot be imported, but its headers are all that the build needs, so nothing is
+    downloaded where torch is installed already.
     """
     spec = importlib.util.find_spec("torch")
     candidates = [Path(spec.origin).parent] if spec and spec.origin else []
@@ -82,6 +82,7 @@ def torch_root() -> Path | None:
 
 
 def has_cuda(torch: Path) -> bool:
+    """Return whether `torch` is a CUDA build."""
     version = torch / "version.py"
     return version.exists() and re.search(r"^cuda\b[^=]*= *['\"]", version.read_text(), re.M) is not None
 

@@ -37,7 +37,10 @@ ASSERTING: dict[str, Any] = {"debug": True, "sanitize_overflow": False}
 
 @triton.jit
 def _bounds(keys, starts, counts, n, size, steps, BLOCK_K: tl.constexpr):
-    """starts (K + 1,) int64: of code k the first position in the sorted keys (n,) that holds k or more; counts (K,)."""
+    """Write the bounds of each code's rows in the sorted keys (n,).
+
+    starts (K + 1,) int64 takes the first position that holds k or more, counts (K,) the number of rows.
+    """
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     first = _position_of(k, keys, n, steps)
     end = _position_of(k + 1, keys, n, steps)
@@ -66,10 +69,11 @@ def _pieces(
     x, order, keys, starts, sums, first_pieces, later_pieces, size, dim,
     PIECE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The first pieces of all codes, then piece c = 1, 2, ... wherever it belongs. x (n, dim), order and keys (n,).
+    """Sum the first pieces of all codes, then piece c = 1, 2, ... of the code it belongs to.
 
-    A code's only piece goes to sums (K, dim) float32. Of others float64 goes to first_pieces (n / PIECE, dim), at the
-    lowest c of the code, and to later_pieces (n / PIECE, dim), at their own c; both begin at c = 1.
+    x is (n, dim), order and keys are (n,). A code's only piece goes to sums (K, dim) float32. Of others, float64 sums
+    go to first_pieces (n / PIECE, dim), at the lowest c of the code, and to later_pieces (n / PIECE, dim), at their
+    own c; both begin at c = 1.
     """
     place = tl.program_id(0)
     later = place >= size
@@ -168,7 +172,7 @@ def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, 
 
 
 def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """What is shipped, for `fastvq.kernels.aot`: kernel, types, constants and options."""
+    """Return the shipped cases for `fastvq.kernels.aot`: kernel, types, constants and options."""
     hot = {"num_warps": NUM_WARPS, "hot": True}
     keys = {"keys": "*i16", "starts": "*i64"}
     ends = {"size": "i32", "dim": "i32:16"}

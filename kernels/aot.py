@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def modules() -> list[str]:
-    """The modules of this package that launch kernels."""
+    """Return the modules of this package that launch kernels."""
     package = importlib.import_module(__package__)
     return sorted(
         f"{__package__}.{found.name}"
@@ -102,7 +102,7 @@ def modules() -> list[str]:
 
 
 def list_tasks(sources: Iterable[str], targets: Iterable[str]) -> tuple[list[Task], list[str]]:
-    """What there is to compile, found by a worker; and what is missing."""
+    """Return the compilations to make, found by a worker, and the cases that are missing."""
     tasks: list[Task] = []
     failures: list[str] = []
     listed: set[str] = set()
@@ -148,6 +148,7 @@ def launched(text: str) -> set[str]:
 
 @functools.cache
 def load(source: str) -> ModuleType:
+    """Import a module by its name, or from a file."""
     if not source.endswith(".py"):
         return importlib.import_module(source)
     spec = importlib.util.spec_from_file_location(Path(source).stem, source)
@@ -164,8 +165,10 @@ def _workers(count: int) -> ProcessPoolExecutor:
 
 
 def compile_all(tasks: list[Task]) -> list[Record]:
-    """A record for each task, once for those that are the same. Where the compiler takes its process down, one worker
-    does what is left, so that the task to blame is known."""
+    """Return a record for each distinct task.
+
+    Where the compiler crashes its process, a single worker continues, so that the task at fault is known.
+    """
     done: dict[Task, Record] = {}
     with _workers(WORKERS) as pool:
         futures = {task: pool.submit(compile_case, *task) for task in tasks}
@@ -231,7 +234,7 @@ def compile_case(source: str, place: int, target: str) -> Record:
 
 
 def _said(error: BaseException) -> str:
-    """What is wrong: Triton raises one error for each call on the way there, and shows the code before the message."""
+    """Return the message of the first cause, which Triton wraps in others and puts behind the code."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^\t")]
@@ -264,7 +267,7 @@ def _pair(key: str, value: Any) -> str:
 
 
 def faults(record: Record) -> list[str]:
-    """What is wrong with one compiled kernel."""
+    """Return the faults of one compiled kernel."""
     if "error" in record:
         return [f"{name_of(record)}: doesn't compile: {record['error']}"]
     spec = TARGETS[record["target"]]
@@ -308,7 +311,7 @@ def differences(stored: list[Record], records: list[Record], version: str | None
 
 
 def dump(records: list[Record], version: str) -> str:
-    """The contents of counts.json: a line for each record."""
+    """Return the content of counts.json: one line for each record."""
     kept = ("kernel", "target", "config", "threads", *COMPARED)
     lines = [json.dumps({name: r[name] for name in kept if name in r}) for r in records if "error" not in r]
     return f'{{"triton": "{version}", "records": [\n' + ",\n".join(lines) + "\n]}\n"

@@ -78,10 +78,10 @@ _ENDS = ("EXIT", "RET", "BRX", "JMX")
 
 
 def read_sass(text: str, *, calls_leave: bool = False) -> list[Instruction]:
-    """The program that `cuobjdump -sass` shows.
+    """Return the program that `cuobjdump -sass` shows.
 
-    With `calls_leave` a call over one instruction, under a guard, is a branch: how ptxas leaves nvcc's loops on sm_80.
-    Calls return else.
+    With `calls_leave`, a guarded call over one instruction is a branch, which is how ptxas leaves nvcc's loops on
+    sm_80. Otherwise calls return.
     """
     found = _SASS.findall(text)
     places = {int(address, 16): place for place, (address, *_) in enumerate(found)}
@@ -101,7 +101,7 @@ def read_sass(text: str, *, calls_leave: bool = False) -> list[Instruction]:
 
 
 def read_amd(text: str) -> list[Instruction]:
-    """The program of an AMD kernel's assembly."""
+    """Return the program of an AMD kernel's assembly."""
     labels: dict[str, int] = {}
     lines: list[tuple[str, str]] = []
     for line in text.split(".Lfunc_end", 1)[0].splitlines():
@@ -117,9 +117,10 @@ def read_amd(text: str) -> list[Instruction]:
 
 
 def natural_loops(program: list[Instruction]) -> list[frozenset[int]]:
-    """The places of each loop's instructions: what reaches a jump back to a place that every way there leads through.
+    """Return the places of each loop's instructions.
 
-    Compilers move what is rare out of a loop's range of addresses and jump back into its middle, so ranges won't do.
+    A loop is everything that reaches a jump back to a place that dominates the jump. Compilers move rare code out of a
+    loop's range of addresses and jump back into its middle, so ranges of addresses do not suffice.
     """
     starts = {0, *(i.jump for i in program if i.jump is not None)}
     starts |= {place + 1 for place, i in enumerate(program) if i.jump is not None or not i.falls_through}
@@ -173,10 +174,12 @@ def products(name: str, config: dict[str, Any]) -> float:
 
 
 def scan_counts(program: list[Instruction], record: Record) -> Record:
-    """Per distance: ALU instructions, those at half rate, columns of the product; and moves to and from the stack.
+    """Return the counts per distance of the innermost loop with a matrix instruction.
 
-    Of the innermost loop with a matrix instruction. Where that takes a code in chunks: of the loop around it, with as
-    many turns of the inner one as its product still needs."""
+    These are ALU instructions, those at half rate, columns of the product, and moves to and from the stack. Where that
+    loop takes a code in chunks, they are those of the loop around it, with as many turns of the inner one as its
+    product needs.
+    """
     config, spec = record["config"], TARGETS[record["target"]]
     loops = sorted(natural_loops(program), key=len)
     inner = next((loop for loop in loops if any(re.match(spec.matrix, program[p].name) for p in loop)), None)
@@ -212,7 +215,7 @@ def is_scan(record: Record) -> bool:
 
 
 def measure_sass(usage: str, sass: str, record: Record) -> Record:
-    """What `cuobjdump -res-usage` and `-sass` say about a kernel."""
+    """Return what `cuobjdump -res-usage` and `-sass` report about a kernel."""
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise ValueError(f"cuobjdump shows no resource usage: {usage!r}")
@@ -226,7 +229,7 @@ def measure_sass(usage: str, sass: str, record: Record) -> Record:
 
 
 def measure_amd(assembly: str, record: Record) -> Record:
-    """What an AMD kernel's assembly and its metadata say."""
+    """Return what an AMD kernel's assembly and its metadata report."""
 
     def of(name: str) -> int:
         found = re.search(rf"^\s+\.{name}:\s*(\d+)", assembly, re.M)

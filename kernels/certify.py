@@ -10,7 +10,7 @@ from .numbers import UNIT, is_finite
 
 @triton.jit
 def append(chosen, rows, work, count):
-    """Adds the chosen rows to a work list; their order is anyone's, and nothing depends on it."""
+    """Add the chosen rows to a work list. Their order is arbitrary, and nothing depends on it."""
     flags = chosen.to(tl.int32)
     total = tl.sum(flags)
     if total > 0:
@@ -50,8 +50,11 @@ def certify(
     best, second, index, bound, far_floor, there, rows, at, x, codebook, size, dim, usable, out, work, count,
     PAIRED: tl.constexpr, L2: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Final where best - second > 2 B; -1 where the row isn't finite (its bound is a NaN) or no code is; else open.
-    Where PAIRED, the best is that of codes 2 index and 2 index + 1, which float32 distances must tell apart."""
+    """Write the index of each certified or excluded row, and append the uncertified ones to `work`.
+
+    A row is certified where best - second > 2 B. It gets -1 where it is not finite (its bound is a NaN) or no code is.
+    Where PAIRED, the best is that of codes 2 index and 2 index + 1, which float32 distances must tell apart.
+    """
     finite = bound == bound
     certain = (best - second > 2 * bound) & (best - 2 * bound > far_floor)
     index = index.to(tl.int64)

@@ -35,8 +35,11 @@ def _direct(x, codebook, k, there, dim, L2: tl.constexpr, BLOCK_K: tl.constexpr,
 
 @triton.jit
 def nearest(x, codebook, size, dim, L2: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The index of one finite row at x by the definition, -1 where no code is finite: float32 distances to all codes
-    first, then float64 for those that may be the nearest. To be compiled without fusing products into sums."""
+    """Return the index of one finite row at x by the definition, -1 where no code is finite.
+
+    float32 distances to all codes come first, then float64 for those that may be the nearest. It must be compiled
+    without fusing products into sums.
+    """
     column = tl.arange(0, BLOCK_K)
     ceiling = tl.full([BLOCK_K], float("inf"), tl.float32)
     if not WIDE:

@@ -34,7 +34,7 @@ def _lerp(start, end, share):
 
 @triton.jit
 def _shares(weight, k, size, step):
-    """The share of the new statistics for the codes k: step = 1 - decay, times their weight (K,) if there is one."""
+    """Return the share of the new statistics for the codes k: step = 1 - decay, times their weight (K,) if given."""
     shares = tl.zeros_like(k).to(tl.float32) + step
     if weight is not None:
         shares = shares * tl.load(weight + k, k < size, other=0.0)
@@ -124,7 +124,7 @@ def ema_update_(
 
 
 def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """What is shipped, for `fastvq.kernels.aot`: kernel, types, constants and options."""
+    """Return the shipped cases for `fastvq.kernels.aot`: kernel, types, constants and options."""
     options = {"num_warps": NUM_WARPS, "hot": True}
     scalars = {"step": "fp32", "size": "i32"}
     types = {"cluster_size": "*fp32", "counts": "*fp32", "totals": "*fp64", **scalars}

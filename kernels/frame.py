@@ -52,8 +52,10 @@ FOLD_SHRINK = tl.constexpr(0.125)
 
 @triton.jit
 def _sums(codebook, sums, size, dim, part_codes, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Column sums over one part of the codes. Of a code that isn't finite it takes the elements that are: any centre
-    is right, and a good one is near the mean."""
+    """Sum the columns over one part of the codes.
+
+    A non-finite code contributes its finite elements: any centre is right, and a good one is near the mean.
+    """
     part, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     codebook += head * size * dim
     sums += (head * tl.num_programs(0) + part) * dim
@@ -104,9 +106,11 @@ def _norms(codebook, sums, centre, norms, size, dim, part_codes, parts, ROWS: tl
 
 @triton.jit
 def _threshold(norms, size, L2: tl.constexpr, BLOCK: tl.constexpr):
-    """(norm above which a code is far, infinity if none is; longest of the others; shortest far one; usable codes).
+    """Return (norm above which a code is far, longest of the others, shortest far one, usable codes).
 
-    Only distances have far codes: by inner products a long one is the nearest of many rows."""
+    The first is infinity if no code is far. Only distances have far codes: by inner products a long code is the
+    nearest of many rows.
+    """
     exponents = tl.zeros([BLOCK], tl.float64)
     moved = tl.zeros([BLOCK], tl.int32)
     usable = tl.zeros([BLOCK], tl.int32)
@@ -192,8 +196,11 @@ def _pack(
     L2: tl.constexpr, WIDE: tl.constexpr, BESIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the float16 parts of the scaled codes (padded, CHUNKS BLOCK_D), half their squares (padded,), and the
-    maxima that the bound needs. A code that isn't scanned gets zeros and half a square of infinity."""
+    """Write the float16 parts of the scaled codes, half their squares, and the maxima that the bound needs.
+
+    The parts are (padded, CHUNKS BLOCK_D), the halves (padded,). A code that is not scanned gets zeros and half a
+    square of infinity.
+    """
     head = tl.program_id(1).to(tl.int64)
     codebook += head * size * dim
     norms += head * 2 * size
@@ -266,8 +273,10 @@ class Frame:
 
 
 def columns_of(dim: int) -> int:
-    """Columns of a packed code: 16 at least, which is what matrix units multiply; a power of two up to 256, and then a
-    multiple of 64."""
+    """Return the columns of a packed code.
+
+    At least 16, which matrix units multiply; a power of two up to 256, and then a multiple of 64.
+    """
     return max(16, triton.next_power_of_2(dim)) if dim <= 256 else 64 * triton.cdiv(dim, 64)
 
 
@@ -277,8 +286,10 @@ def _rows(block_d: int) -> tuple[int, int]:
 
 
 def prepare(codebook: Tensor, *, metric: str, wide: bool, block_codes: int) -> Frame:
-    """The frame of codebook (H, K, D), contiguous, padded to a multiple of `block_codes`; `wide` where an argument of
-    the search is float64."""
+    """Return the frame of codebook (H, K, D), contiguous, padded to a multiple of `block_codes`.
+
+    `wide` says that an argument of the search is float64.
+    """
     heads, size, dim = codebook.shape
     columns = columns_of(dim)
     block_d = min(columns, 64)

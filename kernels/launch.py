@@ -23,8 +23,11 @@ from fastvq.files import whole
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """One configuration of the scan: rows and codes of a tile, columns taken at once, and whether two neighbouring
-    codes are kept as one, which saves half an instruction a distance and costs two distances a row."""
+    """Configuration of the scan: rows and codes of a tile, and columns taken at once.
+
+    `paired` keeps two neighbouring codes as one, which saves half an instruction a distance and costs two distances a
+    row.
+    """
 
     block_n: int
     block_k: int
@@ -85,7 +88,7 @@ LONGEST_SPLIT = 32
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The key of `SCANS` for a device."""
+    """Return the key of `SCANS` for a device."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
@@ -97,7 +100,7 @@ def architecture(device: torch.device) -> str:
 
 
 def scan(device: torch.device, columns: int, terms: int) -> Scan:
-    """The configuration for codes of so many packed columns, in one or three products."""
+    """Return the configuration for codes of `columns` packed columns, in one or three products."""
     table = SCANS[architecture(device)]
     return next(config for (n, most), config in table.items() if n == terms and columns <= most)
 
@@ -114,7 +117,7 @@ def splits(device: torch.device, blocks: int, tiles: int) -> int:
 
 
 def root_of(dim: int) -> int:
-    """r with 2^r >= sqrt(D)."""
+    """Return the smallest r with 2^r >= sqrt(D)."""
     return ((dim - 1).bit_length() + 1) // 2
 
 
@@ -125,14 +128,16 @@ def autotuning(device: torch.device) -> bool:
 
 
 def cache_file() -> Path:
+    """Return the path of the file that keeps measured configurations."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "fastvq" / "launch.json"
 
 
 def tuned(key: str, default: Scan, seconds: Callable[[Scan], float]) -> Scan:
-    """The fastest of the candidates around `default` for `key`: from the file, or timed by `seconds` and written there.
+    """Return the fastest of the candidates around `default` for `key`.
 
-    A candidate that doesn't compile or doesn't fit counts as infinitely slow.
+    It comes from the file, or is timed by `seconds` and written there. A candidate that does not compile or does not
+    fit counts as infinitely slow.
     """
     known = _read(cache_file())
     fields = {field.name for field in dataclasses.fields(Scan)}
@@ -151,7 +156,10 @@ def tuned(key: str, default: Scan, seconds: Callable[[Scan], float]) -> Scan:
 
 
 def candidates(default: Scan) -> list[Scan]:
-    """What autotuning tries: the default first. Block sizes stay divisors of 256, to which codes are padded."""
+    """Return the configurations that autotuning tries, the default first.
+
+    Block sizes stay divisors of 256, to which codes are padded.
+    """
     changes = ({}, {"paired": not default.paired}, {"num_stages": 2}, {"num_stages": 4}, {"block_k": 64},
                {"block_n": 64, "num_warps": 4}, {"block_n": 256}, {"block_k": 256})  # fmt: skip
     return list(dict.fromkeys(dataclasses.replace(default, **change) for change in changes))

@@ -15,7 +15,7 @@ UNIT = tl.constexpr(2.0**-24)
 
 @triton.jit
 def exponent_of(value):
-    """e with |value| < 2^e, of a finite float32 or float64; for zero, some very small number."""
+    """Return e with |value| < 2^e for a finite float32 or float64; for zero, a very small number."""
     if value.dtype == tl.float64:
         exponent = ((value.to(tl.int64, bitcast=True) >> 52) & 0x7FF).to(tl.int32) - 1022
     else:
@@ -36,13 +36,16 @@ def power_of_two(exponent, dtype: tl.constexpr):
 
 @triton.jit
 def to_float16(value):
+    """Round to float16, with values below SMALLEST_NORMAL set to zero."""
     return tl.where(tl.abs(value) < SMALLEST_NORMAL, 0.0, value).to(tl.float16)
 
 
 @triton.jit
 def split(value):
-    """(high, low, |value - high|, |value - high - low / LOW_SCALE|): float16 parts of a float32 below 2^15, and what
-    they leave, which is exact."""
+    """Return (high, low, |value - high|, |value - high - low / LOW_SCALE|) of a float32 below 2^15.
+
+    high and low are its float16 parts; the remainders are exact.
+    """
     high = to_float16(value)
     rest = value - high.to(tl.float32)
     low = to_float16(rest * LOW_SCALE)

@@ -35,8 +35,10 @@ def _residual_search(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
     DEFINE_K: tl.constexpr, DEFINE_D: tl.constexpr,
 ):  # fmt: skip
-    """residual (n, dim) float32 holds the rows and is overwritten by what is left over; codebook (levels, size, dim);
-    row_high and row_low (n, CHUNKS BLOCK_D) float16 are scratch; out (n, levels)."""
+    """Search the stages of a residual quantizer for the rows of residual (n, dim) float32, which is overwritten.
+
+    codebook is (stages, size, dim) and out (n, stages); row_high and row_low (n, CHUNKS BLOCK_D) float16 are scratch.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     local = tl.arange(0, BLOCK_N)
     there = rows < n

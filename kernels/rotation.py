@@ -12,6 +12,7 @@ SHORTEST = tl.constexpr(arithmetic.SHORTEST)
 
 @triton.jit
 def length_of(squares):
+    """Return the square root, correctly rounded."""
     if squares.dtype == tl.float64:
         length = tl.sqrt(squares)
     else:

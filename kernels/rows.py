@@ -27,9 +27,11 @@ from .signatures import ONES, Case, case
 
 @triton.jit
 def row_scale(largest, root, scalars, dtype: tl.constexpr):
-    """(scale of a row, that scale over the codebook's, whether both are what they should be): powers of two. A row
-    longer than the codes is brought down to their size. `largest` is its largest element about the centre, and
-    2^root >= sqrt(D)."""
+    """Return (scale of a row, that scale over the codebook's, whether neither was clamped): powers of two.
+
+    A row longer than the codes is scaled down to their size. `largest` is its largest element about the centre, and
+    2^root >= sqrt(D).
+    """
     exponent = tl.load(scalars + EXPONENT).to(tl.int32)
     lowest: tl.constexpr = -490 if dtype == tl.float64 else -126
     down = tl.minimum(exponent, TARGET - root - exponent_of(largest))
@@ -41,6 +43,7 @@ def row_scale(largest, root, scalars, dtype: tl.constexpr):
 
 @triton.jit
 def maximum_of(maxima, which: tl.constexpr):
+    """Load one of the maxima of the codebook's frame."""
     return tl.load(maxima + which).to(tl.float32, bitcast=True)
 
 
@@ -107,8 +110,11 @@ def measure(
     x, at, there, centre, scalars, maxima, dim, root,
     TERMS: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(scale, that over the codebook's, B, far floor) of a block of rows. B is infinite where nothing is promised and a
-    NaN for a row that isn't finite. A few columns at a time, so that no registers are held."""
+    """Return (scale, scale over the codebook's, B, far floor) of a block of rows.
+
+    B is infinite where nothing is promised and a NaN for a non-finite row. Columns are taken a few at a time, so that
+    no registers are held.
+    """
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     step: tl.constexpr = 16
     largest = tl.zeros([BLOCK_N], dtype)
@@ -164,8 +170,11 @@ def _rows(
     LISTED: tl.constexpr, TERMS: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the float16 parts of rows that are too long to be kept by a scan (H, n, CHUNKS BLOCK_D), and B, far floor
-    and scale over the codebook's, measured (H, 3, n) float32, each by place in the list."""
+    """Write the float16 parts (H, n, CHUNKS BLOCK_D) of rows that are too long to be kept by a scan.
+
+    `measured` (H, 3, n) float32 takes B, far floor and scale over the codebook's. Each row is at its place in the
+    list.
+    """
     head = tl.program_id(1).to(tl.int64)
     place, rows, there, any_there = listed_rows(listed, listed_count, head, n, LISTED, BLOCK_N)
     if any_there == 0:

@@ -217,7 +217,7 @@ def _tier(
     x: Tensor, codebook: Tensor, frame: Frame, out: Tensor, listed: Listed | None, work: Listed, terms: int,
     tier: launch.Scan, l2: bool, wide: bool,
 ) -> None:  # fmt: skip
-    """Scans all rows, or the listed ones, and appends to `work` those that stay open."""
+    """Scan all rows, or the listed ones, and append the uncertified ones to `work`."""
     heads, n, dim = x.shape
     size = codebook.shape[1]
     padded, columns = frame.high.shape[1:]

@@ -21,7 +21,7 @@ ONES = {"arch": ["sm_90"]}
 
 
 def case(kernel: Any, constants: dict[str, Any], options: dict[str, Any], *, dtype: str = "float32") -> Case:
-    """The case of a kernel of the search for x and codebook of `dtype`. Constants that it doesn't take are left out."""
+    """Return the case of a kernel of the search for x and codebook of `dtype`, with the constants that it takes."""
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     wide = "fp64" if dtype == "float64" else "fp32"
     types = {}

@@ -29,7 +29,7 @@ HOST = "-Wall,-Wextra,-fPIC,-fvisibility=hidden"
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME or CUDA_PATH, else of PATH."""
+    """Return the nvcc of CUDA_HOME or CUDA_PATH, or of PATH; None if there is none."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if (root := os.environ.get(name)) and (found := shutil.which("nvcc", path=str(Path(root) / "bin"))):
             return found
@@ -37,19 +37,21 @@ def find_nvcc() -> str | None:
 
 
 def toolkit(nvcc: str) -> Path:
-    """The directory with lib/libcudart_static.a: nvcc may be a link or a wrapper elsewhere."""
+    """Return the directory with lib/libcudart_static.a; nvcc may be a link or a wrapper elsewhere."""
     dry = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], text=True, capture_output=True)
     found = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.M)
     return Path(found[1] if found else Path(nvcc).resolve().parent.parent).resolve()
 
 
 def version(nvcc: str) -> str:
+    """Return name and version of the compiler."""
     text = subprocess.run([nvcc, "--version"], check=True, text=True, capture_output=True).stdout
     found = re.search(r"release [\d.]+, V([\d.]+)", text)
     return f"nvcc {found[1]}" if found else "nvcc"
 
 
 def write_ninja(path: Path, nvcc: str, cxx: str, torch: Path, library: Path) -> None:
+    """Write the ninja file that builds `library` against the torch at `torch`."""
     from ninja.ninja_syntax import Writer, escape_path
 
     def quoted(path: Path) -> str:
@@ -81,10 +83,11 @@ def write_ninja(path: Path, nvcc: str, cxx: str, torch: Path, library: Path) -> 
 
 
 def build(out: Path, torch: Path, cxx: str) -> dict[str, object]:
-    """Builds `out`/_native_cuda.so against the torch at `torch`; what setup.py records about it.
+    """Build `out`/_native_cuda.so against the torch at `torch`, and return what setup.py records about it.
 
     Raises:
-        RuntimeError: there is no nvcc. subprocess.CalledProcessError: something doesn't compile.
+        RuntimeError: there is no nvcc.
+        subprocess.CalledProcessError: a source does not compile.
     """
     nvcc = find_nvcc()
     if nvcc is None:
@@ -111,12 +114,16 @@ ENTRY = re.compile(
 
 
 def resources(out: Path) -> list[dict[str, str]]:
-    """What ptxas said of each kernel in the last build into `out`: mangled name, device, registers, stack, spills."""
+    """Return ptxas's report on each kernel in the last build into `out`.
+
+    A record has the mangled name, device, registers, stack and spills.
+    """
     logs = [(out / f"{name}.o.log").read_text() for name in KERNELS]
     return [found.groupdict() for log in logs for found in ENTRY.finditer(log)]
 
 
 def main() -> int:
+    """Build into the directory of the command line, and print the resources of each kernel."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise SystemExit("torch: needed to build against, and not installed")

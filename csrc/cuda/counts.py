@@ -40,7 +40,7 @@ Record = dict[str, Any]
 
 
 def build() -> Any:
-    """The module csrc/cuda/build.py."""
+    """Return the module csrc/cuda/build.py."""
     return runpy.run_path(str(HERE / "build.py"))
 
 
@@ -82,10 +82,13 @@ def inner_loops(cuobjdump: str, device: str, objects: Path = BUILT) -> Iterator[
 
 
 def record_of(kernel: str, device: str, counts: collections.Counter[str]) -> Record:
-    """What the model needs of a scan. Per distance: ALU instructions, those at half rate, float32 products and sums,
-    bytes of shared memory. `products` of float16 parts, 0 on CUDA cores; a turn of the loop takes `step` columns;
-    `rows` of a block, codes of a `group` and `where` its rows are come from the source, with which
-    tests/cuda/test_build.py compares them."""
+    """Return the numbers of a scan that the model needs.
+
+    Per distance: ALU instructions, those at half rate, float32 products and sums, bytes of shared memory. `products`
+    is the number of products of float16 parts, 0 on CUDA cores; a turn of the loop takes `step` columns. The `rows` of
+    a block, the codes of a `group` and `where` its rows are come from the source, with which tests/cuda/test_build.py
+    compares them.
+    """
     numbers = [int(number) for number in re.findall(r"\d+", kernel.partition("<")[2])]
     if kernel.startswith("scan_cores"):
         (columns,) = numbers
@@ -111,7 +114,7 @@ def record_of(kernel: str, device: str, counts: collections.Counter[str]) -> Rec
 
 
 def limit(name: str) -> int:
-    """A constant of the source."""
+    """Return a constant of the source."""
     file, constant = LIMITS[name]
     found = re.search(rf"\b{constant} = (\d+)\b", (HERE / file).read_text())
     if found is None:
@@ -120,7 +123,7 @@ def limit(name: str) -> int:
 
 
 def document(objects: Path = BUILT) -> dict[str, Any]:
-    """What cuda_counts.json should hold.
+    """Return the content that cuda_counts.json should have.
 
     Raises:
         RuntimeError: there is no nvcc, or no cuobjdump.
