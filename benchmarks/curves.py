@@ -83,7 +83,7 @@ def curve(model: Autoencoder, layer: nn.Module, data: Iterator[Tensor]) -> list[
 
 
 class Curves(NamedTuple):
-    """Losses of each step, and the share of equal codes at the start."""
+    """Return the losses of each step, and the share of equal indices at the start."""
 
     fastvq: list[float]
     peer: list[float]
@@ -155,19 +155,19 @@ def verdict(curves: Curves) -> str:
 def report(results: dict[str, Curves], steps: int) -> str:
     text = f"""
         `python benchmarks/curves.py` trains a small autoencoder on Fashion-MNIST with each layer of fastvq and
-        with that of vector_quantize_pytorch 1.32.0, for {steps} steps from the same state, with the same seeds
-        and batches. The loss is that of reconstruction, over the variance of the images; final is the mean of
-        the last {SMOOTHED} steps. The gap is the largest relative distance of the curves, each value the mean
-        of {SMOOTHED} steps. Two runs that round their sums in another order drift apart, slowly at first: the
-        column before the last is the first step whose loss differs by 0.1 %. An unstable training would say
-        little: LFQ of 256 codes without commitment loss stalls here, and amplified a last digit to a gap of 36
-        %."""
+        with the same layer of vector_quantize_pytorch 1.32.0, for {steps} steps from the same state, with the
+        same seeds and batches. The loss is the reconstruction error over the variance of the images; "final" is
+        the mean of the last {SMOOTHED} steps. The gap is the largest relative difference of the curves, each
+        value the mean of {SMOOTHED} steps. Two runs that round their sums in different orders drift apart, slowly
+        at first: the column before the last is the first step whose loss differs by 0.1 %. An unstable training
+        would prove little: LFQ with 256 codes and without commitment loss stalls here, and amplified a
+        difference in the last digit to a gap of 36 %."""
     lines = [
         "# Training curves beside vector_quantize_pytorch",
         "",
         textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False),
         "",
-        "| layer | equal codes at the start | fastvq, final | peer, final | 0.1 % apart at step | largest gap |",
+        "| layer | equal indices at the start | fastvq, final | peer, final | differs by 0.1 % at step | largest gap |",
         "|---|---|---|---|---|---|",
     ]
     for name, curves in results.items():

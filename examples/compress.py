@@ -1,5 +1,4 @@
-"""Train a small VQ-VAE on the images that ship with fastvq, learn the prior of its codes, and compress images that
-neither of them ever saw to one file and back.
+"""Train a small VQ-VAE and the prior over its indices, then compress held-out images to one file and back.
 
 python examples/compress.py [--steps 1000] [--prior-steps 500] [--run runs/example] [--out images.fvq]
 """
@@ -12,8 +11,8 @@ from pathlib import Path
 import torch
 
 from fastvq import coding
-from fastvq.training import TrainConfig, Trainer, load_images
-from fastvq.training.prior import PriorConfig, train_prior
+from fastvq.runs.train_prior import train_prior
+from fastvq.training import PriorConfig, TrainConfig, Trainer, load_images
 
 
 def main() -> None:
@@ -30,26 +29,26 @@ def main() -> None:
     trainer.fit()
     model = trainer.model.eval()
 
-    learned = train_prior(options.run, PriorConfig(steps=options.prior_steps))
-    assert learned is not None, "interrupted"
-    prior, _ = learned
+    trained = train_prior(options.run, PriorConfig(steps=options.prior_steps))
+    assert trained is not None, "interrupted"
+    prior = trained.prior
 
     pixels = images.test / 255
-    codes = model.encode(pixels)  # (1000, 7, 7) integers
-    for name, size in coding.measure(codes, config.codebook_size).items():
-        print(f"{name}: {size['bits_per_index']:.2f} bits a code, {size['bytes']:.0f} bytes")
+    indices = model.encode(pixels)  # (1000, 7, 7), int64
+    for name, size in coding.measure(indices, config.codebook_size).items():
+        print(f"{name}: {size['bits_per_index']:.2f} bits per index, {size['bytes']:.0f} bytes")
 
-    # Files are tied to the model, without which codes mean nothing, and to the prior that they are coded with.
-    own = coding.fingerprint(model)
+    # A file carries the fingerprints of the model that decodes its indices and of the prior that it is coded with.
+    fingerprint = coding.fingerprint(model)
     data = coding.encode(
-        codes, config.codebook_size, model="prior", prior=prior, labels=images.test_labels, fingerprint=own
+        indices, config.codebook_size, model="prior", prior=prior, labels=images.test_labels, fingerprint=fingerprint
     )
     coding.save(options.out, data)
-    print(f"prior: {8 * len(data) / codes.numel():.2f} bits a code, {len(data)} bytes with the labels")
+    print(f"prior: {8 * len(data) / indices.numel():.2f} bits per index, {len(data)} bytes with the labels")
     print(f"{options.out}: {options.out.stat().st_size} bytes for {pixels.numel()} pixels")
 
-    decoded = coding.decode(coding.load(options.out), prior=prior, fingerprint=own)
-    assert torch.equal(decoded, codes)
+    decoded = coding.decode(coding.load(options.out), prior=prior, fingerprint=fingerprint)
+    assert torch.equal(decoded, indices)
     with torch.no_grad():
         restored = model.decode(decoded).clamp(0, 1)
     error = (restored - pixels).square().mean()

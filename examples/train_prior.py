@@ -1,4 +1,4 @@
-"""Train a small VQ-VAE on the images that ship with fastvq, learn the prior of its codes, and draw new images.
+"""Train a small VQ-VAE and the prior over its indices on the images that ship with fastvq, and sample new images.
 
 python examples/train_prior.py [--steps 1000] [--prior-steps 500] [--run runs/example]
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from fastvq.runs.sample_pictures import picture_completions, picture_samples
-from fastvq.training import TrainConfig, Trainer, load_images
-from fastvq.training.prior import PriorConfig, bits_per_index, train_prior
+from fastvq.runs.train_prior import train_prior
+from fastvq.training import PriorConfig, TrainConfig, Trainer, load_images
 
 
 def main() -> None:
@@ -29,17 +29,16 @@ def main() -> None:
     trainer.fit()
     model = trainer.model.eval()
 
-    learned = train_prior(options.run, PriorConfig(steps=options.prior_steps))
-    assert learned is not None, "interrupted"
-    prior, codes = learned
-    bits = bits_per_index(prior, codes.test, codes.test_labels)
-    print(f"held-out images: {bits:.2f} bits a code; a uniform prior has {math.log2(config.codebook_size):.2f}")
+    trained = train_prior(options.run, PriorConfig(steps=options.prior_steps))
+    assert trained is not None, "interrupted"
+    prior, uniform = trained.prior, math.log2(config.codebook_size)
+    print(f"held-out images: {trained.bits_per_index:.2f} bits per index; a uniform prior has {uniform:.2f}")
 
-    # Three new trousers, as codes and as pixels.
-    drawn = prior.sample(3, torch.full((3,), 1), temperature=0.9, generator=torch.Generator().manual_seed(0))
+    # Three new trousers, as indices and as pixels.
+    indices = prior.sample(3, torch.full((3,), 1), temperature=0.9, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        pixels = model.decode(drawn)
-    print(f"codes {tuple(drawn.shape)} become images {tuple(pixels.shape)}")
+        pixels = model.decode(indices)
+    print(f"indices {tuple(indices.shape)} become images {tuple(pixels.shape)}")
 
     picture_samples(options.run / "samples.png", prior, model, images, temperature=0.9)
     picture_completions(options.run / "completions.png", prior, model, images, temperature=0.9)

@@ -1,4 +1,4 @@
-"""Train a small VQ-VAE on the images that ship with fastvq, and write what it makes of images it never saw.
+"""Train a small VQ-VAE on the images that ship with fastvq, and draw reconstructions of held-out images.
 
 python examples/train_vqvae.py [--steps 1000] [--out reconstructions.png]
 """
@@ -41,7 +41,7 @@ def main() -> None:
         x = data.train[torch.randint(len(data.train), (32,))] / 255
         reconstruction, _, vq_loss = model(x)
         squared_error = (reconstruction - x).square().mean()
-        # Divided by about the variance of the data, so that it weighs the same on any data.
+        # Divided by about the variance of the data, so that its weight does not depend on the data's scale.
         loss = squared_error / 0.08 + vq_loss
         optimizer.zero_grad()
         loss.backward()
@@ -54,7 +54,7 @@ def main() -> None:
     model.eval()
     originals = data.test[:16] / 255
     indices = model.encode(originals)
-    print(f"an image as {indices[0].numel()} integers: {indices[0].flatten().tolist()}")
+    print(f"an image as {indices[0].numel()} indices: {indices[0].flatten().tolist()}")
     with torch.no_grad():
         restored = model.decode(indices).clamp(0, 1)
     save_reconstructions(
@@ -63,7 +63,7 @@ def main() -> None:
         restored,
         data.test_names[:16],
         title=f"Held-out images after {options.steps} steps",
-        caption="Below each image, what the decoder makes of its 49 codes.",
+        caption="Below each image, its reconstruction from 49 indices.",
     )
     print(f"picture: {options.out}")
 

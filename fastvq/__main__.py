@@ -1,4 +1,4 @@
-"""`python -m fastvq` is the command `fastvq`."""
+"""Entry point of `python -m fastvq`, the same as the command `fastvq`."""
 
 from __future__ import annotations
 

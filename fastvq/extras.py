@@ -1,4 +1,4 @@
-"""Optional dependencies, imported where they are used."""
+"""Import of optional dependencies where they are used."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fastvq.errors import MissingExtraError
 
 
 def require(module: str, extra: str = "train") -> Any:
-    """Import and return `module`, one that `pip install "fastvq-torch[EXTRA]"` brings.
+    """Import and return a module that `pip install "fastvq-torch[EXTRA]"` installs.
 
     Raises:
-        MissingExtraError: it isn't installed.
+        MissingExtraError: the module is not installed.
     """
     try:
         return importlib.import_module(module)

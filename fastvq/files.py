@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writes: a file or folder appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Write to the path that this yields: it takes the place of `path` once the block has ended without an error.
+    """Yield a temporary path that replaces `path` when the block ends without an error.
 
-    Whoever reads meanwhile, or after a kill, finds the file as it was before. Missing folders are made.
+    Until then, and after a kill, `path` is as it was before. Missing parent folders are created.
+
+    Raises:
+        IsADirectoryError: `path` is a folder.
     """
     if not path.name or path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: a file is to be written")
+        raise IsADirectoryError(f"{path} is a folder, not a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -28,11 +31,12 @@ def whole(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Write into the folder that this yields: it becomes `folder`, which must be new, once the block has ended without
-    an error. Missing folders above it are made.
+    """Yield a temporary folder that becomes `folder` when the block ends without an error.
+
+    Missing parent folders are created.
 
     Raises:
-        FileExistsError: see `check_new`.
+        FileExistsError: `folder` exists.
     """
     check_new(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -45,6 +49,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_new(folder: Path) -> None:
-    """Raises a FileExistsError if there is something by the name of a folder that is about to be written."""
+    """Raise a FileExistsError if `folder` exists."""
     if folder.exists():
         raise FileExistsError(f"{folder} exists: choose another folder")

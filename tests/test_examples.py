@@ -18,7 +18,7 @@ def test_train_vqvae(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "step 3: " in done.stdout
-    assert "an image as 49 integers: [" in done.stdout
+    assert "an image as 49 indices: [" in done.stdout
     with Image.open(picture) as image:
         assert image.width > 500
 

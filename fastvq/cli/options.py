@@ -1,4 +1,4 @@
-"""Settings on the command line: one option for each field of a record of settings."""
+"""Options of the command line from a record of settings: one for each field."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ if TYPE_CHECKING:
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
-    """Make one option of each field, with its description as help; options not given leave no attribute behind."""
+    """Add one option for each field, with its description as help; an option that is not given sets no attribute."""
     group = parser.add_argument_group("settings")
     types = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):
-        # An optional number is parsed as the number: None is what it is when it isn't given.
-        of = next((part for part in typing.get_args(types[field.name]) if part is not type(None)), types[field.name])
-        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if of is bool else {"type": of}
+        # An optional number is parsed as a number; None stands for an option that is not given.
+        parts = [part for part in typing.get_args(types[field.name]) if part is not type(None)]
+        value_type = parts[0] if parts else types[field.name]
+        kind: dict[str, Any] = (
+            {"action": argparse.BooleanOptionalAction} if value_type is bool else {"type": value_type}
+        )
         default = "" if field.default is None else f" (default: {field.default})"
         group.add_argument(
             "--" + field.name.replace("_", "-"),
@@ -29,6 +32,6 @@ def add_settings(parser: argparse.ArgumentParser, settings: type[Settings]) -> N
 
 
 def given_settings(options: argparse.Namespace, settings: type[Settings]) -> dict[str, Any]:
-    """Return {name: value} of the fields whose option was given."""
+    """Return {name: value} of the fields whose option is given."""
     names = (field.name for field in dataclasses.fields(settings))
     return {name: getattr(options, name) for name in names if hasattr(options, name)}

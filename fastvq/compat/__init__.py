@@ -1,1 +1,1 @@
-"""What exists only because vector_quantize_pytorch has it."""
+"""Compatibility with vector_quantize_pytorch beyond its classes: its module paths."""

@@ -1,21 +1,24 @@
-"""The module paths of vector_quantize_pytorch, under fastvq: `from fastvq.residual_vq import ResidualVQ` works.
+"""Module paths of vector_quantize_pytorch under fastvq: `from fastvq.residual_vq import ResidualVQ` works.
 
-Each is a module in sys.modules that holds the very classes of fastvq, so that pickles and messages name their real
-home. What vector_quantize_pytorch keeps for itself (`exists`, `pack_one`, `cdist`, `gumbel_sample` ...) isn't there: it
-either stands for einops or builds the N x K matrix. Type checkers see `from fastvq import ...`, but not these paths.
+Each path is a module that is made when it is first imported and holds the very classes of fastvq, so that pickles and
+messages name their real home. Private helpers of vector_quantize_pytorch (`exists`, `pack_one`, `cdist`,
+`gumbel_sample` ...) are not there: they replace einops or build the N x K matrix. Type checkers see
+`from fastvq import ...`, but not these paths.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.abc
 import importlib.machinery
 import sys
 import types
+from collections.abc import Sequence
 
 HOME = "fastvq"
 PEER = "vector_quantize_pytorch"
 
-# NAME of fastvq itself, place:NAME of a module in it, place:NAME:THEIRS where that has another name.
+# Entries are NAME for fastvq.NAME, MODULE:NAME for fastvq.MODULE.NAME, and MODULE:NAME:THEIRS if the names differ.
 MODULES = {
     "binary_mapper": "BinaryMapper",
     "evo_lookup_free_quantization": "EvoLFQ LFQ quantizers.evo_lfq:Return quantizers.evo_lfq:Result",
@@ -46,34 +49,47 @@ MODULES = {
 }
 
 
-def register(package: types.ModuleType) -> None:
-    """Puts the modules of the table beside those of `package`, which is fastvq. Called once, at its import."""
-    for name, contents in MODULES.items():
-        full_name = f"{package.__name__}.{name}"
-        module = types.ModuleType(full_name, f"vector_quantize_pytorch's `{name}`, as fastvq has it.")
-        module.__spec__ = importlib.machinery.ModuleSpec(full_name, None, origin=__name__)
-        module.__package__ = package.__name__
-        for entry in contents.split():
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finder and loader of the modules in `MODULES`, which imports the homes of their contents on demand."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        if package != HOME or name not in MODULES:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, origin=__name__)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        name = spec.name.rpartition(".")[2]
+        return types.ModuleType(spec.name, f"vector_quantize_pytorch's `{name}`, with the classes of fastvq.")
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        for entry in MODULES[module.__name__.rpartition(".")[2]].split():
             *place, attribute = entry.split(":")[:2]
             theirs = entry.rpartition(":")[2]
-            home = importlib.import_module(".".join([package.__name__, *place]))
+            home = importlib.import_module(".".join([HOME, *place]))
             setattr(module, theirs, getattr(home, attribute))
-        sys.modules[full_name] = module
-        setattr(package, name, module)
+
+
+def install() -> None:
+    """Make the modules in `MODULES` importable. Called once, when fastvq is imported."""
+    # Last, so that a module of fastvq itself would come first.
+    sys.meta_path.append(_Finder())
 
 
 def stand_in(name: str = PEER) -> None:
-    """Makes `import vector_quantize_pytorch`, and imports from its modules, mean fastvq in this process.
+    """Make `import vector_quantize_pytorch`, and imports from its modules, mean fastvq in this process.
 
-    For code that can't be edited: call it before that code is imported. Objects that were pickled whole under the other
-    package can't be loaded so; their state dicts can.
+    For code that cannot be edited: call it before that code is imported. Objects that were pickled whole under the
+    other package cannot be loaded this way; their state dicts can.
 
     Raises:
-        RuntimeError: the other package has been imported already.
+        RuntimeError: the other package has already been imported.
     """
     package = sys.modules[HOME]
     if sys.modules.get(name, package) is not package:
         raise RuntimeError(f"{name}: must not be imported before fastvq stands in for it")
     sys.modules[name] = package
     for module in MODULES:
-        sys.modules[f"{name}.{module}"] = sys.modules[f"{HOME}.{module}"]
+        sys.modules[f"{name}.{module}"] = importlib.import_module(f"{HOME}.{module}")

@@ -1,1 +1,5 @@
-"""The demo: train on the shipped images, learn a prior, sample, and write the results as one page."""
+"""Demo on the shipped images: train, learn a prior, sample, compress, and show the results on one page.
+
+run.py          the demo from start to end        sizes.py   the held-out images as files of every format
+classifier.py   a judge of samples                page.py    index.html
+"""

@@ -1,6 +1,8 @@
-"""A judge of samples: a small classifier that learns from real images, and is asked which class a sample is of."""
+"""Judge of samples: a small classifier, trained on real images, that predicts the class of a sample."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,34 +10,38 @@ from torch import Tensor, nn
 
 from fastvq.data import Images
 from fastvq.data.images import to_float
-from fastvq.training.batches import batch_rows, flip_some
+from fastvq.models import VQVAE, Prior
+from fastvq.training.data_order import batch_rows, flip_randomly
+from fastvq.training.evaluation import reconstruct
 
 STEPS = 500
 _BATCH = 64
 _PEAK_RATE = 3e-3
+_SAMPLES_PER_CLASS = 30
 
 
 class Classifier(nn.Module):
-    """Images (B, C, H, W) in [0, 1] to logits (B, classes): three strided convolutions, then a mean and a line."""
+    """Images (B, C, H, W) in [0, 1] to logits (B, classes): three strided convolutions, mean pooling, linear head."""
 
     def __init__(self, channels: int, classes: int, width: int = 32) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for stage in range(3):
+        for layer in range(3):
             layers += [
-                nn.Conv2d(channels if stage == 0 else width << (stage - 1), width << stage, 3, stride=2, padding=1),
-                nn.BatchNorm2d(width << stage),
+                nn.Conv2d(channels if layer == 0 else width << (layer - 1), width << layer, 3, stride=2, padding=1),
+                nn.BatchNorm2d(width << layer),
                 nn.ReLU(),
             ]
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(width << 2, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of each class."""
         return self.head(self.layers(x).mean((2, 3)))
 
 
 def train_classifier(images: Images, *, steps: int = STEPS, seed: int = 0) -> Classifier:
-    """A classifier of a data set's classes, in eval mode. Torch's random state stays as it is.
+    """Train a classifier of a data set's classes and return it in eval mode; torch's random state stays unchanged.
 
     Raises:
         ValueError: the images have no classes.
@@ -49,7 +55,7 @@ def train_classifier(images: Images, *, steps: int = STEPS, seed: int = 0) -> Cl
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_RATE, total_steps=steps + 1)
         for step in range(steps):
             rows = batch_rows(step, count=len(images.train), batch_size=min(_BATCH, len(images.train)), seed=seed)
-            x = flip_some(to_float(images.train[rows]), step, seed=seed)
+            x = flip_randomly(to_float(images.train[rows]), step, seed=seed)
             loss = F.cross_entropy(model(x), images.train_labels[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -60,8 +66,42 @@ def train_classifier(images: Images, *, steps: int = STEPS, seed: int = 0) -> Cl
 
 @torch.no_grad()
 def agreement(model: Classifier, images: Tensor, labels: Tensor) -> float:
-    """Share of images (N, C, H, W) in [0, 1] whose likeliest class is the label (N,)."""
+    """Return the share of images (N, C, H, W) in [0, 1] whose predicted class is their label (N,)."""
     hits = sum(
-        int((model(part).argmax(1) == of).sum()) for part, of in zip(images.split(250), labels.split(250), strict=True)
+        int((model(part).argmax(1) == expected).sum())
+        for part, expected in zip(images.split(250), labels.split(250), strict=True)
     )
     return hits / max(1, len(images))
+
+
+def judge_samples(
+    prior: Prior, model: VQVAE, images: Images, sampling: dict[str, Any], *, steps: int = STEPS
+) -> dict[str, Any]:
+    """Return the shares of samples and images whose class a classifier, trained on real images, predicts.
+
+    Args:
+        prior, model: the prior, and the model that decodes its indices.
+        images: the data set.
+        sampling: arguments of `Prior.sample`.
+        steps: training steps of the classifier.
+
+    Returns:
+        "sample_agreement" of samples drawn with `sampling`, "plain_sample_agreement" of samples drawn without it,
+        "real_agreement" of held-out images, "reconstruction_agreement" of their reconstructions, and the number of
+        "judged_samples"; without classes, the agreements alone, all None.
+    """
+    names = ("sample_agreement", "plain_sample_agreement", "real_agreement", "reconstruction_agreement")
+    if not prior.classes or images.test_labels is None:
+        return dict.fromkeys(names)
+    judge = train_classifier(images, steps=steps)
+    labels = torch.arange(prior.classes).repeat_interleave(_SAMPLES_PER_CLASS)
+    results: list[float] = []
+    for settings in (sampling, {}):
+        indices = prior.sample(len(labels), labels, generator=torch.Generator().manual_seed(1), **settings)
+        with torch.no_grad():
+            sampled = torch.cat([model.decode(part).clamp(0, 1) for part in indices.split(250)])
+        results.append(agreement(judge, sampled, labels))
+    originals = to_float(images.test)
+    restored = torch.cat([reconstruct(model, part)[0] for part in originals.split(250)])
+    results += [agreement(judge, pictures, images.test_labels) for pictures in (originals, restored)]
+    return dict(zip(names, results, strict=True)) | {"judged_samples": len(labels)}

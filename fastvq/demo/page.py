@@ -1,4 +1,4 @@
-"""runs/demo/index.html: all pictures and tables of the demo in order, for a reader of an introductory article."""
+"""Page of the demo, index.html: all pictures and tables in order, for readers new to the subject."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ th:first-child, td:first-child { text-align: left; } code { background: #f3f3f3;
 
 
 def write_page(folder: Path, metrics: dict[str, Any]) -> Path:
-    """Write index.html beside the pictures that it shows, and return its path."""
-    sections = [*_autoencoder(metrics), *_prior(metrics), *_compression(metrics), *_made(metrics)]
+    """Write index.html beside the pictures that it shows, and return its path.
+
+    Pictures that do not exist are left out.
+    """
+    sections = [*_autoencoder(metrics), *_prior(metrics), *_compression(metrics), *_settings(metrics)]
     body = "\n".join(part for part in sections if not part.startswith("<img") or (folder / _source(part)).exists())
     path = folder / "index.html"
     with whole(path) as partial:
@@ -34,69 +37,71 @@ def write_page(folder: Path, metrics: dict[str, Any]) -> Path:
 
 
 def _autoencoder(metrics: dict[str, Any]) -> list[str]:
-    codes, size = metrics["indices_per_image"], metrics["codebook_size"]
+    count, size = metrics["indices_per_image"], metrics["codebook_size"]
     return [
-        "<h1>From images to integers, to new images and small files</h1>",
-        f"<p>A VQ-VAE learned {metrics['train_images']} small pictures of clothes. All measures below are of"
-        f" {metrics['test_images']} others, which it never saw.</p>",
-        "<h2>1. An image becomes a few integers</h2>",
-        f"<p>The encoder turns an image into a grid of {codes} vectors. Each is replaced by the nearest of {size}"
-        " learned vectors, the codes: what is left of the image is which ones. The decoder sees nothing but these"
-        " integers.</p>",
-        _image("codes.png", "Images, their codes as coloured grids, and what is decoded from them"),
+        "<h1>From images to indices, to new images and small files</h1>",
+        f"<p>A VQ-VAE was trained on {metrics['train_images']} small pictures of clothes. All measures below are taken"
+        f" on {metrics['test_images']} held-out images.</p>",
+        "<h2>1. An image becomes a few indices</h2>",
+        f"<p>The encoder turns an image into a grid of {count} vectors. Each vector is replaced by the nearest of"
+        f" {size} learned code vectors, and only the index of that code is kept. The decoder receives nothing but these"
+        " indices.</p>",
+        _image("indices.png", "Images, their indices as coloured grids, and the reconstructions from them"),
         f"<p>How much is lost? The decoded images reach {metrics['psnr_db']:.2f} dB (peak signal-to-noise ratio: 10"
-        " dB more is a tenth of the squared error). The same network without a bottleneck, which may pass on"
-        f" {codes} vectors of floats, reaches {metrics['ceiling_psnr_db']:.2f} dB after {metrics['ceiling_steps']}"
-        " steps: the difference is the price of integers.</p>",
-        _image("reconstructions.png", "Held-out images above what is decoded from their codes"),
-        f"<p>A codebook can collapse onto few codes. Here the held-out images use {metrics['usage']:.0%} of it, as"
-        f" evenly as if {metrics['perplexity']:.0f} codes were equally likely (the perplexity).</p>",
-        _image("usage.png", "How often each code is chosen"),
-        _image("curves.png", "Loss, PSNR and perplexity over the steps of training"),
+        " dB more is a tenth of the squared error). The same network without a bottleneck, which passes on"
+        f" {count} vectors of floats, reaches {metrics['ceiling_psnr_db']:.2f} dB after {metrics['ceiling_steps']}"
+        " steps: the difference is the price of quantization.</p>",
+        _image("reconstructions.png", "Held-out images above their reconstructions"),
+        f"<p>A codebook can collapse onto few codes. Here the held-out images use {metrics['usage']:.0%} of the codes."
+        f" The perplexity is {metrics['perplexity']:.0f}: the codes carry as much information as that many equally"
+        " likely ones.</p>",
+        _image("usage.png", "Number of times that each code is chosen"),
+        _image("curves.png", "Loss, PSNR and perplexity over the training steps"),
     ]
 
 
 def _prior(metrics: dict[str, Any]) -> list[str]:
-    bits, codes, kl = metrics["bits_per_index"], metrics["indices_per_image"], metrics["kl_bits_per_image"]
+    bits, count, kl = metrics["bits_per_index"], metrics["indices_per_image"], metrics["kl_bits_per_image"]
     parts = [
-        "<h2>2. Which integers go together: the prior</h2>",
-        "<p>While the VQ-VAE trains, every grid of codes counts as equally likely, so that the KL term of its bound"
-        f" is a constant: {codes} codes at log2 {metrics['codebook_size']} bits, {kl:.0f} bits an image. Afterwards a"
-        " transformer learns which codes follow which. Under this prior a held-out image is worth"
-        f" {metrics['prior_bits_per_image']:.0f} bits: the uniform prior was off by"
-        f" {kl - metrics['prior_bits_per_image']:.0f} of {kl:.0f}.</p>",
+        "<h2>2. The distribution of the indices: the prior</h2>",
+        "<p>While the VQ-VAE trains, its prior is uniform: every grid of indices is equally likely, and the KL term of"
+        f" the bound is constant, {count} times log2 {metrics['codebook_size']}, {kl:.0f} bits per image. Afterwards a"
+        " transformer learns the distribution of the indices. Under this prior a held-out image takes"
+        f" {metrics['prior_bits_per_image']:.0f} bits, {kl - metrics['prior_bits_per_image']:.0f} fewer than under the"
+        " uniform one.</p>",
         _table(
-            ["model of the codes", "bits a code"],
+            ["model of the indices", "bits per index"],
             [
-                ["all codes alike (log2 K)", f"{bits['uniform']:.2f}"],
-                ["how frequent each is (static, its table included)", f"{bits['static']:.2f}"],
-                ["the same in whole bits (Huffman, without its table)", f"{bits['huffman']:.2f}"],
-                ["after its neighbours (adaptive)", f"{bits['adaptive']:.2f}"],
-                ["the learned prior, given the class", f"{bits['prior']:.2f}"],
+                ["uniform (log2 K)", f"{bits['uniform']:.2f}"],
+                ["frequency of each index (static, its table included)", f"{bits['static']:.2f}"],
+                ["frequency of each index, in whole bits (Huffman, without its table)", f"{bits['huffman']:.2f}"],
+                ["conditional on the neighbours (adaptive)", f"{bits['adaptive']:.2f}"],
+                ["learned prior, given the class", f"{bits['prior']:.2f}"],
             ],
         ),
-        "<p>The curve shows it learn: the better it predicts the next code of a grid, the fewer bits that code takes."
-        " The dotted line is a prior to which all codes are alike. The dots are the held-out images: as long as they"
-        " fall, what it learns holds for images that it never saw, too.</p>",
-        _image("prior/curves.png", "Bits a code over the steps of the prior's training"),
-        "<p>What predicts can also make up. Codes are drawn one after the other, each from the prior's probabilities"
-        " after those before it, and decoded to pixels.</p>",
-        _image("samples.png", "Images drawn by class beside real ones"),
+        "<p>The curve shows the training of the prior: the better it predicts the next index of a grid, the fewer bits"
+        " that index takes. The dotted line is the uniform prior. The dots are the held-out images: while they fall,"
+        " the prior generalizes to images that it was not trained on.</p>",
+        _image("prior/curves.png", "Bits per index over the steps of the prior's training"),
+        "<p>A prior can also be sampled. Indices are drawn one after the other, each from the prior's distribution"
+        " given the indices before it, and decoded to pixels.</p>",
+        _image("samples.png", "Samples of each class beside real images"),
     ]
     if metrics["sample_agreement"] is not None:
         parts += [
-            "<p>Are they what they should be? A small classifier that learned from real images puts"
-            f" {metrics['sample_agreement']:.0%} of {metrics['judged_samples']} samples into the class that was asked"
-            f" for. It is right about {metrics['real_agreement']:.0%} of the real held-out images, and about"
-            f" {metrics['reconstruction_agreement']:.0%} of their reconstructions. The samples lean on their class"
-            f" and avoid unlikely codes ({html.escape(metrics['sampling'])}); drawn plainly,"
-            f" {metrics['plain_sample_agreement']:.0%} of them agree.</p>",
+            "<p>Do samples belong to their class? A small classifier, trained on real images, assigns"
+            f" {metrics['sample_agreement']:.0%} of {metrics['judged_samples']} samples to the requested class. It is"
+            f" right for {metrics['real_agreement']:.0%} of the real held-out images and for"
+            f" {metrics['reconstruction_agreement']:.0%} of their reconstructions. These samples favour their class and"
+            f" likely indices ({html.escape(metrics['sampling'])}); of samples drawn without these settings,"
+            f" {metrics['plain_sample_agreement']:.0%} agree.</p>",
         ]
     return [
         *parts,
-        "<p>Are they copies? Beside some samples, the training images that are nearest to them, pixel by pixel.</p>",
-        _image("neighbours.png", "Samples and the training images nearest to them"),
-        "<p>And half an image can be completed: the codes of the upper half are given, the prior draws the others.</p>",
+        "<p>Are samples copies? Here some samples stand beside their nearest training images, pixel by pixel.</p>",
+        _image("neighbours.png", "Samples and their nearest training images"),
+        "<p>Half an image can be completed: the indices of the upper half are given, and the prior samples the"
+        " others.</p>",
         _image("completions.png", "Upper halves of held-out images, completed three times"),
     ]
 
@@ -108,17 +113,17 @@ def _compression(metrics: dict[str, Any]) -> list[str]:
         rows.append([size["name"], f"{size['bytes']:,}", f"{size['bits_per_dimension']:.3f}", psnr])
     return [
         "<h2>3. Small files</h2>",
-        "<p>Where a model says how likely each code is, a range coder writes it in as many bits as that is worth:"
-        " -log2 p. The decoder computes the same probabilities and gets the same codes back. All"
+        "<p>Given a model's probability p of an index, a range coder writes the index in about -log2 p bits. The"
+        " decoder computes the same probabilities and recovers the same indices. All"
         f" {metrics['test_images']} held-out images in one file:</p>",
-        _table(["held-out images as", "bytes", "bits a pixel", "PSNR"], rows),
-        "<p>The lines from log2 K on are the same codes, and so the same pictures. With the prior, which each reader"
-        " of the file has to have, its probabilities are computed in integers, so that they are the same on every"
-        " machine; labels are in the file. PNG and WebP have all images on one sheet, which spares them headers.</p>",
+        _table(["held-out images as", "bytes", "bits per pixel", "PSNR"], rows),
+        "<p>The lines from log2 K on hold the same indices, and so the same pictures. A file coded with the prior can"
+        " be read only with that prior; its probabilities are computed in integers and are therefore equal on every"
+        " machine, and the labels are in the file. PNG and WebP hold all images on one sheet, which saves headers.</p>",
     ]
 
 
-def _made(metrics: dict[str, Any]) -> list[str]:
+def _settings(metrics: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     return [
         "<h2>How this was made</h2>",

@@ -1,5 +1,8 @@
-"""The main job: a VQ-VAE on the shipped images, its ceiling without a bottleneck, a prior over its codes, samples, the
-held-out images in one small file, and a page that shows all of it."""
+"""Demo from start to end, in five parts.
+
+A VQ-VAE on the shipped images, the same network without a bottleneck as its ceiling, a prior over its indices, samples,
+the held-out images in one small file, and a page that shows all of it.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +19,33 @@ import fastvq
 from fastvq.data import Images
 from fastvq.errors import CheckpointError
 from fastvq.files import whole
-from fastvq.runs.compress import HELD_OUT, encode_images
-from fastvq.runs.indices import FOLDER
+from fastvq.runs.encode import HELD_OUT, encode_images
+from fastvq.runs.load import PRIOR_FOLDER
 from fastvq.runs.pictures import picture_prior, picture_reconstructions, picture_run
 from fastvq.runs.sample_pictures import picture_completions, picture_neighbours, picture_samples
+from fastvq.runs.train_prior import delete_prior, train_prior
 from fastvq.training.build import load_images
 from fastvq.training.checkpoint import checkpoint_folders, load_latest
-from fastvq.training.config import TrainConfig
-from fastvq.training.evaluation import Evaluation, evaluate
-from fastvq.training.loop import forget_run
-from fastvq.training.prior import PriorConfig, bits_per_index, forget_prior, train_prior
+from fastvq.training.config import PriorConfig, TrainConfig
+from fastvq.training.evaluation import Evaluation
+from fastvq.training.loop import delete_run
 from fastvq.training.trainer import Trainer
 
-from .classifier import STEPS
-from .measures import judge_samples, measure_sizes
+from .classifier import STEPS, judge_samples
 from .page import write_page
+from .sizes import measure_sizes
 
 DEMO = TrainConfig(evaluate_every=400)
 DEMO_PRIOR = PriorConfig()
 SAMPLING: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "guidance": 1.5}
-_STAGES = [
-    ("a VQ-VAE learns the images", 150),
-    ("the same network without a bottleneck, as the ceiling", 20),
-    ("a prior learns which of its codes go together", 190),
+_PARTS = [
+    ("training a VQ-VAE", 150),
+    ("training the same network without a bottleneck, as the ceiling", 20),
+    ("training a prior over the indices", 190),
     ("samples, completions, and a classifier that judges them", 35),
-    ("the held-out images as files of every kind", 30),
+    ("the held-out images as files of every format", 30),
 ]
-"""What the stages do, and about how many seconds each takes on 2 cores that have nothing else to do."""
+"""Description of each part, and its approximate time in seconds on 2 idle cores."""
 _MARKER = ".demo"
 CEILING_STEPS = 600
 
@@ -56,85 +59,86 @@ def run_demo(
     classifier_steps: int = STEPS,
     resume: bool = False,
 ) -> dict[str, Any] | None:
-    """Train, measure and draw; return what metrics.json holds, or None if the run was interrupted.
+    """Train, measure and draw; return the content of metrics.json, or None if interrupted.
 
     Args:
         folder: gets `index.html`, the pictures, `metrics.json`, `metrics.jsonl`, `checkpoints/`, `images.fvq`, the
             prior in `prior/` and the ceiling run in `ceiling/`. An earlier demo there is replaced.
-        config: settings of the run with a codebook; the ceiling run differs in `bottleneck` and `steps` alone.
-        ceiling_steps: how long the network without a bottleneck trains. A longer run would end higher: the ceiling is
-            a lower bound.
+        config: settings of the VQ-VAE; the ceiling run differs only in `bottleneck` and `steps`.
+        ceiling_steps: training steps of the network without a bottleneck. More steps would raise its PSNR: it is a
+            lower bound of the ceiling.
         prior_config: settings of the prior.
-        classifier_steps: of the classifier that judges samples.
-        resume: go on with an interrupted demo.
+        classifier_steps: training steps of the classifier that judges samples.
+        resume: continue an interrupted demo.
+
+    Raises:
+        CheckpointError: the folder holds a run that is not a demo; `resume` and there is nothing to continue.
     """
     started = time.monotonic()
     images = load_images(config)
     ceiling_config = dataclasses.replace(config, bottleneck="none", steps=ceiling_steps)
     if not resume:
         if checkpoint_folders(folder) and not (folder / _MARKER).exists():
-            raise CheckpointError(f"{folder} holds a run that is no demo: choose another folder")
+            raise CheckpointError(f"{folder} holds a run that is not a demo: choose another folder")
         (folder / "metrics.json").unlink(missing_ok=True)
-        forget_run(folder)
-        forget_run(folder / "ceiling")
-        forget_prior(folder)
+        delete_run(folder)
+        delete_run(folder / "ceiling")
+        delete_prior(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MARKER).touch()
-    print(f"{images.name}: {len(images.train)} images to learn from, {len(images.test)} held out", flush=True)
+    print(f"{images.name}: {len(images.train)} training images, {len(images.test)} held out", flush=True)
 
-    _say(1)
+    _announce(1)
 
-    def show(trainer: Trainer, evaluation: Evaluation) -> None:
+    def draw(trainer: Trainer, evaluation: Evaluation) -> None:
         path = picture_reconstructions(trainer.folder, trainer.model, images, evaluation, step=trainer.step)
         if trainer.step <= config.evaluate_every:
             print(f"\nfirst reconstructions after {trainer.seconds:.0f} s: {path}", flush=True)
 
     trainer = Trainer(config, images, folder, resume=resume)
-    if not trainer.fit(on_evaluation=show):
+    evaluation = trainer.fit(on_evaluation=draw)
+    if evaluation is None:
         return None
-    evaluation = evaluate(trainer.model, images.test)
-    pictures = picture_run(trainer, evaluation)
+    picture_run(trainer, evaluation)
 
-    _say(2)
+    _announce(2)
     began = bool(checkpoint_folders(folder / "ceiling"))
     ceiling_trainer = Trainer(ceiling_config, images, folder / "ceiling", resume=resume and began)
-    if not ceiling_trainer.fit():
+    ceiling = ceiling_trainer.fit()
+    if ceiling is None:
         return None
-    ceiling = evaluate(ceiling_trainer.model, images.test)
 
-    _say(3)
+    _announce(3)
     prior_started = time.monotonic()
-    learned = train_prior(folder, prior_config, resume=resume)
-    if learned is None:
+    trained = train_prior(folder, prior_config, resume=resume)
+    if trained is None:
         return None
-    prior, codes = learned
+    prior, indices = trained.prior, trained.data.test
     prior_seconds = time.monotonic() - prior_started
-    pictures.append(picture_prior(folder))
-    bits_of_prior = bits_per_index(prior, codes.test, codes.test_labels) * codes.test.numel()
+    picture_prior(folder)
 
-    _say(4)
+    _announce(4)
     sampling = SAMPLING if prior.classes else {name: SAMPLING[name] for name in SAMPLING if name != "guidance"}
     for name, picture in (
         ("samples", picture_samples),
         ("completions", picture_completions),
         ("neighbours", picture_neighbours),
     ):
-        pictures.append(folder / f"{name}.png")
-        picture(pictures[-1], prior, trainer.model, images, **sampling)
+        picture(folder / f"{name}.png", prior, trainer.model, images, **sampling)
     judged = judge_samples(prior, trainer.model, images, sampling, steps=classifier_steps)
 
-    _say(5)
+    _announce(5)
     print("\n".join(encode_images(folder, Path(HELD_OUT), folder / "images.fvq", model="prior")), flush=True)
     coded = (folder / "images.fvq").stat().st_size
     bits, sizes = measure_sizes(
         images,
-        codes,
+        indices,
         config.codebook_size,
         psnr_db=evaluation.psnr_db,
-        prior_bits=bits_of_prior,
+        prior_bits=trained.bits_per_index * indices.numel(),
         prior_file=coded,
     )
-    indices_per_image = codes.test[0].numel()
+    indices_per_image = indices[0].numel()
     metrics = {
         "psnr_db": evaluation.psnr_db,
         "perplexity": evaluation.perplexity,
@@ -145,7 +149,7 @@ def run_demo(
         "bits_per_index": bits,
         "kl_bits_per_image": indices_per_image * bits["uniform"],
         "prior_bits_per_image": indices_per_image * bits["prior"],
-        "bits_per_dimension": {name: value * codes.test.numel() / images.test.numel() for name, value in bits.items()},
+        "bits_per_dimension": {name: value * indices.numel() / images.test.numel() for name, value in bits.items()},
         "coded_bytes": coded,
         "pixel_bytes": images.test.numel(),
         "sizes": sizes,
@@ -155,10 +159,10 @@ def run_demo(
         "seconds": round(trainer.seconds, 1),
         "ceiling_steps": ceiling_trainer.step,
         "ceiling_seconds": round(ceiling_trainer.seconds, 1),
-        "prior_steps": load_latest(folder / FOLDER, PriorConfig).step,
+        "prior_steps": load_latest(folder / PRIOR_FOLDER, PriorConfig).step,
         "prior_seconds": round(prior_seconds, 1),
         "total_seconds": round(time.monotonic() - started, 1),
-        **_setting(trainer, images),
+        **_circumstances(trainer, images),
     }
     with whole(folder / "metrics.json") as partial:
         partial.write_text(json.dumps(metrics, indent=2) + "\n")
@@ -168,12 +172,12 @@ def run_demo(
     return metrics
 
 
-def _say(stage: int) -> None:
-    what, seconds = _STAGES[stage - 1]
-    print(f"\n[{stage}/{len(_STAGES)}] {what}: about {seconds} s on 2 quiet cores", flush=True)
+def _announce(part: int) -> None:
+    description, seconds = _PARTS[part - 1]
+    print(f"\n[{part}/{len(_PARTS)}] {description}: about {seconds} s on 2 idle cores", flush=True)
 
 
-def _setting(trainer: Trainer, images: Images) -> dict[str, Any]:
+def _circumstances(trainer: Trainer, images: Images) -> dict[str, Any]:
     return {
         "train_images": len(images.train),
         "test_images": len(images.test),
@@ -192,28 +196,28 @@ def _table(metrics: dict[str, Any]) -> str:
     bits = metrics["indices_per_image"] * (metrics["codebook_size"] - 1).bit_length()
     rows = [
         ("held-out images", f"{metrics['test_images']}"),
-        ("PSNR, decoded from the codes", f"{metrics['psnr_db']:.2f} dB"),
+        ("PSNR, decoded from the indices", f"{metrics['psnr_db']:.2f} dB"),
         (
             "PSNR without a bottleneck",
             f"{metrics['ceiling_psnr_db']:.2f} dB ({metrics['ceiling_steps']} steps)",
         ),
-        ("codes an image", f"{metrics['indices_per_image']} of {metrics['codebook_size']}, {bits} bits"),
+        ("indices per image", f"{metrics['indices_per_image']} below {metrics['codebook_size']}, {bits} bits"),
         ("the images in one file", f"{metrics['coded_bytes']} bytes; their pixels: {metrics['pixel_bytes']}"),
         *(
-            (f"bits a code, {name}", f"{metrics['bits_per_index'][name]:.2f}")
+            (f"bits per index, {name}", f"{metrics['bits_per_index'][name]:.2f}")
             for name in ("uniform", "huffman", "static", "adaptive", "prior")
         ),
         *(
             (text, f"{metrics[name]:.0%}")
             for name, text in (
-                ("sample_agreement", "samples of the class asked for"),
-                ("real_agreement", "the same for real images"),
+                ("sample_agreement", "samples of the requested class"),
+                ("real_agreement", "the same of real images"),
             )
             if metrics[name] is not None
         ),
-        ("perplexity of the codes", f"{metrics['perplexity']:.0f} of {metrics['codebook_size']}"),
+        ("perplexity", f"{metrics['perplexity']:.0f} of {metrics['codebook_size']}"),
         ("training", f"{metrics['steps']} steps, {metrics['seconds']:.0f} s"),
-        ("all of this", f"{metrics['total_seconds']:.0f} s"),
+        ("total time", f"{metrics['total_seconds']:.0f} s"),
     ]
     widest = max(len(name) for name, _ in rows)
     return "\n".join(["", *(f"  {name:<{widest}}  {value}" for name, value in rows), ""])

@@ -1,4 +1,4 @@
-"""The three kinds of priors beside each other, after equal time."""
+"""Comparison of the kinds of priors after equal training time."""
 
 from __future__ import annotations
 
@@ -11,72 +11,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastvq.coding import fingerprint
 from fastvq.errors import ConfigError
 from fastvq.files import whole
-from fastvq.models.priors import PRIORS
+from fastvq.training.config import PRIOR_KINDS, PriorConfig
 from fastvq.training.loop import usable_device
-from fastvq.training.prior import PriorConfig, PriorTrainer, codebook_of, codes_of
+from fastvq.training.prior import IndexData, PriorTrainer
 
-DECIDED = ("kind", "steps", "evaluate_every", "checkpoint_every")
-"""Settings that a comparison has its own values for."""
+from .indices import run_indices
+from .train_prior import codebook_of
+
+FIXED_SETTINGS = ("kind", "steps", "evaluate_every", "checkpoint_every")
+"""Settings that a comparison chooses itself."""
 _WARM_UP, _TIMED = 3, 12
-_LONG = 1 << 30
+_NEVER = 1 << 30
 
 
 def compare_priors(run: Path, seconds: float, *, config: PriorConfig | None = None, progress: bool = True) -> list[str]:
-    """Train each kind of prior for so long and write what came of it to RUN/priors.json; return the lines of a table.
+    """Train each kind of prior for equal time, write the results to RUN/priors.json and return the lines of a table.
 
-    Equal time is processor time, of all threads: each kind gets as many steps as fit, by the time of some steps before,
-    under a schedule of that length. On a busy machine that is fairer than the clock. The run's own prior stays.
+    Time is processor time of all threads, which is fairer than wall-clock time on a busy machine: a few steps of each
+    kind are timed, and the kind gets as many steps as fit, under a schedule of that length. The run's own prior is
+    left unchanged.
 
     Args:
         run: folder of a run whose VQ-VAE is trained.
-        seconds: of processor time, for each kind.
-        config: settings besides those of `DECIDED`; the device is the CPU, whose time is measured.
+        seconds: processor time for each kind.
+        config: settings other than `FIXED_SETTINGS`; the device must be the CPU, whose time is measured.
+        progress: show progress bars on stderr.
 
     Raises:
-        CheckpointError, ConfigError: see `train_prior`; no such time, or another device.
+        CheckpointError, ConfigError: see `train_prior`; also an invalid time, or a device other than the CPU.
     """
     if not 0 < seconds < math.inf:
         raise ConfigError(f"seconds must be positive and finite, got {seconds}")
     if config is not None and usable_device(config.device).type != "cpu":
         raise ConfigError(f"device must be 'cpu' where kinds are compared by processor time, got '{config.device}'")
-    model, codes, codebook_size = codes_of(run)
+    model, data, codebook_size = run_indices(run)
     identity, vectors = fingerprint(model).hex(), codebook_of(model)
     records: list[dict[str, Any]] = []
-    for kind in PRIORS:
+    for kind in PRIOR_KINDS:
         settings = dataclasses.replace(
-            config or PriorConfig(), kind=kind, evaluate_every=_LONG, checkpoint_every=_LONG, steps=_WARM_UP + _TIMED
+            config or PriorConfig(), kind=kind, evaluate_every=_NEVER, checkpoint_every=_NEVER, steps=_WARM_UP + _TIMED
         )
-        with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
-
-            def trainer(of: PriorConfig, name: str, folder: str = folder) -> PriorTrainer:
-                return PriorTrainer(of, codes, codebook_size, Path(folder) / name, identity=identity, vectors=vectors)
-
-            trial = trainer(settings, "trial")
-            trial.model.train()
-            for _ in range(_WARM_UP):
-                trial.train_step()
-            started = time.process_time()
-            for _ in range(_TIMED):
-                trial.train_step()
-            steps = max(1, round(seconds / max(1e-9, (time.process_time() - started) / _TIMED)))
-            learner = trainer(dataclasses.replace(settings, steps=steps), "run")
-            started = time.process_time()
-            if not learner.fit(progress=progress):
-                break
-            spent = time.process_time() - started
-        records.append(
-            {
-                "kind": kind,
-                "bits_per_index": learner.evaluate()[0],
-                "parameters": sum(parameter.numel() for parameter in learner.model.parameters()),
-                "steps": steps,
-                "processor_seconds": round(spent, 1),
-            }
-        )
+        record = _train_for(seconds, settings, data, codebook_size, identity, vectors, progress=progress)
+        if record is None:
+            break
+        records.append(record)
     with whole(run / "priors.json") as partial:
         partial.write_text(json.dumps(records, indent=2) + "\n")
     rows = []
@@ -89,4 +72,44 @@ def compare_priors(run: Path, seconds: float, *, config: PriorConfig | None = No
             f"{record['processor_seconds']:.0f}",
         )
         rows.append("| " + " | ".join(cells) + " |")
-    return ["| prior | held-out bits a code | parameters | steps | processor seconds |", "|---|---|---|---|---|", *rows]
+    header = "| prior | bits per held-out index | parameters | steps | processor seconds |"
+    return [header, "|---|---|---|---|---|", *rows]
+
+
+def _train_for(
+    seconds: float,
+    config: PriorConfig,
+    data: IndexData,
+    codebook_size: int,
+    identity: str,
+    vectors: Tensor | None,
+    *,
+    progress: bool,
+) -> dict[str, Any] | None:
+    """Train one kind for about `seconds` of processor time; return its record, or None if interrupted."""
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+
+        def trainer(config: PriorConfig, name: str) -> PriorTrainer:
+            return PriorTrainer(config, data, codebook_size, Path(folder) / name, identity=identity, vectors=vectors)
+
+        trial = trainer(config, "trial")
+        trial.model.train()
+        for _ in range(_WARM_UP):
+            trial.train_step()
+        started = time.process_time()
+        for _ in range(_TIMED):
+            trial.train_step()
+        steps = max(1, round(seconds / max(1e-9, (time.process_time() - started) / _TIMED)))
+        learner = trainer(dataclasses.replace(config, steps=steps), "run")
+        started = time.process_time()
+        bits = learner.fit(progress=progress)
+        spent = time.process_time() - started
+    if bits is None:
+        return None
+    return {
+        "kind": config.kind,
+        "bits_per_index": bits,
+        "parameters": sum(parameter.numel() for parameter in learner.model.parameters()),
+        "steps": steps,
+        "processor_seconds": round(spent, 1),
+    }

@@ -1,8 +1,7 @@
-"""A run's data set as codes: written once, memory-mapped afterwards."""
+"""A run's images as grids of indices: computed once, memory-mapped afterwards."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,75 +13,84 @@ from torch import Tensor
 from fastvq.coding import fingerprint
 from fastvq.data import Images
 from fastvq.data.images import to_float
+from fastvq.errors import ConfigError
 from fastvq.files import whole
 from fastvq.models import VQVAE
+from fastvq.training.build import load_images
+from fastvq.training.prior import IndexData
 
-FOLDER, _NAME = "prior", "codes"
-BATCH = 250
+from .load import PRIOR_FOLDER, load_model
 
-
-@dataclasses.dataclass(frozen=True)
-class Codes:
-    """A run's data set as codes, (N, *grid) int32 in mapped files, with the labels of its images if there are any."""
-
-    train: Tensor
-    test: Tensor
-    train_labels: Tensor | None
-    test_labels: Tensor | None
-
-    @property
-    def classes(self) -> int:
-        return 0 if self.train_labels is None else int(self.train_labels.max()) + 1
+_NAME = "indices"
+_BATCH = 250
 
 
-def tokenize(run: Path, model: VQVAE, images: Images, *, flip: bool) -> Codes:
-    """The codes of a run's images, read from RUN/prior/ where they are those of this model, else written there.
+def run_indices(run: Path) -> tuple[VQVAE, IndexData, int]:
+    """Return a run's model, its images as indices, and K.
+
+    Raises:
+        CheckpointError: the run has no checkpoint.
+        ConfigError: the run was trained without a bottleneck.
+    """
+    model, config = load_model(run)
+    if config.bottleneck == "none":
+        raise ConfigError(f"{run} was trained without a bottleneck: it has no indices to learn a prior from")
+    return model, index_images(run, model, load_images(config), flip=config.flip), config.codebook_size
+
+
+def index_images(run: Path, model: VQVAE, images: Images, *, flip: bool) -> IndexData:
+    """Return the indices of a run's images, (N, *grid) int32 in mapped files.
+
+    They are read from RUN/prior/ if the files there belong to this model and these images, else written there.
 
     Args:
-        flip: also the mirrored images to learn from, where the run learned from them as well.
+        run: folder of the run.
+        model: the run's model.
+        images: the data set.
+        flip: also index the mirrored training images, which the model has learned from as well.
     """
-    folder = run / FOLDER
+    folder = run / PRIOR_FOLDER
     description = {"model": fingerprint(model).hex(), "images": images.fingerprint(), "flip": flip}
     paths = {split: folder / f"{_NAME}-{split}.npy" for split in ("train", "test")}
-    described = folder / f"{_NAME}.json"
-    loaded = _stored(described, description, paths)
-    if loaded is None:
-        described.unlink(missing_ok=True)
+    description_path = folder / f"{_NAME}.json"
+    arrays = _read(description_path, description, paths)
+    if arrays is None:
+        description_path.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         train = torch.cat([images.train, images.train.flip(-1)]) if flip else images.train
         for split, pixels in (("train", train), ("test", images.test)):
-            codes = torch.cat([model.encode(to_float(part)) for part in pixels.split(BATCH)])
+            indices = torch.cat([model.encode(to_float(part)) for part in pixels.split(_BATCH)])
             with whole(paths[split]) as partial, partial.open("wb") as stream:
-                np.save(stream, codes.numpy().astype(np.int32))
-        with whole(described) as partial:
+                np.save(stream, indices.numpy().astype(np.int32))
+        with whole(description_path) as partial:
             partial.write_text(json.dumps(description | {"shapes": _shapes(_mapped(paths))}) + "\n")
-        loaded = _mapped(paths)
+        arrays = _mapped(paths)
     labels = images.train_labels
     if labels is not None and flip:
         labels = labels.repeat(2)
-    return Codes(loaded["train"], loaded["test"], labels, images.test_labels)
+    return IndexData(arrays["train"], arrays["test"], labels, images.test_labels)
+
+
+def delete_indices(run: Path) -> None:
+    """Delete the files of a run's indices."""
+    for path in (run / PRIOR_FOLDER).glob(f"{_NAME}*"):
+        path.unlink()
 
 
 def _mapped(paths: dict[str, Path]) -> dict[str, Tensor]:
-    # Copy-on-write, as torch wants memory that it could write to; nothing does.
+    # Mapped copy-on-write because torch warns about memory that is not writable; nothing writes to it.
     return {split: torch.from_numpy(np.load(path, mmap_mode="c")) for split, path in paths.items()}
 
 
 def _shapes(arrays: dict[str, Tensor]) -> dict[str, list[int]]:
-    return {split: list(codes.shape) for split, codes in arrays.items()}
+    return {split: list(indices.shape) for split, indices in arrays.items()}
 
 
-def _stored(described: Path, description: dict[str, Any], paths: dict[str, Path]) -> dict[str, Tensor] | None:
-    """The codes that were written before, where they are all there and what they are described as."""
+def _read(description_path: Path, description: dict[str, Any], paths: dict[str, Path]) -> dict[str, Tensor] | None:
+    """Return the indices written earlier, or None unless they are complete and match the description."""
     try:
-        found = json.loads(described.read_text())
-        loaded = _mapped(paths)
+        stored = json.loads(description_path.read_text())
+        arrays = _mapped(paths)
     except (OSError, ValueError, TypeError):
         return None
-    return loaded if found == description | {"shapes": _shapes(loaded)} else None
-
-
-def forget_codes(run: Path) -> None:
-    """Delete them."""
-    for path in (run / FOLDER).glob(f"{_NAME}*"):
-        path.unlink()
+    return arrays if stored == description | {"shapes": _shapes(arrays)} else None

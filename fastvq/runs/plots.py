@@ -1,6 +1,6 @@
-"""Pictures of a VQ-VAE: each with a title, labels, and a caption that says what to see in it.
+"""Figures of a VQ-VAE, each with a title, labels, and a caption that explains it.
 
-Figures are made without pyplot, so that nothing here touches a display or matplotlib's global state.
+Figures are made without pyplot and so touch neither a display nor matplotlib's global state.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastvq.files import whole
 
 _BLUE, _ORANGE, _GREY = "#2166ac", "#d6604d", "#777777"
 SERIES = (_BLUE, _ORANGE, "#4d9221", _GREY, "#762a83")
-"""Colours of lines and bars that stand for different things."""
+"""Colours of lines and bars, one for each series."""
 _DPI = 130
 
 
@@ -32,13 +32,13 @@ def _figure(width: float, height: float, title: str, caption: str) -> Any:
 
 
 def figure_with(width: float, height: float, title: str, caption: str, *, columns: int = 1) -> tuple[Any, Any]:
-    """A figure as all here are made, with its axes: one, or a row of them."""
+    """Return a figure in the common layout, and its axes or row of axes."""
     figure = _figure(width, height, title, caption)
     return figure, figure.subplots(1, columns)
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG; a viewer that watches the file never sees half of it."""
+    """Write a figure as PNG; the file is replaced as a whole."""
     with whole(path) as partial:
         figure.savefig(partial, dpi=_DPI, format="png")
 
@@ -59,6 +59,7 @@ def save_reconstructions(
         path: PNG file to write.
         originals, restored: (N, C, H, W), float in [0, 1].
         names: one for each image.
+        title, caption: texts above and below the figure.
     """
     columns = min(8, len(originals))
     rows = math.ceil(len(originals) / columns)
@@ -74,7 +75,7 @@ def save_reconstructions(
         axes.set_xlabel(f"{-10 * math.log10(max(error, 1e-12)):.1f} dB", fontsize=9)
     for axes in panels[:, 0]:
         height = originals.shape[2]
-        axes.set_yticks([0.5 * height, 1.5 * height], ["original", "from codes"], rotation=90, va="center", fontsize=9)
+        axes.set_yticks([0.5 * height, 1.5 * height], ["original", "decoded"], rotation=90, va="center", fontsize=9)
         axes.tick_params(length=0)
     save_figure(figure, path)
 
@@ -93,6 +94,8 @@ def save_grid(
     Args:
         path: PNG file to write.
         rows: (columns, C, H, W) each, float in [0, 1].
+        row_names, column_names: one for each row and column.
+        title, caption: texts above and below the figure.
     """
     columns = len(column_names)
     figure = _figure(1.0 * columns + 1.2, 1.05 * len(rows) + 1.3, title, caption)
@@ -110,12 +113,13 @@ def _points(records: Sequence[dict[str, Any]], split: str, key: str) -> list[tup
 
 
 def save_curves(path: Path, records: Sequence[dict[str, Any]], *, codebook_size: int, title: str) -> None:
-    """Draw loss, PSNR and perplexity over the steps, those of them that were recorded.
+    """Draw loss, PSNR and perplexity over the steps; a measure without records is left out.
 
     Args:
         path: PNG file to write.
         records: the lines of metrics.jsonl, at least one; those of split "test" are drawn as dots.
         codebook_size: K, the highest possible perplexity.
+        title: text above the figure.
     """
     panels = [
         (label, key, lines)
@@ -123,8 +127,8 @@ def save_curves(path: Path, records: Sequence[dict[str, Any]], *, codebook_size:
         if (lines := {split: _points(records, split, key) for split in ("train", "test")}) != {"train": [], "test": []}
     ]
     caption = (
-        "Loss should fall and PSNR rise until the learning rate reaches zero; dots (images never trained on) far below"
-        " the line mean overfitting."
+        "Loss should fall and PSNR rise until the learning rate reaches zero; dots (held-out images) far below the"
+        " line mean overfitting."
     )
     if any(key == "perplexity" for _, key, _ in panels):
         caption += f" Perplexity is the number of codes in effective use, at most {codebook_size}."
@@ -134,7 +138,7 @@ def save_curves(path: Path, records: Sequence[dict[str, Any]], *, codebook_size:
         if key == "loss":
             axes.set_yscale("log")
         if key == "perplexity":
-            axes.axhline(codebook_size, color=_GREY, linestyle=":", label=f"all {codebook_size} codes equally")
+            axes.axhline(codebook_size, color=_GREY, linestyle=":", label=f"uniform over {codebook_size} codes")
             axes.set_ylim(0, codebook_size * 1.08)
         axes.set_ylabel(label)
         axes.legend(fontsize=8, loc="upper right" if key == "loss" else "lower right")
@@ -142,32 +146,33 @@ def save_curves(path: Path, records: Sequence[dict[str, Any]], *, codebook_size:
 
 
 def save_bits(path: Path, records: Sequence[dict[str, Any]], *, codebook_size: int, title: str) -> None:
-    """Draw how many bits a prior needs for a code, over the steps of its training.
+    """Draw the bits per index of a prior over the steps of its training.
 
     Args:
         path: PNG file to write.
         records: the lines of metrics.jsonl; those of split "test" are drawn as dots.
-        codebook_size: K; log2 K bits is what a code is worth where all are equally likely.
+        codebook_size: K; an index takes log2 K bits under the uniform distribution.
+        title: text above the figure.
     """
     uniform = math.log2(codebook_size)
     lines = {split: _points(records, split, "bits_per_index") for split in ("train", "test")}
     reached = f", {lines['test'][-1][1]:.2f} at the end" if lines["test"] else ""
     caption = (
-        f"Bits that the prior needs for a code of an image that it never saw (dots{reached}): the fewer, the better it"
-        " predicts. Dots that rise again mean overfitting. The line is measured while training, with dropout and"
-        " without some labels, which costs bits: at first the dots may lie below it."
+        f"Bits per index of held-out images under the prior (dots{reached}): fewer bits mean better predictions. Dots"
+        " that rise again mean overfitting. The line is measured during training, with dropout and without some"
+        " labels, which costs bits: at first the dots may lie below it."
     )
     figure, axes = figure_with(8, 4.4, title, caption)
-    axes.axhline(uniform, color=_GREY, linestyle=":", label=f"all {codebook_size} codes equally: {uniform:.2f} bits")
+    axes.axhline(uniform, color=_GREY, linestyle=":", label=f"uniform over {codebook_size} codes: {uniform:.2f} bits")
     _draw_splits(axes, lines)
-    axes.set_ylabel("bits a code")
+    axes.set_ylabel("bits per index")
     # Above the axes: a curve may pass anywhere below the dotted line.
     axes.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     save_figure(figure, path)
 
 
 def _draw_splits(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
-    """Draw what was recorded over the steps: of training batches a line, of held-out images dots."""
+    """Draw records over the steps: a line for training batches, dots for held-out images."""
     for split, style, colour, text in (
         ("train", "-", _BLUE, "training batches"),
         ("test", "o", _ORANGE, "held-out images"),
@@ -179,35 +184,37 @@ def _draw_splits(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
 
 
 def save_usage(path: Path, counts: Tensor, *, perplexity: float, title: str) -> None:
-    """Draw how often each code was chosen, most used first.
+    """Draw the number of times that each code is chosen, most used first.
 
     Args:
         path: PNG file to write.
         counts: (K,), int64.
         perplexity: exp of the entropy of `counts`.
+        title: text above the figure.
     """
     ordered = counts.sort(descending=True).values.tolist()
     unused = sum(count == 0 for count in ordered)
     caption = (
-        "One bar a code. A flat profile near the dotted line uses the whole codebook; a cliff means that it has"
-        f" collapsed onto few. Here {unused} of {len(ordered)} codes are unused; the perplexity is {perplexity:.0f}."
+        "One bar per code. A flat profile near the dotted line means that the whole codebook is used; a cliff, that it"
+        f" has collapsed onto few codes. Here {unused} of {len(ordered)} codes are unused; the perplexity is"
+        f" {perplexity:.0f}."
     )
     figure = _figure(9, 4, title, caption)
     axes = figure.subplots()
     axes.bar(range(len(ordered)), ordered, width=1.0, color=_BLUE)
     mean = sum(ordered) / max(1, len(ordered))
-    axes.axhline(mean, color=_ORANGE, linestyle=":", label=f"all codes equally: {mean:.0f} times each")
+    axes.axhline(mean, color=_ORANGE, linestyle=":", label=f"uniform usage: {mean:.0f} times each")
     axes.set_xlim(-0.5, len(ordered) - 0.5)
     axes.set_xlabel("code, by rank")
     axes.set_ylabel("times chosen")
-    axes.legend(fontsize=9, loc="upper right")  # "best" may take seconds
+    axes.legend(fontsize=9, loc="upper right")  # finding the "best" place may take seconds
     save_figure(figure, path)
 
 
 def code_colours(codebook: Tensor) -> Tensor:
-    """Return an RGB colour in [0, 1] for each code, (K, 3): similar codes get similar colours.
+    """Return an RGB colour in [0, 1] for each code, (K, 3); similar codes get similar colours.
 
-    The codes' first three principal components, each spread evenly over the range by rank.
+    The channels are the first three principal components of the codes, each spread evenly over the range by rank.
     """
     centred = codebook.detach().float().cpu() - codebook.detach().float().cpu().mean(0)
     rank = min(3, *centred.shape)
@@ -217,22 +224,23 @@ def code_colours(codebook: Tensor) -> Tensor:
     return torch.nn.functional.pad(0.35 + 0.65 * spread, (0, 3 - rank), value=0.7)
 
 
-def save_codes(
+def save_indices(
     path: Path, originals: Tensor, indices: Tensor, restored: Tensor, codebook: Tensor, *, title: str
 ) -> None:
-    """Draw images, their codes as coloured grids, and what the decoder makes of these codes.
+    """Draw images, their indices as coloured grids, and the reconstructions from these indices.
 
     Args:
         path: PNG file to write.
         originals, restored: (N, C, H, W), float in [0, 1].
         indices: (N, h, w), int64.
         codebook: (K, D), for the colours.
+        title: text above the figure.
     """
     colours = code_colours(codebook)
     count, height, width = indices.shape
     caption = (
-        f"Each image becomes {height} x {width} integers below {len(codebook)}, and the right picture is made from"
-        " these alone. Cells of one colour hold similar codes: background, edges and cloth textures stand out."
+        f"Each image becomes {height} x {width} indices below {len(codebook)}, and the right picture is decoded from"
+        " these alone. Similar colours stand for similar codes: background, edges and cloth textures stand out."
     )
     figure = _figure(7.5, 2.4 * count + 1.0, title, caption)
     for row, panels in enumerate(figure.subplots(count, 3, squeeze=False)):
@@ -247,6 +255,6 @@ def save_codes(
                     panels[1].text(x, y, str(int(indices[row, y, x])), ha="center", va="center", fontsize=size)
         _show(panels[2], restored[row])
         if row == 0:
-            for panel, text in zip(panels, ("original", "codes", "decoded from the codes"), strict=True):
+            for panel, text in zip(panels, ("original", "indices", "decoded from the indices"), strict=True):
                 panel.set_title(text, fontsize=10)
     save_figure(figure, path)

@@ -1,20 +1,32 @@
-"""Training a VQ-VAE: settings, data order, checkpoints, metrics, evaluation and the loop that joins them."""
+"""Training of a VQ-VAE and of a prior over its indices.
+
+config.py       settings                 data_order.py   rows of a step's batch
+loop.py         steps, records, resume   checkpoint.py   state on disk, whole or absent
+trainer.py      the VQ-VAE               metrics.py      metrics.jsonl and TensorBoard
+prior.py        the prior                interrupt.py    Ctrl-C between two steps
+build.py        data set and model       evaluation.py   PSNR, perplexity and usage on held-out images
+"""
 
 from __future__ import annotations
 
 from fastvq.errors import CheckpointError, ConfigError
 
 from .build import build_model, load_images
-from .config import TrainConfig
+from .config import PriorConfig, TrainConfig
 from .evaluation import Evaluation, evaluate, psnr_db
+from .prior import IndexData, PriorTrainer, bits_per_index
 from .trainer import Trainer
 
 __all__ = [
     "CheckpointError",
     "ConfigError",
     "Evaluation",
+    "IndexData",
+    "PriorConfig",
+    "PriorTrainer",
     "TrainConfig",
     "Trainer",
+    "bits_per_index",
     "build_model",
     "evaluate",
     "load_images",

@@ -15,7 +15,7 @@ def load_images(config: TrainConfig) -> Images:
     """Return the data set that `config.data` names.
 
     Raises:
-        DataError: the folder or the Debian package isn't there, or a file is no image.
+        DataError: the folder or the Debian package is missing, or a file is not an image.
     """
     if config.data == SHIPPED_DATA:
         return load_fashion_mnist()

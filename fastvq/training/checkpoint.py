@@ -1,4 +1,4 @@
-"""Checkpoints that are there completely or not at all.
+"""Crash-safe checkpoints: whole or absent.
 
 A checkpoint is a folder `RUN/checkpoints/step-00001000` with two files:
 
@@ -6,7 +6,7 @@ A checkpoint is a folder `RUN/checkpoints/step-00001000` with two files:
     checkpoint.json     step, settings, data fingerprint, and the SHA-256 of state.safetensors
 
 Both are written and flushed to disk in a hidden folder, which then gets its final name in one `rename`. A process
-killed at any moment leaves either no `step-` folder or a whole one.
+killed at any moment leaves either no `step-` folder or a complete one.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _DESCRIPTION = "checkpoint.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run after `step` steps.
+    """State of a run after `step` steps.
 
     Attributes:
         step: optimizer steps done.
         seconds: time spent training so far.
-        config: the run's settings, `Settings` of some type.
-        data_fingerprint: of the images it learnt from, see `Images.fingerprint`.
-        tensors: everything else, under names with dots.
-        built_from: what the model was built from that the settings don't say.
+        config: the run's settings, an instance of a subclass of `Settings`.
+        data_fingerprint: `Images.fingerprint` of the images it learned from.
+        tensors: everything else, under dotted names.
+        built_from: arguments of the model that the settings do not contain.
     """
 
     step: int
@@ -68,11 +68,11 @@ def save(run: Path, checkpoint: Checkpoint) -> Path:
     root = run / "checkpoints"
     final = root / f"step-{checkpoint.step:08d}"
     if final.exists():
-        # Interrupted right after saving: the same step of the same run has the same state.
+        # The run was interrupted right after saving; the same step of the same run has the same state.
         return final
     root.mkdir(parents=True, exist_ok=True)
-    for remains in [*root.glob(".partial-step-*"), *root.glob(".discarded-step-*")]:
-        shutil.rmtree(remains)
+    for leftover in [*root.glob(".partial-step-*"), *root.glob(".discarded-step-*")]:
+        shutil.rmtree(leftover)
     partial = root / f".partial-{final.name}"
     partial.mkdir()
     state = require("safetensors.torch").save({k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()})
@@ -96,17 +96,17 @@ def save(run: Path, checkpoint: Checkpoint) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint; it loses its name first, so that no half-deleted one is ever found."""
+    """Delete a checkpoint; rename it first, so that a half-deleted one is never found."""
     hidden = folder.with_name(f".discarded-{folder.name}")
     folder.rename(hidden)
     shutil.rmtree(hidden)
 
 
 def load_latest(run: Path, settings: type[Settings] = TrainConfig) -> Checkpoint:
-    """Read the run's latest checkpoint, whose settings are of this type.
+    """Read the run's latest checkpoint, with settings of type `settings`.
 
     Raises:
-        CheckpointError: the run has none, or the latest is damaged or of another version.
+        CheckpointError: the run has no checkpoint, or the latest one is damaged or of another version.
     """
     folders = checkpoint_folders(run)
     if not folders:
@@ -116,7 +116,7 @@ def load_latest(run: Path, settings: type[Settings] = TrainConfig) -> Checkpoint
     except ConfigError as error:
         raise CheckpointError(f"{folders[-1]}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        earlier = f" to go on from {folders[-2].name}" if len(folders) > 1 else " and start again"
+        earlier = f" to continue from {folders[-2].name}" if len(folders) > 1 else " and start again"
         raise CheckpointError(f"{folders[-1]} is damaged ({error}): delete it{earlier}") from error
 
 
@@ -126,7 +126,7 @@ def _load(folder: Path, settings: type[Settings]) -> Checkpoint:
         raise ConfigError(f"format {description['format']}, this version reads {_FORMAT}")
     state = (folder / _STATE).read_bytes()
     if hashlib.sha256(state).hexdigest() != description["state_sha256"]:
-        raise ValueError(f"{_STATE} doesn't match its SHA-256")
+        raise ValueError(f"{_STATE} does not match its SHA-256")
     return Checkpoint(
         step=description["step"],
         seconds=description["seconds"],
@@ -145,7 +145,7 @@ def _write_to_disk(path: Path, content: bytes) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush the names in a folder to disk; Windows has no such call and no need of it."""
+    """Flush the names in a folder to disk; Windows neither has nor needs such a call."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""The settings of a training run, as one frozen record that turns into JSON and back."""
+"""Settings of training runs: frozen records that convert to JSON and back."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastvq.errors import ConfigError
-from fastvq.models.priors import PRIORS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 SHIPPED_DATA = "fashion-mnist"
 FULL_DATA = "fashion-mnist-full"
+# The keys of `fastvq.models.priors.PRIORS`, repeated so that reading settings imports no model.
+PRIOR_KINDS = ("transformer", "pixelcnn", "lstm")
 
 
 def _setting(default: Any, description: str) -> Any:
-    """A field whose description is also its help text on the command line."""
+    """Return a field whose description is also its help text on the command line."""
     return dataclasses.field(default=default, metadata={"help": description})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all settings of a training share: JSON and back, the fields that `Loop` reads, and the ranges of all.
+    """Base class of the settings of a training run: conversion to JSON and back, and validation of ranges.
 
-    Each field carries its description as metadata, from which the command line makes its options.
+    Each field carries its description as metadata; the command line derives its options from the fields. The annotated
+    fields are those that `Loop` reads.
 
     Raises:
-        ConfigError: a value is out of its range; the message names the field.
+        ConfigError: a value is out of range; the message names the field.
     """
 
     if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class Settings:
                 check_range(name, value)
 
     def learning_rate_at(self, step: int) -> float:
-        """Of step 0, 1, ..."""
+        """Return the learning rate of step 0, 1, ..."""
         raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
@@ -56,8 +58,8 @@ class Settings:
     def from_json(cls, settings: dict[str, Any]) -> Self:
         """Return the settings of a JSON object made by `to_json`.
 
-        What isn't there has its default: files that were coded with a model must decode with every later version, in
-        which training may have more settings.
+        A missing setting takes its default: a file coded with a model must decode with every later version, and later
+        versions may have more settings.
 
         Raises:
             ConfigError: a setting is unknown or out of range.
@@ -68,14 +70,14 @@ class Settings:
         return cls(**settings)
 
     def differences(self, other: Settings) -> dict[str, tuple[Any, Any]]:
-        """Return {name: (value here, value there)} of all settings that differ."""
+        """Return {name: (value here, value in `other`)} of all settings that differ."""
         here, there = self.to_json(), other.to_json()
         return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
 
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """Everything that decides the weights of a run: equal settings and equal data give equal weights."""
+    """Settings of a VQ-VAE and of its training: equal settings and equal data give equal weights."""
 
     data: str = _setting(
         SHIPPED_DATA, f"'{SHIPPED_DATA}' (shipped subset), '{FULL_DATA}' (Debian's) or a folder of images"
@@ -89,23 +91,23 @@ class TrainConfig(Settings):
     dim: int = _setting(64, "length of a code vector D")
     decay: float = _setting(0.99, "decay of the codebook's moving averages")
     commitment_weight: float = _setting(0.25, "weight of the commitment loss")
-    dead_code_threshold: float = _setting(1.0, "a code used less often in a batch, on average, is replaced")
+    dead_code_threshold: float = _setting(1.0, "a code used less often per batch, on average, is dead and replaced")
 
-    rotation_trick: bool = _setting(False, "rotate gradients past the bottleneck instead of copying them")
+    rotation_trick: bool = _setting(False, "rotate gradients through the bottleneck instead of copying them")
 
     width: int = _setting(96, "channels at the coarsest grid")
     residual_width: int = _setting(32, "channels inside a residual block")
     encoder_blocks: int = _setting(2, "residual blocks in the encoder")
     decoder_blocks: int = _setting(4, "residual blocks in the decoder")
-    downsamples: int = _setting(2, "strided convolutions: each halves the image's sides")
+    downsamples: int = _setting(2, "strided convolutions, each of which halves the image's sides")
 
     steps: int = _setting(3600, "optimizer steps")
-    batch_size: int = _setting(32, "images a step")
+    batch_size: int = _setting(32, "images per step")
     learning_rate: float = _setting(3e-3, "peak learning rate of Adam")
     warmup_steps: int = _setting(100, "steps of linear warm-up, before a cosine decay to zero")
-    reconstruction_variance: float = _setting(0.08, "the squared error is divided by this, about the data's variance")
+    reconstruction_variance: float = _setting(0.08, "divisor of the squared error, about the variance of the data")
     flip: bool = _setting(True, "mirror each training image with probability 1/2")
-    seed: int = _setting(0, "seed of weights, data order and the replacement of codes")
+    seed: int = _setting(0, "seed of weights, data order and replacement of dead codes")
     device: str = _setting("cpu", "torch device to train on")
 
     log_every: int = _setting(20, "steps between training records in metrics.jsonl")
@@ -116,10 +118,12 @@ class TrainConfig(Settings):
         if self.bottleneck not in ("vq", "none"):
             raise ConfigError(f"bottleneck must be 'vq' or 'none', got {self.bottleneck!r}")
         if self.data in (SHIPPED_DATA, FULL_DATA) and (self.image_size != 28 or not self.grayscale):
-            raise ConfigError(f"{self.data} is 28x28 grayscale: image_size and grayscale can't be changed")
+            raise ConfigError(f"{self.data} is 28x28 grayscale: image_size and grayscale cannot be changed")
         super().__post_init__()
         if self.image_size % 2**self.downsamples:
-            raise ConfigError(f"image_size {self.image_size} is no multiple of 2**downsamples = {2**self.downsamples}")
+            raise ConfigError(
+                f"image_size {self.image_size} is not a multiple of 2**downsamples = {2**self.downsamples}"
+            )
 
     def learning_rate_at(self, step: int) -> float:
         """Return `peak * min(1, (step + 1) / warmup) * (1 + cos(pi step / steps)) / 2` for step 0, 1, ..."""
@@ -129,41 +133,41 @@ class TrainConfig(Settings):
 
 @dataclass(frozen=True)
 class PriorConfig(Settings):
-    """Settings of a prior and of its training."""
+    """Settings of a prior over indices and of its training."""
 
-    kind: str = _setting("transformer", f"one of {', '.join(PRIORS)}")
+    kind: str = _setting("transformer", f"one of {', '.join(PRIOR_KINDS)}")
     dim: int | None = _setting(None, "width (default: the kind's own)")
     depth: int | None = _setting(None, "blocks or layers (default: the kind's own)")
     heads: int = _setting(4, "attention heads of the transformer, which divide its width")
-    dropout: float = _setting(0.1, "share of what layers hand on that is left out in training")
-    label_dropout: float = _setting(0.1, "share of samples that are learned without their label, for guidance")
+    dropout: float = _setting(0.1, "dropout rate of the layers")
+    label_dropout: float = _setting(0.1, "share of training samples without their label, which guidance needs")
 
     steps: int = _setting(1400, "optimizer steps")
-    batch_size: int = _setting(48, "grids of codes a step")
+    batch_size: int = _setting(48, "grids of indices per step")
     learning_rate: float = _setting(3e-3, "peak learning rate of AdamW")
     warmup_steps: int = _setting(50, "steps of linear warm-up, before a cosine decay to zero")
-    weight_decay: float = _setting(0.05, "of AdamW")
+    weight_decay: float = _setting(0.05, "weight decay of AdamW")
     seed: int = _setting(0, "seed of weights, data order and dropout")
     device: str = _setting("cpu", "torch device to train on")
 
     log_every: int = _setting(20, "steps between training records in prior/metrics.jsonl")
-    evaluate_every: int = _setting(350, "steps between evaluations on the held-out codes")
+    evaluate_every: int = _setting(350, "steps between evaluations on the held-out indices")
     checkpoint_every: int = _setting(350, "steps between checkpoints")
 
     def __post_init__(self) -> None:
-        if self.kind not in PRIORS:
-            raise ConfigError(f"kind must be one of {', '.join(PRIORS)}, got {self.kind!r}")
+        if self.kind not in PRIOR_KINDS:
+            raise ConfigError(f"kind must be one of {', '.join(PRIOR_KINDS)}, got {self.kind!r}")
         super().__post_init__()
 
     def learning_rate_at(self, step: int) -> float:
-        """Return `peak * (step + 1) / warmup` while that rises, then half a cosine down to zero."""
+        """Return `peak * (step + 1) / warmup` during warm-up, then half a cosine down to zero."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         left = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, left)))
 
     def model_settings(self) -> dict[str, Any]:
-        """What a prior of this kind is built from, besides the data."""
+        """Return the arguments of a prior of this kind that do not depend on the data."""
         settings: dict[str, Any] = {"dropout": self.dropout, "label_dropout": self.label_dropout}
         settings |= {name: getattr(self, name) for name in ("dim", "depth") if getattr(self, name) is not None}
         return settings | ({"heads": self.heads} if self.kind == "transformer" else {})
@@ -185,11 +189,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "decay": (0, 1),
     "seed": (0, 2**63 - 1),
 }
-"""Least and largest value of each number among the settings, of whichever training it is one."""
+"""Smallest and largest value of each numeric setting, whichever record has it."""
 
 
 def check_range(name: str, value: float) -> None:
-    """Raises a ConfigError if a number is out of the range of the setting of this name."""
+    """Raise a ConfigError if `value` is out of the range of the setting `name`."""
     low, high = _RANGES[name]
     if not low <= value <= high:
         raise ConfigError(f"{name} must be {_describe_range(low, high)}, got {value}")

@@ -1,4 +1,4 @@
-"""How good a model is on images it never saw."""
+"""Reconstruction quality and codebook usage on held-out images."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastvq.models import VQVAE, NoBottleneck
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The measures of one model on one set of images.
+    """Measures of one model on one set of images.
 
     Attributes:
         psnr_db: peak signal-to-noise ratio in dB of the mean squared error over all pixels of all images in [0, 1].
-        perplexity: exp of the entropy of the codes chosen over all images; None without a bottleneck.
-        usage: share of the codes chosen at least once; None without a bottleneck.
-        counts: (K,), int64, how often each code was chosen; (0,) without a bottleneck.
+        perplexity: exp of the entropy of the indices over all images; None without a bottleneck.
+        usage: share of codes that are chosen at least once; None without a bottleneck.
+        counts: (K,), int64, number of times each code is chosen; (0,) without a bottleneck.
     """
 
     psnr_db: float
@@ -39,8 +39,8 @@ def psnr_db(mean_squared_error: float) -> float:
 def reconstruct(model: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return the reconstructions in [0, 1] of float images (B, C, H, W), and the indices they were decoded from.
 
-    Only the integers pass from the encoder to the decoder; without a bottleneck the features do, and the indices are
-    empty. The model is in eval mode meanwhile, and afterwards in its own.
+    The decoder receives only the indices; without a bottleneck it receives the features, and the indices are empty.
+    The model runs in eval mode and returns to its previous mode.
     """
     training = model.training
     model.eval()
@@ -57,7 +57,7 @@ def reconstruct(model: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def evaluate(model: VQVAE, images: Tensor, *, batch_size: int = 250) -> Evaluation:
-    """Measure a model on uint8 images (N, C, H, W); its mode and its codebook stay as they are."""
+    """Measure a model on uint8 images (N, C, H, W); its mode and its codebook stay unchanged."""
     device = next(model.parameters()).device
     quantizer = model.bottleneck if isinstance(model.bottleneck, fastvq.VectorQuantize) else None
     codebook_size = 0 if quantizer is None else len(quantizer.codebook)

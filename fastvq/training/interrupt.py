@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the loop answers between two steps."""
+"""Ctrl-C and SIGTERM as a request to stop between two steps."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 class Interrupt:
-    """While entered, the first SIGINT or SIGTERM sets `requested`; the second one acts as usual.
+    """Context in which the first SIGINT or SIGTERM sets `requested`; the second one acts as usual.
 
-    Signals can only be caught in the main thread: in any other one `requested` stays False.
+    Signals can only be caught in the main thread: in other threads `requested` stays False.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The loop that every training here runs in, and what of it a checkpoint has to hold."""
+"""Training loop with records, evaluations and checkpoints, from which a run resumes to the last bit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +19,27 @@ from .config import Settings
 from .interrupt import Interrupt
 from .metrics import MetricsLog
 
+EvaluationT = TypeVar("EvaluationT")
 Measures = dict[str, float | None]
 
 
-class Loop:
-    """Train one model in one folder, which gets `checkpoints/` and `metrics.jsonl`.
+class Loop(Generic[EvaluationT]):
+    """Training of one model in one folder, which gets `checkpoints/` and `metrics.jsonl`.
 
-    The weights after n steps are a function of the settings and the data: however often the run was interrupted and
-    resumed, they are the same to the last bit (on one machine, on the CPU, with one number of threads). The order of
-    the data depends on seed and step alone; everything else that a step reads is in the checkpoint, torch's random
-    state included.
+    The weights after n steps are a function of the settings and the data: however often the run is interrupted and
+    resumed, they are equal to the last bit (on one machine, on the CPU, with one number of threads). The order of the
+    data depends on seed and step alone; everything else that a step reads is in the checkpoint, torch's random state
+    included.
 
-    A training says what a step is (`learn`), what happened since the last record (`recent`), how good the model is
-    on held-out data (`evaluate`), and what of its state a checkpoint has to hold besides model and optimizer.
+    A subclass defines a step (`learn`), the record of the steps since the last record (`recent`), the evaluation on
+    held-out data (`evaluate`), and the state that a checkpoint holds besides model and optimizer (`more_state`).
 
     Args:
         config: the settings.
-        model, optimizer: what learns.
-        folder: of the run.
-        identity: tells the data apart that runs learn from.
-        built_from: what else is needed to build the model again.
+        model, optimizer: the model and the optimizer of its parameters.
+        folder: folder of the run.
+        identity: fingerprint of the data; a run resumes only on data of the same fingerprint.
+        built_from: arguments of the model that the settings do not contain.
     """
 
     config: Settings
@@ -57,23 +58,23 @@ class Loop:
         self.config, self.model, self.optimizer, self.folder = config, model, optimizer, folder
         self.step, self.seconds = 0, 0.0
         self._identity, self._built_from = identity, built_from or {}
-        # Sums since the last record: what is measured, and steps. On the device, so that no step waits for them.
+        # Sums since the last record: loss, a second measure, steps. On the device, so that no step waits for them.
         self._window = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def learn(self) -> None:
-        """Learn from the batch of step `self.step`, and add what it measures to the window: the loss, another, one."""
+        """Learn from the batch of step `self.step`, and add (loss, second measure, 1) to the window."""
         raise NotImplementedError
 
     def recent(self) -> tuple[Measures, str]:
-        """The record of the steps since the last one, and the same as text for the progress bar."""
+        """Return the record of the steps since the last record, and the same as text for the progress bar."""
         raise NotImplementedError
 
-    def evaluate(self) -> tuple[Any, Measures]:
-        """How good the model is on held-out data, for `on_evaluation` and for the record."""
+    def evaluate(self) -> tuple[EvaluationT, Measures]:
+        """Return the evaluation on held-out data, and its measures for the record."""
         raise NotImplementedError
 
     def more_state(self) -> dict[str, Tensor]:
-        """Tensors besides model, optimizer, window and random state, which are restored in place."""
+        """Return tensors besides model, optimizer, window and random state, which are restored in place."""
         return {}
 
     def train_step(self) -> None:
@@ -84,11 +85,11 @@ class Loop:
         self.step += 1
 
     def begin(self, *, resume: bool) -> None:
-        """Go on from the latest checkpoint, or make sure that there is none.
+        """Continue from the latest checkpoint, or check that there is none.
 
         Raises:
-            CheckpointError: `resume` and there is no checkpoint, it is damaged, or the data are others; not `resume`
-                and the folder already holds a run.
+            CheckpointError: `resume` and there is no checkpoint, it is damaged, or the data differ; not `resume` and
+                the folder already holds a run.
             ConfigError: `resume` and the settings differ from the checkpoint's.
         """
         if resume:
@@ -96,17 +97,23 @@ class Loop:
         elif checkpoint_folders(self.folder):
             raise CheckpointError(f"{self.folder} already holds a run: resume it, or choose another folder")
 
-    def fit(self, *, on_evaluation: Callable[[Any, Any], object] | None = None, progress: bool = True) -> bool:
-        """Train to the last step; return False if Ctrl-C or SIGTERM ended the run early, with its state saved.
+    def fit(
+        self, *, on_evaluation: Callable[[Any, EvaluationT], object] | None = None, progress: bool = True
+    ) -> EvaluationT | None:
+        """Train to the last step and return the evaluation after it.
+
+        Returns None, with the state saved, if Ctrl-C or SIGTERM ends the run early. The last step is evaluated once,
+        also when a finished run is resumed.
 
         Args:
-            on_evaluation: called with this and the evaluation after each on the held-out data.
+            on_evaluation: called with this object and the evaluation after each evaluation, the last one included.
             progress: show a progress bar on stderr.
 
         Raises:
-            FloatingPointError: the loss isn't finite.
+            FloatingPointError: the loss is not finite.
         """
         config = self.config
+        evaluation: EvaluationT | None = None
         bar = require("tqdm").tqdm(
             total=config.steps, initial=self.step, unit="step", disable=not progress, dynamic_ncols=True
         )
@@ -134,15 +141,21 @@ class Loop:
                 stop = interrupt.requested
                 if last or self.step % config.checkpoint_every == 0 or stop:
                     self._check_finite()
-                    # Records first: those up to the checkpoint's step must be there whenever the checkpoint is.
+                    # Records first: those up to the checkpoint's step must be on disk whenever the checkpoint is.
                     log.flush_to_disk()
                     save(self.folder, self._checkpoint())
                 if stop:
                     break
-        return self.step == config.steps
+        if self.step < config.steps:
+            return None
+        if evaluation is None:  # the run was finished before: its record exists, its evaluation does not
+            evaluation, _ = self.evaluate()
+            if on_evaluation is not None:
+                on_evaluation(self, evaluation)
+        return evaluation
 
     def _check_finite(self) -> None:
-        """Raise before a loss that isn't finite is evaluated, or saved over a checkpoint that is good."""
+        """Raise if the loss is not finite, before the model is evaluated or replaces a good checkpoint."""
         total = float(self._window[0])
         if not math.isfinite(total):
             raise FloatingPointError(f"the loss is {total} at step {self.step}: try a lower learning_rate")
@@ -165,13 +178,13 @@ class Loop:
             listed = ", ".join(f"{name} from {old!r} to {new!r}" for name, (old, new) in changes.items())
             raise ConfigError(f"a resumed run keeps its settings, but these changed: {listed}")
         if checkpoint.data_fingerprint != self._identity:
-            raise CheckpointError(f"the data are not those that the run in {self.folder} began with")
+            raise CheckpointError(f"the data differ from those that the run in {self.folder} started with")
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
         self.model.load_state_dict(checkpoint.part("model"))
         for name, parameter in self.model.named_parameters():
             state = checkpoint.part(f"optimizer.{name}")
             if state:
-                self.optimizer.state[parameter] = {key: _laid_out_as(parameter, value) for key, value in state.items()}
+                self.optimizer.state[parameter] = {key: _in_layout_of(parameter, value) for key, value in state.items()}
         self._window.copy_(checkpoint.tensors["window.sums"])
         for name, tensor in self.more_state().items():
             tensor.copy_(checkpoint.tensors[name])
@@ -181,27 +194,27 @@ class Loop:
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of this name.
+    """Return the device of this name.
 
     Raises:
-        ConfigError: it isn't there, or torch was built without it.
+        ConfigError: the device does not exist, or torch was built without it.
     """
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device '{name}' can't be used here: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
-    """Return a moment of Adam in the parameter's device and memory format, as Adam itself would have made it."""
+def _in_layout_of(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return a moment of Adam on the parameter's device and in its memory format, as Adam itself creates it."""
     if value.shape != parameter.shape:
-        # The count of steps stays on the CPU, where reading it never waits for the device.
+        # The step count stays on the CPU, where reading it never waits for the device.
         return value
     return torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
-def forget_run(folder: Path) -> None:
-    """Delete the checkpoints and metrics of an earlier run in `folder`, and nothing else there."""
+def delete_run(folder: Path) -> None:
+    """Delete the checkpoints and metrics of an earlier run in `folder`, and nothing else."""
     for checkpoint in checkpoint_folders(folder):
         discard(checkpoint)
     (folder / "metrics.jsonl").unlink(missing_ok=True)

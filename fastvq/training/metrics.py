@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, in step order, that survives a kill and a resume without a gap or a double."""
+"""Records in metrics.jsonl: one JSON object per line, in step order, without gaps or duplicates after a resume."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Record = dict[str, Any]
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Return all complete records of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """Return all complete records of a metrics.jsonl; a last line cut off by a kill is dropped."""
     with path.open("rb") as file:
         return [json.loads(line) for line in file if line.endswith(b"\n")]
 
 
 class MetricsLog:
-    """Append records to metrics.jsonl, and scalars for TensorBoard where it is installed.
+    """Writer of metrics.jsonl, and of TensorBoard scalars if TensorBoard is installed.
 
     Args:
         folder: gets `metrics.jsonl` and, with TensorBoard, `tensorboard/`.
-        step: records of later steps are dropped first: those steps are about to be done again.
+        step: records of later steps are dropped first, as these steps will be repeated.
     """
 
     def __init__(self, folder: Path, *, step: int) -> None:
@@ -46,7 +46,7 @@ class MetricsLog:
 
     def write(self, step: int, split: str, **values: float | None) -> None:
         """Append `{"step": step, "split": split, **values}`."""
-        # A line leaves the process at once, so that a kill can't take it along.
+        # Flushed to the operating system at once, so that a killed process loses no record.
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
@@ -55,7 +55,7 @@ class MetricsLog:
                     self._tensorboard.add_scalar(f"{split}/{name}", value, step)
 
     def flush_to_disk(self) -> None:
-        """Return once all records are on disk."""
+        """Wait until all records are on disk."""
         os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricsLog:

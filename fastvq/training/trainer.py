@@ -1,8 +1,7 @@
-"""Training a VQ-VAE."""
+"""Training of a VQ-VAE."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,17 +13,15 @@ from fastvq.data.images import to_float
 from fastvq.errors import DataError
 from fastvq.models import VQVAE
 
-from .batches import batch_rows, flip_some, moved
 from .build import build_model
 from .config import TrainConfig
+from .data_order import batch_rows, flip_randomly, to_device
 from .evaluation import Evaluation, evaluate, psnr_db
 from .loop import Loop, Measures, usable_device
 
-OnEvaluation = Callable[["Trainer", Evaluation], object]
 
-
-class Trainer(Loop):
-    """Train one VQ-VAE in one folder; see `Loop` for what a run is, and how it resumes.
+class Trainer(Loop[Evaluation]):
+    """Training of one VQ-VAE in one folder; `Loop` describes runs and how they resume.
 
         loss = mean((reconstruction - x)^2) / reconstruction_variance + the bottleneck's loss
 
@@ -32,15 +29,15 @@ class Trainer(Loop):
 
     Args:
         config: the settings.
-        images: the data set, as `load_images(config)` gives it.
+        images: the data set, as returned by `load_images(config)`.
         folder: gets `checkpoints/` and `metrics.jsonl`.
-        resume: go on from the latest checkpoint in `folder`, with the same settings and data.
+        resume: continue from the latest checkpoint in `folder`, with the same settings and data.
 
     Raises:
-        DataError: the images don't fit the settings.
-        CheckpointError: `resume` and there is no checkpoint, it is damaged, or the data are others; not `resume` and
-            the folder already holds a run.
-        ConfigError: `resume` and the settings differ from the checkpoint's; the device isn't there.
+        DataError: there are fewer images than a batch needs.
+        CheckpointError: `resume` and there is no checkpoint, it is damaged, or the data differ; not `resume` and the
+            folder already holds a run.
+        ConfigError: `resume` and the settings differ from the checkpoint's; the device does not exist.
     """
 
     config: TrainConfig
@@ -52,7 +49,7 @@ class Trainer(Loop):
         self.images = images
         self.device = usable_device(config.device)
         torch.manual_seed(config.seed)
-        # With channels last the grid's vectors reach the quantizer without a copy: a quarter of a CPU step's time.
+        # In channels-last format the features reach the quantizer without a copy: a quarter of a CPU step's time.
         model = build_model(config).to(self.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._quantizer = model.bottleneck if isinstance(model.bottleneck, fastvq.VectorQuantize) else None
@@ -62,11 +59,12 @@ class Trainer(Loop):
         self.begin(resume=resume)
 
     def learn(self) -> None:
+        """Minimize the reconstruction and bottleneck losses of one batch."""
         config = self.config
         rows = batch_rows(self.step, count=len(self._train_images), batch_size=config.batch_size, seed=config.seed)
-        x = to_float(self._train_images[moved(rows, self.device)])
+        x = to_float(self._train_images[to_device(rows, self.device)])
         if config.flip:
-            x = flip_some(x, self.step, seed=config.seed)
+            x = flip_randomly(x, self.step, seed=config.seed)
         output = self.model(x)
         squared_error = (output.reconstruction - x).square().mean()
         loss = squared_error / config.reconstruction_variance + output.loss
@@ -76,6 +74,7 @@ class Trainer(Loop):
         self._window += torch.stack([loss.detach(), squared_error.detach(), torch.ones_like(loss)])
 
     def recent(self) -> tuple[Measures, str]:
+        """Return loss, PSNR and codebook usage since the last record, and a text for the progress bar."""
         loss, squared_error = (self._window[:2] / self._window[2]).tolist()
         values: Measures = {"loss": loss, "psnr_db": psnr_db(squared_error)}
         text = f"loss {loss:.3f}, PSNR {psnr_db(squared_error):.2f} dB"
@@ -88,8 +87,10 @@ class Trainer(Loop):
         return values, text
 
     def evaluate(self) -> tuple[Evaluation, Measures]:
-        found = evaluate(self.model, self.images.test)
-        return found, {"psnr_db": found.psnr_db, "perplexity": found.perplexity, "usage": found.usage}
+        """Return the evaluation on the held-out images, and its measures."""
+        result = evaluate(self.model, self.images.test)
+        return result, {"psnr_db": result.psnr_db, "perplexity": result.perplexity, "usage": result.usage}
 
     def more_state(self) -> dict[str, Tensor]:
+        """Return the counts of chosen codes since the last record."""
         return {} if self._quantizer is None else {"window.code_counts": self._quantizer.code_counts}

@@ -10,8 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +23,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastvq.cli.main import main
+from fastvq.compat import aliases
 from fastvq.demo import run as demo
 from fastvq.training.checkpoint import checkpoint_folders
+from fastvq.training.config import PriorConfig
 from fastvq.training.metrics import read_metrics
-from fastvq.training.prior import PriorConfig
 
 TINY = [
     "--codebook-size=16", "--dim=8", "--width=8", "--residual-width=4", "--encoder-blocks=1", "--decoder-blocks=1",
@@ -98,7 +102,7 @@ def test_train_then_reconstruct(tmp_path: Path, images: Path, capsys: pytest.Cap
     assert "held-out images: " in output.out
     assert "loss" in output.err
     assert "perplexity" in output.err
-    for name in ("reconstructions.png", "curves.png", "usage.png", "codes.png", "metrics.jsonl"):
+    for name in ("reconstructions.png", "curves.png", "usage.png", "indices.png", "metrics.jsonl"):
         assert (run / name).stat().st_size > 0
 
     picture = tmp_path / "held_out.png"
@@ -117,7 +121,7 @@ def test_train_without_a_bottleneck(tmp_path: Path, images: Path, capsys: pytest
     assert main([*arguments, "--bottleneck=none"]) == 0
     assert "perplexity" not in capsys.readouterr().out
     assert (run / "curves.png").exists()
-    assert not (run / "codes.png").exists()
+    assert not (run / "indices.png").exists()
 
 
 def test_a_folder_is_colour_by_default_and_resumes_from_anywhere(
@@ -130,6 +134,49 @@ def test_a_folder_is_colour_by_default_and_resumes_from_anywhere(
     monkeypatch.chdir(images)
     assert main(["train", "--out=../run", "--resume"]) == 0
     assert main(["train", "--out=../run", "--resume", "--data=../images"]) == 0
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Return the number of times that a picture is drawn or a model evaluated, by name."""
+    from fastvq.runs import plots
+    from fastvq.training import prior, trainer
+
+    counts: Counter[str] = Counter()
+
+    def counting(module: ModuleType, function: str, name: Callable[..., str]) -> None:
+        original = getattr(module, function)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            counts[name(*arguments)] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, function, call)
+
+    counting(plots, "save_figure", lambda figure, path: f"{path.parent.name}/{path.name}")
+    counting(trainer, "evaluate", lambda model, images: type(model.bottleneck).__name__)
+    counting(prior, "bits_per_index", lambda model, *_: type(model).__name__)
+    return counts
+
+
+def test_the_last_step_is_evaluated_and_drawn_once(tmp_path: Path, images: Path, calls: Counter[str]) -> None:
+    arguments = ["train", f"--out={tmp_path / 'run'}", f"--data={images}", "--image-size=16", *TINY, "--steps=6"]
+    assert main([*arguments, "--evaluate-every=3"]) == 0
+    once = {"run/curves.png": 1, "run/usage.png": 1, "run/indices.png": 1}
+    assert calls == {"VectorQuantize": 2, "run/reconstructions.png": 2, **once}
+    calls.clear()
+    assert main(["train", f"--out={tmp_path / 'run'}", "--resume"]) == 0
+    assert calls == {"VectorQuantize": 1, "run/reconstructions.png": 1, **once}
+
+
+def test_the_demo_evaluates_and_draws_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: Counter[str]
+) -> None:
+    monkeypatch.setattr(demo, "DEMO_PRIOR", SMALL_PRIOR)
+    assert main(["demo", f"--out={tmp_path / 'demo'}", *SHORT_DEMO, "--steps=2"]) == 0
+    pictures = ("reconstructions", "curves", "usage", "indices", "samples", "completions", "neighbours")
+    expected = {f"demo/{name}.png": 1 for name in pictures} | {"prior/curves.png": 1}
+    assert calls == {**expected, "VectorQuantize": 1, "NoBottleneck": 1, "TransformerPrior": 1}
 
 
 SMALL_PRIOR = PriorConfig(dim=16, depth=1)
@@ -179,7 +226,7 @@ def test_demo_writes_pictures_metrics_a_page_and_a_table(
         "reconstructions.png",
         "curves.png",
         "usage.png",
-        "codes.png",
+        "indices.png",
         "samples.png",
         "completions.png",
         "neighbours.png",
@@ -188,7 +235,7 @@ def test_demo_writes_pictures_metrics_a_page_and_a_table(
         assert (run / name).stat().st_size > 10_000
     table = capsys.readouterr().out
     assert f"{metrics['psnr_db']:.2f} dB" in table
-    assert "49 of 512, 441 bits" in table
+    assert "49 below 512, 441 bits" in table
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, images: Path) -> None:
@@ -313,11 +360,33 @@ raise SystemExit(fastvq.cli.main.main(["info"]))
     assert done.returncode == 0, done.stderr
 
 
+IDLE = ("models", "coding", "data", "training", "runs", "demo", "bench")
+"""Packages that neither `import fastvq` nor a command without need of them imports."""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import fastvq",
+        "from fastvq.cli.main import main; main(['info'])",
+        "from fastvq.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "from fastvq.cli.main import main\ntry: main(['decode', '--help'])\nexcept SystemExit: pass",
+    ],
+)
+def test_imports_wait_until_they_are_needed(code: str) -> None:
+    names = "[name for name in sys.modules if name.startswith('fastvq.')]"
+    code = f"import json, sys\n{code}\nprint(json.dumps({names}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    assert "fastvq.ops" in loaded
+    assert not [name for name in loaded if name.split(".")[1] in (*IDLE, *aliases.MODULES)]
+
+
 def test_demo_leaves_other_runs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = tmp_path / "checkpoints" / "step-00000003"
     checkpoint.mkdir(parents=True)
     assert main(["demo", f"--out={tmp_path}", "--steps=1", "--ceiling-steps=1"]) == 2
-    assert "holds a run that is no demo" in capsys.readouterr().err
+    assert "holds a run that is not a demo" in capsys.readouterr().err
     assert checkpoint.exists()
 
 

@@ -16,9 +16,9 @@ from fastvq.backends.torch import search
 from fastvq.data import Images
 from fastvq.models.priors import PRIORS
 from fastvq.ops import GRADIENTS
-from fastvq.runs.indices import Codes
 from fastvq.training import TrainConfig, Trainer
-from fastvq.training.prior import PriorConfig, PriorTrainer, bits_per_index
+from fastvq.training.config import PriorConfig
+from fastvq.training.prior import IndexData, PriorTrainer, bits_per_index
 
 READS = (RuntimeError, NotImplementedError)
 
@@ -166,7 +166,7 @@ def test_a_priors_training(kind, classes, tmp_path):
     result."""
     train, test = (torch.randint(0, 24, (count, 4, 4), dtype=torch.int32) for count in (16, 300))
     labels = [torch.arange(len(codes)) % classes if classes else None for codes in (train, test)]
-    codes = Codes(train, test, *labels)
+    codes = IndexData(train, test, *labels)
     config = PriorConfig(kind=kind, dim=16, depth=2, batch_size=8, device="meta")
     trainer = PriorTrainer(config, codes, 24, tmp_path, identity="", vectors=torch.randn(24, 8))
     assert {tensor.device.type for tensor in trainer.model.state_dict().values()} == {"meta"}

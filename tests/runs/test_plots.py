@@ -15,7 +15,7 @@ from fastvq.runs import plots
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved during a test."""
+    """Return the list to which a test's figures are added when they are saved."""
     saved: list[Figure] = []
     original = Figure.savefig
 
@@ -28,7 +28,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def texts(figure: Figure) -> str:
-    """All titles, labels and the caption of a figure."""
+    """Return all titles, labels and the caption of a figure."""
     parts = [figure.get_suptitle(), figure.get_supxlabel()]
     for axes in figure.axes:
         parts += [axes.get_title(), axes.get_xlabel(), axes.get_ylabel(), *(text.get_text() for text in axes.texts)]
@@ -38,7 +38,7 @@ def texts(figure: Figure) -> str:
 
 
 def ink(path: Path, figure: Figure, axes_index: int) -> float:
-    """Standard deviation of the saved pixels inside one panel, 0 to 255: zero for a blank one."""
+    """Return the standard deviation of the saved pixels in one panel, 0 to 255; a blank panel has 0."""
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("L"), dtype=np.float64)
     height, width = pixels.shape
@@ -59,7 +59,7 @@ def test_reconstructions(tmp_path: Path, figures: list[Figure], count: int, chan
     assert len(figure.axes) == panels
     assert "A title" in texts(figure)
     assert "A caption." in texts(figure)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["original", "from codes"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["original", "decoded"]
     assert "image 0" in texts(figure)
     assert "20.0 dB" in texts(figure)
     # Original above, reconstruction below, one line between.
@@ -79,7 +79,7 @@ def test_curves(tmp_path: Path, figures: list[Figure]) -> None:
     plots.save_curves(path, records, codebook_size=128, title="Curves")
     (figure,) = figures
     assert len(figure.axes) == 3
-    for expected in ("Curves", "loss", "PSNR (dB)", "perplexity", "step", "held-out images", "all 128 codes"):
+    for expected in ("Curves", "loss", "PSNR (dB)", "perplexity", "step", "held-out images", "uniform over 128 codes"):
         assert expected in texts(figure)
     assert [len(axes.lines) for axes in figure.axes] == [1, 2, 3]
     assert all(ink(path, figure, n) > 10 for n in range(3))
@@ -99,13 +99,13 @@ def test_bits_of_a_prior(tmp_path: Path, figures: list[Figure]) -> None:
     plots.save_bits(path, records, codebook_size=128, title="Bits")
     (figure,) = figures
     (axes,) = figure.axes
-    for expected in ("Bits", "bits a code", "step", "training batches", "held-out images", "5.00 at the end"):
+    for expected in ("Bits", "bits per index", "step", "training batches", "held-out images", "5.00 at the end"):
         assert expected in texts(figure)
-    assert "all 128 codes equally: 7.00 bits" in texts(figure)
+    assert "uniform over 128 codes: 7.00 bits" in texts(figure)
     drawn = {line.get_label(): line for line in axes.lines}
     assert drawn["held-out images"].get_xydata().tolist() == [[10, 6.0], [20, 5.5], [30, 5.0]]
     assert drawn["training batches"].get_xydata()[0].tolist() == [1, 6.9]
-    assert set(drawn["all 128 codes equally: 7.00 bits"].get_ydata()) == {7.0}
+    assert set(drawn["uniform over 128 codes: 7.00 bits"].get_ydata()) == {7.0}
     assert ink(path, figure, 0) > 10
 
 
@@ -126,14 +126,14 @@ def test_usage(tmp_path: Path, figures: list[Figure]) -> None:
     assert ink(path, figure, 0) > 10
 
 
-def test_codes(tmp_path: Path, figures: list[Figure]) -> None:
-    path = tmp_path / "codes.png"
+def test_indices(tmp_path: Path, figures: list[Figure]) -> None:
+    path = tmp_path / "indices.png"
     indices = torch.arange(18).reshape(2, 3, 3)
-    plots.save_codes(path, torch.rand(2, 1, 12, 12), indices, torch.rand(2, 1, 12, 12), torch.randn(32, 5), title="T")
+    plots.save_indices(path, torch.rand(2, 1, 12, 12), indices, torch.rand(2, 1, 12, 12), torch.randn(32, 5), title="T")
     (figure,) = figures
     assert len(figure.axes) == 6
     assert [text.get_text() for text in figure.axes[4].texts] == [str(n) for n in range(9, 18)]
-    for expected in ("original", "codes", "decoded from the codes", "3 x 3 integers below 32"):
+    for expected in ("original", "indices", "decoded from the indices", "3 x 3 indices below 32"):
         assert expected in texts(figure)
     assert all(ink(path, figure, n) > 10 for n in range(6))
 

@@ -99,7 +99,7 @@ def test_few_or_no_real_images_of_a_class(monkeypatch):
 def test_completions_keep_the_upper_half_and_draw_the_lower(monkeypatch, classes):
     images = made(classes)
     rows, names, columns = pictured(monkeypatch, picture_completions, classes, images)
-    assert columns == ["original", "its codes", "given", "drawn", "drawn", "drawn"]
+    assert columns == ["original", "decoded", "given", "sampled", "sampled", "sampled"]
     # Classes in turn and the first ones are the same here.
     assert names == list(images.test_names[:8])
     originals = images.test[:8, 0].long()

@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path: Path, damage: 
         state.unlink()
     else:
         description.write_text("{")
-    with pytest.raises(CheckpointError, match=r"step-00000002 is damaged .* delete it to go on from step-00000001"):
+    with pytest.raises(CheckpointError, match=r"step-00000002 is damaged .* delete it to continue from step-00000001"):
         checkpoint.load_latest(tmp_path)
     checkpoint.discard(latest)
     assert checkpoint.load_latest(tmp_path).step == 1

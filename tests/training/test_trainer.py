@@ -1,50 +1,26 @@
-"""Training: settings, data order, resuming bit for bit, evaluation."""
+"""Training of a VQ-VAE: resuming bit for bit, interruptions, evaluations."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-import re
 import signal
 import time
-import typing
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import fastvq
 from fastvq.data import Images
 from fastvq.errors import CheckpointError, ConfigError, DataError
 from fastvq.runs.load import load_model
-from fastvq.training import (
-    TrainConfig,
-    Trainer,
-    build_model,
-    checkpoint,
-    evaluate,
-    psnr_db,
-)
-from fastvq.training.batches import batch_rows, flip_some
-from fastvq.training.config import PriorConfig, Settings
-from fastvq.training.evaluation import reconstruct
-from fastvq.training.loop import forget_run
+from fastvq.training import Evaluation, Trainer, checkpoint, evaluate
+from fastvq.training.loop import delete_run
 from fastvq.training.metrics import read_metrics
 
-# 392 vectors a batch for 16 codes: with this threshold some code is replaced at random in nearly every step.
-TINY = TrainConfig(
-    codebook_size=16, dim=8, dead_code_threshold=20, width=8, residual_width=4, encoder_blocks=1, decoder_blocks=1,
-    steps=12, batch_size=8, warmup_steps=2, log_every=2, evaluate_every=6, checkpoint_every=4,
-)  # fmt: skip
-
-
-def tiny_images(seed: int = 0) -> Images:
-    pixels = torch.randint(0, 256, (60, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return Images("noise", pixels[:40], pixels[40:], tuple(f"image {n}" for n in range(20)))
+from .tiny import TINY, tiny_images
 
 
 def assert_same_state(a: Trainer, b: Trainer) -> None:
@@ -65,75 +41,8 @@ def stop_after(trainer: Trainer, steps: int) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     trainer.train_step = step_and_interrupt
-    assert not trainer.fit(progress=False)
+    assert trainer.fit(progress=False) is None
     assert trainer.step == steps
-
-
-# Settings
-
-
-def test_settings_survive_json() -> None:
-    assert TrainConfig.from_json(json.loads(json.dumps(TINY.to_json()))) == TINY
-    older = TINY.to_json()
-    del older["seed"]
-    assert TrainConfig.from_json(older) == dataclasses.replace(TINY, seed=TrainConfig().seed)
-    with pytest.raises(ConfigError, match="settings of another version of fastvq: sede"):
-        TrainConfig.from_json(older | {"sede": 1})
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("codebook_size", 0), ("dim", 0), ("steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("decay", 1.5),
-     ("seed", -1), ("test_fraction", 1.0), ("bottleneck", "fsq"), ("image_size", 30), ("learning_rate", math.nan)],
-)  # fmt: skip
-def test_a_setting_out_of_range_is_named(name: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=name):
-        TrainConfig(**{name: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("kind", "oracle", "one of transformer, pixelcnn, lstm, got 'oracle'"),
-        ("dim", 0, "at least 1, got 0"),
-        ("depth", -2, "at least 1, got -2"),
-        ("heads", 0, "at least 1, got 0"),
-        ("dropout", 1.0, "at least 0 and below 1, got 1.0"),
-        ("label_dropout", -0.1, "at least 0 and below 1, got -0.1"),
-        ("steps", 0, "at least 1, got 0"),
-        ("learning_rate", 0.0, "positive, got 0.0"),
-        ("warmup_steps", -1, "at least 0, got -1"),
-        ("weight_decay", -0.05, "at least 0, got -0.05"),
-        ("seed", 2**63, f"between 0 and {2**63 - 1}, got {2**63}"),
-    ],
-)
-def test_a_priors_setting_out_of_range_is_named(name: str, value: object, message: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{name} must be {re.escape(message)}$"):
-        PriorConfig(**{name: value})
-
-
-@pytest.mark.parametrize("settings", [TrainConfig, PriorConfig])
-def test_every_number_has_a_range(settings: type[Settings]) -> None:
-    # Of a folder the size of the images is free.
-    given = {"data": "folder"} if settings is TrainConfig else {}
-    for name, kind in typing.get_type_hints(settings).items():
-        if kind not in (str, bool):
-            with pytest.raises(ConfigError, match=f"^{name} must be "):
-                settings(**given, **{name: math.nan})
-    assert PriorConfig(dropout=0, label_dropout=0, warmup_steps=0, weight_decay=0).dim is None
-
-
-def test_an_image_size_that_the_strides_do_not_divide_is_refused() -> None:
-    with pytest.raises(ConfigError, match="image_size 30 is no multiple"):
-        TrainConfig(data="folder", image_size=30)
-
-
-def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
-    rates = [TINY.learning_rate_at(step) for step in range(TINY.steps + 1)]
-    assert rates[0] == pytest.approx(TINY.learning_rate / 2)
-    assert max(rates) < TINY.learning_rate
-    assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert rates[-1] == pytest.approx(0, abs=1e-12)
 
 
 def test_each_step_has_its_learning_rate(tmp_path: Path) -> None:
@@ -141,45 +50,6 @@ def test_each_step_has_its_learning_rate(tmp_path: Path) -> None:
     for step in range(4):
         trainer.train_step()
         assert [group["lr"] for group in trainer.optimizer.param_groups] == [TINY.learning_rate_at(step)]
-
-
-# Data order
-
-
-@given(st.integers(1, 50), st.integers(1, 50), st.integers(0, 9))
-def test_an_epoch_shows_no_image_twice(count: int, batch_size: int, seed: int) -> None:
-    if batch_size > count:
-        with pytest.raises(ValueError, match="batch_size"):
-            batch_rows(0, count=count, batch_size=batch_size, seed=seed)
-        return
-    steps = count // batch_size
-    rows = [batch_rows(step, count=count, batch_size=batch_size, seed=seed) for step in range(2 * steps)]
-    for epoch in (rows[:steps], rows[steps:]):
-        seen = torch.cat(epoch)
-        assert len(seen.unique()) == len(seen) == steps * batch_size
-        assert 0 <= seen.min() <= seen.max() < count
-
-
-def test_order_and_flips_depend_on_seed_and_step_alone() -> None:
-    def rows(step: int, seed: int) -> torch.Tensor:
-        return batch_rows(step, count=100, batch_size=10, seed=seed)
-
-    first = rows(13, 5)
-    torch.manual_seed(99)
-    rows(2, 5)
-    assert torch.equal(rows(13, 5), first)
-    assert not torch.equal(rows(13, 6), first)
-    assert not torch.equal(rows(3, 5), first)
-
-    images = torch.rand(400, 1, 4, 4)
-    flipped = flip_some(images, 3, seed=1)
-    assert torch.equal(flip_some(images, 3, seed=1), flipped)
-    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
-    assert torch.equal(flipped[~mirrored], images[~mirrored])
-    assert 140 < mirrored.sum() < 260
-
-
-# Resuming
 
 
 @pytest.mark.parametrize("bottleneck", ["vq", "none"])
@@ -235,7 +105,7 @@ def test_resuming_with_other_settings_or_images_is_refused(tmp_path: Path) -> No
     stop_after(Trainer(TINY, tiny_images(), tmp_path), 4)
     with pytest.raises(ConfigError, match="batch_size from 8 to 10, seed from 0 to 1"):
         Trainer(dataclasses.replace(TINY, batch_size=10, seed=1), tiny_images(), tmp_path, resume=True)
-    with pytest.raises(CheckpointError, match="not those that the run"):
+    with pytest.raises(CheckpointError, match="the data differ from those that the run"):
         Trainer(TINY, tiny_images(seed=5), tmp_path, resume=True)
 
 
@@ -246,7 +116,7 @@ def test_a_run_is_not_begun_on_top_of_another(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="already holds a run"):
         Trainer(TINY, tiny_images(), tmp_path)
     (tmp_path / "mine.txt").touch()
-    forget_run(tmp_path)
+    delete_run(tmp_path)
     assert Trainer(TINY, tiny_images(), tmp_path).step == 0
     assert (tmp_path / "mine.txt").exists()
 
@@ -288,43 +158,6 @@ def test_the_second_ctrl_c_acts_as_usual(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-# Evaluation
-
-
-def test_psnr() -> None:
-    assert psnr_db(0.01) == pytest.approx(20)
-    assert psnr_db(1.0) == 0
-    assert psnr_db(0.0) == math.inf
-
-
-def test_evaluation_is_of_all_pixels_and_all_codes_whatever_the_batches() -> None:
-    torch.manual_seed(1)
-    model = build_model(TINY)
-    images = tiny_images().train
-    x = images.float() / 255
-    model(x)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    result = evaluate(model, images, batch_size=7)
-
-    assert model.training
-    assert model.bottleneck.training
-    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    restored, indices = reconstruct(model, x)
-    assert result.psnr_db == pytest.approx(psnr_db((restored - x).square().mean().item()), abs=1e-4)
-    assert torch.equal(result.counts, torch.bincount(indices.flatten(), minlength=16))
-    share = result.counts[result.counts > 0] / result.counts.sum()
-    assert result.perplexity == pytest.approx(math.exp(-(share * share.log()).sum()), rel=1e-5)
-    assert result.usage == pytest.approx((result.counts > 0).float().mean().item())
-    assert restored.min() >= 0
-    assert restored.max() <= 1
-
-
-def test_the_ceiling_has_no_codes() -> None:
-    result = evaluate(build_model(dataclasses.replace(TINY, bottleneck="none")), tiny_images().test)
-    assert (result.perplexity, result.usage, result.counts.numel()) == (None, None, 0)
-    assert 0 < result.psnr_db < 20
-
-
 def test_a_trained_model_loads_from_its_folder(tmp_path: Path) -> None:
     trainer = Trainer(TINY, tiny_images(), tmp_path)
     trainer.fit(progress=False)
@@ -346,3 +179,24 @@ def test_training_lowers_the_error_on_held_out_images(tmp_path: Path) -> None:
     before = evaluate(trainer.model, images.test).psnr_db
     trainer.fit(progress=False)
     assert evaluate(trainer.model, images.test).psnr_db > before + 6
+
+
+@pytest.mark.parametrize("steps", [12, 13])
+def test_every_step_is_evaluated_at_most_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    evaluated = []
+    original = Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda trainer: (evaluated.append(trainer.step), original(trainer))[1])
+    config = dataclasses.replace(TINY, steps=steps)
+    shown: list[tuple[int, Evaluation]] = []
+
+    def show(trainer: Trainer, evaluation: Evaluation) -> None:
+        shown.append((trainer.step, evaluation))
+
+    last = Trainer(config, tiny_images(), tmp_path).fit(on_evaluation=show, progress=False)
+    assert evaluated == [step for step, _ in shown] == ([6, 12] if steps == 12 else [6, 12, 13])
+    assert shown[-1][1] is last
+
+    again = Trainer(config, tiny_images(), tmp_path, resume=True).fit(on_evaluation=show, progress=False)
+    assert evaluated[len(shown) - 1 :] == [steps]
+    assert shown[-1] == (steps, again)
+    assert again.psnr_db == last.psnr_db

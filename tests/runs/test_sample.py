@@ -13,11 +13,11 @@ from fastvq import coding
 from fastvq.cli.main import main
 from fastvq.data import load_folder
 from fastvq.models import TransformerPrior
-from fastvq.runs import sample_files as samples
-from fastvq.runs.load import load_model
-from fastvq.training import prior as priors
+from fastvq.runs import indices
+from fastvq.runs import sample as samples
+from fastvq.runs.load import load_model, load_prior
+from fastvq.runs.train_prior import train_prior
 from fastvq.training.config import PriorConfig
-from fastvq.training.prior import load_prior, train_prior
 
 from ..tiny_runs import tiny_run
 
@@ -28,7 +28,7 @@ CONFIG = PriorConfig(steps=2, batch_size=8, dim=16, depth=1, heads=2)
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A run with a prior, of images without classes."""
+    """Return a run with a prior, of images without classes."""
     run, _ = tiny_run(tmp_path_factory.mktemp("plain"), count=30, grayscale=False)
     train_prior(run, CONFIG, progress=False)
     return run
@@ -36,9 +36,9 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classed(tmp_path_factory):
-    """The same of images of three classes."""
+    """Return a run with a prior, of images of three classes."""
     run, folder = tiny_run(tmp_path_factory.mktemp("classed"), count=30, grayscale=True)
-    original = priors.load_images
+    original = indices.load_images
 
     def with_labels(config):
         images = original(config)
@@ -49,7 +49,7 @@ def classed(tmp_path_factory):
         return dataclasses.replace(images, train_labels=train, test_labels=test, test_names=names)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(priors, "load_images", with_labels)
+        patch.setattr(indices, "load_images", with_labels)
         patch.setattr(samples, "load_images", with_labels)
         train_prior(run, CONFIG, progress=False)
         yield run
@@ -72,7 +72,7 @@ def files(folder):
 def test_codes_are_those_of_the_prior(classed, tmp_path, capsys):
     codes = sample(classed, tmp_path / "new" / "codes.npy", "--temperature=0.8", "--guidance=1.5", "--seed=3")
     assert (codes.shape, codes.dtype) == ((100, 4, 4), np.int64)
-    assert "codes of shape (100, 4, 4), row n of class n mod 3" in capsys.readouterr().out
+    assert "indices of shape (100, 4, 4), row n of class n mod 3" in capsys.readouterr().out
     settings = {"temperature": 0.8, "guidance": 1.5, "generator": torch.Generator().manual_seed(3)}
     expected = load_prior(classed)[0].sample(100, torch.arange(100) % 3, **settings)
     assert np.array_equal(codes, expected.numpy())
@@ -168,9 +168,9 @@ def test_sampled_codes_go_through_files(plain, tmp_path, how):
         (["--out=x.npy", "--label=-1"], "label must be between 0 and 2, got -1"),
         (["--out=x.png", "--count=5"], "count: a picture shows some samples of each class"),
         (["--out=x.PNG", "--label=1"], "label: a picture shows some samples of each class"),
-        (["--out=x.npy", "--complete"], "complete: draws a picture, for which out ends in .png, got x.npy"),
+        (["--out=x.npy", "--complete"], "complete: draws a picture, whose out ends in .png, got x.npy"),
         (["--out=x", "--complete"], "complete: draws a picture"),
-        (["--out=x.jpg"], "out must end in .png (a picture), .npy (codes) or without a suffix (a folder), got x.jpg"),
+        (["--out=x.jpg"], "out must end in .png (a picture), .npy (indices) or have no suffix (a folder), got x.jpg"),
         (["--out=there"], "there exists: choose another folder"),
         (["--out=x", "--seed=-1"], f"seed must be between 0 and {2**63 - 1}, got -1"),
         (["--out=x.npy", f"--seed={2**64}"], f"got {2**64}"),
@@ -191,7 +191,7 @@ def test_what_cannot_be_is_named(classed, tmp_path, monkeypatch, capsys, options
 
 def test_no_classes_no_label(plain, tmp_path, capsys):
     assert main(["sample", str(plain), f"--out={tmp_path}/x", "--label=0"]) == 2
-    assert "label: this prior was learned without classes, got 0" in capsys.readouterr().err
+    assert "label: this prior was trained without classes, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("out", ["x.npy", "x"])

@@ -1,4 +1,4 @@
-"""Which images a step sees: a pure function of the seed and the step, so that a resumed run sees the same ones."""
+"""Data order as a pure function of seed and step, so that a resumed run sees the same images."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def _epoch_order(seed: int, epoch: int, count: int) -> Tensor:
 
 
 def batch_rows(step: int, *, count: int, batch_size: int, seed: int) -> Tensor:
-    """Return the rows (batch_size,) that step 0, 1, ... learns from.
+    """Return the rows (batch_size,) of the batch of step 0, 1, ...
 
-    Every epoch is a fresh permutation of all `count` rows, cut into batches; the last, incomplete one is left out.
+    Every epoch is a fresh permutation of all `count` rows, cut into batches; the last, incomplete one is dropped.
 
     Raises:
         ValueError: `batch_size` is larger than `count`.
@@ -34,13 +34,13 @@ def batch_rows(step: int, *, count: int, batch_size: int, seed: int) -> Tensor:
     return _epoch_order(seed, epoch, count)[position * batch_size : (position + 1) * batch_size]
 
 
-def moved(batch: Tensor, device: torch.device) -> Tensor:
-    """Return a batch on a device. From the CPU it gets there without waiting for what the device has still to do."""
-    # The other way nothing would say when it has arrived.
+def to_device(batch: Tensor, device: torch.device) -> Tensor:
+    """Return a batch on a device; a copy from the CPU does not wait for the work queued there."""
+    # A non-blocking copy to the CPU would be read before it has arrived.
     return batch.to(device, non_blocking=batch.device.type == "cpu")
 
 
-def flip_some(images: Tensor, step: int, *, seed: int) -> Tensor:
-    """Return images (B, C, H, W) with each mirrored left to right with probability 1/2."""
+def flip_randomly(images: Tensor, step: int, *, seed: int) -> Tensor:
+    """Return images (B, C, H, W), each mirrored left to right with probability 1/2."""
     coins = torch.rand(len(images), generator=_generator(seed, "flip", step)) < 0.5
-    return torch.where(moved(coins, images.device)[:, None, None, None], images.flip(-1), images)
+    return torch.where(to_device(coins, images.device)[:, None, None, None], images.flip(-1), images)

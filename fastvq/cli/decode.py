@@ -1,0 +1,35 @@
+"""`fastvq decode`: a coded file back to images, or to an array of indices."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastvq.errors import CodingError
+
+SUMMARY = "decode a file to images, or to an array of indices"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument("source", type=Path, metavar="IN", help="the coded file")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder for images, or an .npy file for indices")
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR", dest="run_folder", help="the run whose model decodes the images"
+    )
+    parser.add_argument("--max-indices", type=int, metavar="N", help="refuse a file of more (default: 67108864)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Decode a file to images or to an array."""
+    from fastvq.runs.decode import decode_array, decode_images
+
+    limit = {} if options.max_indices is None else {"max_indices": options.max_indices}
+    if options.out.suffix == ".npy":
+        lines = decode_array(options.source, options.out, run=options.run_folder, **limit)
+    elif options.run_folder is None:
+        raise CodingError("--run: needed to decode images, by the model of that run; for indices, OUT ends in .npy")
+    else:
+        lines = decode_images(options.run_folder, options.source, options.out, **limit)
+    print("\n".join(lines))
+    return 0

@@ -1,0 +1,61 @@
+"""`fastvq sample`: new images, sampled from a run's prior."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastvq.errors import ConfigError
+
+SUMMARY = "sample new images from a run's prior"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.description = (
+        "Samples new images from a run's prior. The suffix of OUT decides what is written: .png, a picture of some"
+        " samples of each class beside real images; .npy, the indices alone, which `fastvq encode` accepts; no suffix,"
+        " a new folder of PNG files, with a subfolder for each class."
+    )
+    parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="a .png, an .npy or a new folder")
+    parser.add_argument(
+        "--count", type=int, metavar="N", help="number of samples in an .npy or a folder (default: 100)"
+    )
+    parser.add_argument(
+        "--label",
+        type=int,
+        metavar="L",
+        help="class of the samples in an .npy or a folder, from 0 (default: each class in turn)",
+    )
+    parser.add_argument(
+        "--complete", action="store_true", help="draw completions of held-out images from their upper halves"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="below 1 for likelier samples (default: 1)")
+    parser.add_argument("--top-k", type=int, help="sample from the K likeliest codes only (default: all)", metavar="K")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the likeliest codes whose probabilities sum to P (default: 1)",
+    )
+    parser.add_argument("--guidance", type=float, default=1.0, help="above 1 to favour the class (default: 1)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="equal seeds give equal samples, and a smaller N the first samples of a larger one (default: 0)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Sample from the prior of a run, and write the samples."""
+    from fastvq.runs.sample import sample_run
+
+    given = ("count", "label", "complete", "seed", "temperature", "top_k", "top_p", "guidance")
+    try:
+        lines = sample_run(options.run_folder, options.out, **{name: getattr(options, name) for name in given})
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print("\n".join(lines))
+    return 0

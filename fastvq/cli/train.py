@@ -1,0 +1,70 @@
+"""`fastvq train`: a VQ-VAE, trained on images."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import INTERRUPTED
+from .options import add_settings, given_settings
+
+if TYPE_CHECKING:
+    from fastvq.training import TrainConfig
+
+SUMMARY = "train a VQ-VAE on images"
+# A folder holds photographs rather than the small grey images that the defaults are for.
+_FOLDER_SETTINGS: dict[str, Any] = {"image_size": 64, "grayscale": False}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    from fastvq.training.config import TrainConfig
+
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in --out")
+    add_settings(parser, TrainConfig)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, and draw the pictures of the run."""
+    from fastvq.runs.pictures import picture_reconstructions, picture_run
+    from fastvq.training import Evaluation, Trainer, load_images
+
+    config = _settings(options)
+    images = load_images(config)
+    trainer = Trainer(config, images, options.out, resume=options.resume)
+    print(f"{images.name}: {len(images.train)} training images, {len(images.test)} held out")
+    pictures: list[Path] = []
+
+    def draw(trainer: Trainer, evaluation: Evaluation) -> None:
+        step = trainer.step
+        pictures[:] = [picture_reconstructions(options.out, trainer.model, images, evaluation, step=step)]
+
+    evaluation = trainer.fit(on_evaluation=draw)
+    if evaluation is None:
+        again = f"fastvq train --out {shlex.quote(str(options.out))} --resume"
+        print(f"stopped at step {trainer.step}, saved; continue with: {again}")
+        return INTERRUPTED
+    pictures += picture_run(trainer, evaluation)
+    perplexity = "" if evaluation.perplexity is None else f", perplexity {evaluation.perplexity:.0f}"
+    print(f"{len(images.test)} held-out images: {evaluation.psnr_db:.2f} dB{perplexity}")
+    print("pictures: " + ", ".join(str(path) for path in pictures))
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> TrainConfig:
+    """Return the requested settings; those not given are the resumed run's own, or the defaults."""
+    from fastvq.training.checkpoint import load_latest
+    from fastvq.training.config import FULL_DATA, SHIPPED_DATA, TrainConfig
+
+    given = given_settings(options, TrainConfig)
+    data = given.get("data", SHIPPED_DATA)
+    if data not in (SHIPPED_DATA, FULL_DATA):
+        # A run that is resumed from another working directory must find the same folder.
+        given["data"] = str(Path(data).resolve())
+    if options.resume:
+        return dataclasses.replace(load_latest(options.out).config, **given)
+    return TrainConfig(**(given if data in (SHIPPED_DATA, FULL_DATA) else _FOLDER_SETTINGS | given))

@@ -1,0 +1,202 @@
+"""A run's prior: exact resume, states that are whole, settings, and the commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from PIL import Image
+
+from fastvq.cli.main import main
+from fastvq.errors import CheckpointError, ConfigError
+from fastvq.models.priors import PRIORS
+from fastvq.runs.load import load_model, load_prior
+from fastvq.runs.train_prior import delete_prior, train_prior
+from fastvq.training import TrainConfig, Trainer, load_images
+from fastvq.training.checkpoint import load_latest
+from fastvq.training.config import PriorConfig
+from fastvq.training.prior import PriorTrainer, bits_per_index
+
+from ..tiny_runs import tiny_run
+
+TINY = PriorConfig(
+    steps=6, batch_size=8, dim=16, depth=1, heads=2, warmup_steps=2, log_every=2, evaluate_every=3, checkpoint_every=3
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return a run of a few steps on a folder of images."""
+    return tiny_run(tmp_path_factory.mktemp("prior"), count=40, grayscale=True)[0]
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """Return a copy of the run that a test may change."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def weights(run):
+    return load_prior(run)[0].state_dict()
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.mark.parametrize("kind", PRIORS)
+def test_interrupted_and_resumed_equals_uninterrupted(run, monkeypatch, kind):
+    config = dataclasses.replace(TINY, kind=kind)
+    assert train_prior(run, config, progress=False) is not None
+    whole = weights(run)
+    delete_prior(run)
+    assert not list((run / "prior").glob("indices*"))
+    assert not list((run / "prior" / "checkpoints").iterdir())
+    original = PriorTrainer.train_step
+
+    def step_and_interrupt(trainer):
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PriorTrainer, "train_step", step_and_interrupt)
+        assert train_prior(run, config, progress=False) is None
+    torch.manual_seed(99)
+    assert not equal(weights(run), whole)
+    again = train_prior(run, resume=True, progress=False)
+    assert equal(again.prior.state_dict(), whole)
+    assert equal(weights(run), whole)
+    assert 0 < again.bits_per_index < 10
+    assert again.bits_per_index == bits_per_index(again.prior, again.data.test, again.data.test_labels)
+
+
+def test_states_that_cannot_be_used(run):
+    with pytest.raises(CheckpointError, match="has no prior yet: fastvq prior"):
+        load_prior(run)
+    train_prior(run, TINY, progress=False)
+    state = max((run / "prior").glob("checkpoints/*")) / "state.safetensors"
+    whole = state.read_bytes()
+    for spoilt in (whole[:100], whole[:-10], b"", b"\xff" * 200):
+        state.write_bytes(spoilt)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            load_prior(run)
+    state.write_bytes(whole)
+    load_prior(run)
+    other = next((run / "checkpoints").glob("step-*"))
+    config = TrainConfig(**json.loads((other / "checkpoint.json").read_text())["config"])
+    shutil.rmtree(run / "checkpoints")
+    (run / "metrics.jsonl").unlink()
+    Trainer(dataclasses.replace(config, seed=1), load_images(config), run).fit(progress=False)
+    with pytest.raises(CheckpointError, match="the prior of another model"):
+        load_prior(run)
+    assert train_prior(run, TINY, progress=False) is not None
+    load_prior(run)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"heads": 3}, "heads: must divide dim=16, got 3"),
+        ({"batch_size": 1000}, "batch_size 1000 is more than the"),
+        ({"device": "warp"}, "device 'warp' cannot be used here: "),
+    ],
+)
+def test_settings_that_cannot_be(run, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        train_prior(run, dataclasses.replace(TINY, **settings), progress=False)
+
+
+def test_a_prior_starts_from_the_codebook(run, monkeypatch):
+    trainers = []
+    monkeypatch.setattr(PriorTrainer, "fit", lambda trainer, **_: trainers.append(trainer))
+    train_prior(run, TINY, progress=False)
+    vectors = load_model(run)[0].bottleneck.codebook
+    torch.manual_seed(TINY.seed)
+    expected = PRIORS[TINY.kind](24, (4, 4), vectors=vectors, **TINY.model_settings())
+    assert trainers[0].model.head.weight.abs().max() > 0
+    assert equal(trainers[0].model.state_dict(), expected.state_dict())
+
+
+def options(config):
+    """Return a record of settings as options of the command line."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in config.to_json().items() if value is not None]
+
+
+def test_commands(run, tmp_path, capsys):
+    assert main(["sample", str(run), f"--out={tmp_path}/s.png"]) == 2
+    assert "has no prior yet" in capsys.readouterr().err
+    assert main(["prior", str(run), *options(dataclasses.replace(TINY, steps=3))]) == 0
+    said = capsys.readouterr().out
+    assert "bits per index" in said
+    assert f"picture: {run / 'prior' / 'curves.png'}" in said
+    with Image.open(run / "prior" / "curves.png") as image:
+        assert min(image.size) > 300
+    learned = load_latest(run / "prior", PriorConfig)
+    assert learned.config == dataclasses.replace(TINY, steps=3)
+    assert main(["prior", str(run), "--resume", "--steps=4", "--kind=lstm", "--dim=16", "--dropout=0.2"]) == 2
+    changed = "kind transformer, not lstm, dropout 0.1, not 0.2, steps 3, not 4"
+    assert f"a resumed prior keeps its settings: {changed}\n" in capsys.readouterr().err
+    assert main(["prior", str(run), "--resume", *options(dataclasses.replace(TINY, steps=3))]) == 0
+    for name, more in (("s", []), ("c", ["--complete", "--temperature=0.8", "--top-k=5", "--seed=3"])):
+        assert main(["sample", str(run), f"--out={tmp_path}/{name}.png", *more]) == 0
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert min(image.size) > 300
+    assert main(["sample", str(run), f"--out={tmp_path}/x.png", "--top-p=0"]) == 2
+    assert "top_p: must lie in (0, 1], got 0.0" in capsys.readouterr().err
+    assert main(["sample", str(run), f"--out={tmp_path}/x.png", "--guidance=2"]) == 2
+    assert "guidance: of 2.0 needs labels" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--device=warp"], "device 'warp' cannot be used here: "),
+        (["--heads=3", "--dim=16"], "heads: must divide dim=16, got 3"),
+        (["--batch-size=1000"], "batch_size 1000 is more than the"),
+        (["--dropout=1"], "dropout must be at least 0 and below 1, got 1.0"),
+        (
+            ["--compare=1", "--steps=3", "--resume"],
+            "--compare trains each kind from the start for equal time: omit steps, re",
+        ),
+        (["--compare=nan"], "seconds must be positive and finite, got nan"),
+        (
+            ["--compare=1", "--device=meta"],
+            "device must be 'cpu' where kinds are compared by processor time, got 'meta'",
+        ),
+    ],
+)
+def test_a_prior_stays_where_its_successor_cannot_be(run, given, message, capsys):
+    train_prior(run, TINY, progress=False)
+    kept, records = weights(run), (run / "prior" / "metrics.jsonl").read_bytes()
+    assert main(["prior", str(run), *given]) == 2
+    assert message in capsys.readouterr().err
+    assert equal(weights(run), kept)
+    assert (run / "prior" / "metrics.jsonl").read_bytes() == records
+
+
+def test_states_of_other_versions(run):
+    train_prior(run, TINY, progress=False)
+    kept = weights(run)
+    path = sorted((run / "prior" / "checkpoints").glob("*/checkpoint.json"))[-1]
+    description = json.loads(path.read_text())
+    del description["config"]["device"]
+    path.write_text(json.dumps(description))
+    assert equal(weights(run), kept)
+    path.write_text(json.dumps(description | {"config": description["config"] | {"mood": 1}}))
+    with pytest.raises(CheckpointError, match=r"step-\d+: settings of another version of fastvq: mood") as said:
+        load_prior(run)
+    assert "delete" not in str(said.value)
+
+
+def test_a_prior_comes_back_to_the_cpu(run, monkeypatch):
+    monkeypatch.setattr(PriorTrainer, "fit", lambda trainer, **_: bool(trainer.model.to("meta")))
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        train_prior(run, TINY, progress=False)

@@ -1,0 +1,85 @@
+"""Settings: JSON and back, ranges, learning-rate schedules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import typing
+
+import pytest
+
+from fastvq.errors import ConfigError
+from fastvq.models.priors import PRIORS
+from fastvq.training.config import PRIOR_KINDS, PriorConfig, Settings, TrainConfig
+
+from .tiny import TINY
+
+
+def test_settings_survive_json() -> None:
+    assert TrainConfig.from_json(json.loads(json.dumps(TINY.to_json()))) == TINY
+    older = TINY.to_json()
+    del older["seed"]
+    assert TrainConfig.from_json(older) == dataclasses.replace(TINY, seed=TrainConfig().seed)
+    with pytest.raises(ConfigError, match="settings of another version of fastvq: sede"):
+        TrainConfig.from_json(older | {"sede": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("codebook_size", 0), ("dim", 0), ("steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("decay", 1.5),
+     ("seed", -1), ("test_fraction", 1.0), ("bottleneck", "fsq"), ("image_size", 30), ("learning_rate", math.nan)],
+)  # fmt: skip
+def test_a_setting_out_of_range_is_named(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=name):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("kind", "oracle", "one of transformer, pixelcnn, lstm, got 'oracle'"),
+        ("dim", 0, "at least 1, got 0"),
+        ("depth", -2, "at least 1, got -2"),
+        ("heads", 0, "at least 1, got 0"),
+        ("dropout", 1.0, "at least 0 and below 1, got 1.0"),
+        ("label_dropout", -0.1, "at least 0 and below 1, got -0.1"),
+        ("steps", 0, "at least 1, got 0"),
+        ("learning_rate", 0.0, "positive, got 0.0"),
+        ("warmup_steps", -1, "at least 0, got -1"),
+        ("weight_decay", -0.05, "at least 0, got -0.05"),
+        ("seed", 2**63, f"between 0 and {2**63 - 1}, got {2**63}"),
+    ],
+)
+def test_a_priors_setting_out_of_range_is_named(name: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} must be {re.escape(message)}$"):
+        PriorConfig(**{name: value})
+
+
+@pytest.mark.parametrize("settings", [TrainConfig, PriorConfig])
+def test_every_number_has_a_range(settings: type[Settings]) -> None:
+    # The images of a folder may have any size.
+    given = {"data": "folder"} if settings is TrainConfig else {}
+    for name, kind in typing.get_type_hints(settings).items():
+        if kind not in (str, bool):
+            with pytest.raises(ConfigError, match=f"^{name} must be "):
+                settings(**given, **{name: math.nan})
+    assert PriorConfig(dropout=0, label_dropout=0, warmup_steps=0, weight_decay=0).dim is None
+
+
+def test_an_image_size_that_the_strides_do_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigError, match="image_size 30 is not a multiple"):
+        TrainConfig(data="folder", image_size=30)
+
+
+def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
+    rates = [TINY.learning_rate_at(step) for step in range(TINY.steps + 1)]
+    assert rates[0] == pytest.approx(TINY.learning_rate / 2)
+    assert max(rates) < TINY.learning_rate
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_kinds_are_those_of_the_models() -> None:
+    assert tuple(PRIORS) == PRIOR_KINDS
