@@ -104,7 +104,7 @@ def two_hundred_steps_of_a_layer_built_before_the_group() -> None:
 
 
 @scenario
-def two_hundred_steps_of_residual_levels() -> None:
+def two_hundred_steps_of_residual_stages() -> None:
     layer = fastvq.ResidualVQ(
         dim=DIM, num_quantizers=4, codebook_size=16, kmeans_init=True, threshold_ema_dead_code=0.5,
         quantize_dropout=True, decay=0.9,
@@ -112,13 +112,13 @@ def two_hundred_steps_of_residual_levels() -> None:
     for step in range(200):
         with collectives() as called:
             indices = layer(batch(step))[1]
-        if any(not level._codebook._ready for level in layer.layers):
-            continue  # dropout may leave levels for a later first step
+        if any(not stage._codebook._ready for stage in layer.layers):
+            continue  # dropout may leave stages for a later first step
         kept = int((indices >= 0).any(0).any(0).sum()) if indices.numel() else 0
-        assert len({int(n) for n in gathered(torch.tensor(kept)) if n}) <= 1, "ranks keep different levels"
+        assert len({int(n) for n in gathered(torch.tensor(kept)) if n}) <= 1, "ranks keep different stages"
         if step > 30:
             assert called == ["all_reduce"], (step, called)
-    assert all(level._codebook._ready for level in layer.layers)
+    assert all(stage._codebook._ready for stage in layer.layers)
     assert_same_everywhere(layer)
 
 

@@ -84,17 +84,17 @@ def test_quantization_error_of_a_layer(options, weight):
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("sizes", [(8, 8, 8), (8, 4, 6)])
-def test_levels_report_apart(sizes, shared):
+def test_stages_report_apart(sizes, shared):
     if shared and len(set(sizes)) > 1:
         sizes = (8, 8)
     layer = fastvq.ResidualVQ(dim=5, codebook_size=sizes, shared_codebook=shared)
     x = torch.randn(3, 9, 5)
     indices = layer(x)[1]
-    for level, size in enumerate(sizes):
-        counts = torch.bincount(indices[..., level].flatten(), minlength=size)
-        assert torch.equal(layer.code_counts[level, :size], counts)
-        close(layer.perplexity()[level], perplexity(counts))
-        close(layer.usage()[level], usage(counts))
+    for stage, size in enumerate(sizes):
+        counts = torch.bincount(indices[..., stage].flatten(), minlength=size)
+        assert torch.equal(layer.code_counts[stage, :size], counts)
+        close(layer.perplexity()[stage], perplexity(counts))
+        close(layer.usage()[stage], usage(counts))
     assert layer.code_counts.shape == (len(sizes), 8)
     assert (layer.quantization_error() > 0).all()
     layer.reset_health()

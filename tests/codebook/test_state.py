@@ -127,7 +127,7 @@ def test_weights_that_do_not_fit():
 @pytest.mark.parametrize("ema", [True, False])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_codebook_without_weight_stays_to_the_bit(ema, compiled):
-    """As a level that quantize dropout left out, beside one that learns."""
+    """As a stage that quantize dropout left out, beside one that learns."""
     torch._dynamo.reset()
     codebooks = [Codebook(D, K, ema_update=ema, replacement=Replacement(0.5)) for _ in range(2)]
     for codebook in codebooks:  # as replacement leaves them: averages that give slightly other codes

@@ -13,7 +13,7 @@ from ..cases import close, generator
 
 vqp = pytest.importorskip("vector_quantize_pytorch", reason="vector_quantize_pytorch isn't installed")
 
-DIM, SIZE, LEVELS = 6, 16, 4
+DIM, SIZE, STAGES = 6, 16, 4
 MASK = torch.rand(2, 20, generator=generator(7)) < 0.6
 SGD = functools.partial(torch.optim.SGD, lr=0.3)
 
@@ -23,7 +23,7 @@ def batch(*shape, seed=0):
 
 
 def pair(**options):
-    options = {"dim": DIM, "codebook_size": SIZE, "num_quantizers": LEVELS, **options}
+    options = {"dim": DIM, "codebook_size": SIZE, "num_quantizers": STAGES, **options}
     torch.manual_seed(0)
     theirs = vqp.ResidualVQ(**options)
     ours = fastvq.ResidualVQ(**options)
@@ -39,9 +39,9 @@ OPTIONS = {
     "shared": {"shared_codebook": True},
     "cosine": {"use_cosine_sim": True},
     "straight through": {"rotation_trick": False},
-    "gradient through levels": {"quant_grad_frac": 0.5},
+    "gradient through stages": {"quant_grad_frac": 0.5},
     "learnable": LEARNABLE,
-    "learnable, gradient through levels": {"quant_grad_frac": 0.3, **LEARNABLE},
+    "learnable, gradient through stages": {"quant_grad_frac": 0.3, **LEARNABLE},
     "dropout": {"quantize_dropout": True},
     "dropout, learnable": {"quantize_dropout": True, "quantize_dropout_multiple_of": 2, **LEARNABLE},
     "orthogonal": {"orthogonal_reg_weight": 3.0},
@@ -92,7 +92,7 @@ def assert_equal_state(ours, theirs):
     beams = ours.beam_size is not None and not ours.layers[0].learnable_codebook
     for name, tensor in expected.items():
         if beams and (ours.shared_codebook or not name.startswith("layers.0.")):
-            continue  # after a beam search, theirs learns at the first level alone
+            continue  # after a beam search, theirs learns at the first stage alone
         torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -110,14 +110,14 @@ def test_codebooks_learn_from_what_the_beam_chose():
         before, x = ours.codebooks.clone(), batch().flatten(0, 1)
         indices = ours(x)[1]
         residual, size, total = x, torch.ones(SIZE), before[0].clone()
-        for level, (codes, chosen) in enumerate(zip(before, indices.unbind(-1), strict=True)):
+        for stage, (codes, chosen) in enumerate(zip(before, indices.unbind(-1), strict=True)):
             if not shared:
-                size, total = torch.ones(SIZE), before[level].clone()
+                size, total = torch.ones(SIZE), before[stage].clone()
             size = 0.8 * size + 0.2 * torch.bincount(chosen, minlength=SIZE)
             total = 0.8 * total + 0.2 * torch.zeros_like(codes).index_add_(0, chosen, residual)
-            if not shared or level == LEVELS - 1:
-                close(ours.layers[level]._codebook.cluster_size[0], size)
-                close(ours.layers[level]._codebook.embed_avg[0], total)
+            if not shared or stage == STAGES - 1:
+                close(ours.layers[stage]._codebook.cluster_size[0], size)
+                close(ours.layers[stage]._codebook.embed_avg[0], total)
             residual = residual - codes[chosen]
 
 
@@ -184,16 +184,16 @@ def test_masks_equal_the_peer(kind):
 @pytest.mark.parametrize("kind", ["plain", "projected", "beam", "implicit", "learnable", "diveq"])
 def test_images_and_their_masks_are_sequences(kind):
     images = fastvq.ResidualVQ(
-        dim=DIM, codebook_size=SIZE, num_quantizers=LEVELS, accept_image_fmap=True, **OPTIONS[kind]
+        dim=DIM, codebook_size=SIZE, num_quantizers=STAGES, accept_image_fmap=True, **OPTIONS[kind]
     )
-    sequences = fastvq.ResidualVQ(dim=DIM, codebook_size=SIZE, num_quantizers=LEVELS, **OPTIONS[kind])
+    sequences = fastvq.ResidualVQ(dim=DIM, codebook_size=SIZE, num_quantizers=STAGES, **OPTIONS[kind])
     sequences.load_state_dict(images.state_dict())
     x, mask = batch(2, DIM, 4, 5), MASK.view(2, 4, 5)
     torch.manual_seed(0)
     quantized, indices, losses = images(x, mask)
     torch.manual_seed(0)
     expected, expected_indices, expected_losses = sequences(x.flatten(2).transpose(1, 2), MASK)
-    assert torch.equal(indices, expected_indices.view(2, 4, 5, LEVELS))
+    assert torch.equal(indices, expected_indices.view(2, 4, 5, STAGES))
     close(quantized.detach(), expected.transpose(1, 2).reshape(x.shape).detach())
     close(losses.detach(), expected_losses.detach())
 
@@ -223,13 +223,13 @@ def test_a_beam_as_wide_as_all_ways_is_the_best_of_them():
     first, second = ours.codebooks
     sums = (first[:, None] + second).flatten(0, 1)
     best = (x[0, :, None].double() - sums.double()).square().sum(-1).argmin(1)
-    # Within a level the score counts both errors: weigh the first out.
+    # Within a stage the score counts both errors: weigh the first out.
     ours.beam_score_weights = (0.0, 1.0)
     indices = ours(x)[1][0]
     assert torch.equal(indices[:, 0] * 5 + indices[:, 1], best)
 
 
-def test_kmeans_goes_level_by_level_with_beams():
+def test_kmeans_goes_stage_by_stage_with_beams():
     ours = fastvq.ResidualVQ(
         dim=DIM, codebook_size=SIZE, num_quantizers=3, kmeans_init=True, beam_size=3, use_cosine_sim=False, decay=1.0
     )
@@ -286,25 +286,25 @@ def test_soft_losses(options):
 
 @pytest.mark.parametrize("kind", ["plain", "cosine", "implicit", "projected", "dropout"])
 def test_cross_entropy_of_given_indices(kind):
-    """vector_quantize_pytorch fails here. Level by level, of what the levels before leave over."""
+    """vector_quantize_pytorch fails here. Stage by stage, of what the stages before leave over."""
     ours = pair(**OPTIONS[kind])[0]
-    x, targets = batch().requires_grad_(), torch.randint(-1, SIZE, (2, 20, LEVELS), generator=generator(4))
+    x, targets = batch().requires_grad_(), torch.randint(-1, SIZE, (2, 20, STAGES), generator=generator(4))
     with torch.no_grad():
         codes = ours.eval()(x, return_all_codes=True)[3]
     quantized, loss = ours.train()(x, indices=targets, freeze_codebook=True)
     residual, total, expected = ours.project_in(x), 0, 0
-    for level in range(LEVELS):
-        codebook = ours.codebooks[level].detach()
+    for stage in range(STAGES):
+        codebook = ours.codebooks[stage].detach()
         table = codebook[None, None]
-        if kind == "implicit" and level:
-            table = ours.mlps[level - 1](codebook, condition=torch.as_tensor(total)[:, :, None])
+        if kind == "implicit" and stage:
+            table = ours.mlps[stage - 1](codebook, condition=torch.as_tensor(total)[:, :, None])
         inputs = torch.nn.functional.normalize(residual, dim=-1) if kind == "cosine" else residual
         difference = inputs[:, :, None] - table
         logits = (inputs[:, :, None] * table).sum(-1) if kind == "cosine" else -difference.norm(dim=-1)
         expected = expected + torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets[..., level].flatten(), ignore_index=-1
+            logits.flatten(0, 1), targets[..., stage].flatten(), ignore_index=-1
         )
-        residual, total = residual - codes[level], total + codes[level]
+        residual, total = residual - codes[stage], total + codes[stage]
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     loss.backward()
     assert x.grad.any()

@@ -72,7 +72,7 @@ def test_refuses_by_name():
         pair()[0](vectors(2, 12, 13))
 
 
-def test_health_of_every_group_and_level():
+def test_health_of_every_group_and_stage():
     ours = pair()[0]
     ours(vectors(2, 30, 12))
     assert ours.code_counts.shape == (3, 4, 16)

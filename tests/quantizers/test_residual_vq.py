@@ -120,7 +120,7 @@ def test_bad_and_masked_rows_touch_nothing():
         assert torch.equal(a, b)
 
 
-def test_kmeans_goes_level_by_level():
+def test_kmeans_goes_stage_by_stage():
     layer = fastvq.ResidualVQ(dim=12, num_quantizers=3, codebook_size=16, kmeans_init=True, decay=1.0)
     x = vectors(4, 100, 12)
     layer(x)
@@ -230,7 +230,7 @@ def test_updates_kept_for_a_commit(options):
         assert torch.equal(value, before[name]), name
     kept.commit_ema_update()
     assert not torch.equal(kept.layers[0].codebook, before["layers.0._codebook.embed"][0])
-    if not options.get("shared_codebook"):  # whose levels take turns when they learn from one batch
+    if not options.get("shared_codebook"):  # whose stages take turns when they learn from one batch
         whole(batches.flatten(0, 1))
         for name, value in whole.state_dict().items():
             torch.testing.assert_close(kept.state_dict()[name], value)
