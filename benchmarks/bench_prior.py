@@ -1,5 +1,8 @@
-"""Sampling from priors, in codes a second: with what earlier places computed kept, recomputed for every code, and by
-the loop that a plain GPT is sampled with; and training steps, in codes a second, against that GPT's."""
+"""Speed of priors, in indices a second.
+
+Sampling with what earlier places computed kept, recomputed for every index, and by the loop that a plain GPT is
+sampled with; training steps beside that GPT's.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Layers on a few vectors, as streaming codecs and small models have them: what is timed is mostly what surrounds the
-arithmetic. Beside vector_quantize_pytorch in the same state, each result checked first.
+"""Layers on a few vectors, as in streaming codecs, beside vector_quantize_pytorch in the same state.
 
-Batches vary and learning starts afresh every round: on one batch for ever, most codes would die.
+Most of the time goes into the operations around the arithmetic. Each result is checked first. Batches vary and
+learning starts afresh every round, since on one batch forever most codes would die.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKAGES = ("fastvq", "vector_quantize_pytorch")
 
 
 def built(name, package):
-    """The layer of this package, with codes as spread as the vectors, and batches for it."""
+    """Return the layer of this package, with codes as spread as the vectors, and batches for it."""
     options, shape = LAYERS[name]
     torch.manual_seed(0)
     layer = getattr(fastvq, name)(**options)

@@ -69,7 +69,7 @@ def batches(images: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
 
 
 def curve(model: Autoencoder, layer: nn.Module, data: Iterator[Tensor]) -> list[float]:
-    """The reconstruction loss of each step of training, in units of the images' variance."""
+    """Return the reconstruction loss of each training step, in units of the images' variance."""
     optimizer = torch.optim.AdamW([*model.parameters(), *layer.parameters()], lr=2e-3)
     losses = []
     for images in data:
@@ -96,13 +96,13 @@ class Curves(NamedTuple):
         return max(abs(ours / theirs - 1) for ours, theirs in pairs)
 
     def apart(self, tolerance: float = 1e-3) -> int | None:
-        """The first step whose losses differ by more, relatively."""
+        """Return the first step whose losses differ by more than a relative tolerance."""
         pairs = zip(self.fastvq, self.peer, strict=True)
         return next((i for i, (a, b) in enumerate(pairs) if abs(a / b - 1) > tolerance), None)
 
 
 def compare(name: str, steps: int = STEPS, seed: int = 0) -> Curves:
-    """The curves of `LAYERS[name]` of both libraries."""
+    """Return the curves of `LAYERS[name]` of both libraries."""
     import vector_quantize_pytorch as peer
 
     torch.manual_seed(seed)

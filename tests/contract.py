@@ -71,7 +71,7 @@ def assert_checkpoints_load_both_ways(ours, theirs):
 
 
 def assert_bad_rows_are_left_out(layer, x, axis=-1):
-    """A row with NaN or an infinity is treated as one that is masked out, in results, gradients and health."""
+    """Assert that non-finite rows are treated like masked ones in results, gradients and statistics."""
     bad, mask = x.clone(), torch.ones(x.movedim(axis, -1).shape[:-1], dtype=torch.bool)
     for place, column, value in (((0, 1), 0, torch.nan), ((-1, 3), -1, torch.inf), ((-1, 0), 0, -torch.inf)):
         bad.movedim(axis, -1)[(*place, column)] = value
@@ -102,7 +102,7 @@ def assert_copies_go_on_alike(layer, x):
 
 
 def assert_half_works(make, x, dtype):
-    """The layer cast to half precision takes and gives it, and has finite gradients."""
+    """Assert that the layer cast to half precision takes and returns it, and has finite gradients."""
     layer = make().to(dtype)
     results, x_grad, grads = step(layer, x.to(dtype))
     assert results[0].dtype == dtype == x_grad.dtype

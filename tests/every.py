@@ -76,7 +76,7 @@ def make(kind: str, seed: int = 0) -> torch.nn.Module:
 
 
 def tensors(results: Any) -> list[torch.Tensor]:
-    """The tensors of nested tuples and dicts, in order."""
+    """Return the tensors of nested tuples and dicts, in order."""
     if isinstance(results, torch.Tensor):
         return [results]
     if isinstance(results, dict):

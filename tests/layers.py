@@ -21,7 +21,7 @@ def batch(*shape, seed=0):
 
 
 def state(module):
-    """A copy, code counts included."""
+    """Return a copy of the state, code counts included."""
     return {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
 
 

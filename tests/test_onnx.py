@@ -56,7 +56,7 @@ def of_searches(x, codebook, codebooks, mask):
 
 @pytest.fixture(scope="module")
 def searches(tmp_path_factory):
-    """The file of `Searches` in a dtype, written once."""
+    """Return the file of `Searches` in a dtype, written once."""
     written = {}
 
     def path(dtype):

@@ -54,7 +54,7 @@ def wrong(tensor):
 
 
 def variants(name):
-    """The call with one argument replaced, for each argument."""
+    """Return the call with one argument replaced, for each argument."""
     arguments, options = CALLS[name]
     for i, value in enumerate(arguments):
         for other in replacements(value):
@@ -114,7 +114,7 @@ def test_an_index_out_of_range(name, prefix):
 
 
 def strided(tensor):
-    """The same values with other strides."""
+    """Return the same values with other strides."""
     return torch.stack([tensor, torch.full_like(tensor, 7)], -1)[..., 0] if tensor.dim() else tensor
 
 

@@ -41,7 +41,7 @@ def one_long_row(n, k, d):
 
 
 def bad_second_half(n, k, d):
-    """The first rows promise what the others don't keep."""
+    """Return data whose first rows suit the tier that the others defeat."""
     x, codes = near_copies(n, k, d, 64, 1e-3)
     codes[: k // 2] = torch.randn(k // 2, d, generator=torch.Generator().manual_seed(1))
     x[: n // 2] = codes[: k // 2].repeat(n // k + 1, 1)[: n // 2]

@@ -27,7 +27,7 @@ DIM, SIZE = 8, 32
 
 
 def pair(kind="VectorQuantize", **options):
-    """fastvq's layer and its peer, in the same state, training."""
+    """Return fastvq's layer and its peer, in the same state, in training mode."""
     options = {"dim": DIM, "codebook_size": SIZE, **options}
     theirs, ours = getattr(vqp, kind)(**options), getattr(fastvq, kind)(**options)
     ours.load_state_dict(theirs.state_dict())
@@ -79,8 +79,10 @@ def best_seconds(function, repeats=5):
 
 @pytest.mark.machine
 def test_time_of_a_training_step():
-    """Beside the bare product of x and the codes. `make bench` measures it properly, with targets; this bound is
-    lenient, for machines that do something else too."""
+    """Compare a step with the bare product of x and the codes.
+
+    `make bench` measures it properly, with targets; this bound is lenient, for machines with other load.
+    """
     ours, theirs = pair(dim=64, codebook_size=512)
     x = batch(1, 8192, 64)
     codes, product = torch.randn(64, 512), torch.empty(8192, 512)
@@ -222,8 +224,11 @@ def test_graph_breaks(kind):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_programs_in_eval():
-    """torch.export. torch.jit.script, which torch has deprecated, fails here too; what torch.jit.trace makes can be
-    saved and loaded (tests/quantizers/test_export.py)."""
+    """Test torch.export.
+
+    torch.jit.script, which torch has deprecated, fails here too. Results of torch.jit.trace can be saved and loaded
+    (tests/quantizers/test_export.py).
+    """
     ours, theirs = (layer.eval() for layer in pair())
     x = batch()
     program = torch.export.export(ours, (x,)).module()

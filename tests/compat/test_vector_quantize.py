@@ -15,7 +15,7 @@ DIM, SIZE = 8, 20
 
 
 def pair(**options):
-    """fastvq's layer and its peer, in the same state."""
+    """Return fastvq's layer and its peer, in the same state."""
     theirs = vqp.VectorQuantize(DIM, SIZE, **options)
     ours = fastvq.VectorQuantize(DIM, SIZE, **options)
     ours.load_state_dict(theirs.state_dict(), strict=True)

@@ -1,5 +1,7 @@
-"""Every option of `VectorQuantize` beside vector_quantize_pytorch's, over training steps: outputs, losses, gradients,
-state, checkpoints both ways."""
+"""Every option of `VectorQuantize` beside vector_quantize_pytorch's, over training steps.
+
+Outputs, losses, gradients and state are compared, and checkpoints in both directions.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ def batch(*shape, seed=0):
 
 
 def pair(**options):
-    """fastvq's layer and its peer, in the same state."""
+    """Return fastvq's layer and its peer, in the same state."""
     torch.manual_seed(0)
     theirs = vqp.VectorQuantize(DIM, SIZE, **options)
     ours = fastvq.VectorQuantize(DIM, SIZE, **options)
@@ -186,8 +188,11 @@ SOFT = {
 
 @pytest.mark.parametrize("kind", SOFT)
 def test_soft_losses(kind):
-    """With a codebook that stays: theirs moves it in place before the backward pass, whose gradient is then that of
-    codes which weren't compared."""
+    """Compare the soft losses with a frozen codebook.
+
+    The peer moves its codebook in place before the backward pass, whose gradient is then that of codes that were not
+    compared.
+    """
     ours, theirs = pair(**{"ema_update": False, **SOFT[kind]})
     for seed in range(3):
         shape = (2, DIM, 2, 3, 4) if "video" in kind else ()

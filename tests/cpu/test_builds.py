@@ -49,7 +49,7 @@ def isa_sources(isas: list[str]) -> list[tuple[Path, str, list[str]]]:
 
 
 def run_checks(cxx: str, out: Path, isas: list[str], *flags: str, runner: tuple[str, ...] = ()) -> None:
-    """Builds the torch-free sources with `flags` and runs the programs of tests/native on them."""
+    """Build the torch-free sources with `flags` and run the programs of tests/cpu on them."""
     exact = ["-ffp-contract=off"]
     kernels = [path for path in sorted(CSRC.glob("*.cpp")) if path.name not in ("isa.cpp", "bindings.cpp")]
     sources = isa_sources(isas) + [(path, path.stem + ".o", exact) for path in kernels]

@@ -39,7 +39,7 @@ class Failed(Exception):
 
 @functools.cache
 def missing() -> str:
-    """What the emulator needs and this machine lacks, empty if nothing."""
+    """Return what the emulator needs and this machine lacks, empty if nothing."""
     cxx = next(filter(shutil.which, CXX), None)
     if cxx is None:
         return f"needs a C++ compiler: {' or '.join(CXX)}"
@@ -66,13 +66,13 @@ _directories: list[tempfile.TemporaryDirectory] = []
 
 
 def scratch() -> Path:
-    """A directory that is there until Python ends."""
+    """Return a directory that exists until Python ends."""
     _directories.append(tempfile.TemporaryDirectory(prefix="fastvq-cuda-"))
     return Path(_directories[-1].name)
 
 
 def build(variant: str, kernels: Path = CSRC) -> Path:
-    """The program, from the kernels in another directory maybe."""
+    """Build the program, by default from the kernels of the repository."""
     cxx = next(filter(shutil.which, CXX))
     program = scratch() / "emulate"
     command = [
@@ -132,10 +132,10 @@ def run(
     calls: Iterable[Call], *, order: str = "forward", seed: int = 0, processors: int = 3, unit: str = "rounding",
     shared: int = 99 << 10, by: Path | None = None, mutant: int = 0, timeout: float = 300,
 ) -> list[list[Tensor]]:  # fmt: skip
-    """The results of each call.
+    """Return the results of each call.
 
     Raises:
-        Failed: the emulator or a sanitizer found something.
+        Failed: the emulator or a sanitizer reported an error.
     """
     calls = list(calls)
     sent = b"".join(call.op.encode() + b"".join(call.sent) for call in calls)
@@ -182,8 +182,10 @@ def min_distance(distances: Tensor, x: Tensor, codes: Tensor) -> Call:
 
 
 def search(x: Tensor, codebook: Tensor, metric: str = "l2", path: str = "automatic") -> Call:
-    """Returns the indices, and how many rows of the first head each of two scans leaves open, -1 without one. `path`
-    are the kernels that it is forced through; "three_products" is "matrix" without its first scan."""
+    """Return the indices, and the uncertified rows of the first head after each of two scans, -1 without one.
+
+    `path` names the kernels that the search is forced through; "three_products" is "matrix" without its first scan.
+    """
     heads = x.shape[0] if x.dim() == 3 else 1
     call = Call("sear").integers(heads, x.shape[-2], *codebook.shape[-2:], int(metric == "dot")).text(path)
     call.tensor(x, typed=True).tensor(codebook, typed=True)

@@ -53,7 +53,7 @@ def library():
 
 
 def answer(op, columns=LARGEST_DIM):
-    """What the emulator's program says of each kernel, in two numbers."""
+    """Return the two numbers that the emulator's program prints for each kernel."""
     done = subprocess.run(
         [str(emulation.program())],
         input=op.encode() + (Call("").integers(columns).sent[0] if op == "need" else b""),

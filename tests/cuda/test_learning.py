@@ -80,7 +80,7 @@ def test_an_index_out_of_range_is_an_assertion(bad):
 
 
 def state(k, d, g):
-    """A codebook, its averages and the statistics of a step."""
+    """Return a codebook, its averages and the statistics of a step."""
     counts = torch.randint(0, 5, (k,), generator=g).float()
     size = torch.rand(k, generator=g) * (torch.rand(k, generator=g) < 0.7)
     averages = torch.randn(k, d, generator=g), size, torch.randn(k, d, generator=g)

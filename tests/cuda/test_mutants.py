@@ -253,7 +253,7 @@ MUTANTS = (
 
 @functools.cache
 def mutated() -> Path:
-    """A copy of the kernels that can make each of the mistakes."""
+    """Return a copy of the kernels that can make each of the mistakes."""
     copy = emulation.scratch()
     for path in CSRC.glob("*.*h"):
         shutil.copy(path, copy)

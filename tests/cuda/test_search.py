@@ -41,7 +41,7 @@ SOME = ("gaussian", "duplicate_codes", "rounded_midpoints", "offset", "far_codes
 
 
 def wrong(path, given, **options):
-    """The names of the cases in which some index isn't the specification's."""
+    """Return the names of the cases in which an index differs from the specification's."""
     calls = [emulation.search(x, codebook, metric, path) for _, x, codebook, metric, _ in given]
     answers = run(calls, shared=SMALL_MEMORY, **options)
     return [case[0] for case, (found, *_) in zip(given, answers, strict=True) if not torch.equal(found, case[-1])]

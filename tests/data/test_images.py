@@ -26,7 +26,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 @pytest.fixture
 def idx_root(tmp_path: Path) -> Path:
-    """A data set in the form of the Debian package: 60 training and 40 test images, their classes in turn."""
+    """Write a data set in the form of the Debian package: 60 training and 40 test images, their classes in turn."""
     random = np.random.default_rng(0)
     for split, count in (("train", 60), ("t10k", 40)):
         write_idx(tmp_path / f"{split}-images-idx3-ubyte.gz", random.integers(0, 256, (count, 28, 28), np.uint8))

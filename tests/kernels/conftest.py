@@ -17,7 +17,7 @@ def device():
 
 @pytest.fixture(autouse=True)
 def _numpy_warnings():
-    """numpy says what float arithmetic does with infinities, where a GPU is silent."""
+    """Silence numpy's warnings about infinities, which a GPU does not report."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="numpy")

@@ -8,10 +8,10 @@ from triton.runtime import interpreter
 
 
 def tensor_core(a, b, c, *, block, guard):
-    """a b + c as NVIDIA's tensor cores compute it from float16: `block` exact products and the sum so far are aligned
-    to the largest of them, cut off `guard` bits below float32's last, added, and the sum is cut off to float32.
+    """Return a b + c as NVIDIA's tensor cores compute it from float16.
 
-    Source: Khattak and Mikaitis, arXiv 2512.07004.
+    `block` exact products and the sum so far are aligned to the largest of them, truncated `guard` bits below
+    float32's last, and added; the sum is truncated to float32. Source: Khattak and Mikaitis, arXiv 2512.07004.
     """
     a, b, total = a.astype(np.float64), b.astype(np.float64), c.astype(np.float64)
     for first in range(0, a.shape[1], block):
@@ -23,19 +23,21 @@ def tensor_core(a, b, c, *, block, guard):
 
 
 def exponent(values):
-    """The exponent of the leading bit; a small one for zero."""
+    """Return the exponent of the leading bit; a small one for zero."""
     return np.maximum(np.frexp(values)[1] - 1, -133)
 
 
 def cut(values):
-    """Rounded to float32 towards zero."""
+    """Round to float32 towards zero."""
     quantum = np.ldexp(1.0, exponent(np.abs(values)) - 23)
     return np.trunc(values / quantum) * quantum
 
 
 def at_the_limit(a, b, c, *, share):
-    """a b + c with an error of `share` of what the bound allows for so many products, up or down by turns of the
-    column, as if every unit of it were drawn. Products with zero are exact everywhere."""
+    """Return a b + c with an error of `share` of the bound, up or down by turns of the column.
+
+    Every unit of the bound is used up; products with zero are exact.
+    """
     products = ((a != 0).any(0) & (b != 0).any(1)).sum()
     a, b = a.astype(np.float64), b.astype(np.float64)
     exact, size = a @ b, np.abs(a) @ np.abs(b)
@@ -44,7 +46,7 @@ def at_the_limit(a, b, c, *, share):
 
 
 def flushing(a, b, c):
-    """Takes float16 subnormals for zero, as some AMD units do."""
+    """Replace float16 subnormals by zero, as some AMD units do."""
     a, b = (np.where(np.abs(t.astype(np.float32)) < 2.0**-14, 0, t).astype(np.float64) for t in (a, b))
     return (a @ b + c).astype(np.float32)
 

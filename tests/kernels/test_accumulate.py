@@ -15,8 +15,10 @@ MARGIN = 512
 
 
 def guard(monkeypatch):
-    """What kernels are given to write holds NaNs before, and lies between margins that nothing may write. In those
-    stand ones, which could be an index, since nothing may go by them either."""
+    """Put NaNs into the output of a kernel, and margins around it that nothing may write.
+
+    The margins hold ones, which could be an index, since nothing may read them either.
+    """
     buffers = []
 
     def new_empty(self, *shape, dtype=None, device=None):
@@ -102,8 +104,10 @@ def test_skipped_rows_over_borders(count, device, poison):
 
 
 def test_a_code_depends_on_nothing_but_its_rows(device):
-    """Not on where they stand among the sorted rows, nor on what else there is. Of rows that cancel only the roundings
-    are left, which another order would change."""
+    """Test that the position of rows among the sorted ones, and other rows, do not matter.
+
+    Rows that cancel leave only the roundings, which another order would change.
+    """
     large = 1e12 * torch.randn(3 * PIECE + 7, 4, generator=generator()).double()
     order = torch.randperm(2 * len(large), generator=generator())
     x, more = torch.cat([large, -large])[order].to(device), rows(PIECE + 100, 4).double().to(device)

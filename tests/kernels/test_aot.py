@@ -1,5 +1,7 @@
-"""The compile gate reads machine code rightly, and each of its checks fails where it should: on records made up for it,
-and on kernels that are really compiled, in processes of their own: this one may be interpreting."""
+"""The compile gate reads machine code correctly, and each of its checks fails where it should.
+
+Records are made up for it, and kernels are compiled in processes of their own, since this one may be interpreting.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,7 @@ _scan:                                  ; @_scan
 
 
 def record(**other):
-    """What a sound scan leaves behind on sm_90."""
+    """Return the record of a sound scan on sm_90."""
     config = {
         "BLOCK_N": 128,
         "BLOCK_K": 64,

@@ -34,7 +34,7 @@ def vectors(shape, spread=0.3):
 
 @pytest.fixture
 def native():
-    """The native backend's indices, whose own tests compare it with the specification."""
+    """Return the native backend's indices, which its own tests compare with the specification."""
     return lambda x, codebook: fastvq.search(x.cpu(), codebook.cpu())
 
 

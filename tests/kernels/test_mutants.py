@@ -108,7 +108,7 @@ MUTANTS = {
 
 
 def load(directory):
-    """The package in `directory` under a name of its own."""
+    """Import the package in `directory` under a name of its own."""
     name = f"mutant_{directory.parent.name}".replace("-", "_")
     spec = importlib.util.spec_from_file_location(
         name, directory / "__init__.py", submodule_search_locations=[str(directory)]

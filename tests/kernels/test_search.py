@@ -18,7 +18,7 @@ SHAPES = [(5, 9, 3), (7, 75, 33), (6, 130, 8)]
 
 
 def mismatch(x, codebook, device, metric="l2", search=kernels.search):
-    """What the kernels' indices differ in from the specification's; empty if in nothing."""
+    """Return the differences between the kernels' indices and the specification's, empty if there are none."""
     expected = reference.search(x, codebook, metric=metric)
     actual = search(x.to(device), codebook.to(device), metric=metric).cpu()
     assert (actual.dtype, actual.shape) == (torch.int64, expected.shape)
@@ -234,8 +234,11 @@ def test_as_matrix_units_compute(data, model, monkeypatch):
 
 @models.needs_interpreter
 def test_a_wrong_product_is_mended_within_the_bound_and_noticed_beyond(monkeypatch):
-    """A matrix unit that is as wrong as the bound allows changes no index, however many rows it leaves open; one that
-    is a thousand times as wrong does, so that these tests would see it."""
+    """Test matrix units with errors at the bound and beyond.
+
+    One that is as wrong as the bound allows changes no index, however many rows stay uncertified; one that is a
+    thousand times as wrong does, so that these tests would notice it.
+    """
     x, codebook = ADVERSARIAL["rounded_midpoints"](60, 75, 33, generator())
     models.use(monkeypatch, lambda a, b, c: models.at_the_limit(a, b, c, share=0.9))
     assert not mismatch(x, codebook, "cpu")
