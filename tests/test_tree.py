@@ -1,0 +1,158 @@
+"""The rooms of the tree: each op has a file of its own name in each, and nothing builds on the specification."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fastvq import ops
+from fastvq.backends import native
+
+ROOT = Path(__file__).parent.parent
+
+
+def file_of(op: str) -> str:
+    """Return the name of an op's files: forward and backward share one, and a trailing underscore is dropped."""
+    return op.removesuffix("_forward").removesuffix("_backward").removesuffix("_")
+
+
+OPS = [name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))]
+FILES = sorted({file_of(op) for op in OPS})
+DIFFERENTIABLE = {file_of(op) for op in OPS if op.endswith("_backward")}
+
+# The files beside those of the ops.
+SHARED = {
+    "fastvq/ops": {"registry", "checks"},
+    "fastvq/backends/reference": set(),
+    "fastvq/backends/torch": set(),
+    "fastvq/functional": set(),
+}
+
+
+def stems(folder: str, *suffixes: str) -> set[str]:
+    return {path.stem for path in (ROOT / folder).iterdir() if path.suffix in suffixes and path.stem != "__init__"}
+
+
+def test_the_ops_are_found():
+    assert {"search", "residual_quantize", "ema_update"} <= set(FILES)
+    assert {"quantize", "soft_assign"} <= DIFFERENTIABLE < set(FILES)
+
+
+@pytest.mark.parametrize("folder", ["fastvq/ops", "fastvq/backends/reference", "fastvq/backends/torch"])
+def test_every_op_has_a_file_and_no_file_another_name(folder):
+    assert stems(folder, ".py") == SHARED[folder] | set(FILES)
+
+
+def test_every_differentiable_op_has_a_file_of_functions():
+    assert stems("fastvq/functional", ".py") == DIFFERENTIABLE
+    for name in DIFFERENTIABLE:
+        source = (ROOT / f"fastvq/functional/{name}.py").read_text()
+        assert "torch.autograd.Function" in source, name
+
+
+def test_every_op_has_a_test():
+    assert {f"test_{name}" for name in FILES} <= stems("tests/ops", ".py")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("package", ["fastvq.ops", "fastvq.backends.reference", "fastvq.backends.torch"])
+def test_the_file_holds_the_op(package, op):
+    module = importlib.import_module(f"{package}.{file_of(op)}")
+    assert inspect.unwrap(getattr(module, op)).__module__ == module.__name__
+
+
+@pytest.mark.parametrize(
+    ("folder", "suffixes", "implemented"),
+    [("csrc/cpu", (".cpp", ".h"), native.KERNELS), ("csrc/cuda", (".cu", ".cuh"), native.CUDA_KERNELS)],
+)
+def test_every_native_kernel_has_a_file_of_its_op(folder, suffixes, implemented):
+    assert {"search", "accumulate"} <= {file_of(op) for op in implemented} <= stems(folder, *suffixes)
+
+
+# One Triton kernel serves a codebook and all stages of a stack of them.
+ONE_KERNEL = {"residual_quantize": "quantize"}
+
+
+def test_every_triton_kernel_has_a_file_of_its_op():
+    found = set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        functions = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+        for name in map(file_of, functions & set(OPS)):
+            assert ONE_KERNEL.get(name, name) == path.stem
+            found.add(name)
+    assert {"search", "accumulate"} <= found
+
+
+def innermost(function: Callable) -> Callable:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.unwrap(function)
+
+
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_a_backend_in_python_runs_its_own_code(name):
+    """A comparison of the torch backend with the reference would otherwise compare a function with itself."""
+    table = importlib.import_module(f"fastvq.backends.{name}").OPS
+    assert sorted(table) == sorted(OPS)
+    for op in OPS:
+        assert innermost(table[op]).__module__ == f"fastvq.backends.{name}.{file_of(op)}"
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for package, folder in (("fastvq", ROOT / "fastvq"), ("fastvq.kernels", ROOT / "kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield ".".join((package, *parts)).removesuffix(".__init__"), path
+
+
+def imports(name: str, path: Path) -> Iterator[str]:
+    """Yield the absolute name of everything that a module imports, at its top or within a function."""
+    package = name if path.stem == "__init__" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = importlib.util.resolve_name("." * node.level + base, package)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and any(isinstance(argument, ast.Constant) for argument in node.args):
+            # import_module("...") and its like.
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
+
+
+SPECIFICATION = "fastvq.backends.reference"
+READERS = {
+    "fastvq.backends.select": "the registry of backends",
+    "fastvq.bench.measure": "checks the results that it times",
+}
+
+
+def test_nothing_builds_on_the_specification():
+    """Its own files aside, only the registry and a checker import it."""
+    found = {
+        name
+        for name, path in modules()
+        if not f"{name}.".startswith(f"{SPECIFICATION}.")
+        and any(f"{imported}.".startswith(f"{SPECIFICATION}.") for imported in imports(name, path))
+    }
+    assert found == set(READERS)
+
+
+def test_the_walk_sees_each_form_of_import(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import fastvq.backends.reference.search\n"
+        "from fastvq.backends import reference\n"
+        "def f():\n"
+        "    from .reference import sample\n"
+        "    import_module('fastvq.backends.reference')\n"
+    )
+    names = ("reference", "reference", "reference.sample", "reference.search")
+    assert sorted(imports("fastvq.backends.module", path)) == [f"fastvq.backends.{name}" for name in names]
