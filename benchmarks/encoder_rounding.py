@@ -1,9 +1,9 @@
-"""What the encoder network's own rounding does to the codes of a run's held-out images.
+"""Effect of the encoder network's rounding on the indices of a run's held-out images.
 
     python benchmarks/encoder_rounding.py runs/demo
 
-The search is exact: equal latents give equal codes. But a convolution adds in another order when the batch, the number
-of threads or the memory format is another, and a latent that lies between two codes may then fall to the other one.
+The search is exact: equal latents give equal indices. But the order of sums in a convolution depends on the batch size,
+the number of threads and the memory format, and a latent that lies between two indices may then get the other index.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WAYS = [
     (100, 2, LAST, torch.float64),
     (100, 2, LAST, torch.bfloat16),
 ]
-"""Batch, threads, memory format and the encoder's dtype. float64 stands for whatever another machine rounds."""
+"""Batch, threads, memory format and the encoder's dtype. float64 represents the rounding of another machine."""
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     model, config = load_model(options.run)
     images = to_float(load_images(config).test)
     reference: list[torch.Tensor] = []
-    print("| batch | threads | memory format | dtype | codes that change | latents differ by at most (of their size) |")
+    print("| batch | threads | memory format | dtype | indices that change | largest relative difference of latents |")
     print("|---|---|---|---|---|---|")
     for batch, threads, layout, dtype in WAYS:
         torch.set_num_threads(threads)
@@ -44,14 +44,14 @@ def main() -> None:
         with torch.no_grad():
             parts = images.to(dtype).contiguous(memory_format=layout).split(batch)
             latents = torch.cat([encoder(part) for part in parts]).float()
-            _, codes, _ = model.bottleneck(latents.flatten(2).transpose(1, 2))
+            _, indices, _ = model.bottleneck(latents.flatten(2).transpose(1, 2))
         if not reference:
-            reference = [latents, codes]
-        changed = int((codes != reference[1]).sum())
+            reference = [latents, indices]
+        changed = int((indices != reference[1]).sum())
         difference = float((latents - reference[0]).abs().max() / reference[0].square().mean().sqrt())
         name = "channels last" if layout == LAST else "channels first"
         print(
-            f"| {batch} | {threads} | {name} | {str(dtype).removeprefix('torch.')} | {changed} of {codes.numel()} |"
+            f"| {batch} | {threads} | {name} | {str(dtype).removeprefix('torch.')} | {changed} of {indices.numel()} |"
             f" {difference:.0e} |",
             flush=True,
         )

@@ -1,9 +1,9 @@
-"""Codes to bytes and back: `encode` and `decode`, for files that decode to the same codes on every machine.
+"""Indices to bytes and back: `encode` and `decode`, for files that decode to the same indices on every machine.
 
-    codes -- tree.py: binary decisions --> models.py, learned.py: integer probabilities --> stream.py: range coder
-          -- container.py: shape, codebook size, fingerprint of the model, digest --> bytes
+    indices -- tree.py: binary decisions --> models.py, learned.py: integer probabilities --> stream.py: range coder
+            -- container.py: shape, codebook size, fingerprint of the model, digest --> bytes
 
-docs/coding.md says what is promised and why. Needs `pip install "fastvq-torch[coding]"`.
+docs/coding.md states what is guaranteed and why. Requires `pip install "fastvq-torch[coding]"`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole arrays of codes to bytes and back."""
+"""Encoding and decoding of whole arrays of indices."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from .container import LARGEST_CODEBOOK, MODELS, Header, pack, unpack
 from .huffman import huffman_bits
 from .models import Adaptive, Model, Static
 from .stream import Coder, Decoder, Encoder
-from .tree import Ints, Open
+from .tree import Ints, Mask
 
 if TYPE_CHECKING:
     from fastvq.models import Prior
 
 MAX_INDICES = 1 << 26
-"""Codes that `decode` takes by itself at most."""
+"""Default limit on the number of indices that `decode` accepts."""
 LARGEST_BATCH = 64
-"""Samples that are coded side by side at most. They learn from each other only afterwards."""
-FEW = 12
-"""Samples side by side up to which lists are faster than arrays."""
+"""Largest number of samples coded side by side. The adaptive model learns from a batch only after coding it."""
+FEW_SAMPLES = 12
+"""Largest number of samples for which lists are faster than arrays."""
 
 
 def encode(
-    codes: Tensor,
+    indices: Tensor,
     codebook_size: int,
     *,
     model: str = "adaptive",
@@ -42,114 +42,119 @@ def encode(
     prior: Prior | None = None,
     labels: Tensor | None = None,
 ) -> bytes:
-    """Codes as bytes from which `decode` gets them back, on every machine.
+    """Encode indices as bytes that `decode` restores on every machine.
 
     Args:
-        codes: integers in [0, codebook_size), or -1 for vectors without a code. Samples lie along the first axis, the
-            grid of each along the others: (B, H, W), (B, T), (B, T, Q) for residual codes. One axis alone is one
+        indices: integers in [0, codebook_size), or -1 for excluded vectors. The first axis runs over samples, the
+            others over the grid of each: (B, H, W), (B, T), (B, T, Q) for a residual quantizer. A single axis is one
             sequence.
         codebook_size: K.
-        model: "static", one frequency for each code, which are part of the data; or "adaptive", which learns from the
-            codes to the left and above while it codes, and is the smaller nearly always; or "prior", a learned one.
-        fingerprint: 8 bytes of `fastvq.coding.fingerprint(model)`, that `decode` can check.
-        prior: for "prior", one that has learned what such codes look like. Decoding takes the same one, and as long as
+        model: "static", a frequency for each index, stored in the data; "adaptive", learned from the indices to the
+            left and above during coding, which is nearly always smaller; "prior", a learned prior.
+        fingerprint: 8 bytes of `fastvq.coding.fingerprint(model)`, which `decode` can check.
+        prior: for model="prior", a prior trained on such indices. Decoding needs the same one and takes as long as
             sampling from it.
-        labels: for "prior", (B,), the classes of the samples, which become part of the data.
+        labels: for model="prior", the classes (B,) of the samples; they are stored in the data.
 
     Returns:
-        The bytes; the same for the same codes, whatever machine, dtype or device they come from.
+        The bytes. They depend on the indices alone, not on the machine, dtype or device.
 
     Raises:
-        CodingError: codes out of range, of another dtype or without axes; an unknown model; codes, -1 among them, or
-        labels that the prior doesn't know.
+        CodingError: indices out of range, of another dtype or without axes; an unknown model; with a prior, indices
+        (including -1) or labels outside its range.
 
-    Numerics: probabilities are computed in integers (`fastvq.coding.models`), the prior's in exact fixed point
+    Numerics: probabilities are integers (`fastvq.coding.models`); a prior is evaluated in exact fixed-point arithmetic
     (`fastvq.coding.fixed`).
 
     Source: Martin, Range encoding, 1979; the coder is that of the library constriction (Bamler, 2022).
     """
-    data, _ = _encode(codes, codebook_size, model, fingerprint, prior, labels)
+    data, _ = _encode(indices, codebook_size, model, fingerprint, prior, labels)
     return data
 
 
 def decode(
     data: bytes, *, fingerprint: bytes | None = None, prior: Prior | None = None, max_indices: int = MAX_INDICES
 ) -> Tensor:
-    """The codes that `encode` was given, int64.
+    """Return the indices, int64, that `encode` was given.
 
     Args:
-        data: what `encode` returned.
-        fingerprint: if given, the one that the data must have been encoded with.
-        prior: for data encoded with one, the same; for others it isn't used.
-        max_indices: refuse to decode more; their memory is 8 bytes each.
+        data: the bytes that `encode` returned.
+        fingerprint: if given, the fingerprint that the data must have been encoded with.
+        prior: the prior that the data were encoded with; unused for data of other models.
+        max_indices: refuse to decode more; an index takes 8 bytes of memory.
 
     Raises:
-        CodingError: data that are damaged, truncated or of another kind, codes of another model or prior, or too many.
-        No other error, and never wrong codes. Time and memory are bounded by the length of the data and max_indices.
+        CodingError: damaged or truncated data, data of another kind, model or prior, or too many indices. No other
+        error occurs, and no wrong indices are returned. The length of the data and max_indices bound time and memory.
     """
     header, words = unpack(data)
     if fingerprint is not None and fingerprint != header.fingerprint:
         raise CodingError(
-            f"codes of another model: they were encoded with {header.fingerprint.hex()}, this one is"
+            f"indices of another model: they were encoded with {header.fingerprint.hex()}, this one is"
             f" {fingerprint.hex()}"
         )
     if header.number > max_indices:
-        raise CodingError(f"{header.number} codes, more than max_indices={max_indices}")
+        raise CodingError(f"{header.number} indices, more than max_indices={max_indices}")
     if header.prior is not None:
-        learned.check_file(header, header.prior, prior)
+        learned.check_prior(header, header.prior, prior)
     decoder = Decoder(words)
     try:
         if header.prior is not None and prior is not None:
             return torch.from_numpy(learned.decode(decoder, header, header.prior, prior).reshape(header.shape))
         model = _read_table(decoder, header) if header.model == "static" else Adaptive(header.alphabet)
         symbols = np.full(_lanes(header.shape), -1, np.int64)
-        _walk(symbols, header, model, decoder)
+        _code_symbols(symbols, header, model, decoder)
     except (AssertionError, ValueError) as error:
-        raise CodingError(f"data that this coder can't have written: {error}") from error
+        raise CodingError(f"invalid data, not written by this coder: {error}") from error
     return torch.from_numpy(symbols.reshape(header.shape) - header.missing)
 
 
 def measure(
-    codes: Tensor, codebook_size: int, *, prior: Prior | None = None, labels: Tensor | None = None
+    indices: Tensor, codebook_size: int, *, prior: Prior | None = None, labels: Tensor | None = None
 ) -> dict[str, dict[str, float]]:
-    """For each model, "bits_per_index" by its own probabilities, tables and labels included, and "bytes" of the whole
-    file; "uniform", what log2 K bits a code would be; and "huffman", whole bits for each code by its frequency."""
-    count = max(1, codes.numel())
+    """Measure the size of encoded indices under each model.
+
+    Returns:
+        For each model "bits_per_index", by its own probabilities and including tables and labels, and "bytes" of the
+        whole file; "uniform" has log2 K bits per index, "huffman" the best whole number of bits for each index by its
+        frequency.
+    """
+    count = max(1, indices.numel())
     uniform = math.log2(codebook_size) if codebook_size > 1 else 0.0
-    results = {"uniform": {"bits_per_index": uniform, "bytes": float(math.ceil(uniform * codes.numel() / 8))}}
-    huffman = huffman_bits(codes.detach().cpu().long().numpy().ravel())
+    results = {"uniform": {"bits_per_index": uniform, "bytes": float(math.ceil(uniform * indices.numel() / 8))}}
+    huffman = huffman_bits(indices.detach().cpu().long().numpy().ravel())
     results["huffman"] = {"bits_per_index": huffman / count, "bytes": float(math.ceil(huffman / 8))}
     for model in MODELS if prior is not None else MODELS[:2]:
-        data, bits = _encode(codes, codebook_size, model, bytes(8), prior, labels)
+        data, bits = _encode(indices, codebook_size, model, bytes(8), prior, labels)
         results[model] = {"bits_per_index": bits / count, "bytes": float(len(data))}
     return results
 
 
 def save(path: Path | str, data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
+    """Write a file atomically: it appears complete or not at all."""
     with whole(Path(path)) as partial:
         partial.write_bytes(data)
 
 
 def load(path: Path | str) -> bytes:
-    """The bytes of a file, if it is one of codes. Another isn't read beyond its beginning.
+    """Read a file of encoded indices. Other files are not read beyond their first bytes.
 
     Raises:
-        CodingError: it isn't. OSError: it can't be read.
+        CodingError: the file holds something else. OSError: it can't be read.
     """
     from .container import MAGIC
 
     with Path(path).open("rb") as stream:
         start = stream.read(len(MAGIC))
         if start != MAGIC:
-            raise CodingError(f"{path}: not a file of fastvq codes")
+            raise CodingError(f"{path}: not a file of fastvq indices")
         return start + stream.read()
 
 
 def _encode(
-    codes: Tensor, codebook_size: int, model: str, fingerprint: bytes, prior: Prior | None, labels: Tensor | None
+    indices: Tensor, codebook_size: int, model: str, fingerprint: bytes, prior: Prior | None, labels: Tensor | None
 ) -> tuple[bytes, float]:
-    header, symbols = _checked(codes, codebook_size, model, fingerprint)
+    header, symbols = _validated(indices, codebook_size, model, fingerprint)
     encoder = Encoder()
     if model == "prior":
         header = learned.encode(encoder, header, symbols, prior, labels)
@@ -158,11 +163,11 @@ def _encode(
         predictor: Model = _write_table(encoder, header, symbols)
     else:
         predictor = Adaptive(header.alphabet)
-    _walk(symbols, header, predictor, encoder, known=True)
+    _code_symbols(symbols, header, predictor, encoder, known=True)
     return pack(header, encoder.words()), encoder.bits
 
 
-def _checked(codes: Tensor, codebook_size: int, model: str, fingerprint: bytes) -> tuple[Header, Ints]:
+def _validated(indices: Tensor, codebook_size: int, model: str, fingerprint: bytes) -> tuple[Header, Ints]:
     if model not in MODELS:
         raise CodingError(f"model: must be one of {', '.join(MODELS)}, got {model!r}")
     if len(fingerprint) != 8:
@@ -173,29 +178,31 @@ def _checked(codes: Tensor, codebook_size: int, model: str, fingerprint: bytes) 
         raise CodingError(f"codebook_size: must be an integer, got {codebook_size!r}") from None
     if not 1 <= codebook_size <= LARGEST_CODEBOOK:
         raise CodingError(f"codebook_size: must lie in [1, {LARGEST_CODEBOOK}], got {codebook_size}")
-    if codes.dtype.is_floating_point or codes.dtype.is_complex or codes.dtype == torch.bool:
-        raise CodingError(f"codes: must be integers, got {codes.dtype}")
-    if not 1 <= codes.dim() <= 8:
-        raise CodingError(f"codes: must have 1 to 8 axes, got shape {tuple(codes.shape)}")
-    if max(codes.shape) >= 1 << 32:
-        raise CodingError(f"codes: an axis may be up to 2^32 - 1 long, got shape {tuple(codes.shape)}")
-    values = codes.detach().cpu().numpy()
+    if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
+        raise CodingError(f"indices: must be integers, got {indices.dtype}")
+    if not 1 <= indices.dim() <= 8:
+        raise CodingError(f"indices: must have 1 to 8 axes, got shape {tuple(indices.shape)}")
+    if max(indices.shape) >= 1 << 32:
+        raise CodingError(f"indices: an axis may be up to 2^32 - 1 long, got shape {tuple(indices.shape)}")
+    values = indices.detach().cpu().numpy()
     if values.size and not (values.min() >= -1 and values.max() < codebook_size):
-        raise CodingError(f"codes: must lie in [-1, {codebook_size}), got {values.min()} to {values.max()}")
+        raise CodingError(f"indices: must lie in [-1, {codebook_size}), got {values.min()} to {values.max()}")
     values = values.astype(np.int64)
     missing = bool(values.size and values.min() < 0)
-    header = Header(model, missing, codebook_size, tuple(codes.shape), fingerprint)
+    header = Header(model, missing, codebook_size, tuple(indices.shape), fingerprint)
     return header, values.reshape(_lanes(header.shape)) + missing
 
 
 def _lanes(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(samples, codes of each)."""
+    """Return (samples, indices of each sample)."""
     return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
 
 
 def _neighbours(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """For each place of a sample's grid, the places to the left and above, -1 where there is none. Above is one step
-    back along the last axis but one, or, at its beginning, the nearest one before it; in a sequence, two to the left.
+    """Yield the places to the left and above of each place of a sample's grid, -1 where there is none.
+
+    "Above" is one step back along the second-to-last axis or, at its beginning, along the nearest axis before it; in a
+    sequence, the place two to the left.
     """
     grid = shape[-1:] if len(shape) == 1 else shape[1:]
     strides = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
@@ -210,7 +217,7 @@ def _neighbours(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def _batches(samples: int) -> Iterator[slice]:
-    """1, 1, 2, 4 ... LARGEST_BATCH samples: the first ones have the least to learn from."""
+    """Yield batches of 1, 1, 2, 4 ... LARGEST_BATCH samples: the model learns between batches, most from the first."""
     first, size = 0, 1
     while first < samples:
         yield slice(first, min(first + size, samples))
@@ -218,49 +225,53 @@ def _batches(samples: int) -> Iterator[slice]:
         size = min(first, LARGEST_BATCH)
 
 
-def _walk(symbols: Ints, header: Header, model: Model, coder: Coder, *, known: bool = False) -> None:
-    """All decisions of all symbols (samples, places) in the order of the format. Unless they are known, `symbols` is
-    filled with what the coder says."""
+def _code_symbols(symbols: Ints, header: Header, model: Model, coder: Coder, *, known: bool = False) -> None:
+    """Code all decisions of all symbols (samples, places) in the order of the format.
+
+    Unless the symbols are `known`, they are filled with those that the coder decodes.
+    """
     alphabet = header.alphabet
     if symbols.size == 0 or tree.depths(alphabet) == 0:
         symbols[:] = 0
         return
     for batch in _batches(len(symbols)):
         block = symbols[batch]
-        if len(block) <= FEW:
+        if len(block) <= FEW_SAMPLES:
             few = block.T.tolist()
-            _walk_few(few, header, model, coder, known=known)
+            _code_symbols_in_lists(few, header, model, coder, known=known)
             block[:] = np.array(few).T
             continue
         outside = np.full(len(block), alphabet, np.int64)
         for place, (left, above) in enumerate(_neighbours(header.shape)):
             contexts = [block[:, at] if at >= 0 else outside for at in (left, above)]
 
-            def some(nodes: Ints, open_: Open, truth: Ints | None, contexts: list[Ints] = contexts) -> Ints:
-                by_left, by_above = contexts[0][open_], contexts[1][open_]
-                decided = coder.decide(model.predict(nodes, by_left, by_above), truth)
-                model.learn(nodes, by_left, by_above, decided)
-                return decided
+            def decide(nodes: Ints, branching: Mask, truth: Ints | None, contexts: list[Ints] = contexts) -> Ints:
+                by_left, by_above = contexts[0][branching], contexts[1][branching]
+                bits = coder.decide(model.predict(nodes, by_left, by_above), truth)
+                model.learn(nodes, by_left, by_above, bits)
+                return bits
 
-            block[:, place] = tree.walk(len(block), alphabet, some, block[:, place] if known else None)
+            block[:, place] = tree.walk(len(block), alphabet, decide, block[:, place] if known else None)
 
 
-def _walk_few(symbols: list[list[int]], header: Header, model: Model, coder: Coder, *, known: bool) -> None:
-    """The same in lists, place by place, of a few samples: arrays of so few would be slower."""
+def _code_symbols_in_lists(
+    symbols: list[list[int]], header: Header, model: Model, coder: Coder, *, known: bool
+) -> None:
+    """Code the symbols (places, samples) of a few samples like `_code_symbols`, in lists instead of slower arrays."""
     count = len(symbols[0])
     outside = [header.alphabet] * count
     for place, (left_at, above_at) in enumerate(_neighbours(header.shape)):
         left = symbols[left_at] if left_at >= 0 else outside
         above = symbols[above_at] if above_at >= 0 else outside
 
-        def some(
+        def decide(
             nodes: list[int],
-            open_: list[int],
+            branching: list[int],
             truth: list[int] | None,
             left: list[int] = left,
             above: list[int] = above,
         ) -> list[int]:
-            contexts = [(node, left[at], above[at]) for node, at in zip(nodes, open_, strict=True)]
+            contexts = [(node, left[at], above[at]) for node, at in zip(nodes, branching, strict=True)]
             rights = [
                 coder.decide_one(model.predict_one(*context), None if truth is None else truth[i])
                 for i, context in enumerate(contexts)
@@ -268,23 +279,23 @@ def _walk_few(symbols: list[list[int]], header: Header, model: Model, coder: Cod
             model.learn_few(contexts, rights)
             return rights
 
-        symbols[place] = tree.walk_few(count, header.alphabet, some, symbols[place] if known else None)
+        symbols[place] = tree.walk_few(count, header.alphabet, decide, symbols[place] if known else None)
 
 
 def _write_table(encoder: Encoder, header: Header, symbols: Ints) -> Static:
-    """The counts that a static model has its probabilities from, each as a number up to what passes its node."""
+    """Encode the counts that a static model's probabilities follow from, each as a number up to its node's total."""
     passing, right = tree.node_counts(symbols.ravel(), header.alphabet)
 
     def write(value: int, limit: int) -> int:
         encoder.number(value, limit)
         return value
 
-    tree.for_passed(passing, right, header.alphabet, write)
+    tree.visit_nodes(passing, right, header.alphabet, write)
     return Static(passing, right)
 
 
 def _read_table(decoder: Decoder, header: Header) -> Static:
     passing, right = np.zeros((2, 1 << tree.depths(header.alphabet)), np.int64)
     passing[1:2] = header.number
-    tree.for_passed(passing, right, header.alphabet, lambda _, limit: decoder.number(limit))
+    tree.visit_nodes(passing, right, header.alphabet, lambda _, limit: decoder.number(limit))
     return Static(passing, right)

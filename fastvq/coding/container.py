@@ -1,12 +1,12 @@
-"""The file around the coded decisions: what it holds, which model it belongs to, and whether it is whole.
+"""The file format around the coded decisions.
 
     4 bytes   "FVQ" and 0x1a         1  number of axes, 1 to 8
     1         version, 1             8  fingerprint of the model, or zeros
-    1         how it is coded        4  codebook size
+    1         index of the coder     4  codebook size
     1         1 if there is a -1     4  for each axis, its length
-    17        with a prior only: 1 if samples have labels, 8 fingerprint of the prior, 8 BLAKE2b of the codes
+    17        with a prior only: 1 if samples have labels, 8 fingerprint of the prior, 8 BLAKE2b of the indices
     ...       the range coder's 32-bit words
-    8         BLAKE2b of all that stands before
+    8         BLAKE2b of all bytes before
 
 Numbers are little-endian and unsigned.
 """
@@ -36,18 +36,18 @@ _AXES = 8
 
 
 class PriorHeader(NamedTuple):
-    """What a file that is coded with a prior says of it."""
+    """The part of a header that files coded with a prior have."""
 
     labelled: bool
-    identity: bytes  # 8 bytes
-    codes: bytes  # 8 bytes of BLAKE2b, of the symbols as little-endian int64
+    fingerprint: bytes  # 8 bytes
+    digest: bytes  # 8 bytes of BLAKE2b of the symbols as little-endian int64
 
 
 class Header(NamedTuple):
-    """What a file says of itself."""
+    """The description that a file begins with."""
 
     model: str
-    missing: bool  # whether there may be a code of -1
+    missing: bool  # whether -1 may occur
     codebook_size: int
     shape: tuple[int, ...]
     fingerprint: bytes  # 8 bytes, zeros for none
@@ -55,15 +55,17 @@ class Header(NamedTuple):
 
     @property
     def number(self) -> int:
-        """Of codes."""
+        """Number of indices."""
         return math.prod(self.shape)
 
     @property
     def alphabet(self) -> int:
+        """Number of symbols: the indices in [0, K), preceded by -1 where it may occur."""
         return self.codebook_size + self.missing
 
 
 def pack(header: Header, words: bytes) -> bytes:
+    """Return the bytes of a file with this header and these coded words."""
     head = _HEAD.pack(
         MAGIC,
         VERSION,
@@ -81,23 +83,23 @@ def pack(header: Header, words: bytes) -> bytes:
 
 
 def digest(body: bytes) -> bytes:
-    """8 bytes."""
+    """Return 8 bytes of BLAKE2b."""
     return hashlib.blake2b(body, digest_size=_DIGEST).digest()
 
 
 def read_header(data: bytes) -> Header:
-    """What coded data say of themselves, without decoding them.
+    """Return the header of encoded data without decoding them.
 
     Raises:
-        CodingError: they are damaged, or of another kind or version.
+        CodingError: the data are damaged, or of another kind or version.
     """
     return unpack(data)[0]
 
 
 def unpack(data: bytes) -> tuple[Header, bytes]:
-    """(header, words) of data that are whole and whose header makes sense."""
+    """Return (header, words) of data after validating both."""
     if data[: len(MAGIC)] != MAGIC:
-        raise CodingError("not a file of fastvq codes: it doesn't begin with FVQ")
+        raise CodingError("not a file of fastvq indices: it doesn't begin with FVQ")
     if len(data) < _HEAD.size + _DIGEST:
         raise CodingError(f"truncated: {len(data)} bytes are less than a header")
     _, version, model, missing, axes, fingerprint, codebook_size = _HEAD.unpack_from(data)
@@ -105,33 +107,35 @@ def unpack(data: bytes) -> tuple[Header, bytes]:
         raise CodingError(f"written in version {version} of the format; this fastvq reads version {VERSION}")
     body, expected = data[:-_DIGEST], data[-_DIGEST:]
     if digest(body) != expected:
-        raise CodingError("damaged or truncated: the digest at the end doesn't fit what stands before it")
+        raise CodingError("damaged or truncated: the digest at the end doesn't match the bytes before it")
     learned = model < len(MODELS) and MODELS[model] == "prior"
     start = _HEAD.size + 4 * axes + learned * _PRIOR.size
     if model >= len(MODELS) or missing + learned > 1 or not 1 <= axes <= _AXES or start > len(body):
-        raise CodingError(f"a header that can't be: model {model}, flag {missing}, {axes} axes")
+        raise CodingError(f"invalid header: model {model}, flag {missing}, {axes} axes")
     shape = struct.unpack_from(f"<{axes}I", body, _HEAD.size)
     prior = None
     if learned:
-        labelled, identity, codes = _PRIOR.unpack_from(body, start - _PRIOR.size)
-        prior = PriorHeader(bool(labelled), identity, codes)
+        labelled, prior_fingerprint, symbols_digest = _PRIOR.unpack_from(body, start - _PRIOR.size)
+        prior = PriorHeader(bool(labelled), prior_fingerprint, symbols_digest)
     header = Header(MODELS[model], bool(missing), codebook_size, shape, fingerprint, prior)
     if not 1 <= codebook_size <= LARGEST_CODEBOOK:
         raise CodingError(f"a codebook of {codebook_size} codes; it may have 1 to {LARGEST_CODEBOOK}")
     if math.prod(max(1, length) for length in shape) >= 1 << 60:
-        raise CodingError(f"a shape that no array has: {shape}")
+        raise CodingError(f"invalid shape: {shape}")
     words = body[start:]
     if len(words) % 4:
-        raise CodingError(f"{len(words)} bytes of coded data aren't whole 32-bit words")
-    # A decision costs LEAST_BITS at least; the coder may leave out up to two words that it can guess.
+        raise CodingError(f"{len(words)} bytes of coded data are not whole 32-bit words")
+    # A decision costs at least LEAST_BITS; the coder may omit up to two trailing words.
     if header.number * tree.depths(header.alphabet) * LEAST_BITS > 8 * (len(words) + 8):
-        raise CodingError(f"{header.number} codes are more than {len(words)} bytes of coded data can hold")
+        raise CodingError(f"{header.number} indices are more than {len(words)} bytes of coded data can hold")
     return header, words
 
 
 def fingerprint(model: nn.Module) -> bytes:
-    """8 bytes that tell models apart whose codes mean different things: BLAKE2b of the names, types, shapes and values
-    of parameters and buffers. Give it what turns codes into data: the codebooks and the decoder, or the whole model."""
+    """Return 8 bytes that identify a model: BLAKE2b of its parameters and buffers, by name, dtype, shape and value.
+
+    Fingerprint the part that turns indices into data: codebooks and decoder, or the whole model.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())

@@ -1,4 +1,4 @@
-"""What a Huffman code would need, for the record: it spends whole bits on each symbol, a range coder doesn't."""
+"""Length of a Huffman code, for comparison: it spends whole bits on each symbol, unlike a range coder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from .tree import Ints
 
 
 def huffman_bits(symbols: Ints) -> int:
-    """Bits of all symbols under the best prefix code of their frequencies, its table not included.
+    """Return the total bits of the symbols under the best prefix code for their frequencies, without its table.
 
-    A symbol costs a bit for each merge that it takes part in, so the merged weights add up to the length.
+    A symbol costs one bit for each merge that it takes part in, so the merged weights add up to the length.
+
     Source: Huffman, A Method for the Construction of Minimum-Redundancy Codes, 1952.
     """
     weights = np.unique(symbols, return_counts=True)[1].tolist()

@@ -1,4 +1,4 @@
-"""Symbols under a learned prior, whose probabilities are computed in exact fixed point (`fixed.py`)."""
+"""Coding of symbols under a learned prior, evaluated in exact fixed-point arithmetic (`fixed.py`)."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from .container import Header, PriorHeader, digest, fingerprint
 from .fixed import Fixed, exponentials
 from .models import ONE, clipped
 from .stream import Coder, Decoder, Encoder
-from .tree import Ints, Open
+from .tree import Ints, Mask
 
 if TYPE_CHECKING:
     from fastvq.models import Prior
 
 LANES = 256
-"""Samples that are coded side by side. Each depends on itself alone; the number is part of the format."""
+"""Number of samples coded side by side, which are independent. The number is part of the format."""
 
 
 def prior_fingerprint(prior: Prior) -> bytes:
-    """8 bytes that tell priors apart which predict differently: of the settings and of every parameter."""
+    """Return 8 bytes that identify a prior: BLAKE2b of its settings and its parameters."""
     described = json.dumps([type(prior).__name__, prior.settings], sort_keys=True)
     return hashlib.blake2b(fingerprint(prior) + described.encode(), digest_size=8).digest()
 
 
 def encode(encoder: Encoder, header: Header, symbols: Ints, prior: Prior | None, labels: Tensor | None) -> Header:
-    """Code labels and symbols; return the header with what a decoder has to know of the prior."""
+    """Encode labels and symbols; return the header completed with the prior's part."""
     if prior is None:
-        raise CodingError('model: "prior" needs prior=, the one to code with')
+        raise CodingError('prior: model="prior" needs one')
     if header.missing:
-        raise CodingError("codes: a prior knows no vectors without a code; model='adaptive' codes -1 as well")
-    _check(prior, header.codebook_size, header.shape)
+        raise CodingError("indices: must not hold -1 with a prior; model='adaptive' codes -1 as well")
+    _check_fit(prior, header.codebook_size, header.shape)
     if labels is not None:
         try:
             prior.label_rows(labels, len(symbols), torch.device("cpu"))
@@ -46,52 +46,54 @@ def encode(encoder: Encoder, header: Header, symbols: Ints, prior: Prior | None,
             raise CodingError(str(error)) from error
         for label in labels.tolist():
             encoder.number(label, prior.classes - 1)
-    _walk(symbols, labels, prior, encoder, known=True)
-    about = PriorHeader(labels is not None, prior_fingerprint(prior), _digest_of(symbols))
+    _code_symbols(symbols, labels, prior, encoder, known=True)
+    about = PriorHeader(labels is not None, prior_fingerprint(prior), _symbols_digest(symbols))
     return header._replace(prior=about)
 
 
-def check_file(header: Header, about: PriorHeader, prior: Prior | None) -> None:
+def check_prior(header: Header, about: PriorHeader, prior: Prior | None) -> None:
+    """Check that `prior` is the one that a file was coded with."""
     if prior is None:
-        raise CodingError(f"coded with the prior {about.identity.hex()}: decoding needs it")
+        raise CodingError(f"coded with the prior {about.fingerprint.hex()}: decoding needs it")
     given = prior_fingerprint(prior)
-    if given != about.identity:
-        raise CodingError(f"coded with another prior: {about.identity.hex()}, this one is {given.hex()}")
-    _check(prior, header.codebook_size, header.shape)
+    if given != about.fingerprint:
+        raise CodingError(f"coded with another prior: {about.fingerprint.hex()}, this one is {given.hex()}")
+    _check_fit(prior, header.codebook_size, header.shape)
     if about.labelled and not prior.classes:
-        raise CodingError("data with labels, which this prior doesn't have")
+        raise CodingError("data with labels, but this prior has no classes")
 
 
 def decode(decoder: Decoder, header: Header, about: PriorHeader, prior: Prior) -> Ints:
+    """Decode the symbols (samples, places) of a file coded with `prior`."""
     symbols = np.zeros((header.shape[0], prior.places), np.int64)
     labels = None
     if about.labelled:
         labels = torch.tensor([decoder.number(prior.classes - 1) for _ in range(len(symbols))], dtype=torch.int64)
-    _walk(symbols, labels, prior, decoder)
-    if _digest_of(symbols) != about.codes:
-        raise CodingError("the codes aren't those that were encoded")
+    _code_symbols(symbols, labels, prior, decoder)
+    if _symbols_digest(symbols) != about.digest:
+        raise CodingError("the decoded indices differ from the encoded ones")
     return symbols
 
 
-def _digest_of(symbols: Ints) -> bytes:
+def _symbols_digest(symbols: Ints) -> bytes:
     return digest(symbols.astype("<i8").tobytes())
 
 
-def _check(prior: Prior, codebook_size: int, shape: tuple[int, ...]) -> None:
-    """Whether a prior knows codes of this shape.
+def _check_fit(prior: Prior, codebook_size: int, shape: tuple[int, ...]) -> None:
+    """Check that a prior was built for this codebook size and shape of indices.
 
     Raises:
-        CodingError: it doesn't.
+        CodingError: it was not.
     """
     if prior.codebook_size != codebook_size or tuple(shape[1:]) != prior.grid:
         raise CodingError(
-            f"prior: it knows grids {prior.grid} of {prior.codebook_size} codes; these are {tuple(shape[1:])} of"
+            f"prior: was built for grids {prior.grid} and {prior.codebook_size} codes; these are {tuple(shape[1:])} and"
             f" {codebook_size}"
         )
 
 
 @torch.no_grad()
-def _walk(
+def _code_symbols(
     symbols: Ints,
     labels: Tensor | None,
     prior: Prior,
@@ -99,29 +101,34 @@ def _walk(
     *,
     known: bool = False,
 ) -> None:
-    """All decisions of all symbols (samples, places): LANES samples after the other, of these place by place. Unless
-    they are known, `symbols` is filled with what the coder says."""
+    """Code all decisions of all symbols (samples, places): LANES samples at a time, place by place.
+
+    Unless the symbols are `known`, they are filled with those that the coder decodes.
+    """
     fixed, size = Fixed(), prior.codebook_size
     rows = prior.label_rows(labels, len(symbols), torch.device("cpu"))
     for first in range(0, len(symbols) if tree.depths(size) else 0, LANES):
         block = symbols[first : first + LANES]
-        codes = torch.zeros(block.shape, dtype=torch.int64)
+        indices = torch.zeros(block.shape, dtype=torch.int64)
         state = prior.begin(fixed, rows[first : first + LANES])
         for place in range(prior.places):
-            chances = _chances(prior.step(fixed, state, codes, place))
+            probabilities = _right_probabilities(prior.step(fixed, state, indices, place))
 
-            def one(nodes: Ints, open_: Open, truth: Ints | None, chances: Ints = chances) -> Ints:
-                return coder.decide(chances[np.flatnonzero(open_), nodes], truth)
+            def decide(nodes: Ints, branching: Mask, truth: Ints | None, probabilities: Ints = probabilities) -> Ints:
+                return coder.decide(probabilities[np.flatnonzero(branching), nodes], truth)
 
-            block[:, place] = tree.walk(len(block), size, one, block[:, place] if known else None)
-            codes[:, place] = torch.from_numpy(block[:, place])
+            block[:, place] = tree.walk(len(block), size, decide, block[:, place] if known else None)
+            indices[:, place] = torch.from_numpy(block[:, place])
 
 
-def _chances(logits: Tensor) -> Ints:
-    """The probability to go right at each node, (B, 2^depths), in the units of `models`, from fixed-point logits."""
+def _right_probabilities(logits: Tensor) -> Ints:
+    """Return the probability of the right child at each node, (B, 2^depths), in the units of `models`.
+
+    The logits (B, K) are fixed-point numbers.
+    """
     depths = tree.depths(logits.shape[1])
     leaves = 1 << depths
-    # So few bits that `right * ONE` below fits 63.
+    # Enough bits are dropped for `right * ONE` below to fit 63.
     weights = (exponentials(logits).numpy() >> max(0, tables.EXP_BITS + depths - 46)) + 1
     passing = np.zeros((len(weights), 2 * leaves), np.int64)
     passing[:, leaves : leaves + weights.shape[1]] = weights

@@ -1,7 +1,7 @@
-"""Probabilities of the decisions, in integers: the same on every machine, whatever it rounds.
+"""Integer probabilities of the decisions, which are the same on every machine.
 
-A probability is the chance of the right child in units of 2^-16, between 2^-12 and 1 - 2^-12: so a decision costs
-at least 1/2839 bit, and a file of a given size can't claim to hold more than so many codes.
+A probability is that of the right child in units of 2^-16, between 2^-12 and 1 - 2^-12. A decision therefore costs at
+least 1/2839 bit, which bounds the number of decisions that a file of a given size can claim to hold.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from .tree import Ints
 ONE = 1 << 16
 LEAST = 16
 LEAST_BITS = 3.5e-4
-"""Bits that a decision costs at least, -log2(1 - 2^-12), rounded down."""
+"""Lower bound on the bits of a decision: -log2(1 - 2^-12), rounded down."""
 _TABLE = 1 << 20
 _HASH = 0x9E3779B97F4A7C15
-_TRUST = 2  # seen decisions that outweigh what the shorter context says
+_TRUST = 2  # weight of the shorter context's prediction, in decisions
 _FORGET = 1 << 14  # decisions after which a context halves its counts
 
 
 Context = tuple[int, int, int]
-"""A node, and the symbols to the left and above."""
+"""A node, the symbol to the left and the symbol above."""
 
 
 class Model(Protocol):
-    """Predicts decisions at `nodes` from the symbols to the left and above, and learns what they were; many at once, or
-    a few in Python's integers, for which arrays are slow."""
+    """Predictor of decisions at nodes, given the symbols to the left and above.
+
+    `predict` and `learn` take arrays; `predict_one` and `learn_few` take Python integers, which are faster for a few.
+    """
 
     def predict(self, nodes: Ints, left: Ints, above: Ints) -> Ints: ...
 
@@ -42,12 +44,12 @@ class Model(Protocol):
 
 
 def clipped(probabilities: Ints) -> Ints:
-    """Kept where both outcomes remain possible."""
+    """Return probabilities limited so that both outcomes remain possible."""
     return np.clip(probabilities, LEAST, ONE - LEAST)
 
 
 class Static:
-    """One probability a node, from how often the symbols of the whole file pass it."""
+    """Model with one probability per node, from the frequencies of the whole file."""
 
     def __init__(self, passing: Ints, right: Ints) -> None:
         self._table = clipped(right * ONE // np.maximum(passing, 1))
@@ -67,7 +69,7 @@ class Static:
 
 
 class _Counts:
-    """Decisions seen, and how many of them went right, by context. The views are for a few at a time."""
+    """Numbers of decisions and right turns by context slot. Single accesses go through the views, which are faster."""
 
     def __init__(self, size: int) -> None:
         self.seen = np.zeros(size, np.int64)
@@ -88,7 +90,7 @@ class _Counts:
         for slot, right in zip(slots, rights, strict=True):
             all_seen[slot] += 1
             all_right[slot] += right
-        for slot in set(slots):  # as in `add`, after all of them
+        for slot in set(slots):  # after all additions, as in `add`
             if all_seen[slot] > _FORGET:
                 all_seen[slot] >>= 1
                 all_right[slot] >>= 1
@@ -96,11 +98,11 @@ class _Counts:
 
 Number = TypeVar("Number", int, Ints)
 Cell = tuple[Number, Number]
-"""What a context has seen, and how many of that went right."""
+"""Decisions that a context has seen, and right turns among them."""
 
 
 def _blend(cell: Cell[Number], shorter: Number) -> Number:
-    """The share that went right, with what a shorter context says as `_TRUST` decisions more."""
+    """Return the share of right turns, smoothed by the shorter context's prediction as `_TRUST` more decisions."""
     seen, right = cell
     return (right * ONE + _TRUST * shorter) // (seen + _TRUST)
 
@@ -114,18 +116,21 @@ def _blended(none: Cell[Number], left: Cell[Number], above: Cell[Number], both: 
 
 
 class Adaptive:
-    """Learns while it codes. A decision is predicted from what it was at this node, after this symbol to the left,
-    below this one above, and after both, each smoothed by the shorter ones.
+    """Model that learns while it codes.
+
+    A decision is predicted from earlier ones at the same node: after the same symbol to the left, below the same symbol
+    above, and with both, each smoothed by the shorter context.
 
         p = (right + 2 shorter) / (seen + 2),   shorter(both) = the mean of left's and above's, weighted by seen + 1
 
-    in integer division. Contexts share a table of 2^20 slots, by a multiplicative hash, where they are more.
+    in integer division. Contexts share a table of 2^20 slots, by a multiplicative hash, if there are more of them.
+
     Source: hierarchical smoothing as in MacKay and Peto, A hierarchical Dirichlet language model, 1995.
     """
 
     def __init__(self, alphabet: int) -> None:
         self._nodes = 1 << tree.depths(alphabet)
-        self._symbols = alphabet + 1  # and one for "outside"
+        self._symbols = alphabet + 1  # the last one stands for "outside the grid"
         self._none = _Counts(self._nodes)
         size = min(_TABLE, self._nodes * self._symbols)
         self._left, self._above = _Counts(size), _Counts(size)

@@ -1,4 +1,4 @@
-"""Decisions through the range coder of the library `constriction`."""
+"""Range coding of decisions by the library `constriction`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def _constriction() -> Any:
 
 
 _DIGIT = 20
-"""Bits of the numbers that the coder takes at once."""
+"""Bits of a digit, the largest number that the coder takes at once."""
 
 
 def _places(limit: int) -> list[tuple[int, int]]:
-    """(shift, largest digit) of a number up to limit, the highest digit first."""
+    """Return (shift, largest digit) for the digits of a number up to limit, the highest first."""
     shifts = range(max(0, limit.bit_length() - 1) // _DIGIT * _DIGIT, -1, -_DIGIT)
     places = [(shift, limit >> shift if i == 0 else (1 << _DIGIT) - 1) for i, shift in enumerate(shifts)]
     return [place for place in places if place[1]]
@@ -37,9 +37,9 @@ def _digits(value: int, limit: int) -> list[tuple[int, int]]:
 
 
 class Coder(Protocol):
-    """Takes decisions with the probabilities, in the units of `models`, that they go right: 1 for right.
+    """Coder of decisions, given the probabilities of 1 (right) in the units of `models`.
 
-    An encoder is told what is true of them and says that; a decoder says what was encoded.
+    An encoder writes the `truth` and returns it; a decoder ignores `truth` and returns the decisions that it reads.
     """
 
     def decide(self, probabilities: Ints, truth: Ints | None) -> Ints: ...
@@ -48,7 +48,7 @@ class Coder(Protocol):
 
 
 class Encoder:
-    """A `Coder`; `bits` is the ideal length of all that it took so far."""
+    """Range encoder; `bits` is the ideal length of everything encoded so far."""
 
     def __init__(self) -> None:
         stream = _constriction().stream
@@ -73,17 +73,18 @@ class Encoder:
         return truth
 
     def number(self, value: int, limit: int) -> None:
-        """One of 0 ... limit, all alike."""
+        """Encode a number in [0, limit] under a uniform distribution."""
         for digit, largest in _digits(value, limit):
             self.bits += float(np.log2(largest + 1))
             self._encoder.encode(np.array([digit], np.int32), self._uniform, np.array([largest + 1], np.int32))
 
     def words(self) -> bytes:
+        """Return the encoded 32-bit words, little-endian."""
         return self._encoder.get_compressed().astype("<u4").tobytes()
 
 
 class Decoder:
-    """A `Coder`."""
+    """Range decoder."""
 
     def __init__(self, words: bytes) -> None:
         stream = _constriction().stream
@@ -100,10 +101,11 @@ class Decoder:
         return int(self._decoder.decode(self._one(probability / ONE, perfect=False)))
 
     def number(self, limit: int) -> int:
+        """Decode a number in [0, limit]."""
         value = 0
         for shift, largest in _places(limit):
             digit = self._decoder.decode(self._uniform, np.array([largest + 1], np.int32))[0]
             value += int(digit) << shift
         if value > limit:
-            raise ValueError(f"{value} where at most {limit} can be")
+            raise ValueError(f"a number must be at most {limit}, got {value}")
         return value

@@ -1,7 +1,8 @@
-"""Functions of fixed-point numbers as tables of integers, from decimal arithmetic, which is the same everywhere.
+"""Tables of integers for functions of fixed-point numbers.
 
-`decimal` rounds every operation, exp included, to the nearest decimal of its precision by specification; binary floats
-leave exp and erf to the machine's library.
+They are computed in decimal arithmetic, which is the same everywhere: `decimal` rounds every operation, exp included,
+to the nearest decimal of its precision by specification, while binary floats leave exp and erf to the platform's
+library.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from torch import Tensor
 _PRECISION = Context(prec=60)
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494")
 EDGE = 8
-"""Curves are tabled on [-EDGE, EDGE]."""
+"""Functions are tabulated on [-EDGE, EDGE]."""
 STEPS = 256
-"""Steps of a curve's table for each unit of its argument."""
+"""Steps of a table per unit of its argument."""
 CURVE_BITS, EXP_BITS = 24, 30
-"""Units of the values: 2^-24 of a curve, 2^-30 of the exponential."""
+"""Fraction bits of the values: units of 2^-24 for a curve, 2^-30 for the exponential."""
 COARSE = 64
-"""Steps for each unit of the argument of the exponential's first table; the second has 2^-16, up to such a step."""
+"""Steps per unit of the exponential's first table; the second covers one such step in steps of 2^-16."""
 LOWEST = 22
-"""exp(-22) is less than 2^-30, the last place of its table."""
+"""Largest negated argument of the exponential's table: exp(-22) is less than its last place, 2^-30."""
 
 
 @lru_cache
 def curve(name: str) -> Tensor:
-    """(2 EDGE STEPS + 1,) int64: "gelu", "tanh" or "sigmoid" at -EDGE, -EDGE + 1 / STEPS, ... EDGE."""
+    """Return the values of "gelu", "tanh" or "sigmoid" on [-EDGE, EDGE] in steps of 1 / STEPS, int64."""
     function: Callable[[Decimal], Decimal] = {"gelu": _gelu, "tanh": _tanh, "sigmoid": _sigmoid}[name]
     with localcontext(_PRECISION):
         half = [function(Decimal(i) / STEPS) for i in range(EDGE * STEPS + 1)]
-        # The other half follows from the symmetry of each.
+        # The other half follows from the function's symmetry.
         mirrored = {
             "gelu": lambda i, value: value - Decimal(i) / STEPS,
             "tanh": lambda _, value: -value,
@@ -45,7 +46,10 @@ def curve(name: str) -> Tensor:
 
 @lru_cache
 def exponential() -> tuple[Tensor, Tensor]:
-    """exp(-i / COARSE) up to LOWEST, and exp(-j / 2^16) up to 1 / COARSE; exp of a sum is the product. int64."""
+    """Return the tables of exp(-i / COARSE) up to LOWEST and of exp(-j / 2^16) up to 1 / COARSE, int64.
+
+    The exponential of a sum is the product of one entry of each.
+    """
     with localcontext(_PRECISION):
         coarse = [(-Decimal(i) / COARSE).exp() for i in range(LOWEST * COARSE + 1)]
         fine = [(-Decimal(j) / (1 << 16)).exp() for j in range((1 << 16) // COARSE)]
@@ -67,7 +71,7 @@ def _tanh(x: Decimal) -> Decimal:
 
 
 def _gelu(x: Decimal) -> Decimal:
-    """x Phi(x), from the Taylor series of the normal distribution function: sum (-1)^n x^(2n+1) / (n! 2^n (2n+1))."""
+    """Return x Phi(x), by the Taylor series of the normal distribution: sum (-1)^n x^(2n+1) / (n! 2^n (2n+1))."""
     term, total, n = x, x, 0
     while abs(term) > Decimal("1e-30"):
         n += 1

@@ -1,8 +1,8 @@
 """Strided convolutional encoder and decoder for signals, images and volumes.
 
 The network of van den Oord et al. 2017 (Neural Discrete Representation Learning, section 4.1), as DeepMind's Sonnet
-writes it in nets/vqvae.py: strided 4-wide convolutions halve the grid, residual blocks follow at the coarsest grid, and
-the decoder is the mirror image. `ndim` picks 1-D, 2-D or 3-D convolutions; nothing else depends on it.
+implements it in nets/vqvae.py: strided 4-wide convolutions halve the grid, residual blocks follow at the coarsest grid,
+and the decoder is the mirror image. `ndim` selects 1-D, 2-D or 3-D convolutions; nothing else depends on it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _check_ndim(ndim: int) -> None:
 
 
 def _stage_widths(width: int, downsamples: int) -> list[int]:
-    """Channels after each strided convolution: finer grids are larger, so they get fewer channels."""
+    """Return the channels after each strided convolution: larger grids get fewer channels."""
     return [max(1, width >> (downsamples - 1 - stage)) for stage in range(downsamples)]
 
 
@@ -63,14 +63,14 @@ class Encoder(nn.Module):
         dim: channels of the features, the D that the quantizer sees.
         width: channels at the coarsest grid; each finer grid has half as many.
         residual_width: channels inside a residual block.
-        residual_blocks: how many of them follow the strided convolutions.
-        downsamples: how many strided convolutions, at least 1.
+        residual_blocks: number of residual blocks after the strided convolutions.
+        downsamples: number of strided convolutions, at least 1.
         ndim: spatial dimensions of the signal, 1, 2 or 3.
 
     Shapes: (B, in_channels, *size) -> (B, dim, *grid) with `grid = size / stride`.
 
     Raises:
-        ValueError: an argument is out of range, or a spatial size is no multiple of `stride`: a strided convolution
+        ValueError: an argument is out of range, or a spatial size is not a multiple of `stride`: a strided convolution
             would drop the remainder, and the reconstruction would have another size than its original.
     """
 
@@ -119,7 +119,7 @@ class Decoder(nn.Module):
         dim: channels of the codes.
         out_channels: channels of the signal.
         width, residual_width, residual_blocks, ndim: as in `Encoder`.
-        upsamples: how many transposed convolutions double the grid, at least 1.
+        upsamples: number of transposed convolutions, each doubling the grid, at least 1.
 
     Shapes: (B, dim, *grid) -> (B, out_channels, *size) with `size = grid * 2**upsamples`.
 

@@ -1,4 +1,4 @@
-"""The VQ-VAE: an encoder, a bottleneck that turns features into integers, and a decoder."""
+"""VQ-VAE: an encoder, a bottleneck that maps features to indices, and a decoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class VQVAEOutput(NamedTuple):
-    """What one pass returns: the reconstruction (shape of x), the indices (B, *grid) and the bottleneck's loss ()."""
+    """Result of a forward pass: the reconstruction of x, the indices (B, *grid) and the bottleneck's loss ()."""
 
     reconstruction: Tensor
     indices: Tensor
@@ -17,11 +17,11 @@ class VQVAEOutput(NamedTuple):
 
 
 class Bottleneck(Protocol):
-    """The part between encoder and decoder: a module that turns vectors into integers and back.
+    """Module between encoder and decoder that maps vectors to indices and back.
 
     Called with (B, N, D), one vector for each grid position, it returns `(codes (B, N, D), indices (B, N) or (B, N, Q),
-    loss ())`, and `get_output_from_indices(indices)` gives the codes back. All of fastvq's quantizers with
-    `channel_last=True`, their default, are such parts.
+    loss ())`; `get_output_from_indices(indices)` returns the codes. All quantizers of fastvq with `channel_last=True`,
+    their default, are bottlenecks.
     """
 
     training: bool
@@ -34,10 +34,10 @@ class Bottleneck(Protocol):
 
 
 class NoBottleneck(nn.Module):
-    """Pass the features through unchanged, as a quantizer of zero levels.
+    """Bottleneck that passes the features through unchanged, like a quantizer without stages.
 
-    A VQVAE with this part is a plain autoencoder: its error is what the two networks lose by themselves, the ceiling
-    for every quantizer put in its place.
+    A VQVAE with this bottleneck is a plain autoencoder: its error is that of the two networks alone, a lower bound for
+    every quantizer in its place.
 
     Shapes: x (B, N, D) -> (x, indices (B, N, 0), zero loss).
     """
@@ -57,7 +57,7 @@ class VQVAE(nn.Module):
 
     Args:
         encoder: (B, C, *size) -> (B, D, *grid), for example `fastvq.models.Encoder`.
-        bottleneck: an exchangeable part, for example `fastvq.VectorQuantize` or `NoBottleneck`.
+        bottleneck: for example `fastvq.VectorQuantize` or `NoBottleneck`.
         decoder: (B, D, *grid) -> (B, C, *size).
 
     Source: van den Oord, Vinyals, Kavukcuoglu 2017, Neural Discrete Representation Learning, section 3.
@@ -92,9 +92,9 @@ class VQVAE(nn.Module):
         return indices.unflatten(1, z.shape[2:])
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Return the signal (B, C, *size) of indices (B, *grid), as `encode` gives them.
+        """Return the signal (B, C, *size) of indices (B, *grid), as `encode` returns them.
 
-        Indices with a last axis of Q levels, (B, *grid, Q), decode the same way.
+        Indices (B, *grid, Q) of a residual quantizer with Q stages decode the same way.
         """
         ndim = getattr(self.encoder, "ndim", 2)
         grid = indices.shape[1 : 1 + ndim]

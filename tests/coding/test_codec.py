@@ -1,4 +1,4 @@
-"""Codes survive the way through bytes; damaged and hostile bytes are refused; sizes are what the models promise."""
+"""Encoding and decoding of indices: round trips, damaged and hostile files, sizes as the models predict."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ MODELS = ("static", "adaptive")
 
 
 def correlated(n, height, width, size, seed=0):
-    """Codes in patches, as images have them: like the one to the left, or above, or a new one."""
+    """Return indices in patches, as in images: equal to the left or upper neighbour, or new."""
     random = np.random.default_rng(seed)
-    codes = random.zipf(1.5, (n, height, width)) % size
+    indices = random.zipf(1.5, (n, height, width)) % size
     choice = random.random((n, height, width))
     for y in range(height):
         for x in range(width):
             if x:
-                codes[:, y, x] = np.where(choice[:, y, x] < 0.4, codes[:, y, x - 1], codes[:, y, x])
+                indices[:, y, x] = np.where(choice[:, y, x] < 0.4, indices[:, y, x - 1], indices[:, y, x])
             if y:
-                codes[:, y, x] = np.where(choice[:, y, x] > 0.7, codes[:, y - 1, x], codes[:, y, x])
-    return torch.from_numpy(codes)
+                indices[:, y, x] = np.where(choice[:, y, x] > 0.7, indices[:, y - 1, x], indices[:, y, x])
+    return torch.from_numpy(indices)
 
 
 SHAPES = [(0,), (1,), (50,), (3, 0), (0, 4, 4), (1, 1), (7, 20), (5, 4, 6), (200, 3, 3), (2, 3, 4, 5), (2, 1, 3, 1, 2)]
@@ -44,72 +44,72 @@ SHAPES = [(0,), (1,), (50,), (3, 0), (0, 4, 4), (1, 1), (7, 20), (5, 4, 6), (200
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 37, 512, 1000])
 def test_round_trip(size, model):
     for shape in SHAPES:
-        codes = torch.randint(0, size, shape, generator=generator())
-        data = coding.encode(codes, size, model=model)
+        indices = torch.randint(0, size, shape, generator=generator())
+        data = coding.encode(indices, size, model=model)
         back = coding.decode(data)
         assert back.dtype == torch.int64
-        assert torch.equal(back, codes)
+        assert torch.equal(back, indices)
         header = coding.read_header(data)
         assert (header.model, header.codebook_size, header.shape) == (model, size, shape)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_rows_without_a_code_and_large_codebooks(model):
+def test_excluded_rows_and_large_codebooks(model):
     for size in (1, 6, 8, 100_003, 1 << 24):
-        codes = torch.randint(-1, size, (4, 5, 6), generator=generator())
-        assert torch.equal(coding.decode(coding.encode(codes, size, model=model)), codes)
+        indices = torch.randint(-1, size, (4, 5, 6), generator=generator())
+        assert torch.equal(coding.decode(coding.encode(indices, size, model=model)), indices)
 
 
 def test_a_thousand_images():
-    codes = correlated(1000, 7, 7, 512)
+    indices = correlated(1000, 7, 7, 512)
     sizes = {}
     for model in MODELS:
-        data = coding.encode(codes, 512, model=model)
+        data = coding.encode(indices, 512, model=model)
         sizes[model] = len(data)
-        assert torch.equal(coding.decode(data), codes)
-    assert sizes["adaptive"] < 0.9 * sizes["static"] < 0.8 * codes.numel() * 9 / 8
+        assert torch.equal(coding.decode(data), indices)
+    assert sizes["adaptive"] < 0.9 * sizes["static"] < 0.8 * indices.numel() * 9 / 8
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_file_is_as_long_as_the_model_says(model):
-    """Within half a per cent and 64 bytes; the static model's frequencies are part of both."""
-    for codes, size in (
+def test_the_file_is_as_long_as_the_model_predicts(model):
+    """Within half a per cent and 64 bytes, including the static model's frequencies."""
+    for indices, size in (
         (correlated(300, 7, 7, 512), 512),
         (correlated(1, 1, 30, 64), 64),
         (correlated(2, 40, 40, 9), 9),
     ):
-        measured = coding.measure(codes, size)
-        ideal = measured[model]["bits_per_index"] * codes.numel() / 8
+        measured = coding.measure(indices, size)
+        ideal = measured[model]["bits_per_index"] * indices.numel() / 8
         assert ideal <= measured[model]["bytes"] <= 1.005 * ideal + 64
         assert measured["uniform"]["bits_per_index"] == np.log2(size)
 
 
 def test_static_bits_are_the_entropy_of_the_file_and_its_table():
-    codes = correlated(400, 7, 7, 64)
-    frequencies = torch.bincount(codes.flatten(), minlength=64).double() / codes.numel()
+    indices = correlated(400, 7, 7, 64)
+    frequencies = torch.bincount(indices.flatten(), minlength=64).double() / indices.numel()
     entropy = -(frequencies * frequencies.clamp_min(1e-300).log2()).sum().item()
-    bits = coding.measure(codes, 64)["static"]["bits_per_index"]
-    table = 63 * np.log2(codes.numel()) / codes.numel()
+    bits = coding.measure(indices, 64)["static"]["bits_per_index"]
+    table = 63 * np.log2(indices.numel()) / indices.numel()
     assert entropy < bits < entropy + table + 1e-3
 
 
 def test_the_adaptive_model_learns_a_rule_that_the_static_one_cannot_see():
-    codes = torch.arange(64).repeat(40)[None]
-    measured = coding.measure(codes, 64)
+    indices = torch.arange(64).repeat(40)[None]
+    measured = coding.measure(indices, 64)
     assert measured["static"]["bits_per_index"] > 6.0
     assert measured["adaptive"]["bits_per_index"] < 1.5
 
 
 def test_the_same_bytes_from_any_dtype_and_layout():
-    codes = correlated(20, 7, 7, 200)
-    expected = coding.encode(codes, 200)
-    assert coding.encode(codes.int(), 200) == expected
-    assert coding.encode(codes.to(torch.uint8), 200) == expected
-    assert coding.encode(codes.transpose(1, 2).contiguous().transpose(1, 2), 200) == expected
+    indices = correlated(20, 7, 7, 200)
+    expected = coding.encode(indices, 200)
+    assert coding.encode(indices.int(), 200) == expected
+    assert coding.encode(indices.to(torch.uint8), 200) == expected
+    assert coding.encode(indices.transpose(1, 2).contiguous().transpose(1, 2), 200) == expected
 
 
 def test_equal_latents_give_the_same_file_on_every_backend_and_batch_split(backend):
-    """The files that the specification's codes give, by 1 and 2 threads and in batches of any size."""
+    """The files equal those of the specification's indices, with 1 and 2 threads and in batches of any size."""
     g = generator()
     codebook, latents = torch.randn(64, 16, generator=g), torch.randn(30, 49, 16, generator=g)
     expected = coding.encode(fastvq.backends.reference.search(latents.flatten(0, 1), codebook).reshape(30, 7, 7), 64)
@@ -127,15 +127,15 @@ FILES_OF_VERSION_1 = {
 
 
 def test_the_format_stays_readable():
-    """A file as version 1 writes it: what is decoded from old files must never change."""
-    codes = torch.tensor([[0, 1, 2, 3], [3, 3, -1, 0]])
+    """Files as version 1 writes them: the indices decoded from old files must never change."""
+    indices = torch.tensor([[0, 1, 2, 3], [3, 3, -1, 0]])
     for model, data in FILES_OF_VERSION_1.items():
-        assert coding.encode(codes, 5, model=model, fingerprint=b"12345678").hex() == data
-        assert torch.equal(coding.decode(bytes.fromhex(data)), codes)
+        assert coding.encode(indices, 5, model=model, fingerprint=b"12345678").hex() == data
+        assert torch.equal(coding.decode(bytes.fromhex(data)), indices)
 
 
 def mutated(data, choose):
-    """One way to spoil a file: bits, bytes, length, or a piece of another place."""
+    """Damage a file at random: bits, bytes, length, or a piece from another place."""
     spoilt = bytearray(data)
     kind = choose.randrange(6)
     if kind == 0:
@@ -155,20 +155,20 @@ def mutated(data, choose):
 
 
 def resealed(data):
-    """With a digest that fits, as somebody writes it who means harm."""
+    """Return data with a matching digest, as an attacker would write them."""
     return data[: -container._DIGEST] + container.digest(data[: -container._DIGEST])
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_mutated_files_are_refused_or_decode_to_the_same(model):
-    codes = correlated(20, 5, 5, 40)
-    data = coding.encode(codes, 40, model=model)
+    indices = correlated(20, 5, 5, 40)
+    data = coding.encode(indices, 40, model=model)
     choose = random.Random(0)
     refused = 0
     for _ in range(1000):
         spoilt = mutated(data, choose)
         try:
-            assert torch.equal(coding.decode(spoilt), codes)
+            assert torch.equal(coding.decode(spoilt), indices)
         except CodingError:
             refused += 1
     assert refused > 950
@@ -176,14 +176,14 @@ def test_mutated_files_are_refused_or_decode_to_the_same(model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_hostile_files_are_bounded(model):
-    """Digests that fit around nonsense: an error or other codes, in bounded memory, and nothing else."""
+    """Nonsense with matching digests gives an error or other indices, in bounded memory."""
     data = coding.encode(correlated(20, 5, 5, 40), 40, model=model)
     choose = random.Random(1)
 
     def decode_one() -> None:
         with contextlib.suppress(CodingError):
-            codes = coding.decode(resealed(mutated(data, choose)), max_indices=1 << 13)
-            assert codes.numel() <= 1 << 13
+            indices = coding.decode(resealed(mutated(data, choose)), max_indices=1 << 13)
+            assert indices.numel() <= 1 << 13
 
     for _ in range(270):
         decode_one()
@@ -198,7 +198,7 @@ def test_hostile_files_are_bounded(model):
                 if 0 in shape and len(shape) == 2:
                     assert coding.decode(hostile).shape == shape
                 else:
-                    with pytest.raises(CodingError, match=r"codes|shape"):
+                    with pytest.raises(CodingError, match=r"codes|indices|shape"):
                         coding.decode(hostile)
         assert tracemalloc.get_traced_memory()[1] < 700e6
     finally:
@@ -208,57 +208,57 @@ def test_hostile_files_are_bounded(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: b"PK" + d[2:], "not a file of fastvq codes"),
-        (lambda d: b"", "not a file of fastvq codes"),
+        (lambda d: b"PK" + d[2:], "not a file of fastvq indices"),
+        (lambda d: b"", "not a file of fastvq indices"),
         (lambda d: d[:20], "truncated: 20 bytes"),
         (lambda d: d[:-1], "damaged or truncated"),
         (lambda d: resealed(d[:4] + b"\x02" + d[5:]), "written in version 2"),
-        (lambda d: resealed(d[:5] + b"\x07" + d[6:]), "a header that can't be: model 7"),
+        (lambda d: resealed(d[:5] + b"\x07" + d[6:]), "invalid header: model 7"),
         (lambda d: resealed(d[:7] + b"\x00" + d[8:]), "0 axes"),
         (lambda d: resealed(d[:16] + struct.pack("<I", 0) + d[20:]), "a codebook of 0 codes"),
         (lambda d: resealed(d[:20] + struct.pack("<I", 1 << 30) + d[24:]), "more than .* bytes of coded data can hold"),
         (lambda d: resealed(d[:-10] + d[-8:]), "whole 32-bit words"),
     ],
 )
-def test_what_is_wrong_is_said(change, message):
+def test_errors_of_damaged_files(change, message):
     data = coding.encode(correlated(20, 5, 5, 40), 40)
     with pytest.raises(CodingError, match=message):
         coding.decode(change(data))
 
 
 @pytest.mark.parametrize(
-    ("codes", "options", "message"),
+    ("indices", "options", "message"),
     [
-        (torch.tensor([0.5]), {}, "codes: must be integers, got torch.float32"),
-        (torch.tensor([True]), {}, "codes: must be integers, got torch.bool"),
-        (torch.tensor(3), {}, "codes: must have 1 to 8 axes"),
-        (torch.tensor([8]), {}, r"codes: must lie in \[-1, 8\), got 8 to 8"),
-        (torch.tensor([-2, 1]), {}, r"codes: must lie in \[-1, 8\), got -2 to 1"),
+        (torch.tensor([0.5]), {}, "indices: must be integers, got torch.float32"),
+        (torch.tensor([True]), {}, "indices: must be integers, got torch.bool"),
+        (torch.tensor(3), {}, "indices: must have 1 to 8 axes"),
+        (torch.tensor([8]), {}, r"indices: must lie in \[-1, 8\), got 8 to 8"),
+        (torch.tensor([-2, 1]), {}, r"indices: must lie in \[-1, 8\), got -2 to 1"),
         (torch.tensor([1]), {"codebook_size": 0}, r"codebook_size: must lie in \[1, 16777216\], got 0"),
         (torch.tensor([1]), {"model": "zip"}, "model: must be one of static, adaptive, prior, got 'zip'"),
         (torch.tensor([1]), {"fingerprint": b"123"}, "fingerprint: must be 8 bytes, got 3"),
     ],
 )
-def test_encode_refuses_by_name(codes, options, message):
+def test_encode_refuses_by_name(indices, options, message):
     with pytest.raises(CodingError, match=message):
-        coding.encode(codes, **{"codebook_size": 8} | options)
+        coding.encode(indices, **{"codebook_size": 8} | options)
 
 
-def test_codes_of_another_model_are_refused():
+def test_indices_of_another_model_are_refused():
     one, other = (fastvq.VectorQuantize(4, 8) for _ in range(2))
     data = coding.encode(torch.tensor([1, 2]), 8, fingerprint=coding.fingerprint(one))
     assert coding.decode(data, fingerprint=coding.fingerprint(one)).tolist() == [1, 2]
     assert coding.decode(data).tolist() == [1, 2]
-    with pytest.raises(CodingError, match="codes of another model"):
+    with pytest.raises(CodingError, match="indices of another model"):
         coding.decode(data, fingerprint=coding.fingerprint(other))
     before = coding.fingerprint(one)
     one.codebook[0, 0] += 1
     assert coding.fingerprint(one) != before
 
 
-def test_no_more_codes_than_allowed():
+def test_no_more_indices_than_allowed():
     data = coding.encode(torch.zeros(100, dtype=torch.int64), 8)
-    with pytest.raises(CodingError, match="100 codes, more than max_indices=99"):
+    with pytest.raises(CodingError, match="100 indices, more than max_indices=99"):
         coding.decode(data, max_indices=99)
 
 
@@ -269,7 +269,7 @@ def test_files(tmp_path):
     assert coding.load(path) == data
     assert [p.name for p in path.parent.iterdir()] == ["codes.fvq"]
     path.write_bytes(b"GIF89a")
-    with pytest.raises(CodingError, match="not a file of fastvq codes"):
+    with pytest.raises(CodingError, match="not a file of fastvq indices"):
         coding.load(path)
 
 
@@ -280,7 +280,7 @@ def test_tree_of_an_alphabet():
     assert right[1] == 3  # 4 alone lies in the right half of 0 ... 7
     assert right[2] == 1
     assert right[4] == 2
-    assert tree.decided(np.array([0, 1]), 1, 5).tolist() == [True, False]
+    assert tree.branching_mask(np.array([0, 1]), 1, 5).tolist() == [True, False]
     assert [tree.depths(size) for size in (1, 2, 3, 512, 513)] == [0, 1, 2, 9, 10]
 
 
@@ -294,8 +294,8 @@ def test_probabilities_leave_every_decision_possible():
 
 
 @pytest.mark.parametrize("alphabet", [4, 5000], ids=["forgets", "hashes"])
-def test_one_at_a_time_is_as_many_at_once(alphabet, monkeypatch):
-    """In integers of Python and in arrays, in turn, the same model."""
+def test_one_at_a_time_equals_many_at_once(alphabet, monkeypatch):
+    """The model is the same with Python integers and with arrays, in turn."""
     decisions = 3000
     monkeypatch.setattr(models, "_FORGET", 100)
     mixed, arrays = models.Adaptive(alphabet), models.Adaptive(alphabet)
@@ -318,22 +318,22 @@ def test_one_at_a_time_is_as_many_at_once(alphabet, monkeypatch):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("shape", [(1, 40), (7, 30, 2), (12, 9), (40, 3, 3)], ids=str)
-def test_a_few_side_by_side_are_as_many(model, shape, monkeypatch):
+def test_a_few_side_by_side_equal_many(model, shape, monkeypatch):
     monkeypatch.setattr(models, "_FORGET", 20)
-    codes = torch.randint(-1, 5, shape, generator=generator()).square() - 1
+    indices = torch.randint(-1, 5, shape, generator=generator()).square() - 1
     expected = []
-    for few in (0, codec.FEW, 64):
-        monkeypatch.setattr(codec, "FEW", few)
-        expected.append(coding.encode(codes, 16, model=model))
-        assert torch.equal(coding.decode(expected[-1]), codes)
+    for few in (0, codec.FEW_SAMPLES, 64):
+        monkeypatch.setattr(codec, "FEW_SAMPLES", few)
+        expected.append(coding.encode(indices, 16, model=model))
+        assert torch.equal(coding.decode(expected[-1]), indices)
     assert expected[0] == expected[1] == expected[2]
 
 
 def test_a_codebook_size_of_any_integer_type(tmp_path):
-    codes = torch.tensor([[3, 0, 4]])
-    expected = coding.encode(codes, 5)
-    for size in (np.int64(5), codes.max() + 1):
-        assert coding.encode(codes, size) == expected
+    indices = torch.tensor([[3, 0, 4]])
+    expected = coding.encode(indices, 5)
+    for size in (np.int64(5), indices.max() + 1):
+        assert coding.encode(indices, size) == expected
     coding.save(str(tmp_path / "c.fvq"), expected)
     assert coding.load(str(tmp_path / "c.fvq")) == expected
 
@@ -353,7 +353,7 @@ def test_huffman_is_between_the_entropy_and_a_bit_more():
     assert huffman_bits(np.array([0] * 4 + [1] * 2 + [2, 3])) == 4 * 1 + 2 * 2 + 2 * 3
     assert huffman_bits(np.array([7, 7])) == 0
     assert huffman_bits(np.array([], np.int64)) == 0
-    codes = correlated(100, 5, 5, 40)
-    shares = torch.bincount(codes.flatten()).double() / codes.numel()
+    indices = correlated(100, 5, 5, 40)
+    shares = torch.bincount(indices.flatten()).double() / indices.numel()
     entropy = -(shares * shares.clamp_min(1e-300).log2()).sum().item()
-    assert entropy <= coding.measure(codes, 40)["huffman"]["bits_per_index"] < entropy + 1
+    assert entropy <= coding.measure(indices, 40)["huffman"]["bits_per_index"] < entropy + 1

@@ -1,4 +1,4 @@
-"""Fixed-point arithmetic: close to floats, and exact whatever order sums are taken in."""
+"""Fixed-point arithmetic: close to floats, and exact in any order of summation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvq.coding import tables
-from fastvq.coding.fixed import ONE, Fixed, _floor_divided, _root, exponentials
+from fastvq.coding.fixed import ONE, Fixed, _floor_divide, _floor_sqrt, exponentials
 from fastvq.errors import CodingError
 from fastvq.models.priors.arithmetic import Floats
 
@@ -57,7 +57,7 @@ def test_layers_are_close_to_floats():
 
 
 def test_sums_are_exact_in_any_order():
-    """At the largest operands there may be: a matrix product in float64 against Python's integers."""
+    """With the largest operands: a matrix product in float64, compared with Python's integers."""
     g = generator()
     weight = torch.randint(-7, 8, (5, 500), generator=g).float() + torch.rand(5, 500, generator=g)
     x = torch.where(torch.rand(4, 500, generator=g) < 0.5, -(2.0**24), 2.0**24 - 1).double()
@@ -72,7 +72,7 @@ def test_sums_are_exact_in_any_order():
 
 
 def test_operands_beyond_the_bounds_are_clamped():
-    """To +-256, and queries, keys and values to +-64: what is given beyond has the result of the bound."""
+    """Operands are clamped to +-256, queries, keys and values to +-64."""
     g, fixed = generator(), Fixed()
     wide = units(torch.tensor([[300.0, -1000.0, 3.0, 5e4], [-257.0, 256.0, 0.5, -1e9]]))
     within = wide.clamp(-(2.0**24), 2.0**24)
@@ -100,23 +100,23 @@ def test_quotients_and_roots_are_the_exact_floor():
     by = torch.randint(1, 2**20, (5000,), generator=g)
     x = torch.cat([x, by * 12345, by * 12345 - 1, -by * 7])
     by = by.repeat(4)
-    assert torch.equal(_floor_divided(x.double(), by.double()).long(), x.div(by, rounding_mode="floor"))
+    assert torch.equal(_floor_divide(x.double(), by.double()).long(), x.div(by, rounding_mode="floor"))
     values = torch.cat([torch.randint(0, 2**62, (3000,), generator=g), torch.arange(1 << 30, (1 << 30) + 500) ** 2])
     values = torch.cat([values, values[3000:] - 1, torch.arange(50)])
-    assert _root(values).tolist() == [math.isqrt(value) for value in values.tolist()]
+    assert _floor_sqrt(values).tolist() == [math.isqrt(value) for value in values.tolist()]
 
 
-def test_what_could_not_be_exact_is_refused():
+def test_inexact_weights_are_refused():
     x = torch.zeros(1, 4, dtype=torch.float64)
     for value, message in (
         (math.nan, "finite"),
         (math.inf, "finite"),
         (1e5, "65536"),
-        (3000.0, "more than 4096"),
+        (3000.0, "at most 4096"),
     ):
         with pytest.raises(CodingError, match=message):
             Fixed().linear(x, torch.full((2, 4), value), None)
-    with pytest.raises(CodingError, match="a width of 5000"):
+    with pytest.raises(CodingError, match="widths up to 4096, got 5000"):
         Fixed().norm(torch.zeros(1, 5000).double(), torch.nn.LayerNorm(5000))
-    with pytest.raises(CodingError, match="heads of 300"):
+    with pytest.raises(CodingError, match="heads of 256, got 1 and 300"):
         Fixed().attend(*torch.zeros(3, 1, 1, 1, 300).double())

@@ -1,4 +1,4 @@
-"""The prior over codes: exact likelihoods, cached sampling that follows them, and what it learns."""
+"""Priors over indices: exact likelihoods, cached sampling that agrees with them, and learning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ every_kind = pytest.mark.parametrize("kind", PRIORS.values(), ids=PRIORS)
 
 
 def make(kind=TransformerPrior, size=7, grid=(3, 4), **options):
-    """A prior that isn't uniform: its head is drawn, not zero."""
+    """Return a prior that is not uniform: its head is random instead of zero."""
     if kind is PixelCNNPrior and len(grid) > 2:
         pytest.skip("a PixelCNN's grids have one or two axes")
     prior = kind(size, grid, **SIZES[kind] | options).eval()
@@ -38,15 +38,15 @@ def make(kind=TransformerPrior, size=7, grid=(3, 4), **options):
     return prior
 
 
-def some_codes(prior, count=6):
+def indices_for(prior, count=6):
     return torch.randint(0, prior.codebook_size, (count, *prior.grid), generator=generator(2))
 
 
-def fit(prior, codes, labels=None, steps=150):
+def fit(prior, indices, labels=None, steps=150):
     optimizer = torch.optim.Adam(prior.train().parameters(), lr=1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
-        prior.loss(codes, labels).backward()
+        prior.loss(indices, labels).backward()
         optimizer.step()
     return prior.eval()
 
@@ -55,11 +55,11 @@ def fit(prior, codes, labels=None, steps=150):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_place_sees_what_comes_before_it_alone(kind, grid):
     prior = make(kind, grid=grid)
-    codes = some_codes(prior)
-    logits = prior(codes)
+    indices = indices_for(prior)
+    logits = prior(indices)
     assert logits.shape == (6, math.prod(grid), 7)
     for place in range(prior.places):
-        other = codes.clone()
+        other = indices.clone()
         other.view(6, -1)[:, place] = (other.view(6, -1)[:, place] + 1) % 7
         changed = (prior(other) - logits).abs().amax((0, 2)) > 1e-6
         assert not changed[: place + 1].any()
@@ -86,13 +86,13 @@ def test_an_untrained_prior_is_uniform(kind):
 
 
 @every_kind
-def test_similar_codes_start_alike_where_their_vectors_are_known(kind):
+def test_similar_codes_start_alike_if_their_vectors_are_given(kind):
     vectors = torch.randn(4, 6, generator=generator()).repeat(2, 1)
     prior = kind(8, (2, 3), **SIZES[kind], vectors=vectors).eval()
     logits = prior(torch.randint(0, 8, (3, 2, 3), generator=generator()))
     close(logits[..., :4], logits[..., 4:])
-    codes = torch.randint(0, 4, (3, 2, 3), generator=generator())
-    close(prior(codes), prior(codes + 4))
+    indices = torch.randint(0, 4, (3, 2, 3), generator=generator())
+    close(prior(indices), prior(indices + 4))
     assert logits.std(-1).min() > 0
     with pytest.raises(ValueError, match=r"vectors: must have shape \(9, D\), got \(8, 6\)"):
         kind(9, (3,), vectors=vectors)
@@ -108,9 +108,9 @@ def test_cached_sampling_has_the_logits_of_the_full_forward(kind, grid, guidance
     monkeypatch.setattr(
         "fastvq.models.priors.base.draw", lambda logits, *rest: (seen.append(logits), draw(logits, *rest))[1]
     )
-    codes = prior.sample(2, labels, guidance=guidance, generator=generator())
-    assert codes.shape == (2, *grid)
-    full = guidance * prior(codes, labels) + (1 - guidance) * prior(codes)
+    indices = prior.sample(2, labels, guidance=guidance, generator=generator())
+    assert indices.shape == (2, *grid)
+    full = guidance * prior(indices, labels) + (1 - guidance) * prior(indices)
     torch.testing.assert_close(torch.stack(seen, 1), full, rtol=1e-4, atol=1e-4)
 
 
@@ -121,8 +121,8 @@ def operations(call):
 
 
 @every_kind
-def test_sampling_twice_as_many_codes_costs_twice_as_much(kind):
-    """Linear work for each code, but for attention: recomputing all before it would make it four times as much."""
+def test_sampling_twice_as_many_places_costs_twice_as_much(kind):
+    """Work is linear in the number of places, except for attention; recomputing earlier places would be quadratic."""
     short, long = (make(kind, grid=(height, 6)) for height in (4, 8))
     assert operations(lambda: long.sample(2)) < 2.3 * operations(lambda: short.sample(2))
 
@@ -152,7 +152,7 @@ def test_temperature_top_k_and_top_p():
     assert torch.equal(prior.sample(3, top_k=7, top_p=1.0, generator=generator(4)), first)
 
 
-def test_which_codes_the_limits_leave():
+def test_indices_left_by_the_limits():
     logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log().expand(20_000, -1)
     settings = {
         "all": (1.0, None, None),
@@ -177,62 +177,62 @@ def test_which_codes_the_limits_leave():
 
 
 @every_kind
-def test_given_codes_stay_and_the_others_follow_from_them(kind):
+def test_given_indices_stay_and_condition_the_others(kind):
     prior = make(kind)
-    given = some_codes(prior, 4)
+    given = indices_for(prior, 4)
     given[:, 1:] = -1
     completed = prior.sample(4, given=given, generator=generator())
     assert torch.equal(completed[:, 0], given[:, 0])
     assert ((completed >= 0) & (completed < 7)).all()
-    whole = some_codes(prior, 4)
+    whole = indices_for(prior, 4)
     assert torch.equal(prior.sample(4, given=whole), whole)
 
 
 @every_kind
-def test_learns_what_follows_what(kind):
-    codes = (torch.arange(12).reshape(3, 4) + torch.arange(7)[:, None, None]) % 7
-    prior = fit(kind(7, (3, 4), **SIZES[kind] | {"dim": 32}, dropout=0.0), codes)
-    bits = prior.bits(codes)
+def test_learns_a_sequence(kind):
+    indices = (torch.arange(12).reshape(3, 4) + torch.arange(7)[:, None, None]) % 7
+    prior = fit(kind(7, (3, 4), **SIZES[kind] | {"dim": 32}, dropout=0.0), indices)
+    bits = prior.bits(indices)
     assert bits.max() < math.log2(7) + 1.5  # the first code is free, the others follow
-    assert torch.equal(prior.sample(7, given=codes.masked_fill(torch.arange(12).reshape(3, 4) > 0, -1)), codes)
+    assert torch.equal(prior.sample(7, given=indices.masked_fill(torch.arange(12).reshape(3, 4) > 0, -1)), indices)
 
 
 @every_kind
-def test_learns_what_a_label_means_and_guidance_leans_on_it(kind):
-    codes = torch.stack([torch.full((6,), 0), torch.full((6,), 1)]).repeat(20, 1)
-    codes[4:8, 2] = 2  # some noise, so that there is something to lean against
+def test_learns_labels_and_guidance_amplifies_them(kind):
+    indices = torch.stack([torch.full((6,), 0), torch.full((6,), 1)]).repeat(20, 1)
+    indices[4:8, 2] = 2  # some noise, so that there is something to lean against
     labels = torch.tensor([0, 1]).repeat(20)
     options = SIZES[kind] | {"dim": 32, "classes": 2, "dropout": 0.0, "label_dropout": 0.3}
-    prior = fit(kind(3, (6,), **options), codes, labels)
+    prior = fit(kind(3, (6,), **options), indices, labels)
     for label in (0, 1):
         sampled = prior.sample(50, torch.full((50,), label), guidance=3.0, generator=generator())
         assert (sampled == label).float().mean() > 0.9
     first = prior.sample(200, generator=generator())[:, 0].float().mean().item()
     assert 0.3 < first < 0.7  # without a label either will do
-    with_label = prior.bits(codes[:2], labels[:2]).mean()
-    assert with_label < prior.bits(codes[:2]).mean() - 0.5
+    with_label = prior.bits(indices[:2], labels[:2]).mean()
+    assert with_label < prior.bits(indices[:2]).mean() - 0.5
 
 
 @every_kind
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"dropout": 0.0}], ids=["default", "half", "none"])
-def test_dropout_is_of_training_alone(kind, options):
+def test_dropout_only_in_training(kind, options):
     prior = make(kind, **options)
-    codes = some_codes(prior)
-    assert torch.equal(prior(codes), prior(codes))
-    evaluated = prior(codes)
+    indices = indices_for(prior)
+    assert torch.equal(prior(indices), prior(indices))
+    evaluated = prior(indices)
     prior.train()
-    assert torch.equal(prior(codes), prior(codes)) == (options == {"dropout": 0.0})
-    close(prior.eval()(codes), evaluated)
+    assert torch.equal(prior(indices), prior(indices)) == (options == {"dropout": 0.0})
+    close(prior.eval()(indices), evaluated)
 
 
 @every_kind
-def test_every_layer_drops_out(kind):
+def test_every_layer_has_dropout(kind):
     prior = make(kind, dropout=0.3).train()
     shares = []
     for module in prior.modules():
         if isinstance(module, torch.nn.Dropout):
             module.register_forward_hook(lambda module, *_: shares.append(module.p))
-    prior(some_codes(prior))
+    prior(indices_for(prior))
     # What attention and perceptron add in two blocks; what each of four layers adds; the LSTM's input and output.
     assert shares == [0.3] * {TransformerPrior: 4, PixelCNNPrior: 4, LSTMPrior: 2}[kind]
     if kind is LSTMPrior:
@@ -244,9 +244,9 @@ def test_state_dict_round_trip_and_gradients(kind):
     prior, other = make(kind, classes=2), make(kind, classes=2)
     torch.nn.init.zeros_(other.head.weight)
     other.load_state_dict(prior.state_dict())
-    codes, labels = some_codes(prior), torch.tensor([0, 1, 0, 1, 0, 1])
-    assert torch.equal(other.bits(codes, labels), prior.bits(codes, labels))
-    prior.train().loss(codes, labels).backward()
+    indices, labels = indices_for(prior), torch.tensor([0, 1, 0, 1, 0, 1])
+    assert torch.equal(other.bits(indices, labels), prior.bits(indices, labels))
+    prior.train().loss(indices, labels).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in prior.parameters())
 
 
@@ -269,12 +269,12 @@ def test_refuses_by_name(options, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p(torch.zeros(2, 4, 3, dtype=torch.int64)), r"codes: must be int64 of shape \(B, 3, 4\)"),
-        (lambda p: p(torch.zeros(2, 3, 4)), r"codes: must be int64 of shape"),
-        (lambda p: p(torch.full((2, 3, 4), 7)), r"codes: must lie in \[0, 7\), got 7 to 7"),
-        (lambda p: p(torch.full((2, 3, 4), -1)), r"codes: must lie in \[0, 7\), got -1 to -1"),
-        (lambda p: p.loss(some_codes(p), torch.zeros(5, dtype=torch.int64)), r"labels: must be int64 of shape \(6,\)"),
-        (lambda p: make().bits(some_codes(p), torch.zeros(6, dtype=torch.int64)), "was made without classes"),
+        (lambda p: p(torch.zeros(2, 4, 3, dtype=torch.int64)), r"indices: must be int64 of shape \(B, 3, 4\)"),
+        (lambda p: p(torch.zeros(2, 3, 4)), r"indices: must be int64 of shape"),
+        (lambda p: p(torch.full((2, 3, 4), 7)), r"indices: must lie in \[0, 7\), got 7 to 7"),
+        (lambda p: p(torch.full((2, 3, 4), -1)), r"indices: must lie in \[0, 7\), got -1 to -1"),
+        (lambda p: p.loss(indices_for(p), torch.zeros(5, dtype=torch.int64)), r"labels: must be int64 of shape \(6,\)"),
+        (lambda p: make().bits(indices_for(p), torch.zeros(6, dtype=torch.int64)), "was built without classes"),
         (lambda p: p.sample(0), "count: must be at least 1"),
         (lambda p: p.sample(1, temperature=-1), "temperature: must not be negative"),
         (lambda p: p.sample(1, temperature=math.inf), "temperature: must not be negative, nor infinite, got inf"),
@@ -284,11 +284,11 @@ def test_refuses_by_name(options, message):
         (lambda p: p.sample(1, given=torch.full((1, 3, 4), -2)), "given: must lie in \\[-1, "),
         (lambda p: p.sample(1, top_k=0), "top_k: must be at least 1"),
         (lambda p: p.sample(1, top_p=0.0), r"top_p: must lie in \(0, 1\]"),
-        (lambda p: p.sample(1, guidance=2.0), "guidance: of 2.0 needs labels"),
+        (lambda p: p.sample(1, guidance=2.0), "guidance: needs labels"),
         (lambda p: p.sample(1, given=torch.zeros(1, 12, dtype=torch.int64)), "given: must be int64 of shape"),
         (lambda p: p.train().sample(1), r"call eval\(\) first"),
     ],
 )
-def test_calls_are_refused_by_name(call, message):
+def test_invalid_calls_are_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call(make(classes=2))

@@ -1,4 +1,4 @@
-"""Encoder, decoder and the VQ-VAE: shapes, the exchangeable bottleneck, and that decoding needs the integers alone."""
+"""Encoder, decoder and the VQ-VAE: shapes, exchangeable bottlenecks, and decoding from indices alone."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_no_bottleneck_is_the_plain_autoencoder() -> None:
         model.decode(indices)
 
 
-def test_a_bottleneck_with_several_levels_keeps_them_on_the_last_axis() -> None:
+def test_a_bottleneck_with_several_stages_keeps_them_on_the_last_axis() -> None:
     class TwoLevels(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()

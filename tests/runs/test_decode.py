@@ -31,7 +31,7 @@ def test_a_damaged_or_foreign_file_leaves_nothing_behind(run, tmp_path, capsys):
     assert "damaged or truncated" in capsys.readouterr().err
     coded.write_bytes(coding.encode(coding.decode(data), 24, fingerprint=b"somebody"))
     assert main(["decode", str(coded), str(out), f"--run={folder}"]) == 2
-    assert "codes of another model" in capsys.readouterr().err
+    assert "indices of another model" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["images.fvq"]
 
 
@@ -39,7 +39,7 @@ def test_a_damaged_or_foreign_file_leaves_nothing_behind(run, tmp_path, capsys):
     ("command", "message"),
     [
         (["decode", "absent.fvq", "out", "--run={run}"], "absent.fvq"),
-        (["decode", "{images}/00.png", "out", "--run={run}"], "not a file of fastvq codes"),
+        (["decode", "{images}/00.png", "out", "--run={run}"], "not a file of fastvq indices"),
         (["decode", "{images}/00.png", "out"], "--run: needed to decode images"),
         (["decode", "absent.fvq", "{images}", "--run={run}"], "exists: choose another folder"),
     ],
@@ -94,5 +94,5 @@ def test_more_indices_than_allowed(tmp_path, capsys):
     coded, out = str(tmp_path / "c.fvq"), str(tmp_path / "out.npy")
     assert main(["encode", str(tmp_path / "in.npy"), coded]) == 0
     assert main(["decode", coded, out, "--max-indices=14"]) == 2
-    assert "15 codes, more than max_indices=14" in capsys.readouterr().err
+    assert "15 indices, more than max_indices=14" in capsys.readouterr().err
     assert main(["decode", coded, out, "--max-indices=15"]) == 0

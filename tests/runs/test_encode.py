@@ -152,7 +152,7 @@ def test_arrays_that_are_no_indices(tmp_path, capsys):
     assert "must hold integers, got float64" in capsys.readouterr().err
     np.save(tmp_path / "in.npy", np.array([5]))
     assert main(["encode", str(tmp_path / "in.npy"), str(tmp_path / "c.fvq"), "--codebook-size=5"]) == 2
-    assert "codes: must lie in [-1, 5), got 5 to 5" in capsys.readouterr().err
+    assert "indices: must lie in [-1, 5), got 5 to 5" in capsys.readouterr().err
 
 
 def test_files_coded_with_the_prior(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Priors over grids of codes: which codes follow which. `Prior` is what they share; each says how it reads a grid."""
+"""Priors over grids of indices. `Prior` holds what they share; each module is one architecture."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from .pixel_cnn import PixelCNNPrior
 from .transformer import TransformerPrior
 
 PRIORS: dict[str, type[Prior]] = {"transformer": TransformerPrior, "pixelcnn": PixelCNNPrior, "lstm": LSTMPrior}
-"""By the name that settings have for them."""
+"""Classes of priors by their name in settings."""
 
 __all__ = ["PRIORS", "LSTMPrior", "PixelCNNPrior", "Prior", "TransformerPrior"]

@@ -1,4 +1,4 @@
-"""What a prior computes with, one place at a time: floats to sample, or exact integers to code files."""
+"""Arithmetic of a prior's step: floats for sampling, or exact integers for coding files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class Arithmetic(Protocol):
-    """Numbers of one kind, and the operations that a prior's step is written in."""
+    """Operations that a prior's step is composed of, on one kind of numbers."""
 
     def constant(self, parameter: Tensor) -> Tensor:
-        """A parameter as numbers of this kind, of its shape."""
+        """Return a parameter as numbers of this kind, in its shape."""
         ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
@@ -21,7 +21,7 @@ class Arithmetic(Protocol):
     def norm(self, x: Tensor, layer: nn.LayerNorm) -> Tensor: ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v, of (..., 1, D) queries and (..., places, D) keys and values."""
+        """Return softmax(q k^T / sqrt(D)) v, for queries (..., 1, D) and keys and values (..., places, D)."""
         ...
 
     def multiply(self, x: Tensor, y: Tensor) -> Tensor: ...
@@ -34,7 +34,7 @@ class Arithmetic(Protocol):
 
 
 class Floats:
-    """The arithmetic of the parameters themselves."""
+    """Floating-point arithmetic in the dtype of the parameters."""
 
     def constant(self, parameter: Tensor) -> Tensor:
         return parameter

@@ -1,4 +1,4 @@
-"""What all priors share: likelihoods, sampling, and the checks of what they are given."""
+"""Base class of priors: likelihoods, sampling and validation of inputs."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from .arithmetic import Arithmetic, Floats
 from .draw import draw
 
 _IN_FLOAT64 = 1 << 22
-"""Logits that are widened at a time."""
+"""Number of logits that are converted to float64 at a time."""
 
 
 class Prior(nn.Module):
-    """p(codes | label) = prod_i p(code_i | code_0 ... code_{i-1}, label), over the places of a grid in raster order.
+    """Learned distribution of the indices of a grid, place by place in raster order.
 
-    A prior says twice how it predicts: `forward` for all places of known codes at once, to learn and to measure, and
-    `step` for one place, from what `begin` and the earlier steps have kept, to sample and to code. Both give the same
-    logits to rounding.
+        p(indices | label) = prod_i p(index_i | index_0 ... index_{i-1}, label)
+
+    A prior defines its prediction twice: `forward` for all places of known indices at once, for training and
+    likelihoods, and `step` for one place, from the state that `begin` and earlier steps left, for sampling and coding.
+    Both give the same logits up to rounding.
 
     Args:
         codebook_size: K.
-        grid: shape of one sample's codes: (T,), (H, W) or (T, H, W).
-        classes: how many labels there are; 0 for none.
-        label_dropout: in training, the share of samples whose label is left out, so that guidance has a model without.
+        grid: shape of one sample's indices: (T,), (H, W) or (T, H, W).
+        classes: number of labels; 0 for none.
+        label_dropout: in training, the share of samples whose label is left out, which guidance needs.
 
     Attributes:
-        places: codes of a sample.
-        settings: what the constructor was given, besides parameters.
+        places: number of indices of a sample.
+        settings: the constructor's arguments other than parameters.
 
-    Shapes: codes (B, *grid) int64 in [0, K); labels (B,) int64 in [0, classes), or None for none.
+    Shapes: indices (B, *grid) int64 in [0, K); labels (B,) int64 in [0, classes), or None.
 
     Raises:
-        ValueError: an argument that can't be, by name; codes or labels that don't fit.
+        ValueError: an invalid argument, by name; indices or labels of another shape, dtype or range.
 
     Source: van den Oord et al., Neural Discrete Representation Learning, 2017, section 3.3: a learned prior in place of
     the uniform one. Ho and Salimans, Classifier-Free Diffusion Guidance, 2022, equation 6.
@@ -70,33 +72,33 @@ class Prior(nn.Module):
             **settings,
         }
 
-    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (B, places, K): at place i those of code i, given the codes before it."""
+    def forward(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return logits (B, places, K): at place i those of index i, given the indices before it."""
         raise NotImplementedError
 
     def begin(self, arithmetic: Arithmetic, labels: Tensor) -> Any:
-        """What `step` keeps between places. labels (B,): from `label_rows`."""
+        """Return the state that `step` updates from place to place. labels (B,): as `label_rows` returns them."""
         raise NotImplementedError
 
-    def step(self, arithmetic: Arithmetic, state: Any, codes: Tensor, place: int) -> Tensor:
-        """Logits (B, K) of the code at `place`, from codes (B, places) known before it. Places come in order."""
+    def step(self, arithmetic: Arithmetic, state: Any, indices: Tensor, place: int) -> Tensor:
+        """Return logits (B, K) of the index at `place`, given the indices (B, places) before. Places come in order."""
         raise NotImplementedError
 
-    def loss(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Mean negative log-likelihood of a code, in nats, ()."""
-        logits = self(codes, labels)
-        return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
+    def loss(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the mean negative log-likelihood () of an index, in nats."""
+        logits = self(indices, labels)
+        return F.cross_entropy(logits.flatten(0, 1).float(), indices.flatten())
 
     @torch.no_grad()
-    def bits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """-log2 p(codes | label) of each sample, (B,) float64: what an ideal coder needs for it. Call it in eval mode.
+    def bits(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return -log2 p(indices | label) of each sample, (B,) float64: the length of an ideal code.
 
-        Under the uniform prior that the VQ-VAE is trained with it is (places) log2 K.
+        Call it in eval mode. Under the uniform prior that the VQ-VAE is trained with it is (places) log2 K.
         """
-        logits = self(codes, labels)
+        logits = self(indices, labels)
         rows = max(1, _IN_FLOAT64 // max(1, logits[:1].numel()))
-        parts = zip(logits.split(rows), codes.flatten(1).split(rows), strict=True)
-        nats = [F.cross_entropy(some.double().mT, its, reduction="none").sum(1) for some, its in parts]
+        parts = zip(logits.split(rows), indices.flatten(1).split(rows), strict=True)
+        nats = [F.cross_entropy(part.double().mT, own, reduction="none").sum(1) for part, own in parts]
         return torch.cat(nats) / math.log(2) if nats else logits.new_zeros(0, dtype=torch.float64)
 
     @torch.no_grad()
@@ -112,21 +114,21 @@ class Prior(nn.Module):
         given: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """New codes (count, *grid), one place after the other; what earlier places computed is kept.
+        """Sample indices (count, *grid) place by place, with what earlier places computed cached.
 
         Args:
-            count: how many samples.
+            count: number of samples.
             labels: (count,), or None.
-            temperature: divides the logits; 0 takes the likeliest code.
-            top_k: draw among the k likeliest codes.
-            top_p: draw among the fewest codes that have this probability together.
+            temperature: divides the logits; 0 takes the most likely index.
+            top_k: sample from the k most likely indices.
+            top_p: sample from the smallest set of indices that has this total probability.
             guidance: g in  logits = g logits(label) + (1 - g) logits(no label);  1 is the model itself.
-            given: (count, *grid), codes to keep, -1 where one is to be drawn: an image's upper half, for example.
-                Places are drawn in raster order, from the codes before them alone.
-            generator: for the draws, on the device of the model.
+            given: (count, *grid), indices to keep, with -1 at the places to sample, for example to complete the upper
+                half of an image. Places are sampled in raster order, conditioned on the indices before them alone.
+            generator: random generator on the device of the model.
 
         Raises:
-            ValueError: an argument that can't be, by name.
+            ValueError: an invalid argument, by name.
         """
         self._check_sampling(count, temperature, top_k, top_p, guidance, labels, given)
         floats, guided = Floats(), guidance != 1.0
@@ -135,46 +137,46 @@ class Prior(nn.Module):
         if guided:
             rows = torch.cat([rows, self.label_rows(None, count, device)])
         state = self.begin(floats, rows)
-        kept = None if given is None else given.flatten(1).to(device)
-        codes = torch.zeros(len(rows), self.places, dtype=torch.int64, device=device)
+        given = None if given is None else given.flatten(1).to(device)
+        indices = torch.zeros(len(rows), self.places, dtype=torch.int64, device=device)
         for place in range(self.places):
-            logits = self.step(floats, state, codes, place).float()
+            logits = self.step(floats, state, indices, place).float()
             if guided:
                 logits = guidance * logits[:count] + (1 - guidance) * logits[count:]
-            code = draw(logits, temperature, top_k, top_p, generator)
-            if kept is not None:
-                code = torch.where(kept[:, place] >= 0, kept[:, place], code)
-            codes[:, place] = torch.cat([code, code]) if guided else code
-        return codes[:count].unflatten(1, self.grid)
+            index = draw(logits, temperature, top_k, top_p, generator)
+            if given is not None:
+                index = torch.where(given[:, place] >= 0, given[:, place], index)
+            indices[:, place] = torch.cat([index, index]) if guided else index
+        return indices[:count].unflatten(1, self.grid)
 
     def label_rows(self, labels: Tensor | None, count: int, device: torch.device) -> Tensor:
-        """(count,): rows of a table of `classes` + 1 labels, the last of which stands for "no label"."""
+        """Return the rows (count,) of a table of `classes` + 1 labels; the last row stands for "no label"."""
         none = torch.full((count,), self.classes, device=device)
         if labels is None:
             return none
         if self.classes == 0:
-            raise ValueError("labels: this prior was made without classes")
+            raise ValueError("labels: this prior was built without classes")
         if labels.shape != (count,) or labels.dtype != torch.int64:
             raise ValueError(f"labels: must be int64 of shape ({count},), got {labels.dtype} {tuple(labels.shape)}")
         _check_range("labels", labels, self.classes)
         return labels.to(device)
 
     def rows_to_learn(self, labels: Tensor | None, count: int, device: torch.device) -> Tensor:
-        """`label_rows`, of which in training some are left out."""
+        """Return `label_rows`; in training a random share of them is replaced by "no label"."""
         rows = self.label_rows(labels, count, device)
         if labels is not None and self.training and self.label_dropout:
             rows = rows.masked_fill(torch.rand(count, device=device) < self.label_dropout, self.classes)
         return rows
 
-    def checked(self, codes: Tensor) -> Tensor:
-        """Codes that fit, as (B, places)."""
-        if codes.shape[1:] != self.grid or codes.dtype != torch.int64:
+    def flattened(self, indices: Tensor) -> Tensor:
+        """Validate indices (B, *grid) and return them as (B, places)."""
+        if indices.shape[1:] != self.grid or indices.dtype != torch.int64:
             raise ValueError(
-                f"codes: must be int64 of shape (B, {', '.join(map(str, self.grid))}), got {codes.dtype}"
-                f" {tuple(codes.shape)}"
+                f"indices: must be int64 of shape (B, {', '.join(map(str, self.grid))}), got {indices.dtype}"
+                f" {tuple(indices.shape)}"
             )
-        _check_range("codes", codes, self.codebook_size)
-        return codes.flatten(1)
+        _check_range("indices", indices, self.codebook_size)
+        return indices.flatten(1)
 
     def _check_sampling(
         self,
@@ -197,7 +199,7 @@ class Prior(nn.Module):
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p: must lie in (0, 1], got {top_p}")
         if guidance != 1.0 and labels is None:
-            raise ValueError(f"guidance: of {guidance} needs labels to guide by")
+            raise ValueError(f"guidance: needs labels, got {guidance} without")
         if given is not None and (given.shape != (count, *self.grid) or given.dtype != torch.int64):
             raise ValueError(
                 f"given: must be int64 of shape {(count, *self.grid)}, got {given.dtype} {tuple(given.shape)}"
@@ -205,10 +207,10 @@ class Prior(nn.Module):
         if given is not None:
             _check_range("given", given, self.codebook_size, least=-1)
         if self.training:
-            raise ValueError("sample: call eval() first, or dropout disturbs it")
+            raise ValueError("sample: call eval() first, since dropout would disturb it")
 
 
 def _check_range(name: str, values: Tensor, limit: int, *, least: int = 0) -> None:
-    # Elsewhere than on the CPU the device asserts when it looks them up: looking here would wait for it.
+    # On other devices the lookup asserts; a check here would wait for the device.
     if values.device.type == "cpu" and values.numel() and not (values.min() >= least and values.max() < limit):
         raise ValueError(f"{name}: must lie in [{least}, {limit}), got {int(values.min())} to {int(values.max())}")

@@ -1,4 +1,4 @@
-"""A code from its logits."""
+"""Sampling of an index from logits."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 LEAST_TEMPERATURE = 1e-30
-"""Below it only the likeliest code is left, and float32 has no room for the quotient."""
+"""Temperature below which the most likely index is taken: the quotient would overflow float32."""
 
 
 def draw(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
-    """A code (B,) from logits (B, K); the arguments are those of `Prior.sample`."""
+    """Sample indices (B,) from logits (B, K); the arguments are those of `Prior.sample`."""
     if temperature < LEAST_TEMPERATURE:
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
@@ -23,6 +23,6 @@ def draw(
     probabilities = logits.softmax(-1)
     if top_p is not None:
         ordered, order = probabilities.sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # what stands before it has the probability already
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the more likely ones already have probability top_p
         probabilities = probabilities.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)

@@ -1,4 +1,4 @@
-"""What a place of a grid is told: the codes around it that are known, where it is, and the label."""
+"""Input features of the places of a grid: known neighbouring indices, position and label."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor, nn
 
 from .arithmetic import Arithmetic, Floats
 
-_INPUT_SIZE, _HEAD_SIZE = 0.5, 0.05  # of weights that start from the codes' vectors
+_INPUT_SIZE, _HEAD_SIZE = 0.5, 0.05  # scale of weights that are initialized from code vectors
 
 
 class Inputs(nn.Module):
-    """The sum of a learned vector for each thing that a place knows, (B, places, dim).
+    """Sum of learned vectors (B, places, dim), one for each input of a place.
 
-    That is the code before it and, in grids of two or three axes, the ones above it and above to the right; its index
-    along each axis; and the label.
+    The inputs are the index before the place and, in grids of two or three axes, the indices above it and above to the
+    right; its position along each axis; and the label.
 
     Args:
-        codebook_size, grid, classes: of the prior. dim: width.
+        codebook_size, grid, classes: as in the prior. dim: width.
     """
 
     def __init__(self, codebook_size: int, grid: tuple[int, ...], classes: int, dim: int) -> None:
         super().__init__()
         self.grid, self.places = grid, math.prod(grid)
-        # How far back a place looks for a code that it is given, with the vectors of these codes.
+        # Distances back in raster order of the indices that a place sees.
         self.offsets = (1, *(o for o in (grid[-1], grid[-1] - 1) if len(grid) > 1 and 0 < o < self.places))
         self.codes: Any = nn.ModuleList([nn.Embedding(codebook_size, dim) for _ in self.offsets])
         self.start = nn.Parameter(torch.zeros(dim))
@@ -36,30 +36,30 @@ class Inputs(nn.Module):
         for embedding in (*self.codes, self.labels, *self.axes):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Of codes (B, places) and rows of labels (B,)."""
+    def forward(self, indices: Tensor, labels: Tensor) -> Tensor:
+        """Return the inputs of indices (B, places) and rows of labels (B,)."""
         x = F.pad(self.start[None], (0, 0, 0, self.places - 1)) + self.positions(Floats())
         for offset, vectors in zip(self.offsets, self.codes, strict=True):
-            x = x + F.pad(vectors(codes[:, : self.places - offset]), (0, 0, offset, 0))
+            x = x + F.pad(vectors(indices[:, : self.places - offset]), (0, 0, offset, 0))
         return x + self.labels(labels)[:, None]
 
     def begin(self, arithmetic: Arithmetic, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(positions, vectors of the labels), which `at` takes."""
+        """Return (positions, vectors of the labels), the state that `at` takes."""
         return self.positions(arithmetic), arithmetic.constant(self.labels.weight)[labels]
 
-    def at(self, arithmetic: Arithmetic, begun: tuple[Tensor, Tensor], codes: Tensor, place: int) -> Tensor:
-        """(B, dim): one place of it."""
+    def at(self, arithmetic: Arithmetic, begun: tuple[Tensor, Tensor], indices: Tensor, place: int) -> Tensor:
+        """Return the inputs (B, dim) of one place."""
         positions, labels = begun
         x = labels + positions[place]
         if place == 0:
             x = x + arithmetic.constant(self.start)
         for offset, vectors in zip(self.offsets, self.codes, strict=True):
             if offset <= place:
-                x = x + arithmetic.constant(vectors.weight)[codes[:, place - offset]]
+                x = x + arithmetic.constant(vectors.weight)[indices[:, place - offset]]
         return x
 
     def positions(self, arithmetic: Arithmetic) -> Tensor:
-        """(places, dim)."""
+        """Return the positional vectors (places, dim)."""
         total: Any = 0
         for axis, embedding in enumerate(self.axes):
             shape = [1] * len(self.grid)
@@ -70,10 +70,10 @@ class Inputs(nn.Module):
 
 @torch.no_grad()
 def start_from(vectors: Tensor, codebook_size: int, inputs: list[Tensor], heads: list[Tensor]) -> None:
-    """Weights (K, width) that are a random linear function of the codes' vectors (K, D): similar codes start alike.
+    """Set weights (K, width) to random linear functions of the code vectors (K, D), so that similar codes start alike.
 
     Raises:
-        ValueError: vectors of another shape.
+        ValueError: the vectors have another shape.
     """
     if vectors.dim() != 2 or len(vectors) != codebook_size:
         raise ValueError(f"vectors: must have shape ({codebook_size}, D), got {tuple(vectors.shape)}")
@@ -85,7 +85,7 @@ def start_from(vectors: Tensor, codebook_size: int, inputs: list[Tensor], heads:
 
 
 def zero_head(width: int, codebook_size: int) -> nn.Linear:
-    """The last layer of a prior that is uniform before it has learned anything."""
+    """Return a last layer of zeros: an untrained prior predicts a uniform distribution."""
     head = nn.Linear(width, codebook_size)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)

@@ -1,4 +1,4 @@
-"""The prior that remembers: a recurrent network along the raster."""
+"""Recurrent prior along the raster order."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from .arithmetic import Arithmetic
 from .base import Prior
 from .inputs import Inputs, start_from, zero_head
 
-_State = tuple[tuple[Tensor, Tensor], list[list[Tensor]]]  # what `Inputs` needs, and (h, c) of each layer
+_State = tuple[tuple[Tensor, Tensor], list[list[Tensor]]]  # the state of `Inputs`, and (h, c) of each layer
 
 
 class LSTMPrior(Prior):
-    """A stack of LSTM layers over grids of codes in raster order, told the same neighbours as the transformer.
+    """Stack of LSTM layers over grids of indices in raster order, with the same inputs as the transformer.
 
         i, f, g, o = W x_t + U h_{t-1} + b;  c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g);  h_t = sigmoid(o) tanh(c_t)
 
     Args:
         codebook_size, grid, classes, label_dropout: see `Prior`.
         dim: width. depth: layers.
-        dropout: in training, of the input and of what each layer hands on.
-        vectors: (K, D), what the codes stand for, from which similar codes start alike.
+        dropout: in training, dropout on the input and on the output of each layer.
+        vectors: (K, D), the code vectors, from which the weights are initialized so that similar codes start alike.
 
-    Shapes: codes (B, *grid) int64 in [0, K); labels (B,) int64 in [0, classes), or None for none.
+    Shapes: indices (B, *grid) int64 in [0, K); labels (B,) int64 in [0, classes), or None.
 
     Raises:
-        ValueError: an argument that can't be, by name; codes or labels that don't fit.
+        ValueError: an invalid argument, by name; indices or labels of another shape, dtype or range.
 
     Source: Hochreiter and Schmidhuber, Long Short-Term Memory, 1997; with the forget gate of Gers et al., 2000.
     """
@@ -52,8 +52,8 @@ class LSTMPrior(Prior):
         if vectors is not None:
             start_from(vectors, codebook_size, [e.weight for e in self.inputs.codes], [self.head.weight])
 
-    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        flat = self.checked(codes)
+    def forward(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
+        flat = self.flattened(indices)
         x = self.inputs(flat, self.rows_to_learn(labels, len(flat), flat.device))
         x, _ = self.lstm(self.dropout(x))
         return self.head(self.norm(self.dropout(x)))
@@ -62,9 +62,9 @@ class LSTMPrior(Prior):
         begun = self.inputs.begin(arithmetic, labels)
         return begun, [[begun[1].new_zeros(begun[1].shape) for _ in range(2)] for _ in range(self.lstm.num_layers)]
 
-    def step(self, arithmetic: Arithmetic, state: _State, codes: Tensor, place: int) -> Tensor:
+    def step(self, arithmetic: Arithmetic, state: _State, indices: Tensor, place: int) -> Tensor:
         begun, layers = state
-        x = self.inputs.at(arithmetic, begun, codes, place)
+        x = self.inputs.at(arithmetic, begun, indices, place)
         for number, kept in enumerate(layers):
             w, u, b, d = (
                 getattr(self.lstm, f"{name}_l{number}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")

@@ -1,4 +1,4 @@
-"""The prior of the original paper: masked convolutions over the grid of codes."""
+"""Convolutional prior of the original paper: masked convolutions over the grid of indices."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from .inputs import start_from, zero_head
 
 class _State(NamedTuple):
     labels: Tensor
-    codes: Tensor  # (B, H, W, dim), the codes' vectors, as far as they are known
-    vertical: list[Tensor]  # what each layer's vertical stack gives, by row
-    handed_down: list[Tensor]  # and what it tells the horizontal one
-    horizontal: list[Tensor]  # what each layer's horizontal stack gives, by place
+    codes: Tensor  # (B, H, W, dim), embeddings of the indices known so far
+    vertical: list[Tensor]  # outputs of each layer's vertical stack, by row
+    handed_down: list[Tensor]  # its inputs to the horizontal stack
+    horizontal: list[Tensor]  # outputs of each layer's horizontal stack, by place
 
 
 class PixelCNNPrior(Prior):
-    """A gated PixelCNN over grids of codes of one or two axes, with or without classes.
+    """Gated PixelCNN over grids of indices with one or two axes, with or without classes.
 
         y = tanh(W_f * x + V_f h) sigmoid(W_g * x + V_g h)
 
-    for a label's vector h, in two stacks: the vertical one sees the rows above, whole; the horizontal one sees its row
-    up to the place before, and what the vertical one found. So no place is blind to any that came earlier within
-    reach. The first layer reaches two rows and columns, the others one.
+    for a label's vector h, in two stacks: the vertical one sees the rows above, the horizontal one sees its row up to
+    the previous place and the output of the vertical one. So a place sees all earlier places within reach, without a
+    blind spot. The first layer reaches two rows and columns, the others one.
 
     Args:
         codebook_size, grid, classes, label_dropout: see `Prior`.
         dim: channels. depth: layers.
-        dropout: in training, of what each layer adds.
-        vectors: (K, D), what the codes stand for, from which similar codes start alike.
+        dropout: in training, dropout on what each layer adds.
+        vectors: (K, D), the code vectors, from which the weights are initialized so that similar codes start alike.
 
-    Shapes: codes (B, *grid) int64 in [0, K); labels (B,) int64 in [0, classes), or None for none.
+    Shapes: indices (B, *grid) int64 in [0, K); labels (B,) int64 in [0, classes), or None.
 
     Raises:
-        ValueError: an argument that can't be, by name; codes or labels that don't fit.
+        ValueError: an invalid argument, by name; indices or labels of another shape, dtype or range.
 
     Source: van den Oord et al., Conditional Image Generation with PixelCNN Decoders, 2016, section 2, equation 4 and
     figure 2.
@@ -60,7 +60,7 @@ class PixelCNNPrior(Prior):
         sizes = {"dim": dim, "depth": depth, "dropout": dropout}
         super().__init__(codebook_size, grid, classes=classes, label_dropout=label_dropout, **sizes)
         if len(grid) > 2:
-            raise ValueError(f"grid: of a PixelCNN has one or two axes, got {grid}")
+            raise ValueError(f"grid: must have one or two axes for a PixelCNN, got {grid}")
         self.height, self.width = self.places // self.grid[-1], self.grid[-1]
         self.codes = nn.Embedding(codebook_size, dim)
         self.layers: Any = nn.ModuleList([_Layer(dim, classes, dropout, first=i == 0) for i in range(depth)])
@@ -70,8 +70,8 @@ class PixelCNNPrior(Prior):
         if vectors is not None:
             start_from(vectors, codebook_size, [self.codes.weight], [self.head.weight])
 
-    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        flat = self.checked(codes)
+    def forward(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
+        flat = self.flattened(indices)
         rows = self.rows_to_learn(labels, len(flat), flat.device)
         vertical = horizontal = self.codes(flat).unflatten(1, (self.height, self.width))
         for layer in self.layers:
@@ -88,10 +88,10 @@ class PixelCNNPrior(Prior):
 
         return _State(labels, vectors.new_zeros(*size, vectors.shape[1]), maps(1), maps(2), maps(1))
 
-    def step(self, arithmetic: Arithmetic, state: _State, codes: Tensor, place: int) -> Tensor:
+    def step(self, arithmetic: Arithmetic, state: _State, indices: Tensor, place: int) -> Tensor:
         y, x = divmod(place, self.width)
         if place:
-            before = arithmetic.constant(self.codes.weight)[codes[:, place - 1]]
+            before = arithmetic.constant(self.codes.weight)[indices[:, place - 1]]
             state.codes.flatten(1, 2)[:, place - 1] = before
         if x == 0:
             vertical = state.codes
@@ -107,12 +107,12 @@ class PixelCNNPrior(Prior):
 
 
 class _Layer(nn.Module):
-    """One layer of both stacks. Convolutions are linear layers of the neighbours, side by side."""
+    """One layer of both stacks. Convolutions are linear layers over the concatenated neighbours."""
 
     def __init__(self, dim: int, classes: int, dropout: float, *, first: bool) -> None:
         super().__init__()
         self.first = first
-        # The first layer must not see its own place; behind it, a place's features are of codes before it alone.
+        # The first layer must not see its own place; after it, a place's features depend on earlier indices alone.
         self.rows = self.behind = (-2, -1) if first else (-1, 0)
         self.columns = range(-2, 3) if first else range(-1, 2)
         self.vertical = nn.Linear(len(self.rows) * len(self.columns) * dim, 2 * dim)
@@ -125,7 +125,7 @@ class _Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Both stacks (B, H, W, dim) at all places."""
+        """Return both stacks (B, H, W, dim) at all places."""
         height, width = vertical.shape[1:3]
         reach = -self.columns[0]
         padded = F.pad(vertical, (0, 0, reach, reach, -self.rows[0], 0))
@@ -142,7 +142,7 @@ class _Layer(nn.Module):
         return _gate(Floats(), found), added if self.first else horizontal + added
 
     def row(self, arithmetic: Arithmetic, vertical: Tensor, labels: Tensor, y: int) -> tuple[Tensor, Tensor]:
-        """The vertical stack's row y, (B, W, dim), and what it tells the horizontal one, (B, W, 2 dim)."""
+        """Return row y of the vertical stack, (B, W, dim), and its input to the horizontal stack, (B, W, 2 dim)."""
         width, reach = vertical.shape[2], -self.columns[0]
         rows = [vertical[:, y + row] if y + row >= 0 else torch.zeros_like(vertical[:, 0]) for row in self.rows]
         padded = [F.pad(row, (0, 0, reach, reach)) for row in rows]
@@ -152,7 +152,7 @@ class _Layer(nn.Module):
         return _gate(arithmetic, found), arithmetic.linear(found, self.down.weight, self.down.bias)
 
     def place(self, arithmetic: Arithmetic, row: Tensor, told: Tensor, labels: Tensor, x: int) -> Tensor:
-        """The horizontal stack at place x of its row (B, W, dim), (B, dim)."""
+        """Return the horizontal stack (B, dim) at place x of its row (B, W, dim)."""
         left = [row[:, x + column] if x + column >= 0 else torch.zeros_like(row[:, 0]) for column in self.behind]
         gated = arithmetic.linear(torch.cat(left, -1), self.horizontal.weight, self.horizontal.bias) + told
         gated = gated + arithmetic.constant(self.horizontal_labels.weight)[labels]

@@ -1,4 +1,4 @@
-"""The prior that attends to all codes before."""
+"""Prior that attends to all previous indices."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from .arithmetic import Arithmetic
 from .base import Prior
 from .inputs import Inputs, start_from, zero_head
 
-_Cache = list[Tensor]  # keys and values (B, heads, places, D) of a block, filled as far as places are known
+_Cache = list[Tensor]  # keys and values (B, heads, places, D) of a block, filled up to the known places
 
 
 class TransformerPrior(Prior):
-    """A decoder-only transformer over grids of codes in raster order, with or without classes.
+    """Decoder-only transformer over grids of indices in raster order, with or without classes.
 
-    Each place is told the code before it and, in grids of two or three axes, the ones above it and above to the right
+    Each place is given the index before it and, in grids of two or three axes, those above it and above to the right
     (`Inputs`): attention could find these neighbours by itself, but takes longer to learn it. Blocks are
-    pre-normalised: causal attention, then a perceptron four times as wide.
+    pre-normalized: causal attention, then a perceptron four times as wide.
 
     Args:
         codebook_size, grid, classes, label_dropout: see `Prior`.
         dim: width. depth: blocks. heads: of each attention; they divide dim.
-        dropout: in training, of what each attention and perceptron adds.
-        vectors: (K, D), what the codes stand for: where they are given, similar codes start alike, at the input and in
-            the logits, and less has to be learned. Without them an untrained prior is uniform.
+        dropout: in training, dropout on what each attention and perceptron adds.
+        vectors: (K, D), the code vectors: if given, the input and output weights are initialized from them, so that
+            similar codes start alike and less must be learned. Otherwise an untrained prior is uniform.
 
-    Shapes: codes (B, *grid) int64 in [0, K); labels (B,) int64 in [0, classes), or None for none.
+    Shapes: indices (B, *grid) int64 in [0, K); labels (B,) int64 in [0, classes), or None.
 
     Raises:
-        ValueError: an argument that can't be, by name; codes or labels that don't fit.
+        ValueError: an invalid argument, by name; indices or labels of another shape, dtype or range.
 
     Source: Vaswani et al., Attention Is All You Need, 2017; see `Prior` for the others.
     """
@@ -60,8 +60,8 @@ class TransformerPrior(Prior):
         if vectors is not None:
             start_from(vectors, codebook_size, [e.weight for e in self.inputs.codes], [self.head.weight])
 
-    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        flat = self.checked(codes)
+    def forward(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
+        flat = self.flattened(indices)
         x = self.inputs(flat, self.rows_to_learn(labels, len(flat), flat.device))
         for block in self.blocks:
             x = block(x)
@@ -72,10 +72,10 @@ class TransformerPrior(Prior):
         return begun, [block.cache(begun[1], self.places) for block in self.blocks]
 
     def step(
-        self, arithmetic: Arithmetic, state: tuple[tuple[Tensor, Tensor], list[_Cache]], codes: Tensor, place: int
+        self, arithmetic: Arithmetic, state: tuple[tuple[Tensor, Tensor], list[_Cache]], indices: Tensor, place: int
     ) -> Tensor:
         begun, caches = state
-        x = self.inputs.at(arithmetic, begun, codes, place)
+        x = self.inputs.at(arithmetic, begun, indices, place)
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block.step(arithmetic, x, cache, place)
         return arithmetic.linear(arithmetic.norm(x, self.norm), self.head.weight, self.head.bias)
@@ -91,18 +91,18 @@ class _Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, places, dim) -> (B, places, dim)."""
+        """Apply the block to x (B, places, dim)."""
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.narrow(F.gelu(self.widen(self.mlp_norm(x)))))
 
     def cache(self, like: Tensor, places: int) -> _Cache:
-        """Room for the keys and values of a batch of vectors (B, dim)."""
+        """Allocate the keys and values of a batch of vectors (B, dim)."""
         return [like.new_zeros(len(like), self.heads, places, like.shape[1] // self.heads) for _ in range(2)]
 
     def step(self, arithmetic: Arithmetic, x: Tensor, cache: _Cache, place: int) -> Tensor:
-        """(B, dim) -> (B, dim), at one place after those in the cache."""
+        """Apply the block to x (B, dim) at one place after those in the cache."""
         normed = arithmetic.norm(x, self.attention_norm)
         qkv = arithmetic.linear(normed, self.qkv.weight, self.qkv.bias).unflatten(-1, (3, self.heads, -1))
         for kept, new in zip(cache, (qkv[:, 1], qkv[:, 2]), strict=True):
