@@ -40,6 +40,11 @@ class KeepsBuffers:
         return self
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return x in float64 if it has that dtype, else in float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def full_precision(like: Tensor) -> AbstractContextManager[None]:
     """Return a context in which autocast is off on the device of `like`."""
     if like.is_meta:  # has no autocast

@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .tables import CHUNK_ELEMENTS
+
 Stage = Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor, Tensor]]
 """A stage of `beam_search`, which proposes up to k codes for each residual.
 
 (residuals (n, D), totals (n, D), mask (n,) or None, k) -> (indices (n, k), codes (n, k, D), targets (n, D)); the errors
 of the codes are measured against the targets.
 """
-
-CHUNK_ELEMENTS = 1 << 22
-"""Elements of the largest temporary: 16 MiB of float32."""
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What stands before a binary code: soft clamp, sphere, cosine projection, random rotation."""
+"""Transformations before a binary code: soft clamp, sphere, random rotation, cosine projection."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fastvq.functional.quantize import unit_norm
 
 
 def soft_clamp(x: Tensor, limit: float | Tensor) -> Tensor:
-    """limit tanh(x / limit): x near zero, never beyond -limit and limit, with a gradient everywhere."""
+    """Return limit tanh(x / limit): about x near zero, within +-limit, with a nonzero gradient everywhere."""
     return (x / limit).tanh() * limit
 
 
 def on_sphere(x: Tensor, radius: float) -> Tensor:
-    """x, stretched to a length of `radius` along the last dimension; shorter than 1e-6 it stays near zero.
+    """Return x rescaled to length `radius` along the last dimension; vectors shorter than 1e-6 stay near zero.
 
     Source: Zhao et al., Image and Video Tokenization with Binary Spherical Quantization, 2024, section 4.1.
     """
@@ -22,11 +22,11 @@ def on_sphere(x: Tensor, radius: float) -> Tensor:
 
 
 def random_rotation(dim: int) -> Tensor:
-    """A random orthogonal matrix (dim, dim), float32, by torch's generator.
+    """Return a random orthogonal matrix (dim, dim), float32, drawn from torch's generator.
 
         y = x R,   x = y R^T
 
-    Bits of y take part in all directions of x, so that no bit lies idle while another decides everything.
+    Each bit of y depends on all directions of x, so that the information is spread evenly over the bits.
 
     Source: Chee et al., QuIP: 2-Bit Quantization of Large Language Models With Guarantees, 2023, section 3.2.
     """
@@ -34,7 +34,7 @@ def random_rotation(dim: int) -> Tensor:
 
 
 class CosineSimLinear(nn.Module):
-    """scale times the cosines between x (..., dim_in) and the columns of a weight (dim_in, dim_out)."""
+    """Projection to `scale` times the cosines between x (..., dim_in) and the columns of a weight (dim_in, dim_out)."""
 
     def __init__(self, dim_in: int, dim_out: int, scale: float = 1.0) -> None:
         super().__init__()

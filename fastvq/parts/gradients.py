@@ -20,16 +20,16 @@ from .tables import Shared, Table
 
 
 def straight_through(x: Tensor, q: Tensor, indices: Tensor | None = None) -> Tensor:
-    """q in the forward, x in the backward: the gradient passes as if q were x.
+    """Return q with the gradient of x: the straight-through estimator.
 
         value = q,   d value / d x = 1,   d value / d q = 0
 
     Args:
-        x, q: (..., D), of one shape. q isn't differentiated.
-        indices: int64 (...), the codes' indices; where they are -1, x gets no gradient. By default it always does.
+        x, q: (..., D), of one shape. q gets no gradient.
+        indices: int64 (...); where they are -1, x gets no gradient. By default it always does.
 
     Returns:
-        (..., D) in the dtype of x: q itself, bit for bit where the dtypes agree, unlike x + (q - x).
+        (..., D) in the dtype of x: q itself, bit for bit if the dtypes agree, unlike x + (q - x).
 
     Source: van den Oord et al. 2017, section 3.2; Bengio et al. 2013.
     """
@@ -38,12 +38,12 @@ def straight_through(x: Tensor, q: Tensor, indices: Tensor | None = None) -> Ten
 
 
 def rotate_to(x: Tensor, q: Tensor, indices: Tensor | None = None) -> Tensor:
-    """q in the forward; in the backward, x rotated and stretched to q, with rotation and stretch held constant.
+    """Return q; in the backward pass, it is x rotated and scaled to q, with rotation and scale held constant.
 
         value = q = lambda R x,   d value / d x = lambda R,   lambda = |q| / |x|
         R = 1 - 2 w w^T + 2 q' x'^T,   w = (x' + q') / |x' + q'|,   x' = x / |x|,   q' = q / |q|
 
-    Args, Returns: as `straight_through`, whose gradient it takes where x or q is shorter than 1e-6.
+    Args, Returns: as for `straight_through`, whose gradient is used where x or q is shorter than 1e-6.
 
     Source: Fifty et al., Restructuring Vector Quantization with the Rotation Trick, 2024, section 4.2.
     """
@@ -52,15 +52,15 @@ def rotate_to(x: Tensor, q: Tensor, indices: Tensor | None = None) -> Tensor:
 
 
 def directional_reparam(x: Tensor, q: Tensor, noise_variance: float = 5e-3) -> Tensor:
-    """DiVeQ: a point as far from x as q is, in nearly its direction; differentiable in x and in q.
+    """Return a point at the distance of q from x, in nearly its direction; differentiable in x and q (DiVeQ).
 
         value = x + |q - x| sg[v / |v|],   v = q - x + sqrt(noise_variance) n,   n ~ N(0, 1)
 
-    The length carries the gradient: it pulls q to x, and codes learn from the task's loss alone.
+    The length carries the gradient: it pulls q towards x, so that codes learn from the task's loss alone.
 
     Args:
         x, q: (..., D), of one shape.
-        noise_variance: of the direction; 0 gives q in the forward, up to rounding.
+        noise_variance: variance of the direction's noise; 0 gives q in the forward pass, up to rounding.
 
     Returns:
         (..., D), in the dtype of x, computed in float32 at least.
@@ -79,14 +79,14 @@ def directional_reparam(x: Tensor, q: Tensor, noise_variance: float = 5e-3) -> T
 
 
 def synchronous(q: Tensor, codes: Tensor, v: float) -> Tensor:
-    """Adds to q, an estimate that differentiates x alone, v times the gradient of the codes.
+    """Add v times the gradient of the codes to q, an estimate that differentiates x alone.
 
         value = q,   d value = d q + v d codes
 
     Args:
-        q: (..., D), what an estimator made of x and the codes.
+        q: (..., D), an estimator's output from x and the codes.
         codes: (..., D), looked up with their gradient.
-        v: in [0, 1]; at 1 the codes move by the task's loss as x does.
+        v: in [0, 1]; at 1 the codes get the same gradient from the task's loss as x.
 
     Source: Huh et al., Straightening Out the Straight-Through Estimator, 2023, equation 21.
     """
@@ -95,7 +95,7 @@ def synchronous(q: Tensor, codes: Tensor, v: float) -> Tensor:
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """x, whose gradient is multiplied by `factor`."""
+    """Return x, with its gradient multiplied by `factor`."""
     if factor == 0:
         return x.detach()
     return x if factor == 1 else factor * x + (1 - factor) * x.detach()
@@ -103,15 +103,15 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 def _estimate(x: Tensor, q: Tensor, indices: Tensor | None, gradient: str) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return q.detach().to(x.dtype)  # plain operations, which a trace can save
+        return q.detach().to(x.dtype)  # plain operations can be traced and saved
     return _Estimate.apply(x, q.detach(), indices, gradient)
 
 
 class _Estimate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, q: Tensor, indices: Tensor | None, gradient: str) -> Tensor:
-        kept = (x, q) if gradient == "rotation" else (None, None)
-        ctx.save_for_backward(*kept, indices)
+        saved = (x, q) if gradient == "rotation" else (None, None)
+        ctx.save_for_backward(*saved, indices)
         ctx.gradient = gradient
         return q.to(x.dtype, copy=True)
 
@@ -141,23 +141,23 @@ def _check_same_shape(x: Tensor, q: Tensor) -> None:
         raise ValueError(f"q: must have the shape of x, {tuple(x.shape)}, got {tuple(q.shape)}")
 
 
-class Output(NamedTuple):
-    """What `Estimator.output` returns."""
+class EstimatorOutput(NamedTuple):
+    """Result of `Estimator.output`."""
 
     quantized: Tensor  # (C, R, D), or (C, R, k, D), dtype of x
     error: Tensor  # (), or (C, R, k)
 
 
 class Estimator(NamedTuple):
-    """How gradients pass a codebook.
+    """Gradient estimator of a codebook lookup.
 
     Args:
-        kind: "ste", "rotation" or "directional", see `fastvq.parts.gradients`.
+        kind: "ste", "rotation" or "directional": `straight_through`, `rotate_to` or `directional_reparam`.
         noise_variance: of "directional".
-        sync_update_v: share of the output's gradient for codes that are learned, beside x's.
-        route: whether x gets the output's gradient at all; if not, codes that are learned do.
-        soft_temperature: where x isn't routed to, it gets the gradient of the soft assignment with this temperature
-            instead (`fastvq.soft_lookup`): straight-through Gumbel-softmax, for indices that were sampled.
+        sync_update_v: share of the output's gradient that learned codes get in addition to x.
+        route: whether x gets the output's gradient; otherwise learned codes get it.
+        soft_temperature: without `route`, x gets the gradient of the soft assignment at this temperature instead
+            (`fastvq.soft_lookup`): straight-through Gumbel-softmax, for sampled indices.
     """
 
     kind: str = "rotation"
@@ -166,28 +166,28 @@ class Estimator(NamedTuple):
     route: bool = True
     soft_temperature: float | None = None
 
-    def output(self, x: Tensor, table: Table, indices: Tensor, *, pulled: bool) -> Output:
-        """The codes of rows x (C, R, D), and the mean squared error of the rows with a code.
+    def output(self, x: Tensor, table: Table, indices: Tensor, *, learned: bool) -> EstimatorOutput:
+        """Return the codes of rows x (C, R, D), and the mean squared error over the rows with a code.
 
         Args:
             x: differentiated through the estimator and the error.
-            table: of the codes.
-            indices: (C, R), or (C, R, k) for top-k, whose errors are those of every code, (C, R, k).
-            pulled: whether the codes learn by gradient: from the error, and from the output where x doesn't ask for
-                its gradient or by sync_update_v.
+            table: table of codes.
+            indices: (C, R), or (C, R, k) for top-k; the errors of top-k are those of each code, (C, R, k).
+            learned: whether the codes get gradients: from the error, and from the output by sync_update_v or if x does
+                not take its gradient.
         """
         routed = self.route and x.requires_grad
         if isinstance(table, Shared) and indices.dim() == 2 and self.kind != "directional":
-            quantized, error = self._fused(x, table, indices, pulled)
+            quantized, error = self._fused(x, table, indices, learned)
             if not routed and self.soft_temperature is not None:
                 quantized = self._soft(x, table, indices)
             elif not routed:
-                quantized = table.lookup(indices).to(x.dtype) if pulled else quantized.detach()
+                quantized = table.lookup(indices).to(x.dtype) if learned else quantized.detach()
         else:
-            quantized, error = self._composed(x, table, indices, pulled, routed)
-        if routed and pulled and self.sync_update_v > 0:
+            quantized, error = self._composed(x, table, indices, learned, routed)
+        if routed and learned and self.sync_update_v > 0:
             quantized = synchronous(quantized, table.lookup(indices), self.sync_update_v)
-        return Output(quantized, error)
+        return EstimatorOutput(quantized, error)
 
     def _soft(self, x: Tensor, table: Shared, indices: Tensor) -> Tensor:
         assert self.soft_temperature is not None
@@ -195,32 +195,32 @@ class Estimator(NamedTuple):
         scale = 1 / self.soft_temperature
         return torch.stack([soft_lookup(*head, metric=table.soft_metric, scale=scale) for head in heads])
 
-    def _fused(self, x: Tensor, table: Shared, indices: Tensor, pulled: bool) -> Output:
+    def _fused(self, x: Tensor, table: Shared, indices: Tensor, learned: bool) -> EstimatorOutput:
         codes = table.codes.flatten(0, 1)
         quantized, _, error = quantize(
             x.flatten(0, 1),
-            codes if pulled else codes.detach(),
+            codes if learned else codes.detach(),
             gradient=self.kind,
             commitment_weight=1.0,
-            codebook_weight=1.0 if pulled else 0.0,
+            codebook_weight=1.0 if learned else 0.0,
             indices=offset_indices(indices, table.size),
         )
-        # Pulled, both losses are one mean with both sides free: its value is counted once.
-        return Output(quantized.view(x.shape), error - error.detach() / 2 if pulled else error)
+        # If the codes learn, commitment and codebook loss are one mean, whose value is counted once.
+        return EstimatorOutput(quantized.view(x.shape), error - error.detach() / 2 if learned else error)
 
-    def _composed(self, x: Tensor, table: Table, indices: Tensor, pulled: bool, routed: bool) -> Output:
+    def _composed(self, x: Tensor, table: Table, indices: Tensor, learned: bool, routed: bool) -> EstimatorOutput:
         codes = table.lookup(indices)
-        codes = codes if pulled else codes.detach()
+        codes = codes if learned else codes.detach()
         rows = x if indices.dim() == 2 else x.unsqueeze(2).expand(*indices.shape, x.shape[-1])
         errors = mean_squared_errors(rows, codes, indices)
         if indices.dim() == 2:
             errors = errors.sum() / (indices >= 0).sum().clamp_min(1)
         if not routed:
-            return Output(codes.to(x.dtype), errors)
+            return EstimatorOutput(codes.to(x.dtype), errors)
         if self.kind == "directional":
             absent = (indices < 0).unsqueeze(-1)
-            # Filled on both sides: what isn't finite would pass the backward as 0 * inf.
+            # Filled on both sides: a non-finite value would enter the backward pass as 0 * inf.
             quantized = directional_reparam(rows.masked_fill(absent, 0), codes, self.noise_variance)
-            return Output(quantized.masked_fill(absent, 0), errors)
+            return EstimatorOutput(quantized.masked_fill(absent, 0), errors)
         estimate = rotate_to if self.kind == "rotation" else straight_through
-        return Output(estimate(rows, codes, indices), errors)
+        return EstimatorOutput(estimate(rows, codes, indices), errors)

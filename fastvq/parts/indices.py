@@ -1,4 +1,4 @@
-"""Indices: validation of given ones, and mixed-radix packing of the levels of all dimensions into one."""
+"""Validation of indices, and packing of the levels of several dimensions into one index."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-NARROW = (torch.int8, torch.int16, torch.uint8, torch.uint16, torch.uint32)
-"""What indices may be stored in beside int32 and int64."""
+LARGEST_INDEX = 2**63 - 1
+STORAGE_DTYPES = (torch.int8, torch.int16, torch.uint8, torch.uint16, torch.uint32)
+"""Dtypes other than int32 and int64 that indices may be stored in."""
 
 
 def checked_indices(indices: Tensor, sizes: int | Sequence[int]) -> Tensor:
-    """`indices` in int64, or int32 if they came so; -1 stands for no code.
+    """Return `indices` as int64, or as int32 if they are int32; -1 is valid and stands for no code.
 
     Args:
         indices: integers of any dtype.
-        sizes: how many codes there are, K; or of each level, for indices (..., Q).
+        sizes: K, the number of codes; or one number for each stage, for indices (..., Q).
 
     Raises:
-        TypeError: they aren't integers.
-        IndexError: one lies outside [-1, K). Told for indices on the CPU and outside of compiled graphs only: elsewhere
-            every call would wait for the device, and what comes out is undefined.
+        TypeError: the indices are not integers.
+        IndexError: an index lies outside [-1, K). This is checked on the CPU and outside compiled graphs only:
+            elsewhere every call would wait for the device. Unchecked invalid indices give undefined values.
     """
-    if indices.dtype in NARROW:
+    if indices.dtype in STORAGE_DTYPES:
         indices = indices.long()
     elif indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices: must be integers, got {indices.dtype}")
@@ -32,36 +33,33 @@ def checked_indices(indices: Tensor, sizes: int | Sequence[int]) -> Tensor:
         return indices
     if not indices.numel():
         return indices
-    levels = [sizes] if isinstance(sizes, int) else sizes
+    stages = [sizes] if isinstance(sizes, int) else sizes
     columns = indices.flatten()[:, None] if isinstance(sizes, int) else indices.flatten(0, -2)
     low, high = (found.tolist() for found in columns.aminmax(dim=0))
-    for level, (least, most, size) in enumerate(zip(low, high, levels, strict=False)):
+    for stage, (least, most, size) in enumerate(zip(low, high, stages, strict=False)):
         if least < -1 or most >= size:
-            where = "" if len(levels) == 1 else f" at level {level}"
+            where = "" if len(stages) == 1 else f" at stage {stage}"
             wrong = most if most >= size else least
             raise IndexError(f"indices: must lie in [-1, {size}){where}, got {wrong}")
     return indices
 
 
-LARGEST_INDEX = 2**63 - 1
-
-
 def basis_of(levels: Sequence[int]) -> list[int]:
-    """The place values (1, L_0, L_0 L_1, ...) of `levels`: the first dimension counts fastest."""
+    """Return the place values (1, L_0, L_0 L_1, ...) of `levels`: the first dimension varies fastest."""
     return [math.prod(levels[:i]) for i in range(len(levels))]
 
 
 def index_dtype(levels: Sequence[int]) -> torch.dtype:
-    """int32 where all indices fit it, as in vector_quantize_pytorch; else int64."""
+    """Return int32 if it holds all indices, as in vector_quantize_pytorch, else int64."""
     return torch.int32 if math.prod(levels) <= 2**31 else torch.int64
 
 
 def join_levels(levels: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The indices (...) of levels (..., d), integers in [0, L_i), in `index_dtype`.
+    """Return the indices (...) of levels (..., d), integers in [0, L_i), in `index_dtype`.
 
         index = sum_i level_i prod_{j<i} L_j
 
-    Exact, in integers, up to 2^63 codes.
+    Exact integer arithmetic, up to 2^63 codes.
     """
     *others, last = levels.to(index_dtype(sizes)).unbind(-1)
     for level, size in zip(reversed(others), reversed(sizes[:-1]), strict=True):
@@ -70,13 +68,13 @@ def join_levels(levels: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def split_index(indices: Tensor, basis: Tensor, levels: Tensor) -> Tensor:
-    """The levels (..., d) int64 of indices (...), the inverse of `join_levels`; -1 in every dimension for -1."""
+    """Return the levels (..., d) int64 of indices (...), the inverse of `join_levels`; -1 in every dimension for -1."""
     wide = indices.long().unsqueeze(-1)
     return ((wide // basis) % levels).masked_fill(wide < 0, -1)
 
 
 def checked_levels(levels: Sequence[int], *, at_least: int) -> tuple[int, ...]:
-    """`levels` as a tuple of Python integers."""
+    """Return `levels` as a tuple of Python integers, each at least `at_least`."""
     if isinstance(levels, int) or len(levels) == 0 or any(int(size) != size or size < at_least for size in levels):
         hint = "; preserve_symmetry=True takes 2" if at_least == 3 else ""
         raise ValueError(f"levels: must be a sequence of integers of at least {at_least}, got {levels}{hint}")
@@ -84,8 +82,10 @@ def checked_levels(levels: Sequence[int], *, at_least: int) -> tuple[int, ...]:
 
 
 def register_radix(module: nn.Module, levels: Sequence[int]) -> None:
-    """Gives the module `_levels` and `_basis`, (d,) int64, which aren't saved. Without index arithmetic in int64 the
-    place values may not fit: those that don't are zero."""
+    """Register the non-persistent buffers `_levels` and `_basis`, (d,) int64.
+
+    Place values beyond int64, which no index arithmetic uses, are stored as zero.
+    """
     basis = [value if value <= LARGEST_INDEX else 0 for value in basis_of(levels)]
     module.register_buffer("_levels", torch.tensor(levels, dtype=torch.int64), persistent=False)
     module.register_buffer("_basis", torch.tensor(basis, dtype=torch.int64), persistent=False)

@@ -1,4 +1,4 @@
-"""Losses beside the distance to the nearest code: orthogonality, entropy, moments."""
+"""Losses in addition to the distance to the nearest code: orthogonality, entropies, moments."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fastvq.functional.soft_assign import soft_assign
 
 
 def orthogonality(codes: Tensor, used: Tensor | None = None, *, most: int | None = None) -> Tensor:
-    """How far codes are from orthogonal, whatever their lengths: 0 for orthogonal ones.
+    """Return a penalty on codes that are not orthogonal, independent of their lengths; 0 for orthogonal codes.
 
         loss = |E' E'^T - 1|_F^2 / K^2 = (|E'^T E'|_F^2 - 2 |E'|_F^2 + K) / K^2,   e' = e / |e|
 
-    averaged over codebooks. The second form needs a D x D matrix: nothing here is K x K. For codes that aren't zero it
-    is sum_{i,j} (e'_i . e'_j)^2 / K^2 - 1 / K.
+    averaged over codebooks. The second form needs a D x D matrix: nothing here is K x K. For nonzero codes it equals
+    sum_{i,j} (e'_i . e'_j)^2 / K^2 - 1 / K.
 
     Args:
         codes: (C, K, D), differentiable.
-        used: bool (C, K), to take these codes alone; K in the formula is then their number.
-        most: take so many random ones of them at most.
+        used: bool (C, K), restricts the loss to these codes; K in the formula is then their number.
+        most: use at most this number of codes, chosen at random.
 
     Returns:
-        () float32, or float64; 0 where no code is taken.
+        () float32, or float64; 0 if no code is used.
 
     Source: Shin, Lee, Lee, Translation-equivariant Image Quantizer for Bi-directional Image-Text Generation, 2021,
     equation 2.
@@ -51,22 +51,22 @@ def orthogonality(codes: Tensor, used: Tensor | None = None, *, most: int | None
         count = normed.new_full((len(codes),), size)
     else:
         normed, count = normed * used[..., None], used.sum(1).to(normed.dtype)
-    # Whichever Gram matrix is the smaller: both have the same norm.
+    # Take the smaller Gram matrix: both have the same norm.
     gram = normed.mT @ normed if size > codes.shape[-1] else normed @ normed.mT
     total = gram.square().sum((1, 2)) - 2 * gram.diagonal(dim1=1, dim2=2).sum(1) + count
     return (total / count.square().clamp_min(1)).mean()
 
 
 def used_codes(indices: Tensor, size: int) -> Tensor:
-    """bool (C, K): which codes occur in indices (C, R); -1 is none."""
+    """Return the mask (C, K) of the codes that occur in indices (C, R); -1 is ignored."""
     used = indices.new_zeros(len(indices), size + 1, dtype=torch.bool)
     return used.scatter_(1, torch.where(indices < 0, size, indices), True)[:, :size]
 
 
 def mean_squared_errors(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
-    """The mean over D of (x - code)^2 for each index, 0 for -1: x and codes (..., D), indices (...).
+    """Return the mean over D of (x - code)^2 for each index, 0 for -1: x and codes (..., D), indices (...).
 
-    Differentiable in both, in float32 at least.
+    Differentiable in both, computed in float32 at least.
     """
     dtype = compute_dtype(x, codes)
     absent = indices < 0
@@ -75,34 +75,34 @@ def mean_squared_errors(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
 
 
 FLOOR = 1e-5
-"""Probabilities are raised to it before their logarithm is taken, as in vector_quantize_pytorch."""
+"""Lower bound on probabilities in logarithms, as in vector_quantize_pytorch."""
 
 
 def entropy(p: Tensor, floor: float = FLOOR) -> Tensor:
-    """-sum_k p_k ln max(p_k, floor) along the last dimension, in nats."""
+    """Return -sum_k p_k ln max(p_k, floor) along the last dimension, in nats."""
     return -(p * p.clamp_min(floor).log()).sum(-1)
 
 
 class Entropies(NamedTuple):
-    """What an entropy loss is made of, both () in nats."""
+    """The two parts of an entropy loss, each () in nats."""
 
-    per_sample: Tensor  # mean over the vectors of the entropy of their assignment
+    per_sample: Tensor  # mean entropy of the vectors' assignments
     batch: Tensor  # entropy of the mean assignment
 
 
 def binary_entropies(x: Tensor, mask: Tensor, *, sharpness: float) -> Entropies:
-    """The entropies of soft assignments to the corners of a cube, the codes of `LFQ`.
+    """Return the entropies of soft assignments to the corners of a cube, the codes of `LFQ`.
 
         p_n(s) = softmax_s(sharpness <x_n, s>),   s in {-1, 1}^D
         per_sample = mean_n H(p_n),   batch = H(mean_n p_n)
 
     Args:
-        x: (R, C, D), differentiable; C codebooks, over which both entropies are averaged.
-        mask: bool (R,), the vectors that count, in means too. Without any both entropies are zero.
-        sharpness: 2 v / temperature, for codes of coordinates -v and v compared by squared distance.
+        x: (R, C, D), differentiable; both entropies are averaged over the C codebooks.
+        mask: bool (R,), the vectors that take part, in means too. Both entropies are zero without any.
+        sharpness: 2 v / temperature, for codes with coordinates -v and v compared by squared distance.
 
-    Memory is O(R 2^(D/2) + 2^D), forward and backward (`fastvq.binary_assign`). With several processes the
-    mean assignment is that of all their vectors.
+    Memory is O(R 2^(D/2) + 2^D), forward and backward (`fastvq.binary_assign`). With several processes the mean
+    assignment is that of all their vectors.
 
     Source: Yu et al., Language Model Beats Diffusion: Tokenizer is Key to Visual Generation, 2023, equation 4.
     """
@@ -116,7 +116,7 @@ def binary_entropies(x: Tensor, mask: Tensor, *, sharpness: float) -> Entropies:
 def assignment_entropies(
     x: Tensor, codebook: Tensor, *, metric: str = "l2", temperature: float = 0.01, mask: Tensor | None = None
 ) -> Entropies:
-    """The entropies of soft assignments to the codes of a codebook.
+    """Return the entropies of soft assignments to the codes of a codebook.
 
         p_nk = softmax_k(s_nk / temperature),   s_nk = -|x_n - e_k|^2 for "l2", <x_n, e_k> for "dot"
         per_sample = mean_n H(p_n),   batch = H(mean_n p_n)
@@ -125,13 +125,13 @@ def assignment_entropies(
         x: (..., D), any floating dtype. codebook: (K, D). Both get gradients.
         metric: "l2", "dot" or "distance", as for `fastvq.soft_assign`.
         temperature: of the softmax, positive.
-        mask: bool (...), the vectors that count, of those that are finite. Without any both entropies are zero.
+        mask: bool (...), the vectors that take part, if they are finite. Both entropies are zero without any.
 
     Memory is O(N D + K D) and a tile, forward and backward (`fastvq.soft_assign`). With several processes the mean
     assignment is that of all their vectors.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name.
+        TypeError, ValueError: an invalid argument, by name.
 
     Source: Yu et al., Language Model Beats Diffusion, 2023, equation 4, with distances to learned codes as in Chang et
     al., MaskGIT, 2022, and LlamaGen (Sun et al. 2024).
@@ -157,7 +157,7 @@ def entropy_loss(
     temperature: float = 0.01,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """mean_n H(p_n) - gamma H(mean_n p_n): sure of each vector, and all codes in use. () in nats.
+    """Return mean_n H(p_n) - gamma H(mean_n p_n), in nats: low for confident assignments that use all codes equally.
 
     Args, Source: see `assignment_entropies`. LlamaGen adds 0.1 times it, of unit vectors, to its loss.
     """
@@ -166,7 +166,10 @@ def entropy_loss(
 
 
 def mean_over_ranks(mean: Tensor, count: Tensor) -> Tensor:
-    """The mean over all processes' vectors, from this one's mean (..., K) of `count` () of them. Differentiable."""
+    """Return the mean over all processes' vectors, given this one's mean (..., K) of `count` () vectors.
+
+    Differentiable.
+    """
     if not distributed.active():
         return mean
     shared = distributed.mean(torch.cat([(mean * count).flatten(), count[None]]))
@@ -174,21 +177,21 @@ def mean_over_ranks(mean: Tensor, count: Tensor) -> Tensor:
 
 
 def random_subset(mask: Tensor, share: float) -> Tensor:
-    """A random choice of `share` of the rows that are valid (R,), rounded down, but at least one: bool (R,).
+    """Return a random subset of the rows in mask (R,): `share` of them, rounded down, but at least one; bool (R,).
 
-    By torch's generator, on the device, without waiting for it.
+    It is drawn from torch's generator on the device, without synchronization.
     """
     if share >= 1 or len(mask) == 0:
         return mask
     count = mask.sum()
     wanted = (count.double() * share).long().clamp_min(1)
     order = torch.randn(len(mask), device=mask.device).masked_fill(~mask, torch.inf).argsort()
-    place = (mask.cumsum(0) - 1).clamp_min(0)  # of each row among the valid ones
+    place = (mask.cumsum(0) - 1).clamp_min(0)  # rank of each row among those in the mask
     return mask & (place[order][place] < wanted)
 
 
 class Moments(NamedTuple):
-    """Of each column of a batch, each (d,)."""
+    """Moments of the columns of a batch, each (d,)."""
 
     mean: Tensor
     variance: Tensor
@@ -197,20 +200,20 @@ class Moments(NamedTuple):
 
 
 def batch_stats(batch: Tensor, eps: float = 1e-8, mask: Tensor | None = None) -> Moments:
-    """Mean, unbiased variance, skewness and excess kurtosis of the columns of a batch (N, d).
+    """Return mean, unbiased variance, skewness and excess kurtosis of the columns of a batch (N, d).
 
         skewness = mean z^3,   kurtosis = mean z^4 - 3,   z = (x - mean) / max(std, eps)
 
-    Rows where counts (N,) is False take no part. With fewer than two rows there is no variance: it is zero.
+    Rows where mask (N,) is False are excluded. The variance of fewer than two rows is zero.
     """
-    here = batch.new_ones(len(batch), 1) if mask is None else mask[:, None].to(batch.dtype)
+    weights = batch.new_ones(len(batch), 1) if mask is None else mask[:, None].to(batch.dtype)
     if mask is not None:
         batch = torch.where(mask[:, None], batch, 0)
-    total = here.sum().clamp_min(1)
+    total = weights.sum().clamp_min(1)
     mean = batch.sum(0) / total
-    centred = (batch - mean) * here
+    centred = (batch - mean) * weights
     variance = centred.square().sum(0) / (total - 1).clamp_min(1)
-    # No gradient from a column without spread: that of the square root is infinite there.
+    # No gradient from a constant column: that of the square root is infinite there.
     spread = torch.where(variance > 0, variance, 1).sqrt() * (variance > 0)
     z = centred / spread.clamp_min(eps)
     return Moments(mean, variance, z.pow(3).sum(0) / total, z.pow(4).sum(0) / total - 3)
@@ -224,11 +227,11 @@ PRESETS: dict[str, dict[str, float]] = {
     "var_sigmoid": {"l2_target": 3.29, "l3_weight": 0.0, "l4_weight": 0.0},
     "var_laplace": {"l2_target": 2.0, "l3_weight": 0.0, "l4_weight": 0.0},
 }
-"""Settings of `VectorNorm` by name. The variances are those of the distributions that FSP squashes by."""
+"""Settings of `VectorNorm` by name. The variances are those of the distributions whose CDF FSP applies."""
 
 
 class VectorNorm(nn.Module):
-    """Pulls the first four moments of a batch's columns to targets.
+    """Loss that pulls the first four moments of a batch's columns to targets.
 
         loss = sum_i weight_i mean (moment_i - target_i)^2
 
@@ -257,8 +260,10 @@ class VectorNorm(nn.Module):
         self.eps = eps
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, the moments by name) of z (N, d), of the rows where counts (N,) is True. The loss of fewer than two
-        rows is zero."""
+        """Return (loss, moments by name) of z (N, d), over the rows where mask (N,) is True.
+
+        The loss of fewer than two rows is zero.
+        """
         moments = batch_stats(z, self.eps, mask)
         targets = (self.l1_target, self.l2_target, self.l3_target, self.l4_target)
         weights = (self.l1_weight, self.l2_weight, self.l3_weight, self.l4_weight)
@@ -271,7 +276,7 @@ class VectorNorm(nn.Module):
 
     @classmethod
     def build(cls, name: str) -> VectorNorm:
-        """That of `PRESETS`."""
+        """Return the `VectorNorm` with the settings of `PRESETS[name]`."""
         if name not in PRESETS:
             raise ValueError(f"vector_norm: must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**PRESETS[name])

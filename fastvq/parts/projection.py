@@ -1,4 +1,4 @@
-"""Linear maps around a quantizer: projections to and from the dimension of its codes, and rotations."""
+"""Projections between the dimensions of vectors and codes, and rotations."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 def projections(
     dim: int, codebook_dim: int, *, bias: bool = True, layernorm: bool = False
 ) -> tuple[nn.Module, nn.Module]:
-    """(project_in, project_out) between dim and codebook_dim, with a layer norm behind the first if asked for;
-    identities where they are equal.
+    """Return (project_in, project_out) between dim and codebook_dim; identities if the dimensions are equal.
+
+    With `layernorm`, a layer norm follows the first projection.
 
     Source: Yu et al., Vector-quantized Image Modeling with Improved VQGAN, 2021, section 3.2 (low-dimensional codes).
     """
@@ -23,14 +24,25 @@ def projections(
 
 
 def project_codes_out(project_out: nn.Module, codes: Tensor, mask: Tensor) -> Tensor:
-    """project_out(codes (..., D)) in the projection's dtype, zero where counts (...) is False: the bias alone is no
-    output. Codes of other strides are laid out first: a matrix product may depend on strides in its last bits."""
-    if isinstance(project_out, nn.Linear):
-        codes = project_out(codes.to(project_out.weight.dtype).contiguous())
+    """Return project_out(codes (..., D)) in the projection's dtype, zero where mask (...) is False.
+
+    Excluded rows are zero because the projection's bias alone is no output. Codes are made contiguous first: the last
+    bits of a matrix product may depend on strides.
+    """
+    if not isinstance(project_out, nn.Identity):
+        codes = project_out(codes.to(parameter_dtype(project_out, default=codes.dtype)).contiguous())
     return codes.masked_fill(~mask.unsqueeze(-1), 0)
 
 
+def parameter_dtype(module: nn.Module, *, default: torch.dtype) -> torch.dtype:
+    """Return the dtype of the module's first floating-point parameter, or `default` if it has none."""
+    return next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), default)
+
+
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """x (..., d) @ rotation (d, d) in float64, where the device has it: neither TF32 nor autocast moves a code."""
+    """Return x (..., d) @ rotation (d, d) in float64 where the device supports it.
+
+    Neither TF32 nor autocast can then change an index.
+    """
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     return x.to(dtype) @ rotation.to(dtype)

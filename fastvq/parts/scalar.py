@@ -15,26 +15,26 @@ from fastvq.precision import KeepsPrecision
 
 
 class Rounded(NamedTuple):
-    """What `Bound.forward` returns."""
+    """Result of `Bound.forward`."""
 
     codes: Tensor  # (..., d) in [-1, 1], dtype of z
     levels: Tensor  # (..., d), integers in [0, L_i)
-    error: Tensor | None  # (..., d), the square of what rounding moved it by, if asked for; no gradient
+    error: Tensor | None  # (..., d), squared rounding error, if requested; no gradient
 
 
 class Bound(KeepsPrecision, nn.Module):
-    """Bounds coordinates smoothly and rounds them to L_i levels each.
+    """Smooth bound on coordinates, followed by rounding to L_i levels.
 
         relaxed = gain f(z + shift) - lift,   code = the nearest of (2 k - a) / a, k = 0 ... L - 1
         d code / d z = gain f'(z + shift)
 
     With f = tanh, or clamp to [-1, 1] if hard. Symmetric (2411.19842, section 3.2): a = L - 1, gain = 1, shift = lift =
-    0, so that the levels are symmetric about zero and the ends are -1 and 1. Else (2309.15505, equations 1 to 3): a = 2
-    floor(L / 2), gain = (L - 1) (1 + eps) / a, and lift and shift, zero for odd L, keep f's image on the levels and its
-    zero at zero.
+    0, so that the levels are symmetric about zero and the ends are -1 and 1. Otherwise (2309.15505, equations 1 to 3):
+    a = 2 floor(L / 2), gain = (L - 1) (1 + eps) / a, and lift and shift, zero for odd L, keep f's image on the levels
+    and its zero at zero.
 
-    Half-way cases go up, to the larger level. Which level it is is decided by `Thresholds`, so that it is the same on
-    every device; codes are correctly rounded quotients of integers, so that the symmetric ones are so to the last bit.
+    Ties are rounded up. `Thresholds` decides the level, so that it is the same on every device; codes are correctly
+    rounded quotients of integers, so that symmetric ones are symmetric to the last bit.
     """
 
     last: Tensor
@@ -50,7 +50,7 @@ class Bound(KeepsPrecision, nn.Module):
         inverse = SYMMETRIC[self.squash].inverse
 
         def place(value: float) -> float:
-            """The first z that f takes to `value` or beyond, infinite where none is or all are."""
+            """Return the least z with f(z) >= value: infinite if there is none, minus infinite if all are."""
             if value <= -1 or value > 1 or (value == 1 and not hard):
                 return math.copysign(math.inf, value)
             return inverse(torch.tensor(value, dtype=torch.float64)).item()
@@ -70,8 +70,10 @@ class Bound(KeepsPrecision, nn.Module):
             self.register_buffer(name, torch.tensor(column, dtype=torch.float32), persistent=False)
 
     def forward(self, z: Tensor, mask: Tensor | None = None, *, with_error: bool = False) -> Rounded:
-        """Codes and levels of z (..., d) in float32 or float64; the gradient flows through the codes. Where counts
-        (...) is False, codes are zero and pass none, and levels mean nothing."""
+        """Return codes and levels of z (..., d), float32 or float64; the gradient passes through the codes.
+
+        Where mask (...) is False, codes are zero without gradient, and levels are undefined.
+        """
         levels = self.thresholds(z)
         codes = self.values(levels, z.dtype)
         if mask is not None:
@@ -92,12 +94,12 @@ class Bound(KeepsPrecision, nn.Module):
         return Rounded(with_slope(z, codes, slope), levels, error)
 
     def values(self, levels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The codes (..., d) of levels (..., d)."""
+        """Return the codes (..., d) of levels (..., d)."""
         span = self.span.to(dtype)
         return levels.to(dtype, copy=True).mul_(2).sub_(span).div_(span)
 
     def nearest(self, codes: Tensor) -> Tensor:
-        """The levels (..., d) int64 nearest to codes (..., d), the inverse of `values`; 0 for what isn't finite."""
+        """Return the levels (..., d) int64 nearest to codes (..., d), the inverse of `values`; 0 if not finite."""
         codes = codes if codes.dtype == torch.float64 else codes.float()
         levels = (torch.where(codes.isfinite(), codes, -1) + 1) * self.span / 2
         return levels.round().clamp_min(0).minimum(self.last).long()
@@ -107,9 +109,9 @@ class Bound(KeepsPrecision, nn.Module):
 
 
 class Squash(NamedTuple):
-    """A monotone function with its inverse and its derivative.
+    """Monotone function with its inverse and its derivative.
 
-    `slope(z, value)` is d value / d z, from z and value = apply(z). All work on tensors of any floating dtype.
+    `slope(z, value)` is d value / d z, from z and value = apply(z). All three take tensors of any floating dtype.
     """
 
     apply: Callable[[Tensor], Tensor]
@@ -118,12 +120,12 @@ class Squash(NamedTuple):
 
 
 def clamp(z: Tensor) -> Tensor:
-    """z, kept in [-1, 1]."""
+    """Return z clamped to [-1, 1]."""
     return z.clamp(-1, 1)
 
 
 def tanh_act(z: Tensor) -> Tensor:
-    """(1 + tanh z) / 2."""
+    """Return (1 + tanh z) / 2."""
     return (torch.tanh(z) + 1) / 2
 
 
@@ -132,7 +134,7 @@ def tanh_inv_act(p: Tensor) -> Tensor:
 
 
 def sigmoid_act(z: Tensor) -> Tensor:
-    """1 / (1 + exp(-z)): the logistic distribution."""
+    """Return 1 / (1 + exp(-z)), the logistic distribution."""
     return torch.sigmoid(z)
 
 
@@ -141,7 +143,7 @@ def sigmoid_inv_act(p: Tensor) -> Tensor:
 
 
 def normal_act(z: Tensor) -> Tensor:
-    """(1 + erf(z / sqrt 2)) / 2."""
+    """Return (1 + erf(z / sqrt 2)) / 2."""
     return (1 + torch.erf(z / math.sqrt(2))) / 2
 
 
@@ -150,7 +152,7 @@ def normal_inv_act(p: Tensor) -> Tensor:
 
 
 def laplace_act(z: Tensor) -> Tensor:
-    """exp(z) / 2 below zero, 1 - exp(-z) / 2 from there on; differentiable at zero too."""
+    """Return exp(z) / 2 for z < 0, else 1 - exp(-z) / 2; differentiable at zero too."""
     return torch.where(z < 0, z.clamp_max(0).exp() / 2, 1 - (-z.clamp_min(0)).exp() / 2)
 
 
@@ -159,7 +161,7 @@ def laplace_inv_act(p: Tensor) -> Tensor:
 
 
 def cauchy_act(z: Tensor) -> Tensor:
-    """1/2 + arctan(z) / pi."""
+    """Return 1/2 + arctan(z) / pi."""
     return torch.arctan(z) / math.pi + 0.5
 
 
@@ -171,7 +173,7 @@ SYMMETRIC = {
     "tanh": Squash(torch.tanh, torch.arctanh, lambda z, value: 1 - value * value),
     "clamp": Squash(clamp, lambda value: value, lambda z, value: (z.abs() <= 1).to(z.dtype)),
 }
-"""To [-1, 1]."""
+"""Squashing functions to [-1, 1]."""
 
 CUMULATIVE = {
     "tanh": Squash(tanh_act, tanh_inv_act, lambda z, p: 2 * p * (1 - p)),
@@ -180,24 +182,24 @@ CUMULATIVE = {
     "laplace": Squash(laplace_act, laplace_inv_act, lambda z, p: (-z.abs()).exp() / 2),
     "cauchy": Squash(cauchy_act, cauchy_inv_act, lambda z, p: 1 / (math.pi * (1 + z * z))),
 }
-"""To [0, 1]: cumulative distribution functions."""
+"""Squashing functions to [0, 1]: cumulative distribution functions."""
 
 
-COMPARED = 32
-"""Up to so many thresholds a coordinate is compared with each of them, which vectorises; beyond, bisected."""
+MOST_COMPARISONS = 32
+"""Largest number of thresholds that are compared one by one, which vectorizes; more are bisected."""
 
 
 class Thresholds(KeepsPrecision, nn.Module):
-    """Counts, for each coordinate, the thresholds of its dimension that it reaches.
+    """Number of thresholds of its dimension that each coordinate reaches.
 
         level_i = |{j : z_i >= t_ij}|
 
-    A comparison is exact, so that levels depend on nothing but the value of z: not on the device, the compiler or how
-    it computes tanh. Thresholds are computed in float64; for z in float32 or half precision each is the smallest
-    float32 that isn't below it, which decides alike for every such z.
+    A comparison is exact, so levels depend on the value of z alone, not on the device, the compiler or the
+    implementation of tanh. Thresholds are computed in float64; for z in float32 or half precision each is rounded up to
+    float32, which gives the same result for every such z.
 
     Args:
-        thresholds: for each dimension, ascending; infinities are never reached (or always).
+        thresholds: ascending for each dimension; infinite ones are never (or always) reached.
     """
 
     bounds: Tensor
@@ -212,13 +214,13 @@ class Thresholds(KeepsPrecision, nn.Module):
         self.register_buffer("bounds", torch.from_numpy(rounded.reshape(len(exact), longest)), persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Levels (..., d) of z (..., d), int8 where that holds them, else int32; 0 for NaN or more."""
+        """Return the levels (..., d) of z (..., d), in int8 if it holds them, else int32; 0 for NaN or more."""
         z, bounds = z.detach(), self.bounds
         if z.dtype == torch.float64:
             bounds = torch.tensor(self.exact, dtype=torch.float64, device=z.device)
         else:
             z = z.to(torch.float32)
-        if bounds.shape[1] <= COMPARED:
+        if bounds.shape[1] <= MOST_COMPARISONS:
             levels = torch.zeros_like(z, dtype=torch.int8)
             for threshold in bounds.unbind(1):
                 levels += z >= threshold
@@ -244,8 +246,10 @@ class _Sloped(torch.autograd.Function):
 
 
 def with_slope(z: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """`value`, as if it were a function of z with the derivative `slope`: straight through a rounding that follows a
-    smooth function, and exactly `value`, unlike f(z) + (value - f(z)). All of one shape.
+    """Return `value` as if it were a function of z with the derivative `slope`; all of one shape.
+
+    It passes gradients straight through a rounding that follows a smooth function, and is exactly `value`, unlike
+    f(z) + (value - f(z)).
 
     Source: Bengio et al. 2013 (straight-through); Mentzer et al. 2023, appendix A.1.
     """

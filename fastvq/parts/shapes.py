@@ -1,4 +1,4 @@
-"""Tensor layouts: where the vectors stand in a tensor, and how heads split them."""
+"""Layouts of batches as rows of vectors, and the split of vectors into heads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KINDS = {
+SHAPES = {
     0: ("(B, dim)", "(B, dim)"),
     1: ("(B, N, dim)", "(B, dim, N)"),
     2: ("(B, H, W, dim)", "(B, dim, H, W)"),
@@ -17,7 +17,7 @@ KINDS = {
 
 
 class Layout(NamedTuple):
-    """How a batch lays out its vectors; found once a call by `Layout.of`.
+    """Layout of a batch of vectors, determined once per call by `Layout.of`.
 
     | vectors | channels last | channel_first | indices |
     |---|---|---|---|
@@ -26,7 +26,7 @@ class Layout(NamedTuple):
     | images | (B, H, W, dim) | (B, dim, H, W) | (B, H, W) |
     | video | (B, T, H, W, dim) | (B, dim, T, H, W) | (B, T, H, W) |
 
-    Between `to_rows` and `from_rows` all of them are rows (B, N, dim), with N the product of the spatial sizes.
+    Between `to_rows` and `from_rows` every batch is rows (B, N, dim), with N the product of the spatial sizes.
     """
 
     batch: int
@@ -37,17 +37,17 @@ class Layout(NamedTuple):
     def of(
         x: Tensor, dim: int, *, channel_first: bool | None = False, spatial: tuple[int, ...] | None = None
     ) -> Layout:
-        """The layout of x, checked.
+        """Return the layout of x after validating its shape and dtype.
 
         Args:
             x: a batch of vectors, floating point.
-            dim: their size.
-            channel_first: whether their axis is the second. None: it is for images and video, not for sequences.
-            spatial: the numbers of spatial axes that are taken, such as (0, 1) for single vectors and sequences; by
-                default any.
+            dim: the dimension of the vectors.
+            channel_first: whether the channels are the second axis. None: for images and video they are, else not.
+            spatial: the supported numbers of spatial axes, such as (0, 1) for single vectors and sequences; by default
+                any.
 
         Raises:
-            ValueError: x has another shape. TypeError: x isn't floating point.
+            ValueError: x has another shape. TypeError: x is not floating point.
         """
         axes = x.dim() - 2
         if channel_first is None:
@@ -56,7 +56,7 @@ class Layout(NamedTuple):
         fits = axes >= 0 and (spatial is None or axes in spatial) and x.shape[1 if channel_first else -1] == dim
         if not fits:
             kinds = spatial if spatial is not None else (0, 1, 2, 3)
-            shapes = [KINDS[axes][channel_first] for axes in sorted(kinds, key=lambda axes: (axes != 1, axes))]
+            shapes = [SHAPES[axes][channel_first] for axes in sorted(kinds, key=lambda axes: (axes != 1, axes))]
             shapes = list(dict.fromkeys(shapes)) if spatial is not None else [*shapes, "..."]
             raise ValueError(f"x: must have shape {' or '.join(shapes)} with dim={dim}, got {tuple(x.shape)}")
         if not x.dtype.is_floating_point:
@@ -65,43 +65,43 @@ class Layout(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """N, the vectors of one element of the batch."""
+        """N, the number of vectors in one element of the batch."""
         return math.prod(self.spatial)
 
     def to_rows(self, x: Tensor) -> Tensor:
-        """x as rows (B, N, dim)."""
+        """Return x as rows (B, N, dim)."""
         if self.channel_first:
             return x.flatten(2).transpose(1, 2)
         return x if len(self.spatial) == 1 else x.reshape(self.batch, self.rows, x.shape[-1])
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """Rows (B, N, ..., dim) as x was; axes between N and dim, as of top-k, come behind the spatial ones."""
+        """Return rows (B, N, ..., dim) in the layout of x; axes between N and dim (top-k) follow the spatial ones."""
         rows = self.indices(rows)
         return rows.movedim(-1, 1) if self.channel_first else rows
 
     def indices(self, indices: Tensor) -> Tensor:
-        """Indices, or any value of a row, (B, N, ...) as (B, spatial, ...)."""
+        """Return indices, or other values of rows, (B, N, ...) as (B, spatial, ...)."""
         if len(self.spatial) == 1:
             return indices
         return indices.reshape(self.batch, *self.spatial, *indices.shape[2:])
 
     def indices_to_rows(self, indices: Tensor) -> Tensor:
-        """The inverse of `indices`, checked: (B, spatial, ...) as (B, N, ...)."""
+        """Return indices (B, spatial, ...) as (B, N, ...) after validating their shape: the inverse of `indices`."""
         leading = (self.batch, *self.spatial)
         if indices.shape[: len(leading)] != leading:
             raise ValueError(f"indices: must have shape {leading} or ({leading}, ...), got {tuple(indices.shape)}")
         return indices.reshape(self.batch, self.rows, *indices.shape[len(leading) :])
 
     def rows_mask(self, mask: Tensor | None, lens: Tensor | None = None) -> Tensor | None:
-        """What of the rows counts: bool (B, N), or None for all of them.
+        """Return the mask (B, N) of the rows that take part, or None if all do.
 
         Args:
             mask: bool (B, spatial): (B, N) for sequences, (B, H, W) for images, (B, T, H, W) for video, (B,) for single
-                vectors. True for the vectors that count.
-            lens: int (B,), for sequences: the first lens[b] vectors count.
+                vectors. True for the vectors that take part.
+            lens: int (B,), for sequences: the first lens[b] vectors take part.
 
         Raises:
-            TypeError, ValueError: both are given, or one that doesn't fit.
+            TypeError, ValueError: both are given, or one of another dtype or shape.
         """
         if mask is None and lens is None:
             return None
@@ -122,16 +122,15 @@ class Layout(NamedTuple):
 
 
 def codes_in_layout(codes: Tensor, channel_first: bool) -> Tensor:
-    """Decoded codes (B, spatial, D) as the layer would have put them out: with the channels second if it does so."""
+    """Return decoded codes (B, spatial, D) with the channels second if `channel_first` and there are spatial axes."""
     return codes.movedim(-1, 1) if channel_first and codes.dim() > 2 else codes
 
 
 class Heads(NamedTuple):
-    """How vectors are split into parts, and which codebook codes a part.
+    """Split of vectors into heads, and of heads over codebooks.
 
-    Vectors (B, N, H D) become rows (C, R, D), one axis for the codebooks: with `separate` codebooks C = H and R = B N;
-    with one that all heads share, C = 1 and R = B H N. One head is C = 1, R = B N. Indices are (B, N, H), or (B, N) for
-    one head.
+    Vectors (B, N, H D) become rows (C, R, D), with one leading axis for the codebooks: C = H and R = B N for `separate`
+    codebooks; C = 1 and R = B H N for one codebook that all heads share. Indices are (B, N, H), or (B, N) for one head.
     """
 
     number: int = 1
@@ -139,57 +138,56 @@ class Heads(NamedTuple):
 
     @property
     def codebooks(self) -> int:
-        """C."""
+        """C, the number of codebooks."""
         return self.number if self.separate else 1
 
     def split(self, x: Tensor) -> Tensor:
-        """Vectors (B, N, H D) as rows (C, R, D)."""
+        """Return vectors (B, N, H D) as rows (C, R, D)."""
         if self.number == 1:
             return x.reshape(1, x.shape[0] * x.shape[1], x.shape[2])
         parts = x.unflatten(-1, (self.number, x.shape[-1] // self.number))  # [B, N, H, D]
         return self._rows(parts)
 
     def split_indices(self, indices: Tensor) -> Tensor:
-        """Indices (B, N, H), or (B, N) for one head, as (C, R)."""
+        """Return indices (B, N, H), or (B, N) for one head, as (C, R)."""
         if self.number == 1:
             return indices.reshape(1, indices.numel())
         return self._rows(indices.unsqueeze(-1)).squeeze(-1)
 
     def split_mask(self, mask: Tensor | None) -> Tensor | None:
-        """A mask (B, N) as (C, R)."""
+        """Return a mask (B, N) as (C, R)."""
         return (
             None if mask is None else self.split_indices(mask[..., None].expand(*mask.shape, self.number).squeeze(-1))
         )
 
     def join(self, rows: Tensor, batch: int, n: int) -> Tensor:
-        """Rows (C, R, ..., D) as vectors (B, N, ..., H D)."""
+        """Return rows (C, R, ..., D) as vectors (B, N, ..., H D)."""
         if self.number == 1:
             return rows.reshape(batch, n, *rows.shape[2:])
         parts = self._parts(rows, batch, n)  # [B, N, H, ..., D]
         return parts.movedim(2, -2).flatten(-2)
 
     def join_indices(self, indices: Tensor, batch: int, n: int) -> Tensor:
-        """Indices (C, R, ...) as (B, N, H, ...), or (B, N, ...) for one head."""
+        """Return indices (C, R, ...) as (B, N, H, ...), or (B, N, ...) for one head."""
         if self.number == 1:
             return indices.reshape(batch, n, *indices.shape[2:])
         return self._parts(indices, batch, n)
 
     def _rows(self, parts: Tensor) -> Tensor:
-        """(B, N, H, D) as (C, R, D)."""
+        """Return (B, N, H, D) as (C, R, D)."""
         if self.separate:
             return parts.movedim(2, 0).flatten(1, 2)
         return parts.transpose(1, 2).flatten(0, 2)[None]
 
     def _parts(self, rows: Tensor, batch: int, n: int) -> Tensor:
-        """(C, R, ...) as (B, N, H, ...)."""
+        """Return (C, R, ...) as (B, N, H, ...)."""
         if self.separate:
             return rows.reshape(self.number, batch, n, *rows.shape[2:]).movedim(0, 2)
         return rows.reshape(batch, self.number, n, *rows.shape[2:]).transpose(1, 2)
 
 
 def offset_indices(indices: Tensor, size: int) -> Tensor:
-    """Indices (C, R, ...) in one codebook (C K, D) that holds those of all heads (C, K, D), flat: (C R, ...). -1
-    stays."""
+    """Return indices (C, R, ...) into C codebooks as indices (C R, ...) into their concatenation (C K, D); -1 stays."""
     if len(indices) > 1:
         starts = torch.arange(0, len(indices) * size, size, device=indices.device)
         indices = torch.where(indices < 0, -1, indices + starts.view(-1, *[1] * (indices.dim() - 1)))

@@ -1,4 +1,4 @@
-"""Code tables: one for all vectors, one for each, or one that depends on the stages before."""
+"""Code tables: one for all rows, one for each row, or one for each row that a network computes."""
 
 from __future__ import annotations
 
@@ -18,43 +18,48 @@ from fastvq.precision import full_precision
 
 from .shapes import offset_indices
 
+CHUNK_ELEMENTS = 1 << 22
+"""Elements of the largest temporary of a search: 16 MiB of float32."""
+
 
 class Table(ABC):
-    """The codes that rows x (C, R, D) are compared with, C codebooks of size K."""
+    """The codes that rows x (C, R, D) are compared with: C codebooks of size K."""
 
     metric: str
     size: int
 
     @abstractmethod
     def nearest(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Indices (C, R) of the nearest codes; -1 where the mask (C, R) is False or a row isn't finite."""
+        """Return indices (C, R) of the nearest codes; -1 where the mask (C, R) is False or a row is not finite."""
 
     @abstractmethod
     def nearest_k(self, x: Tensor, k: int, mask: Tensor | None) -> Tensor:
-        """Indices (C, R, k) of the k nearest codes, nearest first, -1 likewise."""
+        """Return indices (C, R, k) of the k nearest codes, nearest first; -1 as in `nearest`."""
 
     @abstractmethod
     def lookup(self, indices: Tensor) -> Tensor:
-        """The codes (C, R, ..., D) of indices (C, R, ...), zeros for -1; differentiable."""
+        """Return the codes (C, R, ..., D) of indices (C, R, ...), zeros for -1; differentiable."""
 
     @abstractmethod
     def draw(self, x: Tensor, temperature: float, k: int | None, mask: Tensor | None) -> Tensor:
-        """Indices (C, R), or (C, R, k) without repetition, drawn as `fastvq.ops.sample` does, -1 likewise."""
+        """Return random indices (C, R), or k different ones (C, R, k), as `fastvq.ops.sample`; -1 as in `nearest`."""
 
     @abstractmethod
     def positional_entropy(self, x: Tensor, shape: tuple[int, int], temperature: float, mask: Tensor | None) -> Tensor:
-        """How evenly the vectors at each position of a batch share the codes: the entropy of their mean assignment,
-        averaged over positions and codebooks; (), in nats, differentiable.
+        """Return the entropy () of the mean assignment at each position, averaged over positions and codebooks.
 
-            p_bnk = softmax_k(temperature s_bnk),  m_nk = mean_b p_bnk,  spread = mean_n -sum_k m_nk ln max(m_nk, 1e-5)
+            p_bnk = softmax_k(temperature s_bnk),  m_nk = mean_b p_bnk,  value = mean_n -sum_k m_nk ln max(m_nk, 1e-5)
 
-        The rows x (C, R, D) of each codebook are R = (..., B, N) with the `shape` (B, N).
+        In nats, differentiable. It is high if the vectors at each position of a batch use the codes evenly. The rows
+        x (C, R, D) of each codebook are R = (..., B, N) with the `shape` (B, N).
         """
 
     @abstractmethod
     def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        """The mean of -ln softmax(s)_target over the rows with a target (C, R) that isn't -1, with s = -|x - e|, or
-        <x, e> for the metric "dot"; (), differentiable in x and the codes."""
+        """Return the mean () of -ln softmax(s)_target over the rows whose target (C, R) is not -1.
+
+        s = -|x - e|, or <x, e> for the metric "dot". Differentiable in x and the codes.
+        """
 
 
 class Shared(Table):
@@ -109,12 +114,12 @@ class Shared(Table):
 
     @property
     def soft_metric(self) -> str:
-        """The metric of `fastvq.soft_assign`."""
+        """The metric name that `fastvq.soft_assign` takes."""
         return "dot" if self.metric == "dot" else "distance"
 
 
 class PerRow(Table):
-    """A table for each row: codes (C, R, K, D), as a transformation by whoever calls has made them."""
+    """One table for each row: codes (C, R, K, D), already transformed."""
 
     def __init__(self, codes: Tensor, metric: str = "l2") -> None:
         self.codes, self.metric, self.size = codes, metric, codes.shape[2]
@@ -156,8 +161,11 @@ class PerRow(Table):
 
 
 class Implicit(Table):
-    """A table for each row that is never built as a whole: codes (1, K, D), transformed by a network conditioned on
-    what is known of the row, condition (1, R, D). Memory is O(K D) and a chunk of rows."""
+    """One table for each row, never materialized as a whole.
+
+    Codes (1, K, D) are transformed by a network conditioned on what is known of the row, condition (1, R, D). Memory is
+    O(K D) and a chunk of rows.
+    """
 
     def __init__(self, codes: Tensor, network: NeuralCodes, condition: Tensor, metric: str = "l2") -> None:
         self.codes, self.network, self.condition = codes[0], network, condition[0]
@@ -203,7 +211,7 @@ class Implicit(Table):
 
         step = max(1, CHUNK_ELEMENTS // (self.size * self.network.widest))
         pieces = zip(x[0].split(step), self.condition.split(step), targets[0].split(step), strict=True)
-        # Each chunk is transformed again in the backward pass, so that one of them is held at a time.
+        # Each chunk is transformed again in the backward pass, so that only one is held at a time.
         losses = [
             checkpoint(part, rows, self.codes, condition, chosen, use_reentrant=False)
             for rows, condition, chosen in pieces
@@ -213,9 +221,10 @@ class Implicit(Table):
 
 
 def sample_without_replacement(x: Tensor, codes: Tensor, temperature: float, k: int, metric: str) -> Tensor:
-    """k indices (R, k) for each row of x (R, D), drawn without repetition from softmax(s / temperature) over codes
-    (1, K, D) or (R, K, D): the largest of s / temperature + Gumbel noise. -1 for rows that aren't finite. It holds
-    R x K: for a chunk of rows.
+    """Return k indices (R, k) for each row of x (R, D), sampled without repetition from softmax(s / temperature).
+
+    Codes are (1, K, D) or (R, K, D). The indices are those of the largest s / temperature + Gumbel noise, -1 for rows
+    that are not finite. An R x K matrix is materialized: call it for chunks of rows.
 
     Source: Kool et al., Stochastic Beams and Where to Find Them, 2019.
     """
@@ -230,29 +239,25 @@ def _logits(x: Tensor, codes: Tensor, metric: str) -> Tensor:
     if metric == "dot":
         return (rows * codes).sum(-1)
     if len(codes) == 1 and not codes.requires_grad and not x.requires_grad:
-        middle = codes.mean(1)  # far from the origin the products that cdist takes would cancel
+        middle = codes.mean(1)  # far from the origin the products in cdist would cancel
         return -torch.cdist(rows[:, 0] - middle, codes[0] - middle)
     return -torch.linalg.vector_norm(rows - codes, dim=-1)
 
 
 def _negative_log(x: Tensor, codes: Tensor, targets: Tensor, metric: str) -> Tensor:
-    """The sum over rows x (R, D) of -ln softmax(s)_target over their codes (R, K, D)."""
+    """Return the sum over rows x (R, D) of -ln softmax(s)_target over their codes (R, K, D)."""
     mask = (targets >= 0) & x.isfinite().all(-1)
     logits = _logits(x.masked_fill(~mask[:, None], 0), codes, metric)
     return F.cross_entropy(logits, targets.masked_fill(~mask, -1), ignore_index=-1, reduction="sum")
 
 
 def _apply_mask(indices: Tensor, mask: Tensor | None) -> Tensor:
-    """Indices (C, R, k) with -1 where the mask (C, R) is False."""
+    """Return indices (C, R, k) with -1 where the mask (C, R) is False."""
     return indices if mask is None else indices.masked_fill(~mask[..., None], -1)
 
 
-CHUNK_ELEMENTS = 1 << 22
-"""Elements of the largest temporary that a search holds: 16 MiB of float32."""
-
-
 class NeuralCodes(nn.Module):
-    """Transforms a code by what was coded so far.
+    """Network that transforms a code depending on the sum of the codes of earlier stages.
 
         h_0 = W [condition; code] + b,   h_{i+1} = h_i + W'_i silu(W_i h_i + b_i) + b'_i,   code' = h_depth
 
@@ -278,14 +283,16 @@ class NeuralCodes(nn.Module):
         self.widest = max(dim, hidden)
 
     def forward(self, codes: Tensor, *, condition: Tensor) -> Tensor:
-        """Codes (..., D), each with its condition (..., D); the leading shapes are broadcast. Computed in the network's
-        dtype, autocast or not; returned in that of the codes."""
+        """Transform codes (..., D), each with its condition (..., D); the leading shapes are broadcast.
+
+        Computed in the network's dtype, regardless of autocast; returned in the dtype of the codes.
+        """
         with full_precision(codes):
             return self._transform(codes, condition).to(codes.dtype)
 
     def _transform(self, codes: Tensor, condition: Tensor) -> Tensor:
         weight = self.proj_in.weight
-        # Its two halves apart: what is broadcast is only added, not multiplied again.
+        # The two halves are multiplied separately, so that broadcast rows are only added.
         of_condition, of_codes = weight.chunk(2, 1)
         h = F.linear(condition.to(weight.dtype), of_condition, self.proj_in.bias)
         h = h + F.linear(codes.to(weight.dtype), of_codes)
@@ -294,8 +301,10 @@ class NeuralCodes(nn.Module):
         return F.normalize(h, dim=-1) if self.l2norm_output else h
 
     def by_rows(self, codes: Tensor, condition: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The transformed codes (n, K, D) of n rows at a time, for codes (K, D) and condition (R, D): with the rows'
-        place, and no more of them than fit CHUNK_ELEMENTS. For use without gradient."""
+        """Yield (slice of rows, transformed codes (n, K, D)) for codes (K, D) and condition (R, D).
+
+        A chunk has as many rows as fit CHUNK_ELEMENTS. For use without gradient.
+        """
         step = max(1, CHUNK_ELEMENTS // (len(codes) * self.widest))
         for start in range(0, len(condition), step):
             place = slice(start, start + step)
@@ -303,7 +312,7 @@ class NeuralCodes(nn.Module):
 
 
 class IndexBackpropagationResult(NamedTuple):
-    """What `index_backpropagation` returns."""
+    """Result of `index_backpropagation`."""
 
     quantized: Tensor  # (..., D), dtype of x
     indices: Tensor  # (...) int64
@@ -312,7 +321,7 @@ class IndexBackpropagationResult(NamedTuple):
 def index_backpropagation(
     x: Tensor, codebook: Tensor, *, metric: str = "dot", scale: float = 1.0, mask: Tensor | None = None
 ) -> IndexBackpropagationResult:
-    """The best code of each vector; its choice is differentiated as if it were soft, so that every code learns.
+    """Return the best code of each vector, with the gradient of a soft choice, so that every code learns.
 
         p_n = softmax_k(scale s_nk),   index_n = argmax_k s_nk,   s_nk = <x_n, e_k> for "dot", -|x_n - e_k|^2 for "l2"
         quantized_n = e_{index_n},   gradient as if it were  sum_k (onehot_nk + p_nk - sg[p_nk]) e_k
@@ -320,11 +329,11 @@ def index_backpropagation(
     Args:
         x: (..., D), any floating dtype. codebook: (K, D). Both get gradients.
         metric, scale: of the choice.
-        mask: bool (...), the vectors that count. The others, and those that are not finite, have index -1, a zero
-            output and no gradient.
+        mask: bool (...), the vectors that take part. The others, and non-finite ones, have index -1, a zero output and
+            no gradient.
 
     Raises:
-        TypeError, ValueError: what doesn't fit, by name.
+        TypeError, ValueError: an invalid argument, by name.
 
     Numerics: the choice is exact (`fastvq.search`); memory is O(N D + K D) and a tile, forward and backward.
 

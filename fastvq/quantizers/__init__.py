@@ -1,4 +1,4 @@
-"""Quantizer layers, one file each."""
+"""Quantizer layers, one class per file."""
 
 from __future__ import annotations
 

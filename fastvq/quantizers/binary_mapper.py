@@ -1,4 +1,4 @@
-"""The binary mapper: bits sampled from logits, as a one-hot vector that gradients pass through."""
+"""Binary mapper: bits sampled from logits, as a one-hot vector that passes gradients."""
 
 from __future__ import annotations
 
@@ -12,36 +12,38 @@ from torch.autograd.function import once_differentiable
 
 from fastvq.codebook.health import LevelUse
 from fastvq.parts.masking import finite_mask
+from fastvq.precision import at_least_float32
 
 NAT = math.log(2)
-"""One bit, in nats."""
+"""One bit in nats."""
 
 
 def binary_entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of independent bits with logits (..., bits), summed to (...)."""
+    """Return the entropy in nats of independent bits with logits (..., bits), summed to (...)."""
     p = logits.sigmoid()
     return -(p * F.logsigmoid(logits) + (1 - p) * F.logsigmoid(-logits)).sum(-1)
 
 
 class BinaryMapper(LevelUse, nn.Module):
-    """Samples a bit from each logit and gives the number they spell as a one-hot vector, with the API of
-    vector_quantize_pytorch.
+    """Binary mapper with the API of vector_quantize_pytorch.
+
+    A bit is sampled from each logit; the number that the bits form is returned as a one-hot vector.
 
         bit_b ~ Bernoulli(sigmoid(logit_b / temperature)),   index = sum_b bit_b 2^b,   one_hot_k = [k = index]
         G_k = prod_b p_b^{k_b} (1 - p_b)^{1 - k_b},   p = sigmoid(logit),   d one_hot / d logit = d G / d logit
         loss = mean max(0, bits ln 2 - H(p) - kl_loss_threshold)
 
     Args:
-        bits: how many logits a vector has; it has 2^bits codes.
-        kl_loss_threshold: in nats, the free bits: how far the entropy H may be below its maximum without a loss.
-        deterministic_on_eval: in eval take the likelier value of each bit instead of sampling.
+        bits: number of logits per vector; there are 2^bits codes.
+        kl_loss_threshold: free bits, in nats: the entropy H may be below its maximum by this much without a loss.
+        deterministic_on_eval: in eval mode take the more likely value of each bit instead of sampling.
 
     Raises:
-        ValueError: an argument that can't be; it is named.
+        ValueError: an invalid argument, by name.
 
-    Numerics: float32, or float64 for logits in it. The gradient is that of G, contracted bit by bit: G itself, (N,
-    2^bits), is never formed. A row with NaN or infinity has index -1, zeros for a one-hot vector, and no part in the
-    loss.
+    Numerics: float32, or float64 for logits in float64. The gradient is that of G, contracted bit by bit: G itself,
+    (N, 2^bits), is never materialized. A row with NaN or infinity has index -1, a one-hot vector of zeros, and no part
+    in the loss.
 
     Source: Fleuret, The Free Transformer, 2025, section 3.4.
     """
@@ -59,23 +61,23 @@ class BinaryMapper(LevelUse, nn.Module):
 
     @property
     def codes(self) -> Tensor:
-        """The bits of all codes, bool (2^bits, bits), the lowest first; made when asked for."""
+        """The bits of all codes, bool (2^bits, bits), lowest bit first; computed on access."""
         return self._bits_of(torch.arange(self.num_codes, device=self.power_two.device))
 
     def binary_entropy(self, logits: Tensor) -> Tensor:
         return binary_entropy(logits)
 
     def calc_aux_loss(self, logits: Tensor, reduce_aux_kl_loss: bool = True) -> Tensor:
-        """The loss of logits (..., bits): (), or (...) if it isn't reduced; rows that aren't finite have none."""
+        """Return the loss of logits (..., bits): (), or (...) without reduction. Non-finite rows are excluded."""
         mask = finite_mask(logits)
-        divergence = self.bits * NAT - binary_entropy(_wide(torch.where(mask[..., None], logits, 0)))
+        divergence = self.bits * NAT - binary_entropy(at_least_float32(torch.where(mask[..., None], logits, 0)))
         loss = torch.where(mask, F.relu(divergence - self.kl_loss_threshold), 0)
         return loss.sum() / mask.sum().clamp_min(1) if reduce_aux_kl_loss else loss
 
     def log_prob(
         self, logits: Tensor, *, indices: Tensor | None = None, one_hot: Tensor | None = None, sum_bits: bool = True
     ) -> Tensor:
-        """Log-probability, in nats, of codes under logits (..., bits): (...), or (..., bits) if it isn't summed.
+        """Return the log-probability in nats of codes under logits (..., bits): (...), or (..., bits) unsummed.
 
         The codes are given as indices (...) or as one-hot vectors (..., 2^bits). 0 for index -1 and for zeros.
         """
@@ -84,20 +86,22 @@ class BinaryMapper(LevelUse, nn.Module):
         if indices is None:
             assert one_hot is not None
             indices = torch.where(one_hot.detach().amax(-1) > 0, one_hot.detach().argmax(-1), -1)
-        logits = _wide(logits)
+        logits = at_least_float32(logits)
         signed = torch.where(self._bits_of(indices), logits, -logits)
         log_probs = F.logsigmoid(signed).masked_fill((indices < 0).unsqueeze(-1), 0)
         return log_probs.sum(-1) if sum_bits else log_probs
 
     def sample(self, logits: Tensor, temperature: float = 1.0, deterministic: bool = False) -> Tensor:
-        """The indices (...) int64 alone, of logits (..., bits): no vector of 2^bits. deterministic: each bit's likelier
-        value, 0 where they are alike."""
+        """Return the indices (...) int64 of logits (..., bits), without a vector of 2^bits.
+
+        deterministic: take the more likely value of each bit, 0 if both are equally likely.
+        """
         if logits.shape[-1] != self.bits:
             raise ValueError(f"logits: must have shape (..., {self.bits}), got {tuple(logits.shape)}")
         if not temperature > 0:
             raise ValueError(f"temperature: must be positive, got {temperature}")
         mask = finite_mask(logits)
-        logits = _wide(torch.where(mask[..., None], logits, 0)).detach()
+        logits = at_least_float32(torch.where(mask[..., None], logits, 0)).detach()
         bits = logits > 0 if deterministic else (logits / temperature).sigmoid().bernoulli()
         return (bits.long() * self.power_two).sum(-1).masked_fill(~mask, -1)
 
@@ -111,22 +115,22 @@ class BinaryMapper(LevelUse, nn.Module):
         return_indices: bool = False,
         reduce_aux_kl_loss: bool = True,
     ) -> tuple[Tensor, ...]:
-        """(one_hot, loss) of logits, or (one_hot, indices, loss).
+        """Return (one_hot, loss) of logits, or (one_hot, indices, loss).
 
         Args:
             logits: (..., bits), any floating dtype.
             temperature: of the sampling.
             straight_through: whether one_hot passes the gradient of G; by default in training.
-            calc_aux_loss: whether there is a loss, else 0; by default in training.
-            deterministic: take the likelier value of each bit; by default in eval if deterministic_on_eval.
-            return_indices: see above.
-            reduce_aux_kl_loss: the mean of the loss, else one of each row.
+            calc_aux_loss: whether the loss is computed, else 0; by default in training.
+            deterministic: take the more likely value of each bit; by default in eval mode if deterministic_on_eval.
+            return_indices: also return the indices.
+            reduce_aux_kl_loss: return the mean loss, else that of each row.
 
         Returns:
             one_hot (..., 2^bits), typed as logits; indices (...) int64; loss () or (...) float32.
 
         Raises:
-            ValueError: logits or a temperature that don't fit.
+            ValueError: logits of another shape, or a temperature that is not positive.
         """
         if deterministic is None:
             deterministic = self.deterministic_on_eval and not self.training
@@ -138,7 +142,7 @@ class BinaryMapper(LevelUse, nn.Module):
         if self.training if straight_through is None else straight_through:
             mask = (indices >= 0).unsqueeze(-1)
             one_hot = _Soft.apply(torch.where(mask, logits, 0), one_hot)
-        loss = _wide(logits.new_zeros(()))
+        loss = at_least_float32(logits.new_zeros(()))
         if self.training if calc_aux_loss is None else calc_aux_loss:
             loss = self.calc_aux_loss(logits, reduce_aux_kl_loss)
         return (one_hot, indices, loss) if return_indices else (one_hot, loss)
@@ -148,7 +152,7 @@ class BinaryMapper(LevelUse, nn.Module):
 
 
 class _Soft(torch.autograd.Function):
-    """one_hot, with the gradient of the probabilities G of all codes."""
+    """One-hot vectors with the gradient of the probabilities G of all codes."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, one_hot: Tensor) -> Tensor:
@@ -158,10 +162,13 @@ class _Soft(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """sum_k grad_k G_k is linear in each p_b: fold the codes bit by bit from the highest, and differentiate
-        that."""
+        """Return the gradient of the logits.
+
+        sum_k grad_k G_k is linear in each p_b: the codes are folded bit by bit from the highest, and that is
+        differentiated.
+        """
         (logits,) = ctx.saved_tensors
-        p = _wide(logits).sigmoid()
+        p = at_least_float32(logits).sigmoid()
         halves, table = [], grad.to(p.dtype)
         for b in reversed(range(p.shape[-1])):
             low, high = table.chunk(2, -1)
@@ -172,7 +179,3 @@ class _Soft(torch.autograd.Function):
             slopes.append((weight * (high - low)).sum(-1))
             weight = torch.cat([weight * (1 - p[..., b : b + 1]), weight * p[..., b : b + 1]], -1)
         return (torch.stack(slopes, -1) * p * (1 - p)).to(logits.dtype), None
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -1,4 +1,4 @@
-"""An autoencoder whose codes are bits, and evolution of these bits towards what a fitness function asks for."""
+"""Autoencoder with binary codes, and a genetic algorithm that evolves the bits towards higher fitness."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ Fitness = Callable[[Any, Tensor], "Tensor | Sequence[float]"]
 
 
 class Return(NamedTuple):
-    """What `EvoLFQ` returns."""
+    """Result of `EvoLFQ`."""
 
-    reconstructed: Any  # what the decoder makes of the codes
+    reconstructed: Any  # the decoder's output
     indices: Tensor  # as from `LFQ`
     entropy_aux_loss: Tensor  # ()
 
 
 class Result(NamedTuple):
-    """What `EvoLFQ.evolve` yields after each generation."""
+    """State of `EvoLFQ.evolve` after a generation."""
 
     pop_bits: Tensor  # the next population (P, ...)
     best_gene: Tensor  # the fittest bits so far
-    best_fitness: float  # theirs
-    best_decoded: Any  # what they decode to, or None
+    best_fitness: float  # their fitness
+    best_decoded: Any  # their decoded data, or None
 
 
 class EvoLFQ(Monitored, nn.Module):
-    """An encoder, an `LFQ` and a decoder, with the API of vector_quantize_pytorch; and a genetic algorithm on its bits.
+    """Encoder, `LFQ` and decoder with the API of vector_quantize_pytorch, and a genetic algorithm on the bits.
 
     The bits of a sample are its genes: zeros and ones, or -1 and 1 with `is_sign`; (P, bits), (P, N, bits) and
-    (P, bits, H, W), laid out as the latents are. A generation keeps the fittest `elitism_count`; each
-    other child crosses two winners of tournaments uniformly and mutates.
+    (P, bits, H, W), in the layout of the latents. Each generation keeps the `elitism_count` fittest members; the other
+    children are uniform crossovers of two tournament winners, with mutation.
 
     Args:
-        encoder: from data to latents, (B, dim) or as `LFQ` takes them.
-        decoder: from quantized latents to data.
+        encoder: maps data to latents, (B, dim) or as `LFQ` takes them.
+        decoder: maps quantized latents to data.
         lfq: the quantizer; by default `LFQ(dim=dim, codebook_size=codebook_size, num_codebooks=..., **lfq_kwargs)`.
-        pop_size: P. elitism_count: how many survive as they are.
+        pop_size: P. elitism_count: number of members that survive unchanged.
         mutation_rate: probability that a bit flips.
-        tournament_size: contenders of a tournament.
-        generations: how many `evolve` runs.
+        tournament_size: number of contenders in a tournament.
+        generations: number of generations that `evolve` runs.
 
     Raises:
-        ValueError: an argument that can't be, by name.
+        ValueError: an invalid argument, by name.
 
     Source: `LFQ`; Goldberg and Deb, A Comparative Analysis of Selection Schemes Used in Genetic Algorithms, 1991
     (tournaments); Syswerda, Uniform Crossover in Genetic Algorithms, 1989.
@@ -102,7 +102,10 @@ class EvoLFQ(Monitored, nn.Module):
         return self.lfq.mask.device
 
     def forward(self, x: Any, **kwargs: Any) -> Any:
-        """(reconstructed, indices, entropy_aux_loss) of x; kwargs are `LFQ`'s, whose loss breakdown comes second."""
+        """Return (reconstructed, indices, entropy_aux_loss) of x; kwargs are those of `LFQ`.
+
+        With return_loss_breakdown, the breakdown comes second.
+        """
         found = self.lfq(self.encoder(x), **kwargs)
         (quantized, indices, loss), *parts = found if kwargs.get("return_loss_breakdown") else (found,)
         result = Return(self.decoder(quantized), indices, loss)
@@ -110,7 +113,7 @@ class EvoLFQ(Monitored, nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Any, return_signs: bool = False) -> Tensor:
-        """The bits of x's codes as genes: float zeros and ones, or -1 and 1. Changes no state."""
+        """Return the bits of x as genes: float zeros and ones, or -1 and 1. No state changes."""
         with evaluating(self):
             latents = self.encoder(x)
             layout = Layout.of(latents, self.lfq.dim, channel_first=self.lfq.channel_first)
@@ -122,7 +125,7 @@ class EvoLFQ(Monitored, nn.Module):
 
     @torch.no_grad()
     def decode_bits(self, bits: Tensor) -> Any:
-        """What the decoder makes of genes; what is above zero is a one."""
+        """Decode genes; a gene is one if it is above zero."""
         lfq = self.lfq
         with evaluating(self):
             size = lfq.codebook_dim * lfq.num_codebooks
@@ -142,7 +145,7 @@ class EvoLFQ(Monitored, nn.Module):
         device: torch.device | None = None,
         is_sign: bool = False,
     ) -> Tensor:
-        """Random genes (P, *shape)."""
+        """Return random genes (P, *shape)."""
         if shape is None:
             raise ValueError("shape: must be given, the shape of one sample's genes")
         size = (self.pop_size if pop_size is None else pop_size, *shape)
@@ -151,7 +154,7 @@ class EvoLFQ(Monitored, nn.Module):
     def init_population_from_data(
         self, x: Any, pop_size: int | None = None, mutation_rate: float | None = None, is_sign: bool = False
     ) -> Tensor:
-        """Genes of the first P samples of x, again and again where there are fewer, mutated."""
+        """Return the mutated genes of the first P samples of x, repeated if there are fewer."""
         pop_size = self.pop_size if pop_size is None else pop_size
         rate = self.mutation_rate if mutation_rate is None else mutation_rate
         bits = self.encode(x, return_signs=is_sign)
@@ -161,17 +164,17 @@ class EvoLFQ(Monitored, nn.Module):
         return self.mutate(bits, mutation_rate=rate, is_sign=is_sign) if rate > 0 else bits
 
     def uniform_crossover(self, parent1: Tensor, parent2: Tensor) -> Tensor:
-        """Each gene from one of the parents, with equal odds."""
+        """Take each gene from one of the parents, with equal probability."""
         return torch.where(torch.rand_like(parent1.float()) < 0.5, parent1, parent2)
 
     def mutate(self, population: Tensor, mutation_rate: float | None = None, is_sign: bool = False) -> Tensor:
-        """The population with each gene flipped at random."""
+        """Flip each gene of the population with probability `mutation_rate`."""
         rate = self.mutation_rate if mutation_rate is None else mutation_rate
         flipped = -population if is_sign else 1.0 - population
         return torch.where(torch.rand_like(population.float()) < rate, flipped, population)
 
     def tournament_selection(self, population: Tensor, fitnesses: Tensor, tournament_size: int | None = None) -> Tensor:
-        """As many winners as the population has members, each the fittest of random contenders."""
+        """Return a population of tournament winners, each the fittest of `tournament_size` random contenders."""
         return population[self._winners(fitnesses, (len(population),), tournament_size)]
 
     @torch.no_grad()
@@ -186,11 +189,11 @@ class EvoLFQ(Monitored, nn.Module):
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """The next generation of pop_bits (P, ...), and the fitnesses (P,) of this one.
+        """Return the next generation of pop_bits (P, ...), and the fitnesses (P,) of this one.
 
         Args:
-            fitness_fn: (what pop_bits decode to, pop_bits) -> (P,), a tensor or numbers; more is better, NaN is worst.
-            batch_size: how many are decoded at once; by default all.
+            fitness_fn: (decoded pop_bits, pop_bits) -> (P,), a tensor or numbers; higher is better, NaN is worst.
+            batch_size: number of members decoded at once; by default all.
             kwargs: ignored.
         """
         elites = self.elitism_count if elitism_count is None else elitism_count
@@ -207,10 +210,10 @@ class EvoLFQ(Monitored, nn.Module):
                 f"fitness_fn: must return one number for each of {len(pop_bits)}, got {tuple(fitnesses.shape)}"
             )
         ranked = _ranked(fitnesses)
-        kept = pop_bits[ranked.argsort(descending=True, stable=True)[:elites]]
+        survivors = pop_bits[ranked.argsort(descending=True, stable=True)[:elites]]
         parents = pop_bits[self._winners(ranked, (len(pop_bits) - elites, 2), tournament_size)]
         children = self.mutate(self.uniform_crossover(parents[:, 0], parents[:, 1]), mutation_rate, is_sign)
-        return torch.cat([kept, children]), fitnesses
+        return torch.cat([survivors, children]), fitnesses
 
     @torch.no_grad()
     def evolve(
@@ -224,10 +227,12 @@ class EvoLFQ(Monitored, nn.Module):
         return_best_decoded: bool = False,
         **step_kwargs: Any,
     ) -> Iterator[Result]:
-        """Runs `step`, yielding a `Result` after each: the best gene is one that was evaluated, beside its fitness.
+        """Run `step` repeatedly and yield a `Result` after each generation.
+
+        The best gene is one that was evaluated, and best_fitness its fitness.
 
         Args:
-            pop_bits: the first population; by default P random ones of `shape`.
+            pop_bits: the first population; by default P random members of `shape`.
             return_best_decoded: also decode the best gene.
             fitness_fn, is_sign, step_kwargs: as for `step`.
         """
@@ -246,7 +251,7 @@ class EvoLFQ(Monitored, nn.Module):
             yield Result(pop_bits, best_gene, best_fitness, best_decoded)
 
     def _winners(self, fitnesses: Tensor, shape: tuple[int, ...], tournament_size: int | None) -> Tensor:
-        """Places in the population of the winners of `shape` tournaments."""
+        """Return the places in the population of the winners of `shape` tournaments."""
         size = self.tournament_size if tournament_size is None else tournament_size
         contenders = torch.randint(0, len(fitnesses), (*shape, size), device=fitnesses.device)
         return contenders.gather(-1, fitnesses[contenders].argmax(-1, keepdim=True)).squeeze(-1)
@@ -254,7 +259,7 @@ class EvoLFQ(Monitored, nn.Module):
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """In which the module is in eval mode; afterwards each part is as it was."""
+    """Put the module in eval mode within the context; afterwards restore the mode of each submodule."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -265,11 +270,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _genes(bits: Tensor, signs: bool) -> Tensor:
-    """Float genes of bool bits."""
+    """Return float genes of bool bits."""
     return torch.where(bits, 1.0, -1.0 if signs else 0.0)
 
 
 def _ranked(fitnesses: Tensor) -> Tensor:
-    """Fitnesses in which NaN, that compares with nothing, is the worst."""
+    """Return float fitnesses with NaN, which compares with nothing, replaced by -infinity."""
     fitnesses = fitnesses if fitnesses.is_floating_point() else fitnesses.float()
     return fitnesses.masked_fill(fitnesses.isnan(), -torch.inf)

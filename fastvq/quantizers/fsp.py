@@ -1,4 +1,4 @@
-"""Finite scalar perturbation: a coordinate's probability, quantized to bins and perturbed within them in training."""
+"""Finite scalar perturbation: probabilities of coordinates, quantized to bins or perturbed within them in training."""
 
 from __future__ import annotations
 
@@ -16,48 +16,48 @@ from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask,
 from fastvq.parts.projection import project_codes_out, projections
 from fastvq.parts.scalar import CUMULATIVE, Thresholds, with_slope
 from fastvq.parts.shapes import Layout, codes_in_layout
+from fastvq.precision import at_least_float32
 
 UNIT = 1 / math.sqrt(12)
 """The standard deviation of U(0, 1)."""
 
 
 def build_cdf_act(act_name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """(the cumulative distribution function, its inverse) of that name, on tensors: tanh, sigmoid, normal, laplace or
-    cauchy."""
+    """Return (cumulative distribution function, its inverse) by name: tanh, sigmoid, normal, laplace or cauchy."""
     if act_name not in CUMULATIVE:
         raise ValueError(f"act_name: must be one of {', '.join(CUMULATIVE)}, got {act_name!r}")
     return CUMULATIVE[act_name].apply, CUMULATIVE[act_name].inverse
 
 
 class FSP(LevelUse, nn.Module):
-    """Maps each coordinate to its probability under a distribution and quantizes that to bins of equal probability,
-    with the API of vector_quantize_pytorch.
+    """Finite scalar perturbation quantizer with the API of vector_quantize_pytorch.
+
+    Each coordinate is mapped to its probability under a distribution, which is quantized to bins of equal probability.
 
         p_i = F(project_in(z)_i),   level_i = floor(L_i p_i),   q_i = (level_i + 1/2) / L_i
         quantized = project_out((q - 1/2) sqrt 12),   or project_out(F^-1(q)) with need_inv_act
         index = sum_i level_i prod_{j<i} L_j
 
-    In training a share 1 - quantize_rate of the coordinates isn't quantized but perturbed: p_i + U(-1, 1) / (2 L_i),
-    where that stays within (0, 1). The gradient is that of p, or with need_inv_act passes straight through.
+    In training a share 1 - quantize_rate of the coordinates is perturbed instead of quantized: p_i + U(-1, 1) / (2
+    L_i), if that stays within (0, 1). The gradient is that of p, or passes straight through with need_inv_act.
 
     Args:
         levels: L_i of each dimension.
-        dim: dimension of the vectors that come in and go out; linear projections stand around the code where it isn't
-            len(levels).
+        dim: dimension of the vectors; linear projections surround the code if it differs from len(levels).
         channel_first: vectors are (B, dim, ...).
-        projection_has_bias: of the linear projections.
+        projection_has_bias: whether the projections have a bias.
         act_name: F: "tanh", "sigmoid", "normal", "laplace" or "cauchy".
-        quantize_rate: the share of coordinates that are quantized in training, in [0, 1]; in eval all are.
-        need_inv_act: put out F^-1(q), on the scale of z, instead of q with unit variance.
-        vector_norm: which moments the latents are held to: "none", "var", "kurt", "var_tanh", "var_sigmoid",
+        quantize_rate: share of coordinates that are quantized in training, in [0, 1]; in eval mode all are.
+        need_inv_act: return F^-1(q), on the scale of z, instead of q with unit variance.
+        vector_norm: targets for the moments of the latents: "none", "var", "kurt", "var_tanh", "var_sigmoid",
             "var_laplace".
 
     Raises:
-        ValueError: an argument that can't be; it is named.
+        ValueError: an invalid argument, by name.
 
-    Numerics: levels are found by comparison with thresholds computed in float64, so that indices are the same on every
-    device; everything is computed in float32, or in float64 for z in it. Indices are int32 up to 2^31 codes, else
-    int64. A vector that holds NaN or infinity has index -1 and a zero output, and takes no part in the loss.
+    Numerics: levels are determined by comparison with thresholds computed in float64, so that indices are the same on
+    every device; all else is computed in float32, or in float64 for z in float64. Indices are int32 up to 2^31 codes,
+    else int64. A vector with NaN or infinity has index -1 and a zero output, and takes no part in the loss.
 
     Source: Finite Scalar Perturbation, 2026, arXiv 2602.17133.
     """
@@ -103,20 +103,23 @@ class FSP(LevelUse, nn.Module):
         )
 
     def level_indices_to_indices(self, level_indices: Tensor) -> Tensor:
-        """The indices (...) of levels (..., d), of any dtype; -1 where one of them is negative."""
+        """Return the indices (...) of levels (..., d), of any dtype; -1 if a level is negative."""
         return join_levels(level_indices, self._sizes).masked_fill((level_indices < 0).any(-1), -1)
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
-        """The levels (..., d) int64 of indices (...); -1 for -1."""
+        """Return the levels (..., d) int64 of indices (...); -1 for -1."""
         return split_index(indices, self._basis, self._levels)
 
     def indices_to_act_value(self, indices: Tensor) -> Tensor:
-        """The middles of the bins, (..., d) float32 in (0, 1), of indices (...)."""
+        """Return the centres of the bins, (..., d) float32 in (0, 1), of indices (...)."""
         return self._middles(self.indices_to_level_indices(indices), torch.float32)
 
     def indices_to_codes(self, indices: Tensor, eps: float = 1e-6) -> Tensor:
-        """What `forward` gives as quantized in eval for these indices, (B, ...) to (B, ..., dim), or (B, dim, ...) if
-        channel_first; zero for -1. eps: how close to 0 and 1 the inverse of F is taken."""
+        """Return the output of `forward` in eval mode for indices (B, ...): (B, ..., dim), zero for -1.
+
+        The result is (B, dim, ...) if channel_first. eps: distance from 0 and 1 that the argument of F^-1 is clamped
+        to.
+        """
         indices = checked_indices(indices, self.codebook_size)
         codes = project_codes_out(
             self.project_out, self._on_scale(self.indices_to_act_value(indices), eps), indices >= 0
@@ -124,38 +127,38 @@ class FSP(LevelUse, nn.Module):
         return codes_in_layout(codes, self.channel_first)
 
     def quantize_act_value(self, act_z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(the middles of the bins that probabilities (..., d) lie in, with the gradient of act_z; the levels, in its
-        dtype)."""
+        """Return (centres of the bins of probabilities (..., d), levels in their dtype).
+
+        The gradient of the centres is that of act_z.
+        """
         levels = (act_z.detach().clamp_max(1 - eps) * self._levels).floor()
         return with_slope(act_z, self._middles(levels, act_z.dtype), torch.ones_like(act_z)), levels
 
     def forward(
         self, z: Tensor, eps: float | None = None, *, mask: Tensor | None = None, lens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-        """(quantized, indices, loss, details) of z.
+        """Return (quantized, indices, loss, details) of z.
 
         Args:
             z: (B, N, dim), (B, dim) or (B, ..., dim); (B, dim, ...) if channel_first. Any floating dtype.
-            eps: how close to 1 a probability counts, and to 0 and 1 the inverse of F is taken; by default that of the
-                dtype computed in.
+            eps: distance from 0 and 1 that probabilities are clamped to; by default the eps of the dtype of the
+                computation.
             mask, lens: as in `FSQ`.
 
         Returns:
-            quantized, shaped and typed as z; indices (B, ...); loss (), of `VectorNorm`; details: "level_indices" (B,
-            ..., d) in the dtype computed in, -1 where a vector doesn't count; "norm_info", the moments; and where
+            quantized, shaped and typed as z; indices (B, ...); loss (), of `VectorNorm`; details: "level_indices"
+            (B, ..., d) in the dtype of the computation, -1 for excluded vectors; "norm_info", the moments; and if
             coordinates are perturbed, "p_accept_prob", the share whose perturbation stays within (0, 1).
 
         Raises:
-            ValueError, TypeError: z, mask or lens that don't fit.
+            ValueError, TypeError: z, mask or lens of another shape or dtype.
         """
         layout = Layout.of(z, self.dim, channel_first=self.channel_first)
         rows, rows_mask = layout.to_rows(z), layout.rows_mask(mask, lens)
         if self.has_projections:
             rows, rows_mask = exclude_non_finite(rows, rows_mask)
         projected = self.project_in(rows)
-        latents = feature_major(projected if projected.dtype == torch.float64 else projected.float()).flatten(
-            0, 1
-        )  # [B N, d]
+        latents = feature_major(at_least_float32(projected)).flatten(0, 1)  # [B N, d]
         rows_mask = finite_mask(latents) if rows_mask is None else finite_mask(latents) & rows_mask.flatten()
         latents = torch.where(rows_mask[:, None], latents, 0)
         norm_loss, norm_info = self.vector_norm(latents, rows_mask)
@@ -170,7 +173,7 @@ class FSP(LevelUse, nn.Module):
             if self.training:
                 self._observe(indices, levels, rows_mask, masked_mean((p - value).square(), rows_mask))
             value, details = self._perturbed(p, value, rows_mask)
-            # With the inverse the gradient passes straight through, as vector_quantize_pytorch and the paper have it.
+            # With the inverse the gradient passes straight through, as in vector_quantize_pytorch and the paper.
             slope = torch.ones_like(p) if self.need_inv_act else act.slope(latents, p) / UNIT
             codes = torch.where(rows_mask[:, None], self._on_scale(value, eps), 0)
         codes = with_slope(latents, codes, slope).to(projected.dtype).contiguous()
@@ -181,7 +184,7 @@ class FSP(LevelUse, nn.Module):
         return layout.from_rows(codes).to(z.dtype), layout.indices(indices), norm_loss, details
 
     def _perturbed(self, p: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """`value`, what p is quantized to, or p perturbed, at random; and how much of that was possible."""
+        """Return `value`, with some coordinates replaced by their perturbed p at random, and the share accepted."""
         if not self.training or self.quantize_rate == 1:
             return value, {}
         # Drawn row by row.

@@ -1,4 +1,4 @@
-"""Finite scalar quantization: each coordinate rounded to a few levels, their product the codebook."""
+"""Finite scalar quantization: each coordinate is rounded to a few levels, whose product is the codebook."""
 
 from __future__ import annotations
 
@@ -28,49 +28,49 @@ from fastvq.precision import KeepsBuffers
 
 
 def round_ste(z: Tensor) -> Tensor:
-    """z rounded, half to even, with the gradient of z."""
+    """Return z rounded, half to even, with the gradient of z."""
     return straight_through(z, z.round())
 
 
 def floor_ste(z: Tensor) -> Tensor:
-    """z rounded down, with the gradient of z."""
+    """Return z rounded down, with the gradient of z."""
     return straight_through(z, z.floor())
 
 
 class FSQ(LevelUse, KeepsBuffers, nn.Module):
-    """Rounds each coordinate to one of a few levels, with the API of vector_quantize_pytorch.
+    """Finite scalar quantizer with the API of vector_quantize_pytorch.
 
         quantized = project_out(code),   code_i = the nearest level of bound(project_in(z)_i)
         index = sum_i level_i prod_{j<i} L_j
 
-    There is nothing to learn but the projections, no loss, and nothing that collapses. The gradient passes straight
+    Only the projections are learned; there is no loss and no codebook that could collapse. The gradient passes straight
     through the rounding and by the derivative of the bound (`fastvq.parts.scalar.Bound`).
 
     Args:
         levels: L_i of each dimension, at least 2, and at least 3 unless preserve_symmetry.
-        dim: dimension of the vectors that come in and go out; linear projections stand around the code where it isn't
+        dim: dimension of the vectors; linear projections surround the code if it differs from
             len(levels) * num_codebooks.
-        num_codebooks: how many codes a vector has, side by side.
-        keep_num_codebooks_dim: whether indices have an axis for the codebooks; by default where there are several.
-        scale: kept as an attribute, without effect, as there.
-        allowed_dtypes: the dtypes that codes are computed in; others are computed in float32.
+        num_codebooks: number of codes per vector, side by side.
+        keep_num_codebooks_dim: whether indices have an axis for the codebooks; by default if there are several.
+        scale: stored as an attribute, without effect, as in vector_quantize_pytorch.
+        allowed_dtypes: dtypes that codes are computed in; other dtypes are computed in float32.
         channel_first: vectors are (B, dim, ...); images and video always are.
-        projection_has_bias: of the linear projections.
+        projection_has_bias: whether the projections have a bias.
         return_indices: whether `forward` returns indices, else None. Must be False beyond 2^63 codes.
-        force_quantization_f32: without effect: codes are never computed in half precision here.
+        force_quantization_f32: without effect: codes are never computed in half precision.
         preserve_symmetry: levels that are symmetric about zero, with ends at -1 and 1.
-        noise_dropout: in training, the probability for each coordinate of a code to be moved by U(-1/2, 1/2), within
-            [-1, 1]. Needs preserve_symmetry.
+        noise_dropout: in training, the probability that a coordinate of a code is moved by U(-1/2, 1/2), within [-1,
+            1]. Needs preserve_symmetry.
         bound_hard_clamp: clamp instead of tanh.
         orthogonal_rotation: quantize in a random rotated basis, which is part of the state.
 
     Raises:
-        ValueError: an argument, or a pair of arguments, that can't be; it is named.
+        ValueError: an invalid argument or combination of arguments, by name.
 
-    Numerics: the level of a coordinate is found by comparison with thresholds computed in float64, for z in float32
-    what the formula gives in real numbers: the same index on every device, compiled or not, under autocast too. Indices
-    are integers throughout: int32 up to 2^31 codes, else int64. A rotation is applied in float64. A vector that holds
-    NaN or infinity has index -1 and a zero output, and passes no gradient.
+    Numerics: levels are determined by comparison with thresholds computed in float64: for z in float32 they are those
+    of the formula in real numbers, the same on every device, compiled or not, and under autocast. Indices are integers
+    throughout: int32 up to 2^31 codes, else int64. A rotation is applied in float64. A vector with NaN or infinity has
+    index -1 and a zero output, and passes no gradient.
 
     Source: Mentzer et al., Finite Scalar Quantization, 2023, section 3 and appendix A.1; Parker et al., Scaling
     Transformers for Low-Bitrate High-Quality Speech Coding, 2024, section 3.2 (symmetry, noise); Chee et al., QuIP,
@@ -140,50 +140,54 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
 
     @property
     def implicit_codebook(self) -> Tensor:
-        """All codes, (K, d) float32, made when asked for; before the rotation, if there is one."""
+        """All codes (K, d), float32, computed on access; before the rotation, if there is one."""
         indices = torch.arange(self.codebook_size, device=self._levels.device)
         return self._bound.values(split_index(indices, self._basis, self._levels))
 
     def bound(self, z: Tensor, eps: float = 1e-3, hard_clamp: bool = False) -> Tensor:
-        """z (..., d), bounded and rounded to codes in [-1, 1], with levels that needn't be symmetric."""
+        """Return z (..., d) bounded and rounded to codes in [-1, 1], with levels that may be asymmetric."""
         bound = Bound(self._bound.levels, symmetric=False, hard=hard_clamp, eps=eps)
         return self._rounded_by(bound.to(z.device), z)
 
     def symmetry_preserving_bound(self, z: Tensor, hard_clamp: bool = False) -> Tensor:
-        """z (..., d), bounded and rounded to codes symmetric about zero."""
+        """Return z (..., d) bounded and rounded to codes symmetric about zero."""
         bound = Bound(self._bound.levels, symmetric=True, hard=hard_clamp)
         return self._rounded_by(bound.to(z.device), z)
 
     def quantize(self, z: Tensor) -> Tensor:
-        """The codes (..., d) of z (..., d), in its dtype, before any rotation, noise or projection."""
+        """Return the codes (..., d) of z (..., d) in its dtype, before any rotation, noise or projection."""
         return self._rounded_by(self._bound, z)
 
     def maybe_apply_noise(self, bounded_z: Tensor) -> Tensor:
-        """Noise on a random share of the coordinates in training; see noise_dropout."""
+        """Return the codes with noise on a random share of the coordinates in training; see noise_dropout."""
         if not self.training or self.noise_dropout == 0:
             return bounded_z
-        # Drawn row by row and in float32, whatever the codes are.
+        # Drawn row by row and in float32, independent of the layout and dtype of the codes.
         rows = torch.empty_like(bounded_z, dtype=torch.float32, memory_format=torch.contiguous_format)
         chosen = rows.bernoulli(self.noise_dropout).bool()
         noise = torch.rand_like(rows) - 0.5
         return torch.where(chosen, bounded_z + noise, bounded_z).clamp(-1, 1)
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
-        """The levels (..., d) of indices (...), in their dtype; -1 for -1."""
+        """Return the levels (..., d) of indices (...), in their dtype; -1 for -1."""
         return split_index(indices, self._basis, self._levels).to(indices.dtype)
 
     def codes_to_indices(self, zhat: Tensor) -> Tensor:
-        """The indices (...) of codes (..., d) as `quantized` has them before it is projected: rotated, if the layer
-        rotates. Each coordinate counts as the level nearest to it. Exact, also for codes in half precision as far as it
-        tells the levels apart; -1 where a coordinate isn't finite."""
+        """Return the indices (...) of codes (..., d) before projection, rotated if the layer rotates.
+
+        Each coordinate is assigned the nearest level; exact also for codes in half precision if it separates the
+        levels. -1 for codes that are not finite.
+        """
         if zhat.shape[-1] != self.codebook_dim:
             raise ValueError(f"zhat: must have shape (..., {self.codebook_dim}), got {tuple(zhat.shape)}")
         levels = self._bound.nearest(self._rotate(zhat))
         return join_levels(levels, self._bound.levels).masked_fill(~finite_mask(zhat), -1)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """What `forward` gives as quantized for these indices, (B, N) or (B, N, num_codebooks) to (B, N, dim); channels
-        second for images, video and channel_first. Zero for -1."""
+        """Return the output of `forward` for indices (B, N) or (B, N, num_codebooks): (B, N, dim), zero for -1.
+
+        Channels are second for images, video and channel_first.
+        """
         indices = checked_indices(indices, self.codebook_size)
         spatial = indices.dim() - 1 - int(self.keep_num_codebooks_dim)
         codes = self.codes_of(indices)
@@ -197,26 +201,26 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
     def forward(
         self, z: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(quantized, indices) of z.
+        """Return (quantized, indices) of z.
 
         Args:
             z: (B, N, dim) or (B, dim); (B, dim, H, W) or (B, dim, T, H, W); (B, dim, ...) if channel_first.
-            mask: bool, (B, N), (B, H, W) ...: True for the vectors that count. The others come back as -1 and zero.
-            lens: int (B,), the same for sequences: the first lens[b] vectors count.
+            mask: bool, (B, N), (B, H, W) ...: True for the vectors that take part. The others get index -1 and zeros.
+            lens: int (B,), a mask for sequences: the first lens[b] vectors take part.
 
         Returns:
             quantized, shaped and typed as z; indices (B, N), (B, H, W) ..., with an axis for the codebooks if kept;
             None without return_indices.
 
         Raises:
-            ValueError, TypeError: z, mask or lens that don't fit.
+            ValueError, TypeError: z, mask or lens of another shape or dtype.
         """
         quantized, indices = self._forward(z, mask, lens, training=self.training)
         return quantized, indices if self.return_indices else None
 
     @torch.no_grad()
     def encode(self, z: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
-        """The indices alone, as `forward` returns them. Touches no state."""
+        """Return the indices alone, as `forward` returns them, without changing any state."""
         return self._forward(z, mask, lens, training=False)[1]
 
     def _forward(self, z: Tensor, mask: Tensor | None, lens: Tensor | None, *, training: bool) -> tuple[Tensor, Tensor]:
@@ -236,9 +240,11 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
         return layout.from_rows(codes).to(z.dtype), indices
 
     def round_rows(self, latents: Tensor, mask: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
-        """`forward` between the projections: the codes (..., d), with rotation and noise, in the dtype of the latents
-        (..., d), float32 or float64, and the indices (...). Where counts, bool that broadcasts to (...), is False,
-        codes are zero and indices -1. In training there is noise, and what is chosen is counted."""
+        """Return codes (..., d) and indices (...) of latents (..., d): `forward` between the projections.
+
+        Latents and codes are float32 or float64; codes include rotation and noise. Where mask, which broadcasts to
+        (...), is False, codes are zero and indices -1. In training noise is applied and usage is recorded.
+        """
         codes, levels, error = self._bound(self._rotate(latents), mask, with_error=training)
         indices = join_levels(levels, self._bound.levels).masked_fill(~mask, -1)
         if error is not None:
@@ -248,7 +254,7 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
         return self._rotate_back(codes).to(latents.dtype), indices
 
     def codes_of(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The codes (..., d) of indices (...) before they are projected; zero for -1."""
+        """Return the codes (..., d) of indices (...) before projection; zero for -1."""
         codes = self._bound.values(split_index(indices, self._basis, self._levels), dtype)
         return self._rotate_back(torch.where((indices >= 0).unsqueeze(-1), codes, 0)).to(dtype)
 

@@ -1,4 +1,4 @@
-"""Residual quantization over scales: coarse codes for the whole, finer ones for what they leave over."""
+"""Residual quantization over scales: coarse codes for the whole signal, finer ones for the residual."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fastvq.codebook.recompute import REMEMBERED, History
 from fastvq.parts.dropout import NestedDropout
 from fastvq.parts.masking import finite_mask
 from fastvq.parts.shapes import Layout
+from fastvq.precision import at_least_float32
 
 from .vector_quantize import VectorQuantize
 
@@ -21,7 +22,7 @@ Scale = int | Sequence[int]
 
 
 class Phi(nn.Module):
-    """A convolution that repairs what interpolation blurred: (1 - ratio) x + ratio conv(x).
+    """Convolution that sharpens interpolated codes: (1 - ratio) x + ratio conv(x).
 
     Source: Tian et al., Visual Autoregressive Modeling (VAR), 2024, algorithm 1.
     """
@@ -39,35 +40,35 @@ class Phi(nn.Module):
 
 
 class HierarchicalVQ(Monitored, nn.Module):
-    """Codes a signal at growing resolutions, each for what the coarser ones left over, with the API of
-    vector_quantize_pytorch.
+    """Multi-scale residual quantizer with the API of vector_quantize_pytorch.
+
+    The signal is quantized at increasing resolutions, each for the residual of the coarser ones.
 
         r_0 = x,   q_l = phi(up(VQ_l(pool_l(r_l)))),   r_{l+1} = r_l - q_l,   reconstruction = sum_l q_l
-        loss = mean_l of the levels' losses
+        loss = mean over l of the losses of VQ_l
 
-    pool_l averages over the cells of level l's grid and up interpolates to the size of x. Positions that are masked out
-    or not finite are left out of the averages; the output is zero there. A cell that has none gets index
-    -1.
+    pool_l averages over the cells of grid l and up interpolates to the size of x. Positions that are masked out or not
+    finite are excluded from the averages; the output is zero there. A cell without other positions gets index -1.
 
     Args:
         dim: dimension of the vectors.
-        codebook_size: K, or one for each level.
-        scales: the levels' grids, each a number for all axes or one for each, none smaller than the one before.
-        shared_codebook: all levels use one codebook, which learns from level after level.
+        codebook_size: K, or one number for each scale.
+        scales: the grids, each a number for all axes or one for each axis, none smaller than the one before.
+        shared_codebook: all scales use one codebook, which learns from each in turn.
         channel_first: x is (B, dim, ...), else (B, ..., dim).
         quant_resi: the ratio of phi; 0 for none.
-        share_quant_resi: 1: one phi for all levels; 0 or less: each its own; else so many, spread over the levels.
-        nested_dropout: in training, the probability of putting out the first levels alone. All levels learn anyway.
-        nested_dropout_min_levels: how many are then kept at least.
+        share_quant_resi: 1: one phi for all scales; 0 or less: one for each; else this number, spread over the scales.
+        nested_dropout: in training, the probability that only the first scales are put out. All scales learn anyway.
+        nested_dropout_min_levels: least number of scales that are put out then.
         accept_image_fmap, accept_3d_fmap: x has 2 or 3 spatial axes, else 1.
         sync_codebook, decay, commitment_weight, rotation_trick, kmeans_init, kmeans_iters, threshold_ema_dead_code,
         stochastic_sample_codes, sample_codebook_temp, orthogonal_reg_weight, orthogonal_reg_max_codes,
-        orthogonal_reg_active_codes_only: of the levels' `VectorQuantize`.
+        orthogonal_reg_active_codes_only: arguments of the `VectorQuantize` of each scale.
 
-    State: vq, or vqs one for each level; phi_shared, or phi_levels.
+    State: vq, or vqs with one for each scale; phi_shared, or phi_levels.
 
     Raises:
-        ValueError: an argument that can't be, by name.
+        ValueError: an invalid argument, by name.
 
     Numerics: residuals are float32 at least; search is exact for the averages.
 
@@ -113,7 +114,7 @@ class HierarchicalVQ(Monitored, nn.Module):
             raise ValueError(f"scales: must be at least one, of positive sizes, got {self.scales}")
         for coarse, fine in zip(self.level_shapes, self.level_shapes[1:], strict=False):
             if any(a > b for a, b in zip(coarse, fine, strict=True)):
-                raise ValueError(f"scales: must not shrink from level to level, got {self.scales}")
+                raise ValueError(f"scales: must not shrink from one to the next, got {self.scales}")
         sizes = (codebook_size,) * self.num_levels if isinstance(codebook_size, int) else tuple(codebook_size)
         if len(sizes) != self.num_levels or (shared_codebook and len(set(sizes)) > 1):
             like = "one number" if shared_codebook else f"one number, or one for each of {self.num_levels} scales"
@@ -166,11 +167,11 @@ class HierarchicalVQ(Monitored, nn.Module):
         return None if self.vqs is None else [cast(Monitored, vq) for vq in self.vqs]
 
     def get_vq(self, level_index: int) -> VectorQuantize:
-        """The quantizer of a level."""
+        """Return the quantizer of a scale."""
         return cast(VectorQuantize, self.vq if self.vqs is None else self.vqs[level_index])
 
     def choose_phi(self, level_index: int) -> Phi:
-        """The phi of a level."""
+        """Return the phi of a scale."""
         if self.phi_levels is None:
             return cast(Phi, self.phi_shared)
         place = level_index / max(self.num_levels - 1, 1)
@@ -187,22 +188,22 @@ class HierarchicalVQ(Monitored, nn.Module):
         *,
         accum_ema_update: bool = False,
     ) -> tuple[Any, ...]:
-        """(reconstruction, indices, loss) of x, and where nested dropout cut if asked for.
+        """Return (reconstruction, indices, loss) of x, and on request the cutoff of nested dropout.
 
         Args:
-            x: (B, dim, ...) or, if not channel_first, (B, ..., dim), with the spatial axes the layer is for.
-            indices: None; `get_output_from_indices` takes indices.
-            mask: bool (B, ...), True for the positions that count. lens: int (B,), the same for one spatial axis.
+            x: (B, dim, ...) or, if not channel_first, (B, ..., dim), with the number of spatial axes of the layer.
+            indices: must be None; `get_output_from_indices` takes indices.
+            mask: bool (B, ...), True for the positions that take part. lens: int (B,), the same for one spatial axis.
             sample_codebook_temp: as for `VectorQuantize`.
-            accum_ema_update: keep this batch's statistics for the next step of learning, or `commit_ema_update`.
-            return_cutoff: also return the last level in the reconstruction, or None if that has all of them; a tensor
-                where nested dropout may cut in a compiled graph.
+            accum_ema_update: keep this batch's statistics for the next update, or for `commit_ema_update`.
+            return_cutoff: also return the last scale in the reconstruction, or None if all are in it; a tensor if
+                nested dropout may cut in a compiled graph.
 
         Returns:
-            reconstruction, shaped and typed as x; a tuple of int64 (B, *grid), one for each level; loss () float32.
+            reconstruction, shaped and typed as x; a tuple of int64 (B, *grid), one for each scale; loss () float32.
 
         Raises:
-            ValueError, TypeError: what doesn't fit, by name.
+            ValueError, TypeError: an invalid argument, by name.
         """
         if indices is not None:
             raise ValueError("indices: must be None; get_output_from_indices reconstructs from them")
@@ -210,12 +211,10 @@ class HierarchicalVQ(Monitored, nn.Module):
         rows = layout.to_rows(x)
         finite, rows_mask = finite_mask(rows), layout.rows_mask(mask, lens)
         rows_mask = layout.indices(finite if rows_mask is None else finite & rows_mask).unsqueeze(1)
-        residual = x if self.channel_first else x.movedim(-1, 1)
-        residual = residual if x.dtype == torch.float64 else residual.float()
-        residual = residual.masked_fill(~rows_mask, 0)
+        residual = at_least_float32(x if self.channel_first else x.movedim(-1, 1)).masked_fill(~rows_mask, 0)
         options = {"sample_codebook_temp": sample_codebook_temp, "accum_ema_update": accum_ema_update}
 
-        # Drawn before the codebooks draw, which in a recomputed forward they don't.
+        # Drawn before the codebooks draw, since a recomputed forward does not repeat their draws.
         active = self._dropout.draw(self.training, x)
         outputs, found, losses = [], [], []
         for level, shape in enumerate(self.level_shapes):
@@ -236,10 +235,10 @@ class HierarchicalVQ(Monitored, nn.Module):
         return (*result, None if all_active else active.number - 1) if return_cutoff else result
 
     def get_output_from_indices(self, indices: Sequence[Tensor], full_shape: Scale | None = None) -> Tensor:
-        """What `forward` reconstructs from the indices of all levels, without a mask.
+        """Return the reconstruction of `forward` from the indices of all scales, without a mask.
 
         Args:
-            indices: int64 (B, *grid), one for each level; -1 adds nothing.
+            indices: int64 (B, *grid), one for each scale; -1 adds nothing.
             full_shape: the spatial size to reconstruct; the finest grid by default.
         """
         grids = [tuple(level.shape[1:]) for level in indices]
@@ -254,12 +253,15 @@ class HierarchicalVQ(Monitored, nn.Module):
         return total if self.channel_first else total.movedim(1, -1)
 
     def commit_ema_update(self) -> None:
-        """`VectorQuantize.commit_ema_update` of every level; of the one codebook that they share."""
+        """Call `VectorQuantize.commit_ema_update` of every scale, or of the shared codebook."""
         for vq in dict.fromkeys(self.get_vq(level) for level in range(self.num_levels)):
             vq.commit_ema_update()
 
     def _pool(self, residual: Tensor, mask: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The averages (B, dim, *shape) over what counts (B, 1, ...) in each cell, and which cells have any."""
+        """Return the averages (B, dim, *shape) over each cell's positions in mask (B, 1, ...), and the mask of cells.
+
+        A cell is in the mask if any of its positions is.
+        """
         pools: tuple[Any, ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
         pool = pools[self.spatial_dims - 1]
         share = pool(mask.to(residual.dtype), shape)

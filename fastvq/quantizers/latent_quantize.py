@@ -1,4 +1,4 @@
-"""Latent quantization: each coordinate replaced by the nearest of its own few learned values."""
+"""Latent quantization: each coordinate is replaced by the nearest of a few learned values of its dimension."""
 
 from __future__ import annotations
 
@@ -19,44 +19,43 @@ from fastvq.parts.indices import checked_indices, checked_levels, join_levels, r
 from fastvq.parts.masking import exclude_non_finite, finite_mask, masked_mean
 from fastvq.parts.projection import project_codes_out, projections
 from fastvq.parts.shapes import Layout, codes_in_layout
+from fastvq.precision import at_least_float32
 
 
 class LatentQuantize(LevelUse, nn.Module):
-    """Replaces each coordinate by the nearest of the values of its dimension, with the API of vector_quantize_pytorch.
+    """Latent quantizer with the API of vector_quantize_pytorch.
 
         quantized = project_out(v),   v_i = values_i[level_i],   level_i = argmin_k |project_in(z)_i - values_ik|
         index = sum_i level_i prod_{j<i} L_j
         loss = commitment_loss_weight mean (z' - sg[v])^2 + quantization_loss_weight mean (sg[z'] - v)^2,   z' =
         project_in(z)
 
-    The first loss pulls the encoder to the values, the second the values to the encoder. Both are zero in eval. The
-    gradient of quantized passes straight through to z'.
+    The first loss pulls the encoder to the values, the second the values to the encoder. Both are zero in eval mode.
+    The gradient of quantized passes straight through to z'.
 
     Args:
         levels: L_i of each dimension, or one number for all codebook_dim of them.
-        dim: dimension of the vectors that come in and go out; linear projections stand around the code where it isn't
-            the number of dimensions times num_codebooks.
-        commitment_loss_weight, quantization_loss_weight: see above; None is 0.
-        num_codebooks: how many codes a vector has, side by side; they share the values.
-        codebook_dim: the number of dimensions, where levels is one number.
-        keep_num_codebooks_dim: whether indices have an axis for the codebooks; always where there are several.
+        dim: dimension of the vectors; linear projections surround the code if it differs from the number of dimensions
+            times num_codebooks.
+        commitment_loss_weight, quantization_loss_weight: weights of the losses; None is 0.
+        num_codebooks: number of codes per vector, side by side; they share the values.
+        codebook_dim: the number of dimensions, if levels is one number.
+        keep_num_codebooks_dim: whether indices have an axis for the codebooks; always if there are several.
         optimize_values: whether the values are learned.
         in_place_codebook_optimizer: makes an optimizer of the values, such as `partial(SGD, lr=0.1)`; in training each
-            `forward` then first takes a step of it by the quantization loss. The loss that is returned leaves the
-            values alone.
+            `forward` first steps it on the quantization loss. The returned loss then has no gradient for the values.
 
     Raises:
-        ValueError: an argument, or a pair of arguments, that can't be; it is named. RuntimeError: codebook_dim is
-        missing.
+        ValueError: an invalid argument or combination of arguments, by name. RuntimeError: codebook_dim is missing.
 
-    Numerics: the nearest value is that of `fastvq.search`, exact, and the first of equals. Values follow the dtype of
-    the module; all is computed in float32, or in float64. A vector that holds NaN or infinity has index -1 and a zero
+    Numerics: the nearest value is found by `fastvq.search`: exact, and the first of equals. Values have the dtype of
+    the module; everything is computed in float32, or in float64. A vector with NaN or infinity has index -1 and a zero
     output, and takes no part in the loss.
 
     Source: Hsu et al., Disentanglement via Latent Quantization, 2023, section 3.
     """
 
-    # 2: values that aren't learned are part of the state too.
+    # Since version 2, values that are not learned are part of the state too.
     _version = 2
 
     _levels: Tensor
@@ -104,7 +103,7 @@ class LatentQuantize(LevelUse, nn.Module):
         self._weights = (float(commitment_loss_weight or 0), float(quantization_loss_weight or 0))
         self._sizes = sizes
         register_radix(self, sizes)
-        # Evenly spaced from -1/2, with zero among them.
+        # Evenly spaced from -1/2, including zero.
         values = [torch.linspace(-0.5, 0.5, n) if n % 2 else torch.arange(n) / n - 0.5 for n in sizes]
         self.values_per_latent = nn.ParameterList(nn.Parameter(v, requires_grad=self.optimize_values) for v in values)
         self.in_place_codebook_optimizer = (
@@ -114,32 +113,34 @@ class LatentQuantize(LevelUse, nn.Module):
 
     @property
     def implicit_codebook(self) -> Tensor:
-        """All codes, (K, d), made when asked for."""
+        """All codes (K, d), computed on access."""
         return self._codes(torch.arange(self.codebook_size, device=self._levels.device)).detach()
 
     def commitment_loss(self, z: Tensor, zhat: Tensor, reduce: str = "mean") -> Tensor:
-        """(z - sg[zhat])^2."""
+        """Return (z - sg[zhat])^2."""
         return F.mse_loss(z, zhat.detach(), reduction=reduce)
 
     def quantization_loss(self, z: Tensor, zhat: Tensor, reduce: str = "mean") -> Tensor:
-        """(sg[z] - zhat)^2."""
+        """Return (sg[z] - zhat)^2."""
         return F.mse_loss(zhat, z.detach(), reduction=reduce)
 
     def quantize(self, z: Tensor) -> Tensor:
-        """The nearest values (..., d) of coordinates (..., d), with the gradient of z."""
-        wide = _wide(z)
+        """Return the nearest values (..., d) of coordinates (..., d), with the gradient of z."""
+        wide = at_least_float32(z)
         return straight_through(wide, self._values_of(self._nearest(wide))).to(z.dtype)
 
     def codes_to_indices(self, zhat: Tensor) -> Tensor:
-        """The indices (...) of codes (..., d), by the values nearest to them; -1 where one isn't finite."""
+        """Return the indices (...) of codes (..., d), by their nearest values; -1 for codes that are not finite."""
         if zhat.shape[-1] != self.codebook_dim:
             raise ValueError(f"zhat: must have shape (..., {self.codebook_dim}), got {tuple(zhat.shape)}")
-        levels = self._nearest(_wide(zhat))
+        levels = self._nearest(at_least_float32(zhat))
         return join_levels(levels, self._sizes).masked_fill((levels < 0).any(-1), -1)
 
     def indices_to_codes(self, indices: Tensor, project_out: bool = True) -> Tensor:
-        """What `forward` gives as quantized for these indices, (B, ...) to (B, dim, ...); zero for -1. Without
-        project_out, the values themselves."""
+        """Return the output of `forward` for indices (B, ...): (B, dim, ...), zero for -1.
+
+        Without project_out, return the values themselves.
+        """
         indices = checked_indices(indices, self.codebook_size)
         codes = self._codes(indices)
         if self.keep_num_codebooks_dim:
@@ -151,7 +152,7 @@ class LatentQuantize(LevelUse, nn.Module):
     def forward(
         self, z: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(quantized, indices, loss) of z.
+        """Return (quantized, indices, loss) of z.
 
         Args:
             z: (B, dim, ...) or (B, dim). Any floating dtype.
@@ -161,13 +162,13 @@ class LatentQuantize(LevelUse, nn.Module):
             quantized, shaped and typed as z; indices (B, ...), with an axis for the codebooks if kept; loss () float32.
 
         Raises:
-            ValueError, TypeError: z, mask or lens that don't fit.
+            ValueError, TypeError: z, mask or lens of another shape or dtype.
         """
         layout = Layout.of(z, self.dim, channel_first=True)
         rows, rows_mask = exclude_non_finite(layout.to_rows(z), layout.rows_mask(mask, lens))
         projected = self.project_in(rows)
         rows_mask = rows_mask & finite_mask(projected)
-        latents = _wide(torch.where(rows_mask[..., None], projected, 0))
+        latents = at_least_float32(torch.where(rows_mask[..., None], projected, 0))
         latents = latents.unflatten(-1, (self.num_codebooks, self.codebook_dim))  # [B, N, C, d]
         if self.in_place_codebook_optimizer is not None and self.training and not recomputing():
             self._step(latents, rows_mask)
@@ -198,10 +199,10 @@ class LatentQuantize(LevelUse, nn.Module):
 
     @torch.no_grad()
     def _step(self, latents: Tensor, mask: Tensor) -> None:
-        """A step of the values' own optimizer, the same on every rank, which leaves all other gradients alone.
+        """Step the values' own optimizer, equally on every rank and without touching other gradients.
 
-        The gradient of the quantization loss is written out: a graph in here would be one more for checkpointing to
-        recompute.
+        The gradient of the quantization loss is written out, because activation checkpointing would recompute a graph
+        here.
         """
         optimizer = self.in_place_codebook_optimizer
         assert optimizer is not None
@@ -222,18 +223,18 @@ class LatentQuantize(LevelUse, nn.Module):
         return masked_mean((latents - selected).square(), mask[..., None])
 
     def _table(self) -> Tensor:
-        """The values of all dimensions, (d, longest), filled up with NaN, which are never the nearest."""
-        values = [_wide(v) for v in self.values_per_latent]
+        """Return the values of all dimensions, (d, longest), padded with NaN, which is never nearest."""
+        values = [at_least_float32(v) for v in self.values_per_latent]
         return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=math.nan)
 
     def _nearest(self, z: Tensor) -> Tensor:
-        """Levels (..., d) int64 of z (..., d); -1 where z isn't finite."""
+        """Return the levels (..., d) int64 of z (..., d); -1 where z is not finite."""
         coordinates = z.detach().reshape(-1, self.codebook_dim).T.contiguous()
         levels = search(coordinates[..., None], self._table().detach()[..., None])
         return levels.T.reshape(z.shape)
 
     def _values_of(self, levels: Tensor) -> Tensor:
-        """The values (..., d) at levels (..., d), zero for -1. Differentiable in the values."""
+        """Return the values (..., d) at levels (..., d), zero for -1; differentiable in the values."""
         table = self._table()
         first = torch.arange(0, table.numel(), table.shape[1], device=table.device)
         values = F.embedding(levels.clamp_min(0) + first, table.flatten()[:, None]).squeeze(-1)
@@ -245,14 +246,9 @@ class LatentQuantize(LevelUse, nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        """A state without the values that aren't learned, as vector_quantize_pytorch 1.32.0 has it, leaves them as they
-        are."""
+        """Load a state, in which values that are not learned may be absent, as in vector_quantize_pytorch 1.32.0."""
         names = [f"{prefix}values_per_latent.{i}" for i in range(self.codebook_dim)]
         version = local_metadata.get("version")
         if not self.optimize_values and (version or 1) < 2 and not any(name in state_dict for name in names):
             state_dict.update(zip(names, (v.detach() for v in self.values_per_latent), strict=True))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

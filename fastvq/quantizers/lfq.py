@@ -19,13 +19,13 @@ from fastvq.parts.losses import Entropies, binary_entropies, random_subset
 from fastvq.parts.masking import exclude_non_finite, masked_mean
 from fastvq.parts.projection import project_codes_out, rotate
 from fastvq.parts.shapes import Layout
-from fastvq.precision import KeepsBuffers, full_precision
+from fastvq.precision import KeepsBuffers, at_least_float32, full_precision
 
 MOST_BITS_OF_ENTROPY = 30
 
 
 class Return(NamedTuple):
-    """What `LFQ` returns."""
+    """Result of `LFQ`."""
 
     quantized: Tensor  # as x
     indices: Tensor  # (B, ...) or (B, ..., num_codebooks) int64
@@ -33,7 +33,7 @@ class Return(NamedTuple):
 
 
 class LFQLosses(NamedTuple):
-    """What `LFQ`'s loss consists of, each () and not yet weighted."""
+    """Terms of the loss of `LFQ`, each () and unweighted."""
 
     per_sample_entropy: Tensor
     batch_entropy: Tensor
@@ -41,42 +41,43 @@ class LFQLosses(NamedTuple):
 
 
 class LFQ(LevelUse, KeepsBuffers, nn.Module):
-    """Quantizes each dimension to one bit, with the API of vector_quantize_pytorch. There is no codebook to look up.
+    """Lookup-free quantizer with the API of vector_quantize_pytorch: each dimension becomes one bit.
 
         y = project_in(x),   bit_d = y_d > 0,   quantized = project_out(v (2 bit - 1)),   index = sum_d bit_d 2^(D-1-d)
         loss = entropy_loss_weight (mean_n H(p_n) - diversity_gamma H(mean_n p_n))
-             + commitment_loss_weight mean (y - sg[v (2 bit - 1)])^2     (zero in eval)
+             + commitment_loss_weight mean (y - sg[v (2 bit - 1)])^2     (zero in eval mode)
 
     with p_n the softmax of -inv_temperature times the squared distances to all K codes, v = codebook_scale, and on the
-    sphere v = codebook_scale / sqrt(D). Vectors that are not finite, or masked out, get index -1 and a zero output and
-    have no part in loss or gradient.
+    sphere v = codebook_scale / sqrt(D). Vectors that are not finite or masked out get index -1 and a zero output, and
+    take no part in losses and gradients.
 
     Args:
-        dim: dimension of the vectors; by default as many as all codebooks have bits.
+        dim: dimension of the vectors; by default the total number of bits of all codebooks.
         codebook_size: K = 2^D; 2^dim by default.
         entropy_loss_weight, commitment_loss_weight, diversity_gamma: weights of the losses.
-        straight_through_activation: through which the gradient reaches y.
-        num_codebooks: independent codes of D bits for each vector.
-        keep_num_codebooks_dim: indices have an axis for the codebooks; by default where there are several.
+        straight_through_activation: function that the gradient passes through to y.
+        num_codebooks: number of independent codes of D bits per vector.
+        keep_num_codebooks_dim: indices have an axis for the codebooks; by default if there are several.
         codebook_scale: v.
-        frac_per_sample_entropy: the share of vectors, chosen at random, that the entropies are taken over.
-        has_projections: linear maps stand around the bits; by default where dim isn't their number.
-        projection_has_bias: of both.
-        soft_clamp_input_value: y is first clamped to it by tanh.
-        cosine_sim_project_in: project_in takes cosines, times cosine_sim_project_in_scale (codebook_scale by default).
-        channel_first: vectors are (B, dim, ...), else (B, ..., dim); None: images and video are, sequences aren't.
+        frac_per_sample_entropy: share of vectors, chosen at random, that the entropies are computed from.
+        has_projections: linear projections surround the bits; by default if dim differs from their number.
+        projection_has_bias: whether the projections have a bias.
+        soft_clamp_input_value: bound on y, by tanh, before anything else.
+        cosine_sim_project_in: project_in returns cosines, times cosine_sim_project_in_scale (codebook_scale by
+            default).
+        channel_first: vectors are (B, dim, ...), else (B, ..., dim); None: images and video are, sequences are not.
         experimental_softplus_entropy_loss: softplus(entropy loss + entropy_loss_offset), which is positive.
         spherical: binary spherical quantization: y and the codes are put on a sphere of radius codebook_scale.
-        force_quantization_f32: accepted; whatever follows project_in is float32 at least, in either case.
-        orthogonal_rotation: bits are taken in a random orthogonal frame.
+        force_quantization_f32: without effect: computation after project_in is in float32 at least.
+        orthogonal_rotation: quantize in a random orthogonal basis.
 
-    State: mask (D,) int64, the bits' values; orthogonal_rot (D, D), float32 whatever the module is cast to.
+    State: mask (D,) int64, the place values of the bits; orthogonal_rot (D, D), float32 in modules of any dtype.
 
     Raises:
-        ValueError: an argument that can't be, by name.
+        ValueError: an invalid argument, by name.
 
     Numerics: memory is O(N 2^(D/2) + 2^D) for the entropies and O(N D) without; with an entropy_loss_weight of 0 they
-    are left out unless asked for. `health` counts codes up to K = 2^18, beyond that each bit.
+    are computed on request only. `health` counts codes up to K = 2^18, beyond that each bit.
 
     Source: Yu et al., Language Model Beats Diffusion, 2023, equations 3 to 5; sphere: Zhao et al., Binary Spherical
     Quantization, 2024; rotation: Chee et al., QuIP, 2023.
@@ -178,7 +179,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What codes come in."""
+        """Dtype of decoded codes."""
         return self._dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -187,34 +188,36 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """All codes (K, D) of -codebook_scale and codebook_scale, made anew at each use: before they are put on the
-        sphere or rotated, which `indices_to_codes` does."""
+        """All codes (K, D) with coordinates -codebook_scale and codebook_scale, computed on access.
+
+        They are not yet on the sphere or rotated, as those of `indices_to_codes` are.
+        """
         return self.bits_to_codes(self.indices_to_bits(torch.arange(self.codebook_size, device=self.mask.device)))
 
     def bits_to_codes(self, bits: Tensor) -> Tensor:
-        """codebook_scale (2 bits - 1)."""
+        """Return codebook_scale (2 bits - 1)."""
         bits = bits if bits.is_floating_point() else bits.to(self.dtype)
         return bits * self.codebook_scale * 2 - self.codebook_scale
 
     def indices_to_bits(self, indices: Tensor) -> Tensor:
-        """(..., D) bool of indices (...), the highest bit first."""
+        """Return the bits (..., D) bool of indices (...), highest bit first."""
         return (indices.unsqueeze(-1) & self.mask) != 0
 
     def bits_to_indices(self, bits: Tensor) -> Tensor:
-        """Indices (...) int64 of bits (..., D) bool."""
+        """Return the indices (...) int64 of bits (..., D) bool."""
         return torch.where(bits, self.mask, 0).sum(-1)
 
     def codes(self, indices: Tensor) -> Tensor:
-        """The codes (..., D) of one codebook's indices (...), zeros for -1."""
+        """Return the codes (..., D) of one codebook's indices (...), zeros for -1."""
         codes = self._place(self._signs(self.indices_to_bits(indices)))
         return codes.masked_fill((indices < 0).unsqueeze(-1), 0).to(self.dtype)
 
     def indices_to_codes(self, indices: Tensor, project_out: bool = True) -> Tensor:
-        """What `forward` gives as quantized for these indices, laid out as there; zeros for -1.
+        """Return the output of `forward` for these indices, in its layout; zeros for -1.
 
         Args:
-            indices: int64 (B, ...), or (B, ..., num_codebooks) where they have that axis.
-            project_out: if False, the codes themselves, D for each codebook.
+            indices: int64 (B, ...), or (B, ..., num_codebooks) if they have that axis.
+            project_out: if False, return the codes themselves, D coordinates for each codebook.
         """
         indices = checked_indices(indices, self.codebook_size)
         if not self.keep_num_codebooks_dim:
@@ -235,20 +238,20 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
         *,
         lens: Tensor | None = None,
     ) -> Return | tuple[Return, LFQLosses]:
-        """(quantized, indices, entropy_aux_loss) of x.
+        """Return (quantized, indices, entropy_aux_loss) of x.
 
         Args:
             x: (B, N, dim), images (B, dim, H, W), video (B, dim, T, H, W), single vectors (B, dim); see channel_first.
-            inv_temperature: of the assignments whose entropies the loss takes.
-            return_loss_breakdown: also return what the loss consists of.
-            mask: bool, True for the vectors that count: (B,), (B, N) or (B, spatial).
-            lens: int (B,), a mask for sequences: the first lens[b] vectors count.
+            inv_temperature: inverse temperature of the assignments in the entropies.
+            return_loss_breakdown: also return the terms of the loss.
+            mask: bool, True for the vectors that take part: (B,), (B, N) or (B, spatial).
+            lens: int (B,), a mask for sequences: the first lens[b] vectors take part.
 
         Returns:
-            quantized, shaped and typed as x; indices int64; entropy_aux_loss () float32. Then a `LFQLosses`.
+            quantized, shaped and typed as x; indices int64; entropy_aux_loss () float32. Then `LFQLosses`.
 
         Raises:
-            ValueError, TypeError: x or mask that don't fit.
+            ValueError, TypeError: x or mask of another shape or dtype.
         """
         layout = Layout.of(x, self.dim, channel_first=self.channel_first)
         rows, rows_mask = rows_and_mask(layout, x, mask, lens)
@@ -263,12 +266,13 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
     def quantize_rows(
         self, y: Tensor, mask: Tensor, *, inv_temperature: float = 100.0, entropies: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, LFQLosses]:
-        """`forward` between the projections: quantized (..., C D), indices (..., C), loss and its parts.
+        """Return quantized (..., C D), indices (..., C), loss and its terms for y (..., C D).
 
-        y is (..., C D), and `counted` bool (...) has the rows that count. `entropies`: also if they have no weight."""
+        This is `forward` between the projections. mask: bool (...), the rows that take part. entropies: compute them
+        even without weight.
+        """
         with full_precision(y):
-            y = y if y.dtype == torch.float64 else y.float()
-            y, mask = exclude_non_finite(y, mask)
+            y, mask = exclude_non_finite(at_least_float32(y), mask)
             if self.soft_clamp_input_value is not None:
                 y = soft_clamp(y, self.soft_clamp_input_value)
             y = y.unflatten(-1, (self.num_codebooks, self.codebook_dim))
@@ -306,20 +310,22 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
 
     @property
     def _coordinate(self) -> float:
-        """v: codes are -v and v in every dimension."""
+        """v: codes have coordinates -v and v."""
         return self.codebook_scale / math.sqrt(self.codebook_dim) if self.spherical else self.codebook_scale
 
     def _signs(self, bits: Tensor) -> Tensor:
         return torch.where(bits, self._coordinate, -self._coordinate)
 
     def _place(self, codes: Tensor) -> Tensor:
-        """Codes (..., D) from the frame in which bits are taken to that of y."""
+        """Rotate codes (..., D) from the basis of the bits to that of y."""
         return rotate(codes, self.orthogonal_rot.T).to(codes.dtype) if self.orthogonal_rotation else codes
 
 
 def rows_and_mask(layout: Layout, x: Tensor, mask: Tensor | None, lens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x as rows (B, N, dim), zeros where they don't count, and whether they do, bool (B, N): the finite ones in `mask`,
-    which has the shape (B, N), (B, spatial) or its beginning."""
+    """Return x as rows (B, N, dim), zero where excluded, and the mask (B, N) of finite rows in `mask`.
+
+    `mask` has the shape (B, N), (B, spatial) or leading axes of it.
+    """
     leading = (layout.batch, *layout.spatial)
     if mask is not None and mask.shape == leading[: mask.dim()]:
         mask = mask.reshape(*mask.shape, *[1] * (len(leading) - mask.dim())).expand(leading)

@@ -1,4 +1,4 @@
-"""Codes of random projections: targets for self-supervised learning that nothing trains."""
+"""Quantizer of random projections: untrained targets for self-supervised learning."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .vector_quantize import VectorQuantize
 
 
 class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
-    """Codes of normalised and randomly projected vectors, with the API of vector_quantize_pytorch.
+    """Quantizer of normalized and randomly projected vectors, with the API of vector_quantize_pytorch.
 
-        y_h = norm(x) P_h,   index_h = argmax_k cos(y_h, e_hk)     (by each of H codebooks)
+        y_h = norm(x) P_h,   index_h = argmax_k cos(y_h, e_hk)     (for each of H codebooks)
 
-    The quantizer is in eval whatever mode the module is in: neither projections nor codes learn.
+    The quantizer stays in eval mode, whatever the module's mode: neither projections nor codes learn.
 
     Args:
         dim: dimension of the vectors.
         codebook_size: K.
-        codebook_dim: columns of P_h.
+        codebook_dim: number of columns of P_h.
         num_codebooks: H.
-        norm: give each vector zero mean and unit variance first, which keeps codes from collapsing.
-        settings: other arguments of the `VectorQuantize` behind.
+        norm: normalize each vector to zero mean and unit variance first, which prevents collapse.
+        settings: other arguments of the underlying `VectorQuantize`.
 
-    State: rand_projs (H, dim, codebook_dim), float32 whatever the module is cast to; vq.
+    State: rand_projs (H, dim, codebook_dim), float32 in modules of any dtype; vq.
 
-    Numerics: norm and projection are float32 at least, and not autocast.
+    Numerics: norm and projection are float32 at least, and exempt from autocast.
 
     Source: Chiu et al., Self-supervised Learning with Random-projection Quantizer for Speech Recognition, 2022, section
     3; several codebooks: Zhang et al., Google USM, 2023.
@@ -54,7 +54,7 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
         check_sizes(dim=dim, codebook_dim=codebook_dim, num_codebooks=num_codebooks)
         for name in ("heads", "use_cosine_sim", "separate_codebook_per_head"):
             if name in settings:
-                raise ValueError(f"{name}: is chosen by num_codebooks, and can't be given")
+                raise ValueError(f"{name}: is determined by num_codebooks and must not be given")
         if settings.get("kmeans_init"):
             raise ValueError("kmeans_init: must be False, since the codebooks are random and never learn")
         self.dim, self.num_codebooks = dim, num_codebooks
@@ -87,19 +87,19 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
         mask: Tensor | None = None,
         lens: Tensor | None = None,
     ) -> Tensor:
-        """Indices of x; or, given indices, the cross-entropy of the codes' similarities to them.
+        """Return the indices of x; given indices, return the cross-entropy of the similarities to the codes.
 
         Args:
             x: (B, N, dim), any floating dtype.
             indices: int64 (B, N), or (B, N, H) for several codebooks.
-            mask: bool (B, N), True for the vectors that count; the others get -1. lens: int (B,), the same: the first
-                lens[b] vectors.
+            mask: bool (B, N), True for the vectors that take part; the others get -1. lens: int (B,), a mask: the first
+                lens[b] vectors take part.
 
         Returns:
-            int64 (B, N) or (B, N, H), -1 for vectors that are not finite or don't count; or the loss ().
+            int64 (B, N) or (B, N, H), -1 for vectors that are excluded or not finite; or the loss ().
 
         Raises:
-            ValueError, TypeError: x or indices that don't fit.
+            ValueError, TypeError: x or indices of another shape or dtype.
         """
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x: must have shape (B, N, dim) with dim={self.dim}, got {tuple(x.shape)}")

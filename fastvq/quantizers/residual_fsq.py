@@ -1,4 +1,4 @@
-"""Residual finite scalar quantization: a stack of ever finer grids, each for what the ones before it left over."""
+"""Residual finite scalar quantization: a stack of increasingly fine grids, each for the residual of those before."""
 
 from __future__ import annotations
 
@@ -22,32 +22,31 @@ from .residual import ResidualStack
 
 
 class ResidualFSQ(KeepsBuffers, ResidualStack):
-    """Codes each vector by one `FSQ` code of each level, with the API of vector_quantize_pytorch.
+    """Residual stack of `FSQ` with the API of vector_quantize_pytorch.
 
         r_0 = c tanh(project_in(x) / c),   code_q = s_q FSQ(r_q / s_q),   r_{q+1} = r_q - sg[code_q]
         quantized = project_out(sum_q code_q),   s_q = L^-q in each dimension,   c = 1 + 1 / (L - 1)
 
-    The gradient reaches x through each level.
+    The gradient reaches x through each stage.
 
     Args:
-        levels: L of each dimension, at least 2, the same at all levels of the stack.
-        num_quantizers: Q.
-        dim: dimension of the vectors that come in and go out; linear projections stand around the codes where it isn't
-            len(levels).
+        levels: L of each dimension, at least 2, the same at all stages.
+        num_quantizers: Q, the number of stages.
+        dim: dimension of the vectors; linear projections surround the codes if it differs from len(levels).
         is_channel_first: x is (B, dim, ...), and indices are (B, Q, ...).
-        quantize_dropout: in training, leave out the levels after a random one.
-        quantize_dropout_cutoff_index: the first level that may be the last.
-        quantize_dropout_multiple_of: the number of levels that are kept is rounded up to a multiple of it.
+        quantize_dropout: in training, leave out the stages after a random one.
+        quantize_dropout_cutoff_index: the first stage that may be the last active one.
+        quantize_dropout_multiple_of: the number of active stages is rounded up to a multiple of this.
         soft_clamp_input_value: c, a number or one for each dimension; None for no soft clamp. Follows from the levels
-            where bound_hard_clamp is set.
-        bound_hard_clamp: bound by clamping, after the soft clamp of the input, instead of by tanh at each level.
-        settings: of each level's `FSQ`: noise_dropout, orthogonal_rotation ...
+            if bound_hard_clamp is set.
+        bound_hard_clamp: bound by clamping, after the soft clamp of the input, instead of by tanh at each stage.
+        settings: arguments of each stage's `FSQ`: noise_dropout, orthogonal_rotation ...
 
     Raises:
-        ValueError: an argument, or a pair of arguments, that can't be; it is named.
+        ValueError: an invalid argument or combination of arguments, by name.
 
-    Numerics: the soft clamp and the residuals are float64 (float32 on devices without it) and compared with exact
-    thresholds, so that fine levels aren't rounding noise (docs/exactness.md). Vectors that are not finite get index -1
+    Numerics: the soft clamp and the residuals are float64 (float32 on devices without it) and are compared with exact
+    thresholds, so that fine levels are not rounding noise (docs/exactness.md). Vectors that are not finite get index -1
     and a zero output.
 
     Source: Zeghidour et al., SoundStream, 2021, algorithm 1; Mentzer et al., Finite Scalar Quantization, 2023.
@@ -93,15 +92,15 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
             for _ in range(num_quantizers)
         )
         self.codebook_size = self._stages[0].codebook_size
-        scales = [[size**-level for size in sizes] for level in range(num_quantizers)]
+        scales = [[size**-place for size in sizes] for place in range(num_quantizers)]
         self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32), persistent=False)
         clamp = None if soft_clamp_input_value is None else torch.as_tensor(soft_clamp_input_value).float()
         self.register_buffer("soft_clamp_input_value", clamp, persistent=False)
 
     @property
     def codebooks(self) -> Tensor:
-        """All codes of all levels before they are scaled, (Q, K, d), made when asked for."""
-        return torch.stack([layer.implicit_codebook for layer in self._stages])
+        """All codes of all stages before scaling, (Q, K, d), computed on access."""
+        return torch.stack([stage.implicit_codebook for stage in self._stages])
 
     def forward(
         self,
@@ -112,20 +111,20 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
         mask: Tensor | None = None,
         lens: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """(quantized, indices) of x, and all codes if asked for.
+        """Return (quantized, indices) of x, and all codes on request.
 
         Args:
             x: (B, N, dim), (B, dim) or (B, ..., dim); (B, dim, ...) if is_channel_first. Any floating dtype.
-            return_all_codes: also return the codes of each level.
-            rand_quantize_dropout_fixed_seed: decides where dropout cuts; by default torch's generator does.
+            return_all_codes: also return the codes of each stage.
+            rand_quantize_dropout_fixed_seed: seed of the quantize dropout; by default drawn from torch's generator.
             mask, lens: as in `FSQ`.
 
         Returns:
-            quantized, shaped and typed as x; indices (B, N, Q), (B, Q) or (B, Q, ...), -1 for levels dropped and
-            vectors that don't count; codes (Q, B, N, d) or (Q, B, ..., d).
+            quantized, shaped and typed as x; indices (B, N, Q), (B, Q) or (B, Q, ...), -1 for inactive stages and
+            excluded vectors; codes (Q, B, N, d) or (Q, B, ..., d).
 
         Raises:
-            ValueError, TypeError: x, mask or lens that don't fit.
+            ValueError, TypeError: x, mask or lens of another shape or dtype.
         """
         active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
         result = self._forward(x, mask, lens, active, training=self.training)
@@ -133,7 +132,7 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
 
     @torch.no_grad()
     def encode(self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
-        """The indices alone, of all levels, as `forward` returns them. Touches no state."""
+        """Return the indices of all stages, as `forward` returns them, without changing any state."""
         return self._forward(x, mask, lens, ActiveStages(self.num_quantizers), training=False)[1]
 
     def _forward(
@@ -147,22 +146,22 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
         latents = feature_major(projected.to(_residual_dtype(x)))
         rows_mask = finite_mask(latents) if rows_mask is None else finite_mask(latents) & rows_mask
         latents = self._soft_clamp(torch.where(rows_mask[..., None], latents, 0))
-        total, indices = self._all_levels(latents, rows_mask, active, training)
+        total, indices = self._run_stages(latents, rows_mask, active, training)
         total = project_codes_out(self.project_out, total.to(projected.dtype).contiguous(), rows_mask)
         indices = codes_in_layout(layout.indices(indices), self.is_channel_first)
         return layout.from_rows(total).to(x.dtype), indices
 
-    def _all_levels(
+    def _run_stages(
         self, residual: Tensor, mask: Tensor, active: ActiveStages, training: bool
     ) -> tuple[Tensor, Tensor]:
-        """The sum of the codes (B, N, d) and the indices (B, N, Q)."""
+        """Return the sum of the codes (B, N, d) and the indices (B, N, Q)."""
         total = torch.zeros_like(residual)
         indices: list[Tensor] = []
-        for level, (layer, scale) in enumerate(zip(self._stages, self.scales.to(residual.dtype), strict=True)):
-            if active.skips(level):
+        for place, (stage, scale) in enumerate(zip(self._stages, self.scales.to(residual.dtype), strict=True)):
+            if active.skips(place):
                 indices.append(torch.full_like(indices[0], -1))
                 continue
-            codes, chosen = layer.round_rows(residual / scale, active.fill(level, mask, False), training=training)
+            codes, chosen = stage.round_rows(residual / scale, active.fill(place, mask, False), training=training)
             codes = codes * scale
             residual = residual - codes.detach()
             total = total + codes
@@ -170,12 +169,14 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
         return total, torch.stack(indices, -1)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes (Q, B, ..., d) float32 of indices (B, ..., Q), or (B, Q, ...) if is_channel_first; zeros for -1.
-        Indices of the first levels alone will do."""
+        """Return the codes (Q, B, ..., d) float32 of indices (B, ..., Q), zeros for -1.
+
+        Indices are (B, Q, ...) if is_channel_first. Indices of the first stages alone are accepted.
+        """
         return torch.stack([codes.float() for codes in self._codes(indices)])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What `forward` gives as quantized for these indices, in float32 or the projection's dtype."""
+        """Return the output of `forward` for these indices, in float32 or the projection's dtype."""
         total: Tensor = sum(self._codes(indices))  # type: ignore[assignment]
         mask = (self._channels_last(checked_indices(indices, self.codebook_size)) >= 0).any(-1)
         output = project_codes_out(self.project_out, total if self.has_projections else total.float(), mask)
@@ -185,15 +186,15 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
         indices = self._channels_last(indices)
         if not 1 <= indices.shape[-1] <= self.num_quantizers:
             raise ValueError(
-                f"indices: must have 1 to {self.num_quantizers} levels in their "
+                f"indices: must have 1 to {self.num_quantizers} stages in their "
                 f"{'second' if self.is_channel_first else 'last'} axis, got {indices.shape[-1]}"
             )
         dtype = _residual_dtype(indices)
         given = list(checked_indices(indices, self._stages[0].codebook_size).unbind(-1))
         given += [torch.full_like(given[0], -1)] * (self.num_quantizers - len(given))
         return [
-            layer.codes_of(chosen, dtype) * scale
-            for layer, scale, chosen in zip(self._stages, self.scales.to(dtype), given, strict=True)
+            stage.codes_of(chosen, dtype) * scale
+            for stage, scale, chosen in zip(self._stages, self.scales.to(dtype), given, strict=True)
         ]
 
     def _channels_last(self, indices: Tensor) -> Tensor:
@@ -212,8 +213,8 @@ def _residual_dtype(x: Tensor) -> torch.dtype:
 class GroupedResidualFSQ(Grouped):
     """`ResidualFSQ` by groups of channels, with the API of vector_quantize_pytorch.
 
-    Args: see `Grouped`; settings are those of `ResidualFSQ`. accept_image_fmap and is_channel_first are one here: x is
-        (B, dim, ...), and indices are (G, B, Q, ...).
+    Args: see `Grouped`; settings are those of `ResidualFSQ`. accept_image_fmap and is_channel_first are equivalent
+        here: x is (B, dim, ...), and indices are (G, B, Q, ...).
 
     Source: Yang et al., HiFi-Codec: Group-residual Vector Quantization, 2023.
     """
@@ -226,13 +227,13 @@ class GroupedResidualFSQ(Grouped):
 
     @property
     def codebook_size(self) -> int:
-        """The codes of each level."""
+        """Number of codes of each stage."""
         return self._groups[0].codebook_size
 
     def forward(
         self, x: Tensor, return_all_codes: bool = False, *, mask: Tensor | None = None, lens: Tensor | None = None
     ) -> tuple[Any, ...]:
-        """(quantized, indices) of x, and all codes if asked for.
+        """Return (quantized, indices) of x, and all codes on request.
 
         Args:
             x: (B, N, dim) or (B, ..., dim); (B, dim, ...) if accept_image_fmap.

@@ -1,4 +1,4 @@
-"""A stack of LFQ, each at half the scale of the one before, and several of them side by side."""
+"""Residual stack of LFQ, each stage at half the scale of the one before, and groups of such stacks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastvq.parts.projection import project_codes_out, projections
 from fastvq.parts.shapes import Layout
+from fastvq.precision import at_least_float32
 
 from .grouped import Grouped
 from .lfq import LFQ, rows_and_mask
@@ -16,24 +17,24 @@ from .residual import ResidualStack
 
 
 class ResidualLFQ(ResidualStack):
-    """Codes each vector by D bits at each of Q levels of `LFQ`, with the API of vector_quantize_pytorch.
+    """Residual stack of `LFQ` with the API of vector_quantize_pytorch: D bits at each of Q stages.
 
         r_0 = project_in(x),   quantized = project_out(sum_q LFQ_q(r_q)),   r_{q+1} = r_q - sg[LFQ_q(r_q)]
 
-    Level q has codes of coordinates -2^-q and 2^-q.
+    The codes of stage q have coordinates -2^-q and 2^-q.
 
     Args:
         dim: dimension of the vectors.
-        num_quantizers: Q.
-        codebook_size: K = 2^D of each level; one pair of linear projections stands around all levels where D isn't dim.
-        quantize_dropout: in training, leave out the levels after a random one.
-        quantize_dropout_cutoff_index: the first level that may be the last.
-        quantize_dropout_multiple_of: the number of levels that are kept is rounded up to a multiple of it.
-        soft_clamp_input_value: of the first level, halved at each of the others.
-        settings: the other arguments of every level's `LFQ`.
+        num_quantizers: Q, the number of stages.
+        codebook_size: K = 2^D of each stage; one pair of linear projections surrounds all stages if D differs from dim.
+        quantize_dropout: in training, leave out the stages after a random one.
+        quantize_dropout_cutoff_index: the first stage that may be the last active one.
+        quantize_dropout_multiple_of: the number of active stages is rounded up to a multiple of this.
+        soft_clamp_input_value: of the first stage, halved at each following one.
+        settings: the other arguments of every stage's `LFQ`.
 
     Raises:
-        ValueError: an argument that can't be, by name.
+        ValueError: an invalid argument, by name.
 
     Numerics: residuals are float32 at least.
 
@@ -63,19 +64,19 @@ class ResidualLFQ(ResidualStack):
         self.has_projections = bits != dim
         self.project_in, self.project_out = projections(dim, bits)
         self.layers = nn.ModuleList()
-        for level in range(num_quantizers):
-            clamp = None if soft_clamp_input_value is None else soft_clamp_input_value * 0.5**level
+        for place in range(num_quantizers):
+            clamp = None if soft_clamp_input_value is None else soft_clamp_input_value * 0.5**place
             self.layers.append(
-                LFQ(codebook_size=codebook_size, codebook_scale=0.5**level, soft_clamp_input_value=clamp, **settings)
+                LFQ(codebook_size=codebook_size, codebook_scale=0.5**place, soft_clamp_input_value=clamp, **settings)
             )
         self._set_dropout(num_quantizers, quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
 
     @property
     def codebooks(self) -> Tensor:
-        """The codes of all levels (Q, K, D) by index, made anew at each use."""
+        """The codes of all stages (Q, K, D) by index, computed on access."""
         first = self._stages[0]
         every = torch.arange(first.codebook_size, device=first.mask.device)
-        return torch.stack([layer.codes(every) for layer in self._stages])
+        return torch.stack([stage.codes(every) for stage in self._stages])
 
     def forward(
         self,
@@ -86,38 +87,37 @@ class ResidualLFQ(ResidualStack):
         *,
         lens: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """(quantized, indices, losses) of x, and all codes if asked for.
+        """Return (quantized, indices, losses) of x, and all codes on request.
 
         Args:
             x, mask, lens: as for `LFQ`.
-            return_all_codes: also return the codes of each level.
-            rand_quantize_dropout_fixed_seed: decides where dropout cuts; by default torch's generator does.
+            return_all_codes: also return the codes of each stage.
+            rand_quantize_dropout_fixed_seed: seed of the quantize dropout; by default drawn from torch's generator.
 
         Returns:
-            quantized, shaped and typed as x; indices int64 (B, ..., Q), -1 for levels dropped and vectors that don't
-            count; losses (Q,) float32, zero for levels dropped; codes (Q, B, ..., D).
+            quantized, shaped and typed as x; indices int64 (B, ..., Q), -1 for inactive stages and excluded vectors;
+            losses (Q,) float32, zero for inactive stages; codes (Q, B, ..., D).
 
         Raises:
-            ValueError, TypeError: x or mask that don't fit.
+            ValueError, TypeError: x or mask of another shape or dtype.
         """
         layout = Layout.of(x, self.dim, channel_first=self.channel_first)
         rows, rows_mask = rows_and_mask(layout, x, mask, lens)
-        residual = self.project_in(rows)
-        residual = residual if residual.dtype == torch.float64 else residual.float()
+        residual = at_least_float32(self.project_in(rows))
         active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
         total, absent = torch.zeros_like(residual), torch.full_like(rows_mask, -1, dtype=torch.int64)
-        levels, losses = [], []
-        for level, layer in enumerate(self._stages):
-            if active.skips(level):
-                levels.append(absent)
+        found, losses = [], []
+        for place, stage in enumerate(self._stages):
+            if active.skips(place):
+                found.append(absent)
                 losses.append(residual.new_zeros(()))
                 continue
-            quantized, indices, loss, _ = layer.quantize_rows(residual, active.fill(level, rows_mask, False))
+            quantized, indices, loss, _ = stage.quantize_rows(residual, active.fill(place, rows_mask, False))
             residual = residual - quantized.detach()
             total = total + quantized
-            levels.append(indices.squeeze(-1))
-            losses.append(active.fill(level, loss, 0.0))
-        indices = torch.stack(levels, -1)
+            found.append(indices.squeeze(-1))
+            losses.append(active.fill(place, loss, 0.0))
+        indices = torch.stack(found, -1)
         quantized = layout.from_rows(project_codes_out(self.project_out, total, (indices >= 0).any(-1)).to(x.dtype))
         if self._stages[0].keep_num_codebooks_dim:
             indices = indices.unsqueeze(-2)
@@ -125,14 +125,17 @@ class ResidualLFQ(ResidualStack):
         return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes (Q, B, ..., D) of indices (B, ..., Q), zeros for -1. Indices of the first levels alone will do."""
+        """Return the codes (Q, B, ..., D) of indices (B, ..., Q), zeros for -1.
+
+        Indices of the first stages alone are accepted.
+        """
         indices = self._checked_stages(indices)
-        codes = [layer.codes(level) for layer, level in zip(self._stages, indices.unbind(-1), strict=False)]
+        codes = [stage.codes(chosen) for stage, chosen in zip(self._stages, indices.unbind(-1), strict=False)]
         codes += [torch.zeros_like(codes[0])] * (self.num_quantizers - len(codes))
         return torch.stack(codes)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What `forward` gives as quantized for these indices, laid out as there, in the dtype of the codes."""
+        """Return the output of `forward` for these indices, in its layout and the dtype of the codes."""
         if self._stages[0].keep_num_codebooks_dim:
             indices = indices.squeeze(-2)
         indices = self._checked_stages(indices)
@@ -162,7 +165,7 @@ class GroupedResidualLFQ(Grouped):
         *,
         lens: Tensor | None = None,
     ) -> tuple[Any, ...]:
-        """(quantized, indices, losses) of x, and all codes if asked for.
+        """Return (quantized, indices, losses) of x, and all codes on request.
 
         Args:
             x: (B, N, dim), or (B, dim, ...) if accept_image_fmap.

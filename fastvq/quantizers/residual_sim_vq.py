@@ -1,4 +1,4 @@
-"""A stack of SimVQ, each for what the ones before it left over."""
+"""Residual stack of SimVQ, each stage for the residual of those before."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from .sim_vq import SimVQ
 
 
 class ResidualSimVQ(ResidualStack):
-    """Codes each vector by one code of each of Q levels of `SimVQ`, with the API of vector_quantize_pytorch.
+    """Residual stack of `SimVQ` with the API of vector_quantize_pytorch: one code of each of Q stages.
 
         r_0 = x,   quantized = sum_q SimVQ_q(r_q),   r_{q+1} = r_q - sg[SimVQ_q(r_q)]
 
     Args:
         dim: dimension of the vectors.
-        num_quantizers: Q.
-        codebook_size: K of each level.
-        heads: 1.
-        quantize_dropout: in training, leave out the levels after a random one.
-        quantize_dropout_cutoff_index: the first level that may be the last.
-        quantize_dropout_multiple_of: the number of levels that are kept is rounded up to a multiple of it.
+        num_quantizers: Q, the number of stages.
+        codebook_size: K of each stage.
+        heads: must be 1.
+        quantize_dropout: in training, leave out the stages after a random one.
+        quantize_dropout_cutoff_index: the first stage that may be the last active one.
+        quantize_dropout_multiple_of: the number of active stages is rounded up to a multiple of this.
         channel_first, rotation_trick: as for `SimVQ`.
-        sim_vq_kwargs: the other arguments of every level's `SimVQ`.
+        sim_vq_kwargs: the other arguments of every stage's `SimVQ`.
 
     Raises:
-        ValueError: an argument that can't be, by name.
+        ValueError: an invalid argument, by name.
 
-    Numerics: residuals are float32 for x in half precision; the search of each level is exact for them.
+    Numerics: residuals are float32 for x in half precision; the search of each stage is exact for them.
 
     Source: Zeghidour et al., SoundStream, 2021, algorithm 1 and section III-C (dropout), over `SimVQ`.
     """
@@ -62,7 +62,7 @@ class ResidualSimVQ(ResidualStack):
 
     @property
     def codebook_size(self) -> int:
-        """K."""
+        """K, the number of codes of each stage."""
         return self._stages[0].codebook_size
 
     @property
@@ -72,8 +72,8 @@ class ResidualSimVQ(ResidualStack):
 
     @property
     def codebooks(self) -> Tensor:
-        """The codes of all levels (Q, K, dim), differentiable in the transforms' parameters."""
-        return torch.stack([layer.codebook for layer in self._stages])
+        """The codes of all stages (Q, K, dim), differentiable in the transforms' parameters."""
+        return torch.stack([stage.codebook for stage in self._stages])
 
     def forward(
         self,
@@ -84,20 +84,20 @@ class ResidualSimVQ(ResidualStack):
         mask: Tensor | None = None,
         lens: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """(quantized, indices, losses) of x, and all codes if asked for.
+        """Return (quantized, indices, losses) of x, and all codes on request.
 
         Args:
             x: (B, ..., dim), or (B, dim, ...) if channel_first; any floating dtype.
-            return_all_codes: also return the codes of each level.
-            rand_quantize_dropout_fixed_seed: decides where dropout cuts; by default torch's generator does.
+            return_all_codes: also return the codes of each stage.
+            rand_quantize_dropout_fixed_seed: seed of the quantize dropout; by default drawn from torch's generator.
             mask, lens: as for `SimVQ`.
 
         Returns:
-            quantized, shaped and typed as x; indices int64 (B, ..., Q), -1 for levels dropped and vectors that
-            don't count; losses (Q,) float32, zero for levels dropped; codes (Q, B, ..., dim), or (Q, B, dim, ...).
+            quantized, shaped and typed as x; indices int64 (B, ..., Q), -1 for inactive stages and excluded vectors;
+            losses (Q,) float32, zero for inactive stages; codes (Q, B, ..., dim), or (Q, B, dim, ...).
 
         Raises:
-            ValueError, TypeError: x doesn't fit.
+            ValueError, TypeError: x of another shape or dtype.
         """
         layout = Layout.of(x, self.codebook_dim, channel_first=self.channel_first)
         active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
@@ -105,20 +105,20 @@ class ResidualSimVQ(ResidualStack):
         residual = residual.float() if x.dtype in (torch.float16, torch.bfloat16) else residual
         total = torch.zeros_like(residual)
         rows_mask = layout.rows_mask(mask, lens)
-        levels, losses, codebooks = [], [], []
-        for level, layer in enumerate(self._stages):
-            if active.skips(level):
+        found, losses, codebooks = [], [], []
+        for place, stage in enumerate(self._stages):
+            if active.skips(place):
                 break
-            codebooks.append(layer.codebook)
-            quantized, indices, loss = layer.quantize_rows(
-                residual, codebooks[-1], active.row_mask(level, rows_mask, residual)
+            codebooks.append(stage.codebook)
+            quantized, indices, loss = stage.quantize_rows(
+                residual, codebooks[-1], active.row_mask(place, rows_mask, residual)
             )
             residual = residual - quantized.detach()
             total = total + quantized
-            levels.append(indices)
+            found.append(indices)
             losses.append(loss)
-        dropped = self.num_quantizers - len(levels)
-        indices = layout.indices(nn.functional.pad(torch.stack(levels, -1), (0, dropped), value=-1))
+        dropped = self.num_quantizers - len(found)
+        indices = layout.indices(nn.functional.pad(torch.stack(found, -1), (0, dropped), value=-1))
         result = (
             layout.from_rows(total.to(x.dtype)),
             indices,
@@ -127,18 +127,20 @@ class ResidualSimVQ(ResidualStack):
         return (*result, self._codes(codebooks, indices)) if return_all_codes else result
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes (Q, B, ..., dim), or (Q, B, dim, ...) if channel_first, of indices (B, ..., Q); zeros for -1.
-        Indices of the first levels alone will do."""
+        """Return the codes (Q, B, ..., dim) of indices (B, ..., Q), zeros for -1.
+
+        They are (Q, B, dim, ...) if channel_first. Indices of the first stages alone are accepted.
+        """
         indices = self._checked_stages(indices)
         given = indices.shape[-1]
-        return self._codes([layer.codebook for layer in self._stages[:given]], indices)
+        return self._codes([stage.codebook for stage in self._stages[:given]], indices)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What `forward` gives as quantized for these indices, in the dtype of the codes."""
+        """Return the output of `forward` for these indices, in the dtype of the codes."""
         return self.get_codes_from_indices(indices).sum(0)
 
     def _codes(self, codebooks: list[Tensor], indices: Tensor) -> Tensor:
-        """The codes of all levels, zeros for those that `codebooks` leaves out."""
-        codes = [lookup(codebook, level) for codebook, level in zip(codebooks, indices.unbind(-1), strict=False)]
+        """Return the codes of all stages, zeros for stages without an entry in `codebooks`."""
+        codes = [lookup(codebook, chosen) for codebook, chosen in zip(codebooks, indices.unbind(-1), strict=False)]
         codes += [torch.zeros_like(codes[0])] * (self.num_quantizers - len(codes))
-        return torch.stack([codes_in_layout(level, self.channel_first) for level in codes])
+        return torch.stack([codes_in_layout(place, self.channel_first) for place in codes])

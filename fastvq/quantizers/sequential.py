@@ -1,4 +1,4 @@
-"""A chain of modules with one quantizer in it."""
+"""Chain of modules that contains one quantizer."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from torch import Tensor, nn
 from fastvq.codebook.health import HealthReport, Monitored
 
 QUANTIZE_KLASSES = (Monitored,)
-"""What counts as a quantizer: every one of fastvq."""
+"""Classes that `Sequential` recognizes as quantizers: all of fastvq."""
 
 
 class Sequential(Monitored, nn.Module):
-    """Modules in a row, exactly one of them a quantizer, with the API of vector_quantize_pytorch.
+    """Chain of modules, exactly one of them a quantizer, with the API of vector_quantize_pytorch.
 
-    What comes before the quantizer and after it, such as convolutions, is applied to the first of its results; the
-    others are passed by.
+    Modules after the quantizer are applied to the first of its results; the others are passed through.
 
     Args:
         fns: the modules.
 
     Raises:
-        ValueError: there is no quantizer among them, or several.
+        ValueError: there is no quantizer among the modules, or more than one.
     """
 
     def __init__(self, *fns: nn.Module) -> None:
@@ -34,24 +33,24 @@ class Sequential(Monitored, nn.Module):
 
     @property
     def quantizer(self) -> Any:
-        """The one among them."""
+        """The quantizer among the modules."""
         return next(fn for fn in self.fns if isinstance(fn, QUANTIZE_KLASSES))
 
     @property
     def code_counts(self) -> Tensor:
-        """Those of the quantizer."""
+        """Counts of the quantizer's codes."""
         return self.quantizer.code_counts
 
     def health(self) -> HealthReport:
-        """That of the quantizer."""
+        """Return the quantizer's health report."""
         return self.quantizer.health()
 
     def reset_health(self) -> None:
-        """Starts it afresh."""
+        """Reset the quantizer's health."""
         self.quantizer.reset_health()
 
     def forward(self, x: Tensor, **options: Any) -> tuple[Any, ...]:
-        """(the last module's result, the quantizer's other results ...) of x. `options` are the quantizer's."""
+        """Return (the last module's result, the quantizer's other results ...) of x. `options` are the quantizer's."""
         others: list[Any] = []
         for fn in self.fns:
             if isinstance(fn, QUANTIZE_KLASSES):

@@ -16,32 +16,32 @@ from fastvq.precision import KeepsBuffers, full_precision
 
 
 class SimVQ(Monitored, KeepsBuffers, nn.Module):
-    """The nearest code of a codebook that moves as one, with the API of vector_quantize_pytorch.
+    """Quantizer with a jointly transformed codebook, with the API of vector_quantize_pytorch.
 
         e = code_transform(frozen_codebook),   index = argmin_k |x - e_k|^2,   quantized = e_index
         loss = commitment_weight (mean (sg[x] - e_index)^2 + beta mean (x - sg[e_index])^2)
 
-    Only the transform learns, from the first term, so that every step moves all codes: none is left behind to die. The
-    loss and the gradients are the same in eval. Vectors that are not finite get index -1 and a zero output, and no part
-    in loss or gradient.
+    Only the transform learns, from the first term, so that every step moves all codes and no code is left behind as
+    dead. Loss and gradients are the same in eval mode. Vectors that are not finite get index -1 and a zero output, and
+    take no part in losses and gradients.
 
     Args:
         dim: dimension of the vectors.
         codebook_size: K.
         codebook_transform: maps (K, frozen_codebook_dim) to (K, dim); a linear map without bias by default.
-        init_fn: what is done to the Gaussian codebook, of variance 1 / frozen_codebook_dim, before it is frozen.
+        init_fn: applied to the Gaussian codebook, of variance 1 / frozen_codebook_dim, before it is frozen.
         channel_first: vectors are (B, dim, ...), else (B, ..., dim), with any number of spatial axes.
         rotation_trick: estimate the gradient by the rotation trick, else straight through.
-        input_to_quantize_commit_loss_weight: beta, the weight of the pull on x.
-        commitment_weight: of the whole loss.
+        input_to_quantize_commit_loss_weight: beta, the weight of the commitment loss of x.
+        commitment_weight: weight of the whole loss.
         frozen_codebook_dim: dimension of the frozen codebook; dim by default.
 
-    State: frozen_codebook (K, frozen_codebook_dim), float32 whatever the module is cast to, and the transform's.
+    State: frozen_codebook (K, frozen_codebook_dim), float32 in modules of any dtype, and the transform's.
 
     Raises:
-        ValueError: an argument that can't be, by name.
+        ValueError: an invalid argument, by name.
 
-    Numerics: search is exact (`fastvq.search`) for the transformed codes; the transform isn't autocast.
+    Numerics: search is exact (`fastvq.search`) for the transformed codes; the transform is exempt from autocast.
 
     Source: Zhu et al., Addressing Representation Collapse in Vector Quantized Models with One Linear Layer, 2024 (arXiv
     2411.02038), where e = C W; the losses are equation 3 of van den Oord et al. 2017; rotation: Fifty et al. 2024.
@@ -99,25 +99,25 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(quantized, indices, loss) of x.
+        """Return (quantized, indices, loss) of x.
 
         Args:
             x: (B, ..., dim), or (B, dim, ...) if channel_first; any floating dtype.
-            mask: bool (B, ...), True for the vectors that count; the others come back as index -1 and zero.
-            lens: int (B,), the same for sequences: the first lens[b] vectors count.
+            mask: bool (B, ...), True for the vectors that take part; the others get index -1 and zeros.
+            lens: int (B,), a mask for sequences: the first lens[b] vectors take part.
 
         Returns:
             quantized, shaped and typed as x; indices int64 (B, ...); loss () float32.
 
         Raises:
-            ValueError, TypeError: x doesn't fit.
+            ValueError, TypeError: x of another shape or dtype.
         """
         layout = Layout.of(x, self.dim, channel_first=self.channel_first)
         quantized, indices, loss = self.quantize_rows(layout.to_rows(x), self.codebook, layout.rows_mask(mask, lens))
         return layout.from_rows(quantized), layout.indices(indices), loss
 
     def quantize_rows(self, x: Tensor, codebook: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """`forward` of rows (..., dim) by the `codebook` property's value; mask, bool (...), has what counts."""
+        """Return `forward` of rows (..., dim), given the `codebook` and the mask (...) of rows that take part."""
         pull = self.input_to_quantize_commit_loss_weight
         quantized, indices, loss = quantize(
             x,
@@ -132,6 +132,8 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
         return quantized, indices, loss * self.commitment_weight
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """The codes of indices (B, ...), zeros for -1: (B, ..., dim), or (B, dim, ...) if channel_first. Differentiable
-        in the transform's parameters."""
+        """Return the codes of indices (B, ...), zeros for -1; differentiable in the transform's parameters.
+
+        They are (B, ..., dim), or (B, dim, ...) if channel_first.
+        """
         return codes_in_layout(lookup(self.codebook, checked_indices(indices, self.codebook_size)), self.channel_first)

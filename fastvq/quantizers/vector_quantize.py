@@ -501,7 +501,7 @@ class VectorQuantize(Monitored, nn.Module):
         codebook = self._codebook
         if learning:
             codebook.initialise_(x.detach(), mask)
-        pulled = self.learnable_codebook and learning
+        learned = self.learnable_codebook and learning
         temperature = self.sample_codebook_temp if temperature is None else temperature
 
         def current_table() -> Table:
@@ -528,14 +528,14 @@ class VectorQuantize(Monitored, nn.Module):
             codebook.learn_(x.detach(), chosen)
             self._in_place.follow(codebook.parameters())
             in_place = self._in_place.backward(
-                lambda: estimator.output(x.detach(), current_table(), chosen, pulled=True).error
+                lambda: estimator.output(x.detach(), current_table(), chosen, learned=True).error
             )
             if not self.manual_in_place_optimizer_update:
                 self.update_in_place_optimizer()
             codes = current_table()
             indices = self.choose(codes, x, mask, topk, temperature) if known is None else known
         # As in vector_quantize_pytorch, no gradient flows in eval.
-        quantized, error = estimator.output(x if self.training else x.detach(), codes, indices, pulled=pulled)
+        quantized, error = estimator.output(x if self.training else x.detach(), codes, indices, learned=learned)
         if self.training and topk is None:
             self._health.observe_(indices if self.separate_codebook_per_head else indices.flatten(), error)
         diversity = cross_entropy = None

@@ -1,4 +1,4 @@
-"""Beam search against trying every way."""
+"""Beam search, compared with exhaustive search."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def scores(x, codebooks, ways, weights):
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.0, 0.0, 1.0), (0.3, 2.0, 0.5)])
-def test_with_every_way_open_it_is_the_best(weights):
+def test_enough_beams_find_the_best_path(weights):
     x, codebooks = data()
     ways = list(itertools.product(range(K), repeat=3))
     best = torch.tensor(ways)[scores(x, codebooks, ways, weights).argmin(1)]
@@ -65,7 +65,7 @@ def test_more_beams_score_no_worse_on_average():
     assert means[0] > means[-1]
 
 
-def test_bad_and_masked_rows(monkeypatch):
+def test_non_finite_and_masked_rows(monkeypatch):
     x, codebooks = data()
     mask = torch.rand(N, generator=generator(2)) < 0.7
     expected = beam_search(x, levels_of(codebooks), 3)
@@ -80,8 +80,8 @@ def test_bad_and_masked_rows(monkeypatch):
     assert beam_search(x[:0], levels_of(codebooks), 3).shape == (0, 3)
 
 
-def test_levels_without_weight_keep_the_best_way_first():
-    """As quantize dropout has it in a compiled graph: what comes after the last level kept changes nothing."""
+def test_stages_without_weight_keep_the_best_path_first():
+    """As with quantize dropout in a compiled graph: the stages after the last active one change nothing."""
     x, codebooks = data(4)
     kept = beam_search(x, levels_of(codebooks[:2]), 3)
     all_levels = beam_search(x, levels_of(codebooks), 3, weights=torch.tensor([1.0, 1.0, 0.0, 0.0]))

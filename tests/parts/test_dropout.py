@@ -1,4 +1,4 @@
-"""Quantize dropout: the choice is the peer's, and stays where it may be."""
+"""Quantize dropout: the draw is the peer's, and stays in its range."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_refuses(arguments, message):
         QuantizeDropout(*arguments).check()
 
 
-def test_nothing_is_left_out_in_eval_or_when_off():
+def test_all_stages_are_active_in_eval_or_when_off():
     x = torch.zeros(1)
     for dropout, training in (
         (QuantizeDropout(4, True), False),
@@ -63,7 +63,7 @@ def test_nothing_is_left_out_in_eval_or_when_off():
         assert active.fill(0, x, -1) is x
 
 
-def test_compiled_decides_as_eager():
+def test_compiled_draws_as_eager():
     dropout = QuantizeDropout(8, True, 1, 2)
 
     def left(x, seed=None):

@@ -1,4 +1,4 @@
-"""Entropies of soft assignments, and index backpropagation, against autograd on dense softmaxes."""
+"""Entropies of soft assignments, and index backpropagation, compared with autograd on dense softmaxes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def scores(x, codebook, metric):
 
 
 def masked():
-    """Vectors of which one isn't finite, a mask, and which count."""
+    """Return vectors with a non-finite one, a mask, and the mask of rows that take part."""
     x, mask = vectors(3, 11, 5), torch.rand(3, 11, generator=generator()) < 0.7
     mask[0, 0] = True
     x[0, 0, 2] = torch.nan
@@ -58,7 +58,7 @@ def test_the_loss_ranks_assignments():
     assert values == pytest.approx([-math.log(4), 0, 0], abs=1e-3)
 
 
-def test_binary_entropies_are_those_of_the_corners():
+def test_binary_entropies_equal_those_of_the_corners():
     x, mask = vectors(9, 2, 4).requires_grad_(), torch.arange(9) != 4
     corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 4)
     found = binary_entropies(x, mask, sharpness=0.8)
@@ -70,7 +70,7 @@ def test_binary_entropies_are_those_of_the_corners():
 
 
 @pytest.mark.parametrize("x", [torch.zeros(0, 3), torch.full((4, 3), torch.nan)])
-def test_no_vector_no_entropy(x):
+def test_no_vectors_have_no_entropy(x):
     x.requires_grad_()
     found = assignment_entropies(x, torch.randn(5, 3))
     sum(found).backward()
@@ -78,7 +78,7 @@ def test_no_vector_no_entropy(x):
     assert not x.grad.any()
 
 
-def test_a_share_of_everything_is_everything():
+def test_a_full_share_is_the_whole_mask():
     mask = torch.rand(9, generator=generator()) < 0.5
     assert torch.equal(random_subset(mask, 1.0), mask)
 

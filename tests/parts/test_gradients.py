@@ -1,4 +1,4 @@
-"""Gradient estimators: values bit for bit, gradients against their equations."""
+"""Gradient estimators: values bit for bit, gradients compared with their equations."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_row_without_a_code_takes_no_gradient(estimator):
 
 
 def test_directional_reparam():
-    """As far from x as q, and near it; its gradient is that of the length along a fixed direction."""
+    """The value is as far from x as q, and near q; the gradient is that of the length along a fixed direction."""
     x, q, upstream = vectors(50, 8).requires_grad_(), vectors(50, 8, seed=1).requires_grad_(), vectors(50, 8, seed=2)
     y, p = (t.detach().clone().requires_grad_() for t in (x, q))
     torch.manual_seed(0)

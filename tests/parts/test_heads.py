@@ -1,4 +1,4 @@
-"""Heads: rows of each codebook and back."""
+"""Heads: split into the rows of each codebook, and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = [Heads(), Heads(2), Heads(3, separate=True), Heads(1, separate=True)]
 
 
 @pytest.mark.parametrize("heads", KINDS, ids=str)
-def test_there_and_back(heads):
+def test_round_trip(heads):
     x = torch.randn(B, N, heads.number * D, generator=generator())
     rows = heads.split(x)
     assert rows.shape == (heads.codebooks, B * N * heads.number // heads.codebooks, D)
@@ -25,7 +25,7 @@ def test_there_and_back(heads):
 
 @pytest.mark.parametrize("heads", KINDS, ids=str)
 def test_indices_and_masks_follow_their_parts(heads):
-    """An index that names its batch, place and head stays with the part that has it."""
+    """An index that encodes its batch, place and head stays with its part."""
     shape = (B, N, heads.number) if heads.number > 1 else (B, N)
     indices = torch.arange(B * N * heads.number).view(shape)
     parts = indices.view(B, N, heads.number, 1).expand(-1, -1, -1, D).flatten(2).float()
@@ -39,7 +39,7 @@ def test_indices_and_masks_follow_their_parts(heads):
     assert heads.split_mask(None) is None
 
 
-def test_behind_each_other():
+def test_offset_indices():
     indices = torch.tensor([[0, -1, 2], [1, 2, -1]])
     assert offset_indices(indices, 3).tolist() == [0, -1, 2, 4, 5, -1]
     assert offset_indices(indices[:1], 3).tolist() == [0, -1, 2]

@@ -1,4 +1,4 @@
-"""Neural codes: the network of QINCo, in parts and at once."""
+"""Neural codes: the network of QINCo, in chunks and at once."""
 
 from __future__ import annotations
 

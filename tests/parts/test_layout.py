@@ -1,4 +1,4 @@
-"""Layouts: rows and back, index shapes, masks, and what is refused."""
+"""Layouts: rows and back, shapes of indices, masks, and rejected inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def batch(spatial, channel_first, b=4):
 
 @pytest.mark.parametrize("channel_first", [False, True])
 @pytest.mark.parametrize("kind", SPATIAL)
-def test_there_and_back(kind, channel_first):
+def test_round_trip(kind, channel_first):
     spatial = SPATIAL[kind]
     x = batch(spatial, channel_first)
     layout = Layout.of(x, DIM, channel_first=channel_first)
@@ -39,7 +39,7 @@ def test_there_and_back(kind, channel_first):
 
 
 @pytest.mark.parametrize("shape", [(0, 5, DIM), (4, 0, DIM), (0, DIM), (0, 2, 0, DIM)])
-def test_nothing(shape):
+def test_empty_batches(shape):
     x = torch.zeros(shape)
     layout = Layout.of(x, DIM)
     assert layout.from_rows(layout.to_rows(x)).shape == shape

@@ -1,4 +1,4 @@
-"""Orthogonality by its definition, codes in use, errors."""
+"""Orthogonality by its definition, used codes, squared errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..cases import close, generator
 
 
 def by_definition(codes):
-    """|E' E'^T - 1|_F^2 / K^2, averaged over codebooks."""
+    """Return |E' E'^T - 1|_F^2 / K^2, averaged over codebooks."""
     normed = F.normalize(codes, dim=-1, eps=1e-6)
     return (normed @ normed.mT - torch.eye(codes.shape[1], dtype=codes.dtype)).square().mean((1, 2)).mean()
 
@@ -44,7 +44,7 @@ def test_used_codes_alone():
     assert orthogonality(codes, torch.zeros_like(used)) == 0
 
 
-def test_at_most_so_many():
+def test_at_most_that_many():
     """Of three codes, two are equal: a pair of them is either parallel or not."""
     codes = torch.tensor([[[1.0, 0], [1, 0], [0, 1]]])
     found = {round(orthogonality(codes, most=2).item(), 4) for _ in range(50)}
@@ -62,7 +62,7 @@ def test_used_codes_of_indices():
     assert used_codes(indices, 3).tolist() == [[True, False, True], [False] * 3]
 
 
-def test_squared_errors_leave_out_absent_codes():
+def test_mean_squared_errors_exclude_absent_codes():
     x, codes = torch.randn(2, 5, 3, generator=generator()), torch.randn(2, 5, 3, generator=generator(1))
     indices = torch.tensor([[0, 1, -1, 2, 3], [4, 0, 0, -1, -1]])
     x[indices < 0] = torch.nan

@@ -1,4 +1,4 @@
-"""Tables of codes, shared, for each row, and implicit: the same codes by each of them."""
+"""Tables of codes, shared, for each row, and implicit, give the same results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ C, R, K, D = 1, 40, 12, 5
 
 
 def make(kind, metric="l2"):
-    """A table, and all its codes as (C, R, K, D)."""
+    """Return a table and all its codes as (C, R, K, D)."""
     torch.manual_seed(0)
     codes = torch.randn(C, K, D)
     if kind == "shared":
@@ -70,7 +70,7 @@ def test_cross_entropy_and_its_gradient(kind, metric, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["shared", "per row"])
-def test_spread(kind):
+def test_positional_entropy(kind):
     table, codes = make(kind)
     x, mask = rows(), torch.rand(C, R, generator=generator()) < 0.8
     x.requires_grad_()
@@ -107,6 +107,6 @@ def test_draws(kind, metric):
     assert (table.draw(x, 0.7, None, mask) == -1).all()
 
 
-def test_an_implicit_codebook_has_no_spread():
+def test_an_implicit_codebook_has_no_positional_entropy():
     with pytest.raises(ValueError, match="codebook_diversity_loss_weight: must be 0"):
         make("implicit")[0].positional_entropy(rows(), (4, 10), 1.0, None)

@@ -1,4 +1,4 @@
-"""Arguments that can't be, of every quantizer: the error begins with their name. More in each one's tests."""
+"""Invalid arguments of every quantizer: the error begins with their name. Each quantizer's own tests have more."""
 
 from __future__ import annotations
 

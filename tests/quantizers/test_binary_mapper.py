@@ -1,4 +1,4 @@
-"""BinaryMapper beside its peer; its gradient is contracted without the table of probabilities."""
+"""BinaryMapper compared with its peer; its gradient is contracted without the table of probabilities."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_many_bits_without_a_table():
     assert layer.log_prob(vectors(50, 40), indices=indices).shape == (50,)
 
 
-def test_bad_rows():
+def test_non_finite_rows():
     layer = fastvq.BinaryMapper(3)
     logits = vectors(2, 4, 3)
     logits[0, 1, 0], logits[1, 2, 2] = torch.nan, torch.inf
@@ -157,12 +157,12 @@ def test_compiled():
 
 
 @pytest.mark.parametrize("bits", [0, 63])
-def test_bad_bits(bits):
+def test_invalid_bits(bits):
     with pytest.raises(ValueError, match=r"^bits: must lie in \[1, 62\]"):
         fastvq.BinaryMapper(bits)
 
 
-def test_bad_input():
+def test_invalid_input():
     layer = fastvq.BinaryMapper(3)
     with pytest.raises(ValueError, match=r"^logits: must have shape \(\.\.\., 3\)"):
         layer(torch.randn(2, 4))

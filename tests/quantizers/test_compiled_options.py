@@ -1,4 +1,4 @@
-"""Layers with many options at once trace as one graph, in training: a step compiled is the step itself."""
+"""Layers with many options trace as one graph in training, and a compiled step equals the eager one."""
 
 from __future__ import annotations
 

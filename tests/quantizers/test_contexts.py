@@ -1,4 +1,4 @@
-"""Layers where they really run: under activation checkpointing, autocast and DDP, compiled, from "meta" ..."""
+"""Layers in their execution contexts: activation checkpointing, autocast, DDP, compiled, from "meta" ..."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIM, SIZE = 6, 12
 
 
 class Scales(nn.Module):
-    """`HierarchicalVQ` with the indices of its levels in one tensor."""
+    """`HierarchicalVQ` with the indices of its scales in one tensor."""
 
     def __init__(self, **options):
         super().__init__()
@@ -61,7 +61,7 @@ LAYERS = {
 
 
 class Model(nn.Module):
-    """A layer between two linear maps; `segment` runs what is checkpointed."""
+    """A layer between two linear maps; `segment` runs the checkpointed part."""
 
     def __init__(self, kind, segment=None):
         super().__init__()
@@ -83,7 +83,7 @@ def batch(seed):
 
 
 def train(model, steps=3, micro_batches=1, context=contextlib.nullcontext):
-    """Everything a run leaves behind: outputs, gradients and state of every step."""
+    """Return everything that a run changes: outputs, gradients and state of every step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     seen = []
     for step in range(steps):
@@ -114,7 +114,10 @@ def assert_same_runs(ours, expected):
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_changes_nothing(kind, use_reentrant):
-    """Bit for bit the run without it: the codebook learns once a step, and gradients are those of the codes before."""
+    """A run equals the one without checkpointing bit for bit.
+
+    The codebook learns once per step, and gradients use the codes before that.
+    """
 
     def segment(part, x):
         return checkpoint(part, x, use_reentrant=use_reentrant)
@@ -123,7 +126,7 @@ def test_checkpointing_changes_nothing(kind, use_reentrant):
 
 
 def train_alone(kind, use, steps=2):
-    """The same of a quantizer behind a linear map, with an objective of whatever it returns."""
+    """Return the same for a quantizer behind a linear map, with an objective of all its results."""
     layer, encoder = make(kind), nn.Linear(DIM, DIM)
     parameters = [p for p in (*encoder.parameters(), *layer.parameters()) if p.requires_grad]
     seen = []
@@ -162,7 +165,7 @@ def test_checkpointing_every_quantizer(kind, use_reentrant):
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
 def test_eval_changes_nothing(kind):
-    """Under inference_mode too, after which it trains as if nothing had been."""
+    """Also under inference_mode, after which it trains as before."""
     layer = make(kind)
     twin = copy.deepcopy(layer)
     layer.eval()
@@ -181,7 +184,7 @@ def test_eval_changes_nothing(kind):
 @pytest.mark.parametrize("kind", QUANTIZERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_modules(kind, dtype):
-    """They train and evaluate in that dtype; the statistics of learning stay in float32."""
+    """They train and evaluate in that dtype; codebook statistics stay in float32."""
     layer = make(kind).to(dtype)
     for train in (True, False):
         layer.train(train)
@@ -229,7 +232,7 @@ def test_nested_checkpoints(kind):
 
 
 def test_a_compiled_layer_cannot_be_repeated():
-    """It can't know that it is; an error is better than gradients of other codes."""
+    """The layer cannot detect the repetition; an error is better than gradients of other codes."""
     layer = torch.compile(fastvq.VectorQuantize(DIM, SIZE), fullgraph=True, backend="aot_eager")
     quantized, _, loss = checkpoint(layer, batch(0), use_reentrant=False)
     with pytest.raises(RuntimeError, match="a codebook would learn a batch again, within backward"):
@@ -243,7 +246,7 @@ def test_a_compiled_layer_cannot_be_repeated():
 @pytest.mark.parametrize("kind", ["plain", "cosine", "residual, k-means and replacement"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(kind, dtype):
-    """What the layer gets has the dtype of autocast; its codes are the exact ones of that, its state is float32."""
+    """The layer's input has the dtype of autocast; its indices are exact for that, its state is float32."""
     model = Model(kind)
     given = []
     model.layer.register_forward_pre_hook(lambda layer, args: given.append(args[0]))
@@ -274,8 +277,10 @@ def test_ddp_in_one_process(kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in LAYERS if "k-means" not in kind and "one" not in kind])
 def test_functional_call(kind):
-    """It learns in the tensors that it is given. But only the module knows whether k-means has run, and torch doesn't
-    put back what a module that is used twice had."""
+    """It learns in the given tensors.
+
+    Only the module knows whether k-means has run, and torch does not restore the state of a module that is used twice.
+    """
     model = Model(kind)
     copies = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
     before = state(model)
@@ -311,7 +316,7 @@ def test_inference_mode_then_training(kind):
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_built_without_memory(kind, assign):
-    """On "meta", then filled from a checkpoint: the same run, with health counted from zero."""
+    """Built on "meta", then filled from a checkpoint: the same run, with health counted from zero."""
     trained = Model(kind)
     train(trained, steps=1)
     with torch.device("meta"):

@@ -1,5 +1,8 @@
-"""Nothing waits for the device and nothing mixes devices, shown on the meta device: its tensors have no values, so that
-reading one is an error as it is a wait on a GPU, and a mode sees to it that no operation meets a tensor of the CPU."""
+"""No layer waits for the device or mixes devices, shown on the meta device.
+
+Meta tensors have no values, so that reading one raises an error where a GPU would be waited for. A mode ensures that no
+operation takes a tensor of the CPU as well.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ READS = (RuntimeError, NotImplementedError)
 
 
 class MetaOnly(TorchDispatchMode):
-    """Scalars (0-dimensional tensors) of the CPU may take part, as on a GPU."""
+    """Mode that rejects mixed devices, except for scalars (0-dimensional tensors) of the CPU, as a GPU does."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -117,7 +120,7 @@ def test_the_specification(meta, metric):
 
 @pytest.mark.parametrize("metric", ["l2", "dot"])
 def test_the_torch_backend(meta, metric, monkeypatch):
-    """Up to the candidates, whose number it must read; then on with two of them."""
+    """Up to the candidates, whose number must be read; then on with two of them."""
     row, code = torch.empty(2, 2, dtype=torch.int64)
     with pytest.raises(READS, match="nonzero"):
         search.search(torch.empty(50, 8), torch.empty(20, 8), metric=metric)
@@ -128,7 +131,7 @@ def test_the_torch_backend(meta, metric, monkeypatch):
 
 
 class Fed(TorchDispatchMode):
-    """Batches are made on the CPU and go to the device by copies that wait for nothing; else devices don't mix."""
+    """Mode in which batches move from the CPU to the device by asynchronous copies; devices are not mixed otherwise."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -148,7 +151,7 @@ def test_the_other_mode_sees_two_devices_and_what_waits():
 
 
 def test_a_vqvaes_training_step(tmp_path):
-    """Up to k-means, which may wait once."""
+    """K-means may wait once, nothing else."""
     pixels = torch.zeros(16, 1, 16, 16, dtype=torch.uint8)
     images = Images("grey", pixels, pixels, ("grey",) * 16)
     config = TrainConfig(data="grey", image_size=16, width=8, dim=8, codebook_size=24, batch_size=8, device="meta")
@@ -162,8 +165,7 @@ def test_a_vqvaes_training_step(tmp_path):
 @pytest.mark.parametrize("classes", [0, 3])
 @pytest.mark.parametrize("kind", PRIORS)
 def test_a_priors_training(kind, classes, tmp_path):
-    """Codes and labels, which are on the CPU, go to the model's device; a step reads nothing back, an evaluation its
-    result."""
+    """Indices and labels on the CPU move to the model's device; a step reads nothing back, an evaluation its result."""
     train, test = (torch.randint(0, 24, (count, 4, 4), dtype=torch.int32) for count in (16, 300))
     labels = [torch.arange(len(codes)) % classes if classes else None for codes in (train, test)]
     codes = IndexData(train, test, *labels)

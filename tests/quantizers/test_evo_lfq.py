@@ -1,4 +1,4 @@
-"""EvoLFQ beside vector_quantize_pytorch's, and what it does that the peer doesn't."""
+"""EvoLFQ compared with vector_quantize_pytorch's, and its additional features."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def evo(dim=3, num_codebooks=1, **options):
 
 
 def autoencoders(**options):
-    """Ours and the peer's, of equal weights."""
+    """Return this package's and the peer's autoencoders with equal weights."""
     built = []
     for package in (fastvq, vqp):
         torch.manual_seed(0)
@@ -31,7 +31,7 @@ def autoencoders(**options):
 
 
 def weights(genes):
-    """The number that the bits spell."""
+    """Return the number that the bits form."""
     values = 2.0 ** torch.arange(genes[0].numel() - 1, -1, -1)
     return ((genes > 0).flatten(1) * values).sum(-1)
 
@@ -79,7 +79,7 @@ def test_parts_that_were_in_eval_stay_there():
 )
 @pytest.mark.parametrize("shape", [(6, -1), (2, 3, -1), (2, -1, 2, 4)])
 def test_genes_are_the_bits_of_the_codes(num_codebooks, options, shape):
-    """Whatever stands behind them: the peer takes the signs of the projected and rotated output."""
+    """The peer takes the signs of the projected and rotated output instead."""
     torch.manual_seed(0)
     ours = evo(dim=3 * num_codebooks, codebook_size=8, num_codebooks=num_codebooks, **options)
     x = batch(*(3 * num_codebooks if size == -1 else size for size in shape))
@@ -152,7 +152,7 @@ def test_results_stay_as_they_were():
     assert result.best_decoded is None
 
 
-def test_fitness_that_is_no_number_is_worst():
+def test_nan_fitness_is_worst():
     ours = evo(pop_size=4, elitism_count=2)
     population = torch.tensor([[0.0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 1, 1]])
     scores = torch.tensor([1.0, torch.nan, 3.0, torch.nan])

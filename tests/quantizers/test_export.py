@@ -1,4 +1,4 @@
-"""torch.export, AOTInductor and TorchScript traces of layers in eval: saved, loaded, and run at other batch sizes."""
+"""torch.export, AOTInductor and TorchScript traces of layers in eval mode: saved, loaded, run at other batch sizes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Model(nn.Module):
-    """The encoder of a VQ-VAE, with a layer for images and a stack of codebooks behind it."""
+    """Encoder of a VQ-VAE, followed by a layer for images and a stack of codebooks."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Model(nn.Module):
 
 
 def check(model, outputs):
-    """That the codes, outputs and losses are those of the features that this very program computed."""
+    """Check that the indices, outputs and losses belong to the features that the same program computed."""
     features, *quantized = outputs
     expected = (*model.layer(features), *model.stack(features))
     for ours, other in zip(quantized, expected, strict=True):
@@ -48,7 +48,10 @@ def check(model, outputs):
 
 
 def test_export_and_ahead_of_time_compilation(tmp_path):
-    """One program, saved, loaded and compiled; the compiled one runs in a process that knows fastvq, not the model."""
+    """One program is saved, loaded and compiled.
+
+    The compiled one runs in a process that imports fastvq but not the model.
+    """
     model = Model().eval()
     example, other = torch.randn(3, 1, 16, 16), torch.randn(5, 1, 16, 16)
     program = torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch")},))
@@ -123,7 +126,7 @@ def test_traces_are_saved(kind):
 
 
 def test_the_specification_exports():
-    """A traced program runs on whatever backend serves where it runs."""
+    """A traced program runs on the backend that serves in its process."""
     layer = LAYERS["residual"]().eval()
     program = torch.export.export(layer, (torch.randn(2, 5, DIM),)).module()
     x = torch.randn(2, 5, DIM)

@@ -1,4 +1,4 @@
-"""FSP beside its peer, its distributions, and its moments."""
+"""FSP compared with its peer, its distributions, and its moments."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pair(**options):
     return ours, theirs
 
 
-def test_the_norm_is_built_in_the_same_words():
+def test_the_norm_has_the_presets_of_the_peer():
     ours, theirs = (inspect.signature(module.VectorNorm).parameters for module in (moments, theirs_module))
     assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
 
@@ -152,7 +152,7 @@ def test_modules_in_half_precision(dtype):
 
 
 @pytest.mark.parametrize("options", [{}, {"dim": 6}, {"need_inv_act": True, "quantize_rate": 0.5}], ids=str)
-def test_bad_rows(options):
+def test_non_finite_rows(options):
     layer = fastvq.FSP(LEVELS, **options)
     mask, indices, twin = contract.assert_bad_rows_are_left_out(layer, vectors(2, 6, layer.dim))
     assert (indices[~mask] == -1).all()
@@ -218,6 +218,6 @@ def test_compiled():
         ({"levels": [0]}, "levels: must be"),
     ],
 )
-def test_bad_arguments(options, message):
+def test_invalid_arguments(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         fastvq.FSP(**{"levels": LEVELS, **options})

@@ -1,4 +1,4 @@
-"""FSQ beside vector_quantize_pytorch's own, its exactness, and what it does that theirs can't."""
+"""FSQ compared with vector_quantize_pytorch's, its exactness, and its additional features."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_images_and_video(kind, spatial):
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_rotation(symmetric):
-    """The peer's `codes_to_indices` doesn't know of the rotation."""
+    """The peer's `codes_to_indices` ignores the rotation."""
     ours, theirs = pair([5, 5, 5], orthogonal_rotation=True, preserve_symmetry=symmetric)
     x = vectors(3, 40, 3)
     contract.assert_steps_agree(ours, theirs, x)
@@ -101,14 +101,14 @@ def test_every_code_comes_back(levels, symmetric, dtype):
         assert codes.abs().amax() == 1
 
 
-def test_codes_beyond_the_ends_count_as_the_ends():
+def test_codes_beyond_the_ends_are_the_ends():
     layer = fastvq.FSQ([4, 4], preserve_symmetry=True)
     codes = torch.tensor([[-1.5, -9.0], [1.4, 7.0], [torch.nan, 0.0]])
     assert layer.codes_to_indices(codes).tolist() == [0, 15, -1]
 
 
 def rounded_by_the_formula(levels, symmetric, hard, z, eps=1e-3):
-    """The levels in float64, by formula, and how far each was from a half-way case."""
+    """Return the levels in float64, by formula, and the distance of each value from a tie."""
     size, z = np.array(levels, dtype=np.float64), z.double().numpy()
     f, inverse = (lambda t: np.clip(t, -1, 1), lambda t: t) if hard else (np.tanh, np.arctanh)
     if symmetric:
@@ -124,7 +124,10 @@ def rounded_by_the_formula(levels, symmetric, hard, z, eps=1e-3):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("hard", [False, True])
 def test_levels_are_those_of_real_numbers(symmetric, hard, dtype):
-    """Also one float32 beside each threshold, where tanh in float32 errs; more than 32 levels take another path."""
+    """Values include the float32 neighbours of each threshold, where tanh in float32 errs.
+
+    More than 32 levels take another path.
+    """
     levels = (8, 5, 3, 31, 100, 1500)
     bound = Bound(levels, symmetric=symmetric, hard=hard)
     near = bound.thresholds.bounds.T
@@ -139,7 +142,7 @@ def test_levels_are_those_of_real_numbers(symmetric, hard, dtype):
 
 
 def test_the_peer_errs_beside_a_threshold():
-    """What makes thresholds worth it: tanh in float32 puts values on wrong sides, and which depends on the device."""
+    """The reason for thresholds: tanh in float32 puts values on wrong sides, and which ones depends on the device."""
     ours, theirs = pair([8, 8, 8], preserve_symmetry=True)
     near = ours._bound.thresholds.bounds[0]
     near = near[near.isfinite()]
@@ -151,7 +154,7 @@ def test_the_peer_errs_beside_a_threshold():
     assert not torch.equal(theirs.indices_to_level_indices(theirs(z[None])[1])[0][clear].double(), expected[clear])
 
 
-def test_half_way_cases_go_up():
+def test_ties_are_rounded_up():
     assert fastvq.FSQ([2, 4], preserve_symmetry=True)(torch.tensor([[0.0, -0.0]]))[1].tolist() == [1 + 2 * 2]
     clamped = Bound([3], symmetric=True, hard=True)
     assert clamped(torch.tensor([[-0.5], [0.5], [-2.0], [2.0]])).levels.flatten().tolist() == [1, 2, 0, 2]
@@ -185,7 +188,7 @@ def test_rotation_keeps_its_precision_in_half_modules():
 
 
 def test_more_codes_than_int32_can_number():
-    """The peer tries to allocate all 4^16 of them."""
+    """The peer tries to allocate all 4^16 codes."""
     layer = fastvq.FSQ([4] * 16)
     z = vectors(2, 100, 16)
     quantized, indices = layer(z)
@@ -217,7 +220,7 @@ def test_the_peers_indices_round_beyond_float32():
 
 @pytest.mark.parametrize("probability", [0.1, 0.9])
 def test_noise_has_its_probability(probability):
-    """The peer's is always one half. And indices are those of the codes before it."""
+    """The peer's probability is always one half. Indices are those of the codes without noise."""
     layer = fastvq.FSQ([5, 5], preserve_symmetry=True, noise_dropout=probability)
     x = vectors(10, 1000, 2)
     quantized, indices = layer(x)
@@ -239,7 +242,7 @@ def test_noise_has_its_probability(probability):
     ],
     ids=str,
 )
-def test_bad_rows(options):
+def test_non_finite_rows(options):
     layer = fastvq.FSQ([5, 5, 5], **options)
     x = vectors(2, 6, layer.dim)
     mask, indices, _ = contract.assert_bad_rows_are_left_out(layer, x)
@@ -249,7 +252,7 @@ def test_bad_rows(options):
     assert not decoded[~mask].any()
 
 
-def test_overflow_in_half_precision_is_a_bad_row():
+def test_overflow_in_half_precision_is_a_non_finite_row():
     layer = fastvq.FSQ([5, 5, 5], dim=4).half()
     torch.nn.init.constant_(layer.project_in.weight, 100.0)
     x = vectors(1, 5, 4).half()
@@ -312,7 +315,7 @@ def test_copies_and_inference_mode():
 
 
 def test_compiled_by_inductor():
-    """Indices are equal in a fused kernel with a tanh of its own, beside thresholds too."""
+    """Indices are equal in a fused kernel with its own tanh, also beside thresholds."""
     layer = fastvq.FSQ([8, 8, 5, 5])
     near = layer._bound.thresholds.bounds[:, :4]
     near = torch.cat([near, near.nextafter(torch.tensor(-9.0)), near.nextafter(torch.tensor(9.0))], 1).T
@@ -353,12 +356,12 @@ def test_compiled_with_all_options():
         ({"noise_dropout": 1.5, "preserve_symmetry": True}, "noise_dropout: must lie in"),
     ],
 )
-def test_bad_arguments(options, message):
+def test_invalid_arguments(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         fastvq.FSQ(**{"levels": [5, 5], **options})
 
 
-def test_bad_input():
+def test_invalid_input():
     layer = fastvq.FSQ([5, 5])
     with pytest.raises(ValueError, match="must have shape"):
         layer(torch.randn(2, 3, 4))

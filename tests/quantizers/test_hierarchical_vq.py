@@ -1,4 +1,4 @@
-"""HierarchicalVQ beside vector_quantize_pytorch's, and what it does that the peer doesn't."""
+"""HierarchicalVQ compared with vector_quantize_pytorch's, and its additional features."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_steps(kind, training):
 
 
 def plain(ours, theirs, x, seed):
-    """A step of both, after seeing that nested dropout cuts at the same level."""
+    """Take a step of both layers after checking that nested dropout cuts at the same scale."""
     cutoffs = []
     for module in (ours, theirs):
         state = {name: value.clone() for name, value in module.state_dict().items()}
@@ -97,7 +97,7 @@ def test_lengths():
     assert_same_step(ours, theirs, batch(2, DIM, 8), lens=torch.tensor([3, 8]))
 
 
-def test_a_position_that_is_not_finite_counts_as_masked():
+def test_a_non_finite_position_is_masked():
     ours, masked = hierarchical_vq(), hierarchical_vq()
     x = batch(2, DIM, 8, 8)
     mask = torch.ones(2, 8, 8, dtype=torch.bool)
@@ -122,7 +122,7 @@ def test_orthogonality():
 
 
 def test_sampled_codes():
-    """In training, by temperature; in eval the nearest."""
+    """Codes are sampled by temperature in training; in eval mode the nearest is taken."""
     ours = hierarchical_vq(stochastic_sample_codes=True, sample_codebook_temp=1e-4)
     x = batch(2, DIM, 8, 8)
     cold = ours(x)[1][2]
@@ -144,7 +144,7 @@ def test_kmeans_and_replacement():
     assert total.isfinite().all()
 
 
-def test_a_finer_level_improves():
+def test_a_finer_scale_improves():
     ours = hierarchical_vq(kmeans_init=True, scales=(1, 2, 4, 8), quant_resi=0.0, codebook_size=64)
     x = batch(8, DIM, 8, 8).cumsum(-1).cumsum(-2) / 8
     for _ in range(20):
@@ -203,7 +203,7 @@ def test_errors_name_the_argument(call, message):
 
 
 def test_compiled_training_step():
-    """With nested dropout the graph has all levels and keeps as many as eager mode does."""
+    """With nested dropout the graph contains all scales and has as many active as eager mode."""
     ours = hierarchical_vq(nested_dropout=1.0, shared_codebook=False, scales=(1, 2))
     assert_compiles(ours, batch(2, DIM, 4, 4))
 
@@ -213,7 +213,7 @@ def test_travels():
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_updates_kept_for_a_commit(shared):
+def test_updates_held_for_a_commit(shared):
     layer = fastvq.HierarchicalVQ(dim=8, codebook_size=10, scales=(1, 2, 4), shared_codebook=shared, kmeans_init=False)
     before = [layer.get_vq(level).codebook.clone() for level in range(3)]
     layer(torch.randn(2, 8, 4), accum_ema_update=True)

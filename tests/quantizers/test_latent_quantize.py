@@ -1,4 +1,4 @@
-"""LatentQuantize: its losses by their definition, its values, and its peer where that is right."""
+"""LatentQuantize: its losses by definition, its values, and its peer where that is correct."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def layer(**options):
 
 
 def spread(module):
-    """Gives the values learned positions, out of order."""
+    """Give the values learned positions, out of order."""
     with torch.no_grad():
         for values in module.values_per_latent:
             values.copy_(vectors(len(values), seed=len(values), scale=0.5))
@@ -43,7 +43,7 @@ def spread(module):
 @pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize("spatial", [(40,), (4, 5), (2, 3, 4)], ids=["series", "images", "video"])
 def test_equals_the_peer(kind, spatial):
-    """Without projections, where its loss compares what it says; its values get no gradient."""
+    """Without projections, where the peer's loss compares the right tensors; its values get no gradient."""
     options = {"levels": LEVELS, **OPTIONS[kind]}
     ours, theirs = fastvq.LatentQuantize(**options), vqp.LatentQuantize(**options)
     if kind != "fixed values":
@@ -98,20 +98,20 @@ def test_losses_by_definition(options, weights):
 
 
 def gradients(loss, inputs):
-    """Zeros where there are none."""
+    """Return the gradients, zeros where there are none."""
     found = torch.autograd.grad(loss, inputs, allow_unused=True)
     return [torch.zeros_like(t) if grad is None else grad for t, grad in zip(inputs, found, strict=True)]
 
 
 def test_the_losses_of_the_peer_cancel():
-    """It pushes the encoder away by one loss, as far as it pulls it by the other."""
+    """The peer pushes the encoder away by one loss as much as it pulls it by the other."""
     x = vectors(2, 3, 30, scale=0.5).requires_grad_()
     assert gradients(vqp.LatentQuantize(LEVELS, 3)(x)[2], [x])[0].abs().max() < 1e-9
     assert gradients(layer()(x)[2], [x])[0].abs().max() > 1e-5
 
 
 def test_the_values_learn():
-    """The peer's stay where they are, for want of a gradient."""
+    """The peer's values stay unchanged, since they get no gradient."""
     x = vectors(4, 3, 200, scale=0.3)
 
     def train(module):
@@ -134,7 +134,7 @@ def test_the_values_learn():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_in_place_optimizer(training):
-    """A step of plain gradient descent, and nothing but the values learns of it."""
+    """A step of plain gradient descent changes the values and nothing else."""
     module = spread(layer(dim=4, in_place_codebook_optimizer=partial(torch.optim.SGD, lr=2.0))).train(training)
     twin = spread(layer(dim=4))
     twin.load_state_dict(module.state_dict())
@@ -153,7 +153,7 @@ def test_in_place_optimizer(training):
 
 
 def test_in_place_steps_are_the_same_on_every_rank(monkeypatch):
-    """They take the mean of the gradients, here that of one rank and another with none."""
+    """They take the mean of the gradients, here of one rank with a gradient and one without."""
     monkeypatch.setattr(latent_quantize, "mean", lambda grad: grad / 2)
     x, moved = vectors(2, 3, 30), []
     for rate in (2.0, 1.0):
@@ -210,7 +210,7 @@ def test_checkpoints_of_the_peer_without_fixed_values(metadata):
 
 
 @pytest.mark.parametrize("options", [{}, {"dim": 6}, {"dim": 6, "num_codebooks": 2}], ids=str)
-def test_bad_rows(options):
+def test_non_finite_rows(options):
     module = layer(**options)
     mask, indices, twin = contract.assert_bad_rows_are_left_out(module, vectors(2, module.dim, 6), axis=1)
     assert (indices[~mask] == -1).all()
@@ -296,6 +296,6 @@ def test_compiled():
         ),
     ],
 )
-def test_bad_arguments(options, error, message):
+def test_invalid_arguments(options, error, message):
     with pytest.raises(error, match=f"^{message}"):
         layer(**options)

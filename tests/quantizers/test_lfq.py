@@ -1,4 +1,4 @@
-"""LFQ beside vector_quantize_pytorch's, and what it does that the peer doesn't."""
+"""LFQ compared with vector_quantize_pytorch's, and its additional features."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_exact_zeros_are_the_negative_code():
 
 @pytest.mark.parametrize("kind", ["plain", "projected", "several codebooks", "commitment"])
 def test_masks(kind):
-    """The losses are the peer's without the masked vectors. Its own, with a mask, have no batch entropy."""
+    """The losses are the peer's without the masked vectors; with a mask the peer leaves out the batch entropy."""
     ours, theirs = pair("LFQ", **OPTIONS[kind])
     x = batch(3, 8, ours.dim)
     mask = torch.rand(3, 8, generator=generator()) < 0.6
@@ -130,7 +130,7 @@ def test_masks(kind):
     assert (first.indices[1:] == -1).all()
 
 
-def test_bad_rows():
+def test_non_finite_rows():
     lfq = fastvq.LFQ(dim=7, codebook_size=32, commitment_loss_weight=1.0)
     x = batch(2, 6, 7)
     counts = torch.ones(2, 6, dtype=torch.bool)
@@ -152,8 +152,8 @@ def test_bad_rows():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_a_share_is_taken_of_what_counts():
-    """The entropies of equal vectors don't depend on which are sampled, unless bad or masked ones are among them."""
+def test_a_share_is_taken_of_the_rows_in_the_mask():
+    """The entropies of equal vectors do not depend on the sample, unless it contains excluded rows."""
     lfq, full = (fastvq.LFQ(dim=4, frac_per_sample_entropy=share, diversity_gamma=0.5) for share in (0.3, 1.0))
     x = torch.tensor([0.1, -0.2, 0.3, 0.05]).expand(1, 40, 4).clone()
     expected = full(x, inv_temperature=1.0).entropy_aux_loss
@@ -195,7 +195,7 @@ def test_nothing_to_sample():
 
 
 def test_many_bits():
-    """No codebook is built where no entropy is asked for."""
+    """No codebook is materialized unless entropies are requested."""
     lfq = fastvq.LFQ(dim=40, entropy_loss_weight=0.0, commitment_loss_weight=1.0, spherical=True)
     x = batch(2, 5, 40).requires_grad_()
     result = lfq(x)
@@ -252,7 +252,7 @@ def test_health():
 
 
 def test_health_of_many_codes():
-    """Counts the bits."""
+    """Health counts bits instead of codes."""
     lfq = fastvq.LFQ(dim=40, entropy_loss_weight=0.0)
     x = batch(2, 30, 40).abs()
     x[..., :20] *= -1

@@ -1,4 +1,4 @@
-"""Vectors that are masked out, of every quantizer."""
+"""Masked vectors, for every quantizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEPT = torch.arange(16) < LENS[:, None]
 
 
 def forward(kind, layer, x, **options):
-    """(quantized with vectors last, or None where there is none; indices (B, N, ...), groups last)."""
+    """Return (quantized with vectors last, or None; indices (B, N, ...), groups last)."""
     with torch.no_grad():
         results = layer(x, **options)
     if kind == "random projections":
@@ -24,7 +24,7 @@ def forward(kind, layer, x, **options):
 
 
 @pytest.mark.parametrize("kind", every.QUANTIZERS)
-def test_lengths_are_a_mask_and_the_others_are_as_without(kind):
+def test_lengths_are_a_mask_and_leave_other_vectors_alone(kind):
     layer, x = every.make(kind).eval(), every.batch_for(kind)
     masked, counted, plain = (forward(kind, layer, x, **o) for o in ({"mask": KEPT}, {"lens": LENS}, {}))
     assert (masked[1][~KEPT] == -1).all()
@@ -37,8 +37,8 @@ def test_lengths_are_a_mask_and_the_others_are_as_without(kind):
 
 
 @pytest.mark.parametrize("kind", every.QUANTIZERS)
-def test_what_is_masked_out_has_no_part_in_learning(kind):
-    """Two batches that differ in it alone leave the same state, losses and gradients."""
+def test_masked_vectors_have_no_part_in_learning(kind):
+    """Two batches that differ only in masked vectors leave the same state, losses and gradients."""
     x = every.batch_for(kind)
     other = torch.where(KEPT[:, None] if kind == "LatentQuantize" else KEPT[..., None], x, 100 * x + 1)
     found = []

@@ -1,4 +1,4 @@
-"""No N x K matrix: the peak memory of a training step, measured in a process that has done nothing else."""
+"""No N x K matrix: the peak memory of a training step, measured in a fresh process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that aren't finite, before projections and normalisations too: as if they had been masked out."""
+"""Rows that are not finite, also before projections and normalizations, are treated as masked."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_residual_vq(kind):
 
 
 @pytest.mark.parametrize("kind", [{"codebook_dim": 5}, {"use_cosine_sim": True}], ids=str)
-def test_a_bad_row_under_the_mask(kind):
-    """What is masked out may hold anything."""
+def test_a_non_finite_row_under_the_mask(kind):
+    """Masked rows may hold anything."""
     layer = fastvq.VectorQuantize(DIM, SIZE, **kind)
     x = vectors(3, 9, DIM)
     x[1, 4] = torch.nan

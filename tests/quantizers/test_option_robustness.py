@@ -1,5 +1,4 @@
-"""What holds with every option: bad rows are masked rows, half precision keeps the state, copies go on alike, empty
-batches pass."""
+"""Invariants under every option: excluded rows, half precision, copies, and empty batches."""
 
 from __future__ import annotations
 
@@ -69,7 +68,7 @@ def step(module, x, **forward):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bad_row_is_a_masked_row(kind):
+def test_a_non_finite_row_is_a_masked_row(kind):
     mask = torch.ones(3, 10, dtype=torch.bool)
     mask[0, 3] = mask[2, 9] = False
     dirty = batch().masked_fill(~mask[..., None], torch.nan)
@@ -149,7 +148,7 @@ def test_eval_in_inference_mode_touches_nothing(kind):
 @pytest.mark.parametrize(
     "kind", ["layer: bridge", "layer: affine", "layer: cross entropy", "stack: implicit", "stack: beam"]
 )
-def test_autocast_chooses_the_same_codes(kind):
+def test_autocast_chooses_the_same_indices(kind):
     plain, cast = build(kind), build(kind)
     expected = step(plain, batch())
     with torch.autocast("cpu", torch.bfloat16):

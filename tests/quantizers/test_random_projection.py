@@ -1,4 +1,4 @@
-"""RandomProjectionQuantizer beside vector_quantize_pytorch's, and what it does that the peer doesn't."""
+"""RandomProjectionQuantizer compared with vector_quantize_pytorch's, and its additional features."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_indices_and_cross_entropy(options, training):
         assert torch.equal(value, state[name])
 
 
-def test_bad_rows():
+def test_non_finite_rows():
     ours = quantizer(num_codebooks=2)
     x = batch()
     expected = ours(x)
@@ -64,7 +64,7 @@ def test_codes_do_not_depend_on_offset_or_scale():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half(dtype):
-    """Projections and codes stay as they were."""
+    """Projections and codes keep their dtype."""
     ours = quantizer()
     x = batch().to(dtype)
     exact = ours(x.float())

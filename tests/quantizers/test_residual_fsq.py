@@ -1,4 +1,4 @@
-"""ResidualFSQ and GroupedResidualFSQ beside their peers, and the levels that these round away."""
+"""ResidualFSQ and GroupedResidualFSQ compared with their peers, and fine stages that the peers round away."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_quantize_dropout(options):
     assert (ours.eval()(x)[1] >= 0).all()
 
 
-def test_dropped_levels_are_not_counted():
+def test_inactive_stages_are_not_counted():
     layer = fastvq.ResidualFSQ(**SETTINGS, quantize_dropout=True)
     layer(vectors(2, 9, 4).requires_grad_(), rand_quantize_dropout_fixed_seed=1)
     assert layer.code_counts.sum(1).tolist() == [18, 0, 0]
@@ -89,7 +89,7 @@ def test_decoding(options):
 
 @pytest.mark.parametrize("spatial", [(3,), (3, 4), (3, 2, 5)], ids=str)
 def test_channels_first(spatial):
-    """Q, and a spatial size of Q, so that an axis taken for another would go unnoticed by shapes."""
+    """Q equals a spatial size, so that shapes alone would not reveal swapped axes."""
     layer = fastvq.ResidualFSQ(**SETTINGS, dim=5, is_channel_first=True)
     last = fastvq.ResidualFSQ(**SETTINGS, dim=5)
     last.load_state_dict(layer.state_dict())
@@ -102,8 +102,8 @@ def test_channels_first(spatial):
     close(layer.get_output_from_indices(indices), quantized)
 
 
-def test_fine_levels_are_not_rounding_noise():
-    """Each level is fine enough that float32 residuals lose it; in float64 the error keeps falling as the scales do."""
+def test_fine_stages_are_not_rounding_noise():
+    """Float32 residuals lose fine stages; in float64 the error keeps falling with the scales."""
     layer = fastvq.ResidualFSQ(levels=[8, 8], num_quantizers=8).eval()
     x = vectors(1, 1000, 2)
     indices = layer(x)[1]
@@ -118,7 +118,7 @@ def test_fine_levels_are_not_rounding_noise():
 
 
 @pytest.mark.parametrize("options", [{}, {"dim": 6}, {"noise_dropout": 0.5}], ids=str)
-def test_bad_rows(options):
+def test_non_finite_rows(options):
     layer = fastvq.ResidualFSQ(**SETTINGS, **options)
     mask, indices, twin = contract.assert_bad_rows_are_left_out(layer, vectors(2, 6, layer.dim))
     assert (indices[~mask] == -1).all()
@@ -176,13 +176,13 @@ def test_exported():
         ({"return_indices": False}, "return_indices: can't be set"),
     ],
 )
-def test_bad_arguments(options, message):
+def test_invalid_arguments(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         fastvq.ResidualFSQ(**SETTINGS | options)
 
 
-def test_bad_indices():
-    with pytest.raises(ValueError, match=r"^indices: must have 1 to 3 levels"):
+def test_invalid_indices():
+    with pytest.raises(ValueError, match=r"^indices: must have 1 to 3 stages"):
         fastvq.ResidualFSQ(**SETTINGS).get_codes_from_indices(torch.zeros(2, 5, 4, dtype=torch.int64))
 
 

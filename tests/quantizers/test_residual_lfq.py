@@ -1,4 +1,4 @@
-"""ResidualLFQ and GroupedResidualLFQ beside vector_quantize_pytorch's, and what they do that the peers don't."""
+"""ResidualLFQ and GroupedResidualLFQ compared with vector_quantize_pytorch's, and their additional features."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_steps(kind, training):
 
 
 @pytest.mark.parametrize("options", [{}, {"spherical": True}, {"orthogonal_rotation": True}, {"dim": 6}])
-def test_codes_are_what_forward_sums(options):
+def test_codes_sum_to_the_output(options):
     ours = residual_lfq(quantize_dropout=True, **options)
     x = batch(3, 9, ours.dim)
     quantized, indices, _, codes = ours(x, return_all_codes=True, rand_quantize_dropout_fixed_seed=1)
@@ -85,7 +85,7 @@ def test_codes_are_what_forward_sums(options):
 
 @pytest.mark.parametrize("dim", [BITS, 7])
 def test_images(dim):
-    """The peer takes them without projections only, and decodes them with the channels last."""
+    """The peer takes images only without projections, and decodes them with the channels last."""
     ours = residual_lfq(dim=dim)
     x = batch(2, dim, 3, 5)
     quantized, indices, losses, codes = ours(x, return_all_codes=True)
@@ -102,7 +102,7 @@ def test_images(dim):
 
 
 @pytest.mark.parametrize("dim", [BITS, 7])
-def test_masks_and_bad_rows(dim):
+def test_masks_and_non_finite_rows(dim):
     ours = residual_lfq(dim=dim, commitment_loss_weight=1.0)
     x = batch(2, 9, dim)
     mask = torch.rand(2, 9, generator=generator()) < 0.6

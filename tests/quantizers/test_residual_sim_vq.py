@@ -1,4 +1,4 @@
-"""ResidualSimVQ beside vector_quantize_pytorch's, and what it does that the peer doesn't."""
+"""ResidualSimVQ compared with vector_quantize_pytorch's, and its additional features."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_given_seed_decides_the_dropout(seed):
 @pytest.mark.parametrize("shape", [(DIM,), (3, 4, DIM), (2, 3, 2, DIM)])
 @pytest.mark.parametrize("channel_first", [True, False])
 def test_dropout_with_any_spatial_axes(shape, channel_first):
-    """The peer's shapes disagree for channels last but sequences."""
+    """The peer's shapes disagree for channels last, except for sequences."""
     ours = residual_sim_vq(quantize_dropout=True, channel_first=channel_first)
     x = batch(5, *shape)
     x = x.movedim(-1, 1) if channel_first else x
@@ -91,7 +91,7 @@ def test_coarse_indices_decode_without_dropout_too():
     close(ours.get_output_from_indices(indices).detach(), expected.detach())
 
 
-def test_bad_rows():
+def test_non_finite_rows():
     ours = residual_sim_vq()
     x = batch()
     x[1, 4, 0] = torch.nan
@@ -151,7 +151,7 @@ def test_errors_name_the_argument(call, message):
 
 
 def test_compiled_training_step():
-    """With dropout the graph has all levels and keeps as many as eager mode does."""
+    """With dropout the graph contains all stages and has as many active as eager mode."""
     assert_compiles(residual_sim_vq(quantize_dropout=True), batch())
 
 

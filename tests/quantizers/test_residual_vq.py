@@ -218,7 +218,7 @@ def test_refuses_inputs_by_name():
 
 
 @pytest.mark.parametrize("options", [{}, {"shared_codebook": True}, {"use_cosine_sim": True}], ids=str)
-def test_updates_kept_for_a_commit(options):
+def test_updates_held_for_a_commit(options):
     """The statistics of several batches, coded by the same codebooks, make one step."""
     kept = fastvq.ResidualVQ(dim=6, num_quantizers=3, codebook_size=10, **options)
     whole = copy.deepcopy(kept)

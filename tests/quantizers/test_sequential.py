@@ -1,4 +1,4 @@
-"""Sequential: any one quantizer among other modules."""
+"""Sequential: one quantizer of any kind among other modules."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_equals_the_peer():
     theirs.load_state_dict(ours.state_dict(), strict=True)
 
 
-def test_a_quantizer_that_gives_one_tensor():
+def test_a_quantizer_that_returns_one_tensor():
     """The peer unpacks the batch."""
 
     class Indices(fastvq.FSQ):

@@ -1,4 +1,4 @@
-"""SimVQ beside vector_quantize_pytorch's, and what it does that the peer doesn't."""
+"""SimVQ compared with vector_quantize_pytorch's, and its additional features."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_indices_are_exact_at_an_offset():
 
 
 @pytest.mark.parametrize("rotation_trick", [True, False])
-def test_bad_rows(rotation_trick):
+def test_non_finite_rows(rotation_trick):
     sim_vq = fastvq.SimVQ(DIM, SIZE, rotation_trick=rotation_trick)
     x = batch()
     good = x.clone().requires_grad_()

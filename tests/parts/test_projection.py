@@ -1,0 +1,64 @@
+"""Projections around a quantizer may be replaced by any module."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fastvq
+
+from ..cases import generator
+
+DIM = 6
+LAYERS = {
+    "VectorQuantize": lambda: fastvq.VectorQuantize(dim=DIM, codebook_size=16, codebook_dim=3),
+    "ResidualVQ": lambda: fastvq.ResidualVQ(dim=DIM, codebook_size=16, codebook_dim=3, num_quantizers=2),
+    "FSQ": lambda: fastvq.FSQ([5, 4, 3], dim=DIM),
+    "ResidualFSQ": lambda: fastvq.ResidualFSQ(levels=[5, 5, 3], num_quantizers=2, dim=DIM),
+    "FSP": lambda: fastvq.FSP([5, 4, 3], dim=DIM),
+    "LFQ": lambda: fastvq.LFQ(codebook_size=8, dim=DIM),
+    "ResidualLFQ": lambda: fastvq.ResidualLFQ(codebook_size=8, dim=DIM, num_quantizers=2),
+    "LatentQuantize": lambda: fastvq.LatentQuantize(levels=[5, 4, 3], dim=DIM),
+}
+
+
+def batch(kind: str) -> torch.Tensor:
+    x = torch.randn(2, 7, DIM, generator=generator())
+    x[1, 2, 0] = torch.nan
+    return x.mT.contiguous() if kind == "LatentQuantize" else x  # which takes (B, dim, N)
+
+
+def channels_last(kind: str, quantized: torch.Tensor) -> torch.Tensor:
+    return quantized.mT if kind == "LatentQuantize" else quantized
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_projections_in_a_sequential(kind, dtype):
+    layer = LAYERS[kind]().to(dtype).eval()
+    x = batch(kind).to(dtype)
+    expected = layer(x)
+    layer.project_in, layer.project_out = nn.Sequential(layer.project_in), nn.Sequential(layer.project_out)
+    quantized, indices = layer(x)[:2]
+    assert torch.equal(quantized, expected[0])
+    assert torch.equal(indices, expected[1])
+    assert not channels_last(kind, quantized)[1, 2].any()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_dynamically_quantized_projections(kind):
+    layer, x = LAYERS[kind]().eval(), batch(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao.quantization is deprecated
+        for name in ("project_in", "project_out"):
+            # A bare nn.Linear has no child to convert, hence the nn.Sequential.
+            original = nn.Sequential(getattr(layer, name))
+            setattr(layer, name, torch.ao.quantization.quantize_dynamic(original, {nn.Linear}))
+    quantized, indices = layer(x)[:2]
+    assert quantized.shape == x.shape
+    assert quantized.isfinite().all()
+    assert not channels_last(kind, quantized)[1, 2].any()
+    assert (indices[1, 2] == -1).all()
