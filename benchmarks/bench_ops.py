@@ -12,7 +12,7 @@ from fastvq import ops
 from fastvq.backends import reference
 from fastvq.backends.torch.residual_search import search_stages
 from fastvq.bench.data import Shape, clustered
-from fastvq.bench.training import LEVELS, RESIDUAL_STEP, STEPS
+from fastvq.bench.training import RESIDUAL_STEP, STAGES, STEPS
 from fastvq.codebook.candidates import spread_rows
 
 BACKENDS = ("native", "torch")
@@ -110,19 +110,19 @@ def residual_quantize(x, codebooks, indices):
 def bench_residual_quantize(benchmark, call):
     """Time lookup, losses, residuals and gradient of all stages."""
     x, codebook = clustered(RESIDUAL_STEP)
-    codebooks = torch.stack([codebook * 0.5**stage for stage in range(LEVELS)])
+    codebooks = torch.stack([codebook * 0.5**stage for stage in range(STAGES)])
     indices = fastvq.residual_search(x, codebooks)
     step = functools.partial(call, x, codebooks, indices)
     torch.testing.assert_close(step()[:3], reference.residual_quantize_forward(x, codebooks, indices, True))
-    timed(benchmark, "native", f"residual_quantize, forward and backward, {LEVELS} stages {RESIDUAL_STEP}", step)
+    timed(benchmark, "native", f"residual_quantize, forward and backward, {STAGES} stages {RESIDUAL_STEP}", step)
 
 
 @pytest.mark.parametrize("shape", [RESIDUAL_STEP, Shape(64, 1024, 128), Shape(1, 1024, 128)], ids=str)
 @pytest.mark.parametrize("name", ["one pass", "stage by stage"])
 def bench_residual_search(benchmark, name, shape):
     x, codebook = clustered(shape)
-    codebooks = torch.stack([codebook * 0.5**stage for stage in range(LEVELS)])
+    codebooks = torch.stack([codebook * 0.5**stage for stage in range(STAGES)])
     by_stage = functools.partial(search_stages, fastvq.search, x, codebooks)
     call = functools.partial(fastvq.residual_search, x, codebooks) if name == "one pass" else by_stage
     assert torch.equal(call(), by_stage())
-    timed(benchmark, "native", f"residual_search {LEVELS} stages {shape}", call)
+    timed(benchmark, "native", f"residual_search {STAGES} stages {shape}", call)

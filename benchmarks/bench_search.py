@@ -1,4 +1,4 @@
-"""Searches by fastvq's backends, one by one; beside other libraries they are timed by `fastvq bench --suite`."""
+"""Searches by fastvq's backends, one by one; `fastvq bench --suite` times them beside other libraries."""
 
 from __future__ import annotations
 

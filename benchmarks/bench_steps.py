@@ -1,7 +1,7 @@
-"""Layers on a few vectors, as in streaming codecs, beside vector_quantize_pytorch in the same state.
+"""Training steps of layers on a few vectors, as in streaming codecs and small models, where overhead dominates.
 
-Most of the time goes into the operations around the arithmetic. Each result is checked first. Batches vary and
-learning starts afresh every round, since on one batch forever most codes would die.
+They are compared with vector_quantize_pytorch in the same state; each result is checked first. Batches vary and
+learning restarts every round: on a single batch, most codes would die.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What needs all distances, by the native and the torch backend, each result checked first."""
+"""Operations over all distances, by the native and the torch backend; each result is checked first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fastvq bench` does."""
+"""The commands behind `fastvq bench`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bench_shape(
     """Time the search of N vectors among K codes of D dimensions, and return the lines to print.
 
     Raises:
-        BenchError: an argument that can't be, by name; also where fastvq itself returns a wrong index.
+        BenchError: an invalid argument, by name; or fastvq itself returns a wrong index.
     """
     shape = _shape(sizes, dtype)
     if threads is not None and threads < 1:
@@ -67,10 +67,10 @@ def model_shape(
     open_share: float = model.OPEN_SHARE,
     json_path: Path | None = None,
 ) -> list[str]:
-    """Predict the time of the same search on a GPU that needn't be here, and return the lines to print.
+    """Predict the time of the same search on a GPU, which need not be present, and return the lines to print.
 
     Raises:
-        BenchError: an argument that can't be, by name; no counts to predict from.
+        BenchError: an invalid argument, by name; or no counts to predict from.
     """
     shape = _shape(sizes, dtype)
     predicted = model.predict(name, shape, open_share=open_share, element=DTYPES[dtype].itemsize)
@@ -106,12 +106,12 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise BenchError(f"device: {name!r} can't be used: {str(error).splitlines()[0]}") from error
+        raise BenchError(f"device: {name!r} is unavailable: {str(error).splitlines()[0]}") from error
     return device
 
 
 def write_suite(folder: Path, readme: Path | None, *, render_only: bool = False) -> list[str]:
-    """Run the suite, or read what it measured, and write the report to `folder`.
+    """Run the suite, or read its stored results, and write the report to `folder`.
 
     Raises:
         BenchError: nothing to render, or fastvq returns a wrong index.

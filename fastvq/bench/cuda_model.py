@@ -1,8 +1,7 @@
-"""The part of the prediction that is about the CUDA kernels (csrc/cuda): which of their ways serves a shape, and the
-roofline of each.
+"""Predictions for the CUDA kernels (csrc/cuda): the way in which they serve a shape, and the roofline of each way.
 
-Counts are those of `cuda_counts.json`, which `python csrc/cuda/counts.py --write` takes from the compiled code. What a
-search adds beside its scans is counted in the source: the certification of `finish`, and the distances of few rows.
+Counts are those of `cuda_counts.json`, which `python csrc/cuda/counts.py --write` takes from the compiled code. Work
+outside the scans is counted in the source: the certification of `finish`, and the distances of few rows.
 """
 
 from __future__ import annotations
@@ -18,26 +17,29 @@ from .data import Shape
 from .devices import LAUNCH_SECONDS, SHARED_CLOCK, Device, Terms
 
 DISTANCE_OPERATIONS = 2
-"""Of one dimension of a float32 distance, csrc/cuda/direct.cuh: a difference and a multiply-add."""
+"""Operations per dimension of a float32 distance, csrc/cuda/direct.cuh: a difference and a multiply-add."""
 FINITE_OPERATIONS = 2
-"""Of one dimension of a code, which must be finite: a product and a comparison."""
+"""Operations per dimension of the check that a code is finite: a product and a comparison."""
 PASSES = 2
-"""Over the codes that may be nearest: which is the least distance, and which codes may have it."""
+"""Passes over the candidate codes: the least distance, then the codes that may have it."""
 SCANNED = 12
-"""Bytes that a scan leaves of a row: two scores and a group."""
+"""Bytes that a scan leaves per row: two scores and a group."""
 CORES_COLUMNS = 16
-"""That the scan on CUDA cores takes at most."""
+"""Largest number of columns of the scan on CUDA cores."""
 SHORT_COLUMNS, FINISH_THREADS = 32, 128
-"""Of csrc/cuda/finish.cuh: rows that a thread settles by itself, and threads of a block."""
+"""From csrc/cuda/finish.cuh: largest dimension of rows that one thread settles, and threads of a block."""
 ROW_OPERATIONS, ELEMENT_OPERATIONS, CODE_OPERATIONS, SHUFFLE_OPERATIONS = 250, 20, 20, 4
-"""What each lane that settles a row does besides distances, about: bound, scale and the scan's results; for an element
-of its own the largest and the squares of its parts; for a code the range; for a halving of the lanes two shuffles."""
+"""Approximate operations, besides distances, of a lane that settles a row.
+
+Per row: bound, scale and the scan's results; per element of its own: the largest and the squares of its parts; per
+code: the range; per halving of the lanes: two shuffles.
+"""
 TILE, STAGES, PADDING = 64, 3, 8
-"""Of the scan on matrix units: codes that come together, how many times at once, float16 numbers between vectors."""
+"""Of the scan on matrix units: codes per tile, tiles in flight, and float16 numbers of padding between vectors."""
 
 
 class Way(NamedTuple):
-    """How the kernels take a shape: the passes by name, seconds of packing, launches, and the counted scans."""
+    """A way in which the kernels serve a shape: passes by name, seconds of packing, launches, and counted scans."""
 
     parts: dict[str, Terms]
     packing: float
@@ -45,28 +47,35 @@ class Way(NamedTuple):
     scans: list[dict[str, Any]]
 
     def total(self) -> tuple[float, float]:
-        """Seconds if everything overlaps within a pass, and if matrix units and epilogue don't."""
+        """Return seconds if everything overlaps within a pass, and if matrix units and epilogue do not overlap."""
         rest = self.packing + self.launches * LAUNCH_SECONDS
         return sum(p.overlapped for p in self.parts.values()) + rest, sum(p.serial for p in self.parts.values()) + rest
 
 
 def load_cuda_counts() -> dict[str, Any]:
-    """What `python csrc/cuda/counts.py --write` stored.
+    """Return the counts that `python csrc/cuda/counts.py --write` stored.
 
     Raises:
-        BenchError: it isn't there.
+        BenchError: they are missing.
+    """
+    return load_counts_of("fastvq.bench", "cuda_counts.json", "python csrc/cuda/counts.py --write")
+
+
+def load_counts_of(package: str, name: str, command: str) -> dict[str, Any]:
+    """Return the JSON file `name` of a package, which `command` writes.
+
+    Raises:
+        BenchError: it is missing.
     """
     try:
-        text = importlib.resources.files("fastvq.bench").joinpath("cuda_counts.json").read_text()
+        text = importlib.resources.files(package).joinpath(name).read_text()
     except OSError as error:
-        raise BenchError(
-            f"model: fastvq.bench has no cuda_counts.json; python csrc/cuda/counts.py --write makes it: {error}"
-        ) from error
+        raise BenchError(f"model: {package} has no {name}; {command} makes it: {error}") from error
     return json.loads(text)
 
 
 def served_by(limits: dict[str, int], device: Device, shape: Shape) -> str:
-    """Which way serves a shape by itself, as csrc/cuda/search.cuh chooses it: "few", "cores", "matrix" or "define"."""
+    """Return the way that serves a shape by default, as in csrc/cuda/search.cuh: few, cores, matrix or define."""
     if shape.n <= limits["few_rows"]:
         return "few"
     if shape.d <= limits["cores_dim"]:
@@ -76,7 +85,7 @@ def served_by(limits: dict[str, int], device: Device, shape: Shape) -> str:
 
 
 def ways(limits: dict[str, int], device: Device, shape: Shape) -> list[str]:
-    """The way that serves a shape, and of the two scans the other one where it could as well."""
+    """Return the default way for a shape and, of the two scans, the other one if it is possible as well."""
     served = served_by(limits, device, shape)
     others = {"cores": "matrix", "matrix": "cores"} if shape.d <= CORES_COLUMNS else {}
     return [served, *([others[served]] if served in others else [])]
@@ -85,7 +94,7 @@ def ways(limits: dict[str, int], device: Device, shape: Shape) -> list[str]:
 def way_named(
     counts: dict[str, Any], device: Device, way: str, shape: Shape, *, open_share: float, element: int = 4
 ) -> Way:
-    """The terms of one of `ways`.
+    """Return the terms of one of `ways`.
 
     Raises:
         BenchError: there is no scan for the device in the counts.
@@ -107,7 +116,7 @@ def way_named(
         parts[f"{scan['group']} codes a row certified, {of_rows}"] = finish_terms(
             device, scan, shape, share * shape.n, element
         )
-    # Norms and packing read the codebook; what is packed is written, with two lengths and half a square of each code.
+    # Norms and packing read the codebook; packed codes are written, with two lengths and half a square of each.
     packed = 4 * packed_columns(scans[0], shape.d)
     packing = shape.k * (2 * shape.d * element + packed + 20) / device.memory
     # Norms, decision, packing; a fill, a scan and its end for each tier, packing of rows that stream; the definition.
@@ -116,8 +125,9 @@ def way_named(
 
 
 def scan_for(counts: dict[str, Any], device: Device, dim: int, products: int) -> dict[str, Any]:
-    """The record of the scan that takes vectors of `dim` dimensions in so many products, 0 for CUDA cores, as
-    csrc/cuda/search.cuh chooses it.
+    """Return the record of the scan for vectors of `dim` dimensions, as csrc/cuda/search.cuh chooses it.
+
+    `products` is the number of products, 0 for CUDA cores.
 
     Raises:
         BenchError: none is shipped for the target.
@@ -140,12 +150,12 @@ def scan_for(counts: dict[str, Any], device: Device, dim: int, products: int) ->
 
 
 def matrix_columns(dim: int) -> int:
-    """Columns that a vector takes up on matrix units."""
+    """Return the number of columns of a vector on matrix units."""
     return 16 if dim <= 16 else 32 if dim <= 32 else 64 * math.ceil(dim / 64)
 
 
 def shared_bytes(scan: dict[str, Any], columns: int) -> int:
-    """Of a block of a scan on matrix units."""
+    """Return the shared memory, in bytes, of a block of a scan on matrix units."""
     parts = 2 if scan["products"] == 3 else 1
     streamed, stride = scan["where"] == "streamed", scan["step"] + PADDING
     width = TILE * scan["across"]
@@ -155,15 +165,15 @@ def shared_bytes(scan: dict[str, Any], columns: int) -> int:
 
 
 def packed_columns(scan: dict[str, Any], dim: int) -> int:
-    """Columns that a vector takes up for this scan."""
+    """Return the number of columns of a vector for this scan."""
     return scan["step"] if scan["products"] == 0 else matrix_columns(dim)
 
 
 def scan_terms(device: Device, scan: dict[str, Any], shape: Shape, rows: float, element: int = 4) -> Terms:
-    """The terms of one scan of `rows` rows of `element` bytes a number.
+    """Return the terms of one scan of `rows` rows with `element` bytes per number.
 
-    An instruction at half rate holds its unit as long as two, a float32 product or sum as long as the lanes for these
-    take. Of several turns for long rows the ALU instructions of one are counted: at least these.
+    An instruction at half rate occupies its unit twice as long, a float32 product or sum as long as the lanes for these
+    need. For long rows that take several turns, only the ALU instructions of one turn are counted: a lower bound.
     """
     columns, pairs = packed_columns(scan, shape.d), rows * shape.k
     turns = columns / scan["step"]
@@ -182,12 +192,12 @@ def scan_terms(device: Device, scan: dict[str, Any], shape: Shape, rows: float, 
 
 
 def finish_lanes(dim: int) -> int:
-    """Lanes that settle a row together."""
+    """Return the number of lanes that settle a row together."""
     return 1 if dim <= SHORT_COLUMNS else 8 if dim <= 256 else 32
 
 
 def finish_terms(device: Device, scan: dict[str, Any], shape: Shape, rows: float, element: int = 4) -> Terms:
-    """Each row again, and the codes of its best group: gathered from the cache, and their float32 distances."""
+    """Return the terms of re-scoring each row: its best group of codes, gathered from the cache, and distances."""
     lanes = finish_lanes(shape.d)
     own = 4 * math.ceil(shape.d / (4 * lanes))
     code = (
@@ -201,7 +211,7 @@ def finish_terms(device: Device, scan: dict[str, Any], shape: Shape, rows: float
 
 
 def direct_terms(device: Device, shape: Shape, rows: float, codes: int, element: int = 4) -> Terms:
-    """Float32 distances of each row to so many codes of its own, read from the cache for it alone."""
+    """Return the terms of float32 distances of each row to `codes` codes of its own, which the cache provides."""
     elements = rows * codes * shape.d
     return Terms(
         matrix=0.0,
@@ -212,7 +222,10 @@ def direct_terms(device: Device, shape: Shape, rows: float, codes: int, element:
 
 
 def few_terms(device: Device, shape: Shape, at_once: int, element: int = 4) -> Terms:
-    """Float32 distances of a few rows: each code is read once for `at_once` of them, from memory the first time."""
+    """Return the terms of float32 distances of a few rows: each code is read once for `at_once` of them.
+
+    The first read is from memory.
+    """
     read = math.ceil(shape.n / at_once) * shape.k * shape.d
     operations = DISTANCE_OPERATIONS * shape.n * shape.k * shape.d + FINITE_OPERATIONS * read
     return Terms(

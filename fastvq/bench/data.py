@@ -1,4 +1,4 @@
-"""Shapes and vectors of the benchmarks, declared once."""
+"""Shapes and vectors of the benchmarks."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ _SPREAD = 0.15
 
 
 def gaussian(shape: Shape) -> tuple[Tensor, Tensor]:
-    """Vectors and codes from one normal distribution: nothing to cluster, the hardest data for a bound."""
+    """Return vectors and codes from one normal distribution: unstructured data, the hardest for a bound."""
     g = torch.Generator().manual_seed(0)
     return torch.randn(shape.n, shape.d, generator=g), torch.randn(shape.k, shape.d, generator=g)
 
 
 def clustered(shape: Shape) -> tuple[Tensor, Tensor]:
-    """Vectors around normally distributed codes, at 0.15 of their spread, as behind a trained encoder."""
+    """Return vectors around normally distributed codes, at 0.15 of their spread, similar to a trained encoder's."""
     g = torch.Generator().manual_seed(0)
     codes = torch.randn(shape.k, shape.d, generator=g)
     owner = torch.randint(shape.k, (shape.n,), generator=g)
@@ -66,13 +66,13 @@ def clustered(shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def latents(shape: Shape) -> tuple[Tensor, Tensor]:
-    """What the encoder of a VQ-VAE makes of the shipped Fashion-MNIST images, and codes learned from it by k-means.
+    """Return latents of a VQ-VAE for the shipped Fashion-MNIST images, and codes learned from them by k-means.
 
-    The model is trained for 400 steps with K=512, D=64; its latents are kept in the cache folder. For K up to 512 the
-    codes are those of k-means on 64 K latents; a larger K has random latents as codes, as there are too few for more.
+    The model is trained for 400 steps with K=512, D=64; its latents are cached on disk. For K up to 512 the codes are
+    those of k-means on 64 K latents; a larger K takes random latents as codes, since there are too few for k-means.
 
     Raises:
-        BenchError: D isn't that of the model.
+        BenchError: D is not that of the model.
     """
     if shape.d != LATENT_DIM:
         raise BenchError(f"data: latents have D={LATENT_DIM}, got D={shape.d}")
@@ -98,10 +98,10 @@ DATA: dict[str, Callable[[Shape], tuple[Tensor, Tensor]]] = {
 
 
 def from_file(path: Path, shape: Shape) -> tuple[Tensor, Tensor]:
-    """The first N rows of an .npy file of shape (rows, D), and K of its rows as codes.
+    """Return the first N rows of an .npy file of shape (rows, D), and K of its rows as codes.
 
     Raises:
-        BenchError: it isn't a file of at least max(N, K) float rows of D dimensions.
+        BenchError: the file is not .npy with at least max(N, K) float rows of D dimensions.
     """
     import numpy as np
 
@@ -121,7 +121,7 @@ def from_file(path: Path, shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def cache_folder() -> Path:
-    """Where the latents are kept: fastvq/ in XDG_CACHE_HOME or ~/.cache."""
+    """Return the folder for cached latents: fastvq/ in XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvq"
 
 

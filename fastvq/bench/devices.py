@@ -1,5 +1,4 @@
-"""Data sheets of GPUs, and what a pass over the codes takes of each of their parts: for predictions, which measure
-nothing."""
+"""Data sheets of GPUs, and the load that a pass over the codes puts on each of their parts, for predictions."""
 
 from __future__ import annotations
 
@@ -8,11 +7,11 @@ from typing import NamedTuple
 from fastvq.errors import BenchError
 
 LAUNCH_SECONDS = 3e-6
-"""From one kernel to the next of a stream: an assumption."""
+"""Time from one kernel to the next in a stream: an assumption."""
 
 
 class Device(NamedTuple):
-    """A data sheet. Lane operations a second are `units * lanes * clock`."""
+    """Data sheet of a GPU. Lane operations per second are `units * lanes * clock`."""
 
     target: str
     reported: str
@@ -23,22 +22,22 @@ class Device(NamedTuple):
     memory: float
     cache: float
     float32: int = 128
-    """Lanes of a unit that multiply and add float32 in a clock."""
+    """Lanes of a unit that multiply and add float32 in one clock."""
     sync: float = 1.0
-    """Share of `matrix` that mma.sync reaches, the instruction of the CUDA kernels."""
+    """Share of `matrix` that mma.sync, the instruction of the CUDA kernels, reaches."""
     shared: int = 227 << 10
-    """Bytes of shared memory that a block may have."""
+    """Bytes of shared memory available to a block."""
 
     @property
     def issue(self) -> float:
-        """Lane operations a second."""
+        """Lane operations per second."""
         return self.units * self.lanes * self.clock
 
 
 SHARED_CLOCK = 128
-"""Bytes that the shared memory of an SM moves in a clock. CUDA C++ Programming Guide: 32 banks of 4 bytes."""
+"""Bytes that the shared memory of an SM moves per clock. CUDA C++ Programming Guide: 32 banks of 4 bytes."""
 
-# Units and clocks are those of the SXM and OAM modules. `lanes` is what a unit's schedulers issue in a clock: 4 warps
+# Units and clocks are those of the SXM and OAM modules. `lanes` is the issue rate of a unit's schedulers: 4 warps
 # of 32, or 4 wavefronts of 64 every fourth clock. NVIDIA publishes the rate of the L2 cache for A100 alone, 5120
 # bytes a clock; for H100 the same is assumed, for B200, which is two such dies, twice that. `float32`: CUDA C++
 # Programming Guide, throughput of native arithmetic instructions; by the peak of its data sheet a B200 has no more of
@@ -59,10 +58,10 @@ DEVICES = {
 
 
 def device_named(name: str) -> Device:
-    """The data sheet of a device of this model.
+    """Return the data sheet of a device by its model name.
 
     Raises:
-        BenchError: there is none.
+        BenchError: the model is unknown.
     """
     if name not in DEVICES:
         raise BenchError(f"model: must be one of {', '.join(DEVICES)}, got {name!r}")
@@ -70,14 +69,14 @@ def device_named(name: str) -> Device:
 
 
 class Terms(NamedTuple):
-    """Seconds that each part of a device needs for a pass over the codes."""
+    """Seconds that a pass over the codes needs of each part of a device."""
 
     matrix: float
     epilogue: float
     memory: float
     cache: float
     shared: float = 0.0
-    """Counted of the CUDA kernels alone."""
+    """Only for the CUDA kernels."""
 
     @property
     def binding(self) -> str:
@@ -89,5 +88,5 @@ class Terms(NamedTuple):
 
     @property
     def serial(self) -> float:
-        """If the matrix units stand still during the epilogue and the other way round."""
+        """Time if matrix units idle during the epilogue and vice versa."""
         return max(self.matrix + self.epilogue, self.memory, self.cache, self.shared)

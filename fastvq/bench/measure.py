@@ -1,4 +1,4 @@
-"""Timing that compares fairly, results that are checked, and memory seen by the operating system."""
+"""Interleaved timing, checked results, and memory as the operating system sees it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .peers import CONTESTANTS, Contestant, contestants
 
 CHECKED_ROWS = 256
 _CHECKED_ELEMENTS = 1 << 28
-# Another library's threads spin for a while after their work; the next contestant isn't to share the cores with them.
+# Another library's threads spin for a while after their work; the next contestant must not share the cores with them.
 _SETTLE_SECONDS = 0.003
 _TURN_SECONDS = 0.01
-_SLOW = 8.0  # times the fastest search: it won't be the fastest peer
+_SLOW = 8.0  # times the fastest search, beyond which a contestant cannot be the fastest peer
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
-    """The time of one of `repeats` calls on end: by the clock on the CPU, by events on a CUDA device."""
+    """Return the time of one of `repeats` consecutive calls: wall time on the CPU, events on a CUDA device."""
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(repeats):
@@ -52,15 +52,15 @@ def interleave(
     device: torch.device | None = None,
     slow: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, taking turns, so that a busy machine is busy for all of them.
+    """Return the seconds of each call, measured in turns, so that other load affects all of them alike.
 
-    A turn of a short call is many on end, after one that isn't timed: what is measured is a call in a program that
-    makes it all the time, not the waking of sleeping threads and caches that another contestant has emptied.
+    A turn of a short call consists of many consecutive calls, after one that is not timed: this measures a call in a
+    program that makes it all the time, not the cost of waking threads and refilling caches.
 
     Args:
-        calls: what is timed, by name.
-        budget: seconds after which there are no more rounds than 9, if there is one; with 0 there are 3. At most 60.
-        slow: calls that take more than so many times the fastest one's time are left out after 3 rounds.
+        calls: the timed functions, by name.
+        budget: seconds after which no round beyond the ninth starts; 0 for 3 rounds. There are at most 60.
+        slow: calls slower than the fastest one by this factor are left out after 3 rounds.
     """
     device = device or torch.device("cpu")
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -85,7 +85,10 @@ def interleave(
 
 
 def wrong_indices(indices: Tensor, x: Tensor, codebook: Tensor) -> tuple[int, int]:
-    """How many of some rows, spread over the batch, have another index than the specification's; and of how many."""
+    """Return how many rows, of a sample spread over the batch, have an index that differs from the specification's.
+
+    The second number is the size of the sample.
+    """
     count = max(8, min(CHECKED_ROWS, len(x), _CHECKED_ELEMENTS // codebook.numel()))
     rows = torch.linspace(0, len(x) - 1, min(count, len(x))).long().to(x.device)
     return int((indices.to(x.device)[rows] != reference.search(x[rows], codebook)).sum()), len(rows)
@@ -94,7 +97,9 @@ def wrong_indices(indices: Tensor, x: Tensor, codebook: Tensor) -> tuple[int, in
 def measure_search(
     shape: Shape, x: Tensor, codebook: Tensor, *, budget: float = 4.0, entrants: list[Contestant] | None = None
 ) -> list[dict[str, Any]]:
-    """One record for each contestant: name, median seconds, GFLOP/s of 2 N K D, wrong indices; or why it didn't run.
+    """Return one record for each contestant: its results, or why it did not run.
+
+    The results are name, median seconds, GFLOP/s of 2 N K D, and the number of wrong indices.
 
     Raises:
         WrongResultError: a backend of fastvq is wrong.
@@ -131,7 +136,10 @@ def _volume(shape: Shape) -> int:
 
 
 def in_fresh_process(arguments: list[str], environment: dict[str, str] | None = None) -> Any:
-    """What `python -m fastvq.bench.worker ARGUMENTS` prints, as JSON; environment is the whole of it, if given."""
+    """Return the JSON that `python -m fastvq.bench.worker ARGUMENTS` prints.
+
+    `environment` replaces the inherited one.
+    """
     command = [sys.executable, "-m", "fastvq.bench.worker", *arguments]
     done = subprocess.run(command, text=True, capture_output=True, env=environment)
     if done.returncode:
@@ -140,11 +148,12 @@ def in_fresh_process(arguments: list[str], environment: dict[str, str] | None = 
 
 
 def extra_bytes(call: Callable[[], Any]) -> int:
-    """The most memory that the process held during a call beyond what it held before; Linux only.
+    """Return the peak memory of the process during a call beyond what it held before; Linux only.
 
-    The first call of its kind in a process: memory that an earlier one left to the allocator wouldn't be seen.
+    It must be the first call of its kind in a process: memory that an earlier call left to the allocator would not be
+    seen.
     """
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current value
     before = _status("VmRSS")
     result = call()
     peak = _status("VmHWM")
@@ -160,7 +169,10 @@ def _status(field: str) -> int:
 
 
 def search_memory(name: str, shape: Shape) -> int:
-    """Extra bytes of one contestant's search of clustered data, its libraries loaded by a search of eight vectors."""
+    """Return the extra bytes of a contestant's search of clustered data.
+
+    A search of eight vectors loads its libraries first.
+    """
     entrant = next(c for c in CONTESTANTS if c.name == name)
     for size in (Shape(8, 16, shape.d), shape):
         call = entrant.prepare(*DATA["clustered"](size))

@@ -1,22 +1,20 @@
-"""How long a search on a GPU should take at best: a roofline from counted instructions and the device's data sheet.
+"""Predicted best times of a search on a GPU: a roofline from counted instructions and the device's data sheet.
 
 Nothing here is measured, and everything printed says so. The counts are those of `kernels/counts.json`, which
 `python -m fastvq.kernels.aot` takes from the compiled code, and for the CUDA kernels (`cuda_model`) those of
-`cuda_counts.json`; a full GPU at its boost clock is assumed, so that latency,
-the last wave of blocks and heat come on top. What the second scan leaves open isn't part of it.
+`cuda_counts.json`. A full GPU at its boost clock is assumed: latency, the last wave of blocks and heat come on top. The
+rows that the second scan leaves uncertified are not included.
 """
 
 from __future__ import annotations
 
-import importlib.resources
-import json
 import math
 from typing import Any, NamedTuple
 
 from fastvq.errors import BenchError
 
 from . import cuda_model
-from .cuda_model import load_cuda_counts
+from .cuda_model import load_counts_of, load_cuda_counts
 from .data import Shape
 from .devices import DEVICES, LAUNCH_SECONDS, Device, Terms, device_named
 from .peers import TRITON
@@ -24,15 +22,18 @@ from .report import duration, table
 
 LABEL = "prediction, not a measurement"
 OPEN_SHARE = 0.01
-"""Of rows that the first scan leaves open: what clustered data show on the CPU. SHOWN beside it is a bad case."""
+"""Share of rows that the first scan leaves uncertified: that of clustered data on the CPU. SHOWN is a bad case."""
 SHOWN = 0.05
 FILLS = 3
 """Launches of a search that only set memory to zero."""
 
 
 class Rival(NamedTuple):
-    """A search as others do it. The counts are of their code compiled for sm_90, 6 to 7 instructions for flash-kmeans;
-    how many of them run at half rate isn't known, so that this flatters them."""
+    """Another library's search.
+
+    The counts are of its code compiled for sm_90, 6 to 7 instructions for flash-kmeans; how many of them run at half
+    rate is unknown, so that the prediction flatters it.
+    """
 
     name: str
     alu: float
@@ -45,7 +46,7 @@ class Rival(NamedTuple):
 
 
 # cuVS: three products of tf32 parts in tiles of 32 rows by CUTLASS for sm_80 (fused_distance_nn/gemm.h), which is fused
-# with the least distance. Its instructions weren't counted; less than a half norm and an argmin they can't be.
+# with the least distance. Its instructions were not counted; they are at least those of a half norm and an argmin.
 RIVALS = (
     Rival("flash-kmeans as published, bf16, not exact", 6.5, 1.0, 2),
     Rival("flash-kmeans as published, tf32, not exact", 6.5, 0.5, 4),
@@ -55,22 +56,16 @@ RIVALS = (
 
 
 def load_counts() -> dict[str, Any]:
-    """What `python -m fastvq.kernels.aot --write` stored.
+    """Return the counts that `python -m fastvq.kernels.aot --write` stored.
 
     Raises:
-        BenchError: it isn't there.
+        BenchError: they are missing.
     """
-    try:
-        text = importlib.resources.files("fastvq.kernels").joinpath("counts.json").read_text()
-    except OSError as error:
-        raise BenchError(
-            f"model: fastvq.kernels has no counts.json; python -m fastvq.kernels.aot --write makes it: {error}"
-        ) from error
-    return json.loads(text)
+    return load_counts_of("fastvq.kernels", "counts.json", "python -m fastvq.kernels.aot --write")
 
 
 def scan_for(counts: dict[str, Any], target: str, dim: int, products: int) -> dict[str, Any]:
-    """The record of the scan that takes vectors of `dim` dimensions with so many products a distance.
+    """Return the record of the scan for vectors of `dim` dimensions with `products` products per distance.
 
     Raises:
         BenchError: none is shipped for the target.
@@ -82,14 +77,14 @@ def scan_for(counts: dict[str, Any], target: str, dim: int, products: int) -> di
             f"model: counts.json has no scan of {products} products for {target}; "
             "python -m fastvq.kernels.aot --write makes it"
         )
-    # Beyond the longest that was compiled a scan takes more chunks of the same size.
+    # Longer vectors than the longest compiled ones take more chunks of the same size.
     enough = [r for r in found if _columns(r) >= dim] or [r for r in found if _columns(r) == max(map(_columns, found))]
 
     def preference(record: dict[str, Any]) -> tuple[Any, ...]:
         config = record["config"]
-        # Half the squares stand in three columns of the padding, or beside the codes where these leave no room.
+        # Half the squares are in three columns of the padding, or beside the codes if these leave no room.
         misplaced = bool(config.get("BESIDE")) != (_columns(record) - dim < 3)
-        # Not the ones that are compiled for a single row, or for few rows that share out the codes.
+        # Exclude those compiled for a single row, or for few rows that split the codes.
         special = any(name in config for name in ("n", "dim", "size")), bool(config.get("SPLIT"))
         return _columns(record), not config["types"].startswith("fp32"), misplaced, *special, _epilogue(record)
 
@@ -101,14 +96,14 @@ def _columns(record: dict[str, Any]) -> int:
 
 
 def _epilogue(record: dict[str, Any], *, flattered: bool = False) -> float:
-    """Issue slots a distance: an instruction at half rate holds its unit as long as two."""
+    """Return issue slots per distance: an instruction at half rate occupies its unit twice as long."""
     return max(record["alu"], 0.0 if flattered else 2 * record.get("half_rate", 0.0))
 
 
 def scan_terms(
     device: Device, record: dict[str, Any], shape: Shape, rows: float, element: int = 4, *, flattered: bool = False
 ) -> Terms:
-    """The terms of one scan of `rows` rows of `element` bytes a number; `flattered` as if none ran at half rate."""
+    """Return the terms of one scan of `rows` rows with `element` bytes per number; `flattered` ignores half rates."""
     config = record["config"]
     chunked = config.get("CHUNKS", 1) > 1
     packed = config["BLOCK_D"] * math.ceil(shape.d / config["BLOCK_D"]) if chunked else _columns(record)
@@ -128,7 +123,7 @@ def scan_terms(
 
 
 def rival_terms(device: Device, rival: Rival, shape: Shape) -> Terms:
-    """The same for a search that keeps an argmin."""
+    """Return the terms of a search that keeps an argmin."""
     columns = max(16, 1 << (shape.d - 1).bit_length())
     pairs = shape.n * shape.k
     code = shape.d * rival.element + 4
@@ -141,15 +136,15 @@ def rival_terms(device: Device, rival: Rival, shape: Shape) -> Terms:
 
 
 def predict(name: str, shape: Shape, *, open_share: float = OPEN_SHARE, element: int = 4) -> dict[str, Any]:
-    """All terms of a search, in seconds, as a document for `--json`.
+    """Return all terms of a search, in seconds, as a document for `--json`.
 
     Args:
         name: of a device in DEVICES.
-        open_share: the share of rows that the first scan leaves to the second.
+        open_share: share of rows that the first scan leaves uncertified for the second.
         element: bytes of a number of x and of the codebook.
 
     Raises:
-        BenchError: an argument that can't be, by name; or no counts to predict from.
+        BenchError: an invalid argument, by name; or no counts to predict from.
     """
     device, counts = device_named(name), load_counts()
     if not 0 <= open_share <= 1:
@@ -198,13 +193,13 @@ def predict(name: str, shape: Shape, *, open_share: float = OPEN_SHARE, element:
 
 
 CUDA = "CUDA kernels"
-"""What csrc/cuda's own way of serving a shape is called in a prediction."""
+"""Title in a prediction of the way in which csrc/cuda serves a shape by default."""
 CUDA_INSTEAD = {"cores": "CUDA kernels, were it on CUDA cores", "matrix": "CUDA kernels, were it on matrix units"}
-"""And the other scan, where there are two."""
+"""Titles of the other scan, if there are two."""
 
 
 def _cuda_ways(device: Device, shape: Shape, open_share: float, element: int) -> dict[str, Any]:
-    """The ways that the CUDA kernels have for a shape, by title; none on a device that isn't NVIDIA's."""
+    """Return the ways in which the CUDA kernels can serve a shape, by title; none on devices of other vendors."""
     if not device.target.startswith("sm_"):
         return {"compiler": None, "ways": {}}
     counts = load_cuda_counts()
@@ -218,12 +213,12 @@ def _cuda_ways(device: Device, shape: Shape, open_share: float, element: int) ->
 
 
 def _launches(record: dict[str, Any]) -> int:
-    """Of a tier: the scan, what joins it where codes are split, what prepares long rows."""
+    """Return the launches of a tier: the scan, the join of split codes, the preparation of long rows."""
     return 1 + bool(record["config"].get("SPLIT")) + (record["config"].get("CHUNKS", 1) > 1)
 
 
 def lines(predicted: dict[str, Any]) -> list[str]:
-    """What is printed of a prediction."""
+    """Return the printed lines of a prediction."""
     shape = Shape(predicted["n"], predicted["k"], predicted["d"])
     rows = [
         [part, *(_time(terms[name]) for name in Terms._fields), _NAMES[terms["binding"]]]
@@ -277,7 +272,7 @@ def _halved(scan: dict[str, Any]) -> str:
 
 
 def beside_measured(reported: str, shape: Shape, contestants: list[dict[str, Any]], element: int = 4) -> list[str]:
-    """A line for a measured run on a CUDA device: what the model would have said, where it knows the device.
+    """Return the lines that compare a measured run on a CUDA device with the model, if it knows the device.
 
     This has not run on a GPU.
     """

@@ -1,4 +1,4 @@
-"""Who searches: each contestant with the reason why it can't run a case, if there is one."""
+"""Contestants of the benchmarks, each with the reason if it cannot run a case."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from fastvq.backends import select as backends
 from .data import Shape
 
 LARGEST_MATRIX = 3 << 30
-"""Bytes of an N x K matrix that a contestant may make."""
+"""Largest N x K matrix, in bytes, that a contestant may materialize."""
 _CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """`prepare(x, codebook)` returns what is timed: a call that returns indices (N,), or None for a bare product."""
+    """A search method.
+
+    `prepare(x, codebook)` returns the timed function: it returns indices (N,), or None for a bare product.
+    """
 
     name: str
     prepare: Callable[[Tensor, Tensor], Callable[[], Tensor | None]]
@@ -33,7 +36,7 @@ class Contestant:
     is_search: bool = True
 
     def why_not(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
-        """Why it can't run this case; empty if it can."""
+        """Return the reason why it cannot run this case; empty if it can."""
         if self.whole_matrix and 4 * shape.n * shape.k > LARGEST_MATRIX:
             return f"its N x K matrix would take {4e-9 * shape.n * shape.k:.1f} GB"
         if self.float32_only and dtype != torch.float32:
@@ -58,7 +61,7 @@ def _fastvq(backend: str, x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
 
 
 def _addmm(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
-    """What a careful user writes: |e|^2 - 2 <x, e> in chunks of rows."""
+    """Return the search of a careful user: |e|^2 - 2 <x, e> in chunks of rows."""
     rows = max(1, min(1024, _CHUNK // len(codebook)))
 
     def run() -> Tensor:
@@ -157,10 +160,10 @@ PEERS = [c.name for c in CONTESTANTS if c.is_search and not c.name.startswith("f
 
 
 def contestants(device: torch.device) -> list[Contestant]:
-    """Those that a device of this kind is measured with."""
+    """Return the contestants for a kind of device."""
     return CONTESTANTS + (GPU_CONTESTANTS if device.type == "cuda" else [])
 
 
 def instruction_set() -> str:
-    """Of the native backend, or "none"."""
+    """Return the instruction set of the native backend, or "none"."""
     return native.instruction_set() or "none"

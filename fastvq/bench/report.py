@@ -1,4 +1,4 @@
-"""docs/benchmarks.md, its plots and the README's figures, from the suite's JSON document alone."""
+"""docs/benchmarks.md, its plots and the README's figures, rendered from the suite's JSON document alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TINY, _SMALL = 1e-3, 1.0
 
 
 def write_report(document: dict[str, Any], folder: Path, readme: Path | None = None) -> list[Path]:
-    """Write the document, its page and its plots to `folder`, and the figures into a README that has markers.
+    """Write the document, its page and its plots to `folder`, and the figures into a README with markers.
 
     Every file is written to a temporary name first. Returns the paths.
     """
@@ -37,19 +37,19 @@ def write_report(document: dict[str, Any], folder: Path, readme: Path | None = N
 
 
 def table(rows: list[list[str]], headers: list[str]) -> str:
-    """A table that is Markdown and readable as it stands."""
+    """Return a table that is Markdown and readable as plain text."""
     return require("tabulate", extra="bench").tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
 def duration(seconds: float) -> str:
-    """With a unit of a sensible size."""
+    """Return a duration with a suitable unit."""
     if seconds < _TINY:
         return f"{1e6 * seconds:.0f} us"
     return f"{1e3 * seconds:.3g} ms" if seconds < _SMALL else f"{seconds:.2f} s"
 
 
 def search_rows(record: dict[str, Any]) -> list[list[str]]:
-    """One row for each contestant: name, time, GFLOP/s, times of fastvq, wrong indices."""
+    """Return one row for each contestant: name, time, GFLOP/s, multiple of fastvq's time, wrong indices."""
     contestants = record["contestants"]
     seconds = seconds_by_name(record)
     own = seconds.get(TRITON, seconds.get(NATIVE))
@@ -68,7 +68,7 @@ SEARCH_HEADERS = ["", "median", "GFLOP/s", "time / fastvq", "wrong indices"]
 
 
 def page(document: dict[str, Any]) -> str:
-    """The page, in Markdown."""
+    """Return the page in Markdown."""
     sections = [_head(document), _targets(document), _searches(document), _steps(document), _memory(document)]
     return "\n".join([*sections, _roofline(document), _scaling(document), _gpu(document)])
 
@@ -91,12 +91,12 @@ Rendered from [{DOCUMENT}]({DOCUMENT}), which `{m["command"]}` wrote on {m["date
 
 - Machine: {m["processor"]}, {m["cores"]} cores, {m["threads"]} threads for every contestant.
 - Native code: {m["instruction_set"]}.
-- fastvq {m["fastvq"]}, commit {m["commit"] or "unknown"} (+ means with changes); {versions}.
+- fastvq {m["fastvq"]}, commit {m["commit"] or "unknown"} (+ marks local changes); {versions}.
 - Ceilings, measured in the same run: {peaks}.
 
-Times are medians over the turns that the contestants take; a turn of a short call is many on end. Each contestant's
-indices are checked first, in the same run, against the float64 definition on up to 256 rows; fastvq must have none
-wrong, others may. GFLOP/s count 2 N K D operations, whatever a method really does.
+Times are medians over interleaved turns; a turn of a short call consists of many consecutive ones. The indices of each
+contestant are checked first, in the same run, against the float64 definition on up to 256 rows; fastvq must have none
+wrong, others may. GFLOP/s count 2 N K D operations, independent of what a method computes.
 """
 
 
@@ -115,7 +115,7 @@ def _searches(document: dict[str, Any]) -> str:
         "## Search\n",
         f"![Search: how many times faster than the fastest peer]({IMAGES}/bench_search.png)\n",
         "Gaussian data have no structure; clustered data lie around their codes; latents are those of a VQ-VAE\n"
-        "trained on Fashion-MNIST. `torch.mm alone` is the bare product into a preallocated output: no search.\n",
+        "trained on Fashion-MNIST. `torch.mm alone` is the bare product into a preallocated output, not a search.\n",
     ]
     for title, records in (("", document["search"]), ("### Other shapes\n", document["other"])):
         if title:
@@ -129,7 +129,7 @@ def _searches(document: dict[str, Any]) -> str:
 def _steps(document: dict[str, Any]) -> str:
     rows = []
     for r in document["steps"]:
-        name = f"{r['levels']} levels, " if r["levels"] else ""
+        name = f"{r['levels']} stages, " if r["levels"] else ""
         name += f"N={r['n']} K={r['k']} D={r['d']}"
         if "not_run" in r:
             rows.append([name, f"not measured: {r['not_run']}", "", ""])
@@ -152,7 +152,7 @@ def _memory(document: dict[str, Any]) -> str:
     shape = MEMORY_SHAPE
     return f"""## Memory
 
-The most that a process holds during its first call beyond what it held before, at {shape}. The matrix of distances
+The peak memory of a process during its first call beyond what it held before, at {shape}. The matrix of distances
 would take {4e-6 * shape.n * shape.k:.0f} MB, the vectors take {4e-6 * shape.n * shape.d:.1f} MB and the codes as much.
 
 {table(rows, ["", "", "extra memory"])}
@@ -176,9 +176,9 @@ def _roofline(document: dict[str, Any]) -> str:
         rows.append([f"{n} x {k} x {d}", f"{per_byte:.3g}", binding, f"{roof:.0f}", f"{own['gflops']:.0f}", share])
     return f"""## Distance from the roofline
 
-The roof is the smaller of the peak of int16 dot products (of float32 multiply-adds where there are none) and of what
-reading x and the codebook once from memory allows; both were measured in this run. Clustered data; what stays in a
-cache between calls can beat the memory's roof.
+The roof is the lower of two rates, both measured in this run: the peak of int16 dot products (of float32 multiply-adds
+without such instructions), and the rate at which x and the codebook can be read once from memory. Clustered data; data
+that stay in a cache between calls can exceed the memory's roof.
 
 {table(rows, ["N x K x D", "operations / byte", "bound by", "roof, GFLOP/s", "fastvq native", "share"])}
 """
@@ -212,14 +212,14 @@ def _gpu(document: dict[str, Any]) -> str:
         return f"## GPU\n\nOn {gpu}; times by device events.\n"
     return """## GPU
 
-Not measured: this machine has none. On one that has, `fastvq bench --device cuda` times the triton and torch
-backends by device events beside torch.compile, flash-kmeans and cuVS, where these are installed, and prints what
-`fastvq bench --model` predicts; [gpu.md](gpu.md) says what is known without one.
+Not measured: this machine has none. With a GPU, `fastvq bench --device cuda` times the triton and torch
+backends by device events beside torch.compile, flash-kmeans and cuVS, if these are installed, and prints the
+prediction of `fastvq bench --model`; [gpu.md](gpu.md) describes what is known without one.
 """
 
 
 def plot_search(document: dict[str, Any], path: Path) -> Path:
-    """Bars: how many times faster than the fastest peer, shape by shape."""
+    """Plot how many times faster fastvq is than the fastest peer, as bars by shape."""
     shapes = list(dict.fromkeys((r["n"], r["k"], r["d"]) for r in document["search"] + document["other"]))
     figure, axes = figure_with(
         9.5,
@@ -250,7 +250,7 @@ def plot_search(document: dict[str, Any], path: Path) -> Path:
 
 
 def plot_scaling(document: dict[str, Any], path: Path) -> Path:
-    """Four panels: time against N, K, D and threads, with the least that the machine's int16 peak allows."""
+    """Plot time against N, K, D and threads in four panels, with the least time that the machine's peaks allow."""
     figure, panels = figure_with(
         13.0,
         4.8,
@@ -294,12 +294,12 @@ _CEILING_STYLES = ("--", ":")
 
 
 def _milliseconds(record: dict[str, Any], gflops: float) -> float:
-    """How long 2 N K D operations take at a rate."""
+    """Return the time of 2 N K D operations at a rate."""
     return 2e-6 * record["n"] * record["k"] * record["d"] / gflops
 
 
 def figures(document: dict[str, Any]) -> dict[str, str]:
-    """The figures that other pages may quote, by name."""
+    """Return the figures that other pages may quote, by name."""
     named: dict[str, str] = {}
     for r in document["search"]:
         name = f"{r['n']}-{r['k']}-{r['d']}-{r['data']}"
@@ -349,10 +349,12 @@ _README_SEARCHES = ((16384, 512, 64), (16384, 8192, 64), (16384, 8192, 256))
 
 
 def with_figures(text: str, document: dict[str, Any]) -> str:
-    """`text` with what stands between `<!-- bench:NAME -->` and `<!-- /bench -->` replaced by the figure of that name.
+    """Return `text` with each marked figure replaced by the current one of that name.
+
+    A figure is marked by `<!-- bench:NAME -->` before and `<!-- /bench -->` after it.
 
     Raises:
-        KeyError: there is no figure of a name.
+        KeyError: there is no figure of that name.
     """
     named = figures(document)
     return _MARKER.sub(lambda match: match[1] + named[match[2]] + match[3], text)

@@ -17,7 +17,7 @@ from fastvq.backends import native
 from .data import DATA, LATENT_DIM, OTHER_SHAPES, SHAPES, Shape, clustered
 from .measure import in_fresh_process, measure_search
 from .peers import CONTESTANTS, NATIVE, PEERS, PRODUCT, instruction_set
-from .training import LEVELS, PEER, RESIDUAL_STEP, STEPS, measure_step
+from .training import PEER, RESIDUAL_STEP, STAGES, STEPS, measure_step
 
 THREADS = 2
 MEMORY_SHAPE = Shape(8192, 8192, 64)
@@ -25,7 +25,7 @@ FORCED = {
     "float32": [Shape(16384, 8192, 64), Shape(16384, 8192, 256)],
     "int16": [Shape(16384, 8192, 128), Shape(16384, 8192, 256)],
 }
-# Around one shape, each size by itself.
+# Each size varied by itself around one shape.
 _CENTRE = Shape(16384, 1024, 64)
 SCALING = {
     "N": [Shape(n, _CENTRE.k, _CENTRE.d) for n in (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)],
@@ -36,10 +36,10 @@ _COMPARED = (NATIVE, "faiss-cpu", "addmm + argmin", PRODUCT)
 
 
 def run_suite(*, command: str) -> dict[str, Any]:
-    """Everything that the report shows. Prints a line for each part as it begins.
+    """Return the document with everything that the report shows. Prints a line for each part as it begins.
 
     Raises:
-        WrongResultError: fastvq is wrong somewhere.
+        WrongResultError: fastvq returns a wrong index.
     """
     torch.set_num_threads(THREADS)
     document: dict[str, Any] = {"machine": machine(command), "ceilings": ceilings(THREADS)}
@@ -52,52 +52,56 @@ def run_suite(*, command: str) -> dict[str, Any]:
     document["other"] = [search_record(shape, "clustered", budget=1.5) for shape in OTHER_SHAPES]
     document["forced"] = [forced_record(tier, shape) for tier, shapes in FORCED.items() for shape in shapes]
     document["steps"] = [
-        _said(f"training step {shape}", measure_step, shape, levels)
-        for shape, levels in [*((s, 0) for s in STEPS), (RESIDUAL_STEP, LEVELS)]
+        _announced(f"training step {shape}", measure_step, shape, stages)
+        for shape, stages in [*((s, 0) for s in STEPS), (RESIDUAL_STEP, STAGES)]
     ]
     document["memory"] = memory_records()
     document["scaling"] = {
-        axis: [_said(f"scaling {shape}", scaling_record, shape) for shape in shapes] for axis, shapes in SCALING.items()
+        axis: [_announced(f"scaling {shape}", scaling_record, shape) for shape in shapes]
+        for axis, shapes in SCALING.items()
     }
-    document["threads"] = [_said(f"{threads} threads", thread_record, threads) for threads in thread_counts()]
+    document["threads"] = [_announced(f"{threads} threads", thread_record, threads) for threads in thread_counts()]
     document["ceilings"] = highest_ceilings(document)
     return document
 
 
 def highest_ceilings(document: dict[str, Any]) -> dict[str, float | None]:
-    """Of what was measured at the beginning and, by as many threads, at the end: a neighbour can only lower it."""
+    """Return the higher of the ceilings measured at the beginning and, with as many threads, at the end.
+
+    Other load can only lower them.
+    """
     threads = document["machine"]["threads"]
     found = [document["ceilings"], *(r["ceilings"] for r in document["threads"] if r["threads"] == threads)]
     return {kind: max((c[kind] for c in found if c[kind]), default=None) for kind in found[0]}
 
 
-def _said(what: str, function: Any, *arguments: Any) -> Any:
+def _announced(what: str, function: Any, *arguments: Any) -> Any:
     print(f"  {what}", flush=True)
     return function(*arguments)
 
 
 def search_record(shape: Shape, data: str, *, budget: float = 4.0) -> dict[str, Any]:
-    """One shape and kind of data by all contestants."""
+    """Return the record of all contestants for one shape and kind of data."""
     print(f"  search {shape} {data}", flush=True)
     x, codebook = DATA[data](shape)
     return {**shape._asdict(), "data": data, "contestants": measure_search(shape, x, codebook, budget=budget)}
 
 
 def scaling_record(shape: Shape) -> dict[str, Any]:
-    """GFLOP/s of a few contestants on clustered data."""
+    """Return the GFLOP/s of a few contestants on clustered data."""
     chosen = [c for c in CONTESTANTS if c.name in _COMPARED]
     records = measure_search(shape, *clustered(shape), budget=0.6, entrants=chosen)
     return {**shape._asdict(), "gflops": {r["name"]: r.get("gflops") for r in records}}
 
 
 def thread_counts() -> list[int]:
-    """1, 2, 4 ... up to the processors of this machine."""
+    """Return 1, 2, 4 ... up to the number of processors of this machine."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return [count for count in (1, 2, 4, 8, 16, 32, 64) if count <= processors]
 
 
 def thread_record(threads: int) -> dict[str, Any]:
-    """GFLOP/s of the native backend on the largest everyday shape, and the ceilings, with so many threads."""
+    """Return the GFLOP/s of the native backend on the largest everyday shape, and the ceilings, by thread count."""
     shape = Shape(16384, 8192, 64)
     seconds = in_fresh_process(["time", NATIVE, *map(str, shape), str(threads)])
     gflops = 2e-9 * shape.n * shape.k * shape.d / seconds
@@ -105,7 +109,7 @@ def thread_record(threads: int) -> dict[str, Any]:
 
 
 def forced_record(tier: str, shape: Shape) -> dict[str, Any]:
-    """One tier by itself, in a process whose environment forces it."""
+    """Return the record of one tier alone, forced by the environment of a fresh process."""
     print(f"  {tier} alone {shape}", flush=True)
     record: dict[str, Any] = {"tier": tier, **shape._asdict()}
     try:
@@ -117,7 +121,7 @@ def forced_record(tier: str, shape: Shape) -> dict[str, Any]:
 
 
 def memory_records() -> list[dict[str, Any]]:
-    """Extra memory of a search and of a training step, each in a fresh process."""
+    """Return the extra memory of a search and of a training step, each measured in a fresh process."""
     records: list[dict[str, Any]] = []
     sizes = list(map(str, MEMORY_SHAPE))
     cases = [("search", c.name, c.why_not(MEMORY_SHAPE, torch.float32, torch.device("cpu"))) for c in CONTESTANTS]
@@ -136,14 +140,14 @@ def memory_records() -> list[dict[str, Any]]:
 
 
 def ceilings(threads: int) -> dict[str, float | None]:
-    """GFLOP/s of multiply-adds by type, GB/s of reading; None where the processor has no such instruction."""
+    """Return GFLOP/s of multiply-adds by type and GB/s of reading; None without such an instruction."""
     if native.unavailable(torch.device("cpu")):
         return dict.fromkeys(("float32", "bfloat16", "int16", "read"))
     return {kind: native.peak(kind, threads) for kind in ("float32", "bfloat16", "int16", "read")}
 
 
 def machine(command: str) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return the versions, hardware and settings that the figures depend on."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -183,7 +187,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the working tree that fastvq is imported from, with a + where it has changes; None outside one."""
+    """Return the commit of fastvq's working tree, with a + if it has changes; None outside a repository."""
     folder = Path(fastvq.__file__).parent
     try:
         described = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=9", "--exclude=*"]

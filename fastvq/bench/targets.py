@@ -1,4 +1,4 @@
-"""What the suite must show: each target with what was measured."""
+"""Targets of the suite, each with its measured value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOT_APPLICABLE = "not applicable"
 
 
 class Outcome(NamedTuple):
-    """A target, what was measured for it, and whether that is enough: None where nothing could be."""
+    """A target, its measured value, and whether it is met: None if it could not be measured."""
 
     against: str
     on: str
@@ -27,12 +27,12 @@ class Outcome(NamedTuple):
 
 
 def seconds_by_name(record: dict[str, Any]) -> dict[str, float]:
-    """The median seconds of the contestants that ran."""
+    """Return the median seconds of the contestants that ran."""
     return {c["name"]: c["seconds"] for c in record["contestants"] if "seconds" in c}
 
 
 def lead(record: dict[str, Any], peers: Iterable[str]) -> tuple[float, str] | None:
-    """How many times faster the native backend is than the fastest peer, and which that is; None if nobody ran."""
+    """Return (how many times faster the native backend is than the fastest peer, that peer); None if neither ran."""
     seconds = seconds_by_name(record)
     ran = {name: seconds[name] for name in peers if name in seconds}
     if not ran or NATIVE not in seconds:
@@ -50,7 +50,7 @@ def _mean(values: list[float]) -> float:
 
 
 def outcomes(document: dict[str, Any]) -> list[Outcome]:
-    """All targets, in the order of the report."""
+    """Return all targets, in the order of the report."""
     peers = document["machine"]["peers"]
     rows = [_mean_lead(document, peers, "clustered", 2.5), _mean_lead(document, peers, "gaussian", 2.0)]
     rows += [_worst_lead(document, peers), _over_product(document)]
@@ -117,7 +117,7 @@ def _steps(document: dict[str, Any]) -> list[Outcome]:
         else:
             rows.append(Outcome(name, on, f"{wanted} x", plain[0].get("not_run", "not run"), None))
     for r in residual:
-        on = f"{r['levels']} levels, N={r['n']} K={r['k']} D={r['d']}"
+        on = f"{r['levels']} stages, N={r['n']} K={r['k']} D={r['d']}"
         measured = f"{r['ratio']:.1f} x" if "ratio" in r else r["not_run"]
         met = r["ratio"] >= 12 if "ratio" in r else None
         rows.append(Outcome(f"ResidualVQ of {PEER}, training step", on, "12 x", measured, met))

@@ -16,19 +16,22 @@ from .data import Shape, clustered
 from .measure import extra_bytes, interleave
 
 STEPS = [Shape(16384, 512, 64), Shape(16384, 8192, 64), Shape(16384, 1024, 8)]
-RESIDUAL_STEP, LEVELS = Shape(4096, 1024, 128), 8
+RESIDUAL_STEP, STAGES = Shape(4096, 1024, 128), 8
 PEER = "vector_quantize_pytorch"
-_AGREE = 0.999
+LEAST_AGREEMENT = 0.999
 
 
-def layers(shape: Shape, levels: int = 0) -> dict[str, nn.Module] | str:
-    """fastvq's layer and the peer's with equal codebooks, residual if there are levels; or why there aren't two."""
+def layers(shape: Shape, stages: int = 0) -> dict[str, nn.Module] | str:
+    """Return fastvq's layer and the peer's with equal codebooks; or the reason why they are missing.
+
+    They are residual if `stages` is positive.
+    """
     if importlib.util.find_spec(PEER) is None:
         return f"{PEER} isn't installed"
     import vector_quantize_pytorch
 
     modules = {"fastvq": fastvq, PEER: vector_quantize_pytorch}
-    if not levels:
+    if not stages:
         made = {name: m.VectorQuantize(dim=shape.d, codebook_size=shape.k, decay=0.99) for name, m in modules.items()}
         _, codebook = clustered(shape)
         with torch.no_grad():
@@ -38,7 +41,7 @@ def layers(shape: Shape, levels: int = 0) -> dict[str, nn.Module] | str:
     if not hasattr(fastvq, "ResidualVQ"):
         return "this version of fastvq has no ResidualVQ"
     made = {
-        name: m.ResidualVQ(dim=shape.d, codebook_size=shape.k, num_quantizers=levels, decay=0.99)
+        name: m.ResidualVQ(dim=shape.d, codebook_size=shape.k, num_quantizers=stages, decay=0.99)
         for name, m in modules.items()
     }
     made["fastvq"].load_state_dict(made[PEER].state_dict())
@@ -46,7 +49,7 @@ def layers(shape: Shape, levels: int = 0) -> dict[str, nn.Module] | str:
 
 
 def step_of(layer: nn.Module, x: Tensor) -> Callable[[], None]:
-    """One training step: forward with codebook update, and backward to x."""
+    """Return a training step: forward with codebook update, and backward to x."""
 
     def step() -> None:
         quantized, _, loss = layer(x)
@@ -57,7 +60,7 @@ def step_of(layer: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def agreement(made: dict[str, nn.Module], x: Tensor) -> float:
-    """The share of codes that both layers choose alike, before either has learned. Peers round, so not all need be."""
+    """Return the share of indices on which both layers agree before training; it may be below 1 because peers round."""
     chosen = []
     for layer in made.values():
         layer.eval()
@@ -67,20 +70,20 @@ def agreement(made: dict[str, nn.Module], x: Tensor) -> float:
     return (chosen[0] == chosen[1]).float().mean().item()
 
 
-def measure_step(shape: Shape, levels: int = 0, *, budget: float = 20.0) -> dict[str, Any]:
-    """Median seconds of fastvq's training step and the peer's on clustered data, and how often they agreed before.
+def measure_step(shape: Shape, stages: int = 0, *, budget: float = 20.0) -> dict[str, Any]:
+    """Return the median seconds of fastvq's training step and the peer's on clustered data, and their agreement before.
 
     Raises:
-        RuntimeError: they choose different codes, so that comparing their times means nothing.
+        RuntimeError: they choose different indices, so that their times are not comparable.
     """
-    record: dict[str, Any] = {**shape._asdict(), "levels": levels}
-    made = layers(shape, levels)
+    record: dict[str, Any] = {**shape._asdict(), "levels": stages}
+    made = layers(shape, stages)
     if isinstance(made, str):
         return record | {"not_run": made}
     x = clustered(shape)[0][None].requires_grad_()
     record["agreement"] = agreement(made, x)
-    if record["agreement"] < _AGREE:
-        raise RuntimeError(f"fastvq and {PEER} agree on {record['agreement']:.2%} of the codes only: {shape}")
+    if record["agreement"] < LEAST_AGREEMENT:
+        raise RuntimeError(f"fastvq and {PEER} agree on {record['agreement']:.2%} of the indices only: {shape}")
     times = interleave({name: step_of(layer, x) for name, layer in made.items()}, budget=budget)
     record["seconds"] = {name: statistics.median(t) for name, t in times.items()}
     record["ratio"] = record["seconds"][PEER] / record["seconds"]["fastvq"]
@@ -88,7 +91,7 @@ def measure_step(shape: Shape, levels: int = 0, *, budget: float = 20.0) -> dict
 
 
 def step_memory(name: str, shape: Shape) -> int:
-    """Extra bytes of the first training step of a layer, after one on eight vectors has loaded what it needs."""
+    """Return the extra bytes of a layer's first training step, after one on eight vectors loaded its libraries."""
     made = layers(shape)
     if isinstance(made, str):
         raise RuntimeError(made)

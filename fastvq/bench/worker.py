@@ -1,4 +1,4 @@
-"""What is measured in a process of its own, because it depends on the environment or on what ran before.
+"""Measurements in a process of their own, which depend on the environment or on earlier work in the process.
 
 python -m fastvq.bench.worker time NAME N K D THREADS        median seconds of a search of clustered data
 python -m fastvq.bench.worker search-memory NAME N K D       extra bytes of a search

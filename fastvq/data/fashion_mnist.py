@@ -1,8 +1,8 @@
-"""Fashion-MNIST: a class-balanced subset in the package, and the whole set where Debian's package is installed.
+"""Fashion-MNIST: a class-balanced subset in the package, and the whole set from Debian's package.
 
 The held-out images of the subset are exact. Its training images keep 64 of the 256 grey levels: the rounding error lies
-47 dB below the signal's peak, far under what any reconstruction loses, and it is what fits 5,700 of them beside the
-held-out ones in 2 MB. To rebuild the file, byte for byte, from Debian's package `dataset-fashion-mnist`:
+47 dB below the signal's peak, far below any reconstruction error, and makes room for 5,700 of them in 2 MB. To rebuild
+the file, byte for byte, from Debian's package `dataset-fashion-mnist`:
 
     python -c "from fastvq.data import fashion_mnist; fashion_mnist.build_subset()"
 
@@ -62,7 +62,7 @@ def _as_images(name: str, train: Array, train_labels: Array, test: Array, test_l
 def load_fashion_mnist(path: Path = SHIPPED) -> Images:
     """Return the subset that `build_subset` wrote to `path`.
 
-    The shipped one has 5,700 training and 1,000 held-out images of 28x28, of all ten classes equally many.
+    The shipped one has 5,700 training and 1,000 held-out images of 28x28, equally many of each of the ten classes.
     """
     with lzma.open(path) as file, np.load(io.BytesIO(file.read())) as arrays:
         train = arrays["train"] * np.uint8(_GREY_STEP)
@@ -76,7 +76,7 @@ def load_full_fashion_mnist(root: Path = DEBIAN) -> Images:
         root: the folder with the four IDX files.
 
     Raises:
-        DataError: a file is missing; the message names the package that brings it.
+        DataError: a file is missing; the message names the package that contains it.
     """
     return _as_images("Fashion-MNIST", *_read_split(root, "train"), *_read_split(root, "t10k"))
 
@@ -91,7 +91,7 @@ def _read_idx(path: Path) -> Array:
         raise DataError(f"{path} is missing: install Debian's package dataset-fashion-mnist")
     content = gzip.decompress(path.read_bytes())
     if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise DataError(f"{path} is no IDX file of unsigned bytes")
+        raise DataError(f"{path} is not an IDX file of unsigned bytes")
     axes = content[3]
     shape = np.frombuffer(content, ">u4", axes, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()

@@ -20,23 +20,23 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", "
 
 
 def load_folder(root: Path, *, image_size: int, grayscale: bool = False, test_fraction: float = 0.1) -> Images:
-    """Return every image under `root`, scaled so that its shorter side fits and cropped to the central square.
+    """Return every image under `root`, cropped to the central square and resized.
 
-    A file is held out when the hash of its path inside the folder falls under `test_fraction`: the split is the same on
-    every machine, and adding files never moves others to the other side. Pixels of one file never stand on both sides.
+    A file is held out if the hash of its path inside the folder falls below `test_fraction`: the split is the same on
+    every machine, and adding files does not move others to the other side. A file is on one side only.
 
     Args:
-        root: searched with all its subfolders for files that end in one of `SUFFIXES`.
+        root: searched recursively for files that end in one of `SUFFIXES`.
         image_size: side of the square images, in pixels.
         grayscale: one channel instead of three.
         test_fraction: share of the files to hold out, between 0 and 1.
 
     Raises:
-        DataError: no such folder, no images in it, one image only, or a file that is no readable image.
-        MissingExtraError: Pillow isn't installed.
+        DataError: no such folder, fewer than two images in it, or a file that is not a readable image.
+        MissingExtraError: Pillow is not installed.
     """
     if not root.is_dir():
-        raise DataError(f"{root} is no folder" if root.exists() else f"{root} doesn't exist")
+        raise DataError(f"{root} is not a folder" if root.exists() else f"{root} doesn't exist")
     paths = sorted(
         (path for path in root.rglob("[!.]*") if path.suffix.lower() in SUFFIXES and path.is_file()),
         key=lambda path: path.relative_to(root).as_posix(),
@@ -56,28 +56,29 @@ def load_folder(root: Path, *, image_size: int, grayscale: bool = False, test_fr
 
 
 def split_by_file(names: list[str], test_fraction: float) -> tuple[list[str], list[str]]:
-    """Return the names to learn from and the names to hold out, in the order given; neither side is empty.
+    """Return the names to train on and the names to hold out, in the given order; neither side is empty.
 
     Raises:
-        DataError: `test_fraction` isn't between 0 and 1, or there are fewer than two names.
+        DataError: `test_fraction` is not between 0 and 1, or there are fewer than two names.
     """
     if not 0 < test_fraction < 1:
         raise DataError(f"test_fraction must lie between 0 and 1, got {test_fraction}")
     if len(names) < 2:
         raise DataError(f"a split needs at least two files, got {len(names)}")
     position = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 for name in names}
-    # A small folder may fall on one side altogether: then the file nearest to the border changes sides.
+    # A small folder may fall on one side entirely: then the file nearest to the threshold changes sides.
     lowest, highest = min(names, key=position.__getitem__), max(names, key=position.__getitem__)
     test = [name for name in names if name != highest and (name == lowest or position[name] < test_fraction)]
     return [name for name in names if name not in set(test)], test
 
 
 def read_image(path: Path, *, image_size: int, grayscale: bool) -> Tensor:
-    """Return one image file as uint8 (C, image_size, image_size): the largest centred square, resized. 16-bit grey is
-    scaled to 8 bits; what is transparent shows white.
+    """Return an image file as uint8 (C, image_size, image_size): the largest centred square, resized.
+
+    16-bit grey is scaled to 8 bits; transparent pixels become white.
 
     Raises:
-        DataError: the file is no readable image; the message names it.
+        DataError: the file is not a readable image; the message names it.
     """
     pillow = require("PIL.Image")
     ops = require("PIL.ImageOps")
@@ -87,17 +88,17 @@ def read_image(path: Path, *, image_size: int, grayscale: bool) -> Tensor:
             upright = _eight_bit(ops.exif_transpose(file)).convert("L" if grayscale else "RGB")
             square = ops.fit(upright, (image_size, image_size), method=pillow.Resampling.BICUBIC)
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
-        raise DataError(f"{path} is no readable image: {error}") from error
+        raise DataError(f"{path} is not a readable image: {error}") from error
     pixels = np.atleast_3d(np.array(square, dtype=np.uint8))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def write_images(root: Path, images: Tensor, first: int, subfolders: Sequence[str] | None = None) -> None:
-    """Write images (N, C, H, W), float in [0, 1], of one channel or three, as PNG files numbered from `first` on.
+    """Write images (N, C, H, W), float in [0, 1], with one or three channels, as PNG files numbered from `first`.
 
     Args:
-        root: a folder that is there.
-        subfolders: for each image, the folder in `root` that it goes to.
+        root: an existing folder.
+        subfolders: for each image, the folder in `root` that it is written to.
     """
     pillow = require("PIL.Image")
     for row, pixels in enumerate((images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).squeeze(-1).cpu().numpy()):
@@ -107,10 +108,10 @@ def write_images(root: Path, images: Tensor, first: int, subfolders: Sequence[st
 
 
 def _eight_bit(image: Any) -> Any:
-    """The image in a mode that Pillow converts to grey or colour without clipping.
+    """Return the image in a mode that Pillow converts to grey or colour without clipping.
 
     Raises:
-        ValueError: its pixels have no known range.
+        ValueError: the range of its pixels is unknown.
     """
     pillow = require("PIL.Image")
     if image.mode.startswith("I;16"):

@@ -1,4 +1,4 @@
-"""The one form in which every data set reaches the trainer."""
+"""The representation of data sets that the trainer takes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Images:
     """A data set in memory, split into images to learn from and images held out.
 
     Attributes:
-        name: what reports and pictures call it.
+        name: name in reports and pictures.
         train, test: (N, C, H, W), uint8, 0 to 255.
-        train_labels, test_labels: (N,), int64, or None where the images have no classes.
+        train_labels, test_labels: (N,), int64, or None for images without classes.
         test_names: one name for each held-out image: its class, or its path inside the folder.
     """
 
@@ -28,7 +28,7 @@ class Images:
     test_labels: Tensor | None = None
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of all pixels: two runs with equal fingerprints saw the same data."""
+        """Return a SHA-256 of all pixels: two runs with equal fingerprints used the same data."""
         digest = hashlib.sha256()
         for images in (self.train, self.test):
             digest.update(repr(tuple(images.shape)).encode())

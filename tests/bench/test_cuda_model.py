@@ -1,4 +1,4 @@
-"""What the model predicts of the CUDA kernels: the way that serves a shape, its terms by hand, and errors."""
+"""Predictions for the CUDA kernels: the way that serves a shape, its terms by hand, and errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def counts(monkeypatch):
     monkeypatch.setattr(model, "load_cuda_counts", lambda: COUNTS)
 
 
-class TestWhatServes:
+class TestServing:
     @pytest.mark.parametrize(
         ("shape", "expected"),
         [
@@ -69,13 +69,13 @@ class TestWhatServes:
          (65, 1, 6, 128), (130, 1, 6, 192), (768, 1, 6, 768), (769, 1, 8, 832), (8, 3, 10, 16), (32, 3, 7, 32),
          (130, 3, 7, 192), (768, 3, 7, 768), (1000, 3, 9, 1024)],
     )  # fmt: skip
-    def test_the_scan_that_is_taken(self, dim, products, expected, columns):
+    def test_selected_scan(self, dim, products, expected, columns):
         found = cuda_model.scan_for(COUNTS, H100, dim, products)
         assert found is RECORDS[expected]
         assert cuda_model.packed_columns(found, dim) == columns
 
-    def test_the_limits_that_are_shipped_are_those_of_the_source(self):
-        """tests/cuda/test_build.py compares the rest, where nvcc is."""
+    def test_shipped_limits_are_those_of_the_source(self):
+        """tests/cuda/test_build.py compares the rest if nvcc is installed."""
         assert cuda_model.load_cuda_counts()["limits"] == LIMITS
 
 
@@ -112,7 +112,7 @@ class TestTerms:
         assert terms.matrix == pytest.approx(2 * 256 * 640 * 192 / (0.63 * 989.4e12))
         assert terms.cache == pytest.approx(4 * 640 * 260 / (5120 * 1.755e9))
 
-    def test_rows_that_stream_come_again_with_every_tile(self):
+    def test_streamed_rows_are_read_again_for_every_tile(self):
         shape = Shape(1024, 640, 1000)
         terms = cuda_model.scan_terms(H100, RECORDS[8], shape, 1000)
         assert terms.memory == pytest.approx((1000 * (4000 + 12 + 2048) + 640 * 2052) / 3.35e12)
@@ -141,7 +141,7 @@ class TestTerms:
 
 
 class TestSearch:
-    def test_cores_and_what_would_be_on_matrix_units(self, counts):
+    def test_cores_and_the_alternative_on_matrix_units(self, counts):
         predicted = model.predict("h100", Shape(65536, 1024, 4), open_share=0.02)
         assert [s["kernel"] for s in predicted["cuda"]["scans"]] == [RECORDS[i]["kernel"] for i in (0, 4, 10)]
         ways = predicted["cuda"]["ways"]
@@ -219,12 +219,12 @@ class TestCommand:
 
     @pytest.mark.parametrize("name", ["a100", "h100", "b200"])
     @pytest.mark.parametrize("dim", [3, 8, 16, 17, 64, 200, 512, 600, 768, 1024])
-    def test_from_the_counts_that_are_shipped(self, name, dim):
+    def test_from_the_shipped_counts(self, name, dim):
         for rows in (1, 1000):
             assert model.CUDA in model.predict(name, Shape(rows, 4096, dim))["totals"]
 
     def test_no_counts(self, monkeypatch, tmp_path, capsys):
-        """Triton's are there; only the CUDA kernels' are gone."""
+        """The counts of triton are present, those of the CUDA kernels missing."""
         files = importlib.resources.files
         monkeypatch.setattr(
             cuda_model.importlib.resources, "files", lambda p: tmp_path if p == "fastvq.bench" else files(p)

@@ -1,4 +1,4 @@
-"""The script that compares training curves: equal states and data, so equal first steps."""
+"""The script that compares training curves: equal states and data give equal first steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ spec.loader.exec_module(curves)
 
 @pytest.mark.parametrize("name", curves.LAYERS)
 def test_training_begins_alike(name):
-    """The second step has seen the gradients and the state of the first."""
+    """The second step depends on the gradients and the state of the first."""
     found = curves.compare(name, steps=2)
     assert found.agreement > 0.999
     assert found.apart(1e-4) is None

@@ -1,7 +1,8 @@
-"""Predicted times: the terms by hand, what binds where, labels on everything, and errors that name the argument."""
+"""Predicted times: terms by hand, binding terms, labels on all output, and errors that name the argument."""
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import math
 import subprocess
@@ -73,8 +74,8 @@ class TestTerms:
         flattered = model.scan_terms(model.DEVICES["h100"], scan(1, 16), Shape(128, 64, 8), 128, flattered=True)
         assert flattered.epilogue == pytest.approx(128 * 64 * 2.0 / 29.65e12, rel=1e-3)
 
-    def test_long_rows_come_again_for_every_tile(self):
-        """D=512 by a kernel that was compiled for four chunks of 64: eight of them."""
+    def test_long_rows_are_read_again_for_every_tile(self):
+        """D=512 by a kernel compiled for four chunks of 64: it takes eight."""
         terms = model.scan_terms(model.DEVICES["h100"], scan(1, 64, chunks=4), Shape(1024, 640, 500), 1024)
         assert terms.matrix == pytest.approx(2 * 1024 * 640 * 512 / 989.4e12)
         assert terms.cache == pytest.approx((8 * 640 * 1028 + 10 * 1024 * 1024) / (5120 * 1.755e9))
@@ -97,7 +98,7 @@ class TestTerms:
 
     @pytest.mark.parametrize(("dim", "published"), [(64, 20.0e-3), (128, 21.1e-3), (256, 29.4e-3)])
     def test_no_published_time_is_below_its_roof(self, dim, published):
-        """flash-kmeans on a B200, bf16, N = 1M and K = 65536, by its authors."""
+        """The time of flash-kmeans on a B200, bf16, N = 1M and K = 65536, published by its authors."""
         terms = model.rival_terms(model.DEVICES["b200"], model.RIVALS[0], Shape(1_000_000, 65536, dim))
         assert published / 2 < terms.overlapped < published
         assert terms.serial < published
@@ -123,7 +124,7 @@ class TestChoice:
             (200, 3, RECORDS[8]),
         ],
     )
-    def test_the_scan_that_is_taken(self, counts, dim, products, expected):
+    def test_selected_scan(self, counts, dim, products, expected):
         assert model.scan_for(counts, "sm_90", dim, products) is expected
 
     def test_no_scan_for_a_target(self, counts):
@@ -169,8 +170,8 @@ class TestSearch:
         ("record", "dim", "binding"),
         [(scan(1, 16), 8, "epilogue"), (scan(1, 256), 253, "matrix"), (scan(1, 64, chunks=4), 256, "cache")],
     )
-    def test_what_binds(self, monkeypatch, record, dim, binding):
-        """Short vectors the epilogue, long ones the matrix units, unless the rows come again for every tile."""
+    def test_binding_term(self, monkeypatch, record, dim, binding):
+        """The epilogue binds short vectors, the matrix units long ones, unless rows are read again for each tile."""
         records = [record, scan(3, 64, chunks=4)]
         monkeypatch.setattr(model, "load_counts", lambda: {"triton": "3.9.0", "records": records})
         predicted = model.predict("h100", Shape(262144, 16384, dim))
@@ -212,11 +213,11 @@ class TestCommand:
             (["--model=h100", "--open-share=nan"], "open-share: must be from 0 to 1, got nan"),
         ],
     )
-    def test_what_cannot_be_is_named(self, counts, capsys, arguments, message):
+    def test_errors_name_the_argument(self, counts, capsys, arguments, message):
         assert bench(*arguments) == 2
         assert message in capsys.readouterr().err
 
-    def test_without_triton_from_the_counts_that_are_shipped(self):
+    def test_without_triton_from_the_shipped_counts(self):
         code = (
             "import sys; sys.modules['triton'] = None\n"
             "from fastvq.cli.main import main\n"
@@ -228,7 +229,7 @@ class TestCommand:
             assert f"on {name}" in done.stdout
 
     def test_no_counts(self, monkeypatch, tmp_path, capsys):
-        monkeypatch.setattr(model.importlib.resources, "files", lambda package: tmp_path)
+        monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path)
         assert bench("--model=h100") == 2
         assert "fastvq.kernels has no counts.json" in capsys.readouterr().err
 
@@ -245,7 +246,7 @@ class TestBesideMeasured:
         assert line.startswith("prediction, not a measurement: ")
 
     @pytest.mark.parametrize("name", ["NVIDIA H100 PCIe", "NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-40GB"])
-    def test_nothing_is_said_of_other_devices(self, counts, name):
+    def test_other_devices_have_no_prediction(self, counts, name):
         assert model.beside_measured(name, Shape(8, 8, 8), []) == []
 
     def test_a_device_without_counts(self, counts):

@@ -1,4 +1,4 @@
-"""The benchmark suite measures what it says, tells right from wrong, and its report is the one that is in docs/."""
+"""The benchmark suite: its measurements, its checks of results, and the report in docs/."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ class TestOneShape:
             ),
             (["--data=absent.npy"], "data: absent.npy can't be read"),
             (["--data=latents"], "data: latents have D=64, got D=8"),
-            (["--device=gpu9"], "device: 'gpu9' can't be used"),
-            (["--device=meta"], "device: 'meta' can't be used"),
+            (["--device=gpu9"], "device: 'gpu9' is unavailable"),
+            (["--device=meta"], "device: 'meta' is unavailable"),
             (["--render", "--out=nowhere"], "render: nowhere/benchmarks.json doesn't exist"),
         ],
     )
-    def test_what_cannot_be_is_named(self, few_contestants, capsys, arguments, message):
+    def test_errors_name_the_argument(self, few_contestants, capsys, arguments, message):
         assert bench(*arguments) == 2
         assert message in capsys.readouterr().err
 

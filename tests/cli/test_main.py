@@ -336,7 +336,7 @@ def test_an_image_that_is_none_is_named(tmp_path: Path, images: Path, capsys: py
     main(["train", f"--out={run}", f"--data={images}", "--image-size=16", *TINY, "--steps=1"])
     (tmp_path / "fake.png").write_text("no image")
     assert main(["reconstruct", str(run), str(tmp_path / "fake.png"), "--out=x.png"]) == 2
-    assert "fake.png is no readable image" in capsys.readouterr().err
+    assert "fake.png is not a readable image" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str],

@@ -26,7 +26,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 @pytest.fixture
 def idx_root(tmp_path: Path) -> Path:
-    """Write a data set in the form of the Debian package: 60 training and 40 test images, their classes in turn."""
+    """Write a data set in the form of the Debian package: 60 training and 40 test images, with classes in turn."""
     random = np.random.default_rng(0)
     for split, count in (("train", 60), ("t10k", 40)):
         write_idx(tmp_path / f"{split}-images-idx3-ubyte.gz", random.integers(0, 256, (count, 28, 28), np.uint8))
@@ -36,7 +36,7 @@ def idx_root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Thirty small colour images in two subfolders, and a file of another kind."""
+    """Write thirty small colour images in two subfolders, and a file of another kind."""
     random = np.random.default_rng(1)
     for n in range(30):
         path = tmp_path / "images" / f"part{n % 2}" / f"{n:02d}.png"
@@ -101,7 +101,7 @@ def test_a_missing_or_foreign_idx_file_is_named(idx_root: Path, tmp_path: Path) 
         load_full_fashion_mnist(tmp_path / "nowhere")
     labels = idx_root / "train-labels-idx1-ubyte.gz"
     labels.write_bytes(gzip.compress(b"something else"))
-    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte\.gz is no IDX file"):
+    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte\.gz is not an IDX file"):
         load_full_fashion_mnist(idx_root)
 
 
@@ -159,12 +159,12 @@ def test_a_split_of_nothing_or_everything_is_refused(fraction: float) -> None:
         split_by_file(["a", "b"], fraction)
 
 
-def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+def test_errors_name_the_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="doesn't exist"):
         load_folder(tmp_path / "missing", image_size=8)
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         load_folder(file, image_size=8)
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -174,18 +174,18 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds one image"):
         load_folder(empty, image_size=8)
     (empty / "two.png").write_bytes(b"not a picture")
-    with pytest.raises(DataError, match=r"two\.png is no readable image"):
+    with pytest.raises(DataError, match=r"two\.png is not a readable image"):
         load_folder(empty, image_size=8)
 
 
 def test_a_file_cut_short_is_named(folder: Path) -> None:
     path = folder / "part0" / "00.png"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(DataError, match=r"00\.png is no readable image"):
+    with pytest.raises(DataError, match=r"00\.png is not a readable image"):
         load_folder(folder, image_size=8)
 
 
-def test_sixteen_bit_and_transparent_images_keep_what_is_seen(tmp_path: Path) -> None:
+def test_sixteen_bit_and_transparent_images_keep_their_look(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(64, 0)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     pixels = read_image(tmp_path / "deep.png", image_size=64, grayscale=True)[0, 0]
@@ -197,7 +197,7 @@ def test_sixteen_bit_and_transparent_images_keep_what_is_seen(tmp_path: Path) ->
         read_image(tmp_path / "float.tiff", image_size=8, grayscale=True)
 
 
-def test_hidden_files_are_no_images(folder: Path) -> None:
+def test_hidden_files_are_ignored(folder: Path) -> None:
     (folder / "._hidden.png").write_bytes(b"not an image")
     assert len(load_folder(folder, image_size=8, grayscale=True, test_fraction=0.5).train) > 0
 
