@@ -16,7 +16,7 @@ vqp = pytest.importorskip("vector_quantize_pytorch", reason="vector_quantize_pyt
 
 
 def pair(name, *args, seed=0, **options):
-    """fastvq's quantizer and its peer, built from equal seeds and in the same state; each loads the other's."""
+    """Return fastvq's quantizer and its peer from equal seeds, in the same state, each loaded from the other's."""
     torch.manual_seed(seed)
     theirs = getattr(vqp, name)(*args, **options)
     torch.manual_seed(seed)
@@ -32,7 +32,7 @@ def pair(name, *args, seed=0, **options):
 
 
 def flatten(output):
-    """The tensors of nested tuples."""
+    """Return the tensors of nested tuples."""
     if isinstance(output, torch.Tensor):
         return [output]
     return [tensor for part in output for tensor in flatten(part)]
@@ -47,9 +47,10 @@ def assert_same_outputs(ours, theirs, tolerance=None):
 
 
 def assert_same_step(ours, theirs, x, seed=0, tolerance=None, **forward):
-    """One step of both with equal seeds: outputs, the gradients of x and of all parameters, and the state after it.
+    """Compare outputs, gradients of x and parameters, and the state after one step of both with equal seeds.
 
-    `tolerance` is that of the gradients, and of the outputs where they need another than usual."""
+    `tolerance` is that of the gradients, and of the outputs where they need another than usual.
+    """
     outputs, grads = [], []
     for module in (ours, theirs):
         torch.manual_seed(seed)
@@ -95,7 +96,7 @@ def assert_travels(module, x, **forward):
 
 
 def assert_compiles(module, x, **forward):
-    """A training step in one graph gives what it gives without."""
+    """Assert that a training step in one graph gives the same results as without."""
     torch.compiler.reset()
     compiled = copy.deepcopy(module)
     step = torch.compile(compiled, fullgraph=True, backend="aot_eager")

@@ -20,6 +20,7 @@ from .training import step_memory
 
 
 def main(arguments: list[str]) -> None:
+    """Measure what the command line asks for, and print the figure as JSON."""
     what, name, *numbers = arguments
     n, k, d, *rest = map(int, numbers)
     torch.set_num_threads(rest[0] if rest else 2)

@@ -130,6 +130,7 @@ def tanh_act(z: Tensor) -> Tensor:
 
 
 def tanh_inv_act(p: Tensor) -> Tensor:
+    """Invert `tanh_act`."""
     return torch.arctanh(2 * p - 1)
 
 
@@ -139,6 +140,7 @@ def sigmoid_act(z: Tensor) -> Tensor:
 
 
 def sigmoid_inv_act(p: Tensor) -> Tensor:
+    """Invert `sigmoid_act`."""
     return torch.logit(p)
 
 
@@ -148,6 +150,7 @@ def normal_act(z: Tensor) -> Tensor:
 
 
 def normal_inv_act(p: Tensor) -> Tensor:
+    """Invert `normal_act`."""
     return math.sqrt(2) * torch.erfinv(2 * p - 1)
 
 
@@ -157,6 +160,7 @@ def laplace_act(z: Tensor) -> Tensor:
 
 
 def laplace_inv_act(p: Tensor) -> Tensor:
+    """Invert `laplace_act`."""
     return torch.where(p < 0.5, (2 * p).log(), -(2 * (1 - p)).log())
 
 
@@ -166,6 +170,7 @@ def cauchy_act(z: Tensor) -> Tensor:
 
 
 def cauchy_inv_act(p: Tensor) -> Tensor:
+    """Invert `cauchy_act`."""
     return torch.tan(math.pi * (p - 0.5))
 
 

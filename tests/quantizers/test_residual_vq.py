@@ -27,7 +27,7 @@ SETTINGS = [
 
 
 def pair(**settings):
-    """This layer and the peer's, with the same state."""
+    """Return this layer and the peer's, in the same state."""
     arguments = {"dim": 12, "num_quantizers": 3, "codebook_size": 32, **settings}
     theirs = vector_quantize_pytorch.ResidualVQ(**arguments)
     ours = fastvq.ResidualVQ(**arguments)
