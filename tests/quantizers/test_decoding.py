@@ -43,7 +43,7 @@ def test_invalid_indices_are_named(kind, method):
     for wrong in (-2, 10_000):
         mistaken = indices.clone(memory_format=torch.contiguous_format)
         mistaken.view(-1)[-1] = wrong
-        with pytest.raises(IndexError, match=rf"^indices: must lie in \[-1, \d+\)( at level \d)?, got {wrong}$"):
+        with pytest.raises(IndexError, match=rf"^indices: must lie in \[-1, \d+\)( at stage \d)?, got {wrong}$"):
             decode(mistaken)
 
 
