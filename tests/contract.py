@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .cases import TOLERANCE, close, generator
+from .cases import GRADIENT_TOLERANCE, close, generator
 
 
 def vectors(*shape, seed=0, scale=1.0):
@@ -42,7 +42,7 @@ def assert_close(actual, expected, gradients=False):
         for name in actual:
             assert_close(actual[name], expected[name], gradients)
     elif gradients:
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
+        close(actual, expected, tolerance=GRADIENT_TOLERANCE)
     else:
         close(actual.detach(), expected.detach())
 
@@ -122,7 +122,7 @@ def assert_compiles(layer, x, backend="aot_eager", modes=(True, False), **forwar
             expected, expected_x_grad, expected_grads = step(layer, x, **forward)
             for one, other in zip(results, expected, strict=True):
                 if isinstance(other, Tensor):
-                    torch.testing.assert_close(one, other, **TOLERANCE[torch.float32])
+                    close(one, other)
             assert_close(x_grad, expected_x_grad, gradients=True)
             renamed = dict(zip(expected_grads, grads.values(), strict=True))
             assert_close(renamed, expected_grads, gradients=True)
@@ -144,7 +144,7 @@ def assert_exports(layer, x):
     more = torch.cat([x, x.flip(0)])
     for one, other in zip(program(more), layer(more), strict=True):
         if isinstance(other, Tensor):
-            torch.testing.assert_close(one, other, **TOLERANCE[torch.float32])
+            close(one, other)
 
 
 def assert_checkpointing_changes_nothing(layer, x):

@@ -10,7 +10,7 @@ import torch
 
 import fastvq
 
-from .cases import TOLERANCE, close
+from .cases import GRADIENT_TOLERANCE, close
 
 vqp = pytest.importorskip("vector_quantize_pytorch", reason="vector_quantize_pytorch isn't installed")
 
@@ -43,7 +43,7 @@ def assert_same_outputs(ours, theirs, tolerance=None):
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
         assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
-        torch.testing.assert_close(mine.detach(), other.detach(), **(tolerance or TOLERANCE[torch.float32]))
+        close(mine.detach(), other.detach(), tolerance=tolerance)
 
 
 def assert_same_step(ours, theirs, x, seed=0, tolerance=None, **forward):
@@ -71,11 +71,9 @@ def assert_same_step(ours, theirs, x, seed=0, tolerance=None, **forward):
             assert theirs_grad is None or not theirs_grad.any(), name
             assert mine is None or not mine.any(), name
         else:
-            torch.testing.assert_close(
-                mine, theirs_grad, **(tolerance or {"rtol": 1e-4, "atol": 2e-6}), msg=lambda m, n=name: f"{n}: {m}"
-            )
+            close(mine, theirs_grad, tolerance=tolerance or GRADIENT_TOLERANCE, name=name)
     for name, value in theirs.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], value, **TOLERANCE[torch.float32])
+        close(ours.state_dict()[name], value, name=name)
     return outputs[0]
 
 

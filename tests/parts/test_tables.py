@@ -1,15 +1,17 @@
-"""Tables of codes, shared, for each row, and implicit, give the same results."""
+"""Tables of codes, shared, for each row and implicit; the network of QINCo; index backpropagation."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from vector_quantize_pytorch.residual_vq import MLP
 
 from fastvq.backends import reference
 from fastvq.parts import tables
-from fastvq.parts.tables import Implicit, NeuralCodes, PerRow, Shared
+from fastvq.parts.tables import Implicit, NeuralCodes, PerRow, Shared, index_backpropagation
 
 from ..cases import close, generator
+from .test_losses import masked, scores, vectors
 
 C, R, K, D = 1, 40, 12, 5
 
@@ -110,3 +112,59 @@ def test_draws(kind, metric):
 def test_an_implicit_codebook_has_no_positional_entropy():
     with pytest.raises(ValueError, match="codebook_diversity_loss_weight: must be 0"):
         make("implicit")[0].positional_entropy(rows(), (4, 10), 1.0, None)
+
+
+def test_the_network_is_the_peers():
+    for options in ({}, {"dim_hidden": 9, "depth": 2}, {"l2norm_output": True}):
+        theirs, ours = MLP(6, **options), NeuralCodes(6, **options)
+        ours.load_state_dict(theirs.state_dict(), strict=True)
+        codes, condition = torch.randn(7, 6, generator=generator()), torch.randn(2, 5, 6, generator=generator(1))
+        close(ours(codes, condition=condition[:, :, None]), theirs(codes, condition=condition))
+
+
+def test_chunks_cover_all_rows(monkeypatch):
+    network, codes, condition = NeuralCodes(6), torch.randn(7, 6), torch.randn(23, 6)
+    whole = network(codes, condition=condition[:, None])
+    for elements in (1, 7 * 6 * 4, 10**9):
+        monkeypatch.setattr("fastvq.parts.tables.CHUNK_ELEMENTS", elements)
+        parts = list(network.by_rows(codes, condition))
+        assert max(len(part) for _, part in parts) <= max(1, elements // 42)
+        close(torch.cat([part for _, part in parts]), whole)
+
+
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_index_backpropagation(metric):
+    (x, mask, counted), codebook = masked(), vectors(17, 5, seed=1).requires_grad_()
+    x.requires_grad_()
+    upstream = vectors(3, 11, 5, seed=2)
+    quantized, indices = index_backpropagation(x, codebook, metric=metric, scale=1.5, mask=mask)
+    dense_x = x.detach().clone().requires_grad_()
+    dense_codebook = codebook.detach().clone().requires_grad_()
+    s = scores(dense_x[counted], dense_codebook, metric)
+    p = (1.5 * s).softmax(-1)
+    onehot = torch.nn.functional.one_hot(s.argmax(-1), 17)
+    expected = (onehot + p - p.detach()) @ dense_codebook
+    close(quantized[counted], expected)
+    assert torch.equal(quantized[counted], codebook[s.argmax(-1)])
+    assert torch.equal(indices[counted], s.argmax(-1))
+    assert (indices[~counted] == -1).all()
+    assert not quantized[~counted].any()
+    (quantized * upstream).sum().backward()
+    (expected * upstream[counted]).sum().backward()
+    close(x.grad[counted], dense_x.grad[counted])
+    close(codebook.grad, dense_codebook.grad)
+    assert not x.grad[~counted].any()
+    assert codebook.grad.ne(0).all()
+
+
+def test_index_backpropagation_learns_codes_that_no_vector_chooses():
+    torch.manual_seed(0)
+    codebook = torch.nn.Parameter(torch.cat([torch.zeros(1, 2), 3 + torch.rand(7, 2)]))
+    x = torch.randn(64, 2, generator=generator())
+    optimizer = torch.optim.Adam([codebook], lr=0.05)
+    for _ in range(200):
+        quantized, indices = index_backpropagation(x, codebook, metric="l2")
+        (quantized - x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(indices.unique()) > 3
