@@ -48,15 +48,18 @@ SLOW = (
     "test_examples.py",
     "test_onnx.py",
 )
+SLOW_WORDS = ("compile", "export", "instruction_set")
+"""So do tests with one of these words in their names."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark what SLOW names, before pytest applies `-m`."""
+    """Mark the slow tests, before pytest applies `-m`."""
     root = Path(__file__).parent
     slow = [root / name for name in SLOW]
     for item in items:
-        if any(item.path.is_relative_to(path) for path in slow):
+        named = any(word in item.name for word in SLOW_WORDS)
+        if named or any(item.path.is_relative_to(path) for path in slow):
             item.add_marker(pytest.mark.slow)
 
 

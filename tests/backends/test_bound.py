@@ -103,24 +103,26 @@ PASSES = {
 }
 
 
-@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("cheap_pass", PASSES)
 @pytest.mark.parametrize("data", FINITE)
-def test_every_score_lies_within_the_bound(data, cheap_pass, metric):
-    precision, bits, scores = PASSES[cheap_pass]
-    torch.set_float32_matmul_precision(precision)
-    bounded = 0
-    for n, k, d in [(3, 5, 1), (5, 6, 33)]:
-        x, codebook = ADVERSARIAL[data](n, k, d, generator())
-        frame = search.make_frame(codebook, metric)
-        near, bound = frame.rows(x.double())
-        operands = (near, frame.codes) if bits is None else (leading_bits(near, bits), leading_bits(frame.codes, bits))
-        approximate = scores(*operands, frame.half_norms).tolist()
-        for t, s, b in zip(approximate, exact_scores(x, codebook, frame, metric), bound.tolist(), strict=True):
-            if b < math.inf:
-                bounded += 1
-                assert all(abs(Fraction(t_k) - s_k) <= Fraction(b) for t_k, s_k in zip(t, s, strict=True))
-    assert bounded > 0 or data in UNBOUNDED
+def test_every_score_lies_within_the_bound(data, cheap_pass):
+    for metric in METRICS:
+        precision, bits, scores = PASSES[cheap_pass]
+        torch.set_float32_matmul_precision(precision)
+        bounded = 0
+        for n, k, d in [(3, 5, 1), (5, 6, 33)]:
+            x, codebook = ADVERSARIAL[data](n, k, d, generator())
+            frame = search.make_frame(codebook, metric)
+            near, bound = frame.rows(x.double())
+            operands = (
+                (near, frame.codes) if bits is None else (leading_bits(near, bits), leading_bits(frame.codes, bits))
+            )
+            approximate = scores(*operands, frame.half_norms).tolist()
+            for t, s, b in zip(approximate, exact_scores(x, codebook, frame, metric), bound.tolist(), strict=True):
+                if b < math.inf:
+                    bounded += 1
+                    assert all(abs(Fraction(t_k) - s_k) <= Fraction(b) for t_k, s_k in zip(t, s, strict=True))
+        assert bounded > 0 or data in UNBOUNDED
 
 
 def test_a_long_chain_from_a_large_half_norm():
@@ -137,13 +139,14 @@ def test_a_long_chain_from_a_large_half_norm():
     assert all(bound.item() / 10 < abs(Fraction(a) - b) <= Fraction(bound.item()) for a, b in zip(t, s, strict=True))
 
 
-@pytest.mark.parametrize("best", [0.0, 1.0, -1.0, 1e30, -1e-40, 0.1])
 @pytest.mark.parametrize("bound", [0.0, 1e-9, 0.3, 1e30, math.inf])
-def test_the_limit_lies_two_bounds_above_the_best(best, bound):
-    best, bound = torch.tensor([best] * 2), torch.tensor([bound] * 2, dtype=torch.float64)
-    limit = search._limit(best, bound, torch.tensor([True, False])).double()
-    assert limit[0] >= best[0].double() + 2 * bound[0]
-    assert limit[1] == -math.inf
+def test_the_limit_lies_two_bounds_above_the_best(bound):
+    bounds = torch.tensor([bound] * 2, dtype=torch.float64)
+    for best in (0.0, 1.0, -1.0, 1e30, -1e-40, 0.1):
+        bests = torch.tensor([best] * 2)
+        limit = search._limit(bests, bounds, torch.tensor([True, False])).double()
+        assert limit[0] >= bests[0].double() + 2 * bounds[0]
+        assert limit[1] == -math.inf
 
 
 def candidates_a_row(x, codebook):

@@ -182,34 +182,36 @@ def test_eval_changes_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_modules(kind, dtype):
+def test_half_precision_modules(kind):
     """They train and evaluate in that dtype; codebook statistics stay in float32."""
-    layer = make(kind).to(dtype)
-    for train in (True, False):
-        layer.train(train)
-        first = tensors(layer(batch_for(kind).to(dtype).requires_grad_()))[0]
-        assert not first.is_floating_point() or (first.dtype == dtype and first.isfinite().all())
-    kept = [t for name, t in state(layer).items() if name.endswith(("cluster_size", "embed_avg", "_codebook.embed"))]
-    assert {t.dtype for t in kept} <= {torch.float32}
+    for dtype in (torch.float16, torch.bfloat16):
+        layer = make(kind).to(dtype)
+        for train in (True, False):
+            layer.train(train)
+            first = tensors(layer(batch_for(kind).to(dtype).requires_grad_()))[0]
+            assert not first.is_floating_point() or (first.dtype == dtype and first.isfinite().all())
+        kept = [
+            t for name, t in state(layer).items() if name.endswith(("cluster_size", "embed_avg", "_codebook.embed"))
+        ]
+        assert {t.dtype for t in kept} <= {torch.float32}
 
 
-@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("kind", QUANTIZERS)
-def test_copies_go_on_alike(kind, trained):
-    layer = make(kind)
-    if trained:
-        layer(batch_for(kind))
-    copies = [layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
-    for seed in (1, 2):
-        results = []
-        for one in copies:
-            torch.manual_seed(seed)
-            results.append(tensors(one(batch_for(kind, seed=seed))))
-        for result in results[1:]:
-            assert all(map(torch.equal, results[0], result))
-    for one in copies[1:]:
-        assert all(map(torch.equal, state(layer).values(), state(one).values()))
+def test_copies_go_on_alike(kind):
+    for trained in (False, True):
+        layer = make(kind)
+        if trained:
+            layer(batch_for(kind))
+        copies = [layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+        for seed in (1, 2):
+            results = []
+            for one in copies:
+                torch.manual_seed(seed)
+                results.append(tensors(one(batch_for(kind, seed=seed))))
+            for result in results[1:]:
+                assert all(map(torch.equal, results[0], result))
+        for one in copies[1:]:
+            assert all(map(torch.equal, state(layer).values(), state(one).values()))
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual, dropout"])
@@ -313,24 +315,24 @@ def test_inference_mode_then_training(kind):
     assert_same_runs(train(model.train()), train(other))
 
 
-@pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_built_without_memory(kind, assign):
+def test_built_without_memory(kind):
     """Built on "meta", then filled from a checkpoint: the same run, with health counted from zero."""
-    trained = Model(kind)
-    train(trained, steps=1)
-    with torch.device("meta"):
-        model = Model(kind)
-    if not assign:
-        poison = [torch.full((size,), torch.nan) for size in range(200)]
-        del poison
-        model.to_empty(device="cpu")
-    model.load_state_dict(copy.deepcopy(trained.state_dict()), assign=assign)
-    for module in trained.modules():  # what isn't saved
-        for name in module._non_persistent_buffers_set:
-            if module._buffers[name] is not None:
-                module._buffers[name].zero_()
-    assert_same_runs(train(model), train(trained))
+    for assign in (False, True):
+        trained = Model(kind)
+        train(trained, steps=1)
+        with torch.device("meta"):
+            model = Model(kind)
+        if not assign:
+            poison = [torch.full((size,), torch.nan) for size in range(200)]
+            del poison
+            model.to_empty(device="cpu")
+        model.load_state_dict(copy.deepcopy(trained.state_dict()), assign=assign)
+        for module in trained.modules():  # what isn't saved
+            for name in module._non_persistent_buffers_set:
+                if module._buffers[name] is not None:
+                    module._buffers[name].zero_()
+        assert_same_runs(train(model), train(trained))
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual"])
