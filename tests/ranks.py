@@ -32,7 +32,7 @@ def scenario(function: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def collectives() -> Iterator[list[str]]:
-    """The names of the collectives that are called meanwhile."""
+    """Collect the names of the collectives called in the context."""
     names = ("all_reduce", "broadcast", "all_gather", "all_gather_object", "all_gather_into_tensor", "barrier")
     real = {name: getattr(dist, name) for name in names}
     called: list[str] = []
@@ -68,7 +68,7 @@ def assert_same_everywhere(module: torch.nn.Module) -> None:
 
 
 def batch(step: int, rows: int = 0, rank: int | None = None) -> torch.Tensor:
-    """A rank's own rows (1, N, DIM), uneven: their number depends on rank and step, and may be 0."""
+    """Return a rank's own rows (1, N, DIM); N depends on rank and step, and may be 0."""
     rank = dist.get_rank() if rank is None else rank
     g = torch.Generator().manual_seed(1000 * step + rank)
     count = rows or int(torch.randint(0, 40, (), generator=g))
@@ -171,7 +171,7 @@ def equal_to_one_process_on_the_joined_batch() -> None:
 
 @scenario
 def kmeans_on_all_rows() -> None:
-    """The same as on the joined rows, from the same first means."""
+    """Check that k-means over ranks gives the same as on the joined rows, from the same first means."""
     x = batch(3, rows=50)[0]
     joined = torch.cat([batch(3, rows=50, rank=rank)[0] for rank in range(dist.get_world_size())])
     mask = torch.ones(len(x), dtype=torch.bool)
