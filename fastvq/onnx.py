@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvq.backends.support import METRICS
 from fastvq.extras import require
 from fastvq.files import whole
 
@@ -136,7 +137,7 @@ def _finite(x: Any) -> Any:
     return op.Not(op.Cast(op.ReduceMax(non_finite, [-1], keepdims=0), to=BOOL.dtype))
 
 
-def _indices(x: Any, codebook: Any, size: int, metric: str) -> Any:
+def _indices(x: Any, codebook: Any, size: int, metric: int) -> Any:
     """Return the indices (H, N) of x (H, N, D) among `size` codes (H, K, D), of any dtypes."""
     x, codebook = op.Cast(x, to=DOUBLE.dtype), op.Cast(codebook, to=DOUBLE.dtype)
     usable = op.Cast(_finite(codebook), to=INT64.dtype)
@@ -145,7 +146,7 @@ def _indices(x: Any, codebook: Any, size: int, metric: str) -> Any:
         codebook,
         op.Cast(usable, to=BOOL.dtype),
         op.ArgMax(usable, axis=-1, keepdims=1),  # the first of the largest
-        op.Cast(op.Constant(value_int=int(metric == "dot")), to=BOOL.dtype),
+        op.Cast(op.Constant(value_int=int(metric == METRICS["dot"])), to=BOOL.dtype),
         size=min(CODES_AT_ONCE, size),
         chunks=-(-size // CODES_AT_ONCE),
     )
@@ -157,7 +158,7 @@ def _integer(value: int) -> Any:
     return op.Constant(value_int=value)
 
 
-def search(x, codebook, metric="l2", mask=None):  # type: ignore[no-untyped-def]
+def search(x, codebook, metric=METRICS["l2"], mask=None):  # type: ignore[no-untyped-def]
     """Translate `fastvq::search`."""
     size = codebook.shape[-2]
     if len(x.shape) == 3:
@@ -173,7 +174,7 @@ def residual_search(x, codebooks, mask=None):  # type: ignore[no-untyped-def]
     residual, stages = x, []
     for stage in range(codebooks.shape[0]):
         codebook = op.Gather(codebooks, _integer(stage), axis=0)
-        index = _indices(op.Unsqueeze(residual, [0]), op.Unsqueeze(codebook, [0]), codebooks.shape[1], "l2")
+        index = _indices(op.Unsqueeze(residual, [0]), op.Unsqueeze(codebook, [0]), codebooks.shape[1], METRICS["l2"])
         index = op.Squeeze(index, [0])
         stages.append(op.Unsqueeze(index, [-1]))
         residual = op.Cast(op.Cast(residual, to=dtype) - _lookup(codebook, index, dtype), to=FLOAT.dtype)

@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvq.backends.arithmetic import check_index_range, compute_dtype
+from fastvq.backends.triton import interpreted
 
-from . import interpreted
 from .accumulate import ASSERTING
 from .rotation import SHORTEST, factors_of, length_of, unit_of
 

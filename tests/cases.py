@@ -9,11 +9,12 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 from torch import Tensor
 
 import fastvq
-from fastvq.backends import reference
+from fastvq.backends import reference, select
 
 BACKENDS = ("native", "torch")
 METRICS = ("l2", "dot")
@@ -66,6 +67,13 @@ def close(
         equal_nan=True,
         msg=lambda message: f"{name}: {message}" if name else message,
     )
+
+
+def require_support(backend: str, op: str, dtype: torch.dtype = torch.float32) -> None:
+    """Skip a test of an op that a backend lacks on the CPU; that it is refused is in tests/backends/test_support.py."""
+    reason = select.BACKENDS[backend].why_not(op, torch.device("cpu"), dtype)
+    if not select.BACKENDS[backend].support(op, torch.device("cpu"), dtype):
+        pytest.skip(f"{backend}: {reason}")
 
 
 def weighted_by_loop(state, statistics, weight: Tensor, decay: float, eps: float) -> list[Tensor]:

@@ -1,8 +1,14 @@
 // The native CPU backend's ops, on the LibTorch stable ABI: one binary for every torch from 2.10 on. Schemas and
 // documentation are in fastvq/ops/.
+//
+// Each kernel is registered under its own op, native_<name>, and, unless it writes to its arguments, under the op
+// <name> that users call. There it serves while `direct` is set, which fastvq/backends/select.py does while no other
+// backend is requested, and otherwise hands the call to select_<name>, the choice of a backend in Python. The kernels
+// stay registered: to remove one while another thread looks it up is a race in torch's dispatcher.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cfenv>
 #include <cmath>
 #include <optional>
@@ -23,6 +29,9 @@
 #include "search.h"
 #include "soft_assign.h"
 #include "topk_search.h"
+
+// Which only newer versions of torch have: the message of the last error behind a call of its C functions.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace {
 
@@ -453,7 +462,33 @@ void min_distance_(Tensor distances, const Tensor& x, const Tensor& codes) {
   write_back(distances, lowered);
 }
 
+std::atomic<bool> direct{false};
+
+using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
+
+// Runs the kernel, or hands its arguments to the op `other`.
+void serve(bool here, Boxed kernel, const char* other, StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if (here) return kernel(stack, inputs, outputs);
+  if (!torch_call_dispatcher(other, "", stack, TORCH_ABI_VERSION)) return;
+  const char* what =
+      torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+  std::string message = what && *what ? what : std::string(other) + " has failed behind the library";
+  throw std::runtime_error(message.substr(0, message.find("\n\nAt:\n")));  // without the Python stack
+}
+
+bool is_float64(StableIValue value) {
+  int32_t dtype = 0;
+  return !aoti_torch_get_dtype(torch::stable::detail::to<AtenTensorHandle>(value), &dtype) &&
+         dtype == aoti_torch_dtype_float64();
+}
+
 }  // namespace
+
+#define SERVE_DIRECTLY(m, name, served)                                                                         \
+  m.impl(#name, [](StableIValue* stack, uint64_t inputs, uint64_t outputs) {                                    \
+    serve(direct.load(std::memory_order_relaxed) && (served), TORCH_BOX(&name), "fastvq::select_" #name, stack, \
+          inputs, outputs);                                                                                     \
+  })
 
 STABLE_TORCH_LIBRARY_IMPL(fastvq, CPU, m) {
   m.impl("native_search", TORCH_BOX(&search));
@@ -469,6 +504,23 @@ STABLE_TORCH_LIBRARY_IMPL(fastvq, CPU, m) {
   m.impl("native_accumulate", TORCH_BOX(&accumulate));
   m.impl("native_ema_update_", TORCH_BOX(&ema_update_));
   m.impl("native_min_distance_", TORCH_BOX(&min_distance_));
+
+  SERVE_DIRECTLY(m, search, true);
+  SERVE_DIRECTLY(m, topk_search, true);
+  SERVE_DIRECTLY(m, sample, true);
+  SERVE_DIRECTLY(m, residual_search, true);
+  SERVE_DIRECTLY(m, soft_assign_forward, !is_float64(stack[0]) && !is_float64(stack[1]));
+  SERVE_DIRECTLY(m, soft_assign_backward, !is_float64(stack[0]) && !is_float64(stack[1]));
+  SERVE_DIRECTLY(m, quantize_forward, true);
+  SERVE_DIRECTLY(m, quantize_backward, true);
+  SERVE_DIRECTLY(m, residual_quantize_forward, true);
+  SERVE_DIRECTLY(m, residual_quantize_backward, true);
+  SERVE_DIRECTLY(m, accumulate, true);
+}
+
+// Called by fastvq/backends/native.py: whether the kernels serve the ops that users call.
+extern "C" __attribute__((visibility("default"))) void fastvq_native_serve(int yes) {
+  direct.store(yes != 0, std::memory_order_relaxed);
 }
 
 // Read by fastvq/backends/native.py: the instruction set in use, or why FASTVQ_ISA or FASTVQ_TIER can't be met.

@@ -1,7 +1,6 @@
-"""The native backend: loads the compiled libraries and calls the ops that they implement.
+"""The native backend: C++ kernels on the CPU, CUDA kernels on NVIDIA GPUs.
 
-On the CPU these are all but those that `OPS` takes from the torch backend. On NVIDIA GPUs there are CUDA kernels for
-the searches, `accumulate`, `ema_update_` and `min_distance_`; torch operations serve the rest.
+A library is loaded when one of its kernels is first asked for.
 """
 
 from __future__ import annotations
@@ -14,13 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastvq.ops.registry import GRADIENTS, METRICS, SOFT_METRICS
-
-from . import Ops
-from . import torch as eager
-from .arithmetic import compute_dtype
+from .support import GRADIENTS, METRICS, SOFT_METRICS, WITHOUT_FLOAT64, Support
 
 _PACKAGE = Path(__file__).parent.parent
 KERNELS = (
@@ -38,9 +32,20 @@ KERNELS = (
     "ema_update_",
     "min_distance_",
 )
-"""What the CPU library must have: one that is older than this module may lack some."""
+"""The kernels of the CPU library; a library older than this module may lack some."""
 CUDA_KERNELS = ("search", "residual_search", "accumulate", "ema_update_", "min_distance_")
-"""The same of the CUDA library."""
+"""The kernels of the CUDA library."""
+
+SUPPORTS = (
+    *(
+        Support(
+            op,
+            devices=("cpu", "cuda") if op in CUDA_KERNELS else ("cpu",),
+            dtypes=WITHOUT_FLOAT64 if op.startswith("soft_assign") else Support(op).dtypes,
+        )
+        for op in KERNELS
+    ),
+)
 _REBUILD = (
     "install a C++17 compiler (Debian: apt install g++), then fastvq again: pip install --force-reinstall --no-deps"
 )
@@ -48,7 +53,7 @@ _REBUILD = (
 
 @functools.cache
 def build_record() -> dict[str, Any]:
-    """What setup.py wrote about the build: whether there is a library, by which compiler, or why not."""
+    """Return the record of setup.py: whether there is a library, by which compiler, or why not."""
     path = _PACKAGE / "native_build.json"
     if not path.exists():
         return {"built": False, "reason": "the package was not installed by pip"}
@@ -57,7 +62,7 @@ def build_record() -> dict[str, Any]:
 
 @functools.cache
 def _load() -> tuple[str, str]:
-    """(instruction set, "") after loading the library, or ("", why it can't be used)."""
+    """Load the CPU library and return its instruction set and "", or "" and why it cannot be used."""
     record = build_record()
     if not record["built"]:
         return "", f"not built: {record['reason']}. To have it, {_REBUILD}"
@@ -72,17 +77,49 @@ def _load() -> tuple[str, str]:
     library.fastvq_native_isa.restype = ctypes.c_char_p
     error_text = ctypes.c_char_p()
     isa = library.fastvq_native_isa(ctypes.byref(error_text))
-    return (isa.decode(), "") if isa else ("", (error_text.value or b"").decode())
+    if not isa:
+        return "", (error_text.value or b"").decode()
+    _serving.library = library
+    library.fastvq_native_serve(_serving.wanted)
+    return isa.decode(), ""
+
+
+class _Serving:
+    """The CPU library, once it is loaded, and whether its kernels are to serve the ops directly."""
+
+    library: ctypes.CDLL | None = None
+    wanted = False
+
+
+_serving = _Serving()
+
+
+def serve_directly(yes: bool) -> None:
+    """Let the CPU kernels serve the ops by themselves, or hand each call to the choice of a backend in Python.
+
+    It loads nothing: a library that is loaded later follows the last call.
+    """
+    _serving.wanted = yes
+    if _serving.library is not None:
+        _serving.library.fastvq_native_serve(yes and not _load()[1])
 
 
 def instruction_set() -> str:
-    """The instruction set in use, or "" where the backend is unavailable."""
+    """Return the instruction set in use, or "" where the CPU library cannot be used."""
     return _load()[0]
 
 
 def peak(kind: str, threads: int) -> float | None:
-    """What this machine can do at most with `threads` threads, measured: "float32", "bfloat16" or "int16" multiply-adds
-    in GFLOP/s (a multiply-add is two operations), "read" memory in GB/s. None where it has no such instruction."""
+    """Measure the peak rate of this machine with `threads` threads.
+
+    Args:
+        kind: "float32", "bfloat16" or "int16" multiply-adds, in GFLOP/s (a multiply-add is two operations), or "read",
+            in GB/s of memory.
+        threads: the number of threads.
+
+    Returns:
+        The rate, or None where the processor has no such instruction.
+    """
     library = ctypes.CDLL(str(_PACKAGE / "_native.so"))
     library.fastvq_native_peak.restype = ctypes.c_double
     rate = library.fastvq_native_peak(kind.encode(), threads)
@@ -90,7 +127,7 @@ def peak(kind: str, threads: int) -> float | None:
 
 
 CAPABILITY = (8, 0)
-"""The least that an NVIDIA GPU must have: float16 matrix units that sum in float32, and asynchronous copies."""
+"""The least compute capability: float16 matrix units that sum in float32, and asynchronous copies."""
 
 UNTRIED = (
     "fastvq's CUDA kernels serve this device. They have been compiled, and run in an emulator, but not on a GPU yet "
@@ -100,7 +137,7 @@ UNTRIED = (
 
 @functools.cache
 def _load_cuda() -> str:
-    """Loads the CUDA library; why it can't be used, else empty."""
+    """Load the CUDA library and return why it cannot be used, or an empty string."""
     record = build_record().get("cuda", {"built": False, "reason": "the package was built without it"})
     if not record["built"]:
         return f"no CUDA kernels were built: {record['reason']}. FASTVQ_CUDA=1 pip install builds them, by nvcc"
@@ -119,13 +156,13 @@ def _load_cuda() -> str:
 
 
 def _other_version(path: Path, kernels: tuple[str, ...], key: str) -> str:
-    """What a library that was loaded lacks of what this module calls; empty if nothing."""
+    """Return which kernels a loaded library lacks, or an empty string."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     missing = [name for name in kernels if not has(f"fastvq::native_{name}", key)]
     return f"{path} is of another version, without {', '.join(missing)}" if missing else ""
 
 
-def _unavailable_on_cuda(device: torch.device) -> str:
+def _unfit_gpu(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "the CUDA kernels run on NVIDIA GPUs"
     if not torch.cuda.is_available():
@@ -134,108 +171,28 @@ def _unavailable_on_cuda(device: torch.device) -> str:
     if capability < CAPABILITY:
         least, found = (".".join(map(str, numbers)) for numbers in (CAPABILITY, capability))
         return f"needs compute capability {least}, this device has {found}"
-    return _load_cuda()
+    return ""
 
 
-def unavailable(device: torch.device) -> str:
-    """Why this backend can't serve `device`; empty where it can."""
+def reasons(device: torch.device) -> tuple[str, ...]:
+    """Return why the kernels cannot run on a device; empty where they can."""
     if device.type == "cuda":
-        return _unavailable_on_cuda(device)
-    if device.type != "cpu":
-        return f"the native kernels of this release run on cpu and cuda, not on {device.type}"
-    return _load()[1]
+        reason = _unfit_gpu(device) or _load_cuda()
+    elif device.type == "cpu":
+        reason = _load()[1]
+    else:
+        reason = f"the native kernels of this release run on cpu and cuda, not on {device.type}"
+    return (reason,) if reason else ()
 
 
-def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
-    return torch.ops.fastvq.native_search(x, codebook, metric=METRICS.index(metric))
-
-
-def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
-    return torch.ops.fastvq.native_residual_search(x, codebooks)
-
-
-def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2") -> Tensor:
-    return torch.ops.fastvq.native_topk_search(x, codebook, k, metric=METRICS.index(metric))
-
-
-def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, metric: str = "l2") -> Tensor:
-    return torch.ops.fastvq.native_sample(x, codebook, temperature=temperature, seed=seed, metric=METRICS.index(metric))
-
-
-def soft_assign_forward(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: str, **options: Any
-) -> tuple[Tensor, ...]:
-    if compute_dtype(x, codebook) == torch.float64:  # kernels are in float32
-        return eager.soft_assign.soft_assign_forward(x, codebook, mask, metric=metric, **options)
-    return torch.ops.fastvq.native_soft_assign_forward(x, codebook, mask, metric=SOFT_METRICS.index(metric), **options)
-
-
-def soft_assign_backward(
-    x: Tensor,
-    codebook: Tensor,
-    mask: Tensor | None,
-    logsumexp: Tensor,
-    *grads: Tensor | None,
-    metric: str,
-    **options: Any,
-) -> tuple[Tensor, ...]:
-    if compute_dtype(x, codebook) == torch.float64:
-        return eager.soft_assign.soft_assign_backward(x, codebook, mask, logsumexp, *grads, metric=metric, **options)
-    tensors = (x, codebook, mask, logsumexp, *grads)
-    return torch.ops.fastvq.native_soft_assign_backward(*tensors, metric=SOFT_METRICS.index(metric), **options)
-
-
-def quantize_backward(*tensors: Tensor, gradient: str, **options: Any) -> Tensor:
-    return torch.ops.fastvq.native_quantize_backward(*tensors, gradient=GRADIENTS.index(gradient), **options)
-
-
-def residual_quantize_backward(*tensors: Tensor, gradient: str, **options: Any) -> Tensor:
-    return torch.ops.fastvq.native_residual_quantize_backward(*tensors, gradient=GRADIENTS.index(gradient), **options)
-
-
-def quantize_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.fastvq.native_quantize_forward(*arguments)
-
-
-def residual_quantize_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.fastvq.native_residual_quantize_forward(*arguments)
-
-
-def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    return torch.ops.fastvq.native_accumulate(x, indices, codebook_size)
-
-
-def ema_update_(*tensors: Tensor, **options: Any) -> None:
-    torch.ops.fastvq.native_ema_update_(*tensors, **options)
-
-
-def min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
-    torch.ops.fastvq.native_min_distance_(distances, x, codes)
-
-
-def _on_cpu(kernel: Callable[..., Any], operations: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel on the CPU; torch operations on a device that has none."""
-
-    def call(x: Tensor, *arguments: Any, **options: Any) -> Any:
-        return (kernel if x.device.type == "cpu" else operations)(x, *arguments, **options)
-
-    return call
-
-
-OPS: Ops = {
-    "search": search,
-    "residual_search": residual_search,
-    "topk_search": _on_cpu(topk_search, eager.OPS["topk_search"]),
-    "quantize_forward": _on_cpu(quantize_forward, eager.OPS["quantize_forward"]),
-    "quantize_backward": _on_cpu(quantize_backward, eager.OPS["quantize_backward"]),
-    "residual_quantize_forward": _on_cpu(residual_quantize_forward, eager.OPS["residual_quantize_forward"]),
-    "residual_quantize_backward": _on_cpu(residual_quantize_backward, eager.OPS["residual_quantize_backward"]),
-    "accumulate": accumulate,
-    "ema_update_": ema_update_,
-    "min_distance_": min_distance_,
-    "binary_assign_forward": eager.binary_assign.binary_assign_forward,
-    "binary_assign_backward": eager.binary_assign.binary_assign_backward,
-    "soft_assign_forward": _on_cpu(soft_assign_forward, eager.OPS["soft_assign_forward"]),
-    "soft_assign_backward": _on_cpu(soft_assign_backward, eager.OPS["soft_assign_backward"]),
-    "sample": _on_cpu(sample, eager.OPS["sample"]),
-}
+def implementation(op: str, device: str) -> Callable[..., Any]:
+    """Return the function that calls the kernel of an op; like every implementation it takes options by name."""
+    kernel = getattr(torch.ops.fastvq, f"native_{op}").default
+    numbers = {"soft_assign": SOFT_METRICS, "search": METRICS, "topk_search": METRICS, "sample": METRICS}.get(
+        op.removesuffix("_forward").removesuffix("_backward")
+    )
+    if op in ("quantize_backward", "residual_quantize_backward"):
+        return lambda *tensors, gradient, **options: kernel(*tensors, gradient=GRADIENTS[gradient], **options)
+    if numbers is None:
+        return kernel
+    return lambda *arguments, metric="l2", **options: kernel(*arguments, metric=numbers[metric], **options)

@@ -42,7 +42,7 @@ class Contestant:
         if self.float32_only and dtype != torch.float32:
             return f"doesn't take {dtype}".replace("torch.", "")
         if self.name.startswith("fastvq"):
-            return backends.BACKENDS[self.name.split()[1]].unavailable(device)
+            return backends.BACKENDS[self.name.split()[1]].why_not("search", device, dtype)
         if device.type != "cpu" and self.name in CPU_ONLY:
             return f"runs on cpu, not on {device.type}"
         return self.missing()

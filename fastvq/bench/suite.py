@@ -141,7 +141,7 @@ def memory_records() -> list[dict[str, Any]]:
 
 def ceilings(threads: int) -> dict[str, float | None]:
     """Return GFLOP/s of multiply-adds by type and GB/s of reading; None without such an instruction."""
-    if native.unavailable(torch.device("cpu")):
+    if native.reasons(torch.device("cpu")):
         return dict.fromkeys(("float32", "bfloat16", "int16", "read"))
     return {kind: native.peak(kind, threads) for kind in ("float32", "bfloat16", "int16", "read")}
 

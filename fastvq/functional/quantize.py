@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastvq.backends.arithmetic import SHORTEST, difference
-from fastvq.ops import GRADIENTS, accumulate, quantize_backward, quantize_forward, search
+from fastvq.backends.support import GRADIENTS
+from fastvq.ops import accumulate, quantize_backward, quantize_forward, search
 
 
 def unit_norm(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastvq.backends import select as backends
 
 from .checks import check_indices, check_values
-from .registry import op
+from .registry import explain, op
 
 
 def _check_accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> None:
@@ -27,6 +27,11 @@ def _accumulate_fake(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Te
 
 
 @op(fake=_accumulate_fake)
+def _accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    _check_accumulate(x, indices, codebook_size)
+    return backends.select("accumulate", x)(x, indices, codebook_size)
+
+
 def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     """Count and sum the vectors of each code.
 
@@ -48,5 +53,7 @@ def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, 
 
     Source: van den Oord et al. 2017, appendix A.1, equations 6 and 7.
     """
-    _check_accumulate(x, indices, codebook_size)
-    return backends.select("accumulate", x.device)(x, indices, codebook_size)
+    try:
+        return _accumulate(x, indices, codebook_size)
+    except RuntimeError as error:
+        raise explain(error, _check_accumulate, x, indices, codebook_size) from None

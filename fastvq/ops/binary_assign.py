@@ -32,6 +32,11 @@ def _binary_assign_forward_fake(x: Tensor, mask: Tensor | None, *, scale: float,
 
 
 @op(fake=_binary_assign_forward_fake)
+def _binary_assign_forward(x: Tensor, mask: Tensor | None, *, scale: float, floor: float) -> tuple[Tensor, Tensor]:
+    check_binary_assign(x, mask, scale, floor)
+    return backends.select("binary_assign_forward", x)(x, mask, scale=scale, floor=floor)
+
+
 def binary_assign_forward(x: Tensor, mask: Tensor | None, *, scale: float, floor: float) -> tuple[Tensor, Tensor]:
     """Return the soft assignment of `fastvq.binary_assign` for groups of rows.
 
@@ -45,8 +50,7 @@ def binary_assign_forward(x: Tensor, mask: Tensor | None, *, scale: float, floor
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
     """
-    check_binary_assign(x, mask, scale, floor)
-    return backends.select("binary_assign_forward", x.device)(x, mask, scale=scale, floor=floor)
+    return _binary_assign_forward(x, mask, scale=scale, floor=floor)
 
 
 def _check_binary_assign_backward(
@@ -77,6 +81,20 @@ def _binary_assign_backward_fake(
 
 
 @op(fake=_binary_assign_backward_fake)
+def _binary_assign_backward(
+    x: Tensor,
+    mask: Tensor | None,
+    entropy_grad: Tensor | None,
+    mean_grad: Tensor | None,
+    *,
+    scale: float,
+    floor: float,
+) -> Tensor:
+    _check_binary_assign_backward(x, mask, entropy_grad, mean_grad, scale, floor)
+    run = backends.select("binary_assign_backward", x)
+    return run(x, mask, entropy_grad, mean_grad, scale=scale, floor=floor)
+
+
 def binary_assign_backward(
     x: Tensor,
     mask: Tensor | None,
@@ -93,6 +111,4 @@ def binary_assign_backward(
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
     """
-    _check_binary_assign_backward(x, mask, entropy_grad, mean_grad, scale, floor)
-    run = backends.select("binary_assign_backward", x.device)
-    return run(x, mask, entropy_grad, mean_grad, scale=scale, floor=floor)
+    return _binary_assign_backward(x, mask, entropy_grad, mean_grad, scale=scale, floor=floor)

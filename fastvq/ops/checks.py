@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .registry import DTYPES, GRADIENTS
+from fastvq.backends.support import DTYPES, GRADIENTS
 
 
 def check_values(name: str, tensor: Tensor, dims: tuple[int, ...], like: str) -> None:

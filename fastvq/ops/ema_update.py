@@ -94,6 +94,28 @@ def _ema_update_fake(*tensors: Tensor, decay: float, eps: float, weight: Tensor 
 
 
 @op(fake=_ema_update_fake, mutates=("codebook", "cluster_size", "embed_avg"))
+def _ema_update_(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_avg: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    *,
+    decay: float,
+    eps: float,
+    weight: Tensor | None = None,
+) -> None:
+    _check_ema_update(codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps, weight=weight)
+    _check_overlap((codebook, cluster_size, embed_avg), (counts, sums, weight))
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a codebook would learn a batch again, within backward: keep compiled layers that learn out of what"
+            " activation checkpointing repeats, or leave them uncompiled"
+        )
+    run = backends.select("ema_update_", codebook)
+    run(codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps, weight=weight)
+
+
 def ema_update_(
     codebook: Tensor,
     cluster_size: Tensor,
@@ -130,13 +152,4 @@ def ema_update_(
 
     Source: van den Oord et al. 2017, appendix A.1, equations 6 to 8; smoothing as in Sonnet's VectorQuantizerEMA.
     """
-    _check_ema_update(codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps, weight=weight)
-    _check_overlap((codebook, cluster_size, embed_avg), (counts, sums, weight))
-    if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "a codebook would learn a batch again, within backward: keep compiled layers that learn out of what"
-            " activation checkpointing repeats, or leave them uncompiled"
-        )
-    backends.select("ema_update_", codebook.device)(
-        codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps, weight=weight
-    )
+    _ema_update_(codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps, weight=weight)

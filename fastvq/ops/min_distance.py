@@ -25,6 +25,11 @@ def _min_distance_fake(distances: Tensor, x: Tensor, codes: Tensor) -> None:
 
 
 @op(fake=_min_distance_fake, mutates=("distances",))
+def _min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
+    _check_min_distance(distances, x, codes)
+    backends.select("min_distance_", x, codes)(distances, x, codes)
+
+
 def min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
     """Lower the squared distance of each row to its nearest centre by a few new centres, in place.
 
@@ -50,5 +55,4 @@ def min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
 
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007, section 2.2.
     """
-    _check_min_distance(distances, x, codes)
-    backends.select("min_distance_", x.device)(distances, x, codes)
+    _min_distance_(distances, x, codes)

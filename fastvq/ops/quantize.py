@@ -7,9 +7,10 @@ from torch import Tensor
 
 from fastvq.backends import select as backends
 from fastvq.backends.arithmetic import compute_dtype
+from fastvq.backends.support import GRADIENTS
 
 from .checks import check_beside, check_codes, check_gradients, check_indices, check_same_device, check_values
-from .registry import op
+from .registry import explain, op, option
 
 
 def _check_quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor) -> None:
@@ -29,6 +30,11 @@ def _quantize_forward_fake(
 
 
 @op(fake=_quantize_forward_fake)
+def _quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _check_quantize_forward(x, codebook, indices)
+    return backends.select("quantize_forward", x, codebook)(x, codebook, indices, keep_codes)
+
+
 def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Look up the codes and measure the quantization error, in one pass.
 
@@ -52,8 +58,10 @@ def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: b
 
     Source: van den Oord et al. 2017, equations 2 and 3.
     """
-    _check_quantize_forward(x, codebook, indices)
-    return backends.select("quantize_forward", x.device)(x, codebook, indices, keep_codes)
+    try:
+        return _quantize_forward(x, codebook, indices, keep_codes)
+    except RuntimeError as error:
+        raise explain(error, _check_quantize_forward, x, codebook, indices) from None
 
 
 def _check_quantize_backward(
@@ -75,14 +83,30 @@ def _quantize_backward_fake(
     quantized_grad: Tensor,
     loss_grad: Tensor,
     *,
-    gradient: str,
+    gradient: int,
     commitment_weight: float,
 ) -> Tensor:
-    _check_quantize_backward(x, codes, indices, quantized_grad, loss_grad, gradient)
+    _check_quantize_backward(x, codes, indices, quantized_grad, loss_grad, option(GRADIENTS, gradient))
     return x.new_empty(x.shape)
 
 
 @op(fake=_quantize_backward_fake)
+def _quantize_backward(
+    x: Tensor,
+    codes: Tensor,
+    indices: Tensor,
+    quantized_grad: Tensor,
+    loss_grad: Tensor,
+    *,
+    gradient: int,
+    commitment_weight: float,
+) -> Tensor:
+    name = option(GRADIENTS, gradient)
+    _check_quantize_backward(x, codes, indices, quantized_grad, loss_grad, name)
+    run = backends.select("quantize_backward", x, codes)
+    return run(x, codes, indices, quantized_grad, loss_grad, gradient=name, commitment_weight=commitment_weight)
+
+
 def quantize_backward(
     x: Tensor,
     codes: Tensor,
@@ -112,7 +136,8 @@ def quantize_backward(
 
     Source: van den Oord et al. 2017, section 3.2; Fifty et al. 2024, section 4.2.
     """
-    _check_quantize_backward(x, codes, indices, quantized_grad, loss_grad, gradient)
-    return backends.select("quantize_backward", x.device)(
-        x, codes, indices, quantized_grad, loss_grad, gradient=gradient, commitment_weight=commitment_weight
-    )
+    tensors = (x, codes, indices, quantized_grad, loss_grad)
+    try:
+        return _quantize_backward(*tensors, gradient=GRADIENTS[gradient], commitment_weight=commitment_weight)
+    except (RuntimeError, KeyError) as error:
+        raise explain(error, _check_quantize_backward, *tensors, gradient) from None

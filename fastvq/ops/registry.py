@@ -1,13 +1,24 @@
 """Registration of ops.
 
-The backend is chosen inside the registered op. torch.compile and torch.export therefore see one opaque node, and a
-traced program runs on whatever backend serves the device it meets.
+An op `search` is three ops of torch:
+
+    fastvq::search         what users call, and what torch.compile and torch.export see as one opaque node
+    fastvq::native_search  the compiled library's kernel
+    fastvq::select_search  the choice of a backend in Python, where it may be reached from the library
+
+On the CPU the library implements the first one too and calls the third one while a backend is requested that is not its
+own; elsewhere, and before the library is loaded, the first one is the choice in Python. A traced program therefore
+runs on whatever backend serves the device it meets and is requested when it runs.
+
+Options are integers in the schemas, numbered in fastvq/backends/support.py: libraries built with torch 2.13 leak every
+string that they are given.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -18,36 +29,82 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def op(*, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[_F], _F]:
-    """Registers the decorated function as an op and returns a function of its signature that calls the op.
+    """Register the decorated function `_name` as the op `name` and return the op.
 
-    `native_<name>` gets the same schema, for the compiled library to implement, with an integer for each string: its
-    place in METRICS, SOFT_METRICS or GRADIENTS. Libraries built with torch 2.13 leak every string that they are given.
+    The function checks its arguments and calls the backend that serves them. Its public counterpart, which has the
+    strings and the documentation, calls the op and explains its errors by `explain`.
+
+    Args:
+        fake: computes the shapes and dtypes of the results.
+        mutates: the arguments that the op writes to.
     """
 
     def register(function: _F) -> _F:
-        name = function.__name__
-        schemas = {name: torch.library.infer_schema(function, mutates_args=mutates)}
-        schemas[f"native_{name}"] = _integer_schema(function, mutates)
-        for op_name, schema in schemas.items():
-            _library.define(op_name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        name = function.__name__.removeprefix("_")
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
         # Without a graph, which would hold every temporary tensor of a search that nothing differentiates.
         run = _without_graph(_bump_versions(function, mutates) if mutates else function)
+        for prefix in ("", "native_") if mutates else ("", "native_", "select_"):
+            _library.define(prefix + name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, run, "CompositeExplicitAutograd")
+        if not mutates:
+            _library.impl(f"select_{name}", _keep_error(run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastvq::{name}", fake, lib=_library)
-        overload = getattr(torch.ops.fastvq, name).default
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return overload(*args, **kwargs)
-
-        call.__name__, call.__qualname__, call.__doc__ = name, name, function.__doc__
-        call.__module__, call.__wrapped__ = function.__module__, function  # type: ignore[attr-defined]
-        return call  # type: ignore[return-value]
+        return getattr(torch.ops.fastvq, name).default
 
     return register
 
 
+def option(numbers: dict[str, int], number: int) -> str:
+    """Return the name of an option.
+
+    Raises:
+        ValueError: there is none with this number.
+    """
+    for name, its_number in numbers.items():
+        if its_number == number:
+            return name
+    raise ValueError(f"no option has the number {number}; {', '.join(f'{n} is {i}' for n, i in numbers.items())}")
+
+
+def explain(error: Exception, check: Callable[..., None], *arguments: Any) -> Exception:
+    """Return the exception to raise in place of one that an op has raised.
+
+    That is the exception of the Python code behind the compiled library, of which only the message comes through; else
+    that of `check(*arguments)`, which names the argument at fault; else `error` itself.
+    """
+    kept = getattr(_kept, "error", None)
+    _kept.error = None
+    if kept is not None and str(error).endswith((str(kept), LOST)):
+        return kept
+    try:
+        check(*arguments)
+    except Exception as named:
+        return named
+    return error
+
+
+LOST = "has failed behind the library"
+"""The end of the library's message where its torch does not tell the message of the Python code."""
+
+_kept = threading.local()
+
+
+def _keep_error(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep an exception for `explain`: an exception does not pass through the library's C interface."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            _kept.error = error
+            raise
+
+    return run
+
+
 def _without_graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.no_grad()(function)` at a sixth of its cost, which is felt at every op of a small step."""
+    """Return `torch.no_grad()(function)` at a sixth of its cost, which is felt at every op of a small step."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -61,9 +118,11 @@ def _without_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _bump_versions(function: Callable[..., Any], mutates: tuple[str, ...]) -> Callable[..., Any]:
-    """Autograd counts the writes to a tensor, and refuses a gradient that would need what was there before; kernels
-    that write through plain pointers are told of here."""
+def _bump_versions(function: Callable[..., Any], mutates: Iterable[str]) -> Callable[..., Any]:
+    """Count the writes of a function that writes through plain pointers.
+
+    Autograd counts the writes to a tensor and refuses a gradient that would need the values of before.
+    """
     places = [list(inspect.signature(function).parameters).index(name) for name in mutates]
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -76,23 +135,3 @@ def _bump_versions(function: Callable[..., Any], mutates: tuple[str, ...]) -> Ca
         return result
 
     return run
-
-
-def _integer_schema(function: Callable[..., Any], mutates: tuple[str, ...]) -> str:
-    signature = inspect.signature(function)
-
-    def prototype(*args: Any, **kwargs: Any) -> None: ...
-
-    kept = [
-        p.replace(annotation=int, default=p.empty) if p.annotation in (str, "str") else p
-        for p in signature.parameters.values()
-    ]
-    prototype.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
-    prototype.__module__ = function.__module__
-    return torch.library.infer_schema(prototype, mutates_args=mutates)
-
-
-METRICS = ("l2", "dot")
-SOFT_METRICS = ("distance", "l2", "dot")
-GRADIENTS = ("ste", "rotation")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

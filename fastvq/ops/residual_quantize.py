@@ -6,9 +6,10 @@ from torch import Tensor
 
 from fastvq.backends import select as backends
 from fastvq.backends.arithmetic import compute_dtype
+from fastvq.backends.support import GRADIENTS
 
 from .checks import check_gradients, check_int64, check_same_device
-from .registry import op
+from .registry import explain, op, option
 from .residual_search import check_residual_search
 
 
@@ -26,7 +27,19 @@ def _residual_quantize_forward_fake(
     return x.new_empty(x.shape), x.new_empty((stages,), dtype=dtype), residuals
 
 
+def _check_residual_quantize_forward(x: Tensor, codebooks: Tensor, indices: Tensor) -> None:
+    check_residual_search(x, codebooks)
+    _check_stage_indices(indices, x, codebooks)
+
+
 @op(fake=_residual_quantize_forward_fake)
+def _residual_quantize_forward(
+    x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_residual_quantize_forward(x, codebooks, indices)
+    return backends.select("residual_quantize_forward", x, codebooks)(x, codebooks, indices, keep_residuals)
+
+
 def residual_quantize_forward(
     x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,9 +64,10 @@ def residual_quantize_forward(
 
     Source: Zeghidour et al., SoundStream, 2021, algorithm 1.
     """
-    check_residual_search(x, codebooks)
-    _check_stage_indices(indices, x, codebooks)
-    return backends.select("residual_quantize_forward", x.device)(x, codebooks, indices, keep_residuals)
+    try:
+        return _residual_quantize_forward(x, codebooks, indices, keep_residuals)
+    except RuntimeError as error:
+        raise explain(error, _check_residual_quantize_forward, x, codebooks, indices) from None
 
 
 def _check_residual_quantize_backward(
@@ -78,14 +92,30 @@ def _residual_quantize_backward_fake(
     quantized_grad: Tensor,
     error_grads: Tensor,
     *,
-    gradient: str,
+    gradient: int,
     commitment_weight: float,
 ) -> Tensor:
-    _check_residual_quantize_backward(x, codebooks, indices, quantized_grad, error_grads, gradient)
+    _check_residual_quantize_backward(x, codebooks, indices, quantized_grad, error_grads, option(GRADIENTS, gradient))
     return x.new_empty(x.shape)
 
 
 @op(fake=_residual_quantize_backward_fake)
+def _residual_quantize_backward(
+    x: Tensor,
+    codebooks: Tensor,
+    indices: Tensor,
+    quantized_grad: Tensor,
+    error_grads: Tensor,
+    *,
+    gradient: int,
+    commitment_weight: float,
+) -> Tensor:
+    name = option(GRADIENTS, gradient)
+    _check_residual_quantize_backward(x, codebooks, indices, quantized_grad, error_grads, name)
+    run = backends.select("residual_quantize_backward", x, codebooks)
+    return run(x, codebooks, indices, quantized_grad, error_grads, gradient=name, commitment_weight=commitment_weight)
+
+
 def residual_quantize_backward(
     x: Tensor,
     codebooks: Tensor,
@@ -117,7 +147,8 @@ def residual_quantize_backward(
 
     Source: as `quantize_backward`.
     """
-    _check_residual_quantize_backward(x, codebooks, indices, quantized_grad, error_grads, gradient)
-    return backends.select("residual_quantize_backward", x.device)(
-        x, codebooks, indices, quantized_grad, error_grads, gradient=gradient, commitment_weight=commitment_weight
-    )
+    tensors = (x, codebooks, indices, quantized_grad, error_grads)
+    try:
+        return _residual_quantize_backward(*tensors, gradient=GRADIENTS[gradient], commitment_weight=commitment_weight)
+    except (RuntimeError, KeyError) as error:
+        raise explain(error, _check_residual_quantize_backward, *tensors, gradient) from None

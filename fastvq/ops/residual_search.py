@@ -8,7 +8,7 @@ from torch import Tensor
 from fastvq.backends import select as backends
 
 from .checks import check_codes, check_mask, check_values
-from .registry import op
+from .registry import explain, op
 from .search import search_masked
 
 
@@ -28,6 +28,12 @@ def _residual_search_fake(x: Tensor, codebooks: Tensor, *, mask: Tensor | None =
 
 
 @op(fake=_residual_search_fake)
+def _residual_search(x: Tensor, codebooks: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    check_residual_search(x, codebooks, mask)
+    run = backends.select("residual_search", x, codebooks)
+    return run(x, codebooks) if mask is None else search_masked(run, x, codebooks, mask)
+
+
 def residual_search(x: Tensor, codebooks: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Return the indices of each vector in a stack of codebooks, each of which codes the residual of the one before.
 
@@ -49,6 +55,7 @@ def residual_search(x: Tensor, codebooks: Tensor, *, mask: Tensor | None = None)
 
     Source: Zeghidour et al., SoundStream, 2021, algorithm 1.
     """
-    check_residual_search(x, codebooks, mask)
-    run = backends.select("residual_search", x.device)
-    return run(x, codebooks) if mask is None else search_masked(run, x, codebooks, mask)
+    try:
+        return _residual_search(x, codebooks, mask=mask)
+    except RuntimeError as error:
+        raise explain(error, check_residual_search, x, codebooks, mask) from None

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastvq.backends import select as backends
+from fastvq.backends.support import METRICS
 
-from .registry import op
+from .registry import explain, op, option
 from .search import check_search
 
 
@@ -21,12 +22,19 @@ def _check_sample(x: Tensor, codebook: Tensor, temperature: float, seed: Tensor,
         raise ValueError(f"seed: must be on the CPU or on the device of x, {x.device}, got {seed.device}")
 
 
-def _sample_fake(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, metric: str = "l2") -> Tensor:
-    _check_sample(x, codebook, temperature, seed, metric)
+def _sample_fake(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, metric: int = 0) -> Tensor:
+    _check_sample(x, codebook, temperature, seed, option(METRICS, metric))
     return x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
 @op(fake=_sample_fake)
+def _sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, metric: int = 0) -> Tensor:
+    name = option(METRICS, metric)
+    _check_sample(x, codebook, temperature, seed, name)
+    run = backends.select("sample", x, codebook)
+    return run(x, codebook, temperature=temperature, seed=seed, metric=name)
+
+
 def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, metric: str = "l2") -> Tensor:
     """Draw a random code for each vector, with the probabilities of its soft assignment.
 
@@ -56,6 +64,7 @@ def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, met
     Source: Maddison et al., The Concrete Distribution, 2017, section 2 (Gumbel-max); Salmon et al., Parallel Random
     Numbers: As Easy as 1, 2, 3, 2011 (Philox).
     """
-    _check_sample(x, codebook, temperature, seed, metric)
-    run = backends.select("sample", x.device)
-    return run(x, codebook, temperature=temperature, seed=seed, metric=metric)
+    try:
+        return _sample(x, codebook, temperature=temperature, seed=seed, metric=METRICS[metric])
+    except (RuntimeError, KeyError) as error:
+        raise explain(error, _check_sample, x, codebook, temperature, seed, metric) from None

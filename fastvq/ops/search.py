@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastvq.backends import select as backends
+from fastvq.backends.support import METRICS
 
 from .checks import check_codes, check_mask, check_values
-from .registry import op
+from .registry import explain, op, option
 
 
 def check_search(x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None) -> None:
@@ -45,12 +46,19 @@ def search_masked(search: Callable[[Tensor, Tensor], Tensor], x: Tensor, codes: 
     return found.new_full((len(x), *found.shape[1:]), -1).index_copy_(0, rows, found)
 
 
-def _search_fake(x: Tensor, codebook: Tensor, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
-    check_search(x, codebook, metric, mask)
+def _search_fake(x: Tensor, codebook: Tensor, *, metric: int = 0, mask: Tensor | None = None) -> Tensor:
+    check_search(x, codebook, option(METRICS, metric), mask)
     return x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
 @op(fake=_search_fake)
+def _search(x: Tensor, codebook: Tensor, *, metric: int = 0, mask: Tensor | None = None) -> Tensor:
+    name = option(METRICS, metric)
+    check_search(x, codebook, name, mask)
+    run = functools.partial(backends.select("search", x, codebook), metric=name)
+    return run(x, codebook) if mask is None else search_masked(run, x, codebook, mask)
+
+
 def search(x: Tensor, codebook: Tensor, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
     """Return the index of the exact nearest code of each vector.
 
@@ -80,6 +88,7 @@ def search(x: Tensor, codebook: Tensor, *, metric: str = "l2", mask: Tensor | No
 
     Source: van den Oord et al., Neural Discrete Representation Learning, 2017, equation 1.
     """
-    check_search(x, codebook, metric, mask)
-    run = functools.partial(backends.select("search", x.device), metric=metric)
-    return run(x, codebook) if mask is None else search_masked(run, x, codebook, mask)
+    try:
+        return _search(x, codebook, metric=METRICS[metric], mask=mask)
+    except (RuntimeError, KeyError) as error:
+        raise explain(error, check_search, x, codebook, metric, mask) from None

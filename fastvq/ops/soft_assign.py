@@ -6,9 +6,10 @@ from torch import Tensor
 
 from fastvq.backends import select as backends
 from fastvq.backends.arithmetic import compute_dtype
+from fastvq.backends.support import SOFT_METRICS
 
 from .checks import check_codes, check_like, check_mask, check_values
-from .registry import SOFT_METRICS, op
+from .registry import explain, op, option
 
 
 def _check_soft_assign(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, scale: float) -> None:
@@ -23,16 +24,22 @@ def _check_soft_assign(x: Tensor, codebook: Tensor, mask: Tensor | None, metric:
         raise ValueError(f"scale: must be positive, got {scale}")
 
 
+def _check_soft_assign_forward(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, scale: float, floor: float
+) -> None:
+    _check_soft_assign(x, codebook, mask, metric, scale)
+    _check_floor(floor)
+
+
 def _check_floor(floor: float) -> None:
     if not 0 <= floor < 1:
         raise ValueError(f"floor: must lie in [0, 1), got {floor}")
 
 
 def _soft_assign_forward_fake(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: str, scale: float, floor: float, statistics: bool
+    x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: int, scale: float, floor: float, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_soft_assign(x, codebook, mask, metric, scale)
-    _check_floor(floor)
+    _check_soft_assign_forward(x, codebook, mask, option(SOFT_METRICS, metric), scale, floor)
     dtype, (groups, rows, _) = compute_dtype(x, codebook), x.shape
     return (
         x.new_empty((groups, rows), dtype=dtype),
@@ -42,6 +49,15 @@ def _soft_assign_forward_fake(
 
 
 @op(fake=_soft_assign_forward_fake)
+def _soft_assign_forward(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: int, scale: float, floor: float, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    name = option(SOFT_METRICS, metric)
+    _check_soft_assign_forward(x, codebook, mask, name, scale, floor)
+    run = backends.select("soft_assign_forward", x, codebook)
+    return run(x, codebook, mask, metric=name, scale=scale, floor=floor, statistics=statistics)
+
+
 def soft_assign_forward(
     x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: str, scale: float, floor: float, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,10 +74,36 @@ def soft_assign_forward(
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
     """
-    _check_soft_assign(x, codebook, mask, metric, scale)
-    _check_floor(floor)
-    run = backends.select("soft_assign_forward", x.device)
-    return run(x, codebook, mask, metric=metric, scale=scale, floor=floor, statistics=statistics)
+    try:
+        number = SOFT_METRICS[metric]
+        return _soft_assign_forward(x, codebook, mask, metric=number, scale=scale, floor=floor, statistics=statistics)
+    except (RuntimeError, KeyError) as error:
+        raise explain(error, _check_soft_assign_forward, x, codebook, mask, metric, scale, floor) from None
+
+
+def _check_soft_assign_backward(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    logsumexp: Tensor,
+    logsumexp_grad: Tensor | None,
+    entropy_grad: Tensor | None,
+    mean_grad: Tensor | None,
+    code_grad: Tensor | None,
+    metric: str,
+    scale: float,
+    floor: float,
+) -> None:
+    _check_soft_assign_forward(x, codebook, mask, metric, scale, floor)
+    dtype, (groups, rows, dim), size = compute_dtype(x, codebook), x.shape, codebook.shape[0]
+    for name, tensor, shape in (
+        ("logsumexp", logsumexp, (groups, rows)),
+        ("logsumexp_grad", logsumexp_grad, (groups, rows)),
+        ("entropy_grad", entropy_grad, (groups, rows)),
+        ("mean_grad", mean_grad, (groups, size)),
+        ("code_grad", code_grad, (groups, rows, dim)),
+    ):
+        check_like(name, tensor, x, shape, dtype)
 
 
 def _soft_assign_backward_fake(
@@ -74,23 +116,15 @@ def _soft_assign_backward_fake(
     mean_grad: Tensor | None,
     code_grad: Tensor | None,
     *,
-    metric: str,
+    metric: int,
     scale: float,
     floor: float,
     need_x: bool,
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check_soft_assign(x, codebook, mask, metric, scale)
-    _check_floor(floor)
+    grads = (logsumexp, logsumexp_grad, entropy_grad, mean_grad, code_grad)
+    _check_soft_assign_backward(x, codebook, mask, *grads, option(SOFT_METRICS, metric), scale, floor)
     dtype, (groups, rows, dim), size = compute_dtype(x, codebook), x.shape, codebook.shape[0]
-    for name, tensor, shape in (
-        ("logsumexp", logsumexp, (groups, rows)),
-        ("logsumexp_grad", logsumexp_grad, (groups, rows)),
-        ("entropy_grad", entropy_grad, (groups, rows)),
-        ("mean_grad", mean_grad, (groups, size)),
-        ("code_grad", code_grad, (groups, rows, dim)),
-    ):
-        check_like(name, tensor, x, shape, dtype)
     return (
         x.new_empty((groups, rows, dim if need_x else 0), dtype=dtype),
         x.new_empty((size if need_codebook else 0, dim), dtype=dtype),
@@ -98,6 +132,29 @@ def _soft_assign_backward_fake(
 
 
 @op(fake=_soft_assign_backward_fake)
+def _soft_assign_backward(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    logsumexp: Tensor,
+    logsumexp_grad: Tensor | None,
+    entropy_grad: Tensor | None,
+    mean_grad: Tensor | None,
+    code_grad: Tensor | None,
+    *,
+    metric: int,
+    scale: float,
+    floor: float,
+    need_x: bool,
+    need_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    name = option(SOFT_METRICS, metric)
+    tensors = (x, codebook, mask, logsumexp, logsumexp_grad, entropy_grad, mean_grad, code_grad)
+    _check_soft_assign_backward(*tensors, name, scale, floor)
+    run = backends.select("soft_assign_backward", x, codebook)
+    return run(*tensors, metric=name, scale=scale, floor=floor, need_x=need_x, need_codebook=need_codebook)
+
+
 def soft_assign_backward(
     x: Tensor,
     codebook: Tensor,
@@ -131,26 +188,15 @@ def soft_assign_backward(
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
     """
-    grads = (logsumexp, logsumexp_grad, entropy_grad, mean_grad, code_grad)
-    _soft_assign_backward_fake(
-        x,
-        codebook,
-        mask,
-        *grads,
-        metric=metric,
-        scale=scale,
-        floor=floor,
-        need_x=False,
-        need_codebook=False,
-    )
-    return backends.select("soft_assign_backward", x.device)(
-        x,
-        codebook,
-        mask,
-        *grads,
-        metric=metric,
-        scale=scale,
-        floor=floor,
-        need_x=need_x,
-        need_codebook=need_codebook,
-    )
+    tensors = (x, codebook, mask, logsumexp, logsumexp_grad, entropy_grad, mean_grad, code_grad)
+    try:
+        return _soft_assign_backward(
+            *tensors,
+            metric=SOFT_METRICS[metric],
+            scale=scale,
+            floor=floor,
+            need_x=need_x,
+            need_codebook=need_codebook,
+        )
+    except (RuntimeError, KeyError) as error:
+        raise explain(error, _check_soft_assign_backward, *tensors, metric, scale, floor) from None

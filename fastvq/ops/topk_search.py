@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastvq.backends import select as backends
+from fastvq.backends.support import METRICS
 
-from .registry import op
+from .registry import explain, op, option
 from .search import check_search, search_masked
 
 
@@ -20,12 +21,19 @@ def _check_topk_search(x: Tensor, codebook: Tensor, k: int, metric: str, mask: T
         raise ValueError(f"k: must lie in [1, {size}] for {size} codes, got {k}")
 
 
-def _topk_search_fake(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
-    _check_topk_search(x, codebook, k, metric, mask)
+def _topk_search_fake(x: Tensor, codebook: Tensor, k: int, *, metric: int = 0, mask: Tensor | None = None) -> Tensor:
+    _check_topk_search(x, codebook, k, option(METRICS, metric), mask)
     return x.new_empty((*x.shape[:-1], k), dtype=torch.int64)
 
 
 @op(fake=_topk_search_fake)
+def _topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: int = 0, mask: Tensor | None = None) -> Tensor:
+    name = option(METRICS, metric)
+    _check_topk_search(x, codebook, k, name, mask)
+    run = functools.partial(backends.select("topk_search", x, codebook), k=k, metric=name)
+    return run(x, codebook) if mask is None else search_masked(run, x, codebook, mask)
+
+
 def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
     """Return the indices of the k nearest codes of each vector, nearest first.
 
@@ -45,6 +53,7 @@ def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2", mask
 
     Numerics: docs/exactness.md. Not differentiable.
     """
-    _check_topk_search(x, codebook, k, metric, mask)
-    run = functools.partial(backends.select("topk_search", x.device), k=k, metric=metric)
-    return run(x, codebook) if mask is None else search_masked(run, x, codebook, mask)
+    try:
+        return _topk_search(x, codebook, k, metric=METRICS[metric], mask=mask)
+    except (RuntimeError, KeyError) as error:
+        raise explain(error, _check_topk_search, x, codebook, k, metric, mask) from None

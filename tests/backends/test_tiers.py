@@ -89,7 +89,7 @@ def ratio_of_medians(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_data_that_defeat_int16_cost_little(case):
-    if native.unavailable(torch.device("cpu")):
+    if native.reasons(torch.device("cpu")):
         pytest.skip("no native library was built")
     ratios = []
     while len(ratios) < ATTEMPTS and (not ratios or min(ratios) > LIMIT):

@@ -13,7 +13,7 @@ from ..cases import ADVERSARIAL, DTYPES, METRICS, close, generator
 CUDA = torch.device("cuda")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(bool(native.unavailable(CUDA)), reason=native.unavailable(CUDA) or "none"),
+    pytest.mark.skipif(bool(native.reasons(CUDA)), reason="; ".join(native.reasons(CUDA)) or "none"),
 ]
 
 # One for each of the ways of a search, with rests, and some as large as they are used.

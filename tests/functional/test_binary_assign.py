@@ -6,6 +6,7 @@ import torch
 
 import fastvq
 
+from ..cases import require_support
 from ..ops.test_binary_assign import loss
 
 
@@ -16,6 +17,7 @@ def test_gradcheck():
 
 
 def test_autocast_changes_nothing(backend):
+    require_support(backend, "binary_assign_forward")
     x = torch.randn(50, 8)
     with fastvq.use_backend(backend):
         expected = fastvq.binary_assign(x, scale=3.0, floor=1e-5)

@@ -9,8 +9,8 @@ from torch.func import vmap
 
 import fastvq
 from fastvq.backends import reference
+from fastvq.backends.support import GRADIENTS
 from fastvq.functional.quantize import _Quantize, lookup, unit_norm
-from fastvq.ops.registry import GRADIENTS
 
 from ..cases import HALF, close, generator
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fastvq
+from fastvq.backends.support import GRADIENTS
 from fastvq.functional.quantize import lookup
-from fastvq.ops.registry import GRADIENTS
 
 from ..cases import close, generator
 

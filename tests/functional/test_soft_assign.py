@@ -8,12 +8,13 @@ import torch.nn.functional as F
 
 import fastvq
 
-from ..cases import TOLERANCE, generator
+from ..cases import TOLERANCE, generator, require_support
 from ..ops.test_soft_assign import METRICS, RELATIVE, dense_scores, leaves, loss
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_gradcheck(metric, backend):
+    require_support(backend, "soft_assign_forward", torch.float64)
     x, codebook = leaves(torch.randn(2, 5, 3), torch.randn(4, 3), dtype=torch.float64)
     with fastvq.use_backend(backend):
         for floor in (0.0, 0.1):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from triton.runtime import interpreter
 
+from fastvq.backends.triton import interpreted
+
 
 def tensor_core(a, b, c, *, block, guard):
     """Return a b + c as NVIDIA's tensor cores compute it from float16.
@@ -72,6 +74,4 @@ def use(monkeypatch, model):
     return calls
 
 
-needs_interpreter = pytest.mark.skipif(
-    "not __import__('fastvq.kernels').kernels.interpreted()", reason="a model of the matrix unit needs the interpreter"
-)
+needs_interpreter = pytest.mark.skipif(not interpreted(), reason="a model of the matrix unit needs the interpreter")

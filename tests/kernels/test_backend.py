@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvq
-from fastvq import kernels, ops
+from fastvq import ops
 from fastvq.backends import select as backends
+from fastvq.backends import triton
 from fastvq.backends.arithmetic import compute_dtype
 from fastvq.kernels import accumulate, quantize
 
@@ -31,43 +34,45 @@ class NoReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def steps(device):
-    """Every op with its arguments."""
+def calls(device):
+    """Return the arguments of every op."""
     x, codebooks = torch.randn(20, 6, device=device), torch.randn(3, 30, 6, device=device)
     codebook, grad = codebooks[0], torch.randn(20, 6, device=device)
     indices = torch.randint(-1, 30, (20, 3), device=device)
     state = [codebook.clone(), torch.ones(30, device=device), codebook.clone(), *torch.ones(1, 30, device=device)]
     dtype = compute_dtype(x, codebook)
     options = {"gradient": "rotation", "commitment_weight": 0.5}
+    one, three = (torch.ones(shape, dtype=dtype, device=device) for shape in ((), (3,)))
     return {
-        "search": lambda: ops.search(x, codebook),
-        "residual_search": lambda: ops.residual_search(x, codebooks),
-        "accumulate": lambda: ops.accumulate(x, indices[:, 0], 30),
-        "ema_update_": lambda: ops.ema_update_(*state, codebook * 2, decay=0.9, eps=1e-5) or tuple(state),
-        "quantize_forward": lambda: ops.quantize_forward(x, codebook, indices[:, 0], True),
-        "quantize_backward": lambda: ops.quantize_backward(
-            x, grad, indices[:, 0], grad, torch.ones((), dtype=dtype, device=device), **options
-        ),
-        "residual_quantize_forward": lambda: ops.residual_quantize_forward(x, codebooks, indices, True),
-        "residual_quantize_backward": lambda: ops.residual_quantize_backward(
-            x, codebooks, indices, grad, torch.ones(3, dtype=dtype, device=device), **options
-        ),
+        "search": ((x, codebook), {}),
+        "residual_search": ((x, codebooks), {}),
+        "accumulate": ((x, indices[:, 0], 30), {}),
+        "ema_update_": ((*state, codebook * 2), {"decay": 0.9, "eps": 1e-5}),
+        "quantize_forward": ((x, codebook, indices[:, 0], True), {}),
+        "quantize_backward": ((x, grad, indices[:, 0], grad, one), options),
+        "residual_quantize_forward": ((x, codebooks, indices, True), {}),
+        "residual_quantize_backward": ((x, codebooks, indices, grad, three), options),
     }
 
 
-@pytest.mark.parametrize("op", [op for op in kernels.OPS if op not in kernels.WITHOUT_KERNEL])
+@pytest.mark.parametrize("op", [s.op for s in triton.SUPPORTS if not s.composed_of])
 def test_same_as_the_specification_without_a_wait(op, device, monkeypatch):
-    torch.manual_seed(0)
-    run = steps(device)[op]
+    """The implementation itself runs under the mode, which sees no operation inside an op."""
     # On the CPU alone, indices are looked at to raise IndexError.
     for module in (accumulate, quantize):
         monkeypatch.setattr(module, "check_index_range", lambda *arguments: None)
-    with fastvq.use_backend("triton"), NoReads():
-        actual = run()
+    torch.manual_seed(0)
+    arguments, options = calls(device)[op]
+    with NoReads():
+        actual = triton.implementation(op, device.type)(*arguments, **options)
     monkeypatch.undo()
     torch.manual_seed(0)
+    expected_arguments, _ = calls(device)[op]
     with fastvq.use_backend("reference"):
-        close(actual, steps(device)[op]())
+        expected = getattr(ops, op)(*expected_arguments, **options)
+    if op == "ema_update_":
+        actual, expected = tuple(arguments[:3]), tuple(expected_arguments[:3])
+    close(actual, expected)
 
 
 def test_a_layer_trains(device):
@@ -89,25 +94,29 @@ def test_a_layer_trains(device):
 
 @models.needs_interpreter
 def test_the_interpreter_serves_the_cpu_on_request_alone():
-    assert not kernels.unavailable(CPU)
+    assert not triton.reasons(CPU)
     assert backends.automatic(CPU) == ("native", "torch")
 
 
 def test_what_it_cannot_serve(monkeypatch):
-    assert "run on cuda (NVIDIA, AMD), not on mps" in kernels.unavailable(MPS)
-    monkeypatch.setattr(kernels, "interpreted", lambda: False)
-    assert "only in the interpreter, with TRITON_INTERPRET=1" in kernels.unavailable(CPU)
+    assert "run on cuda (NVIDIA, AMD), not on mps" in triton.reasons(MPS)[0]
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    assert "only in the interpreter, with TRITON_INTERPRET=1" in triton.reasons(CPU)[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert kernels.unavailable(CUDA) == "no cuda device is available"
+    assert triton.reasons(CUDA) == ("no cuda device is available",)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "needs compute capability 8.0, this device has 7.5" in kernels.unavailable(CUDA)
+    assert triton.reasons(CUDA) == ("needs compute capability 8.0, this device has 7.5",)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert not kernels.unavailable(CUDA)
-    monkeypatch.setattr(kernels, "_missing", lambda: "triton isn't installed")
-    assert kernels.unavailable(CUDA) == "triton isn't installed"
+    assert not triton.reasons(CUDA)
+    monkeypatch.setattr(triton, "_missing", lambda: "triton isn't installed")
+    assert triton.reasons(CUDA) == ("triton isn't installed",)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton.reasons(CUDA) == ("no cuda device is available", "triton isn't installed")  # all at once
 
 
 def test_it_serves_a_gpu_by_itself(monkeypatch):
-    monkeypatch.setitem(backends.BACKENDS, "triton", backends.Backend("triton", kernels.OPS, lambda device: ""))
-    assert backends.select("search", CUDA) is kernels.OPS["search"]
+    backend = dataclasses.replace(backends.BACKENDS["triton"], reasons=lambda device: ())
+    monkeypatch.setitem(backends.BACKENDS, "triton", backend)
+    assert backends.choose("search", CUDA) == "triton"
+    assert backends.choose("topk_search", torch.device("cuda")) == "torch"  # which it has not

@@ -8,7 +8,7 @@ import torch
 import fastvq
 from fastvq.ops import binary_assign_backward
 
-from ..cases import TOLERANCE, generator
+from ..cases import TOLERANCE, generator, require_support
 
 # R, D, scale, floor: one bit, odd halves, saturated, nearly uniform, below the floor everywhere.
 CASES = [
@@ -19,6 +19,11 @@ CASES = [
     (6, 9, 0.01, 0.1),
     (4, 3, 0.0, 0.2),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _supported(backend):
+    require_support(backend, "binary_assign_forward")
 
 
 def dense(x, scale, floor, mask):

@@ -7,12 +7,17 @@ import torch
 
 import fastvq
 from fastvq.backends import reference
+from fastvq.backends.support import GRADIENTS, METRICS, SOFT_METRICS, call_dtype
 from fastvq.backends.torch import search
 
 from .. import cases
 from ..op_samples import sample_inputs
 
 SAMPLES = [pytest.param(*sample, id=f"{sample[0]}-{i}") for i, sample in enumerate(sample_inputs())]
+
+
+def dtype_of(arguments):
+    return call_dtype(*(a for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point()))
 
 
 def copies(arguments):
@@ -30,6 +35,7 @@ def by_reference(name, arguments, options):
 
 @pytest.mark.parametrize(("name", "arguments", "options"), SAMPLES)
 def test_samples_equal_the_reference(name, arguments, options, backend):
+    cases.require_support(backend, name, dtype_of(arguments))
     expected_arguments, actual_arguments = copies(arguments), copies(arguments)
     expected = by_reference(name, expected_arguments, options)
     with fastvq.use_backend(backend):
@@ -44,6 +50,9 @@ def test_samples_equal_the_reference(name, arguments, options, backend):
 
 @pytest.mark.parametrize(("name", "arguments", "options"), SAMPLES)
 def test_opcheck(name, arguments, options, backend):
+    cases.require_support(backend, name, dtype_of(arguments))
+    numbers = {"metric": SOFT_METRICS if "soft" in name else METRICS, "gradient": GRADIENTS}
+    options = {key: numbers[key][value] if key in numbers else value for key, value in options.items()}
     with fastvq.use_backend(backend):
         torch.library.opcheck(getattr(torch.ops.fastvq, name).default, tuple(copies(arguments)), options)
 
@@ -52,7 +61,7 @@ def test_schemas():
     schemas = {name: str(getattr(torch.ops.fastvq, name).default._schema) for name in ("search", "ema_update_")}
     assert (
         schemas["search"]
-        == 'fastvq::search(Tensor x, Tensor codebook, *, str metric="l2", Tensor? mask=None) -> Tensor'
+        == "fastvq::search(Tensor x, Tensor codebook, *, SymInt metric=0, Tensor? mask=None) -> Tensor"
     )
     assert (
         "Tensor(a0!) codebook, Tensor(a1!) cluster_size, Tensor(a2!) embed_avg, Tensor counts" in schemas["ema_update_"]

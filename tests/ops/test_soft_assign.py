@@ -7,7 +7,7 @@ import torch
 
 import fastvq
 
-from ..cases import TOLERANCE, generator
+from ..cases import TOLERANCE, generator, require_support
 
 METRICS = ("distance", "l2", "dot")
 # R, K, D, scale, floor
@@ -49,6 +49,7 @@ def leaves(*tensors, dtype=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("rows", "size", "dim", "scale", "floor"), CASES)
 def test_equals_the_dense_softmax(rows, size, dim, scale, floor, dtype, metric, backend, small_tiles):
+    require_support(backend, "soft_assign_forward", dtype)
     g = generator()
     for groups in ((), (3,)):
         x, codebook = (torch.randn(*s, dim, generator=g, dtype=dtype) for s in ((*groups, rows), (size,)))

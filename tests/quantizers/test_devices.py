@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 import fastvq
 from fastvq import codebook
 from fastvq.backends import reference
+from fastvq.backends.support import GRADIENTS
 from fastvq.backends.torch import search
 from fastvq.data import Images
 from fastvq.models.priors import PRIORS
-from fastvq.ops import GRADIENTS
 from fastvq.training import TrainConfig, Trainer
 from fastvq.training.config import PriorConfig
 from fastvq.training.prior import IndexData, PriorTrainer, bits_per_index

@@ -5,8 +5,6 @@ It needs neither a compiler nor Triton and serves every device that has float64.
 
 from __future__ import annotations
 
-import torch
-
 from fastvq.backends import Ops
 
 from . import (
@@ -22,12 +20,6 @@ from . import (
     soft_assign,
     topk_search,
 )
-
-
-def unavailable(device: torch.device) -> str:
-    """Return the reason why this backend can't serve `device`, or an empty string."""
-    return "mps has no float64, which defines the exact code" if device.type == "mps" else ""
-
 
 OPS: Ops = {
     "search": search.search,
