@@ -30,7 +30,7 @@ STEPS = 300
 SMOOTHED = 25
 """Steps that a value of a drawn curve is the mean of."""
 VARIANCE = 0.08
-"""Of the images: a reconstruction loss of 1 is that of their mean."""
+"""Variance of the images: a reconstruction loss of 1 is that of their mean."""
 ROOT = Path(__file__).parent.parent
 
 LAYERS: dict[str, Callable[[ModuleType], nn.Module]] = {
@@ -91,7 +91,7 @@ class Curves(NamedTuple):
 
     @property
     def gap(self) -> float:
-        """Of the smoothed curves, the largest relative distance."""
+        """The largest relative distance between the smoothed curves."""
         pairs = zip(smoothed(self.fastvq), smoothed(self.peer), strict=True)
         return max(abs(ours / theirs - 1) for ours, theirs in pairs)
 

@@ -35,7 +35,7 @@ Per row: bound, scale and the scan's results; per element of its own: the larges
 code: the range; per halving of the lanes: two shuffles.
 """
 TILE, STAGES, PADDING = 64, 3, 8
-"""Of the scan on matrix units: codes per tile, tiles in flight, and float16 numbers of padding between vectors."""
+"""Scan on matrix units: codes per tile, tiles in flight, and float16 numbers of padding between vectors."""
 
 
 class Way(NamedTuple):

@@ -42,7 +42,7 @@ class Rival(NamedTuple):
     tile: int = 128
     """Rows for which a code is read once."""
     sync: bool = False
-    """Whether its products are mma.sync."""
+    """True if its products are mma.sync."""
 
 
 # cuVS: three products of tf32 parts in tiles of 32 rows by CUTLASS for sm_80 (fused_distance_nn/gemm.h), which is fused
