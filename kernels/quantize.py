@@ -1,17 +1,16 @@
-"""The quantize step once the indices are known, and its gradient: one pass over the rows, of all levels where there are
-several.
+"""The quantize step once the indices are known, and its gradient: one pass over the rows, for all stages.
 
 A row without a code (index -1) is never read. Errors are summed in the arithmetic's type along a row, in float64 over
 the rows of a program, and by `_mean` over the programs, always in the same order.
 
-Bytes moved for each of the N D elements in float32, the codes counted where they are gathered, beside those of the
+Bytes moved for each of the N D elements in float32, with codes counted where they are gathered, beside those of the
 torch operations in fastvq.backends.torch:
 
     forward              x, codes read; quantized written, codes too if kept               12 or 16      52
     backward, ste        x, codes, grad read; x_grad written                               16            56
     backward, rotation   the same, but long rows are read 3 times, mostly from the cache   16, long 36   180
-    Q levels, forward    x read; codes of each level; quantized, residuals written         8 + 8 Q       76 Q
-    Q levels, backward   x, grad read; codes of each level; x_grad written                 12 + 4 Q      110 Q or 230 Q
+    Q stages, forward    x read; codes of each stage; quantized, residuals written         8 + 8 Q       76 Q
+    Q stages, backward   x, grad read; codes of each stage; x_grad written                 12 + 4 Q      110 Q or 230 Q
 """
 
 from __future__ import annotations
@@ -59,9 +58,10 @@ def _forward(
     KEEP_CODES: tl.constexpr, KEEP_RESIDUALS: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """x (n, dim), codebooks (levels, size, dim), indices (n, levels); quantized (n, dim), kept (levels, n, dim).
+    """Look up and sum the codes of each row, and take the squared errors.
 
-    partials (2, levels, programs) float64 take each program's squares, and the rows with a code.
+    x and quantized are (n, dim), codebooks (levels, size, dim), indices (n, levels), kept (levels, n, dim). partials
+    (2, levels, programs) float64 take each program's squares, and the rows with a code.
     """
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -97,7 +97,7 @@ def _forward(
 
 @triton.jit
 def _mean(partials, errors, programs, levels, dim, BLOCK: tl.constexpr):
-    """errors (levels,) from the partials (2, levels, programs), one program a level."""
+    """Reduce the partials (2, levels, programs) to errors (levels,), one program a stage."""
     level = tl.program_id(0)
     squares = tl.zeros([BLOCK], tl.float64)
     rows = tl.zeros([BLOCK], tl.float64)
@@ -111,7 +111,7 @@ def _mean(partials, errors, programs, levels, dim, BLOCK: tl.constexpr):
 
 @triton.jit
 def _pull(pulls, counted_rows, level, dim, dtype: tl.constexpr):
-    """The factor of x - e in the gradient: pull / (D rows with a code)."""
+    """Return the factor of x - e in the gradient: pull / (D rows with a code)."""
     elements = tl.maximum(tl.load(counted_rows + level) * dim, 1)
     return tl.load(pulls + level).to(dtype) / elements.to(dtype)
 
@@ -343,7 +343,7 @@ def _backward_of(
 
 
 def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """What is shipped, for `fastvq.kernels.aot`: kernel, types, constants and options."""
+    """Return the shipped cases for `fastvq.kernels.aot`: kernel, types, constants and options."""
     options = {"num_warps": NUM_WARPS, "hot": True}
     mean = {"partials": "*fp64", "errors": "*fp32", "programs": "i32", "levels": "i32", "dim": "i32"}
     cases: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]

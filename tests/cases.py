@@ -192,7 +192,7 @@ def offset(n, k, d, g):
 
 @adversarial
 def offset_with_outlier(n, k, d, g):
-    """The outlier keeps centring from paying."""
+    """Return data in which an outlier prevents centring from helping."""
     x, codes = offset(n, k, d, g)
     codes[-1] = -1e4
     return x, codes
@@ -200,7 +200,7 @@ def offset_with_outlier(n, k, d, g):
 
 @adversarial
 def far_codes(n, k, d, g):
-    """A few codes 9 to 1000 times as long as the others, and rows from the others out to them and beyond."""
+    """Return a few codes 9 to 1000 times as long as the others, and rows from the others out to them and beyond."""
     codes = torch.randn(k, d, generator=g)
     far = torch.randperm(k, generator=g)[: max(1, k // 64)]
     codes[far] *= 10 ** (0.95 + 2 * torch.rand(len(far), 1, generator=g))
@@ -333,7 +333,7 @@ FLOAT64_ONLY: dict[str, Data] = {
 
 
 def layouts(t: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The same matrix with other strides."""
+    """Return the same matrix with other strides."""
     yield "transposed", t.T.contiguous().T
     yield "strided", torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
     yield "sliced", torch.cat([torch.full_like(t, torch.nan), t], 1)[:, t.shape[1] :]
@@ -341,7 +341,7 @@ def layouts(t: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def mismatch(x: Tensor, codebook: Tensor, backend: str, metric: str = "l2", expected: Tensor | None = None) -> str:
-    """What the backend's indices differ in from the specification's; empty if in nothing."""
+    """Return the differences between the backend's indices and the specification's, empty if there are none."""
     if expected is None:
         expected = reference.search(x, codebook, metric=metric)
     with fastvq.use_backend(backend):

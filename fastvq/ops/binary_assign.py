@@ -14,6 +14,7 @@ LARGEST_DIM = 30
 
 
 def check_binary_assign(x: Tensor, mask: Tensor | None, scale: float, floor: float) -> None:
+    """Check the arguments of `binary_assign_forward`."""
     check_values("x", x, (3,), "(G, R, D)")
     if not 1 <= x.shape[2] <= LARGEST_DIM:
         raise ValueError(f"x: must have D in [1, {LARGEST_DIM}] dimensions, got shape {tuple(x.shape)}")

@@ -9,6 +9,7 @@ from fastvq.backends.support import DTYPES, GRADIENTS
 
 
 def check_values(name: str, tensor: Tensor, dims: tuple[int, ...], like: str) -> None:
+    """Check the number of dimensions and the dtype of x or a codebook."""
     if tensor.dim() not in dims:
         raise ValueError(f"{name}: must have shape {like}, got {tuple(tensor.shape)}")
     if tensor.dtype not in DTYPES:
@@ -16,11 +17,13 @@ def check_values(name: str, tensor: Tensor, dims: tuple[int, ...], like: str) ->
 
 
 def check_same_device(name: str, tensor: Tensor, x: Tensor, x_name: str = "x") -> None:
+    """Check that a tensor is on the device of x."""
     if tensor.device != x.device:
         raise ValueError(f"{name}: must be on the device of {x_name}, {x.device}, got {tensor.device}")
 
 
 def check_codes(name: str, codebook: Tensor, x: Tensor) -> None:
+    """Check the device and the shape of a codebook against x."""
     check_same_device(name, codebook, x)
     if codebook.shape[-1] != x.shape[-1]:
         raise ValueError(f"{name}: must have the dimension of x, D={x.shape[-1]}, got shape {tuple(codebook.shape)}")
@@ -31,10 +34,12 @@ def check_codes(name: str, codebook: Tensor, x: Tensor) -> None:
 
 
 def check_indices(indices: Tensor, x: Tensor) -> None:
+    """Check indices (N,) of x (N, D)."""
     check_int64(indices, x, (x.shape[0],), "(N,)", "x")
 
 
 def check_int64(indices: Tensor, x: Tensor, shape: tuple[int, ...], like: str, beside: str) -> None:
+    """Check dtype, shape and device of indices."""
     if indices.dtype != torch.int64:
         raise TypeError(f"indices: must be int64, got {indices.dtype}")
     if indices.shape != shape:
@@ -43,6 +48,7 @@ def check_int64(indices: Tensor, x: Tensor, shape: tuple[int, ...], like: str, b
 
 
 def check_mask(mask: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Check dtype, shape and device of a mask."""
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: must be bool, got {mask.dtype}")
     if mask.shape != shape:
@@ -62,12 +68,14 @@ def check_like(name: str, tensor: Tensor | None, x: Tensor, shape: tuple[int, ..
 
 
 def check_gradients(x: Tensor, quantized_grad: Tensor, gradient: str) -> None:
+    """Check the gradient of the output and the name of the gradient estimator."""
     check_beside("quantized_grad", quantized_grad, x, (x.dtype,))
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient: must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
 
 
 def check_beside(name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Check that a tensor has the device and the shape of x, and one of `dtypes`."""
     check_same_device(name, tensor, x)
     if tensor.shape != x.shape:
         raise ValueError(f"{name}: must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}")

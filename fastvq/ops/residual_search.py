@@ -13,6 +13,7 @@ from .search import search_masked
 
 
 def check_residual_search(x: Tensor, codebooks: Tensor, mask: Tensor | None = None) -> None:
+    """Check the arguments of `residual_search`."""
     check_values("x", x, (2,), "(N, D)")
     check_values("codebooks", codebooks, (3,), "(Q, K, D)")
     check_codes("codebooks", codebooks, x)

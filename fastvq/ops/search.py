@@ -16,6 +16,7 @@ from .registry import explain, op, option
 
 
 def check_search(x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None) -> None:
+    """Check the arguments of `search`."""
     check_values("x", x, (2, 3), "(N, D) or (H, N, D)")
     check_values("codebook", codebook, (x.dim(),), "(K, D)" if x.dim() == 2 else "(H, K, D) beside x (H, N, D)")
     check_codes("codebook", codebook, x)
