@@ -38,8 +38,8 @@ def test_train_prior(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "train_prior.py"), "--steps=3", "--prior-steps=3", "--run", "run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert "bits a code; a uniform prior has 9.00" in done.stdout
-    assert "codes (3, 7, 7) become images (3, 1, 28, 28)" in done.stdout
+    assert "bits per index; a uniform prior has 9.00" in done.stdout
+    assert "indices (3, 7, 7) become images (3, 1, 28, 28)" in done.stdout
     for name in ("samples.png", "completions.png"):
         with Image.open(tmp_path / "run" / name) as image:
             assert min(image.size) > 500
