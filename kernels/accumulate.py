@@ -52,7 +52,7 @@ def _bounds(keys, starts, counts, n, size, steps, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _position_of(code, keys, n, steps):
-    """How many of the ascending keys (n,) are smaller than `code`; 2^steps > n."""
+    """Return the number of the ascending keys (n,) below `code`; 2^steps > n."""
     low = tl.zeros_like(code).to(tl.int64)
     high = low + n
     for _ in range(steps):

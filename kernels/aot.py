@@ -297,7 +297,7 @@ COMPARED = ("registers", "shared", "stack", "spills", "alu", "half_rate", "colum
 
 
 def differences(stored: list[Record], records: list[Record], version: str | None) -> list[str]:
-    """How the counts differ from the stored ones: by more than a tenth, or as a record that is new or gone."""
+    """Return the counts that differ from the stored ones by more than a tenth, and new or missing records."""
     hint = f"{COUNTS.name}, stored with triton {version}; python -m fastvq.kernels.aot --write brings it up to date"
     before, now = {_key(r): r for r in stored}, {_key(r): r for r in records if "error" not in r}
     found = [f"{name_of(now[k])}: isn't in {hint}" for k in now.keys() - before.keys()]

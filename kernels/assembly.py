@@ -1,4 +1,4 @@
-"""What the compiler made of a kernel: registers, spills, matrix instructions, and the arithmetic of its loops."""
+"""Compiled kernels: registers, spills, matrix instructions, and the arithmetic of its loops."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def scan_counts(program: list[Instruction], record: Record) -> Record:
 
 
 def is_scan(record: Record) -> bool:
-    """Whether its loop scans codes."""
+    """Return whether its loop scans codes."""
     return record["matrix"] and {"BLOCK_N", "BLOCK_K"} <= record["config"].keys()
 
 

@@ -1,4 +1,4 @@
-"""What is final after a scan, and what goes on to the next one."""
+"""Certified rows after a scan, and the uncertified ones that go on to the next."""
 
 from __future__ import annotations
 

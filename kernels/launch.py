@@ -122,7 +122,7 @@ def root_of(dim: int) -> int:
 
 
 def autotuning(device: torch.device) -> bool:
-    """Whether to time candidates: on request, on a GPU, and not while a CUDA graph is captured."""
+    """Return whether to time candidates: on request, on a GPU, and not while a CUDA graph is captured."""
     asked = os.environ.get("FASTVQ_AUTOTUNE", "0") not in ("", "0")
     return asked and device.type != "cpu" and not torch.cuda.is_current_stream_capturing()
 
