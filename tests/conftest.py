@@ -38,6 +38,8 @@ SLOW = (
     "backends/test_bound.py",
     "backends/test_native.py",
     "backends/test_tiers.py",
+    "coding/test_codec.py",
+    "coding/test_learned.py",
     "ops/test_registry.py",
     "quantizers/test_compiled_options.py",
     "quantizers/test_contexts.py",
