@@ -51,7 +51,7 @@ SLOW = (
     "test_onnx.py",
 )
 SLOW_WORDS = ("compile", "export", "instruction_set")
-"""So do tests with one of these words in their names."""
+"""Tests with one of these words in their names are slow too."""
 
 
 @pytest.hookimpl(tryfirst=True)
