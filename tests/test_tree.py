@@ -6,13 +6,18 @@ import ast
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from fastvq import ops
-from fastvq.backends import native
+import fastvq
+from fastvq import ops, quantizers
+from fastvq.backends import native, select, support
+
+from . import every
+from .op_samples import sample_inputs
 
 ROOT = Path(__file__).parent.parent
 
@@ -156,3 +161,54 @@ def test_the_walk_sees_each_form_of_import(tmp_path):
     )
     names = ("reference", "reference", "reference.sample", "reference.search")
     assert sorted(imports("fastvq.backends.module", path)) == [f"fastvq.backends.{name}" for name in names]
+
+
+# The ops that a backend leaves to another one, and why.
+SIGNS = "its codes are vectors of signs: the torch backend computes it from tables of 2^(D/2) entries"
+NO_KERNEL = "has no Triton kernel yet: the torch backend serves it on GPUs too"
+LEFT_OUT = {
+    "native": dict.fromkeys(("binary_assign_forward", "binary_assign_backward"), SIGNS),
+    "triton": {
+        **dict.fromkeys(("topk_search", "sample", "min_distance_"), NO_KERNEL),
+        **dict.fromkeys(("soft_assign_forward", "soft_assign_backward"), NO_KERNEL),
+        **dict.fromkeys(("binary_assign_forward", "binary_assign_backward"), SIGNS),
+    },
+    "torch": {},
+    "reference": {},
+}
+
+
+@pytest.mark.parametrize("name", select.BACKENDS)
+def test_a_backend_declares_every_op_or_leaves_it_out_by_name(name):
+    declared = {s.op for s in select.BACKENDS[name].supports}
+    assert set(support.OPS) == set(OPS)
+    assert declared | set(LEFT_OUT[name]) == set(OPS)
+    assert not declared & set(LEFT_OUT[name])
+
+
+@pytest.mark.parametrize(
+    ("path", "kernels"),
+    [("csrc/cpu/bindings.cpp", native.KERNELS), ("csrc/cuda/bindings.cpp", native.CUDA_KERNELS)],
+)
+def test_the_bindings_register_what_is_declared(path, kernels):
+    assert sorted(re.findall(r'm\.impl\("native_(\w+)"', (ROOT / path).read_text())) == sorted(kernels)
+
+
+def test_every_op_has_sample_inputs():
+    assert {name for name, *_ in sample_inputs()} == set(OPS)
+
+
+# Quantizers that take something else than vectors (B, N, dim) alone; their own tests check what the table would.
+NOT_IN_EVERY = {
+    "BinaryMapper": "it takes logits",
+    "EvoLFQ": "it takes genes, an encoder and a decoder",
+    "HierarchicalVQ": "it takes a grid of as many positions as its last scale has",
+    "Sequential": "it wraps a quantizer among other modules, and computes nothing itself",
+}
+
+
+def test_every_quantizer_is_in_the_table_of_all():
+    found = {innermost(make).__name__ for make, _ in every.QUANTIZERS.values()}
+    assert found | set(NOT_IN_EVERY) == set(quantizers.__all__)
+    assert not found & set(NOT_IN_EVERY)
+    assert set(quantizers.__all__) <= set(fastvq.__all__)

@@ -57,14 +57,18 @@ def run(options: argparse.Namespace) -> int:
 
 def _settings(options: argparse.Namespace) -> TrainConfig:
     """Return the requested settings; those not given are the resumed run's own, or the defaults."""
+    from fastvq.data import DATA_SETS
     from fastvq.training.checkpoint import load_latest
-    from fastvq.training.config import FULL_DATA, SHIPPED_DATA, TrainConfig
+    from fastvq.training.config import TrainConfig
 
     given = given_settings(options, TrainConfig)
-    data = given.get("data", SHIPPED_DATA)
-    if data not in (SHIPPED_DATA, FULL_DATA):
+    data = given.get("data", TrainConfig.data)
+    defaults = _FOLDER_SETTINGS
+    if data in DATA_SETS:
+        defaults = {"image_size": DATA_SETS[data].image_size, "grayscale": DATA_SETS[data].grayscale}
+    else:
         # A run that is resumed from another working directory must find the same folder.
         given["data"] = str(Path(data).resolve())
     if options.resume:
         return dataclasses.replace(load_latest(options.out).config, **given)
-    return TrainConfig(**(given if data in (SHIPPED_DATA, FULL_DATA) else _FOLDER_SETTINGS | given))
+    return TrainConfig(**(defaults | given))

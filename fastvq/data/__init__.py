@@ -7,5 +7,14 @@ from fastvq.errors import DataError
 from .fashion_mnist import load_fashion_mnist, load_full_fashion_mnist
 from .folder import load_folder
 from .images import Images
+from .registry import DATA_SETS, DataSet
 
-__all__ = ["DataError", "Images", "load_fashion_mnist", "load_folder", "load_full_fashion_mnist"]
+__all__ = [
+    "DATA_SETS",
+    "DataError",
+    "DataSet",
+    "Images",
+    "load_fashion_mnist",
+    "load_folder",
+    "load_full_fashion_mnist",
+]

@@ -5,24 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 import fastvq
-from fastvq.data import Images, load_fashion_mnist, load_folder, load_full_fashion_mnist
+from fastvq.data import DATA_SETS, DataError, Images, load_folder
+from fastvq.data.registry import describe_choices
 from fastvq.models import VQVAE, Bottleneck, Decoder, Encoder, NoBottleneck
 
-from .config import FULL_DATA, SHIPPED_DATA, TrainConfig
+from .config import TrainConfig
 
 
 def load_images(config: TrainConfig) -> Images:
-    """Return the data set that `config.data` names.
+    """Return the data set that `config.data` names: one of `DATA_SETS`, or the images of a folder.
 
     Raises:
-        DataError: the folder or the Debian package is missing, or a file is not an image.
+        DataError: there is neither a data set nor a folder of this name, files are missing, or one is not an image.
     """
-    if config.data == SHIPPED_DATA:
-        return load_fashion_mnist()
-    if config.data == FULL_DATA:
-        return load_full_fashion_mnist()
+    if config.data in DATA_SETS:
+        return DATA_SETS[config.data].load()
+    root = Path(config.data)
+    if not root.exists():
+        raise DataError(f"{root} doesn't exist: data must be {describe_choices()}")
     return load_folder(
-        Path(config.data),
+        root,
         image_size=config.image_size,
         grayscale=config.grayscale,
         test_fraction=config.test_fraction,

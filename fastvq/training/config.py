@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastvq.data import DATA_SETS
+from fastvq.data.registry import describe_choices
 from fastvq.errors import ConfigError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-SHIPPED_DATA = "fashion-mnist"
-FULL_DATA = "fashion-mnist-full"
 # The keys of `fastvq.models.priors.PRIORS`, repeated so that reading settings imports no model.
 PRIOR_KINDS = ("transformer", "pixelcnn", "lstm")
 
@@ -79,9 +79,7 @@ class Settings:
 class TrainConfig(Settings):
     """Settings of a VQ-VAE and of its training: equal settings and equal data give equal weights."""
 
-    data: str = _setting(
-        SHIPPED_DATA, f"'{SHIPPED_DATA}' (shipped subset), '{FULL_DATA}' (Debian's) or a folder of images"
-    )
+    data: str = _setting(next(iter(DATA_SETS)), describe_choices())
     image_size: int = _setting(28, "side of the square images in pixels, a multiple of 2**downsamples; 64 for a folder")
     grayscale: bool = _setting(True, "one channel instead of three; off for a folder")
     test_fraction: float = _setting(0.1, "share of a folder's files to hold out")
@@ -117,8 +115,10 @@ class TrainConfig(Settings):
     def __post_init__(self) -> None:
         if self.bottleneck not in ("vq", "none"):
             raise ConfigError(f"bottleneck must be 'vq' or 'none', got {self.bottleneck!r}")
-        if self.data in (SHIPPED_DATA, FULL_DATA) and (self.image_size != 28 or not self.grayscale):
-            raise ConfigError(f"{self.data} is 28x28 grayscale: image_size and grayscale cannot be changed")
+        known = DATA_SETS.get(self.data)
+        if known and (self.image_size, self.grayscale) != (known.image_size, known.grayscale):
+            size, color = known.image_size, "grayscale" if known.grayscale else "color"
+            raise ConfigError(f"{self.data} is {size}x{size} {color}: image_size and grayscale cannot be changed")
         super().__post_init__()
         if self.image_size % 2**self.downsamples:
             raise ConfigError(

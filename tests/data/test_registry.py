@@ -1,0 +1,56 @@
+"""The table of named data sets, which settings, command line and trainer read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvq.cli import train
+from fastvq.data import DATA_SETS, DataError, DataSet, Images
+from fastvq.errors import ConfigError
+from fastvq.training import TrainConfig, load_images
+
+DOTS = Images("dots", *(torch.full((n, 3, 16, 16), n, dtype=torch.uint8) for n in (4, 2)), test_names=("a", "b"))
+
+
+@pytest.fixture
+def dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DATA_SETS, "dots", DataSet(lambda: DOTS, "in memory", image_size=16, grayscale=False))
+
+
+def settings(*arguments: str) -> TrainConfig:
+    parser = argparse.ArgumentParser()
+    train.add_options(parser)
+    return train._settings(parser.parse_args(["--out=nowhere", *arguments]))
+
+
+def test_an_entry_of_the_table_is_all_that_a_data_set_needs(dots: None) -> None:
+    config = settings("--data=dots")
+    assert (config.data, config.image_size, config.grayscale) == ("dots", 16, False)
+    assert load_images(config) is DOTS
+    with pytest.raises(ConfigError, match="dots is 16x16 color: image_size and grayscale cannot be changed"):
+        settings("--data=dots", "--image-size=28")
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_each_data_set_has_its_settings(name: str) -> None:
+    config = settings(f"--data={name}")
+    assert (config.data, config.image_size, config.grayscale) == (name, 28, True)
+    with pytest.raises(ConfigError, match=f"{name} is 28x28 grayscale: image_size and grayscale cannot be changed"):
+        settings(f"--data={name}", "--no-grayscale")
+
+
+def test_the_default_is_the_first() -> None:
+    assert settings() == TrainConfig()
+    assert TrainConfig().data == "fashion-mnist" == next(iter(DATA_SETS))
+
+
+def test_any_other_name_is_a_folder(tmp_path: Path, dots: None) -> None:
+    config = settings(f"--data={tmp_path}")
+    assert (config.data, config.image_size, config.grayscale) == (str(tmp_path.resolve()), 64, False)
+    listed = r"'fashion-mnist' \(.*\), 'fashion-mnist-full' \(.*\), 'dots' \(in memory\) or a folder of images"
+    with pytest.raises(DataError, match=f"typo doesn't exist: data must be {listed}"):
+        load_images(settings("--data=typo"))
