@@ -129,7 +129,8 @@ def select(op: str, *tensors: torch.Tensor) -> Callable[..., Any]:
     Raises:
         RuntimeError: the requested backend cannot serve them, or none can, with the reasons.
     """
-    key = op, tensors[0].device, call_dtype(*tensors)
+    first = tensors[0]
+    key = op, first.device, first.dtype if len(tensors) == 1 else call_dtype(*tensors)
     try:
         return _chosen[key]
     except KeyError:

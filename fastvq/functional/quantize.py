@@ -100,7 +100,11 @@ def quantize(
 
 def differentiates(*tensors: Tensor) -> bool:
     """Return whether a gradient can flow to a tensor. Otherwise plain ops serve: TorchScript can't save a Function."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return False
 
 
 def weighted(error: Tensor, weight: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,27 @@ def _check_ema_update(
 
 
 def _check_overlap(written: tuple[Tensor, ...], read: tuple[Tensor | None, ...]) -> None:
-    """Refuse memory that is written twice, or written and read. It costs little unless tensors share a range."""
+    """Refuse memory that is written twice, or written and read."""
+    ranges = []
+    for tensor in (*written, *read):
+        if tensor is not None:
+            start = tensor.data_ptr()
+            ranges.append((start, start + 4 * tensor.numel() if tensor.is_contiguous() else None))
+    ranges.sort(key=_START)
+    end: int | None = 0
+    for start, next_end in ranges:
+        if end is None or start < end:
+            return _find_overlap(written, read)
+        end = next_end
+    if end is None:
+        _find_overlap(written, read)
+
+
+_START = operator.itemgetter(0)
+
+
+def _find_overlap(written: tuple[Tensor, ...], read: tuple[Tensor | None, ...]) -> None:
+    """Raise if a tensor that is written shares an element with itself or another, strides considered."""
     names = ("codebook", "cluster_size", "embed_avg", "counts", "sums", "weight")
     given = [(name, t) for name, t in zip(names, (*written, *read), strict=True) if t is not None]
     for i, (name, tensor) in enumerate(given[: len(written)]):

@@ -43,7 +43,7 @@ def op(*, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[
         name = function.__name__.removeprefix("_")
         schema = torch.library.infer_schema(function, mutates_args=mutates)
         # Without a graph, which would hold every temporary tensor of a search that nothing differentiates.
-        run = _without_graph(_bump_versions(function, mutates) if mutates else function)
+        run = _without_graph(function, mutates)
         for prefix in ("", "native_") if mutates else ("", "native_", "select_"):
             _library.define(prefix + name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, run, "CompositeExplicitAutograd")
@@ -103,33 +103,29 @@ def _keep_error(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _without_graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `torch.no_grad()(function)` at a sixth of its cost, which is felt at every op of a small step."""
+def _without_graph(function: Callable[..., Any], mutates: Iterable[str]) -> Callable[..., Any]:
+    """Run a function without recording a graph, and count its writes for autograd.
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return function(*args, **kwargs)
-        torch._C._set_grad_enabled(False)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            torch._C._set_grad_enabled(True)
-
-    return run
-
-
-def _bump_versions(function: Callable[..., Any], mutates: Iterable[str]) -> Callable[..., Any]:
-    """Count the writes of a function that writes through plain pointers.
-
-    Autograd counts the writes to a tensor and refuses a gradient that would need the values of before.
+    It is `torch.no_grad()(function)` at a sixth of the cost, which is felt at every op of a small step. Autograd counts
+    the writes to a tensor and refuses a gradient that would need the values of before; kernels write through plain
+    pointers, which it does not see.
     """
     places = [list(inspect.signature(function).parameters).index(name) for name in mutates]
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        written = [args[place] for place in places if not args[place].is_inference()]
-        before = [tensor._version for tensor in written]
-        result = function(*args, **kwargs)
-        for tensor, version in zip(written, before, strict=True):
+        before = []
+        for place in places:
+            if not args[place].is_inference():
+                before.append((args[place], args[place]._version))
+        recording = torch.is_grad_enabled()
+        if recording:
+            torch._C._set_grad_enabled(False)
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            if recording:
+                torch._C._set_grad_enabled(True)
+        for tensor, version in before:
             if tensor._version == version:
                 torch.autograd.graph.increment_version(tensor)
         return result
