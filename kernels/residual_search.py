@@ -1,8 +1,8 @@
-"""Residual search: all levels in one launch.
+"""The op `residual_search`: all stages in one launch.
 
-A program keeps its block of rows through all levels: what a level leaves over goes to scratch memory that only this
-program reads and that stays in its cache. Each level is scanned in three products, since by one a block of rows would
-hardly ever be settled as a whole; rows that stay open are settled by the definition on the spot.
+A program keeps its block of rows through all stages. It writes the residual of a stage to scratch memory that only this
+program reads and that stays in its cache. Each stage is scanned in three products, since one product would hardly ever
+certify all rows of a block; the program searches its uncertified rows by the definition at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DEFINE_K, DEFINE_D = 32, 16
 @triton.jit
 def _residual_search(
     residual, codebook, centre, scalars, maxima, high, low, half, folded, row_high, row_low, out,
-    n, size, dim, root, padded, levels,
+    n, size, dim, root, padded, stages,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
     DEFINE_K: tl.constexpr, DEFINE_D: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def _residual_search(
     long = tl.full([], 1, tl.int64)
     at = rows * dim
     scratch = rows[:, None] * columns + inner[None, :]
-    for level in range(levels):
+    for stage in range(stages):
         scale, shrink, bound, far_floor = measure(
             residual, at, there, centre, scalars, maxima, dim, root, 3, False, BLOCK_N
         )
@@ -73,8 +73,8 @@ def _residual_search(
                     row = residual + (tl.program_id(0).to(tl.int64) * BLOCK_N + i) * dim
                     found = nearest(row, codebook, size, dim, True, False, DEFINE_K, DEFINE_D)
                     code = tl.where(local == i, found, code)
-        tl.store(out + rows * levels + level, code, there)
-        # Nobody reads the residual of this level any more.
+        tl.store(out + rows * stages + stage, code, there)
+        # Nothing reads the residual of this stage any more.
         tl.debug_barrier()
         for c in range(CHUNKS):
             d = c * BLOCK_D + inner
@@ -97,15 +97,15 @@ def _residual_search(
 def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
     """`fastvq.residual_search`. Nothing here waits for the device."""
     if torch.float64 in (x.dtype, codebooks.dtype):
-        # The first level searches float64 vectors, the others what float32 has left of them.
+        # The first stage searches float64 vectors, the others their residuals in float32.
         return search_stages(search, x, codebooks)
     n, dim = x.shape
-    levels, size, _ = codebooks.shape
+    stages, size, _ = codebooks.shape
     columns = columns_of(dim)
     most = max(LEAST_ROWS, SCRATCH // (4 * columns + 4 * dim))
     if n > most:
         return torch.cat([residual_search(part, codebooks) for part in x.split(most)])
-    indices = x.new_empty(n, levels, dtype=torch.int64)
+    indices = x.new_empty(n, stages, dtype=torch.int64)
     if n == 0:
         return indices
     codes = codebooks.contiguous()
@@ -117,7 +117,7 @@ def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
         scratch = x.new_empty(2, n, columns, dtype=torch.float16)
         _residual_search[(triton.cdiv(n, config.block_n),)](
             residual, codes, frame.centre, frame.scalars, frame.maxima, frame.high, frame.low, frame.half, frame.folded,
-            *scratch, indices, n, size, dim, launch.root_of(dim), frame.half.shape[1], levels, BLOCK_N=config.block_n,
+            *scratch, indices, n, size, dim, launch.root_of(dim), frame.half.shape[1], stages, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, BLOCK_D=block_d, CHUNKS=columns // block_d, STAGES=config.num_stages,
             DEFINE_K=DEFINE_K, DEFINE_D=DEFINE_D, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
@@ -136,6 +136,6 @@ def aot_cases() -> list[Case]:
             "STAGES": config.num_stages, "DEFINE_K": DEFINE_K, "DEFINE_D": DEFINE_D,
         }  # fmt: skip
         options = {"num_warps": WARPS, "enable_fp_fusion": False, "matrix": True, "exact": True}
-        ones = {"n": 1, "size": 1, "dim": 1, "levels": 1} if dim == 1 else {}
+        ones = {"n": 1, "size": 1, "dim": 1, "stages": 1} if dim == 1 else {}
         cases.append(case(_residual_search, constants | ones, options | (ONES if ones else {})))
     return cases

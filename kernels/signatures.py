@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-INTEGERS = ("n", "size", "dim", "root", "padded", "splits", "parts", "part_codes", "tiles_a_split", "levels")
+INTEGERS = ("n", "size", "dim", "root", "padded", "splits", "parts", "part_codes", "tiles_a_split", "stages")
 POINTERS = {
     "scalars": "fp64", "norms": "fp64", "maxima": "i32", "high": "fp16", "low": "fp16", "folded": "fp16",
     "row_high": "fp16", "row_low": "fp16", "half": "fp32", "measured": "fp32", "partial": "fp32",

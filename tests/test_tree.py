@@ -72,26 +72,32 @@ def test_the_file_holds_the_op(package, op):
     assert inspect.unwrap(getattr(module, op)).__module__ == module.__name__
 
 
-@pytest.mark.parametrize(
-    ("folder", "suffixes", "implemented"),
-    [("csrc/cpu", (".cpp", ".h"), native.KERNELS), ("csrc/cuda", (".cu", ".cuh"), native.CUDA_KERNELS)],
-)
-def test_every_native_kernel_has_a_file_of_its_op(folder, suffixes, implemented):
-    assert {"search", "accumulate"} <= {file_of(op) for op in implemented} <= stems(folder, *suffixes)
+def declared(backend: str, device: str) -> set[str]:
+    """Return the files of the ops that a backend declares to serve on a device by code of its own."""
+    own = [s for s in select.BACKENDS[backend].supports if not s.composed_of and (not s.devices or device in s.devices)]
+    return {file_of(support.op) for support in own}
 
 
-# One Triton kernel serves a codebook and all stages of a stack of them.
-ONE_KERNEL = {"residual_quantize": "quantize"}
+KERNELS = {
+    ("csrc/cpu", ".cpp", ".h"): declared("native", "cpu"),
+    ("csrc/cuda", ".cu", ".cuh"): declared("native", "cuda"),
+    ("kernels", ".py"): declared("triton", "cuda"),
+}
 
 
-def test_every_triton_kernel_has_a_file_of_its_op():
+@pytest.mark.parametrize("room", KERNELS, ids=lambda room: room[0])
+def test_every_kernel_has_a_file_of_its_op(room):
+    assert {"search", "accumulate"} <= KERNELS[room] <= stems(*room)
+
+
+def test_every_triton_kernel_stands_in_the_file_of_its_op():
     found = set()
     for path in (ROOT / "kernels").glob("*.py"):
         functions = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
         for name in map(file_of, functions & set(OPS)):
-            assert ONE_KERNEL.get(name, name) == path.stem
+            assert name == path.stem
             found.add(name)
-    assert {"search", "accumulate"} <= found
+    assert found == KERNELS["kernels", ".py"]
 
 
 def innermost(function: Callable) -> Callable:

@@ -28,8 +28,8 @@ _MODULES = {
     "residual_search": "residual_search",
     "quantize_forward": "quantize",
     "quantize_backward": "quantize",
-    "residual_quantize_forward": "quantize",
-    "residual_quantize_backward": "quantize",
+    "residual_quantize_forward": "residual_quantize",
+    "residual_quantize_backward": "residual_quantize",
     "accumulate": "accumulate",
     "ema_update_": "ema_update",
 }

@@ -8,6 +8,7 @@ import torch
 from fastvq.backends import reference
 from fastvq.backends.arithmetic import compute_dtype
 from fastvq.kernels import quantize as kernels
+from fastvq.kernels.residual_quantize import residual_quantize_backward, residual_quantize_forward
 
 from ..cases import DTYPES, close, generator
 from .test_accumulate import guard
@@ -27,12 +28,12 @@ def on(device, *arguments):
     return [t.to(device) if isinstance(t, torch.Tensor) else t for t in arguments]
 
 
-def operands(n, k, d, levels=1, dtype=torch.float32, code_dtype=torch.float32):
-    """Rows of which some have a NaN and no code at any level, codebooks, and indices."""
+def operands(n, k, d, stages=1, dtype=torch.float32, code_dtype=torch.float32):
+    """Rows of which some have a NaN and no code at any stage, codebooks, and indices."""
     g = generator()
-    scale = torch.tensor([0.5**q for q in range(levels)])[:, None, None]
-    codebooks = (scale * torch.randn(levels, k, d, generator=g)).to(code_dtype)
-    indices = torch.randint(-1, k, (n, levels), generator=g)
+    scale = torch.tensor([0.5**q for q in range(stages)])[:, None, None]
+    codebooks = (scale * torch.randn(stages, k, d, generator=g)).to(code_dtype)
+    indices = torch.randint(-1, k, (n, stages), generator=g)
     x = codebooks[0][indices[:, 0]].float() + 0.3 * torch.randn(n, d, generator=g)
     if n > 1:
         indices[::7] = -1
@@ -43,8 +44,8 @@ def operands(n, k, d, levels=1, dtype=torch.float32, code_dtype=torch.float32):
 def check_forward(x, codebooks, indices, device):
     expected = reference.residual_quantize_forward(x, codebooks, indices, True)
     arguments = on(device, x, codebooks, indices)
-    quantized, errors, residuals = (t.cpu() for t in kernels.residual_quantize_forward(*arguments, True))
-    again, same, nothing = kernels.residual_quantize_forward(*arguments, False)
+    quantized, errors, residuals = (t.cpu() for t in residual_quantize_forward(*arguments, True))
+    again, same, nothing = residual_quantize_forward(*arguments, False)
     assert torch.equal(quantized, expected[0])
     close(errors, expected[1])
     assert torch.equal(residuals.nan_to_num(77.0), expected[2].nan_to_num(77.0))
@@ -71,7 +72,7 @@ def check_backward(x, codebooks, indices, device, gradient, weight):
 
     pulls = torch.tensor([0.7, -1.0, 2.0], dtype=dtype)[: len(codebooks)]
     arguments = (x, codebooks, indices, grad, pulls)
-    actual = kernels.residual_quantize_backward(*on(device, *arguments), **options).cpu()
+    actual = residual_quantize_backward(*on(device, *arguments), **options).cpu()
     close(actual, reference.residual_quantize_backward(*arguments, **options))
     assert not actual[(indices < 0).all(1)].any()
 
@@ -91,8 +92,8 @@ def test_forward_dtypes(dtype, code_dtype, device, poison):
 
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 3, 5)], ids=str)
 def test_forward_sizes(shape, device, poison):
-    for levels in (1, 3):
-        check_forward(*operands(*shape, levels), device)
+    for stages in (1, 3):
+        check_forward(*operands(*shape, stages), device)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -106,8 +107,8 @@ def test_backward_dtypes(dtype, gradient, weight, device, poison):
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 3, 5)], ids=str)
 def test_backward_sizes(shape, gradient, device, poison):
-    for levels in (1, 3):
-        check_backward(*operands(*shape, levels), device, gradient, 0.1)
+    for stages in (1, 3):
+        check_backward(*operands(*shape, stages), device, gradient, 0.1)
 
 
 def test_rows_without_a_code_alone(device, poison):
@@ -143,12 +144,12 @@ def test_layouts(device):
     assert not any(t.is_contiguous() for t in other)
     options = {"gradient": "rotation", "commitment_weight": 0.3}
     for a, b in zip(
-        kernels.residual_quantize_forward(*on(device, *arguments[:3]), True),
-        kernels.residual_quantize_forward(*on(device, *other[:3]), True),
+        residual_quantize_forward(*on(device, *arguments[:3]), True),
+        residual_quantize_forward(*on(device, *other[:3]), True),
         strict=True,
     ):
         assert torch.equal(a.nan_to_num(77.0), b.nan_to_num(77.0))
-    first, second = (kernels.residual_quantize_backward(*on(device, *a), **options) for a in (arguments, other))
+    first, second = (residual_quantize_backward(*on(device, *a), **options) for a in (arguments, other))
     assert torch.equal(first, second)
     # A gradient of a mean has stride 0.
     x, codes, index, grad = x, codebooks[0][indices[:, 0]], indices[:, 0], torch.ones(1, 1).expand(20, 5)
@@ -161,8 +162,8 @@ def test_the_same_at_every_run(device):
     options = {"gradient": "rotation", "commitment_weight": 1.0}
     runs = []
     for _ in range(2):
-        quantized, errors, residuals = kernels.residual_quantize_forward(x, codebooks, indices, True)
-        grad = kernels.residual_quantize_backward(x, codebooks, indices, quantized, errors, **options)
+        quantized, errors, residuals = residual_quantize_forward(x, codebooks, indices, True)
+        grad = residual_quantize_backward(x, codebooks, indices, quantized, errors, **options)
         runs.append([t.nan_to_num(77.0) for t in (quantized, errors, residuals, grad)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -224,7 +225,7 @@ def test_an_index_out_of_range_is_named(index, device, monkeypatch, poison):
     with pytest.raises(IndexError, match=rf"indices: must lie in \[-1, 7\), got {index}"):
         kernels.quantize_forward(x, codebooks[0], indices[:, 0], True)
     with pytest.raises(IndexError, match=rf"indices: must lie in \[-1, 7\), got {index}"):
-        kernels.residual_quantize_forward(x, codebooks, indices, True)
+        residual_quantize_forward(x, codebooks, indices, True)
     expected = kernels.quantize_forward(x, codebooks[0], skipped[:, 0], True)
     monkeypatch.setattr(kernels, "check_index_range", lambda *_: None)
     for a, b in zip(kernels.quantize_forward(x, codebooks[0], indices[:, 0], True), expected, strict=True):

@@ -1,4 +1,4 @@
-"""All levels in one launch give what `search` gives level by level."""
+"""Residual search in one launch gives what `search` gives stage by stage."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from ..cases import ADVERSARIAL, DTYPES, generator
 from . import models
 
 
-def levels(data, n, k, d, q):
-    """Rows, and a codebook for each level with codes about as long as what the level before leaves over."""
+def stages(data, n, k, d, q):
+    """Return rows, and a codebook for each stage with codes about as long as its residuals."""
     g = generator()
     x, _ = ADVERSARIAL[data](n, k, d, g)
-    return x, torch.stack([ADVERSARIAL[data](n, k, d, g)[1] / (1 + level) for level in range(q)])
+    return x, torch.stack([ADVERSARIAL[data](n, k, d, g)[1] / (1 + stage) for stage in range(q)])
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (17, 31, 3, 3), (70, 40, 16, 2), (5, 70, 130, 2)], ids=str)
 @pytest.mark.parametrize(
     "data", ["gaussian", "rounded_midpoints", "bad_vectors", "bad_codes", "values_of_1e38", "offset"]
 )
-def test_same_codes_as_level_by_level(data, shape, device):
-    x, codebooks = levels(data, *shape)
+def test_same_codes_as_stage_by_stage(data, shape, device):
+    x, codebooks = stages(data, *shape)
     actual = residual_search(x.to(device), codebooks.to(device)).cpu()
     assert torch.equal(actual, reference.residual_search(x, codebooks))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(dtype, device):
-    x, codebooks = levels("clustered", 9, 40, 6, 3)
+    x, codebooks = stages("clustered", 9, 40, 6, 3)
     for pair in ((x.to(dtype), codebooks), (x, codebooks.to(dtype)), (x.to(dtype), codebooks.to(dtype))):
         actual = residual_search(*(t.to(device) for t in pair)).cpu()
         assert torch.equal(actual, reference.residual_search(*pair))
 
 
-def test_a_level_without_a_finite_code_takes_nothing_off(device):
-    x, codebooks = levels("gaussian", 9, 20, 5, 3)
+def test_a_stage_without_a_finite_code_takes_nothing_off(device):
+    x, codebooks = stages("gaussian", 9, 20, 5, 3)
     codebooks[1] = torch.nan
     actual = residual_search(x.to(device), codebooks.to(device)).cpu()
     assert bool((actual[:, 1] == -1).all())
@@ -46,7 +46,7 @@ def test_a_level_without_a_finite_code_takes_nothing_off(device):
 
 
 def test_rows_and_layouts(device):
-    x, codebooks = levels("gaussian", 9, 20, 5, 3)
+    x, codebooks = stages("gaussian", 9, 20, 5, 3)
     assert residual_search(x[:0].to(device), codebooks.to(device)).shape == (0, 3)
     apart = x.repeat_interleave(2, 0).to(device)
     kept = apart.clone()
@@ -59,6 +59,6 @@ def test_rows_and_layouts(device):
 @pytest.mark.parametrize("model", ["H100", "at the limit"])
 def test_as_matrix_units_compute(model, monkeypatch):
     assert not (calls := models.use(monkeypatch, models.MODELS[model]))
-    x, codebooks = levels("rounded_midpoints", 12, 40, 9, 2)
+    x, codebooks = stages("rounded_midpoints", 12, 40, 9, 2)
     assert torch.equal(residual_search(x, codebooks), reference.residual_search(x, codebooks))
     assert calls
