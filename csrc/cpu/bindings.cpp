@@ -65,13 +65,26 @@ Matrix matrix_of(const Tensor& tensor, int64_t head = 0) {
   return {dtype, data + head * rows * dim * fastvq::size_of(dtype), rows, dim};
 }
 
+int32_t torch_type_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    default:
+      refuse("result", "must be int64, float32, float16, bfloat16 or float64");
+  }
+}
+
 // An uninitialized contiguous tensor on the CPU. The C function costs a quarter of a call through the dispatcher.
 Tensor empty(const Shape& shape, ScalarType dtype) {
-  const int32_t type = dtype == ScalarType::Long     ? aoti_torch_dtype_int64()
-                       : dtype == ScalarType::Float  ? aoti_torch_dtype_float32()
-                       : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
-                       : dtype == ScalarType::Half   ? aoti_torch_dtype_float16()
-                                                     : aoti_torch_dtype_bfloat16();
+  const int32_t type = torch_type_of(dtype);
   Shape strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, shape[i]);
   AtenTensorHandle handle = nullptr;
