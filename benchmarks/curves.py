@@ -132,12 +132,12 @@ def draw(name: str, curves: Curves, path: Path) -> None:
         f" Fashion-MNIST. Both layers start from the same state and see the same batches. {verdict(curves)}"
     )
     figure, axes = plots.figure_with(7, 4.2, f"{name}: training with fastvq and vector_quantize_pytorch", caption)
-    for label, losses, style, width, colour in (
+    for label, losses, style, width, color in (
         ("fastvq", curves.fastvq, "-", 3.0, plots.SERIES[0]),
         ("vector_quantize_pytorch", curves.peer, "--", 1.4, plots.SERIES[1]),
     ):
         values = smoothed(losses)
-        axes.plot(range(len(losses) - len(values), len(losses)), values, style, lw=width, color=colour, label=label)
+        axes.plot(range(len(losses) - len(values), len(losses)), values, style, lw=width, color=color, label=label)
     axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")

@@ -120,7 +120,7 @@ def common_seed(limit: int = 10_000) -> int:
     return _drawn[key]
 
 
-def check_synchronised(module: nn.Module) -> None:
+def check_synchronized(module: nn.Module) -> None:
     """Check that the module's state_dict is bit-identical on all ranks.
 
     It waits for the device, so call it in tests, or rarely in training. In one process it does nothing.

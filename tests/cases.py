@@ -178,10 +178,10 @@ def opposite_codes(n, k, d, g):
 @adversarial
 def equidistant_codes(n, k, d, g):
     """Codes on a sphere around every vector: distances differ in the last digits of float32, or beyond."""
-    centre = torch.randn(d, generator=g)
+    center = torch.randn(d, generator=g)
     directions = torch.nn.functional.normalize(torch.randn(k, d, generator=g, dtype=torch.float64), dim=1)
-    codes = (centre + 3 * directions).float()
-    return centre + 1e-6 * torch.randn(n, d, generator=g), codes
+    codes = (center + 3 * directions).float()
+    return center + 1e-6 * torch.randn(n, d, generator=g), codes
 
 
 @adversarial
@@ -192,7 +192,7 @@ def offset(n, k, d, g):
 
 @adversarial
 def offset_with_outlier(n, k, d, g):
-    """Return data in which an outlier prevents centring from helping."""
+    """Return data in which an outlier prevents centering from helping."""
     x, codes = offset(n, k, d, g)
     codes[-1] = -1e4
     return x, codes

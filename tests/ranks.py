@@ -64,7 +64,7 @@ def assert_same_everywhere(module: torch.nn.Module) -> None:
     for name, value in module.state_dict().items():
         for other in gathered(value):
             assert torch.equal(value.view(torch.uint8), other.view(torch.uint8)), name
-    distributed.check_synchronised(module)
+    distributed.check_synchronized(module)
 
 
 def batch(step: int, rows: int = 0, rank: int | None = None) -> torch.Tensor:
@@ -72,9 +72,9 @@ def batch(step: int, rows: int = 0, rank: int | None = None) -> torch.Tensor:
     rank = dist.get_rank() if rank is None else rank
     g = torch.Generator().manual_seed(1000 * step + rank)
     count = rows or int(torch.randint(0, 40, (), generator=g))
-    centres = torch.randn(30, DIM, generator=torch.Generator().manual_seed(7)) * 3
+    centers = torch.randn(30, DIM, generator=torch.Generator().manual_seed(7)) * 3
     owner = torch.randint(30, (count,), generator=g)
-    return (centres[owner] + torch.randn(count, DIM, generator=g))[None]
+    return (centers[owner] + torch.randn(count, DIM, generator=g))[None]
 
 
 BUILT_BEFORE = fastvq.VectorQuantize(DIM, 24, kmeans_init=True, threshold_ema_dead_code=1, decay=0.9)
@@ -144,7 +144,7 @@ def shared_codebooks_heads_and_policies() -> None:
             layer(x)
         for codebook in codebooks:
             rows = x.expand(codebook.heads, -1, -1)
-            codebook.initialise_(rows)
+            codebook.initialize_(rows)
             codebook.learn_(rows, codebook(rows))
     for module in (*layers, *codebooks):
         assert_same_everywhere(module)
@@ -277,19 +277,19 @@ def the_self_check_finds_a_single_bit() -> None:
     layer = fastvq.VectorQuantize(DIM, 12)
     dist.broadcast(layer._codebook.embed, src=0)
     dist.broadcast(layer._codebook.embed_avg, src=0)
-    distributed.check_synchronised(layer)
+    distributed.check_synchronized(layer)
     if dist.get_rank() == dist.get_world_size() - 1:
         layer._codebook.embed_avg.view(torch.int32)[0, 3, 2] ^= 1
     with pytest.raises(RuntimeError, match=r"^ranks differ in _codebook\.embed_avg$"):
-        distributed.check_synchronised(layer)
+        distributed.check_synchronized(layer)
 
 
 @scenario
-def a_layer_that_must_not_synchronise() -> None:
+def a_layer_that_must_not_synchronize() -> None:
     codebook = Codebook(DIM, 12, sync=False, replacement=fastvq.Replacement(1.0), kmeans_init=True)
     with collectives() as called:
         x = batch(1, rows=20)
-        codebook.initialise_(x)
+        codebook.initialize_(x)
         codebook.learn_(x, codebook(x))
     assert not called
 

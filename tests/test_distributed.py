@@ -53,7 +53,7 @@ def test_one_process_needs_no_group():
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     x = torch.randn(3)
     assert distributed.mean(x) is x
-    distributed.check_synchronised(torch.nn.Linear(2, 2))
+    distributed.check_synchronized(torch.nn.Linear(2, 2))
     torch.manual_seed(5)
     seeds = [distributed.common_seed() for _ in range(3)]
     torch.manual_seed(5)

@@ -218,3 +218,14 @@ def test_every_quantizer_is_in_the_table_of_all():
     assert found | set(NOT_IN_EVERY) == set(quantizers.__all__)
     assert not found & set(NOT_IN_EVERY)
     assert set(quantizers.__all__) <= set(fastvq.__all__)
+
+
+def test_no_two_classes_share_a_name():
+    """A name with a leading underscore belongs to its file."""
+    homes: dict[str, list[str]] = {}
+    for module, path in modules():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(module)
+    assert {"Codebook", "VectorQuantize"} <= set(homes)
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}

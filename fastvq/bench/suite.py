@@ -26,11 +26,11 @@ FORCED = {
     "int16": [Shape(16384, 8192, 128), Shape(16384, 8192, 256)],
 }
 # Each size varied by itself around one shape.
-_CENTRE = Shape(16384, 1024, 64)
+_CENTER = Shape(16384, 1024, 64)
 SCALING = {
-    "N": [Shape(n, _CENTRE.k, _CENTRE.d) for n in (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)],
-    "K": [Shape(_CENTRE.n, k, _CENTRE.d) for k in (16, 64, 256, 1024, 4096, 16384)],
-    "D": [Shape(_CENTRE.n, _CENTRE.k, d) for d in (2, 4, 8, 16, 32, 64, 128, 256, 512)],
+    "N": [Shape(n, _CENTER.k, _CENTER.d) for n in (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)],
+    "K": [Shape(_CENTER.n, k, _CENTER.d) for k in (16, 64, 256, 1024, 4096, 16384)],
+    "D": [Shape(_CENTER.n, _CENTER.k, d) for d in (2, 4, 8, 16, 32, 64, 128, 256, 512)],
 }
 _COMPARED = (NATIVE, "faiss-cpu", "addmm + argmin", PRODUCT)
 

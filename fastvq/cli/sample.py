@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="sample from the likeliest codes whose probabilities sum to P (default: 1)",
     )
-    parser.add_argument("--guidance", type=float, default=1.0, help="above 1 to favour the class (default: 1)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="above 1 to favor the class (default: 1)")
     parser.add_argument(
         "--seed",
         type=int,

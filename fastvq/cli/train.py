@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastvq.training import TrainConfig
 
 SUMMARY = "train a VQ-VAE on images"
-# A folder holds photographs rather than the small grey images that the defaults are for.
+# A folder holds photographs rather than the small gray images that the defaults are for.
 _FOLDER_SETTINGS: dict[str, Any] = {"image_size": 64, "grayscale": False}
 
 

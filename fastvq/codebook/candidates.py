@@ -39,7 +39,7 @@ def spread_rows(x: Tensor, mask: Tensor, codes: Tensor, count: int, metric: str)
     of several ranks draws its share from its own rows, so the rows of two ranks may be near each other. Distances whose
     squares overflow float32 count as equal.
 
-    Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007, with given first centres.
+    Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007, with given first centers.
     """
     taken = min(count, len(x))
     # A row with distance zero is never drawn, because ln 0 = -inf.

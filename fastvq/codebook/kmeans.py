@@ -18,7 +18,7 @@ def kmeans(
     """Run Lloyd's algorithm from random rows, with `search` and `accumulate`: no N x K matrix, no synchronization.
 
     Args:
-        x: vectors (N, D); unit vectors for metric "dot", whose means are normalised (spherical k-means).
+        x: vectors (N, D); unit vectors for metric "dot", whose means are normalized (spherical k-means).
         size: K.
         iterations: number of rounds of assignment and averaging.
         mask: bool (N,), the rows that take part; False for every row that is not finite.

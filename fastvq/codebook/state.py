@@ -126,7 +126,7 @@ class Codebook(KeepsPrecision, nn.Module):
         """Return the indices (H, N) of x (H, N, D), -1 where the mask (H, N) is False."""
         return search(x, self.codes.detach(), metric=self.metric, mask=mask)
 
-    def initialise_(self, x: Tensor, mask: Tensor | None = None) -> None:
+    def initialize_(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Run k-means on the first batch, and follow the mean and variance of every batch if there is an affine map.
 
         The rows of x (H, N, D) take part that are finite and in the mask (H, N).

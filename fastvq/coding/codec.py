@@ -19,7 +19,7 @@ from . import learned, tree
 from .container import LARGEST_CODEBOOK, MODELS, Header, pack, unpack
 from .huffman import huffman_bits
 from .models import Adaptive, Model, Static
-from .stream import Coder, Decoder, Encoder
+from .stream import Coder, SymbolDecoder, SymbolEncoder
 from .tree import Ints, Mask
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def decode(
         raise CodingError(f"{header.number} indices, more than max_indices={max_indices}")
     if header.prior is not None:
         learned.check_prior(header, header.prior, prior)
-    decoder = Decoder(words)
+    decoder = SymbolDecoder(words)
     try:
         if header.prior is not None and prior is not None:
             return torch.from_numpy(learned.decode(decoder, header, header.prior, prior).reshape(header.shape))
@@ -155,7 +155,7 @@ def _encode(
     indices: Tensor, codebook_size: int, model: str, fingerprint: bytes, prior: Prior | None, labels: Tensor | None
 ) -> tuple[bytes, float]:
     header, symbols = _validated(indices, codebook_size, model, fingerprint)
-    encoder = Encoder()
+    encoder = SymbolEncoder()
     if model == "prior":
         header = learned.encode(encoder, header, symbols, prior, labels)
         return pack(header, encoder.words()), encoder.bits
@@ -198,7 +198,7 @@ def _lanes(shape: tuple[int, ...]) -> tuple[int, int]:
     return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
 
 
-def _neighbours(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def _neighbors(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Yield the places to the left and above of each place of a sample's grid, -1 where there is none.
 
     "Above" is one step back along the second-to-last axis or, at its beginning, along the nearest axis before it; in a
@@ -242,7 +242,7 @@ def _code_symbols(symbols: Ints, header: Header, model: Model, coder: Coder, *, 
             block[:] = np.array(few).T
             continue
         outside = np.full(len(block), alphabet, np.int64)
-        for place, (left, above) in enumerate(_neighbours(header.shape)):
+        for place, (left, above) in enumerate(_neighbors(header.shape)):
             contexts = [block[:, at] if at >= 0 else outside for at in (left, above)]
 
             def decide(nodes: Ints, branching: Mask, truth: Ints | None, contexts: list[Ints] = contexts) -> Ints:
@@ -260,7 +260,7 @@ def _code_symbols_in_lists(
     """Code the symbols (places, samples) of a few samples like `_code_symbols`, in lists instead of slower arrays."""
     count = len(symbols[0])
     outside = [header.alphabet] * count
-    for place, (left_at, above_at) in enumerate(_neighbours(header.shape)):
+    for place, (left_at, above_at) in enumerate(_neighbors(header.shape)):
         left = symbols[left_at] if left_at >= 0 else outside
         above = symbols[above_at] if above_at >= 0 else outside
 
@@ -282,7 +282,7 @@ def _code_symbols_in_lists(
         symbols[place] = tree.walk_few(count, header.alphabet, decide, symbols[place] if known else None)
 
 
-def _write_table(encoder: Encoder, header: Header, symbols: Ints) -> Static:
+def _write_table(encoder: SymbolEncoder, header: Header, symbols: Ints) -> Static:
     """Encode the counts that a static model's probabilities follow from, each as a number up to its node's total."""
     passing, right = tree.node_counts(symbols.ravel(), header.alphabet)
 
@@ -294,7 +294,7 @@ def _write_table(encoder: Encoder, header: Header, symbols: Ints) -> Static:
     return Static(passing, right)
 
 
-def _read_table(decoder: Decoder, header: Header) -> Static:
+def _read_table(decoder: SymbolDecoder, header: Header) -> Static:
     passing, right = np.zeros((2, 1 << tree.depths(header.alphabet)), np.int64)
     passing[1:2] = header.number
     tree.visit_nodes(passing, right, header.alphabet, lambda _, limit: decoder.number(limit))

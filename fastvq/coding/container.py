@@ -38,7 +38,7 @@ _AXES = 8
 class PriorHeader(NamedTuple):
     """The part of a header that files coded with a prior have."""
 
-    labelled: bool
+    labeled: bool
     fingerprint: bytes  # 8 bytes
     digest: bytes  # 8 bytes of BLAKE2b of the symbols as little-endian int64
 
@@ -115,8 +115,8 @@ def unpack(data: bytes) -> tuple[Header, bytes]:
     shape = struct.unpack_from(f"<{axes}I", body, _HEAD.size)
     prior = None
     if learned:
-        labelled, prior_fingerprint, symbols_digest = _PRIOR.unpack_from(body, start - _PRIOR.size)
-        prior = PriorHeader(bool(labelled), prior_fingerprint, symbols_digest)
+        labeled, prior_fingerprint, symbols_digest = _PRIOR.unpack_from(body, start - _PRIOR.size)
+        prior = PriorHeader(bool(labeled), prior_fingerprint, symbols_digest)
     header = Header(MODELS[model], bool(missing), codebook_size, shape, fingerprint, prior)
     if not 1 <= codebook_size <= LARGEST_CODEBOOK:
         raise CodingError(f"a codebook of {codebook_size} codes; it may have 1 to {LARGEST_CODEBOOK}")

@@ -69,11 +69,11 @@ class Fixed:
         if size > _DIM_LIMIT:
             raise CodingError(f"prior: coding supports widths up to {_DIM_LIMIT}, got {size}")
         x = x.clamp(-_WIDE, _WIDE)
-        centred = x - _floor_divide(x.sum(-1, keepdim=True), torch.tensor(float(size), dtype=x.dtype))
+        centered = x - _floor_divide(x.sum(-1, keepdim=True), torch.tensor(float(size), dtype=x.dtype))
         # Squares exceed the exact integers of float64 but fit int64: 2^50 each, 2^62 in total.
-        squares = centred.long().square().sum(-1, keepdim=True) + size * round(layer.eps * (1 << 2 * FRACTION))
+        squares = centered.long().square().sum(-1, keepdim=True) + size * round(layer.eps * (1 << 2 * FRACTION))
         root = math.isqrt(size << 2 * FRACTION)
-        scaled = _floor_divide(centred * root, _floor_sqrt(squares).double())
+        scaled = _floor_divide(centered * root, _floor_sqrt(squares).double())
         scaled = _shift_rounded(scaled * self.constant(layer.weight), FRACTION)
         return scaled if layer.bias is None else scaled + self.constant(layer.bias)
 

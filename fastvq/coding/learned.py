@@ -16,7 +16,7 @@ from . import tables, tree
 from .container import Header, PriorHeader, digest, fingerprint
 from .fixed import Fixed, exponentials
 from .models import ONE, clipped
-from .stream import Coder, Decoder, Encoder
+from .stream import Coder, SymbolDecoder, SymbolEncoder
 from .tree import Ints, Mask
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def prior_fingerprint(prior: Prior) -> bytes:
     return hashlib.blake2b(fingerprint(prior) + described.encode(), digest_size=8).digest()
 
 
-def encode(encoder: Encoder, header: Header, symbols: Ints, prior: Prior | None, labels: Tensor | None) -> Header:
+def encode(encoder: SymbolEncoder, header: Header, symbols: Ints, prior: Prior | None, labels: Tensor | None) -> Header:
     """Encode labels and symbols; return the header completed with the prior's part."""
     if prior is None:
         raise CodingError('prior: model="prior" needs one')
@@ -59,15 +59,15 @@ def check_prior(header: Header, about: PriorHeader, prior: Prior | None) -> None
     if given != about.fingerprint:
         raise CodingError(f"coded with another prior: {about.fingerprint.hex()}, this one is {given.hex()}")
     _check_fit(prior, header.codebook_size, header.shape)
-    if about.labelled and not prior.classes:
+    if about.labeled and not prior.classes:
         raise CodingError("data with labels, but this prior has no classes")
 
 
-def decode(decoder: Decoder, header: Header, about: PriorHeader, prior: Prior) -> Ints:
+def decode(decoder: SymbolDecoder, header: Header, about: PriorHeader, prior: Prior) -> Ints:
     """Decode the symbols (samples, places) of a file coded with `prior`."""
     symbols = np.zeros((header.shape[0], prior.places), np.int64)
     labels = None
-    if about.labelled:
+    if about.labeled:
         labels = torch.tensor([decoder.number(prior.classes - 1) for _ in range(len(symbols))], dtype=torch.int64)
     _code_symbols(symbols, labels, prior, decoder)
     if _symbols_digest(symbols) != about.digest:

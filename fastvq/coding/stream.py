@@ -47,7 +47,7 @@ class Coder(Protocol):
     def decide_one(self, probability: int, truth: int | None) -> int: ...
 
 
-class Encoder:
+class SymbolEncoder:
     """Range encoder; `bits` is the ideal length of everything encoded so far."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Encoder:
         return self._encoder.get_compressed().astype("<u4").tobytes()
 
 
-class Decoder:
+class SymbolDecoder:
     """Range decoder."""
 
     def __init__(self, words: bytes) -> None:

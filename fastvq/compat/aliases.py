@@ -21,13 +21,13 @@ PEER = "vector_quantize_pytorch"
 # Entries are NAME for fastvq.NAME, MODULE:NAME for fastvq.MODULE.NAME, and MODULE:NAME:THEIRS if the names differ.
 MODULES = {
     "binary_mapper": "BinaryMapper",
-    "evo_lookup_free_quantization": "EvoLFQ LFQ quantizers.evo_lfq:Return quantizers.evo_lfq:Result",
+    "evo_lookup_free_quantization": "EvoLFQ LFQ quantizers.evo_lfq:EvoLFQOutput:Return quantizers.evo_lfq:Result",
     "finite_scalar_perturbation": "FSP quantizers.fsp:VectorNorm quantizers.fsp:build_cdf_act",
     "finite_scalar_quantization": "FSQ quantizers.fsq:round_ste quantizers.fsq:floor_ste",
     "hierarchical_vq": "HierarchicalVQ VectorQuantize",
     "latent_quantization": "LatentQuantize",
     "lookup_free_quantization": (
-        "LFQ parts.binary:CosineSimLinear quantizers.lfq:LFQLosses:LossBreakdown quantizers.lfq:Return "
+        "LFQ parts.binary:CosineSimLinear quantizers.lfq:LFQLosses:LossBreakdown quantizers.lfq:LFQOutput:Return "
         "distributed:active:is_distributed distributed:mean:maybe_distributed_mean"
     ),
     "random_projection_quantizer": "RandomProjectionQuantizer VectorQuantize",

@@ -1,12 +1,12 @@
 """Fashion-MNIST: a class-balanced subset in the package, and the whole set from Debian's package.
 
-The held-out images of the subset are exact. Its training images keep 64 of the 256 grey levels: the rounding error lies
+The held-out images of the subset are exact. Its training images keep 64 of the 256 gray levels: the rounding error lies
 47 dB below the signal's peak, far below any reconstruction error, and makes room for 5,700 of them in 2 MB. To rebuild
 the file, byte for byte, from Debian's package `dataset-fashion-mnist`:
 
     python -c "from fastvq.data import fashion_mnist; fashion_mnist.build_subset()"
 
-Source: Xiao, Rasul, Vollgraf 2017, Fashion-MNIST (MIT licence, see fashion_mnist.LICENSE).
+Source: Xiao, Rasul, Vollgraf 2017, Fashion-MNIST (MIT license, see fashion_mnist.LICENSE).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHIPPED = Path(__file__).with_name("fashion_mnist.npz.xz")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 TRAIN_PER_CLASS = 570
 TEST_PER_CLASS = 100
-_GREY_STEP = 4
+_GRAY_STEP = 4
 
 # Literals of 8-bit pixels: three bits of the previous pixel as context, no alignment to exploit.
 _LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0}]
@@ -65,7 +65,7 @@ def load_fashion_mnist(path: Path = SHIPPED) -> Images:
     The shipped one has 5,700 training and 1,000 held-out images of 28x28, equally many of each of the ten classes.
     """
     with lzma.open(path) as file, np.load(io.BytesIO(file.read())) as arrays:
-        train = arrays["train"] * np.uint8(_GREY_STEP)
+        train = arrays["train"] * np.uint8(_GRAY_STEP)
         return _as_images("Fashion-MNIST subset", train, arrays["train_labels"], arrays["test"], arrays["test_labels"])
 
 
@@ -113,7 +113,7 @@ def build_subset(
     train, train_labels = _first_of_each_class(*_read_split(root, "train"), train_per_class)
     test, test_labels = _first_of_each_class(*_read_split(root, "t10k"), test_per_class)
     # Rounding 254 and 255 up would wrap around to black.
-    levels = np.minimum((train.astype(np.uint16) + _GREY_STEP // 2) // _GREY_STEP, 255 // _GREY_STEP)
+    levels = np.minimum((train.astype(np.uint16) + _GRAY_STEP // 2) // _GRAY_STEP, 255 // _GRAY_STEP)
     buffer = io.BytesIO()
     np.savez(
         buffer,

@@ -73,9 +73,9 @@ def split_by_file(names: list[str], test_fraction: float) -> tuple[list[str], li
 
 
 def read_image(path: Path, *, image_size: int, grayscale: bool) -> Tensor:
-    """Return an image file as uint8 (C, image_size, image_size): the largest centred square, resized.
+    """Return an image file as uint8 (C, image_size, image_size): the largest centered square, resized.
 
-    16-bit grey is scaled to 8 bits; transparent pixels become white.
+    16-bit gray is scaled to 8 bits; transparent pixels become white.
 
     Raises:
         DataError: the file is not a readable image; the message names it.
@@ -108,7 +108,7 @@ def write_images(root: Path, images: Tensor, first: int, subfolders: Sequence[st
 
 
 def _eight_bit(image: Any) -> Any:
-    """Return the image in a mode that Pillow converts to grey or colour without clipping.
+    """Return the image in a mode that Pillow converts to gray or color without clipping.
 
     Raises:
         ValueError: the range of its pixels is unknown.

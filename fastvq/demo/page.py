@@ -46,7 +46,7 @@ def _autoencoder(metrics: dict[str, Any]) -> list[str]:
         f"<p>The encoder turns an image into a grid of {count} vectors. Each vector is replaced by the nearest of"
         f" {size} learned code vectors, and only the index of that code is kept. The decoder receives nothing but these"
         " indices.</p>",
-        _image("indices.png", "Images, their indices as coloured grids, and the reconstructions from them"),
+        _image("indices.png", "Images, their indices as colored grids, and the reconstructions from them"),
         f"<p>How much is lost? The decoded images reach {metrics['psnr_db']:.2f} dB (peak signal-to-noise ratio: 10"
         " dB more is a tenth of the squared error). The same network without a bottleneck, which passes on"
         f" {count} vectors of floats, reaches {metrics['ceiling_psnr_db']:.2f} dB after {metrics['ceiling_steps']}"
@@ -75,7 +75,7 @@ def _prior(metrics: dict[str, Any]) -> list[str]:
                 ["uniform (log2 K)", f"{bits['uniform']:.2f}"],
                 ["frequency of each index (static, its table included)", f"{bits['static']:.2f}"],
                 ["frequency of each index, in whole bits (Huffman, without its table)", f"{bits['huffman']:.2f}"],
-                ["conditional on the neighbours (adaptive)", f"{bits['adaptive']:.2f}"],
+                ["conditional on the neighbors (adaptive)", f"{bits['adaptive']:.2f}"],
                 ["learned prior, given the class", f"{bits['prior']:.2f}"],
             ],
         ),
@@ -92,14 +92,14 @@ def _prior(metrics: dict[str, Any]) -> list[str]:
             "<p>Do samples belong to their class? A small classifier, trained on real images, assigns"
             f" {metrics['sample_agreement']:.0%} of {metrics['judged_samples']} samples to the requested class. It is"
             f" right for {metrics['real_agreement']:.0%} of the real held-out images and for"
-            f" {metrics['reconstruction_agreement']:.0%} of their reconstructions. These samples favour their class and"
+            f" {metrics['reconstruction_agreement']:.0%} of their reconstructions. These samples favor their class and"
             f" likely indices ({html.escape(metrics['sampling'])}); of samples drawn without these settings,"
             f" {metrics['plain_sample_agreement']:.0%} agree.</p>",
         ]
     return [
         *parts,
         "<p>Are samples copies? Here some samples stand beside their nearest training images, pixel by pixel.</p>",
-        _image("neighbours.png", "Samples and their nearest training images"),
+        _image("neighbors.png", "Samples and their nearest training images"),
         "<p>Half an image can be completed: the indices of the upper half are given, and the prior samples the"
         " others.</p>",
         _image("completions.png", "Upper halves of held-out images, completed three times"),

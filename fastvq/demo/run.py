@@ -22,7 +22,7 @@ from fastvq.files import whole
 from fastvq.runs.encode import HELD_OUT, encode_images
 from fastvq.runs.load import PRIOR_FOLDER
 from fastvq.runs.pictures import picture_prior, picture_reconstructions, picture_run
-from fastvq.runs.sample_pictures import picture_completions, picture_neighbours, picture_samples
+from fastvq.runs.sample_pictures import picture_completions, picture_neighbors, picture_samples
 from fastvq.runs.train_prior import delete_prior, train_prior
 from fastvq.training.build import load_images
 from fastvq.training.checkpoint import checkpoint_folders, load_latest
@@ -122,7 +122,7 @@ def run_demo(
     for name, picture in (
         ("samples", picture_samples),
         ("completions", picture_completions),
-        ("neighbours", picture_neighbours),
+        ("neighbors", picture_neighbors),
     ):
         picture(folder / f"{name}.png", prior, trainer.model, images, **sampling)
     judged = judge_samples(prior, trainer.model, images, sampling, steps=classifier_steps)

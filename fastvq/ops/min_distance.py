@@ -1,4 +1,4 @@
-"""The op `min_distance_`: the squared distance of each row to the nearest chosen centre."""
+"""The op `min_distance_`: the squared distance of each row to the nearest chosen center."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def _min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
 
 
 def min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
-    """Lower the squared distance of each row to its nearest centre by a few new centres, in place.
+    """Lower the squared distance of each row to its nearest center by a few new centers, in place.
 
         distances_n <- min(distances_n, min_m |x_n - c_m|^2)
 
-    This is D(x)^2 of k-means++, which draws the next centre from the rows in proportion to it. The op makes one pass
+    This is D(x)^2 of k-means++, which draws the next center from the rows in proportion to it. The op makes one pass
     over x and no N x D temporary. A row whose distance is 0 isn't read, so that zeros exclude rows.
 
     Args:
         distances: float32 (N,), not negative; written.
         x: vectors (N, D); float32, float16, bfloat16 or float64.
-        codes: the new centres, (M, D), any of these dtypes. For many of them `search` is faster.
+        codes: the new centers, (M, D), any of these dtypes. For many of them `search` is faster.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
@@ -50,7 +50,7 @@ def min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
     different orders and agree to the bit, or to one unit in the last place if a sum lies next to the midpoint of two
     float32 numbers. The torch backend computes in float32 unless an argument is float64, with a relative error below
     (D + 3) 2^-24. Squares beyond float32's range become infinite, those below it 0. The result is independent of the
-    number of threads. A row equal to a centre has distance 0. A NaN, such as the distance of a non-finite row, changes
+    number of threads. A row equal to a center has distance 0. A NaN, such as the distance of a non-finite row, changes
     no distance, and any number replaces it. Memory is O(N + M D). Not differentiable.
 
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007, section 2.2.

@@ -211,11 +211,11 @@ def batch_stats(batch: Tensor, eps: float = 1e-8, mask: Tensor | None = None) ->
         batch = torch.where(mask[:, None], batch, 0)
     total = weights.sum().clamp_min(1)
     mean = batch.sum(0) / total
-    centred = (batch - mean) * weights
-    variance = centred.square().sum(0) / (total - 1).clamp_min(1)
+    centered = (batch - mean) * weights
+    variance = centered.square().sum(0) / (total - 1).clamp_min(1)
     # No gradient from a constant column: that of the square root is infinite there.
     spread = torch.where(variance > 0, variance, 1).sqrt() * (variance > 0)
-    z = centred / spread.clamp_min(eps)
+    z = centered / spread.clamp_min(eps)
     return Moments(mean, variance, z.pow(3).sum(0) / total, z.pow(4).sum(0) / total - 3)
 
 

@@ -17,7 +17,7 @@ from .lfq import LFQ
 Fitness = Callable[[Any, Tensor], "Tensor | Sequence[float]"]
 
 
-class Return(NamedTuple):
+class EvoLFQOutput(NamedTuple):
     """Result of `EvoLFQ`."""
 
     reconstructed: Any  # the decoder's output
@@ -108,7 +108,7 @@ class EvoLFQ(Monitored, nn.Module):
         """
         found = self.lfq(self.encoder(x), **kwargs)
         (quantized, indices, loss), *parts = found if kwargs.get("return_loss_breakdown") else (found,)
-        result = Return(self.decoder(quantized), indices, loss)
+        result = EvoLFQOutput(self.decoder(quantized), indices, loss)
         return (result, *parts) if parts else result
 
     @torch.no_grad()

@@ -111,7 +111,7 @@ class FSP(LevelUse, nn.Module):
         return split_index(indices, self._basis, self._levels)
 
     def indices_to_act_value(self, indices: Tensor) -> Tensor:
-        """Return the centres of the bins, (..., d) float32 in (0, 1), of indices (...)."""
+        """Return the centers of the bins, (..., d) float32 in (0, 1), of indices (...)."""
         return self._middles(self.indices_to_level_indices(indices), torch.float32)
 
     def indices_to_codes(self, indices: Tensor, eps: float = 1e-6) -> Tensor:
@@ -127,9 +127,9 @@ class FSP(LevelUse, nn.Module):
         return codes_in_layout(codes, self.channel_first)
 
     def quantize_act_value(self, act_z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Return (centres of the bins of probabilities (..., d), levels in their dtype).
+        """Return (centers of the bins of probabilities (..., d), levels in their dtype).
 
-        The gradient of the centres is that of act_z.
+        The gradient of the centers is that of act_z.
         """
         levels = (act_z.detach().clamp_max(1 - eps) * self._levels).floor()
         return with_slope(act_z, self._middles(levels, act_z.dtype), torch.ones_like(act_z)), levels

@@ -24,7 +24,7 @@ from fastvq.precision import KeepsBuffers, at_least_float32, full_precision
 MOST_BITS_OF_ENTROPY = 30
 
 
-class Return(NamedTuple):
+class LFQOutput(NamedTuple):
     """Result of `LFQ`."""
 
     quantized: Tensor  # as x
@@ -237,7 +237,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
         mask: Tensor | None = None,
         *,
         lens: Tensor | None = None,
-    ) -> Return | tuple[Return, LFQLosses]:
+    ) -> LFQOutput | tuple[LFQOutput, LFQLosses]:
         """Return (quantized, indices, entropy_aux_loss) of x.
 
         Args:
@@ -260,7 +260,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
         )
         quantized = layout.from_rows(project_codes_out(self.project_out, quantized, rows_mask).to(x.dtype))
         indices = layout.indices(indices if self.keep_num_codebooks_dim else indices.squeeze(-1))
-        result = Return(quantized, indices, loss)
+        result = LFQOutput(quantized, indices, loss)
         return (result, parts) if return_loss_breakdown else result
 
     def quantize_rows(

@@ -222,7 +222,7 @@ class ResidualVQ(ResidualStack):
         if repeatable:
             self._history.replay(projected, self._unique_codebooks)
         if learning:
-            self._initialise_stages(projected.detach(), flat_mask)
+            self._initialize_stages(projected.detach(), flat_mask)
         known = self._beam_search(projected, flat_mask, beam_size, active, sample_codebook_temp)
         if targets is None and self._fits_one_pass(learning):
             total, found, losses = self._quantize_in_one_pass(
@@ -447,7 +447,7 @@ class ResidualVQ(ResidualStack):
         """The stages whose codebooks wait for k-means."""
         return [stage for stage in self._stages if not stage._codebook._ready]
 
-    def _initialise_stages(self, x: Tensor, mask: Tensor | None) -> None:
+    def _initialize_stages(self, x: Tensor, mask: Tensor | None) -> None:
         """Run k-means on the residuals of a greedy search, stage by stage, unless it has run."""
         if not self._unready_stages:
             return
@@ -456,7 +456,7 @@ class ResidualVQ(ResidualStack):
         for place, stage in enumerate(self._stages):
             rows = stage.split_rows(residual)
             if not stage._codebook._ready:
-                stage._codebook.initialise_(rows, mask)
+                stage._codebook.initialize_(rows, mask)
             table = self._table_of(place, total)
             chosen = table.lookup(table.nearest(rows, mask)).detach()
             residual, total = residual - chosen, total + chosen

@@ -500,7 +500,7 @@ class VectorQuantize(Monitored, nn.Module):
         """
         codebook = self._codebook
         if learning:
-            codebook.initialise_(x.detach(), mask)
+            codebook.initialize_(x.detach(), mask)
         learned = self.learnable_codebook and learning
         temperature = self.sample_codebook_temp if temperature is None else temperature
 

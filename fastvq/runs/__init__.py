@@ -3,7 +3,7 @@
 load.py           model and prior of a run      train_prior.py      a run's prior, trained on its indices
 indices.py        a run's images as indices     compare_priors.py   the kinds of priors after equal time
 encode.py         images or arrays to a file    sample.py           samples in files
-decode.py         a file to images or arrays    sample_pictures.py  samples, completions and neighbours drawn
+decode.py         a file to images or arrays    sample_pictures.py  samples, completions and neighbors drawn
 reconstruct.py    images beside their reconstructions
 pictures.py       a run's curves, usage and reconstructions
 plots.py          the figures themselves

@@ -17,9 +17,9 @@ from torch import Tensor
 from fastvq.extras import require
 from fastvq.files import whole
 
-_BLUE, _ORANGE, _GREY = "#2166ac", "#d6604d", "#777777"
-SERIES = (_BLUE, _ORANGE, "#4d9221", _GREY, "#762a83")
-"""Colours of lines and bars, one for each series."""
+_BLUE, _ORANGE, _GRAY = "#2166ac", "#d6604d", "#777777"
+SERIES = (_BLUE, _ORANGE, "#4d9221", _GRAY, "#762a83")
+"""Colors of lines and bars, one for each series."""
 _DPI = 130
 
 
@@ -138,7 +138,7 @@ def save_curves(path: Path, records: Sequence[dict[str, Any]], *, codebook_size:
         if key == "loss":
             axes.set_yscale("log")
         if key == "perplexity":
-            axes.axhline(codebook_size, color=_GREY, linestyle=":", label=f"uniform over {codebook_size} codes")
+            axes.axhline(codebook_size, color=_GRAY, linestyle=":", label=f"uniform over {codebook_size} codes")
             axes.set_ylim(0, codebook_size * 1.08)
         axes.set_ylabel(label)
         axes.legend(fontsize=8, loc="upper right" if key == "loss" else "lower right")
@@ -163,7 +163,7 @@ def save_bits(path: Path, records: Sequence[dict[str, Any]], *, codebook_size: i
         " labels, which costs bits: at first the dots may lie below it."
     )
     figure, axes = figure_with(8, 4.4, title, caption)
-    axes.axhline(uniform, color=_GREY, linestyle=":", label=f"uniform over {codebook_size} codes: {uniform:.2f} bits")
+    axes.axhline(uniform, color=_GRAY, linestyle=":", label=f"uniform over {codebook_size} codes: {uniform:.2f} bits")
     _draw_splits(axes, lines)
     axes.set_ylabel("bits per index")
     # Above the axes: a curve may pass anywhere below the dotted line.
@@ -173,12 +173,12 @@ def save_bits(path: Path, records: Sequence[dict[str, Any]], *, codebook_size: i
 
 def _draw_splits(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
     """Draw records over the steps: a line for training batches, dots for held-out images."""
-    for split, style, colour, text in (
+    for split, style, color, text in (
         ("train", "-", _BLUE, "training batches"),
         ("test", "o", _ORANGE, "held-out images"),
     ):
         if lines[split]:
-            axes.plot(*zip(*lines[split], strict=True), style, color=colour, markersize=4, label=text)
+            axes.plot(*zip(*lines[split], strict=True), style, color=color, markersize=4, label=text)
     axes.set_xlabel("step")
     axes.grid(alpha=0.25)
 
@@ -211,41 +211,41 @@ def save_usage(path: Path, counts: Tensor, *, perplexity: float, title: str) -> 
     save_figure(figure, path)
 
 
-def code_colours(codebook: Tensor) -> Tensor:
-    """Return an RGB colour in [0, 1] for each code, (K, 3); similar codes get similar colours.
+def code_colors(codebook: Tensor) -> Tensor:
+    """Return an RGB color in [0, 1] for each code, (K, 3); similar codes get similar colors.
 
     The channels are the first three principal components of the codes, each spread evenly over the range by rank.
     """
-    centred = codebook.detach().float().cpu() - codebook.detach().float().cpu().mean(0)
-    rank = min(3, *centred.shape)
-    components = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:rank].T
+    centered = codebook.detach().float().cpu() - codebook.detach().float().cpu().mean(0)
+    rank = min(3, *centered.shape)
+    components = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:rank].T
     spread = components.argsort(0).argsort(0) / max(1, len(components) - 1)
-    # Dark numbers are printed on these colours.
+    # Dark numbers are printed on these colors.
     return torch.nn.functional.pad(0.35 + 0.65 * spread, (0, 3 - rank), value=0.7)
 
 
 def save_indices(
     path: Path, originals: Tensor, indices: Tensor, restored: Tensor, codebook: Tensor, *, title: str
 ) -> None:
-    """Draw images, their indices as coloured grids, and the reconstructions from these indices.
+    """Draw images, their indices as colored grids, and the reconstructions from these indices.
 
     Args:
         path: PNG file to write.
         originals, restored: (N, C, H, W), float in [0, 1].
         indices: (N, h, w), int64.
-        codebook: (K, D), for the colours.
+        codebook: (K, D), for the colors.
         title: text above the figure.
     """
-    colours = code_colours(codebook)
+    colors = code_colors(codebook)
     count, height, width = indices.shape
     caption = (
         f"Each image becomes {height} x {width} indices below {len(codebook)}, and the right picture is decoded from"
-        " these alone. Similar colours stand for similar codes: background, edges and cloth textures stand out."
+        " these alone. Similar colors stand for similar codes: background, edges and cloth textures stand out."
     )
     figure = _figure(7.5, 2.4 * count + 1.0, title, caption)
     for row, panels in enumerate(figure.subplots(count, 3, squeeze=False)):
         _show(panels[0], originals[row])
-        panels[1].imshow(colours[indices[row].cpu()].numpy())
+        panels[1].imshow(colors[indices[row].cpu()].numpy())
         panels[1].set_xticks([])
         panels[1].set_yticks([])
         if height * width <= 256:

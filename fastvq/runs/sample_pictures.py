@@ -18,7 +18,7 @@ from .pictures import shown_rows
 
 _REAL, _SAMPLED = 3, 7
 _COMPLETED = 8
-_NEIGHBOURS = 5
+_NEIGHBORS = 5
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def picture_completions(
 
 
 @torch.no_grad()
-def picture_neighbours(
+def picture_neighbors(
     path: Path, prior: Prior, model: VQVAE, images: Images, *, seed: int = 0, **settings: Any
 ) -> None:
     """Draw samples, one of each class or ten, beside their nearest training images, mirrored ones included."""
@@ -99,21 +99,21 @@ def picture_neighbours(
     indices = prior.sample(count, labels, generator=torch.Generator().manual_seed(seed), **settings)
     sampled = model.decode(indices).clamp(0, 1)
     training = to_float(torch.cat([images.train, images.train.flip(-1)]))
-    nearest = fastvq.topk_search(sampled.flatten(1), training.flatten(1), _NEIGHBOURS)
+    nearest = fastvq.topk_search(sampled.flatten(1), training.flatten(1), _NEIGHBORS)
     rows = [torch.cat([image[None], training[found]]) for image, found in zip(sampled, nearest, strict=True)]
     plots.save_grid(
         path,
         rows,
         [class_name(images, label) if prior.classes else "" for label in range(count)],
-        ["sampled", *(["nearest"] + [f"{n + 1}." for n in range(1, _NEIGHBOURS)])],
+        ["sampled", *(["nearest"] + [f"{n + 1}." for n in range(1, _NEIGHBORS)])],
         title=f"{images.name}: samples and their nearest training images",
         caption="Nearest by the squared difference of all pixels, among all training images and their mirror images. A"
-        " copy would look like its first neighbour in every detail.",
+        " copy would look like its first neighbor in every detail.",
     )
 
 
 def _real_images(images: Tensor, start: int, *, like: Tensor) -> Tensor:
-    """Return `_REAL` images from `start` on, cyclically; grey ones if there are none."""
+    """Return `_REAL` images from `start` on, cyclically; gray ones if there are none."""
     if len(images) == 0:
         return torch.full_like(like[:1], 0.5).expand(_REAL, *like.shape[1:])
     return to_float(images[torch.arange(start, start + _REAL) % len(images)])

@@ -31,12 +31,12 @@ def defined_score(row, code, metric):
 
 def exact_scores(x, codebook, frame, metric):
     """Return s^ (N, K) as fractions."""
-    scale, centre = Fraction(2) ** int(frame.exponent), [Fraction(m) for m in frame.centre.tolist()]
+    scale, center = Fraction(2) ** int(frame.exponent), [Fraction(m) for m in frame.center.tolist()]
     scores = []
     for row in x.double().tolist():
         defined = [scale**2 * defined_score(row, code, metric) for code in codebook.double().tolist()]
         if metric == "l2":
-            square = scale**2 * sum((Fraction(a) - m) ** 2 for a, m in zip(row, centre, strict=True))
+            square = scale**2 * sum((Fraction(a) - m) ** 2 for a, m in zip(row, center, strict=True))
             defined = [(d - square) / 2 for d in defined]
         scores.append(defined)
     return scores
@@ -190,13 +190,13 @@ def test_the_bound_leaves_few_candidates_on_gaussian_data():
 )
 def test_a_wrong_bound_is_noticed(share, noticed_on, monkeypatch):
     """The data of these tests expose a bound that is too small."""
-    rows = search.Frame.rows
+    rows = search.ScaledCodebook.rows
 
     def too_small(self, x):
         near, bound = rows(self, x)
         return near, torch.where(bound < math.inf, share * bound, bound)
 
-    monkeypatch.setattr(search.Frame, "rows", too_small)
+    monkeypatch.setattr(search.ScaledCodebook, "rows", too_small)
     # With fewer codes than FAR_SHARE no outlier is taken out of the cheap pass, so that it stays in the bound.
     shapes = [(63, 60, 33), (300, 400, 64), (200, 70, 513), (2000, 60, 8)]
     for name in noticed_on:

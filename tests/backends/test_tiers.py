@@ -21,7 +21,7 @@ from fastvq.backends import native
 pytestmark = pytest.mark.machine
 
 LIMIT = 1.10
-ATTEMPTS = 4  # a neighbour's load can spoil one
+ATTEMPTS = 4  # a neighbor's load can spoil one
 
 
 def near_copies(n, k, d, copies, distance):

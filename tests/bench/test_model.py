@@ -179,7 +179,7 @@ class TestSearch:
 
 
 class TestCommand:
-    def test_everything_printed_is_labelled(self, counts, capsys):
+    def test_everything_printed_is_labeled(self, counts, capsys):
         assert bench("--model=h100") == 0
         printed = capsys.readouterr().out
         blocks = [block for block in printed.split("\n\n") if any(unit in block for unit in (" us", " ms", " s "))]

@@ -124,7 +124,7 @@ def test_train_without_a_bottleneck(tmp_path: Path, images: Path, capsys: pytest
     assert not (run / "indices.png").exists()
 
 
-def test_a_folder_is_colour_by_default_and_resumes_from_anywhere(
+def test_a_folder_is_color_by_default_and_resumes_from_anywhere(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -174,7 +174,7 @@ def test_the_demo_evaluates_and_draws_once(
 ) -> None:
     monkeypatch.setattr(demo, "DEMO_PRIOR", SMALL_PRIOR)
     assert main(["demo", f"--out={tmp_path / 'demo'}", *SHORT_DEMO, "--steps=2"]) == 0
-    pictures = ("reconstructions", "curves", "usage", "indices", "samples", "completions", "neighbours")
+    pictures = ("reconstructions", "curves", "usage", "indices", "samples", "completions", "neighbors")
     expected = {f"demo/{name}.png": 1 for name in pictures} | {"prior/curves.png": 1}
     assert calls == {**expected, "VectorQuantize": 1, "NoBottleneck": 1, "TransformerPrior": 1}
 
@@ -229,7 +229,7 @@ def test_demo_writes_pictures_metrics_a_page_and_a_table(
         "indices.png",
         "samples.png",
         "completions.png",
-        "neighbours.png",
+        "neighbors.png",
         "prior/curves.png",
     ):
         assert (run / name).stat().st_size > 10_000

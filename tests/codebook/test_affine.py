@@ -17,7 +17,7 @@ SETTINGS = {"batch_decay": 0.9, "codebook_decay": 0.8, "sync": False}
 def test_codes_take_mean_and_deviation_of_the_rows():
     codebook = Codebook(D, 500, affine=SETTINGS)
     x = 5 + 3 * torch.randn(1, 4000, D)
-    codebook.initialise_(x)
+    codebook.initialize_(x)
     close(codebook.codes.mean(1), x.mean(1), torch.bfloat16)
     close(codebook.codes.std(1, unbiased=False), x.std(1, unbiased=False), torch.bfloat16)
     close(codebook.own_rows(codebook.codes), codebook.embed, torch.float16)
@@ -27,8 +27,8 @@ def test_statistics_move():
     codebook = Codebook(D, 20, affine=SETTINGS)
     first, second = torch.randn(1, 50, D), 2 + torch.randn(1, 50, D)
     second[0, 7] = torch.nan
-    codebook.initialise_(first)
-    codebook.initialise_(second, torch.arange(50)[None] < 30)
+    codebook.initialize_(first)
+    codebook.initialize_(second, torch.arange(50)[None] < 30)
     counted = second[:, [i for i in range(30) if i != 7]]
     close(codebook.batch_mean, 0.9 * first.mean(1, keepdim=True) + 0.1 * counted.mean(1, keepdim=True))
     variance = first.var(1, keepdim=True, unbiased=False), counted.var(1, keepdim=True, unbiased=False)
@@ -39,9 +39,9 @@ def test_statistics_move():
 def test_without_a_row_the_map_is_the_identity():
     codebook = Codebook(D, 20, affine=SETTINGS)
     assert torch.equal(codebook.codes, codebook.embed)
-    codebook.initialise_(torch.full((1, 3, D), torch.nan))
+    codebook.initialize_(torch.full((1, 3, D), torch.nan))
     close(codebook.codes, codebook.embed)
-    codebook.initialise_(torch.zeros(1, 0, D))
+    codebook.initialize_(torch.zeros(1, 0, D))
     assert bool(codebook.codes.isfinite().all())
 
 
@@ -50,7 +50,7 @@ def test_learning_in_the_codes_own_place():
     codebook = Codebook(D, 1, decay=0.0, affine=SETTINGS)
     codebook.embed.fill_(0.5)
     x = 4 + torch.randn(1, 60, D)
-    codebook.initialise_(x)
+    codebook.initialize_(x)
     rows = codebook.own_rows(x)
     codebook.learn_(x, torch.zeros(1, 60, dtype=torch.int64))
     close(codebook.embed, rows.mean(1, keepdim=True))
@@ -60,7 +60,7 @@ def test_a_checkpoint_with_and_without_statistics():
     trained = Codebook(D, 20, affine=SETTINGS)
     fresh = Codebook(D, 20, affine=SETTINGS)
     fresh.load_state_dict(copy.deepcopy(trained.state_dict()))
-    trained.initialise_(torch.randn(1, 9, D))
+    trained.initialize_(torch.randn(1, 9, D))
     fresh.load_state_dict(trained.state_dict())
     assert torch.equal(fresh.codes, trained.codes)
     untrained = Codebook(D, 20, affine=SETTINGS)
@@ -70,7 +70,7 @@ def test_a_checkpoint_with_and_without_statistics():
 
 def test_the_gradient_reaches_a_learnable_codebook():
     codebook = Codebook(D, 20, learnable=True, affine=SETTINGS)
-    codebook.initialise_(3 * torch.randn(1, 50, D))
+    codebook.initialize_(3 * torch.randn(1, 50, D))
     codebook.codes.sum().backward()
     assert codebook.embed.grad is not None
     assert bool(codebook.embed.grad.any())

@@ -42,13 +42,13 @@ def test_compacted():
 def test_spread_rows_reach_every_far_cluster(metric):
     """Uniform rows would nearly all be of the large cluster that has a code already."""
     g = generator()
-    centres = torch.eye(6)
+    centers = torch.eye(6)
     sizes = [500, 2, 2, 2, 2, 2]
-    x = torch.cat([centre + 0.001 * torch.randn(n, 6, generator=g) for centre, n in zip(centres, sizes, strict=True)])
+    x = torch.cat([center + 0.001 * torch.randn(n, 6, generator=g) for center, n in zip(centers, sizes, strict=True)])
     x = torch.nn.functional.normalize(x, dim=1) if metric == "dot" else x
-    rows, filled = spread_rows(x, torch.ones(len(x), dtype=torch.bool), centres[:1], 5, metric)
+    rows, filled = spread_rows(x, torch.ones(len(x), dtype=torch.bool), centers[:1], 5, metric)
     assert filled.sum() == 5
-    assert reference.search(rows, centres, metric=metric).sort().values.tolist() == [1, 2, 3, 4, 5]
+    assert reference.search(rows, centers, metric=metric).sort().values.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_spread_rows_are_drawn_by_squared_distance():

@@ -42,8 +42,8 @@ def test_kmeans_is_lloyds_algorithm(metric, monkeypatch):
 
 
 def test_kmeans_finds_separated_clusters():
-    centres = 100 * torch.eye(4)
-    x = (centres[:, None] + torch.randn(4, 50, 4)).flatten(0, 1)
+    centers = 100 * torch.eye(4)
+    x = (centers[:, None] + torch.randn(4, 50, 4)).flatten(0, 1)
     torch.manual_seed(3)
     means, counts = kmeans(x, 16, iterations=20, mask=torch.ones(200, dtype=torch.bool))
     assert counts.sum() == 200

@@ -102,17 +102,17 @@ def test_replacement_by_rows_of_earlier_batches():
 def test_kmeans_pp_replacement_covers_the_data_faster():
     """Codes all in one of 8 clusters of very different sizes: after one replacement every cluster has one."""
     g = generator(1)
-    centres = 20 * torch.eye(8)
+    centers = 20 * torch.eye(8)
     sizes = torch.tensor([2000, 3, 3, 3, 3, 3, 3, 3])
-    x = torch.cat([c + 0.1 * torch.randn(int(n), 8, generator=g) for c, n in zip(centres, sizes, strict=True)])
+    x = torch.cat([c + 0.1 * torch.randn(int(n), 8, generator=g) for c, n in zip(centers, sizes, strict=True)])
     covered = {}
     for rows in ("random", "kmeans++"):
         codebook = Codebook(8, 16, replacement=Replacement(2.0, rows=rows))
-        codebook.embed[0] = centres[0] + 0.1 * torch.randn(16, 8, generator=g)
+        codebook.embed[0] = centers[0] + 0.1 * torch.randn(16, 8, generator=g)
         codebook.cluster_size.zero_()
         codebook.cluster_size[0, 0] = 100.0
         replace(codebook, x)
-        covered[rows] = len(reference.search(codebook.embed[0], centres).unique())
+        covered[rows] = len(reference.search(codebook.embed[0], centers).unique())
     assert covered["kmeans++"] == 8
     assert covered["random"] < 5
 

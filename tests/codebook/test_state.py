@@ -33,7 +33,7 @@ def test_codes_that_are_set_stay(cosine):
     codes = 5 * torch.randn(8, 4)
     codebook.set_(codes[None])
     codes = unit_norm(codes) if cosine else codes
-    codebook.initialise_(torch.randn(1, 20, 4))
+    codebook.initialize_(torch.randn(1, 20, 4))
     codebook.learn_(torch.zeros(1, 3, 4), torch.full((1, 3), -1))
     torch.testing.assert_close(codebook.codes[0], codes, rtol=1e-4, atol=1e-5)
 
@@ -43,7 +43,7 @@ def test_state_written_behind_its_back_is_kept():
     trained, fresh = Codebook(4, 8), Codebook(4, 8, kmeans_init=True)
     for target, source in zip(fresh.buffers(), trained.buffers(), strict=True):
         target.copy_(source)
-    fresh.initialise_(torch.randn(1, 20, 4))
+    fresh.initialize_(torch.randn(1, 20, 4))
     assert torch.equal(fresh.codes, trained.codes)
 
 

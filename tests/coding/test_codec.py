@@ -14,7 +14,7 @@ import torch
 import fastvq
 from fastvq import coding
 from fastvq.coding import codec, container, models, tree
-from fastvq.coding.codec import LARGEST_BATCH, _batches, _neighbours
+from fastvq.coding.codec import LARGEST_BATCH, _batches, _neighbors
 from fastvq.coding.huffman import huffman_bits
 from fastvq.errors import CodingError
 
@@ -24,7 +24,7 @@ MODELS = ("static", "adaptive")
 
 
 def correlated(n, height, width, size, seed=0):
-    """Return indices in patches, as in images: equal to the left or upper neighbour, or new."""
+    """Return indices in patches, as in images: equal to the left or upper neighbor, or new."""
     random = np.random.default_rng(seed)
     indices = random.zipf(1.5, (n, height, width)) % size
     choice = random.random((n, height, width))
@@ -338,11 +338,11 @@ def test_a_codebook_size_of_any_integer_type(tmp_path):
     assert coding.load(str(tmp_path / "c.fvq")) == expected
 
 
-def test_neighbours_and_batches():
-    assert list(_neighbours((5, 2, 3))) == [(-1, -1), (0, -1), (1, -1), (-1, 0), (3, 1), (4, 2)]
-    assert list(_neighbours((4,))) == [(-1, -1), (0, -1), (1, 0), (2, 1)]
+def test_neighbors_and_batches():
+    assert list(_neighbors((5, 2, 3))) == [(-1, -1), (0, -1), (1, -1), (-1, 0), (3, 1), (4, 2)]
+    assert list(_neighbors((4,))) == [(-1, -1), (0, -1), (1, 0), (2, 1)]
     # Frames of 1 x 2: above lies the frame before.
-    assert list(_neighbours((9, 2, 1, 2))) == [(-1, -1), (0, -1), (-1, 0), (2, 1)]
+    assert list(_neighbors((9, 2, 1, 2))) == [(-1, -1), (0, -1), (-1, 0), (2, 1)]
     sizes = [b.stop - b.start for b in _batches(300)]
     assert sizes[:5] == [1, 1, 2, 4, 8]
     assert max(sizes) == LARGEST_BATCH

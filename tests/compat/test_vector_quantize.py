@@ -109,7 +109,7 @@ def test_checkpoints_load_both_ways(kind):
     assert torch.equal(ours.eval()(x)[1], theirs.eval()(x)[1])
 
 
-def test_a_checkpoint_after_their_kmeans_is_not_initialised_again():
+def test_a_checkpoint_after_their_kmeans_is_not_initialized_again():
     theirs = vqp.VectorQuantize(DIM, SIZE, kmeans_init=True)
     theirs(batch())
     ours = fastvq.VectorQuantize(DIM, SIZE, kmeans_init=True)

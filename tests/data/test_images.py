@@ -36,7 +36,7 @@ def idx_root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Write thirty small colour images in two subfolders, and a file of another kind."""
+    """Write thirty small color images in two subfolders, and a file of another kind."""
     random = np.random.default_rng(1)
     for n in range(30):
         path = tmp_path / "images" / f"part{n % 2}" / f"{n:02d}.png"
@@ -65,7 +65,7 @@ def test_no_held_out_image_is_also_trained_on() -> None:
     assert not any(image.numpy().tobytes() in coarse for image in ((images.test.int() + 2) // 4).clamp(max=63).byte())
 
 
-def test_the_licence_of_the_images_ships_beside_them() -> None:
+def test_the_license_of_the_images_ships_beside_them() -> None:
     notice = fashion_mnist.SHIPPED.with_name("fashion_mnist.LICENSE").read_text()
     assert "Zalando" in notice
     assert "Permission is hereby granted" in notice

@@ -153,8 +153,8 @@ def test_the_other_mode_sees_two_devices_and_what_waits():
 def test_a_vqvaes_training_step(tmp_path):
     """K-means may wait once, nothing else."""
     pixels = torch.zeros(16, 1, 16, 16, dtype=torch.uint8)
-    images = Images("grey", pixels, pixels, ("grey",) * 16)
-    config = TrainConfig(data="grey", image_size=16, width=8, dim=8, codebook_size=24, batch_size=8, device="meta")
+    images = Images("gray", pixels, pixels, ("gray",) * 16)
+    config = TrainConfig(data="gray", image_size=16, width=8, dim=8, codebook_size=24, batch_size=8, device="meta")
     trainer = Trainer(config, images, tmp_path)
     trainer.model.bottleneck._codebook._ready = True
     with Fed():

@@ -124,7 +124,7 @@ def rounded_by_the_formula(levels, symmetric, hard, z, eps=1e-3):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("hard", [False, True])
 def test_levels_are_those_of_real_numbers(symmetric, hard, dtype):
-    """Values include the float32 neighbours of each threshold, where tanh in float32 errs.
+    """Values include the float32 neighbors of each threshold, where tanh in float32 errs.
 
     More than 32 levels take another path.
     """

@@ -14,7 +14,7 @@ VECTOR = {
     "plain": {},
     "projected": {"codebook_dim": 5},
     "cosine": {"use_cosine_sim": True},
-    "cosine, projected, normalised": {"use_cosine_sim": True, "codebook_dim": 5, "layernorm_after_project_in": True},
+    "cosine, projected, normalized": {"use_cosine_sim": True, "codebook_dim": 5, "layernorm_after_project_in": True},
     "heads": {"heads": 3, "codebook_dim": 4, "separate_codebook_per_head": True},
     "projected heads": {"heads": 2, "codebook_dim": 4},
     "learnable, projected": {"learnable_codebook": True, "codebook_dim": 5},

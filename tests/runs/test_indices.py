@@ -75,9 +75,9 @@ def test_damaged_indices_are_written_again(run, spoil):
 def test_labels_follow_the_mirrored_images(run):
     model, config = load_model(run)
     images = load_images(config)
-    labelled = dataclasses.replace(
+    labeled = dataclasses.replace(
         images, train_labels=torch.arange(len(images.train)) % 3, test_labels=torch.arange(len(images.test)) % 3
     )
-    data = index_images(run, model, labelled, flip=True)
+    data = index_images(run, model, labeled, flip=True)
     assert data.classes == 3
-    assert torch.equal(data.train_labels, labelled.train_labels.repeat(2))
+    assert torch.equal(data.train_labels, labeled.train_labels.repeat(2))

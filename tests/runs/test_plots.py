@@ -139,16 +139,16 @@ def test_indices(tmp_path: Path, figures: list[Figure]) -> None:
 
 
 @pytest.mark.parametrize(("size", "dim"), [(1, 4), (2, 4), (64, 1), (64, 2), (64, 16)])
-def test_code_colours_are_colours_and_tell_codes_apart(size: int, dim: int) -> None:
-    colours = plots.code_colours(torch.randn(size, dim, generator=torch.Generator().manual_seed(0)))
-    assert colours.shape == (size, 3)
-    assert colours.min() >= 0
-    assert colours.max() <= 1
-    assert len(colours.unique(dim=0)) == size
+def test_code_colors_are_colors_and_tell_codes_apart(size: int, dim: int) -> None:
+    colors = plots.code_colors(torch.randn(size, dim, generator=torch.Generator().manual_seed(0)))
+    assert colors.shape == (size, 3)
+    assert colors.min() >= 0
+    assert colors.max() <= 1
+    assert len(colors.unique(dim=0)) == size
 
 
-def test_similar_codes_get_similar_colours() -> None:
+def test_similar_codes_get_similar_colors() -> None:
     near = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)) * 0.01
     codebook = torch.cat([near, near + torch.tensor([5.0, *[0.0] * 7])])
-    colours = plots.code_colours(codebook)[:, 0]
-    assert (colours[:40] < colours[40:].min()).all() or (colours[:40] > colours[40:].max()).all()
+    colors = plots.code_colors(codebook)[:, 0]
+    assert (colors[:40] < colors[40:].min()).all() or (colors[:40] > colors[40:].max()).all()

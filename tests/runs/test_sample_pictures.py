@@ -7,7 +7,7 @@ import torch
 
 from fastvq.data import Images
 from fastvq.runs import plots
-from fastvq.runs.sample_pictures import picture_completions, picture_neighbours, picture_samples
+from fastvq.runs.sample_pictures import picture_completions, picture_neighbors, picture_samples
 
 from ..cases import generator
 
@@ -115,9 +115,9 @@ def test_completions_keep_the_upper_half_and_draw_the_lower(monkeypatch, classes
 
 
 @pytest.mark.parametrize("classes", [3, 0])
-def test_neighbours_are_the_nearest_training_images_and_mirrored_ones(monkeypatch, classes):
+def test_neighbors_are_the_nearest_training_images_and_mirrored_ones(monkeypatch, classes):
     images = made(classes, high=256)
-    rows, names, columns = pictured(monkeypatch, picture_neighbours, classes, images)
+    rows, names, columns = pictured(monkeypatch, picture_neighbors, classes, images)
     assert columns == ["sampled", "nearest", "2.", "3.", "4.", "5."]
     assert names == (list(CLASSES) if classes else [""] * 10)
     learned = torch.cat([images.train, images.train.flip(-1)])[:, 0].long()

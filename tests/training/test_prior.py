@@ -27,7 +27,7 @@ def test_learning_rate_rises_and_falls():
     assert abs(rates[6]) < 1e-12
 
 
-def labelled_trainer(folder, config=TINY):
+def labeled_trainer(folder, config=TINY):
     """Return a trainer on random indices of three classes."""
     train, test = (torch.randint(0, 24, (count, 4, 4), generator=generator(count)).int() for count in (20, 5))
     data = IndexData(train, test, torch.randint(0, 3, (20,), generator=generator()), torch.arange(5) % 3)
@@ -35,14 +35,14 @@ def labelled_trainer(folder, config=TINY):
 
 
 def test_each_step_has_its_learning_rate(tmp_path):
-    trainer = labelled_trainer(tmp_path)
+    trainer = labeled_trainer(tmp_path)
     for step in range(4):
         trainer.train_step()
         assert [group["lr"] for group in trainer.optimizer.param_groups] == [TINY.learning_rate_at(step)]
 
 
 def test_a_step_learns_from_indices_and_their_labels(tmp_path, monkeypatch):
-    trainer = labelled_trainer(tmp_path)
+    trainer = labeled_trainer(tmp_path)
     loss, seen = trainer.model.loss, []
     monkeypatch.setattr(trainer.model, "loss", lambda *given: (seen.append(given), loss(*given))[1])
     for step in range(3):
@@ -54,7 +54,7 @@ def test_a_step_learns_from_indices_and_their_labels(tmp_path, monkeypatch):
 
 
 def test_recent_bits_are_the_mean_loss_in_bits(tmp_path, monkeypatch):
-    trainer = labelled_trainer(tmp_path)
+    trainer = labeled_trainer(tmp_path)
     loss, losses = trainer.model.loss, []
     monkeypatch.setattr(trainer.model, "loss", lambda *given: (losses.append(loss(*given)), losses[-1])[1])
     for _ in range(3):
@@ -66,7 +66,7 @@ def test_recent_bits_are_the_mean_loss_in_bits(tmp_path, monkeypatch):
 
 
 def test_gradients_are_clipped_to_a_norm_of_one(tmp_path, monkeypatch):
-    trainer = labelled_trainer(tmp_path)
+    trainer = labeled_trainer(tmp_path)
     loss = trainer.model.loss
     for scale in (1e3, 1e-4):
         monkeypatch.setattr(trainer.model, "loss", lambda *given, scale=scale: scale * loss(*given))
@@ -76,7 +76,7 @@ def test_gradients_are_clipped_to_a_norm_of_one(tmp_path, monkeypatch):
 
 
 def test_the_optimizer_has_its_settings(tmp_path):
-    optimizer = labelled_trainer(tmp_path, dataclasses.replace(TINY, weight_decay=0.3)).optimizer
+    optimizer = labeled_trainer(tmp_path, dataclasses.replace(TINY, weight_decay=0.3)).optimizer
     assert isinstance(optimizer, torch.optim.AdamW)
     for settings in (optimizer.defaults, *optimizer.param_groups):
         assert (settings["betas"], settings["weight_decay"]) == ((0.9, 0.98), 0.3)

@@ -49,14 +49,14 @@ def _operand_unit() -> float:
 
 
 @dataclass
-class Frame:
-    """The codebook of the cheap pass: e' = float32((e - centre) 2^exponent)."""
+class ScaledCodebook:
+    """The codebook of the cheap pass: e' = float32((e - center) 2^exponent)."""
 
     exact: Tensor  # [K, D] float64, for the definition
     usable: Tensor  # [K] finite
     far: Tensor  # [K] outliers, which the cheap pass skips: they would inflate the bound of all rows
     far_norm: Tensor  # [] the smallest norm of an outlier
-    centre: Tensor  # [D] float64, zero unless centring shrinks the norms
+    center: Tensor  # [D] float64, zero unless centering shrinks the norms
     exponent: Tensor  # [] int32
     codes: Tensor  # [K, D] float32
     half_norms: Tensor  # [K] float32, infinity for a code that can't win
@@ -74,7 +74,7 @@ class Frame:
 
         Where B is infinite, x' is zero, so that no score is a NaN. docs/exactness.md derives the terms.
         """
-        scaled = (x - self.centre) * torch.ldexp(torch.ones_like(self.norm), self.exponent)
+        scaled = (x - self.center) * torch.ldexp(torch.ones_like(self.norm), self.exponent)
         near = scaled.float()
         norm = near.double().norm(dim=1)
         residual = (scaled - near).norm(dim=1)
@@ -104,35 +104,35 @@ def _far_codes(norms: Tensor, usable: Tensor) -> Tensor:
     return far & (far.sum() <= len(norms) // FAR_SHARE)
 
 
-def make_frame(codebook: Tensor, metric: str) -> Frame:
+def make_frame(codebook: Tensor, metric: str) -> ScaledCodebook:
     """Return the frame of a codebook [K, D]."""
     exact = widen(codebook)
     usable = exact.isfinite().all(1)
     finite = exact.masked_fill(~usable[:, None], 0)
-    centre = torch.zeros_like(finite[0])
+    center = torch.zeros_like(finite[0])
     norms, far = finite.norm(dim=1), torch.zeros_like(usable)
     if metric == "l2":
         far = _far_codes(norms, usable)
         near = usable & ~far
         mean = finite.masked_fill(far[:, None], 0).sum(0) / near.sum().clamp_min(1)
-        centred = (finite - mean).norm(dim=1)
-        centred_far = _far_codes(centred, usable)
-        largest = centred.masked_fill(centred_far | ~usable, 0).amax()
+        centered = (finite - mean).norm(dim=1)
+        centered_far = _far_codes(centered, usable)
+        largest = centered.masked_fill(centered_far | ~usable, 0).amax()
         pays = largest < 0.5 * norms.masked_fill(~near, 0).amax()  # false for an overflow too
-        centre, far = torch.where(pays, mean, centre), torch.where(pays, centred_far, far)
-        norms = torch.where(pays, centred, norms)
+        center, far = torch.where(pays, mean, center), torch.where(pays, centered_far, far)
+        norms = torch.where(pays, centered, norms)
     scanned = usable & ~far
-    moved = (finite - centre).masked_fill(~scanned[:, None], 0)
+    moved = (finite - center).masked_fill(~scanned[:, None], 0)
     exponent = (1 - torch.frexp(moved.abs().amax()).exponent).clamp_max(1000)
     moved = torch.ldexp(moved, exponent)
     codes = moved.float()
     half = moved.square().sum(1) / 2 if metric == "l2" else torch.zeros_like(moved[:, 0])
-    return Frame(
+    return ScaledCodebook(
         exact=exact,
         usable=usable,
         far=far,
         far_norm=torch.ldexp(norms.masked_fill(~far, math.inf).amin(), exponent),
-        centre=centre,
+        center=center,
         exponent=exponent,
         codes=codes,
         half_norms=half.float().masked_fill(~scanned, math.inf),
@@ -157,7 +157,7 @@ def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
     return indices
 
 
-def _search_rows(x: Tensor, frame: Frame, metric: str, out: Tensor) -> None:
+def _search_rows(x: Tensor, frame: ScaledCodebook, metric: str, out: Tensor) -> None:
     wide = widen(x)
     finite = (wide * 0).sum(1) == 0
     wide = wide.masked_fill(~finite[:, None], 0)
@@ -182,7 +182,7 @@ def _search_rows(x: Tensor, frame: Frame, metric: str, out: Tensor) -> None:
 
 
 def find_candidates(
-    near: Tensor, bound: Tensor, finite: Tensor, frame: Frame, k: int = 1
+    near: Tensor, bound: Tensor, finite: Tensor, frame: ScaledCodebook, k: int = 1
 ) -> tuple[Tensor, Tensor] | None:
     """Return the pairs (row, code) that the cheap pass can't rule out: the k nearest codes of each finite row, or more.
 

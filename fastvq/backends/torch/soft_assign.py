@@ -19,7 +19,7 @@ from . import search
 NEAR = 2.0**-8
 """Share of |x|^2 below which a squared distance is summed from differences.
 
-There |x|^2 + |e|^2 - 2 <x, e> cancels to too few digits, and subtracting the centre may have cost some.
+There |x|^2 + |e|^2 - 2 <x, e> cancels to too few digits, and subtracting the center may have cost some.
 """
 
 LEAST = -1e6
@@ -34,7 +34,7 @@ class _Rows:
     part: slice
     shape: tuple[int, int]  # groups, rows of each
     exact: Tensor  # [n, D], zero in excluded rows
-    values: Tensor  # [n, D], the same minus the centre
+    values: Tensor  # [n, D], the same minus the center
     squares: Tensor  # [n, 1]
     mask: Tensor  # [n, 1]
 
@@ -49,7 +49,7 @@ class _Codes:
 
     place: slice
     exact: Tensor  # [t, D], zero for a code that isn't finite
-    values: Tensor  # [t, D], the same minus the centre
+    values: Tensor  # [t, D], the same minus the center
     bias: Tensor  # [t] |e|^2, infinity for a code that isn't finite; for "dot" 0 and -infinity
 
 
@@ -62,10 +62,10 @@ class _Problem:
         usable = codebook.isfinite().all(1)
         codes = codebook.to(self.dtype).masked_fill(~usable[:, None], 0)
         self.mask = row_mask(x, mask) & usable.any()
-        self.centre = torch.zeros_like(codes[0])
+        self.center = torch.zeros_like(codes[0])
         if metric != "dot":
-            self.centre = (codes.sum(0, dtype=torch.float64) / usable.sum().clamp_min(1)).to(self.dtype)
-            near = (codes - self.centre).masked_fill(~usable[:, None], 0)
+            self.center = (codes.sum(0, dtype=torch.float64) / usable.sum().clamp_min(1)).to(self.dtype)
+            near = (codes - self.center).masked_fill(~usable[:, None], 0)
             bias = near.square().sum(1).masked_fill(~usable, math.inf)
         else:
             near, bias = codes, torch.zeros_like(codes[:, 0]).masked_fill(~usable, -math.inf)
@@ -84,7 +84,7 @@ class _Problem:
                 own = self.x[place]
                 mask = self.mask[place].reshape(-1, 1)
                 exact = own.flatten(0, 1).to(self.dtype).masked_fill(~mask, 0)
-                values = exact if self.metric == "dot" else (exact - self.centre).masked_fill(~mask, 0)
+                values = exact if self.metric == "dot" else (exact - self.center).masked_fill(~mask, 0)
                 squares = values.square().sum(1, keepdim=True)
                 yield _Rows(*place, (own.shape[0], own.shape[1]), exact, values, squares, mask)
 
@@ -181,17 +181,17 @@ def soft_assign_backward(
         return scores, p, slope
 
     for rows in problem.chunks():
-        centre = torch.zeros_like(rows.squares)  # [n, 1], the sum over k of p dL/dp
+        center = torch.zeros_like(rows.squares)  # [n, 1], the sum over k of p dL/dp
         if by_p:
             for codes in problem.tiles:
                 _, p, slope = pairs(rows, codes)
-                centre += p.mul_(slope).sum(1, keepdim=True)
+                center += p.mul_(slope).sum(1, keepdim=True)
         if logsumexp_grad is not None:
-            centre -= rows.of(logsumexp_grad)[:, None]
+            center -= rows.of(logsumexp_grad)[:, None]
         own = torch.zeros_like(rows.values)
         for codes in problem.tiles:
             scores, p, slope = pairs(rows, codes)
-            weight = slope.sub_(centre).mul_(p).mul_(scale)  # towards the codes
+            weight = slope.sub_(center).mul_(p).mul_(scale)  # towards the codes
             if metric == "l2":
                 weight *= 2
             elif metric == "distance":

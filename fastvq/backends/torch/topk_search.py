@@ -27,7 +27,7 @@ def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2") -> T
     return indices
 
 
-def _topk_rows(x: Tensor, frame: search.Frame, metric: str, out: Tensor) -> None:
+def _topk_rows(x: Tensor, frame: search.ScaledCodebook, metric: str, out: Tensor) -> None:
     wide = widen(x)
     finite = (wide * 0).sum(1) == 0
     wide = wide.masked_fill(~finite[:, None], 0)

@@ -1,4 +1,4 @@
-"""Input features of the places of a grid: known neighbouring indices, position and label."""
+"""Input features of the places of a grid: known neighboring indices, position and label."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ def start_from(vectors: Tensor, codebook_size: int, inputs: list[Tensor], heads:
     """
     if vectors.dim() != 2 or len(vectors) != codebook_size:
         raise ValueError(f"vectors: must have shape ({codebook_size}, D), got {tuple(vectors.shape)}")
-    centred = vectors.detach().float().cpu() - vectors.detach().float().cpu().mean(0)
-    centred = centred / centred.square().mean().sqrt().clamp_min(1e-12)
+    centered = vectors.detach().float().cpu() - vectors.detach().float().cpu().mean(0)
+    centered = centered / centered.square().mean().sqrt().clamp_min(1e-12)
     for weight, size in [*((w, _INPUT_SIZE) for w in inputs), *((w, _HEAD_SIZE) for w in heads)]:
-        directions = torch.randn(centred.shape[1], weight.shape[1]) / math.sqrt(centred.shape[1])
-        weight.copy_(size * centred @ directions)
+        directions = torch.randn(centered.shape[1], weight.shape[1]) / math.sqrt(centered.shape[1])
+        weight.copy_(size * centered @ directions)
 
 
 def zero_head(width: int, codebook_size: int) -> nn.Linear:

@@ -107,7 +107,7 @@ class PixelCNNPrior(Prior):
 
 
 class _Layer(nn.Module):
-    """One layer of both stacks. Convolutions are linear layers over the concatenated neighbours."""
+    """One layer of both stacks. Convolutions are linear layers over the concatenated neighbors."""
 
     def __init__(self, dim: int, classes: int, dropout: float, *, first: bool) -> None:
         super().__init__()

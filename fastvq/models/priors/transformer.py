@@ -18,7 +18,7 @@ class TransformerPrior(Prior):
     """Decoder-only transformer over grids of indices in raster order, with or without classes.
 
     Each place is given the index before it and, in grids of two or three axes, those above it and above to the right
-    (`Inputs`): attention could find these neighbours by itself, but takes longer to learn it. Blocks are
+    (`Inputs`): attention could find these neighbors by itself, but takes longer to learn it. Blocks are
     pre-normalized: causal attention, then a perceptron four times as wide.
 
     Args:
