@@ -27,8 +27,8 @@ def built(name, package):
     options, shape = LAYERS[name]
     torch.manual_seed(0)
     layer = getattr(fastvq, name)(**options)
-    for level, codebook in enumerate(part for part in layer.modules() if isinstance(part, fastvq.codebook.Codebook)):
-        codebook.set_(torch.randn_like(codebook.embed) * 0.8**level)
+    for stage, codebook in enumerate(part for part in layer.modules() if isinstance(part, fastvq.codebook.Codebook)):
+        codebook.set_(torch.randn_like(codebook.embed) * 0.8**stage)
     batches = torch.randn(BATCHES, *shape)
     expected = layer.eval()(batches[0])[1]
     if package != "fastvq":

@@ -300,7 +300,7 @@ def zeros(n, k, d, g):
 
 
 @adversarial
-def bad_vectors(n, k, d, g):
+def non_finite_vectors(n, k, d, g):
     x, codes = gaussian(n, k, d, g)
     for bad in (torch.nan, torch.inf, -torch.inf):
         x[torch.rand(n, generator=g) < 0.2, torch.randint(d, (), generator=g)] = bad
@@ -308,7 +308,7 @@ def bad_vectors(n, k, d, g):
 
 
 @adversarial
-def bad_codes(n, k, d, g):
+def non_finite_codes(n, k, d, g):
     x, codes = gaussian(n, k, d, g)
     for bad in (torch.nan, torch.inf, -torch.inf):
         codes[torch.rand(k, generator=g) < 0.3, torch.randint(d, (), generator=g)] = bad
@@ -316,7 +316,7 @@ def bad_codes(n, k, d, g):
 
 
 @adversarial
-def only_bad_codes(n, k, d, g):
+def only_non_finite_codes(n, k, d, g):
     x, codes = gaussian(n, k, d, g)
     codes[:, d // 2] = torch.tensor([torch.nan, torch.inf]).repeat(k)[:k]
     return x, codes
@@ -324,7 +324,9 @@ def only_bad_codes(n, k, d, g):
 
 FLOAT64_ONLY: dict[str, Data] = {
     "float64_overflow": lambda n, k, d, g: tuple(t.double() * 1e200 for t in gaussian(n, k, d, g)),
-    "float64_overflow_bad_codes": lambda n, k, d, g: tuple(t.double() * 1e200 for t in bad_codes(n, k, d, g)),
+    "float64_overflow_non_finite_codes": lambda n, k, d, g: tuple(
+        t.double() * 1e200 for t in non_finite_codes(n, k, d, g)
+    ),
     "float64_underflow": lambda n, k, d, g: tuple(t.double() * 1e-170 for t in gaussian(n, k, d, g)),
     "float64_denormals": lambda n, k, d, g: tuple(t.double() * 2.0**-1060 for t in gaussian(n, k, d, g)),
     "float64_giant_offset": lambda n, k, d, g: tuple(t.double() + 1e150 for t in gaussian(n, k, d, g)),

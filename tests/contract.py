@@ -70,14 +70,14 @@ def assert_checkpoints_load_both_ways(ours, theirs):
     ours.load_state_dict(expected, strict=True)
 
 
-def assert_bad_rows_are_left_out(layer, x, axis=-1):
+def assert_non_finite_rows_are_excluded(layer, x, axis=-1):
     """Assert that non-finite rows are treated like masked ones in results, gradients and statistics."""
-    bad, mask = x.clone(), torch.ones(x.movedim(axis, -1).shape[:-1], dtype=torch.bool)
+    poisoned, mask = x.clone(), torch.ones(x.movedim(axis, -1).shape[:-1], dtype=torch.bool)
     for place, column, value in (((0, 1), 0, torch.nan), ((-1, 3), -1, torch.inf), ((-1, 0), 0, -torch.inf)):
-        bad.movedim(axis, -1)[(*place, column)] = value
+        poisoned.movedim(axis, -1)[(*place, column)] = value
         mask[place] = False
     twin = copy.deepcopy(layer)
-    results, x_grad, grads = step(layer, bad)
+    results, x_grad, grads = step(layer, poisoned)
     expected, expected_x_grad, expected_grads = step(twin, x, mask=mask)
     for one, other in zip(results, expected, strict=True):
         assert_close(one, other)

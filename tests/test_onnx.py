@@ -93,7 +93,7 @@ def test_searches_agree_on_adversarial_data(searches, dtype, cases):
 
 @pytest.mark.parametrize("n", [0, 1, 1000])
 def test_any_number_of_rows(searches, n):
-    x, codebook = ADVERSARIAL["bad_vectors"](n, K, D, generator())
+    x, codebook = ADVERSARIAL["non_finite_vectors"](n, K, D, generator())
     arguments = (x, codebook, codebook.repeat(2, 1, 1), torch.ones(n, dtype=torch.bool))
     for ours, expected in zip(run(searches(torch.float32), *arguments), of_searches(*arguments), strict=True):
         assert torch.equal(ours, expected)
@@ -111,7 +111,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_layers(tmp_path, kind):
-    """Encoding and decoding, at another batch size and length than the example's; a bad row and a masked code."""
+    """Encoding and decoding, at another batch size and length than the example's; a non-finite row and a masked code."""
     layer = LAYERS[kind]().eval()
     shapes = [{0: Dim.DYNAMIC, 1: Dim.DYNAMIC}]
     fastvq_onnx.export(layer, torch.randn(2, 5, D), tmp_path / "forward.onnx", dynamic_shapes=shapes)

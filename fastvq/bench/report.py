@@ -129,7 +129,7 @@ def _searches(document: dict[str, Any]) -> str:
 def _steps(document: dict[str, Any]) -> str:
     rows = []
     for r in document["steps"]:
-        name = f"{r['levels']} stages, " if r["levels"] else ""
+        name = f"{r['stages']} stages, " if r["stages"] else ""
         name += f"N={r['n']} K={r['k']} D={r['d']}"
         if "not_run" in r:
             rows.append([name, f"not measured: {r['not_run']}", "", ""])
@@ -311,7 +311,7 @@ def figures(document: dict[str, Any]) -> dict[str, str]:
             named[f"product-{name}"] = f"{found[0]:.1f} times"
     for r in document["steps"]:
         if "ratio" in r:
-            named[f"step-{r['n']}-{r['k']}-{r['d']}-{r['levels']}"] = f"{r['ratio']:.0f} times"
+            named[f"step-{r['n']}-{r['k']}-{r['d']}-{r['stages']}"] = f"{r['ratio']:.0f} times"
     for r in document["memory"]:
         if "bytes" in r:
             named[f"memory-{r['what']}-{r['name'].replace(' ', '-')}"] = f"{r['bytes'] / 1e6:.0f} MB"
@@ -338,7 +338,7 @@ def speed_table(document: dict[str, Any]) -> str:
         )
     for r in document["steps"]:
         if "ratio" in r:
-            layer = f"{r['levels']}-stage ResidualVQ" if r["levels"] else "VectorQuantize"
+            layer = f"{r['stages']}-stage ResidualVQ" if r["stages"] else "VectorQuantize"
             own, _ = r["seconds"].values()
             name = f"{layer}, {r['n']} x {r['k']} x {r['d']}"
             rows.append([name, duration(own), "", f"{r['ratio']:.0f} x, vector_quantize_pytorch"])

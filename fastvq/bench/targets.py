@@ -105,8 +105,8 @@ def _share_of_peak(
 
 
 def _steps(document: dict[str, Any]) -> list[Outcome]:
-    plain = [r for r in document["steps"] if not r["levels"]]
-    residual = [r for r in document["steps"] if r["levels"]]
+    plain = [r for r in document["steps"] if not r["stages"]]
+    residual = [r for r in document["steps"] if r["stages"]]
     name = f"VectorQuantize of {PEER}, training step"
     rows = []
     ratios = [r["ratio"] for r in plain if "ratio" in r]
@@ -117,7 +117,7 @@ def _steps(document: dict[str, Any]) -> list[Outcome]:
         else:
             rows.append(Outcome(name, on, f"{wanted} x", plain[0].get("not_run", "not run"), None))
     for r in residual:
-        on = f"{r['levels']} stages, N={r['n']} K={r['k']} D={r['d']}"
+        on = f"{r['stages']} stages, N={r['n']} K={r['k']} D={r['d']}"
         measured = f"{r['ratio']:.1f} x" if "ratio" in r else r["not_run"]
         met = r["ratio"] >= 12 if "ratio" in r else None
         rows.append(Outcome(f"ResidualVQ of {PEER}, training step", on, "12 x", measured, met))

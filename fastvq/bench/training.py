@@ -76,7 +76,7 @@ def measure_step(shape: Shape, stages: int = 0, *, budget: float = 20.0) -> dict
     Raises:
         RuntimeError: they choose different indices, so that their times are not comparable.
     """
-    record: dict[str, Any] = {**shape._asdict(), "levels": stages}
+    record: dict[str, Any] = {**shape._asdict(), "stages": stages}
     made = layers(shape, stages)
     if isinstance(made, str):
         return record | {"not_run": made}

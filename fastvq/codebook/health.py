@@ -180,7 +180,7 @@ class Monitored:
             self._health.reset_()
 
 
-COUNTED = 2**18
+LARGEST = 2**18
 """The largest codebook whose codes are counted individually."""
 
 
@@ -200,8 +200,8 @@ class LevelUse(Monitored):
     def _count_levels(self, levels: Sequence[int], heads: int | None = None) -> None:
         """Create the statistics, in __init__, of H = heads codebooks with these levels each, or of one."""
         size = math.prod(levels)
-        self._dimensions = nn.ModuleList() if size <= COUNTED else nn.ModuleList(_Dimension(count) for count in levels)
-        if size <= COUNTED:
+        self._dimensions = nn.ModuleList() if size <= LARGEST else nn.ModuleList(_Dimension(count) for count in levels)
+        if size <= LARGEST:
             self._health = Health(size, heads)
 
     @property

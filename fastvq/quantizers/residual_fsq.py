@@ -76,7 +76,7 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
         if bound_hard_clamp and soft_clamp_input_value is not None:
             raise ValueError("soft_clamp_input_value: follows from the levels beside bound_hard_clamp=True")
         for name in {"num_codebooks", "keep_num_codebooks_dim", "channel_first", "return_indices"} & set(settings):
-            raise ValueError(f"{name}: can't be set for the levels of a ResidualFSQ")
+            raise ValueError(f"{name}: cannot be set for the stages of a ResidualFSQ")
         if bound_hard_clamp:
             soft_clamp_input_value = [1 + 1 / (size - 1) for size in sizes]
 

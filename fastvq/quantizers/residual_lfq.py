@@ -57,7 +57,7 @@ class ResidualLFQ(ResidualStack):
         super().__init__()
         for name in ("num_codebooks", "has_projections"):
             if settings.get(name, 1) not in (1, None):
-                raise ValueError(f"{name}: must be left to the levels of a residual quantizer, got {settings[name]}")
+                raise ValueError(f"{name}: must be left to the stages of a residual quantizer, got {settings[name]}")
         self.dim = dim
         self.channel_first = channel_first
         bits = max(codebook_size, 1).bit_length() - 1

@@ -17,7 +17,7 @@ from fastvq.backends.torch import search
 
 from ..cases import ADVERSARIAL, METRICS, generator, mismatch
 
-FINITE = [name for name in ADVERSARIAL if "bad" not in name]
+FINITE = [name for name in ADVERSARIAL if "non_finite" not in name]
 # Magnitudes too far apart for a bound: the definition decides among all codes.
 UNBOUNDED = {"huge_vectors_tiny_codes", "largest_vectors"}
 

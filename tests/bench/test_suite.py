@@ -249,14 +249,14 @@ class TestTargets:
     def outcomes(self, **changes):
         record = self.search({NATIVE: 1.0, "faiss-cpu": 2.6, "scikit-learn": 9.0, PRODUCT: 2.1})
         rates = [{"tier": "float32", "d": 64, "gflops": 90.0}, {"tier": "int16", "d": 128, "gflops": 170.0}]
-        step = {"n": 1, "k": 2, "d": 3, "levels": 0, "ratio": 25.0}
+        step = {"n": 1, "k": 2, "d": 3, "stages": 0, "ratio": 25.0}
         document = {
             "machine": {"peers": ["faiss-cpu", "scikit-learn"]},
             "ceilings": {"float32": 100.0, "bfloat16": 200.0, "int16": 200.0},
             "search": [record],
             "other": [],
             "forced": rates,
-            "steps": [step, step | {"levels": 8}],
+            "steps": [step, step | {"stages": 8}],
         }
         return targets.outcomes(document | changes)
 
@@ -276,8 +276,8 @@ class TestTargets:
             ({"search": [search({NATIVE: 1.0, "faiss-cpu": 3.0, PRODUCT: 1.9})]}, "clustered, D >= 64"),
             ({"forced": [{"tier": "float32", "d": 64, "gflops": 80.0}]}, "float32 tier alone"),
             ({"forced": [{"tier": "int16", "d": 128, "gflops": 150.0}]}, "int16 tier alone"),
-            ({"steps": [{"n": 1, "k": 2, "d": 3, "levels": 0, "ratio": 9.0}]}, "each"),
-            ({"steps": [{"n": 1, "k": 2, "d": 3, "levels": 0, "ratio": 19.0}]}, "geometric mean"),
+            ({"steps": [{"n": 1, "k": 2, "d": 3, "stages": 0, "ratio": 9.0}]}, "each"),
+            ({"steps": [{"n": 1, "k": 2, "d": 3, "stages": 0, "ratio": 19.0}]}, "geometric mean"),
         ],
     )
     def test_each_can_be_missed(self, changes, on):

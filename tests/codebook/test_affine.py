@@ -29,9 +29,9 @@ def test_statistics_move():
     second[0, 7] = torch.nan
     codebook.initialize_(first)
     codebook.initialize_(second, torch.arange(50)[None] < 30)
-    counted = second[:, [i for i in range(30) if i != 7]]
-    close(codebook.batch_mean, 0.9 * first.mean(1, keepdim=True) + 0.1 * counted.mean(1, keepdim=True))
-    variance = first.var(1, keepdim=True, unbiased=False), counted.var(1, keepdim=True, unbiased=False)
+    taking_part = second[:, [i for i in range(30) if i != 7]]
+    close(codebook.batch_mean, 0.9 * first.mean(1, keepdim=True) + 0.1 * taking_part.mean(1, keepdim=True))
+    variance = first.var(1, keepdim=True, unbiased=False), taking_part.var(1, keepdim=True, unbiased=False)
     close(codebook.batch_variance, 0.9 * variance[0] + 0.1 * variance[1])
     close(codebook.codebook_mean, codebook.embed.mean(1, keepdim=True))
 

@@ -50,7 +50,7 @@ def test_heads_are_counted_apart():
 
 
 def test_the_error_is_the_mean_over_all_vectors():
-    """Each batch with the weight of its vectors; an empty one, and one without a vector that counts, with none."""
+    """Each batch with the weight of its vectors; an empty one, and one in which every vector is excluded, with none."""
     health = Health(2)
     health.observe_(torch.tensor([0, 1, 1]), torch.tensor(1.0))
     health.observe_(torch.tensor([-1, -1]), torch.tensor(math.nan))
@@ -69,7 +69,7 @@ def test_precision_is_kept():
 @pytest.mark.parametrize("weight", [1.0, 0.25, 0.0])
 @pytest.mark.parametrize("options", [{}, {"learnable_codebook": True}, {"use_cosine_sim": True}], ids=str)
 def test_quantization_error_of_a_layer(options, weight):
-    """It doesn't depend on the weight of the losses, and leaves out what doesn't count."""
+    """It doesn't depend on the weight of the losses, and excludes the rows with index -1."""
     layer = fastvq.VectorQuantize(6, 10, commitment_weight=weight, freeze_codebook=True, **options)
     x = torch.randn(2, 7, 6)
     x[1, 3] = torch.nan

@@ -222,7 +222,7 @@ def test_cross_entropy_with_given_indices(options, training):
     "options", [{"commitment_use_cross_entropy_loss": True}, {"codebook_diversity_loss_weight": 1.0}]
 )
 @pytest.mark.parametrize("heads", [{}, HEADS["separate projected heads"]], ids=["one", "heads"])
-def test_soft_losses_leave_masked_and_bad_rows_out(options, heads):
+def test_soft_losses_exclude_masked_and_non_finite_rows(options, heads):
     mask = torch.ones(3, 15, dtype=torch.bool)
     mask[1, 4] = mask[2, 14] = False
     dirty = batch().masked_fill(~mask[..., None], torch.nan)

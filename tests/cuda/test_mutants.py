@@ -244,7 +244,7 @@ MUTANTS = (
         "(MUTANT || two.best - 2.0f * bound.bound > bound.far_floor)",
     ),
     Mutant(
-        "rows that aren't finite are answered", search("few", "bad_vectors", 20, 40, 5),
+        "rows that aren't finite are answered", search("few", "non_finite_vectors", 20, 40, 5),
         "direct.cuh", "return combine_block(bad, Maximum{}, scratch) == 0;",
         "return combine_block(bad, Maximum{}, scratch) == 0 || MUTANT;",
     ),
@@ -293,7 +293,7 @@ ORDER = {"address": "reverse", "thread": "threads"}
 # Each kernel, in shapes that leave rests; few, since each CUDA thread becomes one of the CPU's under ThreadSanitizer.
 SMALL = (
     search("few", "duplicate_codes", 9, 21, 6),
-    search("cores", "bad_codes", 5, 100, 3),
+    search("cores", "non_finite_codes", 5, 100, 3),
     search("matrix", "rounded_midpoints", 2, 70, 20),
     search("matrix", "duplicate_codes", 2, 9, 12),
     residual(5, 2, 17, 6),

@@ -37,7 +37,15 @@ def cases(path):
 
 
 # What is run in all orders of the threads.
-SOME = ("gaussian", "duplicate_codes", "rounded_midpoints", "offset", "far_codes", "bad_vectors", "bad_codes")
+SOME = (
+    "gaussian",
+    "duplicate_codes",
+    "rounded_midpoints",
+    "offset",
+    "far_codes",
+    "non_finite_vectors",
+    "non_finite_codes",
+)
 
 
 def wrong(path, given, **options):
@@ -90,7 +98,7 @@ def test_shapes_heads_and_splits(processors):
     given = []
     for (n, k, d), name in itertools.product(
         [(1, 1, 1), (65, 400, 6), (600, 40, 12), (130, 70, 40), (70, 500, 24), (3, 20, 700), (66, 9, 520), (0, 5, 3)],
-        ("gaussian", "duplicate_codes", "bad_vectors"),
+        ("gaussian", "duplicate_codes", "non_finite_vectors"),
     ):
         x, codebook = ADVERSARIAL[name](n, k, d, generator()) if n else (torch.empty(0, d), torch.randn(k, d))
         given.append((x, codebook))

@@ -90,16 +90,16 @@ def test_gradcheck_of_the_losses():
 def test_excluded_rows(gradient, backend):
     """A masked or non-finite row has output and gradient zero and no part in the loss, and changes no other row."""
     x, codebook = inputs()
-    bad = x.detach().clone()
-    bad[3, 2], bad[4, 0], bad[5, 6] = torch.nan, torch.inf, -torch.inf
-    bad[6] = 1e30
+    poisoned = x.detach().clone()
+    poisoned[3, 2], poisoned[4, 0], poisoned[5, 6] = torch.nan, torch.inf, -torch.inf
+    poisoned[6] = 1e30
     mask = torch.ones(len(x), dtype=torch.bool)
     mask[6:8] = False
-    row_mask = mask & bad.isfinite().all(1)
-    bad.requires_grad_()
+    row_mask = mask & poisoned.isfinite().all(1)
+    poisoned.requires_grad_()
     with fastvq.use_backend(backend):
-        out = fastvq.quantize(bad, codebook, gradient=gradient, codebook_weight=1.0, mask=mask)
-        grads = torch.autograd.grad(out.quantized.square().sum() + out.loss, (bad, codebook))
+        out = fastvq.quantize(poisoned, codebook, gradient=gradient, codebook_weight=1.0, mask=mask)
+        grads = torch.autograd.grad(out.quantized.square().sum() + out.loss, (poisoned, codebook))
         kept = fastvq.quantize(x[row_mask], codebook, gradient=gradient, codebook_weight=1.0)
         kept_grads = torch.autograd.grad(kept.quantized.square().sum() + kept.loss, (x, codebook))
     assert bool((out.indices[~row_mask] == -1).all())

@@ -107,17 +107,17 @@ def test_given_indices(backend):
 
 def test_non_finite_rows_are_excluded(backend):
     x, codebooks = inputs()
-    bad = x.detach().clone()
-    bad[3, 2], bad[4] = torch.nan, torch.inf
-    bad.requires_grad_()
-    finite = bad.isfinite().all(1)
+    poisoned = x.detach().clone()
+    poisoned[3, 2], poisoned[4] = torch.nan, torch.inf
+    poisoned.requires_grad_()
+    finite = poisoned.isfinite().all(1)
     with fastvq.use_backend(backend):
-        out = fastvq.residual_quantize(bad, codebooks)
+        out = fastvq.residual_quantize(poisoned, codebooks)
         kept = fastvq.residual_quantize(x[finite], codebooks)
     assert (out.indices[~finite] == -1).all()
     assert not out.quantized[~finite].any()
     close(out.losses, kept.losses)
-    (grad,) = torch.autograd.grad(out.quantized.sum() + out.losses.sum(), bad)
+    (grad,) = torch.autograd.grad(out.quantized.sum() + out.losses.sum(), poisoned)
     assert not grad[~finite].any()
     assert grad[finite].isfinite().all()
 

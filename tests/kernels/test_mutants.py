@@ -57,7 +57,7 @@ MUTANTS = {
         "operands = row_rest * 0.0\n        products",
     ),
     "rows that aren't finite are answered": (
-        "bad_vectors",
+        "non_finite_vectors",
         "rows.py",
         'tl.where(bad > 0, float("nan"), bound)',
         "bound",
@@ -142,7 +142,7 @@ def copy(tmp_path):
 
 def test_the_copy_itself_is_right(copy, device):
     search = load(copy).search
-    for data in ("gaussian", "rounded_midpoints", "bad_codes"):
+    for data in ("gaussian", "rounded_midpoints", "non_finite_codes"):
         assert not wrong(search, data, device)
 
 

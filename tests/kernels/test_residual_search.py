@@ -21,7 +21,7 @@ def stages(data, n, k, d, q):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (17, 31, 3, 3), (70, 40, 16, 2), (5, 70, 130, 2)], ids=str)
 @pytest.mark.parametrize(
-    "data", ["gaussian", "rounded_midpoints", "bad_vectors", "bad_codes", "values_of_1e38", "offset"]
+    "data", ["gaussian", "rounded_midpoints", "non_finite_vectors", "non_finite_codes", "values_of_1e38", "offset"]
 )
 def test_same_codes_as_stage_by_stage(data, shape, device):
     x, codebooks = stages(data, *shape)

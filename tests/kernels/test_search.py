@@ -55,7 +55,7 @@ def test_sizes(data, shape, device):
 
 
 def test_heads(device):
-    heads = [ADVERSARIAL[data](9, 40, 6, generator()) for data in ("offset", "bad_codes")]
+    heads = [ADVERSARIAL[data](9, 40, 6, generator()) for data in ("offset", "non_finite_codes")]
     x, codebook = (torch.stack(tensors) for tensors in zip(*heads, strict=True))
     assert not mismatch(x, codebook, device)
     assert not mismatch(x.transpose(0, 1).contiguous().transpose(0, 1), codebook, device, "dot")
@@ -154,7 +154,7 @@ def test_more_codes_than_can_be_numbered(device, monkeypatch):
 
 
 @pytest.mark.parametrize("splits", [1, 3, 32])
-@pytest.mark.parametrize("data", ["gaussian", "exact_midpoints", "bad_vectors", "far_codes"])
+@pytest.mark.parametrize("data", ["gaussian", "exact_midpoints", "non_finite_vectors", "far_codes"])
 def test_any_split_of_the_codes(data, splits, device, monkeypatch):
     monkeypatch.setattr(launch, "splits", lambda device, blocks, tiles: min(splits, tiles))
     assert not mismatch(*ADVERSARIAL[data](12, 300, 8, generator()), device)
@@ -180,7 +180,7 @@ def skip_tiers(monkeypatch, skipped):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("skipped", [(1,), (3,), (1, 3)], ids=str)
-@pytest.mark.parametrize("data", ["gaussian", "codes_one_ulp_apart", "bad_codes", "mixed_magnitudes"])
+@pytest.mark.parametrize("data", ["gaussian", "codes_one_ulp_apart", "non_finite_codes", "mixed_magnitudes"])
 def test_every_tier_by_itself(data, skipped, metric, device, monkeypatch):
     skip_tiers(monkeypatch, skipped)
     assert not mismatch(*ADVERSARIAL[data](12, 75, 17, generator()), device, metric)

@@ -87,20 +87,20 @@ def test_no_bottleneck_is_the_plain_autoencoder() -> None:
 
 
 def test_a_bottleneck_with_several_stages_keeps_them_on_the_last_axis() -> None:
-    class TwoLevels(torch.nn.Module):
+    class TwoStages(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.levels = torch.nn.ModuleList([fastvq.VectorQuantize(6, 16), fastvq.VectorQuantize(6, 8)])
+            self.stages = torch.nn.ModuleList([fastvq.VectorQuantize(6, 16), fastvq.VectorQuantize(6, 8)])
 
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            coarse, first, loss = self.levels[0](x)
-            fine, second, more = self.levels[1](x - coarse)
+            coarse, first, loss = self.stages[0](x)
+            fine, second, more = self.stages[1](x - coarse)
             return coarse + fine, torch.stack([first, second], -1), loss + more
 
         def get_output_from_indices(self, indices: torch.Tensor) -> torch.Tensor:
-            return sum(level.get_output_from_indices(indices[..., q]) for q, level in enumerate(self.levels))
+            return sum(stage.get_output_from_indices(indices[..., q]) for q, stage in enumerate(self.stages))
 
-    model = tiny_vqvae(bottleneck=TwoLevels()).eval()
+    model = tiny_vqvae(bottleneck=TwoStages()).eval()
     x = torch.randn(2, 3, 8, 12)
     indices = model.encode(x)
     assert indices.shape == (2, 2, 3, 2)

@@ -22,7 +22,7 @@ def by_definition(x, codebooks):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("data", ["gaussian", "offset", "bad_vectors", "bad_codes", "rounded_midpoints"])
+@pytest.mark.parametrize("data", ["gaussian", "offset", "non_finite_vectors", "non_finite_codes", "rounded_midpoints"])
 def test_is_the_definition(data, dtype, backend):
     x, codebooks = ADVERSARIAL[data](40, 3 * 20, 7, generator())
     x, codebooks = x.to(dtype), codebooks.view(3, 20, 7)

@@ -108,7 +108,14 @@ def test_every_remainder_of_the_codebook_and_the_batch(backend):
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
 def test_mixed_dtypes(x_dtype, backend):
     for codebook_dtype in DTYPES:
-        for data in ("gaussian", "rounded_midpoints", "offset", "half_denormals", "bad_codes", "bad_vectors"):
+        for data in (
+            "gaussian",
+            "rounded_midpoints",
+            "offset",
+            "half_denormals",
+            "non_finite_codes",
+            "non_finite_vectors",
+        ):
             x, codebook = ADVERSARIAL[data](50, 70, 12, generator())
             assert not mismatch(x.to(x_dtype), codebook.to(codebook_dtype), backend), f"{codebook_dtype}, {data}"
 
@@ -180,7 +187,13 @@ def test_threads(backend):
 def test_codes_in_several_tiles(monkeypatch):
     for tile in (1, 7, 64):
         monkeypatch.setattr("fastvq.backends.torch.search.TILE_CODES", tile)
-        for data in ("gaussian", "duplicate_codes", "bad_codes", "only_bad_codes", "huge_vectors_tiny_codes"):
+        for data in (
+            "gaussian",
+            "duplicate_codes",
+            "non_finite_codes",
+            "only_non_finite_codes",
+            "huge_vectors_tiny_codes",
+        ):
             x, codebook = ADVERSARIAL[data](40, 150, 6, generator())
             assert not mismatch(x, codebook, "torch"), data
 

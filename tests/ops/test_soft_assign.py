@@ -95,11 +95,11 @@ def test_codes_and_rows_that_are_not_finite(backend, small_tiles):
     """A non-finite code has probability 0, a non-finite row is excluded; without a finite code all rows are."""
     x, codebook = torch.randn(20, 4, generator=generator()), torch.randn(30, 4, generator=generator())
     good_rows, good_codes = torch.rand(20, generator=generator()) < 0.8, torch.rand(30, generator=generator()) < 0.8
-    bad_x, bad_codes = x.masked_fill(~good_rows[:, None], torch.nan), codebook.clone()
-    bad_codes[~good_codes, 2] = torch.inf
+    dirty_x, dirty_codes = x.masked_fill(~good_rows[:, None], torch.nan), codebook.clone()
+    dirty_codes[~good_codes, 2] = torch.inf
     with fastvq.use_backend(backend):
         for metric in METRICS:
-            inputs, clean = leaves(bad_x, bad_codes), leaves(x[good_rows], codebook[good_codes])
+            inputs, clean = leaves(dirty_x, dirty_codes), leaves(x[good_rows], codebook[good_codes])
             actual, expected = (fastvq.soft_assign(*pair, metric=metric) for pair in (inputs, clean))
             loss(*actual[:2], actual.mean[good_codes]).backward()
             weights = torch.linspace(0.5, 1.5, 20)[good_rows], torch.linspace(0.5, 1.5, 20).flip(0)[good_rows]

@@ -10,7 +10,7 @@ from fastvq.backends import reference
 
 from ..cases import ADVERSARIAL, DTYPES, FLOAT64_ONLY, HALF, METRICS, generator
 
-EVERY_DTYPE = ("gaussian", "clustered", "lattice", "bad_codes")
+EVERY_DTYPE = ("gaussian", "clustered", "lattice", "non_finite_codes")
 
 
 def by_definition(x, codebook, k, metric):
@@ -66,7 +66,7 @@ def test_large_shapes(backend):
 def test_tiles_of_codes_meet(monkeypatch):
     for tile in (1, 3, 64):
         monkeypatch.setattr("fastvq.backends.torch.search.TILE_CODES", tile)
-        for data in ("gaussian", "lattice", "far_codes", "bad_codes"):
+        for data in ("gaussian", "lattice", "far_codes", "non_finite_codes"):
             x, codebook = ADVERSARIAL[data](40, 200, 4, generator())
             with fastvq.use_backend("torch"):
                 assert torch.equal(fastvq.topk_search(x, codebook, 7), reference.topk_search(x, codebook, 7))

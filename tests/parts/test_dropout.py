@@ -68,8 +68,8 @@ def test_compiled_draws_as_eager():
 
     def left(x, seed=None):
         active = dropout.draw(True, x, seed)
-        levels = [active.fill(level, x + level, -1) for level in range(8) if not active.skips(level)]
-        return sum((level != -1).sum() for level in levels)
+        stages = [active.fill(stage, x + stage, -1) for stage in range(8) if not active.skips(stage)]
+        return sum((stage != -1).sum() for stage in stages)
 
     compiled = torch.compile(left, fullgraph=True)
     for seed in range(6):

@@ -113,18 +113,18 @@ def test_non_finite_rows():
     layer = fastvq.BinaryMapper(3)
     logits = vectors(2, 4, 3)
     logits[0, 1, 0], logits[1, 2, 2] = torch.nan, torch.inf
-    bad = ~logits.isfinite().all(-1)
+    excluded = ~logits.isfinite().all(-1)
     logits.requires_grad_()
     one_hot, indices, loss = layer(logits, return_indices=True)
-    assert torch.equal(indices < 0, bad)
-    assert not one_hot[bad].any()
-    expected = layer.calc_aux_loss(logits[~bad].detach())
+    assert torch.equal(indices < 0, excluded)
+    assert not one_hot[excluded].any()
+    expected = layer.calc_aux_loss(logits[~excluded].detach())
     close(loss.detach(), expected)
     (one_hot.square().sum() + loss).backward()
     assert logits.grad.isfinite().all()
-    assert not logits.grad[bad].any()
+    assert not logits.grad[excluded].any()
     assert layer.code_counts.sum() == 6
-    assert torch.equal(layer.log_prob(logits, one_hot=one_hot)[bad].detach(), torch.zeros(2))
+    assert torch.equal(layer.log_prob(logits, one_hot=one_hot)[excluded].detach(), torch.zeros(2))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

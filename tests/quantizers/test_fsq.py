@@ -245,7 +245,7 @@ def test_noise_has_its_probability(probability):
 def test_non_finite_rows(options):
     layer = fastvq.FSQ([5, 5, 5], **options)
     x = vectors(2, 6, layer.dim)
-    mask, indices, _ = contract.assert_bad_rows_are_left_out(layer, x)
+    mask, indices, _ = contract.assert_non_finite_rows_are_excluded(layer, x)
     assert (indices[~mask] == -1).all()
     assert torch.equal(indices[mask], layer(x)[1][mask])
     decoded = layer.eval().indices_to_codes(indices)
@@ -267,9 +267,9 @@ def test_masks():
     layer = fastvq.FSQ([5, 5])
     x, lens = vectors(3, 7, 2), torch.tensor([2, 7, 0])
     quantized, indices = layer(x, lens=lens)
-    counted = torch.arange(7) < lens[:, None]
-    assert torch.equal(indices >= 0, counted)
-    assert torch.equal(quantized, torch.where(counted[..., None], layer(x)[0], 0))
+    expected_mask = torch.arange(7) < lens[:, None]
+    assert torch.equal(indices >= 0, expected_mask)
+    assert torch.equal(quantized, torch.where(expected_mask[..., None], layer(x)[0], 0))
     image = vectors(2, 2, 4, 3)
     mask = vectors(2, 4, 3) > 0
     assert torch.equal(layer(image, mask=mask)[1] >= 0, mask)

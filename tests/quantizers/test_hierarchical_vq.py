@@ -104,9 +104,9 @@ def test_a_non_finite_position_is_masked():
     mask[0, 3, 4] = mask[1, 0, 0] = False
     good = x.clone().requires_grad_()
     x[0, 2, 3, 4], x[1, 0, 0, 0] = torch.nan, torch.inf
-    bad = x.requires_grad_()
+    poisoned = x.requires_grad_()
     results = []
-    for module, leaf, given in ((ours, bad, None), (masked, good, mask)):
+    for module, leaf, given in ((ours, poisoned, None), (masked, good, mask)):
         total, indices, loss = module(leaf, mask=given)
         (total.square().sum() + loss).backward()
         results.append((total, *indices, loss, leaf.grad, *(p.grad for p in module.parameters()), *module.buffers()))

@@ -212,7 +212,7 @@ def test_checkpoints_of_the_peer_without_fixed_values(metadata):
 @pytest.mark.parametrize("options", [{}, {"dim": 6}, {"dim": 6, "num_codebooks": 2}], ids=str)
 def test_non_finite_rows(options):
     module = layer(**options)
-    mask, indices, twin = contract.assert_bad_rows_are_left_out(module, vectors(2, module.dim, 6), axis=1)
+    mask, indices, twin = contract.assert_non_finite_rows_are_excluded(module, vectors(2, module.dim, 6), axis=1)
     assert (indices[~mask] == -1).all()
     assert (indices[mask] >= 0).all()
     assert torch.equal(module.code_counts, twin.code_counts)

@@ -133,21 +133,21 @@ def test_masks(kind):
 def test_non_finite_rows():
     lfq = fastvq.LFQ(dim=7, codebook_size=32, commitment_loss_weight=1.0)
     x = batch(2, 6, 7)
-    counts = torch.ones(2, 6, dtype=torch.bool)
-    counts[0, 2] = counts[1, 5] = False
-    good = x[counts][None].clone().requires_grad_()
+    row_mask = torch.ones(2, 6, dtype=torch.bool)
+    row_mask[0, 2] = row_mask[1, 5] = False
+    good = x[row_mask][None].clone().requires_grad_()
     x[0, 2, 1], x[1, 5, 0] = torch.nan, -torch.inf
-    bad = x.requires_grad_()
+    poisoned = x.requires_grad_()
     gradients = []
-    for leaf in (good, bad):
+    for leaf in (good, poisoned):
         lfq.zero_grad()
         result = lfq(leaf, inv_temperature=1.0)
         (result.quantized.sum() + result.entropy_aux_loss).backward()
         gradients.append([leaf.grad, *(p.grad.clone() for p in lfq.parameters())])
-    assert not result.quantized[~counts].any()
-    assert (result.indices[~counts] == -1).all()
-    assert not bad.grad[~counts].any()
-    torch.testing.assert_close(bad.grad[counts], good.grad[0], rtol=1e-4, atol=1e-6)
+    assert not result.quantized[~row_mask].any()
+    assert (result.indices[~row_mask] == -1).all()
+    assert not poisoned.grad[~row_mask].any()
+    torch.testing.assert_close(poisoned.grad[row_mask], good.grad[0], rtol=1e-4, atol=1e-6)
     for one, other in zip(gradients[1][1:], gradients[0][1:], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 

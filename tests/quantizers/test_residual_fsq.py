@@ -120,7 +120,7 @@ def test_fine_stages_are_not_rounding_noise():
 @pytest.mark.parametrize("options", [{}, {"dim": 6}, {"noise_dropout": 0.5}], ids=str)
 def test_non_finite_rows(options):
     layer = fastvq.ResidualFSQ(**SETTINGS, **options)
-    mask, indices, twin = contract.assert_bad_rows_are_left_out(layer, vectors(2, 6, layer.dim))
+    mask, indices, twin = contract.assert_non_finite_rows_are_excluded(layer, vectors(2, 6, layer.dim))
     assert (indices[~mask] == -1).all()
     assert (indices[mask] >= 0).all()
     assert torch.equal(layer.code_counts, twin.code_counts)

@@ -10,7 +10,7 @@ import fastvq
 from ..cases import close, generator
 from ..peers import assert_compiles, assert_same_step, assert_travels, pair, vqp
 
-BITS, LEVELS = 4, 3
+BITS, STAGES = 4, 3
 # Rounding of the residuals counts 2 inv_temperature = 200 times as much in the logits of the entropies.
 COARSE = {"rtol": 2e-3, "atol": 3e-4}
 
@@ -21,7 +21,7 @@ def batch(*shape, seed=0):
 
 def residual_lfq(**options):
     torch.manual_seed(0)
-    settings = {"dim": BITS, "num_quantizers": LEVELS, "codebook_size": 2**BITS} | options
+    settings = {"dim": BITS, "num_quantizers": STAGES, "codebook_size": 2**BITS} | options
     return fastvq.ResidualLFQ(**settings)
 
 
@@ -46,7 +46,7 @@ DECODED_OTHERWISE = ("spherical", "rotated")  # the peer decodes without either
 @pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize("training", [True, False])
 def test_steps(kind, training):
-    options = {"dim": BITS, "num_quantizers": LEVELS, "codebook_size": 2**BITS} | OPTIONS[kind]
+    options = {"dim": BITS, "num_quantizers": STAGES, "codebook_size": 2**BITS} | OPTIONS[kind]
     ours, theirs = (module.train(training) for module in pair("ResidualLFQ", **options))
     optimizers = [
         torch.optim.SGD([*m.parameters(), torch.nn.Parameter(torch.zeros(1))], lr=0.05) for m in (ours, theirs)
@@ -79,7 +79,7 @@ def test_codes_sum_to_the_output(options):
         assert torch.equal(codes[level], expected)
     close(ours.project_out(codes.sum(0)).detach(), quantized.detach())
     kept = int((indices[0, 0] >= 0).sum())
-    assert 0 < kept < LEVELS
+    assert 0 < kept < STAGES
     close(ours.get_output_from_indices(indices[..., :kept]).detach(), quantized.detach())
 
 
@@ -90,14 +90,14 @@ def test_images(dim):
     x = batch(2, dim, 3, 5)
     quantized, indices, losses, codes = ours(x, return_all_codes=True)
     expected, expected_indices, expected_losses = ours(x.flatten(2).transpose(1, 2))
-    assert indices.shape == (2, 3, 5, LEVELS)
-    assert codes.shape == (LEVELS, 2, 3, 5, BITS)
+    assert indices.shape == (2, 3, 5, STAGES)
+    assert codes.shape == (STAGES, 2, 3, 5, BITS)
     assert torch.equal(indices.flatten(1, 2), expected_indices)
     close(quantized.flatten(2).transpose(1, 2).detach(), expected.detach())
     close(losses.detach(), expected_losses.detach())
     close(ours.get_output_from_indices(indices).detach(), quantized.detach())
     if dim == BITS:
-        theirs = vqp.ResidualLFQ(dim=BITS, num_quantizers=LEVELS, codebook_size=2**BITS)
+        theirs = vqp.ResidualLFQ(dim=BITS, num_quantizers=STAGES, codebook_size=2**BITS)
         assert_same_step(ours, theirs, x, tolerance=COARSE)
 
 
@@ -106,25 +106,25 @@ def test_masks_and_non_finite_rows(dim):
     ours = residual_lfq(dim=dim, commitment_loss_weight=1.0)
     x = batch(2, 9, dim)
     mask = torch.rand(2, 9, generator=generator()) < 0.6
-    counts = mask.clone()
-    counts[0, 0] = False
-    bad = x.clone()
-    bad[0, 0, 1] = torch.nan
-    good = x[counts][None].clone().requires_grad_()
-    bad.requires_grad_()
+    row_mask = mask.clone()
+    row_mask[0, 0] = False
+    poisoned = x.clone()
+    poisoned[0, 0, 1] = torch.nan
+    good = x[row_mask][None].clone().requires_grad_()
+    poisoned.requires_grad_()
     grads = []
-    for leaf, given in ((good, None), (bad, mask)):
+    for leaf, given in ((good, None), (poisoned, mask)):
         ours.zero_grad()
         quantized, indices, losses = ours(leaf, mask=given)
         (quantized.sum() + losses.sum()).backward()
         grads.append([p.grad.clone() for p in ours.parameters()])
     _, expected_indices, expected_losses = ours(good)
-    assert torch.equal(indices[counts], expected_indices[0])
-    assert (indices[~counts] == -1).all()
-    assert not quantized[~counts].any()
-    assert not bad.grad[~counts].any()
+    assert torch.equal(indices[row_mask], expected_indices[0])
+    assert (indices[~row_mask] == -1).all()
+    assert not quantized[~row_mask].any()
+    assert not poisoned.grad[~row_mask].any()
     torch.testing.assert_close(losses, expected_losses, **COARSE)
-    torch.testing.assert_close(bad.grad[counts], good.grad[0], **COARSE)
+    torch.testing.assert_close(poisoned.grad[row_mask], good.grad[0], **COARSE)
     close(ours.get_output_from_indices(indices).detach(), quantized.detach())
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, **COARSE)
@@ -146,9 +146,9 @@ def test_half():
 def test_health():
     ours = residual_lfq(quantize_dropout=True)
     indices = ours(batch(2, 9, BITS), rand_quantize_dropout_fixed_seed=1)[1]
-    counts = torch.stack([level[level >= 0].bincount(minlength=2**BITS) for level in indices.flatten(0, -2).T])
+    counts = torch.stack([stage[stage >= 0].bincount(minlength=2**BITS) for stage in indices.flatten(0, -2).T])
     assert torch.equal(ours.code_counts, counts)
-    assert ours.quantization_error().shape == (LEVELS,)
+    assert ours.quantization_error().shape == (STAGES,)
 
 
 GROUPS = {
@@ -161,7 +161,7 @@ GROUPS = {
 @pytest.mark.parametrize("kind", GROUPS)
 @pytest.mark.parametrize("training", [True, False])
 def test_groups(kind, training):
-    options = {"dim": 2 * BITS, "groups": 2, "num_quantizers": LEVELS, "codebook_size": 2**BITS} | GROUPS[kind]
+    options = {"dim": 2 * BITS, "groups": 2, "num_quantizers": STAGES, "codebook_size": 2**BITS} | GROUPS[kind]
     ours, theirs = (module.train(training) for module in pair("GroupedResidualLFQ", **options))
     for seed in range(3):
         x = batch(2, 11, ours.dim, seed=seed)
@@ -177,12 +177,12 @@ def test_groups(kind, training):
 
 def test_groups_of_images():
     torch.manual_seed(0)
-    options = {"dim": 2 * BITS, "groups": 2, "num_quantizers": LEVELS, "codebook_size": 2**BITS}
+    options = {"dim": 2 * BITS, "groups": 2, "num_quantizers": STAGES, "codebook_size": 2**BITS}
     ours = fastvq.GroupedResidualLFQ(**options, accept_image_fmap=True)
     theirs = vqp.GroupedResidualLFQ(**options, accept_image_fmap=True)
     x = batch(2, 2 * BITS, 3, 5)
     quantized, indices, _ = assert_same_step(ours, theirs, x, tolerance=COARSE)
-    assert indices.shape == (2, 2, 3, 5, LEVELS)
+    assert indices.shape == (2, 2, 3, 5, STAGES)
     assert torch.equal(ours.get_output_from_indices(indices), quantized)
 
 

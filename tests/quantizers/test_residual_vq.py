@@ -105,7 +105,7 @@ def test_half_precision_codes_are_those_of_residuals_in_float32(dtype):
     assert quantized.dtype == dtype
 
 
-def test_bad_and_masked_rows_touch_nothing():
+def test_non_finite_and_masked_rows_change_nothing():
     layer = pair()[0]
     x = vectors(2, 50, 12)
     mask = torch.rand(2, 50, generator=generator()) < 0.7

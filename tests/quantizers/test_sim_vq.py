@@ -91,21 +91,21 @@ def test_non_finite_rows(rotation_trick):
     x = batch()
     good = x.clone().requires_grad_()
     x[0, 3, 2], x[2, 0, 1] = torch.nan, torch.inf
-    bad = x.requires_grad_()
-    quantized, indices, loss = sim_vq(bad)
+    poisoned = x.requires_grad_()
+    quantized, indices, loss = sim_vq(poisoned)
     (quantized.sum() + loss).backward()
-    counts = torch.ones(3, 15, dtype=torch.bool)
-    counts[0, 3] = counts[2, 0] = False
+    row_mask = torch.ones(3, 15, dtype=torch.bool)
+    row_mask[0, 3] = row_mask[2, 0] = False
     weight_grad = sim_vq.code_transform.weight.grad.clone()
     sim_vq.zero_grad()
-    expected, expected_indices, expected_loss = sim_vq(good[counts])
+    expected, expected_indices, expected_loss = sim_vq(good[row_mask])
     (expected.sum() + expected_loss).backward()
-    assert torch.equal(indices[counts], expected_indices)
-    assert (indices[~counts] == -1).all()
-    assert not quantized[~counts].any()
-    assert not bad.grad[~counts].any()
+    assert torch.equal(indices[row_mask], expected_indices)
+    assert (indices[~row_mask] == -1).all()
+    assert not quantized[~row_mask].any()
+    assert not poisoned.grad[~row_mask].any()
     close(loss.detach(), expected_loss.detach())
-    close(bad.grad[counts], good.grad[counts])
+    close(poisoned.grad[row_mask], good.grad[row_mask])
     torch.testing.assert_close(weight_grad, sim_vq.code_transform.weight.grad, rtol=1e-4, atol=1e-6)
 
 

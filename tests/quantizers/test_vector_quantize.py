@@ -1,4 +1,4 @@
-"""The layer: arguments, shapes, what learns, what stays, and what a bad vector can't do."""
+"""The layer: arguments, shapes, what learns, what stays, and how non-finite rows are excluded."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_freezing_may_be_lifted_for_a_call():
     assert not torch.equal(module.codebook, before)
 
 
-BAD = [
+NON_FINITE = [
     {},
     {"threshold_ema_dead_code": 2},
     {"kmeans_init": True, "threshold_ema_dead_code": 2},
@@ -175,15 +175,15 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("options", BAD, ids=str)
-def test_a_bad_vector_is_a_masked_vector(options, backend):
+@pytest.mark.parametrize("options", NON_FINITE, ids=str)
+def test_a_non_finite_vector_is_a_masked_vector(options, backend):
     """One NaN in a batch leaves the codebook, bit for bit, as if its row had been masked."""
-    for bad in (torch.nan, torch.inf, -torch.inf):
+    for value in (torch.nan, torch.inf, -torch.inf):
         x = batch()
         mask = torch.ones(4, 10, dtype=torch.bool)
         mask[1, 3] = mask[2, 0] = False
         poisoned = x.clone()
-        poisoned[1, 3, 2] = poisoned[2, 0, 0] = bad
+        poisoned[1, 3, 2] = poisoned[2, 0, 0] = value
         results, modules = [], [layer(**options) for _ in range(2)]
         with fastvq.use_backend(backend):
             for module, rows, forward in ((modules[0], poisoned, {}), (modules[1], x, {"mask": mask})):
@@ -201,7 +201,7 @@ def test_a_bad_vector_is_a_masked_vector(options, backend):
             assert torch.equal(indices == -1, ~mask)
 
 
-@pytest.mark.parametrize("options", BAD, ids=str)
+@pytest.mark.parametrize("options", NON_FINITE, ids=str)
 def test_a_batch_of_nothing_but_nan(options):
     module = layer(**options)
     module(torch.full((4, 10, DIM), torch.nan))
@@ -212,7 +212,7 @@ def test_a_batch_of_nothing_but_nan(options):
     assert bool((indices >= 0).all())
 
 
-@pytest.mark.parametrize("options", BAD, ids=str)
+@pytest.mark.parametrize("options", NON_FINITE, ids=str)
 def test_an_empty_batch(options):
     for shape in ((0, 10, DIM), (4, 0, DIM), (0, DIM)):
         module = layer(**options)
