@@ -111,7 +111,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_layers(tmp_path, kind):
-    """Encoding and decoding, at another batch size and length than the example's; a non-finite row and a masked code."""
+    """Encoding and decoding, at another batch size and length; a non-finite row and a masked code."""
     layer = LAYERS[kind]().eval()
     shapes = [{0: Dim.DYNAMIC, 1: Dim.DYNAMIC}]
     fastvq_onnx.export(layer, torch.randn(2, 5, D), tmp_path / "forward.onnx", dynamic_shapes=shapes)

@@ -22,7 +22,7 @@ from .replacement import Replacement, Replacer
 from .update import batch_statistics, ema_step_
 
 Weight = float | Tensor | Callable[[Tensor, Tensor], Tensor]
-"""Factor of the share 1 - decay of a step: (), (K,) or (H, K), or a function of (sums, counts) that returns one."""
+"""Factor that multiplies 1 - decay in one step: (), (K,) or (H, K), or a function of (sums, counts) that returns it."""
 
 
 class Codebook(KeepsPrecision, nn.Module):
@@ -127,7 +127,7 @@ class Codebook(KeepsPrecision, nn.Module):
         return search(x, self.codes.detach(), metric=self.metric, mask=mask)
 
     def initialize_(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Run k-means on the first batch, and follow the mean and variance of every batch if there is an affine map.
+        """Run k-means on the first batch, and update the statistics of an affine map on every batch.
 
         The rows of x (H, N, D) take part that are finite and in the mask (H, N).
         """
@@ -327,7 +327,7 @@ def learn_together(
         codebooks: Q of them, with one D.
         x: vectors, a tensor (Q, H, N, D) or Q tensors (H, N, D).
         indices: (Q, H, N) or Q tensors (H, N) int64; rows with -1 are excluded.
-        weight: factor of a step's share 1 - decay, see `Weight`; or a sequence with one for each codebook. A codebook
+        weight: factor that multiplies 1 - decay, see `Weight`; or a sequence with one for each codebook. A codebook
             whose weight is zero stays bit-identical.
         ema_update: use the moving averages, instead of the codebooks' own setting.
         accumulate_only: keep counts and sums for the next step without this, or for `Codebook.commit_`.

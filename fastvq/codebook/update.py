@@ -25,7 +25,7 @@ def batch_statistics(
     else:
         rows = x[0].flatten(0, 1) if len(x) == 1 else torch.cat([one.flatten(0, 1) for one in x])
     sizes = [heads * size for heads, size in shapes]
-    counts, sums = accumulate(rows, offset_indices(indices, shapes), sum(sizes))
+    counts, sums = accumulate(rows, flat_indices(indices, shapes), sum(sizes))
     if len(set(shapes)) == 1:
         stacked = (len(shapes), *shapes[0])
         return list(counts.view(stacked).unbind()), list(sums.view(*stacked, -1).unbind())
@@ -33,7 +33,7 @@ def batch_statistics(
     return [count.view(shape) for shape, count, _ in parts], [total.view(*shape, -1) for shape, _, total in parts]
 
 
-def offset_indices(indices: Tensor | Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> Tensor:
+def flat_indices(indices: Tensor | Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> Tensor:
     """Return the flat indices of all codebooks in the concatenation of their heads; -1 stays.
 
     Args:

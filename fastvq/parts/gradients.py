@@ -205,7 +205,8 @@ class Estimator(NamedTuple):
             codebook_weight=1.0 if learned else 0.0,
             indices=offset_indices(indices, table.size),
         )
-        # If the codes learn, commitment and codebook loss are one mean, whose value is counted once.
+        # If the codes learn, the error is commitment plus codebook loss. They have one value and different gradients:
+        # subtracting half of it, without a gradient, leaves that value once and both gradients.
         return EstimatorOutput(quantized.view(x.shape), error - error.detach() / 2 if learned else error)
 
     def _composed(self, x: Tensor, table: Table, indices: Tensor, learned: bool, routed: bool) -> EstimatorOutput:

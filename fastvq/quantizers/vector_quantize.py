@@ -86,11 +86,11 @@ class VectorQuantize(Monitored, nn.Module):
             minus the `positional_entropy` of `fastvq.parts.tables`.
         stochastic_sample_codes: in training, sample each code from the soft assignment (`fastvq.sample`).
         sample_codebook_temp: temperature of the sampling; 0 for the nearest code.
-        straight_through: where route_gradients_to_input is False, pass x the gradient of the soft assignment (Gumbel
-            straight-through). Otherwise, use the straight-through estimator.
+        straight_through: use the straight-through estimator instead of the rotation trick; with
+            route_gradients_to_input=False, pass x the gradient of the soft assignment instead (Gumbel straight-through).
         rotation_trick: use the rotation trick instead of the straight-through estimator; by default if dim > 1.
         directional_reparam, directional_reparam_variance: learn the codes only by `fastvq.parts.directional_reparam`.
-        sync_codebook: learn with all ranks, if there are several when the codebook learns; None means True.
+        sync_codebook: learn with all ranks if a process group exists when the codebook learns; None means True.
         sync_affine_param: take the statistics of affine_param over all ranks.
         ema_update: use the moving averages; by default unless the codebook is learnable.
         vq_bridge: a module (1, K, D) -> (1, K, D) whose output the vectors are compared with; requires a learnable
@@ -492,7 +492,7 @@ class VectorQuantize(Monitored, nn.Module):
             shape: (B, N) of the vectors that the rows are parts of.
             learning: whether the codebook may change: by k-means, affine statistics or its in-place optimizer.
             topk: number of codes for each row.
-            indices: (C, R), if they are known already.
+            indices: (C, R), if they have been found already.
             targets: (C, R), of the cross entropy.
             temperature: overrides sample_codebook_temp.
             table: makes the table of the codes (C, K, D).
@@ -518,33 +518,34 @@ class VectorQuantize(Monitored, nn.Module):
                 return PerRow(transform(codes).reshape(*x.shape[:2], *codes.shape[1:]), codebook.metric)
             return Shared(codes, codebook.metric) if table is None else table(codes)
 
-        known = indices
-        codes = current_table()
-        indices = self.choose(codes, x, mask, topk, temperature) if known is None else known
+        given = indices
+        current = current_table()
+        indices = self.choose(current, x, mask, topk, temperature) if given is None else given
         estimator = self._estimator(temperature)
         in_place = None
         if self._in_place is not None and learning and not recomputing():
-            chosen = indices
-            codebook.learn_(x.detach(), chosen)
+            # The codes step on this batch first; the output then uses the new codes, as in vector_quantize_pytorch.
+            before = indices
+            codebook.learn_(x.detach(), before)
             self._in_place.follow(codebook.parameters())
             in_place = self._in_place.backward(
-                lambda: estimator.output(x.detach(), current_table(), chosen, learned=True).error
+                lambda: estimator.output(x.detach(), current_table(), before, learned=True).error
             )
             if not self.manual_in_place_optimizer_update:
                 self.update_in_place_optimizer()
-            codes = current_table()
-            indices = self.choose(codes, x, mask, topk, temperature) if known is None else known
+            current = current_table()
+            indices = self.choose(current, x, mask, topk, temperature) if given is None else given
         # As in vector_quantize_pytorch, no gradient flows in eval.
-        quantized, error = estimator.output(x if self.training else x.detach(), codes, indices, learned=learned)
+        quantized, error = estimator.output(x if self.training else x.detach(), current, indices, learned=learned)
         if self.training and topk is None:
             self._health.observe_(indices if self.separate_codebook_per_head else indices.flatten(), error)
         diversity = cross_entropy = None
         if self.training and self.codebook_diversity_loss_weight > 0:
-            diversity = -codes.positional_entropy(x, shape, self.codebook_diversity_temperature, mask)
+            diversity = -current.positional_entropy(x, shape, self.codebook_diversity_temperature, mask)
         if self.training and self.commitment_use_cross_entropy_loss and self.has_commitment_loss and topk is None:
-            error = codes.cross_entropy(x, indices)
+            error = current.cross_entropy(x, indices)
         if targets is not None:
-            cross_entropy = codes.cross_entropy(x, targets if mask is None else targets.masked_fill(~mask, -1))
+            cross_entropy = current.cross_entropy(x, targets if mask is None else targets.masked_fill(~mask, -1))
         return QuantizedRows(
             x, quantized, indices, error, diversity, cross_entropy, in_place, learned=in_place is not None
         )
@@ -622,6 +623,7 @@ class VectorQuantize(Monitored, nn.Module):
         inputs = self.split_rows(layout.to_rows(x)).detach()
         self._codebook.learn_(inputs, split.masked_fill(~inputs.isfinite().all(-1), -1))
 
+    # This name, and that of `expire_codes_`, are those of vector_quantize_pytorch.
     update_ema_indices = update_indices
 
     def expire_codes_(self, x: Tensor) -> None:

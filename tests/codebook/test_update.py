@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvq import accumulate, ema_update_
-from fastvq.codebook.update import batch_statistics, ema_step_, offset_indices
+from fastvq.codebook.update import batch_statistics, ema_step_, flat_indices
 
 from ..cases import generator
 
@@ -49,7 +49,7 @@ def test_statistics_are_those_of_each_head(kind, stacked):
 def test_indices_are_offset_by_the_codes_before(stacked):
     shapes = [(2, 7)] * 3
     indices = batch(shapes, stacked=stacked)[1]
-    flat = offset_indices(indices, shapes).view(6, -1)
+    flat = flat_indices(indices, shapes).view(6, -1)
     for head, chosen in enumerate(one for codebook in indices for one in codebook):
         assert torch.equal(flat[head], torch.where(chosen < 0, -1, chosen + 7 * head))
 
