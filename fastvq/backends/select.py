@@ -5,9 +5,9 @@
     torch      certified search in chunked torch operations, on any device with float64
     reference  the specification; never chosen automatically
 
-Without a request, the choice is made for each op: native serves the CPU; triton, else native, serves a GPU; torch serves
-the calls that these do not. A request, by `use_backend` or by FASTVQ_BACKEND in the environment, runs that backend's own
-code or fails with the reason.
+Without a request, the choice is made for each op: native serves the CPU; triton, or else native, serves a GPU; torch
+serves the calls that these do not. A request, by `use_backend` or by FASTVQ_BACKEND in the environment, runs that
+backend's own code or fails with the reason.
 
 While no backend but native is requested, the native CPU kernels serve the ops without a call of this module.
 """

@@ -86,8 +86,8 @@ class VectorQuantize(Monitored, nn.Module):
             minus the `positional_entropy` of `fastvq.parts.tables`.
         stochastic_sample_codes: in training, sample each code from the soft assignment (`fastvq.sample`).
         sample_codebook_temp: temperature of the sampling; 0 for the nearest code.
-        straight_through: use the straight-through estimator instead of the rotation trick; with
-            route_gradients_to_input=False, pass x the gradient of the soft assignment instead (Gumbel straight-through).
+        straight_through: use the straight-through estimator instead of the rotation trick; beside
+            route_gradients_to_input=False, pass x the gradient of the soft assignment (Gumbel straight-through).
         rotation_trick: use the rotation trick instead of the straight-through estimator; by default if dim > 1.
         directional_reparam, directional_reparam_variance: learn the codes only by `fastvq.parts.directional_reparam`.
         sync_codebook: learn with all ranks if a process group exists when the codebook learns; None means True.
