@@ -1,6 +1,6 @@
-"""The codebook as the matrix units see it: centred, scaled, split into float16 parts and packed into tiles.
+"""The codebook as the matrix units see it: centered, scaled, split into float16 parts and packed into tiles.
 
-Four launches and no wait: column sums; norms; one program that decides on centre, scale and far codes; packing. The
+Four launches and no wait: column sums; norms; one program that decides on center, scale and far codes; packing. The
 terms are those of docs/exactness.md.
 """
 
@@ -27,7 +27,7 @@ LONGEST = tl.constexpr(1.01 * 2.0**7)
 """Longer than that is only a code that float32 can't scale down as far, or one that overflowed."""
 
 # Scalars of a head, float64: what `_decide` writes.
-USABLE, CENTRED, THRESHOLD, EXPONENT, FAR_NORM = (tl.constexpr(i) for i in range(5))
+USABLE, CENTERED, THRESHOLD, EXPONENT, FAR_NORM = (tl.constexpr(i) for i in range(5))
 SCALARS = tl.constexpr(8)
 # Maxima over the packed codes of a head, float32: what `_pack` writes.
 LENGTH, HIGH, LOW, HIGH_REST, LOW_REST, HALF, FOLD_REST = (tl.constexpr(i) for i in range(7))
@@ -54,7 +54,7 @@ FOLD_SHRINK = tl.constexpr(0.125)
 def _sums(codebook, sums, size, dim, part_codes, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Sum the columns over one part of the codes.
 
-    A non-finite code contributes its finite elements: any centre is right, and a good one is near the mean.
+    A non-finite code contributes its finite elements: any center is right, and a good one is near the mean.
     """
     part, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     codebook += head * size * dim
@@ -73,7 +73,7 @@ def _sums(codebook, sums, size, dim, part_codes, WIDE: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
-def _norms(codebook, sums, centre, norms, size, dim, part_codes, parts, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _norms(codebook, sums, center, norms, size, dim, part_codes, parts, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Norms of the codes, as they are and about the mean; NONE for a code that isn't finite. Part 0 writes the mean."""
     part, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     codebook += head * size * dim
@@ -83,7 +83,7 @@ def _norms(codebook, sums, centre, norms, size, dim, part_codes, parts, ROWS: tl
     for first in range(part * part_codes, end, ROWS):
         k = first + tl.arange(0, ROWS)
         raw = tl.zeros([ROWS], tl.float64)
-        centred = tl.zeros([ROWS], tl.float64)
+        centered = tl.zeros([ROWS], tl.float64)
         bad = tl.zeros([ROWS], tl.int32)
         for d0 in range(0, dim, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
@@ -92,16 +92,16 @@ def _norms(codebook, sums, centre, norms, size, dim, part_codes, parts, ROWS: tl
                 mean += tl.load(sums + p * dim + d, d < dim, other=0.0)
             mean = mean / size
             if (part == 0) & (first == 0):
-                tl.store(centre + head * dim + d, mean, d < dim)
+                tl.store(center + head * dim + d, mean, d < dim)
             there = (k < end)[:, None] & (d < dim)[None, :]
             codes = tl.load(codebook + k.to(tl.int64)[:, None] * dim + d[None, :], there, other=0.0).to(tl.float64)
             moved = codes - tl.where(d < dim, mean, 0.0).to(tl.float64)[None, :]
             bad += tl.sum((is_finite(codes) == 0).to(tl.int32), 1)
             raw += tl.sum(codes * codes, 1)
-            centred += tl.sum(moved * moved, 1)
+            centered += tl.sum(moved * moved, 1)
         tl.store(norms + k, tl.where(bad == 0, tl.sqrt(raw), NONE), k < end)
-        centred = tl.where(centred < float("inf"), tl.sqrt(centred), float("inf"))
-        tl.store(norms + size + k, tl.where(bad == 0, centred, NONE), k < end)
+        centered = tl.where(centered < float("inf"), tl.sqrt(centered), float("inf"))
+        tl.store(norms + size + k, tl.where(bad == 0, centered, NONE), k < end)
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def _threshold(norms, size, L2: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _decide(norms, scalars, centre, size, dim, L2: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def _decide(norms, scalars, center, size, dim, L2: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Which norms count, and with them the scale and the codes that are far. One program a head."""
     head = tl.program_id(0).to(tl.int64)
     norms += head * 2 * size
@@ -158,13 +158,13 @@ def _decide(norms, scalars, centre, size, dim, L2: tl.constexpr, WIDE: tl.conste
         limit = tl.where(pays, about_mean[0], limit)
         reach = tl.where(pays, about_mean[1], reach)
         nearest_far = tl.where(pays, about_mean[2], nearest_far)
-        tl.store(scalars + CENTRED, tl.where(pays, 1.0, 0.0))
+        tl.store(scalars + CENTERED, tl.where(pays, 1.0, 0.0))
     else:
         pays = size < 0
     for d0 in range(0, dim, BLOCK):
         d = d0 + tl.arange(0, BLOCK)
-        mean = tl.load(centre + head * dim + d, d < dim, other=0.0)
-        tl.store(centre + head * dim + d, tl.where(pays, mean, 0.0), d < dim)
+        mean = tl.load(center + head * dim + d, d < dim, other=0.0)
+        tl.store(center + head * dim + d, tl.where(pays, mean, 0.0), d < dim)
     largest: tl.constexpr = 1000 if WIDE else 126
     exponent = tl.minimum(tl.maximum(TARGET - exponent_of(reach), -largest), largest)
     tl.store(scalars + USABLE, usable.to(tl.float64))
@@ -192,7 +192,7 @@ def _fold(codes, half_square, near, d, first, L2: tl.constexpr):
 
 @triton.jit
 def _pack(
-    codebook, centre, norms, scalars, high, low, half, folded, maxima, size, dim, padded,
+    codebook, center, norms, scalars, high, low, half, folded, maxima, size, dim, padded,
     L2: tl.constexpr, WIDE: tl.constexpr, BESIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -210,8 +210,8 @@ def _pack(
     place = (head * padded + k).to(tl.int64)
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     scale = power_of_two(tl.load(scalars + EXPONENT).to(tl.int32), dtype)
-    centred = tl.load(scalars + CENTRED) > 0
-    norm = tl.load(norms + tl.where(centred, size, 0) + k, k < size, other=NONE)
+    centered = tl.load(scalars + CENTERED) > 0
+    norm = tl.load(norms + tl.where(centered, size, 0) + k, k < size, other=NONE)
     tame = norm < TAME
     near = (norm >= 0) & (norm <= tl.load(scalars + THRESHOLD)) & tame
     half_square = tl.zeros([ROWS], tl.float32)
@@ -226,7 +226,7 @@ def _pack(
         d = c * BLOCK_D + tl.arange(0, BLOCK_D)
         there = near[:, None] & (d < dim)[None, :]
         codes = tl.load(codebook + k.to(tl.int64)[:, None] * dim + d[None, :], there, other=0.0).to(dtype)
-        mean = tl.load(centre + head * dim + d, d < dim, other=0.0).to(dtype)
+        mean = tl.load(center + head * dim + d, d < dim, other=0.0).to(dtype)
         scaled = tl.where(there, (codes - mean[None, :]) * scale, 0.0).to(tl.float32)
         h, low_part, h_rest, l_rest = split(scaled)
         half_square += 0.5 * tl.sum(scaled * scaled, 1)
@@ -262,7 +262,7 @@ def _pack(
 class Frame:
     """A codebook made ready to be searched, on its device."""
 
-    centre: Tensor  # [H, D] float32, or float64 beside float64 data; zero where centring doesn't pay
+    center: Tensor  # [H, D] float32, or float64 beside float64 data; zero where centering doesn't pay
     scalars: Tensor  # [H, SCALARS] float64
     maxima: Tensor  # [H, MAXIMA] float32, as int32
     high: Tensor  # [H, padded, columns] float16
@@ -302,7 +302,7 @@ def prepare(codebook: Tensor, *, metric: str, wide: bool, block_codes: int) -> F
     dtype = torch.float64 if wide else torch.float32
     sums = codebook.new_empty(heads, parts, dim, dtype=dtype)
     frame = Frame(
-        centre=codebook.new_empty(heads, dim, dtype=dtype),
+        center=codebook.new_empty(heads, dim, dtype=dtype),
         scalars=codebook.new_zeros(heads, SCALARS.value, dtype=torch.float64),
         maxima=codebook.new_zeros(heads, MAXIMA.value, dtype=torch.int32),
         high=codebook.new_empty(heads, padded, columns, dtype=torch.float16),
@@ -315,11 +315,11 @@ def prepare(codebook: Tensor, *, metric: str, wide: bool, block_codes: int) -> F
     l2 = metric == "l2"
     _sums[(parts, heads)](codebook, sums, size, dim, part_codes, WIDE=wide, ROWS=rows, BLOCK_D=block_d)
     _norms[(parts, heads)](
-        codebook, sums, frame.centre, norms, size, dim, part_codes, parts, ROWS=rows, BLOCK_D=block_d
+        codebook, sums, frame.center, norms, size, dim, part_codes, parts, ROWS=rows, BLOCK_D=block_d
     )
-    _decide[(heads,)](norms, frame.scalars, frame.centre, size, dim, L2=l2, WIDE=wide, BLOCK=1024)
+    _decide[(heads,)](norms, frame.scalars, frame.center, size, dim, L2=l2, WIDE=wide, BLOCK=1024)
     _pack[(triton.cdiv(padded, packed_rows), heads)](
-        codebook, frame.centre, norms, frame.scalars, frame.high, frame.low, frame.half, frame.folded, frame.maxima,
+        codebook, frame.center, norms, frame.scalars, frame.high, frame.low, frame.half, frame.folded, frame.maxima,
         size, dim, padded, L2=l2, WIDE=wide, BESIDE=beside, ROWS=packed_rows, BLOCK_D=block_d,
         CHUNKS=columns // block_d,
     )  # fmt: skip

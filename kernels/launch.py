@@ -25,7 +25,7 @@ from fastvq.files import whole
 class Scan:
     """Configuration of the scan: rows and codes of a tile, and columns taken at once.
 
-    `paired` keeps two neighbouring codes as one, which saves half an instruction a distance and costs two distances a
+    `paired` keeps two neighboring codes as one, which saves half an instruction a distance and costs two distances a
     row.
     """
 
@@ -95,7 +95,7 @@ def architecture(device: torch.device) -> str:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
         return "gfx942" if name.startswith("gfx9") else "gfx1100"
     capability = torch.cuda.get_device_capability(device)
-    # Beside those of data centres all have the matrix instructions of Ampere, and less shared memory.
+    # Beside those of data centers all have the matrix instructions of Ampere, and less shared memory.
     return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get(capability, "sm_86")
 
 

@@ -30,7 +30,7 @@ DEFINE_K, DEFINE_D = 32, 16
 
 @triton.jit
 def _residual_search(
-    residual, codebook, centre, scalars, maxima, high, low, half, folded, row_high, row_low, out,
+    residual, codebook, center, scalars, maxima, high, low, half, folded, row_high, row_low, out,
     n, size, dim, root, padded, stages,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
     DEFINE_K: tl.constexpr, DEFINE_D: tl.constexpr,
@@ -49,10 +49,10 @@ def _residual_search(
     scratch = rows[:, None] * columns + inner[None, :]
     for stage in range(stages):
         scale, shrink, bound, far_floor = measure(
-            residual, at, there, centre, scalars, maxima, dim, root, 3, False, BLOCK_N
+            residual, at, there, center, scalars, maxima, dim, root, 3, False, BLOCK_N
         )
         for c in range(CHUNKS):
-            y = scaled_rows(residual, at, there, centre, c * BLOCK_D + inner, dim, scale)
+            y = scaled_rows(residual, at, there, center, c * BLOCK_D + inner, dim, scale)
             y_high, y_low, _, _ = split(y)
             tl.store(row_high + scratch + c * BLOCK_D, y_high, there[:, None])
             tl.store(row_low + scratch + c * BLOCK_D, y_low, there[:, None])
@@ -86,7 +86,7 @@ def _residual_search(
             tl.store(residual + at[:, None] + d[None, :], kept - codes, there_d)
         tl.debug_barrier()
         codebook += long * size * dim
-        centre += dim
+        center += dim
         scalars += SCALARS
         maxima += MAXIMA
         high += long * padded * columns
@@ -116,7 +116,7 @@ def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
         frame = prepare(codes, metric="l2", wide=False, block_codes=config.block_k)
         scratch = x.new_empty(2, n, columns, dtype=torch.float16)
         _residual_search[(triton.cdiv(n, config.block_n),)](
-            residual, codes, frame.centre, frame.scalars, frame.maxima, frame.high, frame.low, frame.half, frame.folded,
+            residual, codes, frame.center, frame.scalars, frame.maxima, frame.high, frame.low, frame.half, frame.folded,
             *scratch, indices, n, size, dim, launch.root_of(dim), frame.half.shape[1], stages, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, BLOCK_D=block_d, CHUNKS=columns // block_d, STAGES=config.num_stages,
             DEFINE_K=DEFINE_K, DEFINE_D=DEFINE_D, num_warps=WARPS, enable_fp_fusion=False,

@@ -29,7 +29,7 @@ from .signatures import ONES, Case, case
 def row_scale(largest, root, scalars, dtype: tl.constexpr):
     """Return (scale of a row, that scale over the codebook's, whether neither was clamped): powers of two.
 
-    A row longer than the codes is scaled down to their size. `largest` is its largest element about the centre, and
+    A row longer than the codes is scaled down to their size. `largest` is its largest element about the center, and
     2^root >= sqrt(D).
     """
     exponent = tl.load(scalars + EXPONENT).to(tl.int32)
@@ -90,24 +90,24 @@ def bound_of(square, rest, high_square, low_square, shrink, scalars, maxima, dim
 
 
 @triton.jit
-def load_rows(x, at, there, centre, d, dim, dtype: tl.constexpr):
-    """(x - centre of rows that start at `at`, whether the difference is finite, whether x is), columns d."""
+def load_rows(x, at, there, center, d, dim, dtype: tl.constexpr):
+    """(x - center of rows that start at `at`, whether the difference is finite, whether x is), columns d."""
     values = tl.load(x + at[:, None] + d[None, :], there[:, None] & (d < dim)[None, :], other=0.0).to(dtype)
-    mean = tl.load(centre + d, d < dim, other=0.0).to(dtype)
+    mean = tl.load(center + d, d < dim, other=0.0).to(dtype)
     moved = values - mean[None, :]
     return tl.where(is_finite(moved), moved, 0.0), is_finite(moved), is_finite(values)
 
 
 @triton.jit
-def scaled_rows(x, at, there, centre, d, dim, scale):
-    """y, in float32: zero where x - centre isn't finite."""
-    moved, _, _ = load_rows(x, at, there, centre, d, dim, scale.dtype)
+def scaled_rows(x, at, there, center, d, dim, scale):
+    """y, in float32: zero where x - center isn't finite."""
+    moved, _, _ = load_rows(x, at, there, center, d, dim, scale.dtype)
     return (moved * scale[:, None]).to(tl.float32)
 
 
 @triton.jit
 def measure(
-    x, at, there, centre, scalars, maxima, dim, root,
+    x, at, there, center, scalars, maxima, dim, root,
     TERMS: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Return (scale, scale over the codebook's, B, far floor) of a block of rows.
@@ -121,7 +121,7 @@ def measure(
     bad = tl.zeros([BLOCK_N], tl.int32)
     over = tl.zeros([BLOCK_N], tl.int32)
     for d0 in range(0, dim, step):
-        moved, moved_finite, finite = load_rows(x, at, there, centre, d0 + tl.arange(0, step), dim, dtype)
+        moved, moved_finite, finite = load_rows(x, at, there, center, d0 + tl.arange(0, step), dim, dtype)
         largest = tl.maximum(largest, tl.max(tl.abs(moved), 1))
         bad += tl.sum((finite == 0).to(tl.int32), 1)
         over += tl.sum((moved_finite == 0).to(tl.int32), 1)
@@ -131,7 +131,7 @@ def measure(
     high_square = tl.zeros([BLOCK_N], tl.float32)
     low_square = tl.zeros([BLOCK_N], tl.float32)
     for d0 in range(0, dim, step):
-        y = scaled_rows(x, at, there, centre, d0 + tl.arange(0, step), dim, scale)
+        y = scaled_rows(x, at, there, center, d0 + tl.arange(0, step), dim, scale)
         y_high, y_low, high_rest, low_rest = split(y)
         square += tl.sum(y * y, 1)
         high_square += tl.sum(y_high.to(tl.float32) * y_high.to(tl.float32), 1)
@@ -166,7 +166,7 @@ def listed_rows(listed, listed_count, head, n, LISTED: tl.constexpr, BLOCK_N: tl
 
 @triton.jit
 def _rows(
-    x, listed, listed_count, centre, scalars, maxima, row_high, row_low, measured, n, dim, root,
+    x, listed, listed_count, center, scalars, maxima, row_high, row_low, measured, n, dim, root,
     LISTED: tl.constexpr, TERMS: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -180,9 +180,9 @@ def _rows(
     if any_there == 0:
         return
     at = (head * n + rows) * dim
-    centre += head * dim
+    center += head * dim
     scale, shrink, bound, far_floor = measure(
-        x, at, there, centre, scalars + head * SCALARS, maxima + head * MAXIMA, dim, root, TERMS, WIDE, BLOCK_N
+        x, at, there, center, scalars + head * SCALARS, maxima + head * MAXIMA, dim, root, TERMS, WIDE, BLOCK_N
     )
     measured += head * 3 * n + place
     tl.store(measured, bound, there)
@@ -190,7 +190,7 @@ def _rows(
     tl.store(measured + 2 * n, shrink, there)
     for c in range(CHUNKS):
         d = c * BLOCK_D + tl.arange(0, BLOCK_D)
-        y_high, y_low, _, _ = split(scaled_rows(x, at, there, centre, d, dim, scale))
+        y_high, y_low, _, _ = split(scaled_rows(x, at, there, center, d, dim, scale))
         to = (head * n + place)[:, None] * (CHUNKS * BLOCK_D) + d[None, :]
         tl.store(row_high + to, y_high, there[:, None])
         if TERMS == 3:

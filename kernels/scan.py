@@ -37,7 +37,7 @@ def best_two(
     low += inside
     half += first_code + column
     folded += first_code * 16 + column[:, None] * 16 + beside[None, :]
-    # Where PAIRED, two neighbouring codes are as one.
+    # Where PAIRED, two neighboring codes are as one.
     groups: tl.constexpr = BLOCK_K // 2 if PAIRED else BLOCK_K
     group = tl.arange(0, groups)
     of_group = tl.full([BLOCK_N, groups], float("-inf"), tl.float32)

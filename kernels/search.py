@@ -35,7 +35,7 @@ SCRATCH = 2**28
 
 @triton.jit
 def _scan(
-    x, row_high, row_low, measured, codebook, listed, listed_count, centre, scalars, maxima, high, low, half, folded,
+    x, row_high, row_low, measured, codebook, listed, listed_count, center, scalars, maxima, high, low, half, folded,
     out, work, count, partial, partial_index, n, size, dim, root, padded, tiles_a_split,
     LISTED: tl.constexpr, TERMS: tl.constexpr, BESIDE: tl.constexpr, L2: tl.constexpr, WIDE: tl.constexpr,
     SPLIT: tl.constexpr, PREPARED: tl.constexpr, PAIRED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -69,9 +69,9 @@ def _scan(
                 y_low = tl.load(row_low + row_at, there[:, None], other=0.0)
     else:
         scale, shrink, bound, far_floor = measure(
-            x, at, there, centre + head * dim, scalars, maxima + head * MAXIMA, dim, root, TERMS, WIDE, BLOCK_N
+            x, at, there, center + head * dim, scalars, maxima + head * MAXIMA, dim, root, TERMS, WIDE, BLOCK_N
         )
-        y = scaled_rows(x, at, there, centre + head * dim, inner, dim, scale)
+        y = scaled_rows(x, at, there, center + head * dim, inner, dim, scale)
         if TERMS == 1 and not BESIDE:
             y = tl.where(((inner >= dim) & (inner < dim + FOLD_COLUMNS))[None, :], -shrink[:, None], y)
         y_high, y_low, _, _ = split(y)
@@ -238,13 +238,13 @@ def _tier(
     root = launch.root_of(dim)
     if prepared:
         _rows[(triton.cdiv(n, 32), heads)](
-            x, rows, row_count, frame.centre, frame.scalars, frame.maxima, row_high, row_low, measured, n, dim, root,
+            x, rows, row_count, frame.center, frame.scalars, frame.maxima, row_high, row_low, measured, n, dim, root,
             **options, BLOCK_N=32, BLOCK_D=tier.block_d, CHUNKS=columns // tier.block_d, num_warps=4,
         )  # fmt: skip
     partial = x.new_empty(heads, splits, 2, split_n, dtype=torch.float32)
     partial_index = x.new_empty(heads, splits, split_n, dtype=torch.int32)
     _scan[(blocks, splits, heads)](
-        x, row_high, row_low, measured, codebook, rows, row_count, frame.centre, frame.scalars, frame.maxima,
+        x, row_high, row_low, measured, codebook, rows, row_count, frame.center, frame.scalars, frame.maxima,
         frame.high, frame.low, frame.half, frame.folded, out, *work, partial, partial_index, n, size, dim, root, padded,
         triton.cdiv(tiles, splits), **options, BESIDE=frame.beside, L2=l2, SPLIT=splits > 1, PREPARED=prepared,
         PAIRED=paired, BLOCK_N=tier.block_n, BLOCK_K=tier.block_k, BLOCK_D=tier.block_d, CHUNKS=columns // tier.block_d,

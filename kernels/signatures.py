@@ -32,7 +32,7 @@ def case(kernel: Any, constants: dict[str, Any], options: dict[str, Any], *, dty
             types[name] = "i32"
         elif name in ("x", "codebook"):
             types[name] = "*" + TYPES[dtype]
-        elif name in ("centre", "sums"):
+        elif name in ("center", "sums"):
             types[name] = "*" + wide
         else:
             types[name] = "*" + POINTERS[name]

@@ -34,7 +34,7 @@ class Codebook(KeepsPrecision, nn.Module):
     k-means has run. Names and the leading axis are those of vector_quantize_pytorch, whose checkpoints load.
 
     Args:
-        dim, size, heads: D, K, H.
+        dim, size, heads: D, K, H: the number of separate codebooks, one where the heads of a layer share it.
         sync: learn with all ranks if a process group exists when the codebook learns; None means True.
         sync_kmeans: the same for k-means.
         manual_ema_update: the codes follow their averages only when `update_ema` is called.

@@ -1,4 +1,7 @@
-"""Length of a Huffman code, for comparison: it spends whole bits on each symbol, unlike a range coder."""
+"""Length of a Huffman code, for comparison: it spends whole bits on each symbol, unlike a range coder.
+
+No file uses this code, so it stays apart from the modules that write and read files.
+"""
 
 from __future__ import annotations
 

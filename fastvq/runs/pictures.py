@@ -1,4 +1,7 @@
-"""Pictures of a training run: reconstructions, curves, codebook usage, images as indices."""
+"""Pictures of a training run: reconstructions, curves, codebook usage, images as indices.
+
+This module loads the run and computes what is shown; `plots` draws it. Pictures of a prior: `sample_pictures`.
+"""
 
 from __future__ import annotations
 

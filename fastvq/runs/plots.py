@@ -1,5 +1,7 @@
 """Figures of a VQ-VAE, each with a title, labels, and a caption that explains it.
 
+All drawing with matplotlib is here; `pictures` and `sample_pictures` compute what is drawn.
+
 Figures are made without pyplot and so touch neither a display nor matplotlib's global state.
 """
 

@@ -1,4 +1,7 @@
-"""Pictures of a prior's samples: new images by class, completions of held-out images, nearest training images."""
+"""Pictures of a prior's samples: new images by class, completions of held-out images, nearest training images.
+
+This module samples and searches; `plots` draws the result. Pictures that need no prior: `pictures`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrix units, modelled: what replaces `tl.dot` in the interpreter, so that the kernels meet their arithmetic."""
+"""Matrix units, modeled: what replaces `tl.dot` in the interpreter, so that the kernels meet their arithmetic."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ MUTANTS = {
         "second = tl.maximum(second, tl.minimum(best, of_tile))",
         "second = second",
     ),
-    "the neighbour is never looked at": (
+    "the neighbor is never looked at": (
         "gaussian",
         "certify.py",
         "certain = certain & (takes_first | takes_other)",

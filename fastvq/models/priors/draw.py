@@ -1,4 +1,7 @@
-"""Sampling of an index from logits."""
+"""Sampling of an index from logits.
+
+A module of its own, since it knows nothing of priors and is tested without one.
+"""
 
 from __future__ import annotations
 
