@@ -1,4 +1,4 @@
-// The float64 tier: the definition of the nearest code, evaluated for the codes that the cheap tiers leave open.
+// The float64 tier: the definition of the nearest code, evaluated for the candidates of the cheap tiers.
 #pragma once
 
 #include <cstdint>

@@ -74,12 +74,12 @@ void direct_rows(const float* rows, int64_t row_stride, const T* data, int64_t d
       else
         error = relative * value + floor;
       const FloatVec low = value - error, high = value + error;
-      // What isn't finite, be it the code or the sum, is left to the definition.
-      uint32_t open = mask_of((IntVec) !(high - high == 0.0f)) & present;
-      const uint32_t sound = present & ~open;
-      open |= mask_of((IntVec)(low <= minimum.limit)) & sound;
-      for (; open; open &= open - 1) {
-        const int l = __builtin_ctz(open);
+      // The definition decides where a code or a sum is not finite.
+      uint32_t candidates = mask_of((IntVec) !(high - high == 0.0f)) & present;
+      const uint32_t sound = present & ~candidates;
+      candidates |= mask_of((IntVec)(low <= minimum.limit)) & sound;
+      for (; candidates; candidates &= candidates - 1) {
+        const int l = __builtin_ctz(candidates);
         const bool finite = sound >> l & 1;
         if (finite && high[l] < minimum.limit) minimum.limit = high[l];
         if (!finite || low[l] <= minimum.limit)

@@ -19,8 +19,8 @@ bool all_finite(const double* values, int64_t count) {
   return poison == 0.0;
 }
 
-// What all threads found for a row.
-struct Open {
+// The candidates that all threads found for a row.
+struct Uncertified {
   float limit = std::numeric_limits<float>::infinity();
   bool overflow = false;
   std::vector<int64_t> codes;
@@ -34,7 +34,7 @@ void search_rows(const Isa& isa, const Matrix& x, const Matrix& codes, Metric me
   bool finite[DIRECT_ROWS];
   for (int r = 0; r < count; ++r)
     finite[r] = isa.load(x.dtype, x.row(rows[r]), nullptr, 1.0, dim, values.data() + r * stride).finite;
-  Open open[DIRECT_ROWS];
+  Uncertified uncertified[DIRECT_ROWS];
   std::mutex merging;
   const DirectCodes direct_codes{codes.dtype, codes.data, dim, metric == Metric::dot, nullptr};
   parallel(codes.rows, std::max<int64_t>(isa.lanes, GRAIN / (dim * count)), [&](int64_t begin, int64_t end) {
@@ -46,10 +46,10 @@ void search_rows(const Isa& isa, const Matrix& x, const Matrix& codes, Metric me
     isa.direct(values.data(), stride, count, direct_codes, begin, end, minima);
     const std::lock_guard<std::mutex> lock(merging);
     for (int r = 0; r < count; ++r) {
-      open[r].limit = std::min(open[r].limit, minima[r].limit);
-      open[r].overflow |= minima[r].overflow;
-      open[r].codes.insert(open[r].codes.end(), found[r], found[r] + minima[r].count);
-      open[r].lower_ends.insert(open[r].lower_ends.end(), lower_ends[r], lower_ends[r] + minima[r].count);
+      uncertified[r].limit = std::min(uncertified[r].limit, minima[r].limit);
+      uncertified[r].overflow |= minima[r].overflow;
+      uncertified[r].codes.insert(uncertified[r].codes.end(), found[r], found[r] + minima[r].count);
+      uncertified[r].lower_ends.insert(uncertified[r].lower_ends.end(), lower_ends[r], lower_ends[r] + minima[r].count);
     }
   });
   Definition definition(x, codes, metric);
@@ -62,11 +62,12 @@ void search_rows(const Isa& isa, const Matrix& x, const Matrix& codes, Metric me
       if (!certain) codes.load(k, code.data());
       if (certain || all_finite(code.data(), dim)) candidates.push_back(k);
     };
-    if (open[r].overflow) {
+    if (uncertified[r].overflow) {
       for (int64_t k = 0; k < codes.rows; ++k) consider(k, false);
     } else {
-      for (size_t i = 0; i < open[r].codes.size(); ++i)
-        if (open[r].lower_ends[i] <= open[r].limit) consider(open[r].codes[i], std::isfinite(open[r].lower_ends[i]));
+      for (size_t i = 0; i < uncertified[r].codes.size(); ++i)
+        if (uncertified[r].lower_ends[i] <= uncertified[r].limit)
+          consider(uncertified[r].codes[i], std::isfinite(uncertified[r].lower_ends[i]));
     }
     if (candidates.size() == 1)
       indices[rows[r]] = candidates[0];

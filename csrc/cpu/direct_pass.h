@@ -1,4 +1,4 @@
-// A handful of rows against the codes as they lie in memory: no frame, no packing, the codes shared out over threads.
+// Search of a handful of rows in the unpacked codes: no frame, no packing, the codes divided among the threads.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,7 @@ bool direct_serves(const Matrix& x, const Matrix& codes);
 void direct_pass(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, const std::vector<int64_t>& rows,
                  int64_t* indices, const Parallel& parallel);
 
-// For one row at a time: drops those of its candidates, all finite codes, that float32 distances show not to be
-// nearest.
+// Removes candidates of one row, all finite codes, that float32 distances prove not to be nearest.
 class DirectFilter {
  public:
   DirectFilter(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric);

@@ -68,7 +68,7 @@ inline Combination turned_back(const float* x, const float* e, const float* g, i
   if (!(x_length >= shortest && e_length >= shortest)) return {1.0f, 0.0f, 0.0f};
   const float x_factor = 1.0f / x_length, e_factor = 1.0f / e_length, stretch = e_length * x_factor;
   const float along_u = x_factor * sum_of_lanes(xg), along_v = e_factor * sum_of_lanes(eg);
-  // Of nearly opposite vectors little is left: their own sum, not |u|^2 + |v|^2 + 2 <u, v>.
+  // |u|^2 + |v|^2 + 2 <u, v> cancels for nearly opposite vectors; the square of their sum does not.
   FloatVec squares{};
   for_vectors(dim, [&](int64_t j, int64_t count) {
     const FloatVec both = load_some(x + j, count) * x_factor + load_some(e + j, count) * e_factor;

@@ -9,7 +9,7 @@ namespace fastvq {
 namespace {
 
 constexpr double FAR = 8.0;         // times the median norm, and a code counts as far from the others
-constexpr int64_t FAR_SHARE = 64;   // at most one code in so many
+constexpr int64_t FAR_SHARE = 64;   // at most one code in this number is far
 constexpr int64_t SAMPLE = 64;      // codes that tell whether to centre
 constexpr int64_t GRAIN = 1 << 15;  // elements that a thread should have to measure
 
@@ -151,7 +151,7 @@ Frame::Frame(const Isa& isa, const Matrix& codes, Metric metric, const Parallel&
       }
     }
   }
-  // In float32 powers of two end here. float64 codes beyond them are left to the definition.
+  // The range of powers of two in float32 ends here; the definition decides for float64 codes beyond it.
   if (sizes.max_largest > 0.0) exponent = std::clamp(-std::ilogb(sizes.max_largest), -126, 126);
   // The factor covers squared norms computed in float32.
   const double rounding = 1.0 + (static_cast<double>(codes.dim) + 4.0) * 0x1p-23;

@@ -43,26 +43,28 @@ constexpr const Tier* INT16 = nullptr;
 }  // namespace
 
 const Isa& FASTVQ_NAME(FASTVQ_ISA, _isa)() {
-  static constexpr Isa self{FASTVQ_STRING(FASTVQ_ISA),
-                            LANES,
-                            TILE,
-                            supported,
-                            &TIER<Float32>,
-                            INT16,
-                            load_values,
-                            add,
-                            lower_distances,
-                            quantize,
-                            interleave,
-                            subtract,
-                            error,
-                            take,
-                            gradient,
-                            scores,
-                            at_most,
-                            perturb,
-                            &SOFT,
-                            direct};
+  static constexpr Isa self{
+      /*name=*/FASTVQ_STRING(FASTVQ_ISA),
+      /*lanes=*/LANES,
+      /*tile_rows=*/TILE,
+      /*supported=*/supported,
+      /*float32=*/&TIER<Float32>,
+      /*int16=*/INT16,
+      /*load=*/load_values,
+      /*add=*/add,
+      /*lower_distances=*/lower_distances,
+      /*to_int16=*/to_int16,
+      /*interleave=*/interleave,
+      /*subtract=*/subtract,
+      /*error=*/error,
+      /*take=*/take,
+      /*gradient=*/gradient,
+      /*scores=*/scores,
+      /*at_most=*/at_most,
+      /*perturb=*/perturb,
+      /*soft=*/&SOFT,
+      /*direct=*/direct,
+  };
   return self;
 }
 

@@ -1,8 +1,8 @@
-// What csrc/cpu/isa.cpp offers for each instruction set: everything in a search that runs over vectors of numbers.
+// The functions that csrc/cpu/isa.cpp offers for each instruction set: all loops of a search over vectors of numbers.
 //
-// isa.cpp is compiled once for each instruction set, with that set's flags. What it defines stands in a namespace of
-// its own and it instantiates nothing from the standard library: a weak symbol compiled with AVX-512 could otherwise be
-// the one that the linker keeps for everybody.
+// isa.cpp is compiled once for each instruction set, with that set's flags. Its definitions have a namespace of
+// their own, and it instantiates nothing from the standard library: the linker could otherwise keep a weak symbol that
+// is compiled with AVX-512 for all processors.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +13,9 @@ namespace fastvq {
 
 // The codes of one search as a cheap tier reads them. A vector unit of `lanes` lanes sees them in groups of lanes x
 // lanes: code k = (group * lanes + member) * lanes + lane. Operands are 32-bit units: one float, or two int16.
-//   units   [panels, units, 2 lanes]         panel p holds the members 2p and 2p + 1 of the groups, counted through
+//   units   [panels, units, 2 lanes]         panel p holds the members 2p and 2p + 1, numbered over all groups
 //   across  [groups, lanes, units, lanes]    the members of one group in one lane, side by side
-// and for both orders |f_k|^2 / 2 in float32, zero for metric "dot", infinity for a code that can't win.
+// and for both orders |f_k|^2 / 2 in float32, zero for metric "dot", infinity for a code that cannot be the nearest.
 struct PackedCodes {
   const uint32_t* units;
   const float* halves;  // [panels, 2 lanes]
@@ -34,7 +34,7 @@ struct GroupMinima {
   uint32_t* current;  // [rows, lanes], of a group that isn't finished
 };
 
-// The smallest score of a row in units of `step`, and how many codes may hold the row's answer.
+// The smallest score of a row in units of `step`, and the number of codes that may be the nearest to the row.
 struct Candidates {
   double smallest;
   int64_t count;
@@ -48,8 +48,8 @@ struct Tier {
   void (*clear)(int64_t rows, const GroupMinima& minima);
   // Folds all codes into the minima of `count` rows, a multiple of Isa::tile_rows; row r is at rows + r * unit_count.
   void (*scan)(const uint32_t* rows, int64_t count, const PackedCodes& codes, float step, const GroupMinima& minima);
-  // For each of `count` rows, the one code whose score is at most smallest + slack[r], or -1 where there are several,
-  // or where it takes longer to tell; and the smallest score. slack is in steps.
+  // For each of `count` rows, writes the smallest score and the only code whose score is at most smallest + slack[r],
+  // or -1 where there are several or where the group minima cannot exclude that. slack is in steps.
   void (*certify)(const uint32_t* rows, int64_t count, const PackedCodes& codes, float step, const float* slack,
                   const GroupMinima& minima, int64_t* out, float* smallest);
   // Writes the codes whose score is at most smallest + slack to `out`, the first `capacity` of them; slack is in
@@ -62,7 +62,7 @@ struct Tier {
 struct Loaded {
   float norm2;    // |out|^2, in float32
   float largest;  // max |out_j|
-  bool finite;    // every element of v is
+  bool finite;    // all elements of v are finite
 };
 
 // The codes that may be nearest to one row, found without packing: of the codes seen so far, those whose distance,
@@ -70,7 +70,7 @@ struct Loaded {
 struct DirectMinimum {
   float limit;
   int64_t count;
-  bool overflow;  // there were more than DIRECT_CAPACITY
+  bool overflow;  // more than DIRECT_CAPACITY codes qualified
   int64_t* codes;
   float* lower_ends;
 };
@@ -82,12 +82,12 @@ struct DirectCodes {
   const void* data;
   int64_t dim;
   bool dot;
-  const int64_t* list;  // which codes the positions [begin, end) stand for; null: themselves
+  const int64_t* list;  // the codes at the positions [begin, end); null where position and code are the same
 };
 
-// How scores become perturbed logits; see sample.h. What float32 makes of one is in error by less than
-//     unit (error / |x - e| + 2^-19 size) + 2e-5       with size |x - e|, or |score| where that isn't asked for
-// where the constants cover the noise, which is below 23, and its sum with the logit.
+// Parameters of the perturbed logits; see sample.h. A logit in float32 is in error by less than
+//     unit (error / |x - e| + 2^-19 size) + 2e-5       with size |x - e|, or |score| for metric dot
+// The constants cover the noise, which is below 23, and its sum with the logit.
 struct Perturbation {
   uint32_t key_low, key_high, row_low, row_high, head;
   uint32_t block;  // the first code / 4
@@ -97,15 +97,15 @@ struct Perturbation {
 
 enum class SoftMetric { distance, l2, dot };
 
-// How the logits of a row get u = dL/dp from upstream gradients; see soft_assign.h.
+// Parameters of u = dL/dp for the logits of a row, from upstream gradients; see soft_assign.h.
 struct Slope {
   float logsumexp, entropy_grad, log_floor;
   const float* share;  // dL/dmean / rows, or null
-  bool products;       // u begins as what it holds, negated
+  bool products;       // u begins as its negated content
 };
 
-// Kernels of soft_assign.h over the codes of a row, `count` of them, a multiple of lanes; -infinity is the logit of no
-// code.
+// Kernels of soft_assign.h over the codes of a row, `count` of them, a multiple of lanes; -infinity is the logit of a
+// position without a code.
 struct SoftKernels {
   // Scores to squared distances, max(0, 2 score + square).
   void (*squares)(float* scores, int64_t count, float square);
@@ -138,19 +138,19 @@ struct Isa {
   // sums += v, in float64.
   void (*add)(DType dtype, const void* v, int64_t dim, double* sums);
   // distances[n] = min(distances[n], |row n - code|^2) for each code, in float64 and rounded once; a row whose distance
-  // is 0 isn't read, and what is no number changes nothing. Code m is at codes + m * stride, padded with zeros.
+  // is 0 isn't read, and a distance that is NaN is ignored. Code m is at codes + m * stride, padded with zeros.
   void (*lower_distances)(DType dtype, const void* rows, int64_t count, int64_t dim, const double* codes,
                           int64_t code_count, int64_t stride, float* distances);
   // out = the int16 nearest to y * inverse, or its negative, in pairs; returns |y * inverse - out|^2.
-  float (*quantize)(const float* y, float inverse, bool negate, int64_t dim, uint32_t* out);
+  float (*to_int16)(const float* y, float inverse, bool negate, int64_t dim, uint32_t* out);
   // out[j * stride + l] = rows[l * row_stride + j] for the lanes l < live, zero for the other lanes.
   void (*interleave)(const uint32_t* rows, int64_t row_stride, int live, int64_t count, uint32_t* out, int64_t stride);
   // out = x - e, in float32; out may be x.
   void (*subtract)(const float* x, const float* e, int64_t dim, float* out);
-  // The quantize step of a row x and its code e, in float32. error: |x - e|^2. take: the same, once e is taken off x
-  // and added to `sum`. gradient: what reaches x from the gradient g of its code, straight through or turned back, and
-  // factor (x - e), written to `out` or, if `add`, added to it; see quantize.h. A vector shorter than `shortest` has no
-  // direction to turn from.
+  // The quantize step of a row x and its code e, in float32. error returns |x - e|^2. take subtracts e from x, adds it
+  // to `sum`, and returns the same. gradient writes to `out`, or adds to it if `add`, the gradient of x: g, the
+  // gradient of its code, straight through or rotated back, plus factor (x - e); see quantize.h. A vector shorter than
+  // `shortest` has no direction, and is not rotated.
   float (*error)(const float* x, const float* e, int64_t dim);
   float (*take)(float* x, const float* e, int64_t dim, float* sum);
   void (*gradient)(const float* x, const float* e, const float* g, int64_t dim, bool rotate, float shortest,
@@ -159,10 +159,11 @@ struct Isa {
   // to out + r * stride, codes in order.
   void (*scores)(const uint32_t* rows, const PackedCodes& codes, int64_t begin, int64_t end, float* out,
                  int64_t stride);
-  // The positions of the values that are at most `limit`, and how many they are. count is a multiple of lanes.
+  // Writes the positions of the values that are at most `limit`, and returns their number. count is a multiple of
+  // lanes.
   int64_t (*at_most)(const float* values, int64_t count, float limit, int32_t* out);
-  // Scores to their perturbed logits, negated and less their error: the smallest that they can be. Returns the largest
-  // lower end. count is a multiple of 4 lanes, the first of the codes one of 4.
+  // Replaces each score by the negated upper end of its perturbed logit, logit plus error. Returns the largest lower
+  // end. count is a multiple of 4 lanes, the first code a multiple of 4.
   float (*perturb)(float* values, int64_t count, const Perturbation& perturbation);
   const SoftKernels* soft;
   // Up to DIRECT_ROWS rows against the codes [begin, end). Rows are float32, padded with zeros to a multiple of

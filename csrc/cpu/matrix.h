@@ -1,4 +1,4 @@
-// What the kernels are given: arrays of any element type, and a way to use several threads.
+// Arguments of the kernels: arrays of any element type, and a way to use several threads.
 #pragma once
 
 #include <cstdint>

@@ -77,7 +77,7 @@ double PackedTier::pack_group(const Isa& isa, const Matrix& codes, const Frame& 
     const Loaded code = isa.load(codes.dtype, codes.row(first + i), frame.shift(), scale, codes.dim, out);
     halves[i] = frame.metric == Metric::l2 ? 0.5f * code.norm2 : 0.0f;
     if (integer()) {
-      const float error2 = isa.quantize(out, inverse_, false, codes.dim, row);
+      const float error2 = isa.to_int16(out, inverse_, false, codes.dim, row);
       largest2 = std::max(largest2, static_cast<double>(error2));
     }
   }

@@ -1,4 +1,4 @@
-// What this machine can do at most, measured: the ceilings that `fastvq bench` holds its times against.
+// The measured peak rates of this machine, which `fastvq bench` compares its times with.
 #pragma once
 
 #include <string>

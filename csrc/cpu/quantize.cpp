@@ -13,7 +13,7 @@
 namespace fastvq {
 namespace {
 
-int64_t counted_rows(const int64_t* indices, int64_t rows) {
+int64_t quantized_rows(const int64_t* indices, int64_t rows) {
   return std::count_if(indices, indices + rows, [](int64_t index) { return index >= 0; });
 }
 
@@ -49,14 +49,15 @@ double forward(const Isa& isa, const T* x, const E* codebook, const Matrix& shap
   });
   double total = 0.0;
   for (double square : squares) total += square;
-  return total / static_cast<double>(std::max<int64_t>(1, counted_rows(indices, rows) * dim));
+  return total / static_cast<double>(std::max<int64_t>(1, quantized_rows(indices, rows) * dim));
 }
 
 template <class C, class T>
 void backward(const Isa& isa, const T* x, const C* codes, const int64_t* indices, const T* grad, const Matrix& shape,
               Gradient gradient, double pull, T* x_grad, const Parallel& parallel) {
   const int64_t rows = shape.rows, dim = shape.dim;
-  const C factor = static_cast<C>(pull / static_cast<double>(std::max<int64_t>(1, counted_rows(indices, rows) * dim)));
+  const C factor =
+      static_cast<C>(pull / static_cast<double>(std::max<int64_t>(1, quantized_rows(indices, rows) * dim)));
   parallel(rows, std::max<int64_t>(1, QUANTIZE_GRAIN / dim), [&](int64_t begin, int64_t end) {
     const Scratch<C> x_row(dim), grad_row(dim), out_row(dim);
     for (int64_t i = begin; i < end; ++i) {

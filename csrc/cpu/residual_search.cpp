@@ -14,7 +14,7 @@ namespace fastvq {
 namespace {
 
 constexpr int64_t GRAIN = 1 << 18;  // multiply-adds that a thread should have
-// A block of which more than one row in so many needs another tier isn't worth keeping together.
+// A block is given up once a stage defers more than one row in this number.
 constexpr int64_t RARE = 4;
 
 Matrix stage_of(const Matrix& codebooks, int64_t stages, int64_t stage) {
@@ -78,20 +78,20 @@ void serially(int64_t count, int64_t, const std::function<void(int64_t, int64_t)
   if (count > 0) f(0, count);
 }
 
-// One block of rows through all stages. False where a stage leaves too many of them open.
-bool search_block(const Isa& isa, const std::vector<std::unique_ptr<Stage>>& stages, const Matrix& block, bool hand_on,
-                  float* residual, int64_t* indices) {
+// Searches a block of rows through all stages. Returns false where a stage defers too many of them.
+bool search_block(const Isa& isa, const std::vector<std::unique_ptr<Stage>>& stages, const Matrix& block,
+                  bool may_defer, float* residual, int64_t* indices) {
   const auto count = static_cast<int64_t>(stages.size());
-  std::vector<int64_t> found(block.rows), left;
+  std::vector<int64_t> found(block.rows), deferred;
   Matrix rows = block;
   for (int64_t stage = 0; stage < count; ++stage) {
     const Stage& own = *stages[stage];
     const TierPass pass(isa, own.frame, own.packed, rows, own.codes);
-    left.clear();
-    pass.run({nullptr, 0, rows.rows}, found.data(), hand_on ? &left : nullptr, rows.rows);
-    if (!left.empty()) {
-      if (static_cast<int64_t>(left.size()) * RARE > rows.rows || !direct_serves(rows, own.codes)) return false;
-      direct_pass(isa, rows, own.codes, Metric::l2, left, found.data(), serially);
+    deferred.clear();
+    pass.run({nullptr, 0, rows.rows}, found.data(), may_defer ? &deferred : nullptr, rows.rows);
+    if (!deferred.empty()) {
+      if (static_cast<int64_t>(deferred.size()) * RARE > rows.rows || !direct_serves(rows, own.codes)) return false;
+      direct_pass(isa, rows, own.codes, Metric::l2, deferred, found.data(), serially);
     }
     for (int64_t i = 0; i < rows.rows; ++i) indices[i * count + stage] = found[i];
     if (stage + 1 == count) break;
@@ -121,7 +121,7 @@ void residual_search(const Isa& isa, Precision precision, const Matrix& x, const
   const bool fits = !integer || std::all_of(packed.begin(), packed.end(), [](const auto& stage) {
     return stage->frame.usable && stage->frame.norm > 0.0;
   });
-  std::vector<int64_t> again;  // rows that the blocks leave open
+  std::vector<int64_t> again;  // rows of the blocks that were given up
   std::mutex merging;
   const int64_t tiles = (x.rows + isa.tile_rows - 1) / isa.tile_rows;
   const int64_t grain = std::max<int64_t>(1, GRAIN / (isa.tile_rows * codebooks.rows * dim));

@@ -1,4 +1,4 @@
-// Residual quantization: each stage's nearest code of what the stages before it left over.
+// Residual search: each stage finds the nearest code of the residual of the stages before it.
 #pragma once
 
 #include <cstdint>

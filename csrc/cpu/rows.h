@@ -147,7 +147,7 @@ void lower_distances(DType dtype, const void* rows, int64_t count, int64_t dim, 
   });
 }
 
-float quantize(const float* y, float inverse, bool negate, int64_t dim, uint32_t* out) {
+float to_int16(const float* y, float inverse, bool negate, int64_t dim, uint32_t* out) {
   constexpr float ROUND = 0x1.8p23f;  // adding and subtracting it rounds to an integer, for |value| <= 2^22
   const float factor = negate ? -inverse : inverse;
   uint16_t* integers = reinterpret_cast<uint16_t*>(out);

@@ -37,7 +37,7 @@ double gumbel(uint32_t word) {
 }
 
 // The codes of a row that may have the largest perturbed logit so far.
-struct Open {
+struct Uncertified {
   float best;                                         // the largest lower end
   std::vector<std::pair<float, int64_t>> upper_ends;  // negated
 };
@@ -58,7 +58,7 @@ void sample(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric,
   std::fill_n(indices, x.rows, -1);
   const int64_t row_cost = codes.rows * (codes.dim + NOISE_COST);
   parallel(x.rows, std::max<int64_t>(1, GRAIN / row_cost), [&](int64_t begin, int64_t end) {
-    std::vector<Open> found(ScorePass::BLOCK_ROWS);
+    std::vector<Uncertified> found(ScorePass::BLOCK_ROWS);
     std::vector<int32_t> below;
     std::vector<int64_t> candidates;
     Definition definition(x, codes, metric);
@@ -79,7 +79,7 @@ void sample(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric,
     };
     const auto see = [&](int64_t slot, const ScoredRow& row, float* scores, int64_t first, int64_t count) {
       if (!bounded) return;
-      Open& own = found[slot];
+      Uncertified& own = found[slot];
       perturbation.row_low = static_cast<uint32_t>(row.row);
       perturbation.row_high = static_cast<uint32_t>(static_cast<uint64_t>(row.row) >> 32);
       perturbation.block = static_cast<uint32_t>(first / 4);
@@ -94,7 +94,7 @@ void sample(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric,
       for (int64_t i = 0; i < added; ++i) own.upper_ends.emplace_back(scores[below[i]], first + below[i]);
     };
     const auto finish = [&](int64_t slot, const ScoredRow& row) {
-      const Open& own = found[slot];
+      const Uncertified& own = found[slot];
       candidates.clear();
       if (bounded && row.bound < std::numeric_limits<double>::infinity()) {
         for (const auto& one : own.upper_ends)

@@ -1,4 +1,4 @@
-// The cheap tiers: scores of a block of rows against the packed codes, and the codes that they leave open. Included by
+// The cheap tiers: scores of a block of rows against the packed codes, and the candidates that remain. Included by
 // isa.cpp alone.
 #pragma once
 

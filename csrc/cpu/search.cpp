@@ -17,23 +17,23 @@ namespace {
 
 constexpr int64_t GRAIN = 1 << 18;  // multiply-adds that a thread should have
 
-// All rows of `count`, or those of the list, through one tier.
+// Searches `count` rows, those of the list if there is one, in one tier, and returns the deferred ones.
 std::vector<int64_t> run_tier(const Isa& isa, const Tier& tier, const Frame& frame, const Matrix& x,
-                              const Matrix& codes, const int64_t* list, int64_t count, bool hand_on, int64_t* indices,
+                              const Matrix& codes, const int64_t* list, int64_t count, bool may_defer, int64_t* indices,
                               const Parallel& parallel) {
   const PackedTier packed(isa, tier, codes, frame, parallel);
   const TierPass pass(isa, frame, packed, x, codes);
-  std::vector<int64_t> left;
+  std::vector<int64_t> deferred;
   std::mutex merging;
   const int64_t tiles = (count + isa.tile_rows - 1) / isa.tile_rows;
   parallel(tiles, std::max<int64_t>(1, GRAIN / (isa.tile_rows * codes.rows * x.dim)), [&](int64_t begin, int64_t end) {
     std::vector<int64_t> own;
     const RowRange rows{list, begin * isa.tile_rows, std::min(end * isa.tile_rows, count)};
-    pass.run(rows, indices, hand_on ? &own : nullptr, hand_on ? 2 * isa.tile_rows : rows.size());
+    pass.run(rows, indices, may_defer ? &own : nullptr, may_defer ? 2 * isa.tile_rows : rows.size());
     const std::lock_guard<std::mutex> lock(merging);
-    left.insert(left.end(), own.begin(), own.end());
+    deferred.insert(deferred.end(), own.begin(), own.end());
   });
-  return left;
+  return deferred;
 }
 
 }  // namespace
@@ -44,23 +44,23 @@ void search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& 
   const auto directly = [&](int64_t count) {
     return direct_serves(x, codes) && (precision == Precision::direct || (automatic && count <= FEW_ROWS));
   };
-  std::vector<int64_t> left;
   if (directly(x.rows)) {
-    left.resize(x.rows);
-    std::iota(left.begin(), left.end(), 0);
-    direct_pass(isa, x, codes, metric, left, indices, parallel);
+    std::vector<int64_t> all(x.rows);
+    std::iota(all.begin(), all.end(), 0);
+    direct_pass(isa, x, codes, metric, all, indices, parallel);
     return;
   }
   const Frame frame(isa, codes, metric, parallel);
   if ((automatic || precision == Precision::int16) && isa.int16 && frame.usable && frame.norm > 0.0 &&
       x.dim <= LARGEST_INTEGER_DIM) {
-    left = run_tier(isa, *isa.int16, frame, x, codes, nullptr, x.rows, true, indices, parallel);
-    if (left.empty()) return;
-    if (directly(static_cast<int64_t>(left.size())))
-      direct_pass(isa, x, codes, metric, left, indices, parallel);
+    const std::vector<int64_t> deferred =
+        run_tier(isa, *isa.int16, frame, x, codes, nullptr, x.rows, true, indices, parallel);
+    if (deferred.empty()) return;
+    if (directly(static_cast<int64_t>(deferred.size())))
+      direct_pass(isa, x, codes, metric, deferred, indices, parallel);
     else
-      run_tier(isa, *isa.float32, frame, x, codes, left.data(), static_cast<int64_t>(left.size()), false, indices,
-               parallel);
+      run_tier(isa, *isa.float32, frame, x, codes, deferred.data(), static_cast<int64_t>(deferred.size()), false,
+               indices, parallel);
     return;
   }
   run_tier(isa, *isa.float32, frame, x, codes, nullptr, x.rows, false, indices, parallel);

@@ -1,5 +1,20 @@
-// Certified nearest-code search on the CPU: cheap scores, a bound that says where they can be trusted, and the float64
-// definition for what it leaves open. docs/exactness.md derives every term.
+// Certified nearest-code search on the CPU: cheap scores, an error bound that tells where they decide, and the float64
+// definition where they do not. docs/exactness.md derives every term.
+//
+// Words of csrc/cpu:
+//   definition       the score in float64 that defines the nearest code; ties go to the lowest index
+//   tier             one precision of the cheap scores: int16 or float32 (isa.h, struct Tier)
+//   frame            the shift and the power of two that rows and codes are transformed by before they are scored
+//   step             the size of one unit of an integer tier's scores; 1 for float32
+//   bound, slack     the largest error of a row's scores; twice that, in steps
+//   certified row    only one code scores within the slack of the smallest score, so it is the nearest
+//   uncertified row  several codes do, its candidates: float32 distances and the definition decide between them
+//   deferred row     an uncertified row that this tier leaves to the next one, which is cheaper than its candidates
+//   far code         a code so much longer than the others that the scan leaves it out, to keep their precision
+//   unit             a 32-bit operand of the scan: one float or two int16
+//   group            lanes x lanes codes; the group minima are the smallest scores of the best two groups in each lane
+//   panel            the codes of two members of a group in all lanes, which the scan reads together
+//   halves           |f|^2 / 2 of the codes; `across` holds the members of a group in one lane side by side
 #pragma once
 
 #include <cstdint>
@@ -10,17 +25,17 @@
 
 namespace fastvq {
 
-// Which scores a search begins with. Every tier ends with the definition for the rows that it leaves open.
+// The scores that a search begins with. The definition decides for every row that remains uncertified.
 enum class Precision {
   automatic,  // direct for a handful of rows, else int16 where the instruction set has it, then float32
-  direct,     // float32 distances to the codes as they lie in memory
+  direct,     // float32 distances to the unpacked codes
   float32,
   int16,
 };
 
-// Packing the codes costs as much as searching about so many rows without.
+// Packing the codes costs about as much as searching this number of rows without it.
 constexpr int64_t FEW_ROWS = 16;
-// The rounding errors of a longer row of integers are measured less well than the bound says.
+// The measured rounding errors of a longer row of integers are less precise than the bound assumes.
 constexpr int64_t LARGEST_INTEGER_DIM = 4096;
 
 // Writes the index of each row of x.

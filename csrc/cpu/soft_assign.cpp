@@ -157,7 +157,7 @@ class Problem {
   Scratch<float> plain;  // [size, padded]
 };
 
-// What the rows of a tile need in the backward.
+// The upstream gradients and sums of the rows of a tile in the backward.
 struct Tile {
   Tile(const Problem& problem, int64_t rows, int64_t columns)
       : values(rows * problem.dim),

@@ -10,15 +10,15 @@ namespace fastvq {
 namespace {
 
 constexpr double INF = std::numeric_limits<double>::infinity();
-constexpr int64_t HANDED_ON = -2;
+constexpr int64_t DEFERRED = -2;
 // A block of rows shares each pass over the codes; its operands stay in the first-level cache.
 constexpr int64_t BLOCK_BYTES = 32 * 1024;
 constexpr int64_t LARGEST_BLOCK = 256;
-// More candidates than this are fewer in a finer tier, or it costs no more to look.
+// With more candidates than this a row is deferred: a finer tier has fewer of them, or costs no more.
 constexpr int64_t MANY_CANDIDATES = 32;
-// What an element of a candidate costs in the filter and in the definition, in elements of a float32 scan.
+// Cost of an element of a candidate in the filter and in the definition, in elements of a float32 scan.
 constexpr int64_t CANDIDATE_COST = 6, CANDIDATE_OVERHEAD = 32, DEFINITION_COST = 80;
-// Rows of a block so much longer than the others would take their precision away.
+// Rows of a block longer than this, in multiples of the others, would cost the others their precision.
 constexpr double LONG = 8.0;
 
 }  // namespace
@@ -64,7 +64,7 @@ struct TierPass::Workspace {
   std::vector<int64_t> found, candidates;
   DirectFilter filter;
   Definition definition;
-  int64_t spent = 0;  // on candidates and on rows handed on, in elements of a scan
+  int64_t spent = 0;  // on candidates and on deferred rows, in elements of a scan
 };
 
 int64_t TierPass::block_rows(const Isa& isa, int64_t units) {
@@ -116,7 +116,7 @@ void TierPass::choose_steps(int64_t count, Workspace& work) const {
   const int64_t units = packed_.codes().unit_count;
   for (int64_t i = 0; i < count; ++i) {
     if (work.norms[i] == INF) continue;
-    const float error2 = isa_.quantize(work.values.get() + i * x_.dim, inverse, true, x_.dim, &work.units[i * units]);
+    const float error2 = isa_.to_int16(work.values.get() + i * x_.dim, inverse, true, x_.dim, &work.units[i * units]);
     work.errors[i] = std::sqrt(error2) * (1 + 1e-3) * integer_size;
   }
   work.step = packed_.code_step * integer_size;
@@ -128,7 +128,7 @@ bool TierPass::far_codes_lose(double norm, double limit) const {
          (frame_.far_norm >= 4 * norm * (1 + 1e-6) && 0.25 * frame_.far_norm * frame_.far_norm * (1 - 1e-6) > limit);
 }
 
-// Bounds of all rows of a block, and the indices of those for which they decide at once; -1 for the others.
+// Computes the bounds of all rows of a block and the indices of the certified rows; -1 for the others.
 void TierPass::certify_block(int64_t count, Workspace& work) const {
   const double per_step = 2.0 * (1 + 1e-6) / work.step;
   for (int64_t i = 0; i < count; ++i) {
@@ -139,11 +139,11 @@ void TierPass::certify_block(int64_t count, Workspace& work) const {
                        work.minima(0, isa_.lanes), work.indices.get(), work.smallest.get());
 }
 
-// The index of a row that isn't certified; HANDED_ON where that is allowed and pays.
-int64_t TierPass::settle(int64_t row, int64_t slot, Workspace& work, bool hand_on) const {
+// Returns the index of an uncertified row; DEFERRED where that is allowed and cheaper.
+int64_t TierPass::decide(int64_t row, int64_t slot, Workspace& work, bool may_defer) const {
   if (!work.loaded[slot].finite || !frame_.any_finite) return -1;
   const double error = work.bounds[slot];
-  if (hand_on && !(error < 0x1p29 * work.step)) return HANDED_ON;
+  if (may_defer && !(error < 0x1p29 * work.step)) return DEFERRED;
   work.candidates.clear();
   if (error < INF) {
     const PackedCodes codes = packed_.codes();
@@ -154,7 +154,7 @@ int64_t TierPass::settle(int64_t row, int64_t slot, Workspace& work, bool hand_o
     };
     Candidates found = find();
     if (found.count > MANY_CANDIDATES) {
-      if (hand_on) return HANDED_ON;
+      if (may_defer) return DEFERRED;
       work.found.resize(std::max<size_t>(work.found.size(), found.count));
       found = find();
     }
@@ -172,7 +172,7 @@ int64_t TierPass::settle(int64_t row, int64_t slot, Workspace& work, bool hand_o
   return work.definition.nearest(row, work.candidates);
 }
 
-void TierPass::run(const RowRange& rows, int64_t* indices, std::vector<int64_t>* left, int64_t first_block) const {
+void TierPass::run(const RowRange& rows, int64_t* indices, std::vector<int64_t>* deferred, int64_t first_block) const {
   const PackedCodes codes = packed_.codes();
   Workspace work(isa_, packed_, x_, codes_, frame_.metric);
   int64_t block = std::max<int64_t>(1, first_block);
@@ -189,17 +189,17 @@ void TierPass::run(const RowRange& rows, int64_t* indices, std::vector<int64_t>*
       const int64_t row = rows[first + i];
       const bool certified = work.indices[i] >= 0 && work.loaded[i].finite && work.bounds[i] < INF &&
                              far_codes_lose(work.norms[i], work.smallest[i] * work.step + 2 * work.bounds[i]);
-      const int64_t index = certified ? work.indices[i] : settle(row, i, work, left != nullptr);
-      if (index == HANDED_ON) {
-        left->push_back(row);
+      const int64_t index = certified ? work.indices[i] : decide(row, i, work, deferred != nullptr);
+      if (index == DEFERRED) {
+        deferred->push_back(row);
         work.spent += codes_.rows * x_.dim;
       } else {
         indices[row] = index;
       }
     }
-    // Half the time of the next tier is saved while nothing else is spent.
-    if (left && work.spent > (first + count) * codes_.rows * x_.dim / 2) {
-      for (int64_t i = first + count; i < rows.size(); ++i) left->push_back(rows[i]);
+    // Go on only while the extra work stays below half of what the next tier would cost.
+    if (deferred && work.spent > (first + count) * codes_.rows * x_.dim / 2) {
+      for (int64_t i = first + count; i < rows.size(); ++i) deferred->push_back(rows[i]);
       return;
     }
   }

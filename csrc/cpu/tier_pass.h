@@ -1,4 +1,4 @@
-// One cheap tier over many rows: scores, the bound, and either the answer or the row handed on.
+// One cheap tier over many rows: it finds the index of a row, or defers the row to the next tier.
 #pragma once
 
 #include <cstdint>
@@ -25,13 +25,13 @@ class TierPass {
   TierPass(const Isa& isa, const Frame& frame, const PackedTier& packed, const Matrix& x, const Matrix& codes)
       : isa_(isa), frame_(frame), packed_(packed), x_(x), codes_(codes), bound_(frame, packed, codes.dim) {}
 
-  // Rows that share a pass over codes of so many units.
+  // Returns the number of rows that share a pass over codes of `units` units.
   static int64_t block_rows(const Isa& isa, int64_t units);
 
-  // Writes the indices of the rows. With `left`, rows that a finer tier serves better are appended to it instead;
-  // where these become many, all that remain. The first block has `first_block` rows, so that a tier that may fail can
-  // begin with a few.
-  void run(const RowRange& rows, int64_t* indices, std::vector<int64_t>* left, int64_t first_block) const;
+  // Writes the indices of the rows. With `deferred`, rows that a finer tier serves better are appended to it instead,
+  // and all remaining rows once these are many. The first block has `first_block` rows, so that a tier that may fail
+  // can begin with a few.
+  void run(const RowRange& rows, int64_t* indices, std::vector<int64_t>* deferred, int64_t first_block) const;
 
  private:
   struct Workspace;
@@ -39,7 +39,7 @@ class TierPass {
   void load_block(const RowRange& rows, int64_t first, int64_t count, Workspace& work) const;
   void choose_steps(int64_t count, Workspace& work) const;
   void certify_block(int64_t count, Workspace& work) const;
-  int64_t settle(int64_t row, int64_t slot, Workspace& work, bool hand_on) const;
+  int64_t decide(int64_t row, int64_t slot, Workspace& work, bool may_defer) const;
   bool far_codes_lose(double norm, double limit) const;
 
   const Isa& isa_;

@@ -50,7 +50,7 @@ void topk_search(const Isa& isa, const Matrix& x, const Matrix& codes, Metric me
   parallel(x.rows, std::max<int64_t>(1, GRAIN / (codes.rows * codes.dim)), [&](int64_t begin, int64_t end) {
     std::vector<Nearest> found(ScorePass::BLOCK_ROWS);
     std::vector<int32_t> below;
-    std::vector<int64_t> open;
+    std::vector<int64_t> candidates;
     std::vector<std::pair<double, int64_t>> ranked;
     Definition definition(x, codes, metric);
     const auto start = [&](int64_t slot, const ScoredRow& row) {
@@ -67,18 +67,18 @@ void topk_search(const Isa& isa, const Matrix& x, const Matrix& codes, Metric me
     const auto finish = [&](int64_t slot, const ScoredRow& row) {
       Nearest& own = found[slot];
       own.tighten(k);
-      open.clear();
+      candidates.clear();
       if (row.bound < std::numeric_limits<double>::infinity() && static_cast<int64_t>(own.scored.size()) >= k) {
-        for (const auto& one : own.scored) open.push_back(one.second);
+        for (const auto& one : own.scored) candidates.push_back(one.second);
         const double limit = static_cast<double>(own.limit);
         if (!(frame.far.empty() || (frame.far_norm >= 4 * row.norm * (1 + 1e-6) &&
                                     0.25 * frame.far_norm * frame.far_norm * (1 - 1e-6) > limit)))
-          open.insert(open.end(), frame.far.begin(), frame.far.end());
+          candidates.insert(candidates.end(), frame.far.begin(), frame.far.end());
       } else {
-        open = finite;
+        candidates = finite;
       }
       ranked.clear();
-      definition.score(row.row, open, [&](int64_t code, double score) { ranked.emplace_back(score, code); });
+      definition.score(row.row, candidates, [&](int64_t code, double score) { ranked.emplace_back(score, code); });
       const int64_t held = std::min<int64_t>(k, static_cast<int64_t>(ranked.size()));
       std::partial_sort(ranked.begin(), ranked.begin() + held, ranked.end());
       for (int64_t i = 0; i < held; ++i) indices[row.row * k + i] = ranked[i].second;

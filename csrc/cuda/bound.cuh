@@ -36,7 +36,7 @@ struct RowView {
   }
 };
 
-// What one pass over a row finds.
+// The result of one pass over a row.
 struct RowKind {
   float largest;
   bool finite, moved_finite;

@@ -196,8 +196,8 @@ struct Candidates {
   }
 };
 
-// What the ranges of some codes say, seen one after the other. The code of the smallest low may be the nearest; if no
-// other low is at or below the limit, it is.
+// The conclusion from the ranges of some codes, seen one after the other. The code of the smallest low may be the
+// nearest; if no other low is at or below the limit, it is.
 struct Narrowed {
   float limit = INFINITY, least = INFINITY, next = INFINITY;
   int64_t found = NO_CODE;

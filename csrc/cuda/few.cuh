@@ -31,7 +31,7 @@ struct FewRows {
   unsigned* arrived;  // blocks at the grid's barrier
 };
 
-// What few_scan and few_settle keep in shared memory.
+// The shared memory of few_scan and few_settle.
 __host__ __device__ inline int few_shared(int dim) {
   return static_cast<int>(FEW_AT_ONCE * stride_of(dim) * sizeof(float) + FEW_WARPS * sizeof(Best));
 }
@@ -75,7 +75,7 @@ __device__ __forceinline__ int64_t settle_row(const FewRows& few, int64_t row, V
       [&](int slice) { return ranges[slice * few.n + row].low; }, scratch);
 }
 
-// Slices of whole groups of codes, for so many blocks at most.
+// Slices of whole groups of codes, for a limited number of blocks.
 inline void share_out(FewRows& few, int64_t blocks) {
   const int groups = WARP / few.width;
   few.share = ceil_div(ceil_div(few.codes.size, blocks * FEW_WARPS), groups) * groups;

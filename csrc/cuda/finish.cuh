@@ -1,7 +1,8 @@
-// Which rows a scan settles, and the list of the others for the next tier.
+// Certification of the rows of a scan, and the list of the uncertified rows for the next tier.
 //
-// Final is a row whose best group is more than 2 B ahead of the others: its nearest code is in there, and found by
-// float32 distances and the definition. Short rows have a thread each, which needs no shuffles, long ones some lanes.
+// A row is certified if its best group is more than 2 B ahead of the others: the nearest code is in that group, and
+// float32 distances and the definition find it. A short row has one thread, which needs no shuffles, a long one some
+// lanes.
 #pragma once
 
 #include "scan.cuh"
@@ -11,7 +12,7 @@ namespace fastvq::cuda {
 constexpr int FINISH_THREADS = 128;
 constexpr int SHORT_COLUMNS = 32;  // a thread holds at most
 
-// What a tier hands on.
+// The uncertified rows of a tier.
 struct Rest {
   int* rows;   // [heads, n]
   int* count;  // [heads], zero before
@@ -22,7 +23,7 @@ struct Rest {
   }
 };
 
-// Lanes that have a row together: few, so that a warp settles several, while they read whole lines of a code.
+// Lanes that share a row: few, so that a warp has several rows, but enough to read whole lines of a code.
 __host__ __device__ inline int lanes_each(int dim) {
   return dim <= 256 ? 8 : WARP;
 }
@@ -60,7 +61,7 @@ static __global__ void __launch_bounds__(FINISH_THREADS, 4)
       other.group = __shfl_xor_sync(ALL_LANES, two.group, offset);
       two.add(other);
     }
-    // Where the best two tie lanes may differ in the group, and the row is open.
+    // Where the best two tie, lanes may differ in the group, and the row is uncertified.
     const int group = __shfl_sync(ALL_LANES, two.group, threadIdx.x % WARP - part);
     const RowScale scale = scale_of(kind.largest, dim, decision.exponent, scan.tier);
     const RowSquares squares = squares_of(view, scale.scale, scan.tier, width);

@@ -14,7 +14,7 @@ constexpr int FRAME_THREADS = 128, FRAME_WARPS = FRAME_THREADS / WARP;
 constexpr int64_t FRAME_BLOCKS = 256;  // of frame_norms, at most
 constexpr int64_t SAMPLE = 64;         // codes, about, whose mean is the centre: any centre is right
 constexpr double FAR = 8.0;            // times the geometric mean of the lengths, and a code is far from the others
-constexpr int64_t FAR_SHARE = 64;      // at most one code in so many is taken out as far
+constexpr int64_t FAR_SHARE = 64;      // at most one code in this number is far
 constexpr int TARGET = 7;              // the longest code is scaled to [2^6, 2^7): half its square fits float16
 constexpr float LONGEST = 1.01f * 0x1p7f;
 constexpr double NOT_FINITE = -1.0;  // in place of a length
@@ -137,7 +137,7 @@ __device__ inline Reach reach_of(const double* lengths, int64_t size, Metric met
   int moved = 0, usable = 0;
   for (int64_t k = threadIdx.x; k < size; k += FRAME_THREADS) {
     const double length = lengths[k];
-    // What counts as far need not be precise: the exponent will do for the logarithm.
+    // The limit of far codes need not be precise: the exponent serves as the logarithm.
     exponents += length > 0.0 ? exponent_of(length) : 0;
     moved += length > 0.0;
     usable += length >= 0.0;

@@ -1,6 +1,6 @@
-// What the kernels take from the machine, in one place: launches, shared memory, and the few instructions that CUDA C++
-// has no name for. Under FASTVQ_EMULATED the same names come from the emulator of tests/cuda, and the kernels are
-// ordinary C++.
+// The parts of the machine that the kernels use, in one place: launches, shared memory, and the few instructions that
+// CUDA C++ has no name for. Under FASTVQ_EMULATED the same names come from the emulator of tests/cuda, and the kernels
+// are ordinary C++.
 #pragma once
 
 #ifdef FASTVQ_EMULATED
@@ -27,7 +27,7 @@ inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// What a launch is fitted to; read once for each device.
+// Properties of a device that launches are fitted to; read once.
 struct Machine {
   int processors, shared_limit;
 };

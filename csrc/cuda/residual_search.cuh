@@ -7,7 +7,7 @@ namespace fastvq::cuda {
 
 constexpr int SUBTRACT_THREADS = 256;
 
-// All stages of a residual search. A block settles every so many rows and takes their codes off them.
+// All stages of a residual search. A block searches rows at a fixed stride and subtracts their codes.
 static __global__ void __launch_bounds__(FEW_THREADS, 4) few_stages(FewRows few) {
   const int dim = few.codes.dim;
   const Values residual{few.residual, DType::f32};

@@ -1,4 +1,4 @@
-// What a scan leaves of each row: the best and the second best of the groups of codes, by scores
+// The result of a scan for each row: the best and the second best of the groups of codes, by scores
 // a_k = <y, f_k> - |f_k|^2 / 2, of which the largest wins.
 #pragma once
 

@@ -110,7 +110,7 @@ static __global__ void __launch_bounds__(MATRIX_THREADS, PARTS* BLOCKS > 2 ? 2 :
   uint16_t* rows = reinterpret_cast<uint16_t*>(stages + STAGES * Tile::STAGE);
   float* shrinks = reinterpret_cast<float*>(rows + PARTS * Tile::ROWS * row_stride);
 
-  // What this thread brings of a tile: eight columns of every so many codes, and maybe four of the halves.
+  // The part of a tile that this thread copies: eight columns of codes at a stride, and maybe four of the halves.
   constexpr int EIGHTS = CHUNK / 8, LINES = MATRIX_THREADS / EIGHTS;
   static_assert(Tile::WIDTH % LINES == 0 && Tile::ROWS % LINES == 0 && Tile::WIDTH <= 4 * MATRIX_THREADS);
   const int line = threadIdx.x / EIGHTS, eight = threadIdx.x % EIGHTS * 8;
@@ -173,7 +173,7 @@ static __global__ void __launch_bounds__(MATRIX_THREADS, PARTS* BLOCKS > 2 ? 2 :
 #pragma unroll
     for (int h = 0; h < 2; ++h) shrink[b][h] = shrinks[warp_row + 16 * b + 8 * h + quad_row];
 
-  // What this lane takes of its warp's rows: of a part, from a column on.
+  // The operands of this lane in its warp's rows: of a part, from a column on.
   const int row_at = (warp_row + lane % 16) * row_stride + lane / 16 * 8;
   const auto take_rows = [&](const uint16_t* part, int column, uint32_t(&fragments)[BLOCKS][4]) {
 #pragma unroll

@@ -7,7 +7,7 @@ namespace fastvq::cuda {
 
 namespace {
 
-// What FASTVQ_CUDA_PATH in the environment names, for measurements: the indices are the same.
+// The path that FASTVQ_CUDA_PATH in the environment names, for measurements: the indices are the same.
 Path requested() {
   const char* name = std::getenv("FASTVQ_CUDA_PATH");
   return name && *name ? path_named(name) : Path::automatic;

@@ -1,8 +1,8 @@
 // The nearest code of each row: which kernels serve which shape.
 //
 //   up to 64 rows         few: float32 distances to all codes, nothing packed
-//   up to 4 dimensions    cores: a float32 scan on CUDA cores; what stays open goes to `define`
-//   more                  matrix: a scan in one float16 product, one in three for what stays open, and `define`
+//   up to 4 dimensions    cores: a float32 scan on CUDA cores; `define` takes uncertified rows
+//   more                  matrix: a scan in one float16 product, one in three for uncertified rows, and `define`
 //   float64               define: the definition of each distance
 #pragma once
 
@@ -32,7 +32,7 @@ constexpr int64_t MOST_FEW = 4096;  // rows for which `few` has memory: a range 
 constexpr int MOST_HEADS = 65535;
 constexpr int CORES_DIM = 4;  // docs/gpu.md says why no more
 constexpr int MOST_SPLITS = 64, DEFINE_BLOCKS_EACH = 8, FINISH_BLOCKS_EACH = 16, SCAN_BLOCKS_EACH = 4;
-constexpr int LISTED_SHARE = 16;  // of the rows are expected in a list, where blocks are counted out
+constexpr int LISTED_SHARE = 16;  // one row in this number is expected in a list
 
 static __global__ void __launch_bounds__(FEW_THREADS, 4) few_scan(FewRows few) {
   const int64_t head = blockIdx.y;
@@ -175,7 +175,7 @@ struct Search {
     return scan;
   }
 
-  // Returns the list of the rows that stay open. A block leaves `across` results of a row.
+  // Returns the list of the uncertified rows. A block writes `across` results of a row.
   template <class Kernel>
   List run_scan(Kernel kernel, int shared, Scan scan, int block_rows, int tile, int group, int across) const {
     const int64_t tiles = scan.frame.padded / tile, blocks = ceil_div(n, block_rows);

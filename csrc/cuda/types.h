@@ -1,4 +1,4 @@
-// What the launchers are given: arrays of any element type.
+// Arguments of the launchers: arrays of any element type.
 #pragma once
 
 #include <cstdint>

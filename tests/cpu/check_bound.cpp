@@ -51,7 +51,7 @@ void check(const Isa& isa, const Tier& tier, const cases::Case& c, Metric metric
     double step = 1.0, error = 0.0;
     if (packed.integer()) {
       const float inverse = static_cast<float>(1.0 / packed.row_step(norm, row.largest));
-      const float error2 = isa.quantize(values.data(), inverse, true, d, operands.data());
+      const float error2 = isa.to_int16(values.data(), inverse, true, d, operands.data());
       error = std::sqrt(error2) * (1 + 1e-3) / inverse;
       step = packed.code_step / static_cast<double>(inverse);
     } else {

@@ -68,8 +68,8 @@ int64_t check(const Isa& isa, int64_t n, int64_t k, int64_t d, int64_t stages, G
   }
 
   int64_t wrong = 0;
-  std::vector<double> squares(stages), counted(stages);
-  for (int64_t i = 0; i < n * stages; ++i) counted[i % stages] += indices[i] >= 0 ? static_cast<double>(d) : 0.0;
+  std::vector<double> squares(stages), elements(stages);
+  for (int64_t i = 0; i < n * stages; ++i) elements[i % stages] += indices[i] >= 0 ? static_cast<double>(d) : 0.0;
   for (int64_t i = 0; i < n; ++i) {
     std::vector<float> rest(&x[i * d], &x[i * d] + d), sum(d);
     std::vector<double> expected(d), g(&grad[i * d], &grad[i * d] + d);
@@ -82,7 +82,7 @@ int64_t check(const Isa& isa, int64_t n, int64_t k, int64_t d, int64_t stages, G
       turn_back(r.data(), e.data(), g.data(), d, gradient == Gradient::rotation, expected.data());
       for (int64_t j = 0; j < d; ++j) {
         squares[q] += (r[j] - e[j]) * (r[j] - e[j]);
-        expected[j] += 0.5 / counted[q] * (r[j] - e[j]);
+        expected[j] += 0.5 / elements[q] * (r[j] - e[j]);
         rest[j] -= code[j];
         sum[j] += code[j];
       }
@@ -95,7 +95,7 @@ int64_t check(const Isa& isa, int64_t n, int64_t k, int64_t d, int64_t stages, G
       wrong += d > 1 && !near(x_grad[i * d + j], expected[j], 10 * scale);
     }
   }
-  for (int64_t q = 0; q < stages; ++q) wrong += !near(errors[q], squares[q] / std::max(1.0, counted[q]), 0.0);
+  for (int64_t q = 0; q < stages; ++q) wrong += !near(errors[q], squares[q] / std::max(1.0, elements[q]), 0.0);
   if (wrong)
     std::printf("%s: N=%d K=%d D=%d, %d stages: %d wrong\n", isa.name, static_cast<int>(n), static_cast<int>(k),
                 static_cast<int>(d), static_cast<int>(stages), static_cast<int>(wrong));

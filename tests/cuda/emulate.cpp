@@ -110,7 +110,7 @@ void run_search() {
   const Values codebook = read_values(memory, heads * size * dim);
   const Codes codes = codes_of(codebook, size, static_cast<int>(dim), metric, x);
   auto* out = static_cast<int64_t*>(memory(heads * n * sizeof(int64_t)));
-  // The only blocks of one int for each head are the numbers of rows that the scans leave open.
+  // The only blocks of one int for each head are the numbers of uncertified rows of the scans.
   std::vector<const int*> counts;
   const auto take = [&](size_t bytes) {
     void* const block = memory(bytes);
@@ -119,9 +119,9 @@ void run_search() {
   };
   Search<decltype(take)>{x, codes, n, static_cast<int>(heads), out, machine_of(0), nullptr, take}.run(path);
   write(out, heads * n * sizeof(int64_t));
-  int64_t open[2] = {-1, -1};
-  for (size_t i = 0; i < counts.size() && i < 2; ++i) open[i] = counts[i][0];
-  write(open, sizeof(open));
+  int64_t uncertified[2] = {-1, -1};
+  for (size_t i = 0; i < counts.size() && i < 2; ++i) uncertified[i] = counts[i][0];
+  write(uncertified, sizeof(uncertified));
 }
 
 void run_residual_search() {
