@@ -46,7 +46,7 @@ def _bounds(keys, starts, counts, n, size, steps, BLOCK_K: tl.constexpr):
     end = _position_of(k + 1, keys, n, steps)
     tl.store(starts + k, first, k <= size)
     tl.store(counts + k, (end - first).to(tl.float32), k < size)
-    # No wait: the device itself refuses. What is out of range lies before the first code or behind the last.
+    # The device itself asserts, so nothing waits: an index out of range sorts before the first code or after the last.
     tl.device_assert((tl.load(keys) >= -1) & (tl.load(keys + n - 1) < size), "indices: must lie in [-1, K)")
 
 
@@ -144,7 +144,7 @@ def accumulate(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, 
     check_index_range(indices, codebook_size)
     x = x.contiguous()
     with torch.cuda.device_of(x):
-        # Narrow keys sort in fewer passes. The clamp leaves an index out of range what it is.
+        # Narrow keys sort in fewer passes. The clamp keeps an index out of range out of range.
         narrow = torch.int16 if codebook_size < 2**15 else torch.int32 if codebook_size < 2**31 else torch.int64
         keys, order = torch.sort(indices.clamp(-2, codebook_size).to(narrow), stable=True)
         starts = indices.new_empty(codebook_size + 1)

@@ -5,7 +5,7 @@
     check      a spill in a hot kernel, too much shared memory, no matrix instruction, a fused definition: all fail
     compare    with counts.json, which `--write` brings up to date, and from which `fastvq bench --model` predicts
 
-What is shown is what the compiler made, not how fast it runs. A module's `aot_cases()` returns tuples of kernel, types
+The counts describe the compiled code, not its speed. A module's `aot_cases()` returns tuples of kernel, types
 by argument ("*fp32", "i32", "i32:16" for a multiple of 16; pointers are aligned to 16 bytes), constants and options.
 The options are Triton's and:
 
@@ -43,7 +43,7 @@ from .assembly import TARGETS, Record, is_scan, measure_amd, measure_sass, occup
 
 COUNTS = Path(__file__).with_name("counts.json")
 NO_KERNELS = {"aot", "assembly", "certify", "launch", "numbers", "rotation", "scan", "signatures"}
-"""Modules without a kernel of their own: functions of kernels, and what says how these are launched."""
+"""Modules without a kernel of their own: device functions, and the parameters of launches."""
 OWN_OPTIONS = ("hot", "matrix", "exact", "arch")
 TOLERANCE = 0.1
 WORKERS = 2

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 Record = dict[str, Any]
-"""A compiled kernel: its name, target and configuration, what is asked of it, and what was measured."""
+"""A compiled kernel: its name, target and configuration, its limits, and its counts."""
 
 
 class Target(NamedTuple):
@@ -66,7 +66,7 @@ shifts. CUDA C++ Programming Guide, throughput of native arithmetic instructions
 
 
 class Instruction(NamedTuple):
-    """One of a program: what it is called, the place that it jumps to, and whether the next one can follow it."""
+    """An instruction of a program: its name, the place that it jumps to, and whether the next one can follow it."""
 
     name: str
     jump: int | None

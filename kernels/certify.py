@@ -20,13 +20,13 @@ def append(chosen, rows, work, count):
 
 @triton.jit
 def possible_error(value, size_of_terms, dim, L2: tl.constexpr):
-    """By how much a float32 distance or inner product may be off: (D + 8) u of it, or of the size of its terms."""
+    """Return the largest error of a float32 distance or inner product: (D + 8) u of it, or of the size of its terms."""
     return (dim + 8.0) * 1.01 * UNIT * (value if L2 else size_of_terms) + dim * 2.0**-125
 
 
 @triton.jit
 def distances_to(x, at, codebook, k, there, dim, L2: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(float32 score of each row with one code k of its own, its possible error, whether that code is finite)."""
+    """Return (float32 score of each row with its code k, the largest error, whether that code is finite)."""
     step: tl.constexpr = 16
     value = tl.zeros([BLOCK_N], tl.float32)
     terms = tl.zeros([BLOCK_N], tl.float32)
@@ -60,7 +60,7 @@ def certify(
     index = index.to(tl.int64)
     if PAIRED:
         index = 2 * index
-        # Of a row that isn't certain the best may be padding.
+        # The best of an uncertified row may be padding.
         first, error, first_there = distances_to(x, at, codebook, index, there & (index < size), dim, L2, BLOCK_N)
         other, other_error, other_there = distances_to(
             x, at, codebook, index + 1, there & (index + 1 < size), dim, L2, BLOCK_N
@@ -71,6 +71,6 @@ def certify(
         index = tl.where(takes_other, index + 1, index)
     certain = certain & (index < size)
     answer = tl.where(finite & (usable > 0), index, -1)
-    settled = certain | (finite == 0) | (usable == 0)
-    tl.store(out + rows, answer, there & settled)
-    append(there & (settled == 0), rows, work, count)
+    done = certain | (finite == 0) | (usable == 0)
+    tl.store(out + rows, answer, there & done)
+    append(there & (done == 0), rows, work, count)

@@ -1,4 +1,4 @@
-"""Rows that no scan could settle, by the definition itself."""
+"""Search of the rows that no scan certifies, by the definition itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .signatures import ONES, Case, case
 
 @triton.jit
 def _direct(x, codebook, k, there, dim, L2: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(float32 score of one row with the codes k, its possible error, whether the code is finite)."""
+    """Return (float32 score of one row with the codes k, the largest error, whether the code is finite)."""
     value = tl.zeros([BLOCK_K], tl.float32)
     terms = tl.zeros([BLOCK_K], tl.float32)
     bad = tl.zeros([BLOCK_K], tl.int32)
@@ -55,7 +55,7 @@ def nearest(x, codebook, size, dim, L2: tl.constexpr, WIDE: tl.constexpr, BLOCK_
         value, error, usable = _direct(x, codebook, k, k < size, dim, L2, BLOCK_K, BLOCK_D)
         possible = usable
         if not WIDE:
-            # What overflowed float32, to a NaN maybe, stays in question.
+            # A score that overflows float32, even to a NaN, does not exclude its code.
             possible = usable & ((value - error > limit) == 0)
         if tl.max(possible.to(tl.int32)) > 0:
             score = tl.zeros([BLOCK_K], tl.float64)

@@ -19,17 +19,17 @@ from .signatures import ONES, Case, case
 FAR = tl.constexpr(8.0)
 """Times the geometric mean of the norms, and a code is far from the others."""
 FAR_SHARE = tl.constexpr(64)
-"""At most one code in so many is taken out as far."""
+"""At most one code in this number is far, and left out of the scan."""
 TARGET = tl.constexpr(7)
 """The longest code is scaled to [2^6, 2^7): half its square fits float16, and an element may be 2^-20 of it before it
 is one of float16's subnormals."""
 LONGEST = tl.constexpr(1.01 * 2.0**7)
 """Longer than that is only a code that float32 can't scale down as far, or one that overflowed."""
 
-# Scalars of a head, float64: what `_decide` writes.
+# Scalars of a head, float64, written by `_decide`.
 USABLE, CENTERED, THRESHOLD, EXPONENT, FAR_NORM = (tl.constexpr(i) for i in range(5))
 SCALARS = tl.constexpr(8)
-# Maxima over the packed codes of a head, float32: what `_pack` writes.
+# Maxima over the packed codes of a head, float32, written by `_pack`.
 LENGTH, HIGH, LOW, HIGH_REST, LOW_REST, HALF, FOLD_REST = (tl.constexpr(i) for i in range(7))
 MAXIMA = tl.constexpr(8)
 
@@ -39,7 +39,7 @@ TAME = tl.constexpr(1e150)
 """Beyond this length the definition itself may overflow, and no bound is promised."""
 
 PARTS = 128
-"""At most so many programs share a codebook."""
+"""The largest number of programs that share a codebook."""
 FOLD_COLUMNS = tl.constexpr(3)
 """For a scan in one float16 product, half the square of a code is three float16 numbers in columns of its own, inside
 the padding or beside it; a row holds its negative scale there. The matrix unit then does what else would be an
@@ -117,7 +117,7 @@ def _threshold(norms, size, L2: tl.constexpr, BLOCK: tl.constexpr):
     for first in range(0, size, BLOCK):
         k = first + tl.arange(0, BLOCK)
         norm = tl.load(norms + k, k < size, other=NONE)
-        # What counts as far need not be precise: the exponent will do for the logarithm.
+        # The limit of far codes need not be precise: the exponent serves as the logarithm.
         exponents += tl.where(norm > 0, exponent_of(norm), 0).to(tl.float64)
         moved += (norm > 0).to(tl.int32)
         usable += (norm >= 0).to(tl.int32)
@@ -175,13 +175,13 @@ def _decide(norms, scalars, center, size, dim, L2: tl.constexpr, WIDE: tl.conste
 
 @triton.jit
 def _raise(maxima, which: tl.constexpr, values):
-    """Atomic maximum of what isn't negative: as integers, float32 keep their order."""
+    """Take the atomic maximum of non-negative float32 values, whose bits as integers keep their order."""
     tl.atomic_max(maxima + which, tl.max(values).to(tl.int32, bitcast=True))
 
 
 @triton.jit
 def _fold(codes, half_square, near, d, first, L2: tl.constexpr):
-    """(codes with half their squares in the columns from `first` on, what the parts leave of these)."""
+    """Return (codes with half their squares in the columns from `first` on, the rounding errors of these)."""
     rest = half_square if L2 else half_square * 0
     for part in tl.static_range(FOLD_COLUMNS):
         piece = to_float16(rest)

@@ -1,9 +1,9 @@
 """Launch configurations: data, by architecture and shape, a choice among them, and a measured choice on request.
 
-Nobody has timed these on a GPU yet. They are what compiles without spilling, fits the shared memory of every target and
-leaves the fewest instructions for each distance (`python -m fastvq.kernels.aot`). FASTVQ_AUTOTUNE=1 in the environment
-times the candidates for a shape the first time it occurs, which takes seconds, and keeps the fastest in a file; without
-it nothing is ever timed.
+These have not been timed on a GPU yet. They compile without spilling, fit the shared memory of every target and have
+the fewest instructions for each distance (`python -m fastvq.kernels.aot`). FASTVQ_AUTOTUNE=1 in the environment times
+the candidates for a shape the first time it occurs, which takes seconds, and keeps the fastest in a file; without it
+nothing is ever timed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Scan:
 
 @dataclasses.dataclass(frozen=True)
 class Define:
-    """The definition for what is left: at most so many programs, a row at a time, codes and columns taken at once."""
+    """Launch of the definition: the most programs, each with a row at a time, and codes and columns taken at once."""
 
     programs: int
     block_k: int
@@ -83,7 +83,7 @@ SCANS["interpreter"] = {key: dataclasses.replace(scan, block_n=64, block_k=32) f
 DEFINE = Define(programs=1024, block_k=64, block_d=32, num_warps=4)
 
 LONGEST_SPLIT = 32
-"""The codes of a search with few rows are shared out among at most so many programs."""
+"""The largest number of programs that share the codes of a search with few rows."""
 
 
 @functools.cache

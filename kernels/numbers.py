@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 SMALLEST_NORMAL = tl.constexpr(2.0**-14)
-"""Of float16. What is smaller is made zero, by all hardware alike: some matrix units take subnormals for zero."""
+"""The smallest normal float16. Smaller values are set to zero, since some matrix units take subnormals for zero."""
 
 LOW_SCALE = tl.constexpr(2048.0)
 """The low part is kept this much larger, 2^11, which leaves it as many bits as the high part has."""
@@ -25,7 +25,7 @@ def exponent_of(value):
 
 @triton.jit
 def power_of_two(exponent, dtype: tl.constexpr):
-    """2^exponent, the exponent clamped to what `dtype` has as a normal number."""
+    """Return 2^exponent, the exponent clamped to the normal numbers of `dtype`."""
     if dtype == tl.float64:
         biased = (tl.minimum(tl.maximum(exponent, -1022), 1023) + 1023).to(tl.int64)
         power = (biased << 52).to(tl.float64, bitcast=True)

@@ -1,8 +1,8 @@
 """Certified search on matrix units.
 
     scan        scores of all codes for a block of rows, one float16 product or three; best, second best, bound
-    certify     final where the two are further apart than twice the bound; else into the work list of the next scan
-    define      what no scan could settle, by the definition
+    certify     write rows whose two are further apart than twice the bound; list the others for the next scan
+    define      search the remaining rows by the definition
 
 The scan itself is in scan.py, the bound in rows.py.
 """
@@ -30,7 +30,7 @@ LARGEST = 2**31 - 2**26
 MOST_HEADS = 2**16 - 1
 """Of one launch: the last axis of a grid has no more."""
 SCRATCH = 2**28
-"""Bytes for rows in float16 that are written down for a scan; what needs more is taken in turn."""
+"""Bytes for rows in float16 that are written for a scan; more rows are taken in turn."""
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def _merge(
 
 
 def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
-    """Exact nearest codes: `fastvq.search` defines what this computes. Nothing here waits for the device."""
+    """Implement `fastvq.search`. Nothing here waits for the device."""
     indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
     if indices.numel() == 0:
         return indices
@@ -262,7 +262,7 @@ LONGEST_IN_REGISTERS = 128
 LEAST_ROWS = 4096
 """That are taken at once, however long they are."""
 LISTED_SHARE = 32
-"""One row in so many is expected in a work list, when programs are counted out."""
+"""One row in this number is expected in a work list; the number of programs follows from it."""
 
 
 def aot_cases() -> list[Case]:
@@ -294,6 +294,6 @@ def _case(architecture: str, terms: int, columns: int, config: launch.Scan, dtyp
         "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "BLOCK_D": config.block_d,
         "CHUNKS": columns // config.block_d, "STAGES": config.num_stages,
     }  # fmt: skip
-    # What the first scan leaves over is a small part of the work: it may keep a little on the stack.
+    # Rows after the first scan are a small part of the work: their kernel may keep a little on the stack.
     options = {"num_warps": config.num_warps, "hot": terms == 1, "matrix": True, "arch": [architecture]}
     return case(_scan, constants, options, dtype=dtype)

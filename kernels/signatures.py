@@ -1,4 +1,4 @@
-"""Types of the kernels' arguments, by name: what compiling ahead of time needs to know."""
+"""Types of the kernels' arguments, by name, for compiling ahead of time."""
 
 from __future__ import annotations
 

@@ -101,8 +101,8 @@ MUTANTS = {
     "the work list loses a row": (
         "rounded_midpoints",
         "certify.py",
-        "append(there & (settled == 0), rows",
-        "append(there & (settled == 0) & (rows % 2 == 0), rows",
+        "append(there & (done == 0), rows",
+        "append(there & (done == 0) & (rows % 2 == 0), rows",
     ),
 }
 
