@@ -173,7 +173,7 @@ def test_exported():
         ({"num_quantizers": 0}, "num_quantizers: must be at least 1"),
         ({"soft_clamp_input_value": 2.0}, "soft_clamp_input_value: follows"),
         ({"quantize_dropout": True, "quantize_dropout_cutoff_index": 3}, "quantize_dropout_cutoff_index: must lie in"),
-        ({"return_indices": False}, "return_indices: can't be set"),
+        ({"return_indices": False}, "return_indices: cannot be set"),
     ],
 )
 def test_invalid_arguments(options, message):
