@@ -61,8 +61,8 @@ ALU = frozenset(
 )
 """Instructions of a thread's own lanes, each counted once. Memory, barriers, matrix units, the uniform path aren't."""
 HALF_RATE = ALU - frozenset("FFMA FADD FMUL FFMA2 FADD2 FMUL2 IMAD MOV CS2R HADD2 HMUL2 HFMA2".split())  # noqa: SIM905
-"""Of these an SM takes 64 lanes a clock, not 128: comparison, minimum, maximum, selection, integer sums, logic and
-shifts. CUDA C++ Programming Guide, throughput of native arithmetic instructions."""
+"""Instructions that an SM issues at 64 lanes a clock instead of 128: comparison, minimum, maximum, selection, integer
+sums, logic and shifts. CUDA C++ Programming Guide, throughput of native arithmetic instructions."""
 
 
 class Instruction(NamedTuple):

@@ -147,7 +147,7 @@ def _threshold(norms, size, L2: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _decide(norms, scalars, center, size, dim, L2: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Which norms count, and with them the scale and the codes that are far. One program a head."""
+    """Decide which norms are usable, the scale, and which codes are outliers, with one program a head."""
     head = tl.program_id(0).to(tl.int64)
     norms += head * 2 * size
     scalars += head * SCALARS

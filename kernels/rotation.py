@@ -22,7 +22,10 @@ def length_of(squares):
 
 @triton.jit
 def unit_of(rows, lengths):
-    """Of a row of one element exactly 1 or -1, so that opposite rows cancel: hence the rounded root and quotient."""
+    """Return rows of unit length.
+
+    A row of one element becomes exactly 1 or -1, so that opposite rows cancel: hence the rounded root and quotient.
+    """
     divisor = tl.broadcast_to(lengths[:, None], rows.shape)
     if rows.dtype == tl.float64:
         unit = rows / divisor

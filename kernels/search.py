@@ -24,11 +24,11 @@ from .scan import best_two
 from .signatures import ONES, Case, case
 
 MOST_ROWS = 2**30
-"""Of one launch: their numbers are int32. More are taken in turn."""
+"""Largest number of rows in one launch, because row numbers are int32; more rows take several launches."""
 LARGEST = 2**31 - 2**26
-"""Codes: their numbers, and those of the padding, are int32."""
+"""Largest number of codes, because their numbers and those of the padding are int32."""
 MOST_HEADS = 2**16 - 1
-"""Of one launch: the last axis of a grid has no more."""
+"""Largest number of heads in one launch: the limit of the last axis of a grid."""
 SCRATCH = 2**28
 """Bytes for rows in float16 that are written for a scan; more rows are taken in turn."""
 
@@ -258,9 +258,9 @@ def _tier(
 
 
 LONGEST_IN_REGISTERS = 128
-"""Columns of rows that a scan scales and splits itself; longer ones a kernel before it writes down in float16."""
+"""Most columns of rows that a scan scales and splits itself; another kernel first writes longer ones in float16."""
 LEAST_ROWS = 4096
-"""That are taken at once, however long they are."""
+"""Smallest number of rows in one launch, however long the rows are."""
 LISTED_SHARE = 32
 """One row in this number is expected in a work list; the number of programs follows from it."""
 

@@ -1,4 +1,4 @@
-"""What holds for every quantizer, as checks that the tests of each layer call with layers of theirs."""
+"""Checks that hold for every quantizer; the tests of each layer call them with their own layers."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def test_layers(tmp_path, kind):
 
 
 def test_a_model_around_a_layer(tmp_path):
-    """What the encoder computes may differ from torch in its last digit; the codes of what it computed may not."""
+    """The encoder's output may differ from torch's in the last digit; the indices of that output may not."""
     encoder = models.Encoder(1, 8, width=8, residual_width=4, residual_blocks=1)
 
     class Codes(nn.Module):

@@ -50,7 +50,7 @@ def _missing() -> str:
 
 
 def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter."""
+    """Return whether the kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

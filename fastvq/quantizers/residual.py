@@ -1,4 +1,4 @@
-"""What residual quantizers of every kind share: a stack of stages, of which dropout may leave out the last."""
+"""The stack of stages that all residual quantizers share; dropout may leave out the last stages."""
 
 from __future__ import annotations
 

@@ -297,7 +297,7 @@ class ResidualVQ(ResidualStack):
 
     @property
     def _shares_space(self) -> bool:
-        """Whether every stage compares the residuals themselves with codes of one number."""
+        """True if every stage compares the residuals themselves with codes of one number."""
         return self.uniform_codebook_size and not (self._stages[0].use_cosine_sim or self.implicit_neural_codebook)
 
     def _quantize_in_one_pass(

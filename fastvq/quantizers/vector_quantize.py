@@ -300,7 +300,7 @@ class VectorQuantize(Monitored, nn.Module):
 
     @property
     def ema_update(self) -> bool:
-        """Whether the codebook follows moving averages."""
+        """True if the codebook follows moving averages."""
         return self._codebook.ema_update
 
     @property
@@ -451,7 +451,7 @@ class VectorQuantize(Monitored, nn.Module):
 
     @property
     def _is_soft(self) -> bool:
-        """Whether training uses a loss of the soft assignment."""
+        """True if training uses a loss of the soft assignment."""
         entropy = self.commitment_use_cross_entropy_loss and self.has_commitment_loss
         return entropy or self.codebook_diversity_loss_weight > 0
 

@@ -1,4 +1,4 @@
-"""What a recomputed forward is given; tests/quantizers/test_contexts.py has layers under activation checkpointing."""
+"""Codes given to a recomputed forward pass; tests/quantizers/test_contexts.py has layers that are checkpointed."""
 
 from __future__ import annotations
 

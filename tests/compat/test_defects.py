@@ -1,4 +1,4 @@
-"""What was measured to go wrong in vector_quantize_pytorch 1.32.0: that it doesn't here, and that it does there.
+"""Defects measured in vector_quantize_pytorch 1.32.0: each is absent here and present there.
 
 A test for each row of the table in docs/contexts.md.
 """

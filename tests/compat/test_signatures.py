@@ -32,7 +32,7 @@ REST = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 def methods(name):
-    """Of the class, with what it inherits from others of the package."""
+    """Return the methods of a class, inherited ones of its package included."""
     bases = [base for base in getattr(vqp, name).__mro__ if base.__module__.startswith("vector_quantize_pytorch")]
     found = {n for base in bases for n, f in vars(base).items() if inspect.isfunction(f) and not n.startswith("_")}
     return sorted({"__init__", *found})

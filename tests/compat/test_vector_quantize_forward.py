@@ -1,4 +1,4 @@
-"""What `VectorQuantize.forward` is told for one call, and its other methods, beside vector_quantize_pytorch's."""
+"""Arguments of `VectorQuantize.forward` and its other methods, beside vector_quantize_pytorch's."""
 
 from __future__ import annotations
 

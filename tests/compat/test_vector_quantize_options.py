@@ -236,7 +236,7 @@ def test_soft_losses_exclude_masked_and_non_finite_rows(options, heads):
 
 
 def frequencies(module, k=None, **forward):
-    """How often each code is drawn for one vector, (SIZE,)."""
+    """Return how often each code is drawn for one vector, (SIZE,)."""
     x = batch(1, 1, DIM).expand(1, 20_000, DIM)
     torch.manual_seed(0)
     indices = module(x, freeze_codebook=True, **forward)[1]

@@ -1,4 +1,4 @@
-"""What nvcc makes of csrc/cuda, without a GPU: no spills, room on each device, a library that loads, instructions."""
+"""The compiled code of csrc/cuda, without a GPU: no spills, room on each device, a library that loads, instructions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEVICES = {
     "sm_100": (227 << 10, 228 << 10, 65536, 64),
 }
 LARGEST_DIM = 512
-"""Of rows that stay in shared memory on each of these; longer ones are streamed."""
+"""Longest rows that stay in shared memory on each of these; longer ones are streamed."""
 
 
 def load(name):
@@ -107,7 +107,7 @@ def test_it_loads_and_serves_cuda_beside_a_torch_without(library):
 
 
 def test_the_counts_are_those_of_this_code(library):
-    """What `fastvq bench --model` predicts from: instructions a distance, and the limits and tiles of the source."""
+    """`fastvq bench --model` predicts from these: instructions a distance, and the limits and tiles of the source."""
     if counts.find_cuobjdump(cuda.find_nvcc()) is None:
         pytest.skip("no cuobjdump: of nvcc's toolkit, in PATH, or Triton's")
     stored, found = json.loads(counts.COUNTS.read_text()), counts.document(OUT)

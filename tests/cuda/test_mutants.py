@@ -97,10 +97,10 @@ class Mutant(NamedTuple):
     file: str
     right: str
     mistaken: str
-    """In which MUTANT stands for whether the mistake is made."""
+    """The mistaken code; MUTANT in it is true if the mistake is made."""
     layer: str = "indices"
-    """What finds it: "indices" that aren't the specification's in some order of the threads, the "emulator" itself, or
-    a sanitizer, "address" or "thread"."""
+    """The check that finds it: "indices" that differ from the specification's in some order of the threads, the
+    "emulator" itself, or a sanitizer, "address" or "thread"."""
     says: str = ""
     processors: int = 1
 
@@ -274,7 +274,7 @@ def program(variant: str) -> Path:
 
 
 def wrong(cases, **options) -> bool:
-    """Whether a call returns something else than it should.
+    """Return whether a call returns a wrong result.
 
     Raises:
         Failed: the program itself has said so.

@@ -174,7 +174,7 @@ def test_an_index_out_of_range_is_named(bad):
 
 @pytest.mark.parametrize("bad", [-2, 4, 2**40])
 def test_an_index_out_of_range_writes_nothing_elsewhere(bad, device, monkeypatch, poison):
-    """Where the device would not stop it, which the interpreter doesn't."""
+    """This holds even where no assertion of the device stops the kernel, as in the interpreter."""
     if device.type != "cpu":
         pytest.skip("the device asserts")
     monkeypatch.setattr(kernels, "check_index_range", lambda *_: None)

@@ -22,7 +22,7 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
 
 class NoReads(TorchDispatchMode):
-    """What would copy a value to the host is an error."""
+    """Mode in which a copy of a value to the host is an error."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.overloadpacket not in (

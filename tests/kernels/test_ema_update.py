@@ -118,7 +118,7 @@ def test_without_smoothing_a_code_of_size_zero_stays(device):
 
 
 def test_state_may_be_views(device):
-    """Of one another's storage: the update goes through to it and nothing else is touched."""
+    """Tensors of the state may be views of one storage: the update reaches it and touches nothing else."""
     state, statistics = state_and_statistics(20, 6)
     expected = update(state, statistics, device, decay=0.8, eps=1e-5)
     storage = torch.full((20, 2 * 6 + 1, 2), torch.nan, device=device)

@@ -120,7 +120,7 @@ def load(directory):
 
 
 def wrong(search, data, device):
-    """Whether some index of the mutant isn't the specification's."""
+    """Return whether an index of the mutant differs from the specification's."""
     for shape in [(60, 75, 33), (24, 130, 8)]:
         x, codebook = ADVERSARIAL[data](*shape, generator())
         # A mutant may read past the end: there is something there.

@@ -170,7 +170,7 @@ def test_the_same_at_every_run(device):
 
 @pytest.mark.parametrize("dim", [3, 1100])
 def test_opposite_and_short_vectors_have_a_gradient(dim, device):
-    """Where x points away from its code the rotation turns by half a circle; where one is zero there is none."""
+    """An x opposite to its code is rotated by half a circle; a zero vector is not rotated."""
     codebook = torch.eye(3, dim)
     x = torch.stack([-codebook[0], -codebook[1] + 1e-4 * codebook[2], torch.zeros(dim), codebook[2], codebook[0]])
     codes = codebook[[0, 1, 2, 2, 0]]

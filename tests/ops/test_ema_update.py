@@ -89,7 +89,7 @@ def test_a_weight_of_one_changes_no_bit(backend):
 
 
 def test_refuses_tensors_that_overlap(backend):
-    """What is written must not be read as something else, nor be written twice."""
+    """Memory that is written must not be read under another name, nor written twice."""
     (codebook, size, average), (counts, sums) = state_and_statistics(20, 6)
     storage = torch.rand(20, 13)
     overlapping = [

@@ -1,4 +1,4 @@
-"""What the layer holds: its dtype, copies and checkpoints, how it starts, and codes that die."""
+"""The state of the layer: dtype, copies, checkpoints, initialization, and dead codes."""
 
 from __future__ import annotations
 
