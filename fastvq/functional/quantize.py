@@ -125,7 +125,7 @@ def rows_of_mask(mask: Tensor, shape: torch.Size) -> Tensor:
 
 def check_choices(gradient: str, **weights: float) -> None:
     """Check the name of the gradient estimator and the weights of the losses."""
-    if gradient not in GRADIENTS:
+    if gradient not in tuple(GRADIENTS):
         raise ValueError(f"gradient: must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
     for name, weight in weights.items():
         if not weight >= 0:

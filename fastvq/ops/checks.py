@@ -70,7 +70,7 @@ def check_like(name: str, tensor: Tensor | None, x: Tensor, shape: tuple[int, ..
 def check_gradients(x: Tensor, quantized_grad: Tensor, gradient: str) -> None:
     """Check the gradient of the output and the name of the gradient estimator."""
     check_beside("quantized_grad", quantized_grad, x, (x.dtype,))
-    if gradient not in GRADIENTS:
+    if gradient not in tuple(GRADIENTS):
         raise ValueError(f"gradient: must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
 
 

@@ -139,5 +139,5 @@ def quantize_backward(
     tensors = (x, codes, indices, quantized_grad, loss_grad)
     try:
         return _quantize_backward(*tensors, gradient=GRADIENTS[gradient], commitment_weight=commitment_weight)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         raise explain(error, _check_quantize_backward, *tensors, gradient) from None

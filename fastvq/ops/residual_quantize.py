@@ -150,5 +150,5 @@ def residual_quantize_backward(
     tensors = (x, codebooks, indices, quantized_grad, error_grads)
     try:
         return _residual_quantize_backward(*tensors, gradient=GRADIENTS[gradient], commitment_weight=commitment_weight)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         raise explain(error, _check_residual_quantize_backward, *tensors, gradient) from None

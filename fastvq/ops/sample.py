@@ -66,5 +66,5 @@ def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, met
     """
     try:
         return _sample(x, codebook, temperature=temperature, seed=seed, metric=METRICS[metric])
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         raise explain(error, _check_sample, x, codebook, temperature, seed, metric) from None

@@ -91,5 +91,5 @@ def search(x: Tensor, codebook: Tensor, *, metric: str = "l2", mask: Tensor | No
     """
     try:
         return _search(x, codebook, metric=METRICS[metric], mask=mask)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         raise explain(error, check_search, x, codebook, metric, mask) from None

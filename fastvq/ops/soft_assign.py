@@ -18,7 +18,7 @@ def _check_soft_assign(x: Tensor, codebook: Tensor, mask: Tensor | None, metric:
     check_codes("codebook", codebook, x)
     if mask is not None:
         check_mask(mask, x, x.shape[:2])
-    if metric not in SOFT_METRICS:
+    if metric not in tuple(SOFT_METRICS):
         raise ValueError(f"metric: must be one of {', '.join(SOFT_METRICS)}, got {metric!r}")
     if not scale > 0:
         raise ValueError(f"scale: must be positive, got {scale}")
@@ -77,7 +77,7 @@ def soft_assign_forward(
     try:
         number = SOFT_METRICS[metric]
         return _soft_assign_forward(x, codebook, mask, metric=number, scale=scale, floor=floor, statistics=statistics)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         raise explain(error, _check_soft_assign_forward, x, codebook, mask, metric, scale, floor) from None
 
 
@@ -198,5 +198,5 @@ def soft_assign_backward(
             need_x=need_x,
             need_codebook=need_codebook,
         )
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         raise explain(error, _check_soft_assign_backward, *tensors, metric, scale, floor) from None

@@ -55,5 +55,5 @@ def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2", mask
     """
     try:
         return _topk_search(x, codebook, k, metric=METRICS[metric], mask=mask)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         raise explain(error, _check_topk_search, x, codebook, k, metric, mask) from None

@@ -23,6 +23,10 @@ def _setting(default: Any, description: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": description})
 
 
+_RENAMED = {"revival_threshold": "dead_code_threshold"}
+"""Settings by the name that earlier checkpoints have."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Base class of the settings of a training run: conversion to JSON and back, and validation of ranges.
@@ -64,6 +68,7 @@ class Settings:
         Raises:
             ConfigError: a setting is unknown or out of range.
         """
+        settings = {_RENAMED.get(name, name): value for name, value in settings.items()}
         unknown = settings.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ConfigError(f"settings of another version of fastvq: {', '.join(sorted(unknown))}")

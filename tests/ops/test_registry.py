@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -199,3 +202,30 @@ def test_writes_bump_the_versions(backend):
     assert all(t._version > version for t, version in zip(state, before, strict=True))
     with torch.inference_mode(), fastvq.use_backend(backend):
         fastvq.min_distance_(torch.ones(5), x, codes)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("x", lambda x, c: fastvq.search(x.tolist(), c)),
+        ("mask", lambda x, c: fastvq.search(x, c, mask=[True] * 10)),
+        ("seed", lambda x, c: fastvq.sample(x, c, temperature=1.0, seed=1)),
+        ("k", lambda x, c: fastvq.topk_search(x, c, "3")),
+        ("codebook_size", lambda x, c: fastvq.accumulate(x, fastvq.search(x, c), "a")),
+        ("gradient", lambda x, c: fastvq.quantize(x, c, gradient=["ste"])),
+        ("metric", lambda x, c: fastvq.search(x, c, metric=["l2"])),
+    ],
+)
+def test_an_argument_of_another_type_is_named(name, call):
+    with pytest.raises((TypeError, ValueError), match=rf"'{name}'|^{name}:"):
+        call(torch.randn(10, 4), torch.randn(8, 4))
+
+
+def test_a_failed_op_holds_no_tensor():
+    x = torch.randn(1000, 4)
+    held = weakref.ref(x)
+    with fastvq.use_backend("torch"), pytest.raises(RuntimeError):
+        torch.ops.fastvq.search(x, torch.randn(8, 3))
+    del x
+    gc.collect()
+    assert held() is None

@@ -83,3 +83,7 @@ def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
 
 def test_the_kinds_are_those_of_the_models() -> None:
     assert tuple(PRIORS) == PRIOR_KINDS
+
+
+def test_a_setting_by_its_earlier_name_is_read():
+    assert TrainConfig.from_json({"revival_threshold": 0.25}).dead_code_threshold == 0.25
