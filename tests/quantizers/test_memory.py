@@ -110,7 +110,8 @@ def test_training_step_of_every_quantizer(name):
     layer, dim, forward = LAYERS[name]
     # These hold several codes or scales of each vector, or the mean probabilities of some positions.
     several = 2 if name in ("topk", "beam", "hierarchical", "diversity") else 1
-    assert peak_mb("native", layer, dim=dim, forward=forward) < several * LIMIT_MB
+    # Without a request, since native has no binary_assign: LFQ and its kin take that one from torch.
+    assert peak_mb("", layer, dim=dim, forward=forward) < several * LIMIT_MB
 
 
 def test_the_measurement_sees_a_matrix():

@@ -151,7 +151,7 @@ def test_commands(run, tmp_path, capsys):
     assert main(["sample", str(run), f"--out={tmp_path}/x.png", "--top-p=0"]) == 2
     assert "top_p: must lie in (0, 1], got 0.0" in capsys.readouterr().err
     assert main(["sample", str(run), f"--out={tmp_path}/x.png", "--guidance=2"]) == 2
-    assert "guidance: of 2.0 needs labels" in capsys.readouterr().err
+    assert "guidance: needs labels, got 2.0" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
 
 
