@@ -202,6 +202,7 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     packages=[*find_packages(include=["fastvq*"]), "fastvq.kernels"],
+    py_modules=["fastvq_command"],
     package_dir={"fastvq.kernels": "kernels"},
     ext_modules=[Extension("fastvq._native", sources=[])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},

@@ -15,17 +15,10 @@ Health of a codebook: `usage`, `perplexity`, `dead_share`, and each quantizer's 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-from .backends.select import use_backend
-from .codebook import Replacement
-from .codebook.health import HealthReport, dead_share, perplexity, usage
 from .compat import aliases
-from .functional.binary_assign import BinaryAssignment, binary_assign
-from .functional.quantize import Quantized, quantize
-from .functional.residual_quantize import ResidualQuantized, residual_quantize
-from .functional.soft_assign import SoftAssignment, cross_entropy, mean_assignment_entropy, soft_assign, soft_lookup
-from .ops import accumulate, ema_update_, min_distance_, residual_search, sample, search, topk_search
 
 __version__ = "0.1.0"
 
@@ -77,8 +70,36 @@ __all__ = [
 aliases.install()
 
 # Layers, and the modules of vector_quantize_pytorch, are imported when they are first used: about half the time that
-# `import fastvq` would take. Type checkers see the layers at their home, and no `__getattr__` that would hide typos.
+# `import fastvq` would take. The functions, and with them the ops, are loaded at once, except in the process of the
+# command line, which loads them when it runs a command: its help needs no torch. Type checkers see everything at its
+# home, and no `__getattr__` that would hide typos.
 if TYPE_CHECKING:
+    from .functions import (
+        BinaryAssignment,
+        HealthReport,
+        Quantized,
+        Replacement,
+        ResidualQuantized,
+        SoftAssignment,
+        accumulate,
+        binary_assign,
+        cross_entropy,
+        dead_share,
+        ema_update_,
+        mean_assignment_entropy,
+        min_distance_,
+        perplexity,
+        quantize,
+        residual_quantize,
+        residual_search,
+        sample,
+        search,
+        soft_assign,
+        soft_lookup,
+        topk_search,
+        usage,
+        use_backend,
+    )
     from .quantizers import (
         FSP,
         FSQ,
@@ -100,15 +121,27 @@ if TYPE_CHECKING:
         VectorQuantize,
     )
 else:
+    _MODULES = {
+        *("backends", "codebook", "distributed", "errors", "functional", "functions", "ops", "parts", "precision"),
+        *("quantizers", *aliases.MODULES),
+    }
+
+    def _load_functions() -> None:
+        functions = importlib.import_module(f"{__name__}.functions")
+        globals().update({name: getattr(functions, name) for name in functions.__all__})
 
     def __getattr__(name: str) -> Any:
-        if name in ("parts", "quantizers") or name in aliases.MODULES:
+        if name in _MODULES:
             return importlib.import_module(f"{__name__}.{name}")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.quantizers"), name)
-        globals()[name] = value
-        return value
+        _load_functions()
+        if name not in globals():
+            globals()[name] = getattr(importlib.import_module(f"{__name__}.quantizers"), name)
+        return globals()[name]
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__, "parts", "quantizers", *aliases.MODULES})
+        return sorted({*globals(), *__all__, *_MODULES})
+
+    if "fastvq_command" not in sys.modules:
+        _load_functions()

@@ -51,6 +51,7 @@ SLOW = (
     "test_distributed.py",
     "test_docs.py",
     "test_examples.py",
+    "test_import.py",
     "test_onnx.py",
 )
 SLOW_WORDS = ("compile", "export", "instruction_set")

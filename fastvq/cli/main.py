@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
+import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 import fastvq
 from fastvq.errors import FastvqError
@@ -30,34 +34,107 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 after an invalid request, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        with _warnings_in_one_line():
+            # The parser needs neither the ops nor torch.
+            importlib.import_module("fastvq.functions")
+            return options.run(options)
     except (FastvqError, OSError, FloatingPointError) as error:
-        print(f"fastvq: {error}", file=sys.stderr)
+        print(f"fastvq: {_with_options(_text(error), options.named)}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("\nfastvq: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
-class _CommandParser(argparse.ArgumentParser):
-    """Parser of one command, which gets its options when it is first used: they may need imports."""
+class _Parser(argparse.ArgumentParser):
+    """Parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class _CommandParser(_Parser):
+    """Parser of one command, which gets its options when it is first used: they may need imports.
+
+    Options may stand before, between and after the files.
+    """
 
     def __init__(self, *, command: ModuleType, **settings: Any) -> None:
         super().__init__(**settings)
         self._command: ModuleType | None = command
+        self._within = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._command is not None:
             self._command.add_options(self)
-            self.set_defaults(run=self._command.run)
+            self.set_defaults(run=self._command.run, named=self._named())
             self._command = None
-        return super().parse_known_args(args, namespace)
+        if self._within:
+            return super().parse_known_args(args, namespace)
+        self._within = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._within = False
+
+    def _named(self) -> dict[str, str]:
+        """Return {name of an argument of a function: its option} of all options."""
+        named = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+        return {name: option for name, option in named.items() if name != "help"}
+
+
+def _with_options(message: str, named: dict[str, str]) -> str:
+    """Return an error's message with options in place of the names of arguments.
+
+    A name of one word may be an ordinary word: it stands for the option only where the message begins with it.
+    """
+    for name, option in named.items():
+        if "_" in name:
+            message = re.sub(rf"(?<![\w./-]){name}(?![\w./-])", option, message)
+        else:
+            message = re.sub(rf"^{name}(?=:? )", option, message)
+    return message
+
+
+def _text(error: Exception) -> str:
+    """Return an error's message; that of the operating system as "PATH: reason"."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Print fastvq's own warnings like its errors, without the line of code that they come from."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if filename.startswith(fastvq.__path__[0]):
+            print(f"fastvq: warning: {message}", file=sys.stderr)
+        else:
+            shown(message, category, filename, lineno, file, line)
+
+    shown = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastvq", description="Exact vector quantization for PyTorch.")
+    parser = _Parser(prog="fastvq", description="Exact vector quantization for PyTorch.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {fastvq.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_CommandParser)
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.SUMMARY, command=command)
+        commands.add_parser(
+            name,
+            help=command.SUMMARY,
+            description=f"{command.SUMMARY[:1].upper()}{command.SUMMARY[1:]}.",
+            command=command,
+        )
     return parser

@@ -23,6 +23,7 @@ import torch
 from fastvq.errors import DataError
 
 from .images import Images
+from .registry import FULL, SUBSET
 
 CLASSES = (
     "T-shirt",
@@ -66,7 +67,7 @@ def load_fashion_mnist(path: Path = SHIPPED) -> Images:
     """
     with lzma.open(path) as file, np.load(io.BytesIO(file.read())) as arrays:
         train = arrays["train"] * np.uint8(_GRAY_STEP)
-        return _as_images("Fashion-MNIST subset", train, arrays["train_labels"], arrays["test"], arrays["test_labels"])
+        return _as_images(SUBSET, train, arrays["train_labels"], arrays["test"], arrays["test_labels"])
 
 
 def load_full_fashion_mnist(root: Path = DEBIAN) -> Images:
@@ -78,7 +79,7 @@ def load_full_fashion_mnist(root: Path = DEBIAN) -> Images:
     Raises:
         DataError: a file is missing; the message names the package that contains it.
     """
-    return _as_images("Fashion-MNIST", *_read_split(root, "train"), *_read_split(root, "t10k"))
+    return _as_images(FULL, *_read_split(root, "train"), *_read_split(root, "t10k"))
 
 
 def _read_split(root: Path, split: str) -> tuple[Array, Array]:

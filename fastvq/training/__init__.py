@@ -9,13 +9,29 @@ build.py        data set and model       evaluation.py   PSNR, perplexity and us
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from fastvq import lazy
 from fastvq.errors import CheckpointError, ConfigError
 
-from .build import build_model, load_images
 from .config import PriorConfig, TrainConfig
-from .evaluation import Evaluation, evaluate, psnr_db
-from .prior import IndexData, PriorTrainer, bits_per_index
-from .trainer import Trainer
+
+# Settings are read without torch: the command line makes its options of them.
+if TYPE_CHECKING:
+    from .build import build_model, load_images
+    from .evaluation import Evaluation, evaluate, psnr_db
+    from .prior import IndexData, PriorTrainer, bits_per_index
+    from .trainer import Trainer
+else:
+    __getattr__, __dir__ = lazy.attributes(
+        __name__,
+        {
+            "build": ("build_model", "load_images"),
+            "evaluation": ("Evaluation", "evaluate", "psnr_db"),
+            "prior": ("IndexData", "PriorTrainer", "bits_per_index"),
+            "trainer": ("Trainer",),
+        },
+    )
 
 __all__ = [
     "CheckpointError",

@@ -22,8 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastvq.cli.main import main
-from fastvq.compat import aliases
+from fastvq.cli.main import _with_options, main
 from fastvq.demo import run as demo
 from fastvq.training.checkpoint import checkpoint_folders
 from fastvq.training.config import PriorConfig
@@ -275,7 +274,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, images: Path, capsys
     assert stopped < 100_000
 
     assert main(["train", f"--out={run}", "--resume", "--batch-size=4"]) == 2
-    assert "batch_size from 8 to 4" in capsys.readouterr().err
+    assert "--batch-size from 8 to 4" in capsys.readouterr().err
 
 
 def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,13 +307,13 @@ def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("arguments", "message"),
     [
         (["train", "--out=RUN", "--data=nowhere"], "nowhere doesn't exist"),
-        (["train", "--out=RUN", "--codebook-size=0"], "codebook_size must be at least 1, got 0"),
-        (["train", "--out=RUN", "--steps=-5"], "steps must be at least 1, got -5"),
+        (["train", "--out=RUN", "--codebook-size=0"], "--codebook-size must be at least 1, got 0"),
+        (["train", "--out=RUN", "--steps=-5"], "--steps must be at least 1, got -5"),
         (["train", "--out=RUN", "--resume"], "holds no checkpoint"),
-        (["train", "--out=RUN", "--device=warp"], "device 'warp'"),
+        (["train", "--out=RUN", "--device=warp"], "--device 'warp'"),
         (["reconstruct", "RUN", "--out=x.png"], "holds no checkpoint"),
-        (["demo", "--out=RUN", "--steps=0"], "steps must be at least 1"),
-        (["prior", "RUN", "--label-dropout=1"], "label_dropout must be at least 0 and below 1, got 1.0"),
+        (["demo", "--out=RUN", "--steps=0"], "--steps must be at least 1"),
+        (["prior", "RUN", "--label-dropout=1"], "--label-dropout must be at least 0 and below 1, got 1.0"),
         (["prior", "RUN"], "holds no checkpoint"),
         (["sample", "RUN", "--out=x.png"], "holds no checkpoint"),
     ],
@@ -329,6 +328,43 @@ def test_mistakes_are_one_line_and_no_traceback(
     assert message in error
     assert len(error.splitlines()) == 1
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "fastvq: the following arguments are required: COMMAND (see fastvq --help)"),
+        (["train"], "fastvq train: the following arguments are required: --out (see fastvq train --help)"),
+        (["decode", "a"], "fastvq decode: the following arguments are required: OUT (see fastvq decode --help)"),
+        (["info", "--wrong"], "fastvq: unrecognized arguments: --wrong (see fastvq --help)"),
+        (
+            ["train", "--out=x", "--steps=y"],
+            "fastvq train: argument --steps: invalid int value: 'y' (see fastvq train --help)",
+        ),
+    ],
+)
+def test_mistyped_commands_are_one_line_that_names_the_help(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert capsys.readouterr().err == message + "\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("batch_size must be at most 2", "--batch-size must be at most 2"),
+        ("steps: must be at least 1, as batch_size", "--steps: must be at least 1, as --batch-size"),
+        ("a run of 3 steps", "a run of 3 steps"),
+        (
+            "batch_size/steps.png is no image, batch_size.png neither",
+            "batch_size/steps.png is no image, batch_size.png neither",
+        ),
+    ],
+)
+def test_errors_name_options_as_they_are_typed(message: str, shown: str) -> None:
+    assert _with_options(message, {"steps": "--steps", "batch_size": "--batch-size"}) == shown
 
 
 def test_an_image_that_is_none_is_named(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,28 +394,6 @@ raise SystemExit(fastvq.cli.main.main(["info"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
-
-
-IDLE = ("models", "coding", "data", "training", "runs", "demo", "bench")
-"""Packages that neither `import fastvq` nor a command without need of them imports."""
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import fastvq",
-        "from fastvq.cli.main import main; main(['info'])",
-        "from fastvq.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass",
-        "from fastvq.cli.main import main\ntry: main(['decode', '--help'])\nexcept SystemExit: pass",
-    ],
-)
-def test_imports_wait_until_they_are_needed(code: str) -> None:
-    names = "[name for name in sys.modules if name.startswith('fastvq.')]"
-    code = f"import json, sys\n{code}\nprint(json.dumps({names}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
-    loaded = json.loads(done.stdout.splitlines()[-1])
-    assert "fastvq.ops" in loaded
-    assert not [name for name in loaded if name.split(".")[1] in (*IDLE, *aliases.MODULES)]
 
 
 def test_demo_leaves_other_runs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from fastvq.cli import train
 from fastvq.data import DATA_SETS, DataError, DataSet, Images
+from fastvq.data.registry import name_of
 from fastvq.errors import ConfigError
 from fastvq.training import TrainConfig, load_images
 
@@ -18,7 +19,7 @@ DOTS = Images("dots", *(torch.full((n, 3, 16, 16), n, dtype=torch.uint8) for n i
 
 @pytest.fixture
 def dots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DATA_SETS, "dots", DataSet(lambda: DOTS, "in memory", image_size=16, grayscale=False))
+    monkeypatch.setitem(DATA_SETS, "dots", DataSet(lambda: DOTS, "dots", "in memory", image_size=16, grayscale=False))
 
 
 def settings(*arguments: str) -> TrainConfig:
@@ -41,6 +42,15 @@ def test_each_data_set_has_its_settings(name: str) -> None:
     assert (config.data, config.image_size, config.grayscale) == (name, 28, True)
     with pytest.raises(ConfigError, match=f"{name} is 28x28 grayscale: image_size and grayscale cannot be changed"):
         settings(f"--data={name}", "--no-grayscale")
+
+
+def test_images_have_the_name_of_their_data_set() -> None:
+    assert load_images(TrainConfig()).name == DATA_SETS["fashion-mnist"].name == name_of("fashion-mnist")
+
+
+def test_a_folder_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert name_of(".") == name_of(str(tmp_path)) == tmp_path.name
 
 
 def test_the_default_is_the_first() -> None:
