@@ -4,12 +4,14 @@ The library has no Python in it and stands on the LibTorch stable ABI, so one bu
 from 2.10 on. Metadata is in pyproject.toml.
 
     FASTVQ_NATIVE=0   leave it out          FASTVQ_NATIVE=1   fail where it can't be built
-    (unset)           build it where a C++ compiler is, go without it where none is
+    (unset)           build it where a C++ compiler and ninja are, go without it where they are not
 
 The CUDA kernels are a library of their own, built by csrc/cuda/build.py.
 
     FASTVQ_CUDA=0     leave it out          FASTVQ_CUDA=1     fail where it can't be built
     (unset)           build it where nvcc is and torch is a CUDA build
+
+fastvq/environment.py reads these variables.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ import os
 import platform
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -31,9 +32,18 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CSRC = ROOT / "csrc" / "cpu"
 CUDA = ROOT / "csrc" / "cuda"
+LIBRARY = "_native.so"
 BUILD_RECORD = "native_build.json"
+ENVIRONMENT = runpy.run_path(str(ROOT / "fastvq" / "environment.py"))
+NINJA = runpy.run_path(str(ROOT / "csrc" / "ninja_build.py"))
+BuildError = NINJA["BuildError"]
+try:
+    WANTED = ENVIRONMENT["read"](os.environ, when_built=True)
+except ValueError as error:
+    raise SystemExit(f"fastvq: {error}") from None
+for line in ENVIRONMENT["unknown_names"](os.environ):
+    print(f"fastvq: {line}", file=sys.stderr)
 STABLE_ABI = "0x020a000000000000"  # torch 2.10
 
 # No contraction: the float64 tier rounds each operation by definition. The cheap tiers are free to fuse.
@@ -91,44 +101,41 @@ class BuildNative(build_ext):
     """Builds the native library, or records why the package goes without it."""
 
     def run(self) -> None:
-        wanted = os.environ.get("FASTVQ_NATIVE", "")
         record: dict[str, object]
         try:
-            if wanted == "0":
-                raise RuntimeError("left out by FASTVQ_NATIVE=0 at build time")
+            if WANTED["FASTVQ_NATIVE"] == "0":
+                raise BuildError("left out by FASTVQ_NATIVE=0 at build time", "unset FASTVQ_NATIVE")
             record = {"built": True} | self.build_native()
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-            if wanted == "1":
-                raise
-            reason = getattr(error, "stdout", None) or str(error)
-            record = {"built": False, "reason": reason.strip()[-2000:]}
+            if WANTED["FASTVQ_NATIVE"] == "1":
+                raise SystemExit(f"fastvq: FASTVQ_NATIVE=1, but the native library can't be built: {error}") from error
+            record = not_built(error)
             print(f"fastvq: going without the native backend: {record['reason']}", file=sys.stderr)
             for stale in self.package_dir().glob("_native.*"):
                 stale.unlink()
         record["cuda"] = self.cuda_record()
         target = self.package_dir() / BUILD_RECORD
-        target.write_text(json.dumps(record, indent=2) + "\n")
+        target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def cuda_record(self) -> dict[str, object]:
-        wanted = os.environ.get("FASTVQ_CUDA", "")
+        wanted = WANTED["FASTVQ_CUDA"]
         library = self.package_dir() / "_native_cuda.so"
         library.unlink(missing_ok=True)
         if wanted == "0":
             return {"built": False, "reason": "left out by FASTVQ_CUDA=0 at build time"}
         torch = torch_root()
-        if wanted != "1" and not (torch and has_cuda(torch)):
+        if wanted is None and not (torch and has_cuda(torch)):
             return {"built": False, "reason": "torch was no CUDA build at build time; FASTVQ_CUDA=1 builds it anyway"}
         cuda = runpy.run_path(str(CUDA / "build.py"))
         objects = Path(self.build_temp).resolve() / "cuda"
         try:
             if torch is None:
-                raise RuntimeError("no torch 2.10 or newer found to build against")
-            built = cuda["build"](objects, torch, os.environ.get("CXX") or "g++")
+                raise BuildError("no torch 2.10 or newer found to build against", "install torch")
+            built = cuda["build"](objects, torch, os.environ.get("CXX"))
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             if wanted == "1":
-                raise
-            reason = getattr(error, "stdout", None) or str(error)
-            return {"built": False, "reason": reason.strip()[-2000:]}
+                raise SystemExit(f"fastvq: FASTVQ_CUDA=1, but the CUDA kernels can't be built: {error}") from error
+            return not_built(error)
         self.copy_file(str(objects / cuda["LIBRARY"]), str(library))
         return {"built": True, **built}
 
@@ -144,52 +151,46 @@ class BuildNative(build_ext):
         return {}
 
     def build_native(self) -> dict[str, object]:
-        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-        if compiler is None or shutil.which(compiler) is None:
-            raise RuntimeError(f"no C++ compiler found ({compiler or 'c++, g++, clang++'})")
+        compiler = NINJA["compiler_command"](os.environ.get("CXX"), ("c++", "g++", "clang++"))
         torch = torch_root()
         if torch is None:
-            raise RuntimeError("no torch 2.10 or newer found to build against")
+            raise BuildError("no torch 2.10 or newer found to build against", "install torch")
         objects = Path(self.build_temp).resolve()
-        objects.mkdir(parents=True, exist_ok=True)
-        library = objects / "_native.so"
-        self.write_ninja(objects / "build.ninja", compiler, torch, library)
-        from ninja import BIN_DIR
-
-        command = [str(Path(BIN_DIR) / "ninja"), "-C", str(objects)]
-        try:
-            subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        except subprocess.CalledProcessError as error:
-            print(error.stdout, file=sys.stderr)
-            raise
+        NINJA["prepare"](objects, {"csrc": ROOT / "csrc", "torch": torch})
+        NINJA["run"](objects, ninja_lines(compiler))
         # By a new name: a process that runs has the old file mapped.
-        partial = self.package_dir() / f".{library.name}.{os.getpid()}"
-        self.copy_file(str(library), str(partial))
-        partial.replace(self.package_dir() / library.name)
-        version = subprocess.run([compiler, "--version"], check=True, text=True, stdout=subprocess.PIPE).stdout
+        partial = self.package_dir() / f".{LIBRARY}.{os.getpid()}"
+        self.copy_file(str(objects / LIBRARY), str(partial))
+        partial.replace(self.package_dir() / LIBRARY)
+        version = subprocess.run([*compiler, "--version"], check=True, text=True, stdout=subprocess.PIPE).stdout
         return {"compiler": version.splitlines()[0], "instruction_sets": list(ISA_FLAGS)}
 
-    def write_ninja(self, path: Path, compiler: str, torch: Path, library: Path) -> None:
-        from ninja.ninja_syntax import Writer, escape_path
 
-        def quoted(path: Path) -> str:
-            return escape_path(str(path))
+def not_built(error: Exception) -> dict[str, object]:
+    """Return the record of a library that is not built: the reason, and what to do about it."""
+    reason = getattr(error, "stdout", None) or str(error)
+    remedy = getattr(error, "remedy", "mend what stopped the build")
+    return {"built": False, "reason": reason.strip()[-2000:], "remedy": remedy}
 
-        include = [f"-isystem {quoted(torch / 'include')}", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
-        link = ["-Wl,--no-as-needed"] if sys.platform == "linux" else []
-        link += [f"-L{quoted(torch / 'lib')}", "-ltorch", "-ltorch_cpu", "-lc10"]
-        with path.open("w") as stream:
-            ninja = Writer(stream)
-            ninja.rule("cxx", f"{compiler} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-            ninja.rule("link", f"{compiler} -shared $in -o $out {' '.join(link)}")
-            outputs = []
-            for source in SOURCES:
-                flags = [*COMMON, "-ffp-contract=off", *include]
-                outputs += ninja.build(source + ".o", "cxx", quoted(CSRC / source), variables={"flags": flags})
-            for isa, isa_flags in ISA_FLAGS.items():
-                flags = [*COMMON, "-ffp-contract=fast", f"-DFASTVQ_ISA={isa}", *isa_flags]
-                outputs += ninja.build(f"isa_{isa}.o", "cxx", quoted(CSRC / "isa.cpp"), variables={"flags": flags})
-            ninja.build(quoted(library), "link", outputs)
+
+def ninja_lines(compiler: list[str]) -> list[str]:
+    """Return the ninja file that builds the library in a folder with links to csrc and to torch."""
+    cxx = NINJA["quoted"](*compiler)
+    include = ["-isystem torch/include", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+    link = ["-Wl,--no-as-needed"] if sys.platform == "linux" else []
+    link += ["-Ltorch/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
+    lines = NINJA["rule"]("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out")
+    lines += NINJA["rule"]("link", f"{cxx} -shared $in -o $out {' '.join(link)}", headers=False)
+    objects = []
+    for source in SOURCES:
+        objects.append(f"{source}.o")
+        flags = [*COMMON, "-ffp-contract=off", *include]
+        lines += [f"build {source}.o: cxx csrc/cpu/{source}", f"  flags = {' '.join(flags)}"]
+    for isa, isa_flags in ISA_FLAGS.items():
+        objects.append(f"isa_{isa}.o")
+        flags = [*COMMON, "-ffp-contract=fast", f"-DFASTVQ_ISA={isa}", *isa_flags]
+        lines += [f"build isa_{isa}.o: cxx csrc/cpu/isa.cpp", f"  flags = {' '.join(flags)}"]
+    return [*lines, f"build {LIBRARY}: link {' '.join(objects)}"]
 
 
 class PlatformWheel(bdist_wheel):
@@ -207,5 +208,5 @@ setup(
     ext_modules=[Extension("fastvq._native", sources=[])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
     # Read by pip as a build requirement; only where there is no torch to build against.
-    setup_requires=[] if os.environ.get("FASTVQ_NATIVE") == "0" or torch_root() else ["torch>=2.10"],
+    setup_requires=[] if WANTED["FASTVQ_NATIVE"] == "0" or torch_root() else ["torch>=2.10"],
 )

@@ -31,6 +31,10 @@ class MissingExtraError(FastvqError, ImportError):
     """Optional dependency that is not installed; the message says how to install it."""
 
 
+class BackendError(FastvqError, RuntimeError):
+    """Call that no backend can serve, or not the requested one; the message has the reasons."""
+
+
 class BenchError(FastvqError, ValueError):
     """Request that cannot be benchmarked; the message names the argument."""
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvq.backends.devices import has_float64
+
 
 class KeepsPrecision:
     """Mixin, before nn.Module, of modules whose state moves to other devices but keeps its dtype.
@@ -43,6 +45,11 @@ class KeepsBuffers:
 def at_least_float32(x: Tensor) -> Tensor:
     """Return x in float64 if it has that dtype, else in float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on devices without it."""
+    return torch.float64 if has_float64(device.type) else torch.float32
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[None]:

@@ -15,9 +15,11 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from fastvq import environment
 from fastvq.files import whole
 
 
@@ -123,7 +125,7 @@ def root_of(dim: int) -> int:
 
 def autotuning(device: torch.device) -> bool:
     """Return whether to time candidates: on request, on a GPU, and not while a CUDA graph is captured."""
-    asked = os.environ.get("FASTVQ_AUTOTUNE", "0") not in ("", "0")
+    asked = environment.setting("FASTVQ_AUTOTUNE") == "1"
     return asked and device.type != "cpu" and not torch.cuda.is_current_stream_capturing()
 
 
@@ -137,22 +139,36 @@ def tuned(key: str, default: Scan, seconds: Callable[[Scan], float]) -> Scan:
     """Return the fastest of the candidates around `default` for `key`.
 
     It comes from the file, or is timed by `seconds` and written there. A candidate that does not compile or does not
-    fit counts as infinitely slow.
+    fit counts as infinitely slow. What the file holds for `key` is used only if it is one of the candidates.
     """
-    known = _read(cache_file())
-    fields = {field.name for field in dataclasses.fields(Scan)}
-    if known.get(key, {}).keys() != fields:
-        times: dict[Scan, float] = {}
+    path = cache_file()
+    known = _read(path)
+    if key in known:
         for candidate in candidates(default):
-            try:
-                times[candidate] = seconds(candidate)
-            except Exception as error:
-                if candidate == default:
-                    raise
-                warnings.warn(f"fastvq: {candidate} can't run here: {error}", stacklevel=2)
-        known[key] = dataclasses.asdict(min(times, key=lambda candidate: times[candidate]))
-        _write(cache_file(), known)
-    return Scan(**known[key])
+            if _same(known[key], candidate):
+                return candidate
+        _warn(f"{path}: the entry {key!r} is none of the configurations that may stand there; it is timed again")
+    times: dict[Scan, float] = {}
+    for candidate in candidates(default):
+        try:
+            times[candidate] = seconds(candidate)
+        except Exception as error:
+            if candidate == default:
+                raise
+            _warn(f"{candidate} can't run here: {error}")
+    fastest = min(times, key=lambda candidate: times[candidate])
+    known[key] = dataclasses.asdict(fastest)
+    try:
+        _write(path, known)
+    except OSError as error:
+        _warn(f"{path} cannot be written, so that the next process times again: {error}")
+    return fastest
+
+
+def _same(entry: Any, candidate: Scan) -> bool:
+    """Return whether an entry of the file is this configuration, with the same types: JSON has true == 1 == 1.0."""
+    fields = dataclasses.asdict(candidate)
+    return isinstance(entry, dict) and entry == fields and all(type(entry[k]) is type(v) for k, v in fields.items())
 
 
 def candidates(default: Scan) -> list[Scan]:
@@ -165,13 +181,24 @@ def candidates(default: Scan) -> list[Scan]:
     return list(dict.fromkeys(dataclasses.replace(default, **change) for change in changes))
 
 
-def _read(path: Path) -> dict[str, dict]:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, RecursionError) as error:
+        _warn(f"{path} cannot be read, and is written anew: {str(error) or type(error).__name__}")
+        return {}
+    if not isinstance(known, dict):
+        _warn(f"{path} holds no launch configurations, and is written anew")
+        return {}
+    return known
 
 
-def _write(path: Path, known: dict[str, dict]) -> None:
+def _write(path: Path, known: dict[str, Any]) -> None:
     with whole(path) as partial:
-        partial.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+        partial.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"fastvq: {message}", stacklevel=3)

@@ -17,6 +17,7 @@ BUILT_IN = {
     "CheckpointError": RuntimeError,
     "CodingError": ValueError,
     "MissingExtraError": ImportError,
+    "BackendError": RuntimeError,
     "BenchError": ValueError,
     "WrongResultError": RuntimeError,
 }

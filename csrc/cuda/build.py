@@ -11,12 +11,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+NINJA = runpy.run_path(str(HERE.parent / "ninja_build.py"))
 KERNELS = ("search.cu", "residual_search.cu", "accumulate.cu", "ema_update.cu", "min_distance.cu", "driver.cu")
 BINDINGS = "bindings.cpp"
 LIBRARY = "_native_cuda.so"
@@ -50,58 +52,48 @@ def version(nvcc: str) -> str:
     return f"nvcc {found[1]}" if found else "nvcc"
 
 
-def write_ninja(path: Path, nvcc: str, cxx: str, torch: Path, library: Path) -> None:
-    """Write the ninja file that builds `library` against the torch at `torch`."""
-    from ninja.ninja_syntax import Writer, escape_path
-
-    def quoted(path: Path) -> str:
-        return escape_path(str(path))
-
+def ninja_lines(nvcc: str, cxx: list[str]) -> list[str]:
+    """Return the ninja file that builds the library in a folder with links to csrc, to torch and to the runtime."""
+    quoted = NINJA["quoted"]
     code = [f"-gencode arch=compute_{arch[3:]},code={arch}" for arch in ARCHITECTURES]
     code.append(f"-gencode arch={PTX},code={PTX}")
-    device = ["-O3", "-std=c++17", "-ccbin", cxx, "-Xcompiler", HOST, *STRICT, *code]
+    device = ["-O3", "-std=c++17", "-ccbin", quoted(cxx[0]), "-Xcompiler", HOST, *STRICT, *code]
     names = " ".join([*ARCHITECTURES, PTX])
     host = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    host += [f"-isystem {quoted(torch / 'include')}", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
+    host += ["-isystem torch/include", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
     host.append(f"'-DFASTVQ_ARCHITECTURES=\"{names}\"'")
-    root = toolkit(nvcc)
-    runtime = next((p for p in (root / "lib64", root / "lib") if (p / "libcudart_static.a").exists()), root / "lib64")
-    link = ["-Wl,--no-as-needed", f"-L{quoted(torch / 'lib')}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    link += [f"-L{quoted(runtime)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    with path.open("w") as stream:
-        ninja = Writer(stream)
-        # What ptxas says is kept beside the object.
-        logged = (
-            f"{nvcc} -MD -MF $out.d {' '.join(device)} -c $in -o $out > $out.log 2>&1 || {{ cat $out.log; exit 1; }}"
-        )
-        ninja.rule("nvcc", logged, depfile="$out.d", deps="gcc")
-        ninja.rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(host)} -c $in -o $out", depfile="$out.d", deps="gcc")
-        ninja.rule("link", f"{cxx} -shared $in -o $out {' '.join(link)}")
-        objects = [out for name in KERNELS for out in ninja.build(name + ".o", "nvcc", quoted(HERE / name))]
-        objects += ninja.build(BINDINGS + ".o", "cxx", quoted(HERE / BINDINGS))
-        ninja.build(quoted(library), "link", objects)
+    link = ["-Wl,--no-as-needed", "-Ltorch/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
+    link += ["-Lruntime", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    # What ptxas says is kept beside the object.
+    compiled = f"{quoted(nvcc)} -MD -MF $out.d {' '.join(device)} -c $in -o $out"
+    lines = NINJA["rule"]("nvcc", f"{compiled} > $out.log 2>&1 || {{ cat $out.log; exit 1; }}")
+    lines += NINJA["rule"]("cxx", f"{quoted(*cxx)} -MMD -MF $out.d {' '.join(host)} -c $in -o $out")
+    lines += NINJA["rule"]("link", f"{quoted(*cxx)} -shared $in -o $out {' '.join(link)}", headers=False)
+    lines += [f"build {name}.o: nvcc csrc/cuda/{name}" for name in KERNELS]
+    lines.append(f"build {BINDINGS}.o: cxx csrc/cuda/{BINDINGS}")
+    return [*lines, f"build {LIBRARY}: link {' '.join(f'{name}.o' for name in (*KERNELS, BINDINGS))}"]
 
 
-def build(out: Path, torch: Path, cxx: str) -> dict[str, object]:
+def build(out: Path, torch: Path, cxx: str | None = None) -> dict[str, object]:
     """Build `out`/_native_cuda.so against the torch at `torch`, and return what setup.py records about it.
 
+    Args:
+        out: the folder of the objects.
+        torch: the folder of the package.
+        cxx: the C++ compiler, or None for g++.
+
     Raises:
-        RuntimeError: there is no nvcc.
+        RuntimeError: there is no nvcc, no C++ compiler or no ninja.
         subprocess.CalledProcessError: a source does not compile.
     """
     nvcc = find_nvcc()
     if nvcc is None:
-        raise RuntimeError("no nvcc found in CUDA_HOME, CUDA_PATH or PATH")
-    out.mkdir(parents=True, exist_ok=True)
-    write_ninja(out / "build.ninja", nvcc, cxx, torch, out / LIBRARY)
-    from ninja import BIN_DIR
-
-    command = [str(Path(BIN_DIR) / "ninja"), "-C", str(out), "-j", str(os.cpu_count() or 1)]
-    try:
-        subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    except subprocess.CalledProcessError as error:
-        print(error.stdout, file=sys.stderr)
-        raise
+        raise NINJA["BuildError"]("no nvcc found in CUDA_HOME, CUDA_PATH or PATH", "install the CUDA toolkit")
+    compiler = NINJA["compiler_command"](cxx, ("g++", "c++"))
+    root = toolkit(nvcc)
+    runtime = next((p for p in (root / "lib64", root / "lib") if (p / "libcudart_static.a").exists()), root / "lib64")
+    NINJA["prepare"](out, {"csrc": HERE.parent, "torch": torch, "runtime": runtime})
+    NINJA["run"](out, ninja_lines(nvcc, compiler), "-j", str(os.cpu_count() or 1))
     return {"compiler": version(nvcc), "architectures": [*ARCHITECTURES, PTX]}
 
 
@@ -128,7 +120,7 @@ def main() -> int:
     if spec is None or spec.origin is None:
         raise SystemExit("torch: needed to build against, and not installed")
     out = Path(sys.argv[1])
-    print(build(out, Path(spec.origin).parent, os.environ.get("CXX") or "g++"))
+    print(build(out, Path(spec.origin).parent, os.environ.get("CXX")))
     for entry in resources(out):
         print("{arch:8} {registers:>4} registers {stack:>3} stack {stores:>3} spilled  {name}".format(**entry))
     return 0

@@ -46,18 +46,22 @@ SUPPORTS = (
         for op in KERNELS
     ),
 )
-_REBUILD = (
-    "install a C++17 compiler (Debian: apt install g++), then fastvq again: pip install --force-reinstall --no-deps"
-)
+_REBUILD = "install fastvq again, in its clone: pip install --force-reinstall --no-deps ."
 
 
 @functools.cache
 def build_record() -> dict[str, Any]:
     """Return the record of setup.py: whether there is a library, by which compiler, or why not."""
     path = _PACKAGE / "native_build.json"
-    if not path.exists():
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return {"built": False, "reason": "the package was not installed by pip"}
-    return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        return {"built": False, "reason": f"{path} cannot be read: {error}"}
+    if not (isinstance(record, dict) and isinstance(record.get("built"), bool)):
+        return {"built": False, "reason": f"{path} is no record of a build"}
+    return record
 
 
 @functools.cache
@@ -65,7 +69,8 @@ def _load() -> tuple[str, str]:
     """Load the CPU library and return its instruction set and "", or "" and why it cannot be used."""
     record = build_record()
     if not record["built"]:
-        return "", f"not built: {record['reason']}. To have it, {_REBUILD}"
+        remedy = f"{record['remedy']}, then " if record.get("remedy") else ""
+        return "", f"not built: {record.get('reason', 'no reason was recorded')}. To have it, {remedy}{_REBUILD}"
     path = _PACKAGE / "_native.so"
     try:
         torch.ops.load_library(str(path))
@@ -73,7 +78,7 @@ def _load() -> tuple[str, str]:
     except OSError as error:
         return "", f"{path} doesn't load: {error}"
     if other := _other_version(path, KERNELS, "CPU"):
-        return "", f"{other}. Build it again: {_REBUILD}"
+        return "", f"{other}: {_REBUILD}"
     library.fastvq_native_isa.restype = ctypes.c_char_p
     error_text = ctypes.c_char_p()
     isa = library.fastvq_native_isa(ctypes.byref(error_text))
@@ -140,7 +145,9 @@ def _load_cuda() -> str:
     """Load the CUDA library and return why it cannot be used, or an empty string."""
     record = build_record().get("cuda", {"built": False, "reason": "the package was built without it"})
     if not record["built"]:
-        return f"no CUDA kernels were built: {record['reason']}. FASTVQ_CUDA=1 pip install builds them, by nvcc"
+        return (
+            f"no CUDA kernels were built: {record['reason']}. To build them, by nvcc, set FASTVQ_CUDA=1 and {_REBUILD}"
+        )
     path = _PACKAGE / "_native_cuda.so"
     try:
         torch.ops.load_library(str(path))
@@ -148,7 +155,7 @@ def _load_cuda() -> str:
     except OSError as error:
         return f"{path} doesn't load: {error}"
     if other := _other_version(path, CUDA_KERNELS, "CUDA"):
-        return f"{other}. FASTVQ_CUDA=1 pip install builds it again"
+        return f"{other}: set FASTVQ_CUDA=1 and {_REBUILD}"
     library.fastvq_cuda_unfit.restype = ctypes.c_char_p
     if unfit := library.fastvq_cuda_unfit().decode():
         return f"the CUDA kernels can't run: {unfit}"

@@ -25,12 +25,16 @@ from typing import Any
 
 import torch
 
+from fastvq import environment
+from fastvq.errors import BackendError
+
 from . import native, triton
+from .devices import without_float64
 from .support import DTYPES, OPS, Backend, Support, call_dtype
 
 
 def _without_float64(device: torch.device) -> tuple[str, ...]:
-    return ("mps has no float64, which defines the exact code",) if device.type == "mps" else ()
+    return tuple(filter(None, [without_float64(device)]))
 
 
 def _package(name: str) -> Callable[[str, str], Callable[..., Any]]:
@@ -73,7 +77,7 @@ class _Request:
         self.name = name
 
 
-_default: str | None = None
+_default = environment.setting("FASTVQ_BACKEND")
 _requests: list[_Request] = []
 _changing = threading.RLock()
 _chosen: dict[tuple[str, torch.device, torch.dtype], Callable[..., Any]] = {}
@@ -91,9 +95,9 @@ def refresh() -> None:
         native.serve_directly(requested() in (None, "native"))
 
 
-if os.environ.get("FASTVQ_BACKEND"):
-    _default = _checked(os.environ["FASTVQ_BACKEND"], "FASTVQ_BACKEND")
 refresh()
+for _sentence in environment.unknown_names(os.environ):
+    warnings.warn(_sentence, stacklevel=2)
 
 
 @contextlib.contextmanager
@@ -127,7 +131,7 @@ def select(op: str, *tensors: torch.Tensor) -> Callable[..., Any]:
     """Return the implementation of `op` that serves these tensors now: by the device of the first and `call_dtype`.
 
     Raises:
-        RuntimeError: the requested backend cannot serve them, or none can, with the reasons.
+        BackendError: the requested backend cannot serve them, or none can, with the reasons.
     """
     first = tensors[0]
     key = op, first.device, first.dtype if len(tensors) == 1 else call_dtype(*tensors)
@@ -145,12 +149,12 @@ def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     """Return the name of the backend that serves an op now.
 
     Raises:
-        RuntimeError: as `select`.
+        BackendError: as `select`.
     """
     name = requested()
     if name is not None:
         if reason := BACKENDS[name].why_not(op, device, dtype):
-            raise RuntimeError(f"backend {name!r} was requested for {op} but can't serve it: {reason}")
+            raise BackendError(f"backend {name!r} was requested for {op} but can't serve it: {reason}")
         return name
     reasons = {}
     for name in automatic(device):
@@ -161,12 +165,12 @@ def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
                 _warn_once(native.UNTRIED)
             return name
         if reason.startswith("FASTVQ_"):  # a setting that cannot be met
-            raise RuntimeError(reason)
+            raise BackendError(reason)
         if device.type in ("cpu", "cuda") and backend.support(op, device, dtype):
             _warn_once(f"fastvq runs without its {name} backend, exact but slower: {reason}")
         reasons[name] = reason
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise RuntimeError(f"no backend can serve {op} on {device}: {listed}")
+    raise BackendError(f"no backend can serve {op} on {device}: {listed}; on the CPU every op is served: x.cpu()")
 
 
 _said: set[str] = set()

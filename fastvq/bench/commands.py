@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastvq.backends import devices
 from fastvq.errors import BenchError, WrongResultError
 from fastvq.files import whole
 
@@ -103,11 +104,9 @@ def _vectors(data: str, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _device(name: str) -> torch.device:
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise BenchError(f"device: {name!r} is unavailable: {str(error).splitlines()[0]}") from error
-    return device
+        return devices.usable_device(name)
+    except ValueError as error:
+        raise BenchError(str(error)) from None
 
 
 def write_suite(folder: Path, readme: Path | None, *, render_only: bool = False) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.distributed import recomputing
-from fastvq.precision import KeepsPrecision, ZeroOnMaterialize, materialize_unsaved_buffers_
+from fastvq.precision import KeepsPrecision, ZeroOnMaterialize, materialize_unsaved_buffers_, widest_dtype
 
 DEAD_SHARE_OF_UNIFORM = 0.1
 """A code counts as dead below this share of its count under uniform use."""
@@ -30,7 +30,7 @@ def perplexity(counts: Tensor) -> Tensor:
 
     Source: Sonnet's VectorQuantizer; van den Oord et al. 2017.
     """
-    total = counts.double().sum(-1, keepdim=True)
+    total = counts.to(widest_dtype(counts.device)).sum(-1, keepdim=True)
     p = counts / total.clamp_min(1)
     return (torch.special.entr(p).sum(-1).exp() * (total.squeeze(-1) > 0)).float()
 
@@ -44,7 +44,7 @@ def dead_share(counts: Tensor) -> Tensor:
 
     Source: the threshold is Mimi's for replacing a code (Defossez et al., Moshi, 2024).
     """
-    fair = counts.double().mean(-1, keepdim=True)
+    fair = counts.to(widest_dtype(counts.device)).mean(-1, keepdim=True)
     return (counts < DEAD_SHARE_OF_UNIFORM * fair).float().mean(-1)
 
 

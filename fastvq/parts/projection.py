@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastvq.precision import widest_dtype
+
 
 def projections(
     dim: int, codebook_dim: int, *, bias: bool = True, layernorm: bool = False
@@ -44,5 +46,5 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
     Neither TF32 nor autocast can then change an index.
     """
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    dtype = widest_dtype(x.device)
     return x.to(dtype) @ rotation.to(dtype)

@@ -14,7 +14,7 @@ from fastvq.parts.indices import checked_indices, checked_levels
 from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask
 from fastvq.parts.projection import project_codes_out, projections
 from fastvq.parts.shapes import Layout, codes_in_layout
-from fastvq.precision import KeepsBuffers
+from fastvq.precision import KeepsBuffers, widest_dtype
 
 from .fsq import FSQ
 from .grouped import Grouped
@@ -143,7 +143,7 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
         if self.has_projections:
             rows, rows_mask = exclude_non_finite(rows, rows_mask)
         projected = self.project_in(rows)
-        latents = feature_major(projected.to(_residual_dtype(x)))
+        latents = feature_major(projected.to(widest_dtype(x.device)))
         rows_mask = finite_mask(latents) if rows_mask is None else finite_mask(latents) & rows_mask
         latents = self._soft_clamp(torch.where(rows_mask[..., None], latents, 0))
         total, indices = self._run_stages(latents, rows_mask, active, training)
@@ -189,7 +189,7 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
                 f"indices: must have 1 to {self.num_quantizers} stages in their "
                 f"{'second' if self.is_channel_first else 'last'} axis, got {indices.shape[-1]}"
             )
-        dtype = _residual_dtype(indices)
+        dtype = widest_dtype(indices.device)
         given = list(checked_indices(indices, self._stages[0].codebook_size).unbind(-1))
         given += [torch.full_like(given[0], -1)] * (self.num_quantizers - len(given))
         return [
@@ -204,10 +204,6 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
         if self.soft_clamp_input_value is None:
             return latents
         return soft_clamp(latents, self.soft_clamp_input_value.to(latents.dtype))
-
-
-def _residual_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 class GroupedResidualFSQ(Grouped):

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastvq.backends import devices
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.extras import require
 
@@ -197,12 +198,12 @@ def usable_device(name: str) -> torch.device:
     """Return the device of this name.
 
     Raises:
-        ConfigError: the device does not exist, or torch was built without it.
+        ConfigError: torch cannot use the device here, or the device lacks float64.
     """
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+        return devices.usable_device(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _in_layout_of(parameter: Tensor, value: Tensor) -> Tensor:

@@ -78,8 +78,8 @@ class TestOneShape:
             ),
             (["--data=absent.npy"], "data: absent.npy can't be read"),
             (["--data=latents"], "data: latents have D=64, got D=8"),
-            (["--device=gpu9"], "device: 'gpu9' is unavailable"),
-            (["--device=meta"], "device: 'meta' is unavailable"),
+            (["--device=gpu9"], "device: 'gpu9' cannot be used here"),
+            (["--device=meta"], "device: 'meta' cannot be used here"),
             (["--render", "--out=nowhere"], "render: nowhere/benchmarks.json doesn't exist"),
         ],
     )

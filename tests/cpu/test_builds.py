@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -86,3 +88,60 @@ def test_instruction_sets_define_no_symbol_that_another_file_could_pick_up(tmp_p
         assert not [line for line in lines if any(f" {kind} " in line for kind in "WVuC")]
         assert len(defined) == 1
         assert "_isa()" in defined[0]
+
+
+# Without optimization, and each source once for all builds of the test: what is tested are the paths.
+CACHING = """#!/bin/sh
+for word; do [ "$last" = -o ] && out=$word; last=$word; done
+case "$out" in
+  *.o)
+    kept=$(dirname "$0")/$(basename "$out")
+    if [ -f "$kept" ]; then cp "$kept" "$out"; echo "$out:" > "$out.d"; exit; fi
+    {cxx} "$@" -O0 && cp "$out" "$kept" ;;
+  *) {cxx} "$@" ;;
+esac
+"""
+USE = """
+import json, pathlib, sys, fastvq, torch
+from fastvq.backends import native
+folder = pathlib.Path(fastvq.__file__).parent
+assert folder == pathlib.Path(sys.argv[1]) / "fastvq", folder
+record = json.loads((folder / "native_build.json").read_text())
+assert record["built"], record
+assert native.instruction_set()
+x = torch.eye(3)
+with fastvq.use_backend("native"):
+    assert fastvq.search(x, x).tolist() == [0, 1, 2]
+"""
+
+
+def test_builds_in_a_folder_of_any_name(tmp_path):
+    """From an sdist and in place, built, installed and imported in such folders, temporary files included."""
+    odd = tmp_path / "a b'c\"d$HOME $e%41;f(g)#h~ü雪"
+    clone, temporary, site = odd / "clone", odd / "tmp dir", odd / "site packages"
+    clone.mkdir(parents=True)
+    temporary.mkdir()
+    cxx = tmp_path / "c++"
+    cxx.write_text(CACHING.replace("{cxx}", str(compiler("g++", "clang++"))))
+    cxx.chmod(0o755)
+    for name in ("setup.py", "fastvq_command.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, clone)
+    for name in ("fastvq", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("*.so", "native_build.json"))
+    environment = os.environ | {"CXX": str(cxx), "FASTVQ_CUDA": "0", "FASTVQ_NATIVE": "", "TMPDIR": str(temporary)}
+
+    def python(folder: Path, *arguments: str, **more: str) -> None:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=folder, env=environment | more, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    install = ("-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-build-isolation", "--no-deps")
+    python(clone, "setup.py", "-q", "sdist", "--dist-dir", str(odd / "dist"))
+    (archive,) = (odd / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(archive, odd / "unpacked")
+    (unpacked,) = (odd / "unpacked").iterdir()
+    python(unpacked, *install, "--target", str(site), ".")
+    python(odd, "-c", USE, str(site), PYTHONPATH=str(site))
+    python(clone, "setup.py", "-q", "build_ext", "--inplace")
+    python(odd, "-c", USE, str(clone), PYTHONPATH=str(clone))

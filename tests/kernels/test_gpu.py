@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastvq
+from fastvq import environment
 from fastvq.kernels import launch
 
 from ..cases import around, generator
@@ -118,11 +119,11 @@ def test_repeatable():
 
 def test_autotuning(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("FASTVQ_AUTOTUNE", "1")
+    monkeypatch.setattr(environment, "setting", {"FASTVQ_AUTOTUNE": "1"}.get)
     x, codebook = (t.cuda() for t in vectors((16384, 2048, 64)))
     tuned = fastvq.search(x, codebook)
     assert launch.cache_file().exists()
-    monkeypatch.delenv("FASTVQ_AUTOTUNE")
+    monkeypatch.undo()
     assert torch.equal(tuned, fastvq.search(x, codebook))
 
 

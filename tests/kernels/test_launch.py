@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 
+from fastvq import environment
 from fastvq.kernels import launch
 from fastvq.kernels.frame import columns_of
 
@@ -77,19 +79,58 @@ def test_a_default_that_cannot_run_is_an_error(cache):
         launch.tuned("key", DEFAULT, seconds)
 
 
-@pytest.mark.parametrize("content", ["{", '{"key": {"block_n": 1}}'])
-def test_a_damaged_cache_is_written_anew(cache, content):
+def poisoned(**changes):
+    return {"key": dataclasses.asdict(DEFAULT) | changes}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"key": ["block_n"]}',
+        '{"key": null}',
+        '{"key": {"block_n": 1}}',
+        json.dumps(poisoned(block_n=7)),
+        json.dumps(poisoned(num_warps=0)),
+        json.dumps(poisoned(num_stages=-1)),
+        json.dumps(poisoned(block_k=2**40)),
+        json.dumps(poisoned(block_n="128")),
+        json.dumps(poisoned(block_n=float(DEFAULT.block_n))),
+        json.dumps(poisoned(paired=1)),
+        json.dumps(poisoned(other=1)),
+        json.dumps(poisoned(block_d=float("nan"))),
+    ],
+    ids=lambda content: content[:60],
+)
+def test_a_damaged_or_poisoned_cache_is_not_used(cache, content):
     cache.parent.mkdir(parents=True)
     cache.write_text(content)
-    launch.tuned("key", DEFAULT, lambda candidate: 1.0)
-    assert set(json.loads(cache.read_text())) == {"key"}
+    with pytest.warns(UserWarning, match=f"^fastvq: {re.escape(str(cache))}"):
+        assert launch.tuned("key", DEFAULT, lambda candidate: float(candidate != DEFAULT)) == DEFAULT
+    assert json.loads(cache.read_text()) == {"key": dataclasses.asdict(DEFAULT)}
+    assert launch.tuned("key", DEFAULT, lambda candidate: pytest.fail("timed again")) == DEFAULT
 
 
-@pytest.mark.parametrize("value", [None, "", "0", "1"])
+def test_a_cache_that_is_no_text(cache):
+    cache.parent.mkdir(parents=True)
+    cache.write_bytes(b"\xff\xfe\x00")
+    with pytest.warns(UserWarning, match="cannot be read, and is written anew"):
+        launch.tuned("key", DEFAULT, lambda candidate: 1.0)
+
+
+def test_a_cache_that_cannot_be_written(cache):
+    cache.mkdir(parents=True)
+    with pytest.warns(UserWarning, match="launch.json"):
+        assert launch.tuned("key", DEFAULT, lambda candidate: float(candidate != DEFAULT)) == DEFAULT
+
+
+@pytest.mark.parametrize("value", [None, "0", "1"])
 def test_nothing_is_timed_unasked(value, monkeypatch):
-    monkeypatch.delenv("FASTVQ_AUTOTUNE", raising=False)
-    if value is not None:
-        monkeypatch.setenv("FASTVQ_AUTOTUNE", value)
+    monkeypatch.setattr(environment, "setting", {"FASTVQ_AUTOTUNE": value}.get)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert launch.autotuning(torch.device("cuda")) == (value == "1")
     assert not launch.autotuning(torch.device("cpu"))

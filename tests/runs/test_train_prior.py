@@ -105,7 +105,7 @@ def test_states_that_cannot_be_used(run):
     [
         ({"heads": 3}, "heads: must divide dim=16, got 3"),
         ({"batch_size": 1000}, "batch_size 1000 is more than the"),
-        ({"device": "warp"}, "device 'warp' cannot be used here: "),
+        ({"device": "warp"}, "device: 'warp' cannot be used here: "),
     ],
 )
 def test_settings_that_cannot_be(run, settings, message):
@@ -158,7 +158,7 @@ def test_commands(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--device=warp"], "device 'warp' cannot be used here: "),
+        (["--device=warp"], "device: 'warp' cannot be used here: "),
         (["--heads=3", "--dim=16"], "heads: must divide dim=16, got 3"),
         (["--batch-size=1000"], "batch_size 1000 is more than the"),
         (["--dropout=1"], "dropout must be at least 0 and below 1, got 1.0"),
