@@ -30,19 +30,19 @@ def distances_to(x, at, codebook, k, there, dim, L2: tl.constexpr, BLOCK_N: tl.c
     step: tl.constexpr = 16
     value = tl.zeros([BLOCK_N], tl.float32)
     terms = tl.zeros([BLOCK_N], tl.float32)
-    bad = tl.zeros([BLOCK_N], tl.int32)
+    non_finite = tl.zeros([BLOCK_N], tl.int32)
     for d0 in range(0, dim, step):
         d = d0 + tl.arange(0, step)
         mask = there[:, None] & (d < dim)[None, :]
         rows = tl.load(x + at[:, None] + d[None, :], mask, other=0.0).to(tl.float32)
         codes = tl.load(codebook + k[:, None] * dim + d[None, :], mask, other=0.0).to(tl.float32)
-        bad += tl.sum((is_finite(codes) == 0).to(tl.int32), 1)
+        non_finite += tl.sum((is_finite(codes) == 0).to(tl.int32), 1)
         if L2:
             value += tl.sum((rows - codes) * (rows - codes), 1)
         else:
             value -= tl.sum(rows * codes, 1)
             terms += tl.sum(tl.abs(rows * codes), 1)
-    return value, possible_error(value, terms, dim, L2), there & (bad == 0)
+    return value, possible_error(value, terms, dim, L2), there & (non_finite == 0)
 
 
 @triton.jit

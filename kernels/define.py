@@ -16,21 +16,21 @@ def _direct(x, codebook, k, there, dim, L2: tl.constexpr, BLOCK_K: tl.constexpr,
     """Return (float32 score of one row with the codes k, the largest error, whether the code is finite)."""
     value = tl.zeros([BLOCK_K], tl.float32)
     terms = tl.zeros([BLOCK_K], tl.float32)
-    bad = tl.zeros([BLOCK_K], tl.int32)
+    non_finite = tl.zeros([BLOCK_K], tl.int32)
     for d0 in range(0, dim, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         row = tl.load(x + d, d < dim, other=0.0).to(tl.float32)[None, :]
         codes = tl.load(
             codebook + k.to(tl.int64)[:, None] * dim + d[None, :], there[:, None] & (d < dim)[None, :], other=0.0
         )
-        bad += tl.sum((is_finite(codes) == 0).to(tl.int32), 1)
+        non_finite += tl.sum((is_finite(codes) == 0).to(tl.int32), 1)
         codes = codes.to(tl.float32)
         if L2:
             value += tl.sum((row - codes) * (row - codes), 1)
         else:
             value -= tl.sum(row * codes, 1)
             terms += tl.sum(tl.abs(row * codes), 1)
-    return value, possible_error(value, terms, dim, L2), there & (bad == 0)
+    return value, possible_error(value, terms, dim, L2), there & (non_finite == 0)
 
 
 @triton.jit

@@ -84,7 +84,7 @@ def _norms(codebook, sums, center, norms, size, dim, part_codes, parts, ROWS: tl
         k = first + tl.arange(0, ROWS)
         raw = tl.zeros([ROWS], tl.float64)
         centered = tl.zeros([ROWS], tl.float64)
-        bad = tl.zeros([ROWS], tl.int32)
+        non_finite = tl.zeros([ROWS], tl.int32)
         for d0 in range(0, dim, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
             mean = tl.zeros([BLOCK_D], sums.dtype.element_ty)
@@ -96,12 +96,12 @@ def _norms(codebook, sums, center, norms, size, dim, part_codes, parts, ROWS: tl
             there = (k < end)[:, None] & (d < dim)[None, :]
             codes = tl.load(codebook + k.to(tl.int64)[:, None] * dim + d[None, :], there, other=0.0).to(tl.float64)
             moved = codes - tl.where(d < dim, mean, 0.0).to(tl.float64)[None, :]
-            bad += tl.sum((is_finite(codes) == 0).to(tl.int32), 1)
+            non_finite += tl.sum((is_finite(codes) == 0).to(tl.int32), 1)
             raw += tl.sum(codes * codes, 1)
             centered += tl.sum(moved * moved, 1)
-        tl.store(norms + k, tl.where(bad == 0, tl.sqrt(raw), NONE), k < end)
+        tl.store(norms + k, tl.where(non_finite == 0, tl.sqrt(raw), NONE), k < end)
         centered = tl.where(centered < float("inf"), tl.sqrt(centered), float("inf"))
-        tl.store(norms + size + k, tl.where(bad == 0, centered, NONE), k < end)
+        tl.store(norms + size + k, tl.where(non_finite == 0, centered, NONE), k < end)
 
 
 @triton.jit

@@ -66,10 +66,10 @@ def _residual_search(
         answerable = there & (bound == bound) & (usable > 0)
         certain = (best - second > 2 * bound) & (best - 2 * bound > far_floor)
         code = tl.where(answerable, index, -1).to(tl.int64)
-        unsettled = (answerable & (certain == 0)).to(tl.int32)
-        if tl.sum(unsettled) > 0:
+        uncertified = (answerable & (certain == 0)).to(tl.int32)
+        if tl.sum(uncertified) > 0:
             for i in range(BLOCK_N):
-                if tl.sum(tl.where(local == i, unsettled, 0)) > 0:
+                if tl.sum(tl.where(local == i, uncertified, 0)) > 0:
                     row = residual + (tl.program_id(0).to(tl.int64) * BLOCK_N + i) * dim
                     found = nearest(row, codebook, size, dim, True, False, DEFINE_K, DEFINE_D)
                     code = tl.where(local == i, found, code)

@@ -118,12 +118,12 @@ def measure(
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     step: tl.constexpr = 16
     largest = tl.zeros([BLOCK_N], dtype)
-    bad = tl.zeros([BLOCK_N], tl.int32)
+    non_finite = tl.zeros([BLOCK_N], tl.int32)
     over = tl.zeros([BLOCK_N], tl.int32)
     for d0 in range(0, dim, step):
         moved, moved_finite, finite = load_rows(x, at, there, center, d0 + tl.arange(0, step), dim, dtype)
         largest = tl.maximum(largest, tl.max(tl.abs(moved), 1))
-        bad += tl.sum((finite == 0).to(tl.int32), 1)
+        non_finite += tl.sum((finite == 0).to(tl.int32), 1)
         over += tl.sum((moved_finite == 0).to(tl.int32), 1)
     scale, shrink, tame = row_scale(largest, root, scalars, dtype)
     square = tl.zeros([BLOCK_N], tl.float32)
@@ -147,7 +147,7 @@ def measure(
     # Codes that overflowed, or that float32 couldn't scale down, leave nothing to rely on; 0 times infinity is one way.
     bound += tl.where(maximum_of(maxima, LENGTH) <= LONGEST, 0.0, float("inf"))
     bound = tl.where(tame & (over == 0) & (bound == bound), bound, float("inf"))
-    return scale, shrink, tl.where(bad > 0, float("nan"), bound), far_floor
+    return scale, shrink, tl.where(non_finite > 0, float("nan"), bound), far_floor
 
 
 @triton.jit

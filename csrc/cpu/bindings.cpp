@@ -171,12 +171,12 @@ struct Searched {
   // `result` has `width` indices a row. Calls run(head, its rows, its codes, their indices).
   template <class Run>
   void each_head(const Tensor& result, const Run& run) const {
-    const bool* kept = booleans(mask);
+    const bool* included = booleans(mask);
     auto* out = mutable_integers(result);
     const IeeeArithmetic arithmetic;
     for (int64_t h = 0; h < heads; ++h) {
       const Matrix own_codes = matrix_of(codebook, h);
-      run_masked(matrix_of(x, h), kept ? kept + h * rows : nullptr, width, out + h * rows * width,
+      run_masked(matrix_of(x, h), included ? included + h * rows : nullptr, width, out + h * rows * width,
                  [&](const Matrix& own_rows, int64_t* indices) { run(h, own_rows, own_codes, indices); });
     }
   }
@@ -226,11 +226,11 @@ Tensor residual_search(const Tensor& x, const Tensor& codebooks, const std::opti
   const Tensor vectors = values("x", x, 2), books = codes("codebooks", codebooks, 3, x);
   const int64_t stages = books.size(0), size = books.size(1), dim = books.size(2);
   require(stages > 0, "codebooks", "must hold at least one stage");
-  const auto kept = exactly("mask", mask, ScalarType::Bool, {x.size(0)});
+  const auto included = exactly("mask", mask, ScalarType::Bool, {x.size(0)});
   Tensor result = empty({x.size(0), stages}, ScalarType::Long);
   const Matrix all_codes{matrix_of(books).dtype, books.const_data_ptr(), stages * size, dim};
   const IeeeArithmetic arithmetic;
-  run_masked(matrix_of(vectors), booleans(kept), stages, mutable_integers(result),
+  run_masked(matrix_of(vectors), booleans(included), stages, mutable_integers(result),
              [&](const Matrix& rows, int64_t* indices) {
                fastvq::residual_search(fastvq::active_isa(), fastvq::active_precision(), rows, all_codes, stages,
                                        indices, PARALLEL);
@@ -277,17 +277,17 @@ std::tuple<Tensor, Tensor, Tensor> quantize_forward(const Tensor& x, const Tenso
 
 Tensor quantize_backward(const Tensor& x, const Tensor& codes, const Tensor& indices, const Tensor& quantized_grad,
                          const Tensor& loss_grad, int64_t gradient, double commitment_weight) {
-  const Tensor vectors = values("x", x, 2), kept = values("codes", codes, 2);
+  const Tensor vectors = values("x", x, 2), quantized_codes = values("codes", codes, 2);
   const Matrix rows = matrix_of(vectors);
   require(rows.dim > 0, "x", "must have at least one dimension D");
-  require_shape("codes", kept, {rows.rows, rows.dim});
-  const ScalarType dtype = kept.scalar_type();
+  require_shape("codes", quantized_codes, {rows.rows, rows.dim});
+  const ScalarType dtype = quantized_codes.scalar_type();
   require(dtype == ScalarType::Float || dtype == ScalarType::Double, "codes", "must be float32 or float64");
   const Tensor chosen = exactly("indices", indices, ScalarType::Long, {rows.rows});
   const Tensor grad = exactly("quantized_grad", quantized_grad, x.scalar_type(), {rows.rows, rows.dim});
   const double pull = 2.0 * commitment_weight * numbers_of(exactly("loss_grad", loss_grad, dtype, {}))[0];
   Tensor x_grad = empty({rows.rows, rows.dim}, x.scalar_type());
-  fastvq::quantize_backward(fastvq::active_isa(), rows, matrix_of(kept), integers(chosen), matrix_of(grad),
+  fastvq::quantize_backward(fastvq::active_isa(), rows, matrix_of(quantized_codes), integers(chosen), matrix_of(grad),
                             gradient_of(gradient), pull, x_grad.mutable_data_ptr(), PARALLEL);
   return x_grad;
 }
@@ -355,12 +355,12 @@ struct SoftArguments {
     require(floor >= 0.0 && floor < 1.0, "floor", "must lie in [0, 1), got ", floor);
     const auto kind =
         enumerator("metric", metric, fastvq::SoftMetric::distance, fastvq::SoftMetric::l2, fastvq::SoftMetric::dot);
-    const bool* kept = booleans(this->mask);
+    const bool* included = booleans(this->mask);
     const float log_floor = floor > 0.0 ? static_cast<float>(std::log(floor)) : -1e6f;
     input = {{matrix_of(this->x).dtype, this->x.const_data_ptr(), groups * rows, dim},
              matrix_of(this->codebook),
              groups,
-             kept,
+             included,
              kind,
              static_cast<float>(scale),
              log_floor};

@@ -10,7 +10,7 @@ namespace {
 
 constexpr double FAR = 8.0;         // times the median norm, and a code counts as far from the others
 constexpr int64_t FAR_SHARE = 64;   // at most one code in this number is far
-constexpr int64_t SAMPLE = 64;      // codes that tell whether to centre
+constexpr int64_t SAMPLE = 64;      // codes that tell whether to center
 constexpr int64_t GRAIN = 1 << 15;  // elements that a thread should have to measure
 
 struct Sizes {
@@ -29,32 +29,32 @@ struct Sizes {
   }
 };
 
-// |code - centre|^2 and its largest element, where float32 can't hold the first.
-Loaded measure_in_double(const Matrix& codes, int64_t k, const float* centre, double& norm2, double& largest) {
+// |code - center|^2 and its largest element, where float32 can't hold the first.
+Loaded measure_in_double(const Matrix& codes, int64_t k, const float* center, double& norm2, double& largest) {
   std::vector<double> code(codes.dim);
   codes.load(k, code.data());
   norm2 = largest = 0.0;
   double poison = 0.0;
   for (int64_t j = 0; j < codes.dim; ++j) {
     poison += code[j] * 0.0;
-    const double value = centre ? code[j] - static_cast<double>(centre[j]) : code[j];
+    const double value = center ? code[j] - static_cast<double>(center[j]) : code[j];
     norm2 += value * value;
     largest = std::max(largest, std::fabs(value));
   }
   return {0.0f, 0.0f, poison == 0.0};
 }
 
-// Sizes of the codes less `centre`, which may be null.
-void measure(const Isa& isa, const Matrix& codes, const float* centre, Sizes& sizes, std::vector<char>& finite,
+// Sizes of the codes less `center`, which may be null.
+void measure(const Isa& isa, const Matrix& codes, const float* center, Sizes& sizes, std::vector<char>& finite,
              const Parallel& parallel) {
   parallel(codes.rows, std::max<int64_t>(1, GRAIN / codes.dim), [&](int64_t begin, int64_t end) {
     std::vector<float> values(codes.dim);
     for (int64_t k = begin; k < end; ++k) {
-      Loaded code = isa.load(codes.dtype, codes.row(k), centre, 1.0, codes.dim, values.data());
+      Loaded code = isa.load(codes.dtype, codes.row(k), center, 1.0, codes.dim, values.data());
       sizes.norms2[k] = code.norm2;
       sizes.largest[k] = code.largest;
       if (!(code.norm2 > 0x1p-60f && code.norm2 < 0x1p120f))
-        code = measure_in_double(codes, k, centre, sizes.norms2[k], sizes.largest[k]);
+        code = measure_in_double(codes, k, center, sizes.norms2[k], sizes.largest[k]);
       finite[k] = code.finite;
     }
   });
@@ -119,7 +119,7 @@ std::vector<char> near_codes(const Sizes& sizes, const std::vector<char>& finite
 
 }  // namespace
 
-// Centring on the mean code leaves every difference x - e as it is and shrinks the norms that the bound multiplies. It
+// Centering on the mean code leaves every difference x - e as it is and shrinks the norms that the bound multiplies. It
 // pays where the codes share an offset that is large against their spread; scaling keeps float32 from overflowing.
 Frame::Frame(const Isa& isa, const Matrix& codes, Metric metric, const Parallel& parallel)
     : metric(metric), finite(codes.rows), far_norm(std::numeric_limits<double>::infinity()) {
@@ -140,14 +140,14 @@ Frame::Frame(const Isa& isa, const Matrix& codes, Metric metric, const Parallel&
     if (long_enough(mean_of(isa, codes, near, size / SAMPLE + 1, parallel), 0.125))
       mean = mean_of(isa, codes, near, 1, parallel);
     if (!mean.empty() && std::isfinite(squared_norm(mean)) && long_enough(mean, 0.25)) {
-      Sizes centred(size);
-      measure(isa, codes, mean.data(), centred, finite, parallel);
-      std::vector<char> centred_near = near_codes(centred, finite, metric);
-      centred.find_maxima(centred_near);
-      if (centred.max_norm2 < 0.25 * sizes.max_norm2) {
-        centre = std::move(mean);
-        sizes = std::move(centred);
-        near = std::move(centred_near);
+      Sizes centered(size);
+      measure(isa, codes, mean.data(), centered, finite, parallel);
+      std::vector<char> centered_near = near_codes(centered, finite, metric);
+      centered.find_maxima(centered_near);
+      if (centered.max_norm2 < 0.25 * sizes.max_norm2) {
+        center = std::move(mean);
+        sizes = std::move(centered);
+        near = std::move(centered_near);
       }
     }
   }

@@ -1,4 +1,4 @@
-// The frame in which the cheap tiers see rows and codes: (v - centre) * 2^exponent, and which codes they see at all.
+// The frame in which the cheap tiers see rows and codes: (v - center) * 2^exponent, and which codes they see at all.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +16,10 @@ struct Frame {
 
   // A code that the scan reads: finite, and not far from the others.
   bool scanned(int64_t k) const { return near[k] != 0; }
-  const float* shift() const { return centre.empty() ? nullptr : centre.data(); }
+  const float* shift() const { return center.empty() ? nullptr : center.data(); }
 
   const Metric metric;
-  std::vector<float> centre;  // empty where centring doesn't pay
+  std::vector<float> center;  // empty where centering doesn't pay
   int exponent = 0;
   std::vector<char> finite, near;  // [codes]
   // A few codes far from all others would make the bound useless for every row. The scan passes them over; for each

@@ -58,7 +58,7 @@ struct Tier {
                            const GroupMinima& minima, int64_t* out, int64_t capacity);
 };
 
-// A row or a code in the frame of the scan: out = float((v - centre) * scale).
+// A row or a code in the frame of the scan: out = float((v - center) * scale).
 struct Loaded {
   float norm2;    // |out|^2, in float32
   float largest;  // max |out_j|
@@ -117,8 +117,8 @@ struct SoftKernels {
   float (*assign)(const float* logits, int64_t count, float logsumexp, float log_floor, float* mean);
   // p and u; returns sum p u.
   float (*slopes)(const float* logits, int64_t count, const Slope& slope, float* p, float* u);
-  // p to the weight of e - x in the gradient of x: p (u - centre) scale, times 2 for l2, over |x - e| for distance.
-  void (*weights)(const float* logits, int64_t count, SoftMetric metric, float scale, float centre, const float* u,
+  // p to the weight of e - x in the gradient of x: p (u - center) scale, times 2 for l2, over |x - e| for distance.
+  void (*weights)(const float* logits, int64_t count, SoftMetric metric, float scale, float center, const float* u,
                   float* p);
   // c[r] += sum over j < count of a[r * row_step + j * step] b[j], with rows of dim elements, a multiple of lanes.
   void (*multiply_add)(const float* a, int64_t row_step, int64_t step, int64_t rows, int64_t count, const float* b,
@@ -133,8 +133,8 @@ struct Isa {
   const Tier* float32;
   const Tier* int16;  // null where it gains nothing
 
-  // centre may be null.
-  Loaded (*load)(DType dtype, const void* v, const float* centre, double scale, int64_t dim, float* out);
+  // center may be null.
+  Loaded (*load)(DType dtype, const void* v, const float* center, double scale, int64_t dim, float* out);
   // sums += v, in float64.
   void (*add)(DType dtype, const void* v, int64_t dim, double* sums);
   // distances[n] = min(distances[n], |row n - code|^2) for each code, in float64 and rounded once; a row whose distance

@@ -1,4 +1,4 @@
-// Rows and codes on their way to a cheap tier: read, centred, scaled, rounded and laid out. Included by isa.cpp alone.
+// Rows and codes on their way to a cheap tier: read, centered, scaled, rounded and laid out. Included by isa.cpp alone.
 #pragma once
 
 #include "isa.h"
@@ -19,7 +19,7 @@ inline bool all_zero(FloatVec v) {
 }
 
 template <class T>
-Loaded load_as(const T* v, const float* centre, double scale, int64_t dim, float* out) {
+Loaded load_as(const T* v, const float* center, double scale, int64_t dim, float* out) {
   const float factor = static_cast<float>(scale);
   FloatVec squares{}, largest{}, poison{};
   const auto take = [&](FloatVec source, FloatVec shift) {
@@ -31,19 +31,19 @@ Loaded load_as(const T* v, const float* centre, double scale, int64_t dim, float
   };
   int64_t j = 0;
   for (; j + LANES <= dim; j += LANES)
-    store(out + j, take(widen(v + j), centre ? load<FloatVec>(centre + j) : FloatVec{}));
+    store(out + j, take(widen(v + j), center ? load<FloatVec>(center + j) : FloatVec{}));
   if (j < dim)
-    store_first(out + j, take(widen_first(v + j, dim - j), centre ? widen_first(centre + j, dim - j) : FloatVec{}),
+    store_first(out + j, take(widen_first(v + j, dim - j), center ? widen_first(center + j, dim - j) : FloatVec{}),
                 dim - j);
   return {sum_of_lanes(squares), -smallest_lane(-largest), all_zero(poison)};
 }
 
 // float64: the difference and its scaling are rounded once, at the end.
-Loaded load_double(const double* v, const float* centre, double scale, int64_t dim, float* out) {
+Loaded load_double(const double* v, const float* center, double scale, int64_t dim, float* out) {
   float norm2 = 0.0f, largest = 0.0f;
   double poison = 0.0;
   for (int64_t j = 0; j < dim; ++j) {
-    const float value = static_cast<float>((v[j] - (centre ? centre[j] : 0.0)) * scale);
+    const float value = static_cast<float>((v[j] - (center ? center[j] : 0.0)) * scale);
     const float size = value < 0.0f ? -value : value;
     poison += v[j] * 0.0;
     norm2 += value * value;
@@ -53,16 +53,16 @@ Loaded load_double(const double* v, const float* centre, double scale, int64_t d
   return {norm2, largest, poison == 0.0};
 }
 
-Loaded load_values(DType dtype, const void* v, const float* centre, double scale, int64_t dim, float* out) {
+Loaded load_values(DType dtype, const void* v, const float* center, double scale, int64_t dim, float* out) {
   switch (dtype) {
     case DType::f32:
-      return load_as(static_cast<const float*>(v), centre, scale, dim, out);
+      return load_as(static_cast<const float*>(v), center, scale, dim, out);
     case DType::f16:
-      return load_as(static_cast<const detail::Half*>(v), centre, scale, dim, out);
+      return load_as(static_cast<const detail::Half*>(v), center, scale, dim, out);
     case DType::bf16:
-      return load_as(static_cast<const detail::BFloat16*>(v), centre, scale, dim, out);
+      return load_as(static_cast<const detail::BFloat16*>(v), center, scale, dim, out);
     default:
-      return load_double(static_cast<const double*>(v), centre, scale, dim, out);
+      return load_double(static_cast<const double*>(v), center, scale, dim, out);
   }
 }
 

@@ -33,7 +33,7 @@ class Problem {
         size(panels * width),
         padded(rounded_up(dim + 1, isa.lanes)),
         rows_of_group(input.groups ? input.x.rows / input.groups : 0),
-        valid(input.x.rows),
+        included(input.x.rows),
         count(input.groups),
         units_(panels * dim * width),
         halves_(size),
@@ -43,19 +43,19 @@ class Problem {
     std::vector<float> row(dim);
     for (int64_t n = 0; n < input.x.rows; ++n) {
       const bool finite = isa.load(input.x.dtype, input.x.row(n), nullptr, 1.0, dim, row.data()).finite;
-      valid[n] = finite && any_usable_ && (!input.mask || input.mask[n]);
-      count[n / rows_of_group] += valid[n];
+      included[n] = finite && any_usable_ && (!input.mask || input.mask[n]);
+      count[n / rows_of_group] += included[n];
     }
   }
 
-  // The rows [first, first + live) less the centre: for `scores`, and as rows that end in a one; zeros where they don't
-  // count and up to `rows`.
+  // The rows [first, first + live) less the center: for `scores`, and as rows that end in a one; zeros where they are
+  // excluded and up to `rows`.
   void load(int64_t first, int64_t live, int64_t rows, float* values, float* ending, float* squares) const {
     std::fill_n(values, rows * dim, 0.0f);
     std::fill_n(ending, rows * padded, 0.0f);
     for (int64_t i = 0; i < live; ++i) {
       squares[i] = 0.0f;
-      if (!valid[first + i]) continue;
+      if (!included[first + i]) continue;
       float* own = values + i * dim;
       squares[i] = isa.load(input.x.dtype, input.x.row(first + i), shift(), 1.0, dim, own).norm2;
       std::copy_n(own, dim, ending + i * padded);
@@ -71,7 +71,7 @@ class Problem {
     const int64_t columns = (end - begin) * width;
     std::vector<int32_t> near;
     for (int64_t i = 0; i < live; ++i) {
-      if (!valid[first + i]) continue;
+      if (!included[first + i]) continue;
       float* own = out + i * stride;
       if (input.metric != SoftMetric::dot) {
         isa.soft->squares(own, columns, squares[i]);
@@ -93,11 +93,11 @@ class Problem {
   const Isa& isa;
   const SoftInput input;
   const int64_t dim, width, panels, size, padded, rows_of_group;
-  std::vector<char> valid;
-  std::vector<int64_t> count;  // valid rows of each group
+  std::vector<char> included;
+  std::vector<int64_t> count;  // included rows of each group
 
  private:
-  const float* shift() const { return centre_.empty() ? nullptr : centre_.data(); }
+  const float* shift() const { return center_.empty() ? nullptr : center_.data(); }
 
   PackedCodes codes(const float* halves) const { return {units_.get(), halves, nullptr, nullptr, dim, panels, 0}; }
 
@@ -114,7 +114,7 @@ class Problem {
     any_usable_ = good > 0;
     if (input.metric != SoftMetric::dot)
       for (const double sum : sums)
-        centre_.push_back(static_cast<float>(sum / static_cast<double>(std::max<int64_t>(1, good))));
+        center_.push_back(static_cast<float>(sum / static_cast<double>(std::max<int64_t>(1, good))));
     std::fill_n(zeros_.get(), size, 0.0f);
     parallel(panels, std::max<int64_t>(1, GRAIN / (width * dim)), [&](int64_t begin, int64_t end) {
       const Scratch<float> rows(width * dim);
@@ -148,7 +148,7 @@ class Problem {
     return static_cast<float>(sum);
   }
 
-  std::vector<float> centre_;
+  std::vector<float> center_;
   bool any_usable_ = false;
   Scratch<uint32_t> units_;
   Scratch<float> halves_, zeros_;
@@ -198,7 +198,7 @@ void soft_assign_forward(const Isa& isa, const SoftInput& input, float* logsumex
                    const int64_t n = first + i;
                    logsumexp[n] = 0.0f;
                    if (entropy) entropy[n] = 0.0f;
-                   if (!problem.valid[n]) continue;
+                   if (!problem.included[n]) continue;
                    const float* own = logits.get() + i * size;
                    logsumexp[n] = largest[i] + std::log(isa.soft->exp_sum(own, size, largest[i]));
                    if (mean) entropy[n] = isa.soft->assign(own, size, logsumexp[n], input.log_floor, p.get());
@@ -225,7 +225,7 @@ void soft_assign_backward(const Isa& isa, const SoftInput& input, const float* l
   const int64_t rows = input.x.rows, tile = isa.tile_rows, size = problem.size, dim = problem.dim;
   const int64_t codes = input.codes.rows, padded = problem.padded, width = problem.width;
   const bool away = input.metric != SoftMetric::dot;
-  std::vector<float> shares(gradients.mean ? input.groups * size : 0), centres(rows);
+  std::vector<float> shares(gradients.mean ? input.groups * size : 0), centers(rows);
   for (int64_t i = 0; gradients.mean && i < input.groups * codes; ++i)
     shares[i / codes * size + i % codes] =
         gradients.mean[i] / static_cast<float>(std::max<int64_t>(1, problem.count[i / codes]));
@@ -239,7 +239,7 @@ void soft_assign_backward(const Isa& isa, const SoftInput& input, const float* l
     if (gradients.code) problem.products(own.code_grads.get() + at * dim, begin, end, u, stride);
     for (int64_t i = 0; i < live; ++i) {
       const int64_t n = first + i;
-      if (!problem.valid[n]) {
+      if (!problem.included[n]) {
         std::fill_n(p + i * stride, columns, 0.0f);
         continue;
       }
@@ -248,7 +248,7 @@ void soft_assign_backward(const Isa& isa, const SoftInput& input, const float* l
                         gradients.code != nullptr};
       const float sum = isa.soft->slopes(l + i * stride, columns, slope, p + i * stride, u + i * stride);
       if (sums) sums[n] = sum - (gradients.logsumexp ? gradients.logsumexp[n] : 0.0f);
-      isa.soft->weights(l + i * stride, columns, input.metric, input.scale, sums ? sums[n] : centres[n], u + i * stride,
+      isa.soft->weights(l + i * stride, columns, input.metric, input.scale, sums ? sums[n] : centers[n], u + i * stride,
                         p + i * stride);
     }
   };
@@ -267,7 +267,7 @@ void soft_assign_backward(const Isa& isa, const SoftInput& input, const float* l
     for (int64_t first = begin * tile; first < std::min(end * tile, rows); first += tile) {
       const int64_t live = std::min(tile, rows - first);
       load(own, first, live, tile);
-      spread(own, 0, first, live, 0, problem.panels, size, centres.data());
+      spread(own, 0, first, live, 0, problem.panels, size, centers.data());
       if (!x_grad) continue;
       std::fill_n(grad.get(), tile * padded, 0.0f);
       isa.soft->multiply_add(own.p.get(), size, 1, live, size, problem.plain.get(), padded, grad.get());

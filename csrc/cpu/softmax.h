@@ -75,10 +75,10 @@ float slopes(const float* logits, int64_t count, const Slope& slope, float* p, f
   return sum_of_lanes(sum);
 }
 
-void weights(const float* logits, int64_t count, SoftMetric metric, float scale, float centre, const float* u,
+void weights(const float* logits, int64_t count, SoftMetric metric, float scale, float center, const float* u,
              float* p) {
   for (int64_t i = 0; i < count; i += LANES) {
-    FloatVec weight = load<FloatVec>(p + i) * (load<FloatVec>(u + i) - centre) * scale;
+    FloatVec weight = load<FloatVec>(p + i) * (load<FloatVec>(u + i) - center) * scale;
     if (metric == SoftMetric::l2) weight *= 2.0f;
     if (metric == SoftMetric::distance) {
       const FloatVec distance = load<FloatVec>(logits + i) * (-1.0f / scale);

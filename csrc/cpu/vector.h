@@ -145,7 +145,7 @@ inline FloatVec sums_across(FloatVec (&v)[LANES]) {
     return v[0];
 }
 
-// Element types as float32, exactly; float64 is rounded by the caller, after it has taken the centre off.
+// Element types as float32, exactly; float64 is rounded by the caller, after it has taken the center off.
 typedef uint16_t ShortVec __attribute__((vector_size(LANES * 2)));
 
 inline FloatVec widen_bfloat16(ShortVec bits) {

@@ -147,8 +147,8 @@ static __global__ void __launch_bounds__(ADD_THREADS) bounds(Accumulation sum) {
   if (code < sum.size) sum.counts[code] = static_cast<float>(position_of(static_cast<uint32_t>(code + 2)) - begin);
 }
 
-// The float64 sum of the sorted positions [begin, end) in each column of this block's; threads that share a column take
-// every so many rows, and are added in order. Valid in the threads of row 0.
+// The float64 sum of the sorted positions [begin, end) in each column of this block's; the `lines` threads of a
+// column each take every `lines`-th row, and are added in order. Valid in the threads of row 0.
 __device__ inline double add_rows(const Accumulation& sum, int64_t begin, int64_t end, int columns, int column,
                                   double* scratch) {
   const int thread = threadIdx.x, lines = ADD_THREADS / columns;

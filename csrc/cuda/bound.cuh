@@ -13,7 +13,7 @@ struct RowScale {
   bool tame;
 };
 
-// `largest` is the largest element about the centre.
+// `largest` is the largest element about the center.
 __device__ inline RowScale scale_of(float largest, int dim, int exponent, Tier tier) {
   if (tier == Tier::cores) return {power_of_two(exponent), 1.0f, true};
   int root = 0;  // 2^root >= sqrt(D)
@@ -23,16 +23,16 @@ __device__ inline RowScale scale_of(float largest, int dim, int exponent, Tier t
   return {power_of_two(clamped), power_of_two(clamped - exponent), clamped - exponent >= -120 && down >= -126};
 }
 
-// A row's elements about the centre, in float32.
+// A row's elements about the center, in float32.
 struct RowView {
   Values x;
   int64_t at;
-  const float* centre;  // null without
+  const float* center;  // null without
   int dim;
 
   __device__ float moved(int j) const {
     const float value = load(x, at + j);
-    return centre ? value - centre[j] : value;
+    return center ? value - center[j] : value;
   }
 };
 
@@ -45,14 +45,14 @@ struct RowKind {
 // In all lanes of a group of `width`, which have a row together.
 __device__ inline RowKind kind_of(const RowView& row, int width = WARP) {
   float largest = 0.0f;
-  int bad = 0, over = 0;
+  int non_finite = 0, over = 0;
   for (int j = threadIdx.x % width; j < row.dim; j += width) {
     const float moved = row.moved(j);
-    bad |= !is_finite(load(row.x, row.at + j));
+    non_finite |= !is_finite(load(row.x, row.at + j));
     over |= !is_finite(moved);
     if (is_finite(moved)) largest = fmaxf(largest, fabsf(moved));
   }
-  return {combine_lanes(largest, Maximum{}, width), combine_lanes(bad, Maximum{}, width) == 0,
+  return {combine_lanes(largest, Maximum{}, width), combine_lanes(non_finite, Maximum{}, width) == 0,
           combine_lanes(over, Maximum{}, width) == 0};
 }
 
@@ -125,7 +125,7 @@ __device__ inline RowSquares squares_of(const RowView& row, float scale, Tier ti
           combine_lanes(sum.high, Sum{}, width), combine_lanes(sum.low, Sum{}, width)};
 }
 
-// A row of up to COLUMNS elements in one thread, about the centre: zeros where that isn't finite, and behind the last.
+// A row of up to COLUMNS elements in one thread, about the center: zeros where that isn't finite, and behind the last.
 template <int COLUMNS>
 struct ShortRow {
   float moved[COLUMNS];
@@ -135,7 +135,7 @@ struct ShortRow {
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j) {
       const float value = j < row.dim ? load(row.x, row.at + j) : 0.0f;
-      const float about = j < row.dim && row.centre ? value - row.centre[j] : value;
+      const float about = j < row.dim && row.center ? value - row.center[j] : value;
       kind.finite &= is_finite(value);
       kind.moved_finite &= is_finite(about);
       moved[j] = is_finite(about) ? about : 0.0f;

@@ -1,4 +1,4 @@
-"""Builds the native backend's CUDA library: csrc/cuda compiled by nvcc through ninja.
+"""Build of the native backend's CUDA library: csrc/cuda compiled by nvcc through ninja.
 
     python csrc/cuda/build.py OUT      builds into the directory OUT and prints what ptxas says of each kernel
 

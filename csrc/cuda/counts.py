@@ -1,4 +1,4 @@
-"""Counts the instructions of the CUDA scans: `python csrc/cuda/counts.py [--write]`.
+"""Instruction counts of the CUDA scans: `python csrc/cuda/counts.py [--write]`.
 
     build      csrc/cuda by nvcc into build/cuda, as csrc/cuda/build.py does
     count      the innermost loop that multiplies of each scan, in the machine code that cuobjdump shows
@@ -45,7 +45,7 @@ def build() -> Any:
 
 
 def find_cuobjdump(nvcc: str | None) -> str | None:
-    """Of nvcc's toolkit, of PATH, or of Triton."""
+    """Return the cuobjdump of nvcc's toolkit, of PATH, or of Triton; None if there is none."""
     places = [build()["toolkit"](nvcc) / "bin"] if nvcc else []
     spec = importlib.util.find_spec("triton")
     if spec is not None and spec.origin is not None:
@@ -55,7 +55,7 @@ def find_cuobjdump(nvcc: str | None) -> str | None:
 
 
 def plain(mangled: str) -> str:
-    """scan_cores<8> for its mangled name."""
+    """Return the name of a kernel as in the source, such as scan_cores<8>, for its mangled name."""
     found = re.match(r"_ZN6fastvq4cuda(\d+)", mangled)
     if found is None:
         raise ValueError(f"{mangled!r} is no kernel of fastvq::cuda")
@@ -66,7 +66,7 @@ def plain(mangled: str) -> str:
 
 
 def inner_loops(cuobjdump: str, device: str, objects: Path = BUILT) -> Iterator[tuple[str, collections.Counter[str]]]:
-    """Of each scan the innermost loop that multiplies: how often each instruction stands there."""
+    """Yield each scan with the instruction counts of its innermost loop that multiplies."""
     command = [cuobjdump, "-sass", "-arch", device, str(objects / "search.cu.o")]
     listing = subprocess.run(command, text=True, capture_output=True, check=True).stdout
     for part in re.split(r"\n\s+Function : ", listing)[1:]:
@@ -92,7 +92,7 @@ def record_of(kernel: str, device: str, counts: collections.Counter[str]) -> Rec
     numbers = [int(number) for number in re.findall(r"\d+", kernel.partition("<")[2])]
     if kernel.startswith("scan_cores"):
         (columns,) = numbers
-        # A distance is so many multiply-adds: that says how many a turn has.
+        # A distance takes `columns` multiply-adds: their number gives the distances of a turn.
         distances = (counts["FFMA"] + 2 * counts["FFMA2"]) / columns
         shape = {"products": 0, "step": columns, "rows": 512 if columns <= 8 else 256, "group": 32}
     else:
@@ -143,7 +143,7 @@ def document(objects: Path = BUILT) -> dict[str, Any]:
 
 
 def differences(stored: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """How the stored counts differ from those of the code: by more than a tenth, or as a scan that is new or gone."""
+    """Describe where stored counts differ from the code: by more than a tenth, or by a scan that is new or gone."""
     hint = f"{COUNTS.name}, stored with {stored['compiler']}; python csrc/cuda/counts.py --write brings it up to date"
     before, now = ({(r["kernel"], r["target"]): r for r in d["records"]} for d in (stored, found))
     result = [f"{' '.join(key)}: isn't in {hint}" for key in now.keys() - before.keys()]

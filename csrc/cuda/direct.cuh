@@ -49,8 +49,8 @@ struct Range {
   float low, high;
 };
 
-__device__ inline Range range_of(const Codes& codes, float value, float terms, bool bad) {
-  if (bad) return {INFINITY, INFINITY};
+__device__ inline Range range_of(const Codes& codes, float value, float terms, bool non_finite) {
+  if (non_finite) return {INFINITY, INFINITY};
   const float size = codes.metric == Metric::l2 ? value : terms;
   const float dim = static_cast<float>(codes.dim);
   const float error = (dim + 8.0f) * 1.01f * UNIT * size + dim * 0x1p-125f;
@@ -76,13 +76,13 @@ __device__ __forceinline__ void score(const Codes& codes, int64_t code, bool the
                                       int width, Range (&ranges)[R]) {
   const int stride = stride_of(codes.dim), part = threadIdx.x % width;
   float value[R] = {}, terms[R] = {};
-  bool bad = !there;
+  bool non_finite = !there;
   if (there) {
     for (int j = 4 * part; j < codes.dim; j += 4 * width) {
       float e[4];
       load_four(codes.values, codes.first + code * codes.dim + j, codes.dim - j, codes.aligned, e);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) bad |= !is_finite(e[i]);
+      for (int i = 0; i < 4; ++i) non_finite |= !is_finite(e[i]);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if (r >= count) continue;
@@ -93,13 +93,13 @@ __device__ __forceinline__ void score(const Codes& codes, int64_t code, bool the
       }
     }
   }
-  bad = combine_lanes(static_cast<int>(bad), Maximum{}, width) != 0;
+  non_finite = combine_lanes(static_cast<int>(non_finite), Maximum{}, width) != 0;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     if (r >= count) continue;
     value[r] = combine_lanes(value[r], Sum{}, width);
     if (codes.metric == Metric::dot) terms[r] = combine_lanes(terms[r], Sum{}, width);
-    ranges[r] = range_of(codes, value[r], terms[r], bad);
+    ranges[r] = range_of(codes, value[r], terms[r], non_finite);
   }
 }
 
@@ -240,7 +240,7 @@ __device__ inline int64_t nearest_in_thread(const Codes& codes, int64_t begin, i
   const int64_t end = min(begin + count, codes.size);
   const auto range_at = [&](int64_t code) {
     float value = 0.0f, terms = 0.0f;
-    bool bad = false;
+    bool non_finite = false;
 #pragma unroll
     for (int j = 0; j < COLUMNS; j += 4) {
       if (j >= codes.dim) break;
@@ -248,11 +248,11 @@ __device__ inline int64_t nearest_in_thread(const Codes& codes, int64_t begin, i
       load_four(codes.values, codes.first + code * codes.dim + j, codes.dim - j, codes.aligned, e);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        bad |= !is_finite(e[i]);
+        non_finite |= !is_finite(e[i]);
         add_column(codes.metric, row[j + i], e[i], value, terms);
       }
     }
-    return range_of(codes, value, terms, bad);
+    return range_of(codes, value, terms, non_finite);
   };
   Narrowed narrowed;
   for (int64_t code = begin; code < end; ++code) narrowed.add(range_at(code), code);
@@ -301,12 +301,12 @@ __device__ inline int64_t nearest_in_block(const Codes& codes, int slices, int64
 
 // Copies a row to shared memory, in float32. Whether it is finite, in all threads; they may read it.
 __device__ inline bool stage_row(Values x, int64_t row_at, int dim, float* row, int* scratch) {
-  int bad = 0;
+  int non_finite = 0;
   for (int j = threadIdx.x; j < stride_of(dim); j += blockDim.x) {
-    if (j < dim) bad |= !is_finite(load_wide(x, row_at + j));
+    if (j < dim) non_finite |= !is_finite(load_wide(x, row_at + j));
     row[j] = j < dim ? load(x, row_at + j) : 0.0f;
   }
-  return combine_block(bad, Maximum{}, scratch) == 0;
+  return combine_block(non_finite, Maximum{}, scratch) == 0;
 }
 
 }  // namespace fastvq::cuda

@@ -2,7 +2,7 @@
 // once for eight rows. Partial minima don't depend on who is first.
 //
 //   scan_slices   of each slice of the codes and each row, where the smallest score lies
-//   settle_row    a block has a row, and looks at the slices that may hold its nearest code once more
+//   finish_row    a block has a row, and looks at the slices that may hold its nearest code once more
 //
 // A search takes a launch for each, a residual search one for all stages, in which every block waits for the others.
 #pragma once
@@ -15,7 +15,7 @@ constexpr int FEW_THREADS = 128, FEW_WARPS = FEW_THREADS / WARP;
 constexpr int FEW_AT_ONCE = 8;       // rows that a code is read for
 constexpr int FEW_BLOCKS_EACH = 2;   // blocks for each processor
 constexpr int64_t SEARCH_FEW = 64;   // rows of a search that is done like that
-constexpr int64_t LEVELS_FEW = 128;  // of a residual search
+constexpr int64_t STAGES_FEW = 128;  // of a residual search
 
 struct FewRows {
   Values x;       // [heads, n, dim]
@@ -31,7 +31,7 @@ struct FewRows {
   unsigned* arrived;  // blocks at the grid's barrier
 };
 
-// The shared memory of few_scan and few_settle.
+// The shared memory of few_scan and few_finish.
 __host__ __device__ inline int few_shared(int dim) {
   return static_cast<int>(FEW_AT_ONCE * stride_of(dim) * sizeof(float) + FEW_WARPS * sizeof(Best));
 }
@@ -61,7 +61,7 @@ __device__ __forceinline__ void scan_slices(const FewRows& few, Values x, int64_
 }
 
 // A block: the nearest code to one row.
-__device__ __forceinline__ int64_t settle_row(const FewRows& few, int64_t row, Values x, int64_t row_at,
+__device__ __forceinline__ int64_t finish_row(const FewRows& few, int64_t row, Values x, int64_t row_at,
                                               const Codes& codes, const Range* ranges) {
   float* staged = reinterpret_cast<float*>(shared_memory());
   const BlockScratch scratch{reinterpret_cast<Best*>(staged + FEW_AT_ONCE * stride_of(codes.dim))};

@@ -1,7 +1,7 @@
-// The codebook as a scan sees it: centred, scaled by a power of two, and measured. docs/exactness.md says what for.
+// The codebook as a scan sees it: centered, scaled by a power of two, and measured. docs/exactness.md says what for.
 //
-//   frame_norms    a centre, and each code's length, as it is and about the centre
-//   frame_decide   one block: whether to centre, the scale, and which codes are far from the others
+//   frame_norms    a center, and each code's length, as it is and about the center
+//   frame_decide   one block: whether to center, the scale, and which codes are far from the others
 //   pack_pairs     float32 codes, two by two, for CUDA cores
 //   pack_parts     two float16 parts of each code, for matrix units
 #pragma once
@@ -12,7 +12,7 @@ namespace fastvq::cuda {
 
 constexpr int FRAME_THREADS = 128, FRAME_WARPS = FRAME_THREADS / WARP;
 constexpr int64_t FRAME_BLOCKS = 256;  // of frame_norms, at most
-constexpr int64_t SAMPLE = 64;         // codes, about, whose mean is the centre: any centre is right
+constexpr int64_t SAMPLE = 64;         // codes, about, whose mean is the center: any center is right
 constexpr double FAR = 8.0;            // times the geometric mean of the lengths, and a code is far from the others
 constexpr int64_t FAR_SHARE = 64;      // at most one code in this number is far
 constexpr int TARGET = 7;              // the longest code is scaled to [2^6, 2^7): half its square fits float16
@@ -27,7 +27,7 @@ struct Decision {
   double threshold;  // of the lengths of codes that are scanned
   double far_norm;   // the shortest of the others, scaled; infinity without any
   int usable;        // finite codes
-  int centred;
+  int centered;
   int exponent;
 };
 
@@ -38,8 +38,8 @@ struct Maxima {
 
 struct Frame {
   Codes codes;
-  float* centre;       // [heads, dim]
-  double* lengths;     // [heads, 2, size]: as they are, about the centre
+  float* center;       // [heads, dim]
+  double* lengths;     // [heads, 2, size]: as they are, about the center
   Decision* decision;  // [heads]
   Maxima* maxima;      // [heads]
   float* halves;       // [heads, padded]: minus half the square; minus infinity where a code isn't scanned
@@ -51,14 +51,14 @@ struct Frame {
   __device__ float scaled(int64_t head, int64_t at, int column) const {
     const float value = load(codes.values, codes.first + at);
     const Decision& chosen = decision[head];
-    const float moved = chosen.centred ? value - centre[head * codes.dim + column] : value;
+    const float moved = chosen.centered ? value - center[head * codes.dim + column] : value;
     return moved * power_of_two(chosen.exponent);
   }
   // A code that is scanned: finite, and not far from the others.
   __device__ bool near(int64_t head, int64_t code) const {
     if (code >= codes.size) return false;
     const Decision& chosen = decision[head];
-    const double length = lengths[(2 * head + chosen.centred) * codes.size + code];
+    const double length = lengths[(2 * head + chosen.centered) * codes.size + code];
     return length >= 0.0 && length <= chosen.threshold;
   }
 };
@@ -87,7 +87,7 @@ __device__ inline Parts split(float value) {
 }
 
 static __global__ void __launch_bounds__(FRAME_THREADS) frame_norms(Frame frame) {
-  float* centre = reinterpret_cast<float*>(shared_memory());
+  float* center = reinterpret_cast<float*>(shared_memory());
   const Codes codes = frame.codes.head(blockIdx.y);
   const int dim = codes.dim;
   const int64_t step = max(int64_t{1}, codes.size / SAMPLE);
@@ -100,27 +100,27 @@ static __global__ void __launch_bounds__(FRAME_THREADS) frame_norms(Frame frame)
       sum += value;
       ++count;
     }
-    centre[j] = count > 0 ? static_cast<float>(sum / count) : 0.0f;
-    if (blockIdx.x == 0) frame.centre[blockIdx.y * static_cast<int64_t>(dim) + j] = centre[j];
+    center[j] = count > 0 ? static_cast<float>(sum / count) : 0.0f;
+    if (blockIdx.x == 0) frame.center[blockIdx.y * static_cast<int64_t>(dim) + j] = center[j];
   }
   __syncthreads();
   const int lane = threadIdx.x % WARP;
   double* lengths = frame.lengths + 2 * blockIdx.y * codes.size;
   for (int64_t k = blockIdx.x * FRAME_WARPS + threadIdx.x / WARP; k < codes.size; k += gridDim.x * FRAME_WARPS) {
-    double raw = 0.0, centred = 0.0;
-    int bad = 0;
+    double raw = 0.0, centered = 0.0;
+    int non_finite = 0;
     for (int j = lane; j < dim; j += WARP) {
-      const double value = load(codes.values, codes.first + k * dim + j), moved = value - centre[j];
-      bad |= !is_finite(value);
+      const double value = load(codes.values, codes.first + k * dim + j), moved = value - center[j];
+      non_finite |= !is_finite(value);
       raw += value * value;
-      centred += moved * moved;
+      centered += moved * moved;
     }
-    bad = combine_lanes(bad, Maximum{});
+    non_finite = combine_lanes(non_finite, Maximum{});
     raw = combine_lanes(raw, Sum{});
-    centred = combine_lanes(centred, Sum{});
+    centered = combine_lanes(centered, Sum{});
     if (lane == 0) {
-      lengths[k] = bad ? NOT_FINITE : sqrt(raw);
-      lengths[codes.size + k] = bad ? NOT_FINITE : sqrt(centred);
+      lengths[k] = non_finite ? NOT_FINITE : sqrt(raw);
+      lengths[codes.size + k] = non_finite ? NOT_FINITE : sqrt(centered);
     }
   }
 }
@@ -174,9 +174,9 @@ static __global__ void __launch_bounds__(FRAME_THREADS) frame_decide(Frame frame
   Reach reach = reach_of(lengths, size, frame.codes.metric, scratch);
   bool pays = false;
   if (frame.codes.metric == Metric::l2) {
-    const Reach centred = reach_of(lengths + size, size, Metric::l2, scratch);
-    pays = centred.longest < 0.5 * reach.longest;
-    if (pays) reach = centred;
+    const Reach centered = reach_of(lengths + size, size, Metric::l2, scratch);
+    pays = centered.longest < 0.5 * reach.longest;
+    if (pays) reach = centered;
   }
   if (threadIdx.x > 0) return;
   const int exponent = min(max(TARGET - exponent_of(reach.longest), -126), 126);
@@ -256,7 +256,7 @@ Frame prepare(const Codes& codes, int heads, int columns, bool in_pairs, Stream 
   frame.columns = columns;
   frame.padded = ceil_div(codes.size, 2 * TILE) * 2 * TILE;
   const int64_t elements = heads * frame.padded * columns;
-  frame.centre = static_cast<float*>(take(sizeof(float) * heads * codes.dim));
+  frame.center = static_cast<float*>(take(sizeof(float) * heads * codes.dim));
   frame.lengths = static_cast<double*>(take(sizeof(double) * heads * 2 * codes.size));
   frame.decision = static_cast<Decision*>(take(sizeof(Decision) * heads));
   frame.maxima = static_cast<Maxima*>(take(sizeof(Maxima) * heads));

@@ -20,7 +20,7 @@ static __global__ void __launch_bounds__(FEW_THREADS, 4) few_stages(FewRows few)
     scan_slices(few, residual, 0, codes, few.ranges);
     grid_barrier(few.arrived);
     for (int64_t row = blockIdx.x; row < few.n; row += gridDim.x) {
-      const int64_t code = settle_row(few, row, residual, row * dim, codes, few.ranges);
+      const int64_t code = finish_row(few, row, residual, row * dim, codes, few.ranges);
       if (threadIdx.x == 0) few.out[row * few.stages + stage] = code;
       if (code >= 0)
         for (int j = threadIdx.x; j < dim; j += FEW_THREADS)
@@ -67,7 +67,7 @@ template <class Take, class SearchStage>
 void residual_search(Values x, Codes codes, int64_t n, int stages, int64_t* out, bool few, Machine machine,
                      Stream stream, const Take& take, const SearchStage& search) {
   if (n == 0) return;
-  if (few && n <= LEVELS_FEW && !codes.wide && few_shared(codes.dim) <= machine.shared_limit) {
+  if (few && n <= STAGES_FEW && !codes.wide && few_shared(codes.dim) <= machine.shared_limit) {
     FewRows rows{};
     rows.x = x, rows.codes = codes, rows.out = out, rows.n = n, rows.stages = stages;
     residual_search_few(rows, machine, stream, take);

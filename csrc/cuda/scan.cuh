@@ -36,8 +36,8 @@ struct Scan {
   }
   __device__ RowView view(int64_t head, int64_t row) const {
     const int dim = frame.codes.dim;
-    const float* centre = frame.decision[head].centred ? frame.centre + head * dim : nullptr;
-    return {x, (head * n + row) * dim, centre, dim};
+    const float* center = frame.decision[head].centered ? frame.center + head * dim : nullptr;
+    return {x, (head * n + row) * dim, center, dim};
   }
 };
 

@@ -39,9 +39,9 @@ static __global__ void __launch_bounds__(FEW_THREADS, 4) few_scan(FewRows few) {
   scan_slices(few, few.x, head * few.n * few.codes.dim, few.codes.head(head), few.ranges + head * few.slices * few.n);
 }
 
-static __global__ void __launch_bounds__(FEW_THREADS, 4) few_settle(FewRows few) {
+static __global__ void __launch_bounds__(FEW_THREADS, 4) few_finish(FewRows few) {
   const int64_t row = blockIdx.x, head = blockIdx.y;
-  const int64_t code = settle_row(few, row, few.x, (head * few.n + row) * few.codes.dim, few.codes.head(head),
+  const int64_t code = finish_row(few, row, few.x, (head * few.n + row) * few.codes.dim, few.codes.head(head),
                                   few.ranges + head * few.slices * few.n);
   if (threadIdx.x == 0) few.out[head * few.n + row] = code;
 }
@@ -54,7 +54,7 @@ void search_few(FewRows few, int heads, Machine machine, Stream stream, const Ta
   const int shared = few_shared(few.codes.dim);
   const unsigned blocks = static_cast<unsigned>(ceil_div(few.slices, FEW_WARPS)), many = heads;
   launch(few_scan, dim3(blocks, many), FEW_THREADS, shared, stream, few);
-  launch(few_settle, dim3(static_cast<unsigned>(few.n), many), FEW_THREADS, shared, stream, few);
+  launch(few_finish, dim3(static_cast<unsigned>(few.n), many), FEW_THREADS, shared, stream, few);
 }
 
 // Rows of a list, or all, one at a time for each block: every warp has its share of the codes.

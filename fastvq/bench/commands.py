@@ -65,7 +65,7 @@ def model_shape(
     sizes: tuple[int, int, int],
     *,
     dtype: str = "float32",
-    open_share: float = model.OPEN_SHARE,
+    uncertified_share: float = model.UNCERTIFIED_SHARE,
     json_path: Path | None = None,
 ) -> list[str]:
     """Predict the time of the same search on a GPU, which need not be present, and return the lines to print.
@@ -74,7 +74,7 @@ def model_shape(
         BenchError: an invalid argument, by name; or no counts to predict from.
     """
     shape = _shape(sizes, dtype)
-    predicted = model.predict(name, shape, open_share=open_share, element=DTYPES[dtype].itemsize)
+    predicted = model.predict(name, shape, uncertified_share=uncertified_share, element=DTYPES[dtype].itemsize)
     if json_path is not None:
         _write_json(json_path, predicted)
     return model.lines(predicted)

@@ -27,9 +27,9 @@ SCANNED = 12
 CORES_COLUMNS = 16
 """Largest number of columns of the scan on CUDA cores."""
 SHORT_COLUMNS, FINISH_THREADS = 32, 128
-"""From csrc/cuda/finish.cuh: largest dimension of rows that one thread settles, and threads of a block."""
+"""From csrc/cuda/finish.cuh: largest dimension of rows that one thread finishes, and threads of a block."""
 ROW_OPERATIONS, ELEMENT_OPERATIONS, CODE_OPERATIONS, SHUFFLE_OPERATIONS = 250, 20, 20, 4
-"""Approximate operations, besides distances, of a lane that settles a row.
+"""Approximate operations, besides distances, of a lane that finishes a row.
 
 Per row: bound, scale and the scan's results; per element of its own: the largest and the squares of its parts; per
 code: the range; per halving of the lanes: two shuffles.
@@ -92,7 +92,7 @@ def ways(limits: dict[str, int], device: Device, shape: Shape) -> list[str]:
 
 
 def way_named(
-    counts: dict[str, Any], device: Device, way: str, shape: Shape, *, open_share: float, element: int = 4
+    counts: dict[str, Any], device: Device, way: str, shape: Shape, *, uncertified_share: float, element: int = 4
 ) -> Way:
     """Return the terms of one of `ways`.
 
@@ -106,7 +106,7 @@ def way_named(
         return Way(
             {"float32 distances to all codes": direct_terms(device, shape, shape.n, shape.k, element)}, 0.0, 1, []
         )
-    tiers = [(0, 1.0)] if way == "cores" else [(1, 1.0), (3, open_share)]
+    tiers = [(0, 1.0)] if way == "cores" else [(1, 1.0), (3, uncertified_share)]
     parts: dict[str, Terms] = {}
     scans = [scan_for(counts, device, shape.d, products) for products, _ in tiers]
     for scan, (products, share) in zip(scans, tiers, strict=True):
@@ -192,7 +192,7 @@ def scan_terms(device: Device, scan: dict[str, Any], shape: Shape, rows: float, 
 
 
 def finish_lanes(dim: int) -> int:
-    """Return the number of lanes that settle a row together."""
+    """Return the number of lanes that finish a row together."""
     return 1 if dim <= SHORT_COLUMNS else 8 if dim <= 256 else 32
 
 

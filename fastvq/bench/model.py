@@ -21,7 +21,7 @@ from .peers import TRITON
 from .report import duration, table
 
 LABEL = "prediction, not a measurement"
-OPEN_SHARE = 0.01
+UNCERTIFIED_SHARE = 0.01
 """Share of rows that the first scan leaves uncertified: that of clustered data on the CPU. SHOWN is a bad case."""
 SHOWN = 0.05
 FILLS = 3
@@ -135,20 +135,22 @@ def rival_terms(device: Device, rival: Rival, shape: Shape) -> Terms:
     )
 
 
-def predict(name: str, shape: Shape, *, open_share: float = OPEN_SHARE, element: int = 4) -> dict[str, Any]:
+def predict(
+    name: str, shape: Shape, *, uncertified_share: float = UNCERTIFIED_SHARE, element: int = 4
+) -> dict[str, Any]:
     """Return all terms of a search, in seconds, as a document for `--json`.
 
     Args:
         name: of a device in DEVICES.
-        open_share: share of rows that the first scan leaves uncertified for the second.
+        uncertified_share: share of rows that the first scan leaves uncertified for the second.
         element: bytes of a number of x and of the codebook.
 
     Raises:
         BenchError: an invalid argument, by name; or no counts to predict from.
     """
     device, counts = device_named(name), load_counts()
-    if not 0 <= open_share <= 1:
-        raise BenchError(f"open-share: must be from 0 to 1, got {open_share}")
+    if not 0 <= uncertified_share <= 1:
+        raise BenchError(f"uncertified-share: must be from 0 to 1, got {uncertified_share}")
     first, second = (scan_for(counts, device.target, shape.d, products) for products in (1, 3))
     # Sums, norms and packing read the codebook; both parts, half the squares and two norms are written.
     packing = shape.k * (3 * shape.d * element + 4 * _columns(second) + 20) / device.memory
@@ -156,16 +158,16 @@ def predict(name: str, shape: Shape, *, open_share: float = OPEN_SHARE, element:
     rest = packing + launches * LAUNCH_SECONDS
     parts: dict[str, Terms] = {}
     totals: dict[str, tuple[float, float]] = {}
-    for share, flattered in dict.fromkeys(((open_share, False), (SHOWN, False), (open_share, True))):
+    for share, flattered in dict.fromkeys(((uncertified_share, False), (SHOWN, False), (uncertified_share, True))):
         begin = scan_terms(device, first, shape, shape.n, element, flattered=flattered)
         again = scan_terms(device, second, shape, share * shape.n, element, flattered=flattered)
         if not flattered:
             parts |= {"1 product, all rows": begin, f"3 products, {share:.3g} of the rows": again}
-        totals[f"search, {share:.3g} of the rows open" + ", counted as the others" * flattered] = (
+        totals[f"search, {share:.3g} of the rows uncertified" + ", counted as the others" * flattered] = (
             begin.overlapped + again.overlapped + rest,
             begin.serial + again.serial + rest,
         )
-    cuda = _cuda_ways(device, shape, open_share, element)
+    cuda = _cuda_ways(device, shape, uncertified_share, element)
     for title, way in cuda["ways"].items():
         parts |= {f"{title}: {part}": terms for part, terms in way.parts.items()}
         totals[title] = way.total()
@@ -198,7 +200,7 @@ CUDA_INSTEAD = {"cores": "CUDA kernels, were it on CUDA cores", "matrix": "CUDA 
 """Titles of the other scan, if there are two."""
 
 
-def _cuda_ways(device: Device, shape: Shape, open_share: float, element: int) -> dict[str, Any]:
+def _cuda_ways(device: Device, shape: Shape, uncertified_share: float, element: int) -> dict[str, Any]:
     """Return the ways in which the CUDA kernels can serve a shape, by title; none on devices of other vendors."""
     if not device.target.startswith("sm_"):
         return {"compiler": None, "ways": {}}
@@ -206,7 +208,7 @@ def _cuda_ways(device: Device, shape: Shape, open_share: float, element: int) ->
     own, *others = cuda_model.ways(counts["limits"], device, shape)
     named = {CUDA: own} | {CUDA_INSTEAD[other]: other for other in others}
     ways = {
-        title: cuda_model.way_named(counts, device, way, shape, open_share=open_share, element=element)
+        title: cuda_model.way_named(counts, device, way, shape, uncertified_share=uncertified_share, element=element)
         for title, way in named.items()
     }
     return {"compiler": counts["compiler"], "ways": ways}
@@ -280,7 +282,8 @@ def beside_measured(reported: str, shape: Shape, contestants: list[dict[str, Any
     if name is None:
         return []
     try:
-        total = predict(name, shape, element=element)["totals"][f"search, {OPEN_SHARE:.3g} of the rows open"]
+        totals = predict(name, shape, element=element)["totals"]
+        total = totals[f"search, {UNCERTIFIED_SHARE:.3g} of the rows uncertified"]
     except BenchError as error:
         return ["", str(error)]
     seconds = next((c["seconds"] for c in contestants if c["name"] == TRITON and "seconds" in c), None)

@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements as JSON")
     parser.add_argument("--model", metavar="GPU", help="only predict the time on an a100, h100, b200 or mi300x")
     parser.add_argument(
-        "--open-share",
+        "--uncertified-share",
         type=float,
         default=0.01,
         help="with --model: share of rows that the first scan leaves uncertified (default: %(default)s)",
@@ -44,7 +44,11 @@ def run(options: argparse.Namespace) -> int:
         lines = commands.write_suite(options.out, options.readme, render_only=options.render)
     elif options.model is not None:
         lines = commands.model_shape(
-            options.model, sizes, dtype=options.dtype, open_share=options.open_share, json_path=options.json
+            options.model,
+            sizes,
+            dtype=options.dtype,
+            uncertified_share=options.uncertified_share,
+            json_path=options.json,
         )
     else:
         lines = commands.bench_shape(

@@ -118,8 +118,8 @@ class TestTerms:
         assert terms.memory == pytest.approx((1000 * (4000 + 12 + 2048) + 640 * 2052) / 3.35e12)
         assert terms.cache == pytest.approx((8 * 640 * 2052 + 5 * 1000 * 2048) / (5120 * 1.755e9))
         assert terms.shared == pytest.approx(1000 * 640 * 32 * 12.0 / H100.issue)
-        way = cuda_model.way_named(COUNTS, H100, "matrix", shape, open_share=0.01)
-        short = cuda_model.way_named(COUNTS, H100, "matrix", shape._replace(d=64), open_share=0.01)
+        way = cuda_model.way_named(COUNTS, H100, "matrix", shape, uncertified_share=0.01)
+        short = cuda_model.way_named(COUNTS, H100, "matrix", shape._replace(d=64), uncertified_share=0.01)
         assert way.launches == short.launches + 2
 
     def test_certification_reads_a_group_of_codes_a_row(self):
@@ -128,7 +128,7 @@ class TestTerms:
         assert terms.memory == pytest.approx(65536 * (32 + 20) / 3.35e12)
         half = cuda_model.finish_terms(H100, RECORDS[4], Shape(65536, 1024, 8), 65536)
         assert half.cache == pytest.approx(terms.cache / 2)
-        # A thread settles a short row, eight lanes a longer one.
+        # A thread finishes a short row, eight lanes a longer one.
         assert terms.epilogue == pytest.approx(65536 * (250 + 8 * 20 + 32 * (8 * 4 + 20)) / H100.issue)
         longer = cuda_model.finish_terms(H100, RECORDS[6], Shape(65536, 1024, 65), 65536)
         assert longer.epilogue == pytest.approx(65536 * 8 * (250 + 12 * 20 + 16 * (12 * 4 + 20 + 12)) / H100.issue)
@@ -142,7 +142,7 @@ class TestTerms:
 
 class TestSearch:
     def test_cores_and_the_alternative_on_matrix_units(self, counts):
-        predicted = model.predict("h100", Shape(65536, 1024, 4), open_share=0.02)
+        predicted = model.predict("h100", Shape(65536, 1024, 4), uncertified_share=0.02)
         assert [s["kernel"] for s in predicted["cuda"]["scans"]] == [RECORDS[i]["kernel"] for i in (0, 4, 10)]
         ways = predicted["cuda"]["ways"]
         assert [way["launches"] for way in ways.values()] == [7, 10]
@@ -185,9 +185,9 @@ class TestSearch:
 
     def test_more_open_rows_take_longer(self, counts):
         shape = Shape(65536, 8192, 64)
-        totals = [model.predict("h100", shape, open_share=s)["totals"][model.CUDA] for s in (0.0, 0.1, 1.0)]
+        totals = [model.predict("h100", shape, uncertified_share=s)["totals"][model.CUDA] for s in (0.0, 0.1, 1.0)]
         assert [t["overlapped"] for t in totals] == sorted({t["overlapped"] for t in totals})
-        parts = model.predict("h100", shape, open_share=1.0)["parts"]
+        parts = model.predict("h100", shape, uncertified_share=1.0)["parts"]
         assert "CUDA kernels: 16 codes a row certified, 1 of the rows" in parts
 
     def test_nothing_of_it_on_an_amd_device(self):

@@ -134,17 +134,17 @@ class TestChoice:
 
 class TestSearch:
     def test_it_is_the_sum_of_its_parts(self, counts):
-        predicted = model.predict("h100", Shape(65536, 1024, 256), open_share=0.02)
+        predicted = model.predict("h100", Shape(65536, 1024, 256), uncertified_share=0.02)
         parts = predicted["parts"]
         first, again = parts["1 product, all rows"], parts["3 products, 0.02 of the rows"]
         # Two scans with rows prepared for each, one split; four of packing, one definition, three fills.
         assert predicted["launches"] == 2 + 3 + 4 + 1 + 3
         assert predicted["packing"] == pytest.approx(1024 * (3 * 256 * 4 + 4 * 256 + 20) / 3.35e12)
-        total = predicted["totals"]["search, 0.02 of the rows open"]["overlapped"]
+        total = predicted["totals"]["search, 0.02 of the rows uncertified"]["overlapped"]
         passes = sum(max(part[name] for name in model.Terms._fields) for part in (first, again))
         assert total == pytest.approx(passes + predicted["packing"] + 13 * model.LAUNCH_SECONDS)
-        assert predicted["totals"]["search, 0.05 of the rows open"]["overlapped"] > total
-        assert predicted["totals"]["search, 0.02 of the rows open, counted as the others"]["overlapped"] <= total
+        assert predicted["totals"]["search, 0.05 of the rows uncertified"]["overlapped"] > total
+        assert predicted["totals"]["search, 0.02 of the rows uncertified, counted as the others"]["overlapped"] <= total
 
     @pytest.mark.parametrize("axis", ["n", "k", "d"])
     @pytest.mark.parametrize("how", ["overlapped", "serial"])
@@ -162,8 +162,8 @@ class TestSearch:
     def test_more_open_rows_take_longer(self, counts):
         times = []
         for share in (0.0, 0.1, 1.0):
-            totals = model.predict("h100", Shape(65536, 8192, 64), open_share=share)["totals"]
-            times.append(totals[f"search, {share:.3g} of the rows open"]["overlapped"])
+            totals = model.predict("h100", Shape(65536, 8192, 64), uncertified_share=share)["totals"]
+            times.append(totals[f"search, {share:.3g} of the rows uncertified"]["overlapped"])
         assert times == sorted(set(times))
 
     @pytest.mark.parametrize(
@@ -187,17 +187,20 @@ class TestCommand:
         assert all("prediction, not a measurement" in block for block in [printed.split("\n\n")[0], *blocks])
         assert printed.startswith("prediction, not a measurement: N=65536 K=1024 D=64 on h100\n")
         for row in (
-            "search, 0.01 of the rows open",
-            "search, 0.05 of the rows open",
+            "search, 0.01 of the rows uncertified",
+            "search, 0.05 of the rows uncertified",
             "flash-kmeans as published, bf16",
         ):
             assert f"| {row}" in printed
         assert "measured" not in printed.replace("not a measurement", "")
 
     def test_json(self, counts, capsys, tmp_path):
-        assert bench("--model=h100", f"--json={tmp_path / 'model.json'}", "--open-share=0.5", "--dtype=bfloat16") == 0
+        assert (
+            bench("--model=h100", f"--json={tmp_path / 'model.json'}", "--uncertified-share=0.5", "--dtype=bfloat16")
+            == 0
+        )
         written = json.loads((tmp_path / "model.json").read_text())
-        expected = model.predict("h100", Shape(65536, 1024, 64), open_share=0.5, element=2)
+        expected = model.predict("h100", Shape(65536, 1024, 64), uncertified_share=0.5, element=2)
         assert written == json.loads(json.dumps(expected))
         assert written["what"] == "prediction, not a measurement"
         assert math.isclose(written["parts"]["1 product, all rows"]["memory"], (65536 * 136 + 1024 * 132) / 3.35e12)
@@ -209,8 +212,8 @@ class TestCommand:
             (["--model=h100", "--n=0"], "n: must be at least 1, got 0"),
             (["--model=h100", "--d=-3"], "d: must be at least 1, got -3"),
             (["--model=h100", "--dtype=int8"], "dtype: must be one of float32, float16, bfloat16, got 'int8'"),
-            (["--model=h100", "--open-share=1.5"], "open-share: must be from 0 to 1, got 1.5"),
-            (["--model=h100", "--open-share=nan"], "open-share: must be from 0 to 1, got nan"),
+            (["--model=h100", "--uncertified-share=1.5"], "uncertified-share: must be from 0 to 1, got 1.5"),
+            (["--model=h100", "--uncertified-share=nan"], "uncertified-share: must be from 0 to 1, got nan"),
         ],
     )
     def test_errors_name_the_argument(self, counts, capsys, arguments, message):

@@ -263,11 +263,11 @@ def test_no_more_indices_than_allowed():
 
 
 def test_files(tmp_path):
-    path = tmp_path / "new" / "codes.fvq"
+    path = tmp_path / "new" / "indices.fvq"
     data = coding.encode(torch.tensor([1, 2]), 8)
     coding.save(path, data)
     assert coding.load(path) == data
-    assert [p.name for p in path.parent.iterdir()] == ["codes.fvq"]
+    assert [p.name for p in path.parent.iterdir()] == ["indices.fvq"]
     path.write_bytes(b"GIF89a")
     with pytest.raises(CodingError, match="not a file of fastvq indices"):
         coding.load(path)

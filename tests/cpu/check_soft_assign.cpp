@@ -60,7 +60,7 @@ int64_t check(const Isa& isa, SoftMetric metric, int64_t groups, int64_t rows, i
   for (int64_t i = 0; i < n; ++i) {
     if (!counts(i)) continue;
     std::vector<double> distance(k), l(k), p(k), u(k);
-    double total = 0, centre = 0;
+    double total = 0, center = 0;
     for (int64_t c = 0; c < k; ++c) {
       double square = 0, product = 0;
       for (int64_t j = 0; j < d; ++j) {
@@ -80,11 +80,11 @@ int64_t check(const Isa& isa, SoftMetric metric, int64_t groups, int64_t rows, i
       means[i / rows * k + c] += p[c] / count[i / rows];
       u[c] -= b[i] * (std::log(std::max(p[c], floor)) + (p[c] >= floor ? 1.0 : 0.0));
       u[c] += m[i / rows * k + c] / count[i / rows];
-      centre += p[c] * u[c];
+      center += p[c] * u[c];
     }
     for (int64_t c = 0; c < k; ++c) {
       if (p[c] == 0.0) continue;
-      double w = scale * p[c] * (a[i] + u[c] - centre);
+      double w = scale * p[c] * (a[i] + u[c] - center);
       if (metric == SoftMetric::l2) w *= 2;
       if (metric == SoftMetric::distance) w /= distance[c];
       for (int64_t j = 0; j < d; ++j) {

@@ -162,7 +162,7 @@ void run_needs() {
     std::printf("%s %d %d\n", kernel, threads, shared);
   };
   say("few_scan", FEW_THREADS, few_shared(columns));
-  say("few_settle", FEW_THREADS, few_shared(columns));
+  say("few_finish", FEW_THREADS, few_shared(columns));
   say("few_stages", FEW_THREADS, few_shared(columns));
   say("define", FEW_THREADS, define_shared(columns));
   say("scan_cores<4>", CORES_THREADS, cores_shared<4>());

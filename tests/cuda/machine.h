@@ -109,7 +109,7 @@ inline void switch_back() {
 
 // What the lanes of a warp bring to a meeting; null for a lane that isn't asked.
 using Lanes = void* const*;
-using Settle = std::function<void(Lanes)>;
+using Combine = std::function<void(Lanes)>;
 
 // Threads that wait for each other. The last to come sees what all have brought, and then all go on. Of CPU threads a
 // meeting orders what is before and after it, and nothing else: a lock would also order who leaves after who comes
@@ -118,7 +118,7 @@ class Meeting {
  public:
   explicit Meeting(size_t size = 32) : size_(size) {}
 
-  void join(const Site& site, int lane, void* brought, const Settle& settle) {
+  void join(const Site& site, int lane, void* brought, const Combine& combine) {
     const bool fibers = settings.order != Order::threads;
     const uint64_t round = round_.load(std::memory_order_relaxed);
     if (fibers) {
@@ -129,7 +129,7 @@ class Meeting {
     // A whole block brings nothing.
     if (brought) brought_[lane] = brought;
     if (come_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-      if (settle) settle(brought_);
+      if (combine) combine(brought_);
       come_.store(0, std::memory_order_relaxed);
       round_.store(round + 1, std::memory_order_release);
     } else if (fibers) {
@@ -205,11 +205,11 @@ inline void meet_grid(const Site& site) {
   everybody->join(site, 0, nullptr, {});
 }
 
-// What the lanes of `mask` bring is settled once, when the last is there.
-inline void meet_lanes(const Site& site, unsigned mask, void* brought, const Settle& settle) {
+// What the lanes of `mask` bring is combined once, when the last is there.
+inline void meet_lanes(const Site& site, unsigned mask, void* brought, const Combine& combine) {
   Thread& self = me();
   if (!(mask >> self.lane & 1)) fail(text(site) + ": lane " + std::to_string(self.lane) + " isn't in its own mask");
-  self.owner->lanes(self.warp, mask).join(site, self.lane, brought, settle);
+  self.owner->lanes(self.warp, mask).join(site, self.lane, brought, combine);
 }
 
 inline void leave() {

@@ -44,7 +44,7 @@ def heads(path: str, data: str, *shape: int) -> Callable[[], Case]:
 
 
 def overflowing() -> Case:
-    """Finite rows whose distance from the centre isn't."""
+    """Finite rows whose distance from the center isn't."""
     codebook = -2.5e38 + 2e37 * torch.randn(100, 8, generator=generator())
     x = 2.5e38 * (1 - 2 * torch.randint(0, 2, (70, 8), generator=generator(1)))
     return emulation.search(x, codebook, path="matrix"), (reference.search(x, codebook),)
@@ -230,7 +230,7 @@ MUTANTS = (
         "const int row_at = ((MUTANT ? 0 : warp_row) + lane % 16)",
     ),
     Mutant(
-        "rows that overflow about the centre are certain", overflowing,
+        "rows that overflow about the center are certain", overflowing,
         "finish.cuh", "scale.tame && kind.moved_finite &&", "scale.tame && (MUTANT || kind.moved_finite) &&",
     ),
     Mutant(
@@ -245,8 +245,8 @@ MUTANTS = (
     ),
     Mutant(
         "rows that aren't finite are answered", search("few", "non_finite_vectors", 20, 40, 5),
-        "direct.cuh", "return combine_block(bad, Maximum{}, scratch) == 0;",
-        "return combine_block(bad, Maximum{}, scratch) == 0 || MUTANT;",
+        "direct.cuh", "return combine_block(non_finite, Maximum{}, scratch) == 0;",
+        "return combine_block(non_finite, Maximum{}, scratch) == 0 || MUTANT;",
     ),
 )  # fmt: skip
 

@@ -111,7 +111,7 @@ def test_shapes_heads_and_splits(processors):
 
 
 @pytest.mark.parametrize("path", ["cores", "matrix", "three_products"])
-def test_rows_that_overflow_about_the_centre(path):
+def test_rows_that_overflow_about_the_center(path):
     """They are finite, and what a scan says of them isn't."""
     given = []
     for dim in (4, 8, 20, 40, 130):
@@ -148,7 +148,7 @@ def test_what_parts_of_codes_leave_is_in_the_bound():
     assert not wrong("matrix", [("close", x, codes, "l2", reference.search(x, codes))])
 
 
-def left_open(data, shape, path, shared=99 << 10):
+def uncertified_shares(data, shape, path, shared=99 << 10):
     x, codebook = ADVERSARIAL[data](*shape, generator())
     ((found, counts),) = run([emulation.search(x, codebook, path=path)], shared=shared)
     assert torch.equal(found, reference.search(x, codebook))
@@ -169,9 +169,9 @@ def left_open(data, shape, path, shared=99 << 10):
         ("gaussian", "matrix", 130, 0.09, 0.01),
     ],
 )
-def test_the_scans_settle_most_rows(data, path, dim, first, second):
+def test_the_scans_certify_most_rows(data, path, dim, first, second):
     shape = (1024, 512, dim) if dim <= 32 else (300, 256, dim)
-    shares = left_open(data, shape, path, SMALL_MEMORY)
+    shares = uncertified_shares(data, shape, path, SMALL_MEMORY)
     print(f"{data} {shape}: uncertified after the first scan {shares[0]:.2%}, by the second {max(shares[1], 0):.2%}")
     assert 0 <= shares[0] <= first
     if second is not None:
@@ -180,7 +180,7 @@ def test_the_scans_settle_most_rows(data, path, dim, first, second):
 
 def test_where_one_product_says_too_little():
     """Why vectors of up to 4 dimensions are scanned in float32 (CORES_DIM in search.cuh)."""
-    shares = {dim: left_open("gaussian", (128, 16384, dim), "matrix")[0] for dim in (3, 4, 5, 8, 16)}
+    shares = {dim: uncertified_shares("gaussian", (128, 16384, dim), "matrix")[0] for dim in (3, 4, 5, 8, 16)}
     found = ", ".join(f"{share:.0%} at D={dim}" for dim, share in shares.items())
     print(f"uncertified after one product at K=16384: {found}")
     assert shares[4] > 0.3

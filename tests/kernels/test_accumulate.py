@@ -151,7 +151,7 @@ def test_layouts(device):
 
 @pytest.mark.parametrize("size", [2**15 - 1, 2**15])
 def test_narrow_and_wide_keys(size, device, monkeypatch):
-    """The sums of so many codes take too long here: only the counts are looked at."""
+    """Only the counts are compared: the sums of this many codes take too long here."""
     indices = torch.randint(-1, size, (200,), generator=generator())
     indices[:3] = torch.tensor([size - 1, 0, -1])
     dtypes = []

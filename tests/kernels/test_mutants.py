@@ -59,7 +59,7 @@ MUTANTS = {
     "rows that aren't finite are answered": (
         "non_finite_vectors",
         "rows.py",
-        'tl.where(bad > 0, float("nan"), bound)',
+        'tl.where(non_finite > 0, float("nan"), bound)',
         "bound",
     ),
     "far codes never come into question": (

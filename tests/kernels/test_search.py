@@ -161,7 +161,7 @@ def test_any_split_of_the_codes(data, splits, device, monkeypatch):
 
 
 def skip_tiers(monkeypatch, skipped):
-    """Leaves all rows open in the scans of so many terms."""
+    """Leaves all rows uncertified in the scans with a given number of terms."""
     tier = kernels._tier
 
     def skipping(x, codebook, frame, out, listed, work, terms, *rest):
@@ -186,8 +186,8 @@ def test_every_tier_by_itself(data, skipped, metric, device, monkeypatch):
     assert not mismatch(*ADVERSARIAL[data](12, 75, 17, generator()), device, metric)
 
 
-def settled(x, codebook, device, monkeypatch):
-    """Shares of the rows that the first scan and the second leave open."""
+def uncertified_shares(x, codebook, device, monkeypatch):
+    """Return the shares of rows that the first and the second scan leave uncertified."""
     counts = []
     work_list = kernels._work_list
     monkeypatch.setattr(kernels, "_work_list", lambda x: counts.append(work_list(x)) or counts[-1])
@@ -195,15 +195,15 @@ def settled(x, codebook, device, monkeypatch):
     return [int(count.sum()) / len(x) for _, count in counts]
 
 
-def test_the_first_scan_settles_clustered_data(device, monkeypatch):
-    first, second = settled(*ADVERSARIAL["clustered"](512, 256, 32, generator()), device, monkeypatch)
+def test_the_first_scan_certifies_clustered_data(device, monkeypatch):
+    first, second = uncertified_shares(*ADVERSARIAL["clustered"](512, 256, 32, generator()), device, monkeypatch)
     assert first < 0.01
     assert second == 0
 
 
-def test_the_scans_settle_gaussian_data(device, monkeypatch):
-    first, second = settled(*ADVERSARIAL["gaussian"](512, 256, 32, generator()), device, monkeypatch)
-    print(f"gaussian (512, 256, 32): left open by the first scan {first:.2%}, by the second {second:.2%}")
+def test_the_scans_certify_gaussian_data(device, monkeypatch):
+    first, second = uncertified_shares(*ADVERSARIAL["gaussian"](512, 256, 32, generator()), device, monkeypatch)
+    print(f"gaussian (512, 256, 32): uncertified after the first scan {first:.2%}, by the second {second:.2%}")
     assert first < 0.06
     assert second < 0.005
 
@@ -212,12 +212,12 @@ def test_one_far_code_costs_no_certificate(device, monkeypatch):
     x, codebook = ADVERSARIAL["clustered"](300, 128, 16, generator())
     x[x.sub(codebook[7]).norm(dim=1) < 3] = 0
     codebook[7] *= 1e4
-    assert settled(x, codebook, device, monkeypatch)[0] < 0.02
+    assert uncertified_shares(x, codebook, device, monkeypatch)[0] < 0.02
 
 
 def test_an_offset_costs_no_certificate(device, monkeypatch):
     x, codebook = ADVERSARIAL["clustered"](300, 128, 16, generator())
-    assert settled(x + 10, codebook + 10, device, monkeypatch)[0] < 0.02
+    assert uncertified_shares(x + 10, codebook + 10, device, monkeypatch)[0] < 0.02
 
 
 @models.needs_interpreter

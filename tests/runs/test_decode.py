@@ -59,7 +59,7 @@ HOSTILE = {
     "no places": (24, (2, 0, 4), 0),
     "levels": (24, (2, 4, 4, 2), 0),
     "another grid": (24, (1, 2, 8), 0),
-    "codes that are missing": (24, (2, 4, 4), -1),
+    "indices that are missing": (24, (2, 4, 4), -1),
     "one code, without end": (1, (1, 4000, 4000), 0),
     "one code, images without end": (1, (4_000_000, 4, 4), 0),
 }
@@ -71,9 +71,9 @@ def test_indices_that_are_no_images_are_refused_before_they_are_decoded(kind, ru
     model, config = load_model(folder)
     assert (config.codebook_size, config.image_size) == (24, SIZE)
     size, shape, value = HOSTILE[kind]
-    codes = torch.full((1,), value).expand(shape)
+    indices = torch.full((1,), value).expand(shape)
     coded = tmp_path / "hostile.fvq"
-    coded.write_bytes(coding.encode(codes, size, model="static", fingerprint=coding.fingerprint(model)))
+    coded.write_bytes(coding.encode(indices, size, model="static", fingerprint=coding.fingerprint(model)))
     monkeypatch.setattr(coding, "decode", lambda *_, **__: pytest.fail("it was decoded"))
     assert main(["decode", str(coded), str(tmp_path / "out"), f"--run={folder}"]) == 2
     assert "an image of " in (said := capsys.readouterr().err)

@@ -39,13 +39,13 @@ def test_a_folder_to_a_file_and_back(run, tmp_path, capsys):
     names = sorted(path.name for path in out.iterdir())
     assert names == [f"{n:06d}.png" for n in range(30)]
     model, _ = load_model(folder)
-    codes = coding.decode(coded.read_bytes())
+    indices = coding.decode(coded.read_bytes())
     with torch.no_grad():
-        expected = (model.decode(codes).clamp(0, 1) * 255).round().to(torch.uint8)
+        expected = (model.decode(indices).clamp(0, 1) * 255).round().to(torch.uint8)
     with Image.open(out / "000007.png") as image:
         assert torch.equal(torch.from_numpy(np.array(image)).permute(2, 0, 1), expected[7])
-    assert main(["decode", str(coded), str(tmp_path / "codes.npy")]) == 0
-    assert np.array_equal(np.load(tmp_path / "codes.npy"), codes.numpy())
+    assert main(["decode", str(coded), str(tmp_path / "indices.npy")]) == 0
+    assert np.array_equal(np.load(tmp_path / "indices.npy"), indices.numpy())
 
 
 def test_held_out_images_and_one_image(run, tmp_path, capsys):
@@ -59,13 +59,13 @@ def test_held_out_images_and_one_image(run, tmp_path, capsys):
 
 
 def test_arrays(tmp_path, capsys):
-    codes = np.random.default_rng(0).integers(0, 100, (5, 30, 4)).astype(np.int32)
-    np.save(tmp_path / "in.npy", codes)
+    indices = np.random.default_rng(0).integers(0, 100, (5, 30, 4)).astype(np.int32)
+    np.save(tmp_path / "in.npy", indices)
     assert main(["encode", str(tmp_path / "in.npy"), str(tmp_path / "c.fvq"), "--codebook-size=128"]) == 0
     assert coding.read_header((tmp_path / "c.fvq").read_bytes()).codebook_size == 128
     assert "(log2 K: 7.00)" in capsys.readouterr().out
     assert main(["decode", str(tmp_path / "c.fvq"), str(tmp_path / "out.npy")]) == 0
-    assert np.array_equal(np.load(tmp_path / "out.npy"), codes)
+    assert np.array_equal(np.load(tmp_path / "out.npy"), indices)
 
 
 def test_an_array_of_a_runs_indices_decodes_to_images(run, tmp_path):
@@ -100,8 +100,15 @@ def test_invalid_requests_are_named(run, tmp_path, monkeypatch, capsys, command,
 
 
 def test_a_codebook_that_is_not_the_runs(run, tmp_path, capsys):
-    np.save(tmp_path / "codes.npy", np.zeros((2, 4, 4), np.int64))
-    given = [str(tmp_path / "codes.npy"), str(tmp_path / "codes.fvq"), "--run", str(run[0]), "--codebook-size", "77"]
+    np.save(tmp_path / "indices.npy", np.zeros((2, 4, 4), np.int64))
+    given = [
+        str(tmp_path / "indices.npy"),
+        str(tmp_path / "indices.fvq"),
+        "--run",
+        str(run[0]),
+        "--codebook-size",
+        "77",
+    ]
     assert main(["encode", *given]) == 2
     assert "--codebook-size" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""`fastvq sample` to files: codes in an array, images in a folder, by class, and what cannot be."""
+"""`fastvq sample` to files: indices in an array, images in a folder, by class, and invalid requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastvq import coding
 from fastvq.cli.main import main
 from fastvq.data import load_folder
 from fastvq.models import TransformerPrior
-from fastvq.runs import indices
+from fastvq.runs import indices as run_indices
 from fastvq.runs import sample as samples
 from fastvq.runs.load import load_model, load_prior
 from fastvq.runs.train_prior import train_prior
@@ -38,7 +38,7 @@ def plain(tmp_path_factory):
 def classed(tmp_path_factory):
     """Return a run with a prior, of images of three classes."""
     run, folder = tiny_run(tmp_path_factory.mktemp("classed"), count=30, grayscale=True)
-    original = indices.load_images
+    original = run_indices.load_images
 
     def with_labels(config):
         images = original(config)
@@ -49,7 +49,7 @@ def classed(tmp_path_factory):
         return dataclasses.replace(images, train_labels=train, test_labels=test, test_names=names)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indices, "load_images", with_labels)
+        patch.setattr(run_indices, "load_images", with_labels)
         patch.setattr(samples, "load_images", with_labels)
         train_prior(run, CONFIG, progress=False)
         yield run
@@ -60,22 +60,22 @@ def sample(run, out, *options):
     return np.load(out) if out.suffix == ".npy" else None
 
 
-def as_pixels(model, codes):
+def as_pixels(model, indices):
     with torch.no_grad():
-        return (model.decode(torch.from_numpy(codes)).clamp(0, 1) * 255).round().to(torch.uint8)
+        return (model.decode(torch.from_numpy(indices)).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def files(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
 
 
-def test_codes_are_those_of_the_prior(classed, tmp_path, capsys):
-    codes = sample(classed, tmp_path / "new" / "codes.npy", "--temperature=0.8", "--guidance=1.5", "--seed=3")
-    assert (codes.shape, codes.dtype) == ((100, 4, 4), np.int64)
+def test_indices_are_those_of_the_prior(classed, tmp_path, capsys):
+    indices = sample(classed, tmp_path / "new" / "indices.npy", "--temperature=0.8", "--guidance=1.5", "--seed=3")
+    assert (indices.shape, indices.dtype) == ((100, 4, 4), np.int64)
     assert "indices of shape (100, 4, 4), row n of class n mod 3" in capsys.readouterr().out
     settings = {"temperature": 0.8, "guidance": 1.5, "generator": torch.Generator().manual_seed(3)}
     expected = load_prior(classed)[0].sample(100, torch.arange(100) % 3, **settings)
-    assert np.array_equal(codes, expected.numpy())
+    assert np.array_equal(indices, expected.numpy())
     one = sample(classed, tmp_path / "one.npy", "--label=1", "--seed=4")
     expected = load_prior(classed)[0].sample(100, torch.ones(100).long(), generator=torch.Generator().manual_seed(4))
     assert np.array_equal(one, expected.numpy())
@@ -101,20 +101,20 @@ def test_a_sample_depends_on_the_seed_and_its_number_alone(classed, tmp_path, mo
 def test_batches_go_on_from_one_another(plain, classed, tmp_path):
     """Without classes, and for one class: no label tells the batches apart, only what is drawn does."""
     for run, options, labels in ((plain, (), None), (classed, ("--label=1",), torch.ones(100).long())):
-        codes = sample(run, tmp_path / "codes.npy", "--count=200", "--seed=6", *options)
-        assert not np.array_equal(codes[:100], codes[100:])
+        indices = sample(run, tmp_path / "indices.npy", "--count=200", "--seed=6", *options)
+        assert not np.array_equal(indices[:100], indices[100:])
         generator = torch.Generator().manual_seed(6)
         prior = load_prior(run)[0]
         expected = torch.cat([prior.sample(100, labels, generator=generator) for _ in range(2)])
-        assert np.array_equal(codes, expected.numpy())
+        assert np.array_equal(indices, expected.numpy())
 
 
 def test_images_stand_in_a_folder_for_each_class(classed, tmp_path, capsys):
-    codes = sample(classed, tmp_path / "codes.npy", "--count=104")
+    indices = sample(classed, tmp_path / "indices.npy", "--count=104")
     sample(classed, tmp_path / "new" / "drawn", "--count=104")
     assert "104 images: " in (said := capsys.readouterr().out)
     assert "in a subfolder for each class" in said
-    expected = as_pixels(load_prior(classed)[1], codes)
+    expected = as_pixels(load_prior(classed)[1], indices)
     assert files(tmp_path / "new" / "drawn") == sorted(f"{FOLDERS[n % 3]}/{n:06d}.png" for n in range(104))
     for n in (0, 1, 99, 103):
         with Image.open(tmp_path / "new" / "drawn" / FOLDERS[n % 3] / f"{n:06d}.png") as image:
@@ -132,24 +132,24 @@ def test_more_than_ten_classes_are_in_order(classed):
 
 
 def test_images_without_classes_are_a_data_set(plain, tmp_path):
-    codes = sample(plain, tmp_path / "codes.npy", "--count=7")
+    indices = sample(plain, tmp_path / "indices.npy", "--count=7")
     sample(plain, tmp_path / "drawn", "--count=7")
     assert files(tmp_path / "drawn") == [f"{n:06d}.png" for n in range(7)]
     loaded = load_folder(tmp_path / "drawn", image_size=16)
     pixels = torch.cat([loaded.train, loaded.test])
-    expected = as_pixels(load_prior(plain)[1], codes)
+    expected = as_pixels(load_prior(plain)[1], indices)
     assert sorted(image.sum().item() for image in pixels) == sorted(image.sum().item() for image in expected)
 
 
 @pytest.mark.parametrize("how", ["prior", "adaptive"])
-def test_sampled_codes_go_through_files(plain, tmp_path, how):
-    codes = sample(plain, tmp_path / "codes.npy", "--count=9")
-    coded, back = tmp_path / "codes.fvq", tmp_path / "back.npy"
-    assert main(["encode", str(tmp_path / "codes.npy"), str(coded), f"--run={plain}", f"--model={how}"]) == 0
+def test_sampled_indices_go_through_files(plain, tmp_path, how):
+    indices = sample(plain, tmp_path / "indices.npy", "--count=9")
+    coded, back = tmp_path / "indices.fvq", tmp_path / "back.npy"
+    assert main(["encode", str(tmp_path / "indices.npy"), str(coded), f"--run={plain}", f"--model={how}"]) == 0
     assert main(["decode", str(coded), str(back), f"--run={plain}"]) == 0
-    assert np.array_equal(np.load(back), codes)
+    assert np.array_equal(np.load(back), indices)
     prior, model = load_prior(plain)
-    assert torch.equal(coding.decode(coded.read_bytes(), prior=prior), torch.from_numpy(codes))
+    assert torch.equal(coding.decode(coded.read_bytes(), prior=prior), torch.from_numpy(indices))
     header = coding.read_header(coded.read_bytes())
     assert (header.codebook_size, header.fingerprint) == (24, coding.fingerprint(model))
     sample(plain, tmp_path / "drawn", "--count=9")

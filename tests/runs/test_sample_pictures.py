@@ -1,4 +1,4 @@
-"""Pictures of samples: the codes, labels and images they show, by a prior and a model whose pixels are the codes."""
+"""Pictures of samples: indices, labels and images, by a prior and a model whose pixels are the indices."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class FakeModel:
     def encode(self, images):
         return (images[:, 0, ::2, ::2] * 255).round().long()
 
-    def decode(self, codes):
-        return blocks(codes) / 255
+    def decode(self, indices):
+        return blocks(indices) / 255
 
 
-def blocks(codes):
+def blocks(indices):
     """(N, 4, 4) to images (N, 1, 8, 8)."""
-    return codes[:, None].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return indices[:, None].repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 def made(classes, held_out=11, high=50):
