@@ -1,4 +1,4 @@
-"""Operations over all distances, by the native and the torch backend; each result is checked first."""
+"""Operations over all distances, by the backends that have them; each result is checked first."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class BenchStreams:
         timed(benchmark, backend, f"soft_assign, forward and backward {shape}", functools.partial(step, x[None]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def bench_binary_assign(benchmark, backend):
+def bench_binary_assign(benchmark):
+    """By torch, which alone has it on the CPU."""
     x = torch.randn(4096, 18, requires_grad=True)
 
     def step():
@@ -69,4 +69,4 @@ def bench_binary_assign(benchmark, backend):
         return torch.autograd.grad(entropy.mean() + mean.square().sum(), x)
 
     assert step()[0].isfinite().all()
-    timed(benchmark, backend, "binary_assign, forward and backward, N=4096 K=262144", step)
+    timed(benchmark, "torch", "binary_assign, forward and backward, N=4096 K=262144", step)
