@@ -85,7 +85,7 @@ def test_a_limit_of_indices_holds_for_images_too(run, tmp_path, capsys):
     coded = tmp_path / "images.fvq"
     assert main(["encode", "held-out", str(coded), "--run", str(run[0])]) == 0
     assert main(["decode", str(coded), str(tmp_path / "out"), "--run", str(run[0]), "--max-indices", "3"]) == 2
-    assert "more than max_indices=3" in capsys.readouterr().err
+    assert "more than --max-indices=3" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -94,5 +94,5 @@ def test_more_indices_than_allowed(tmp_path, capsys):
     coded, out = str(tmp_path / "c.fvq"), str(tmp_path / "out.npy")
     assert main(["encode", str(tmp_path / "in.npy"), coded]) == 0
     assert main(["decode", coded, out, "--max-indices=14"]) == 2
-    assert "15 indices, more than max_indices=14" in capsys.readouterr().err
+    assert "15 indices, more than --max-indices=14" in capsys.readouterr().err
     assert main(["decode", coded, out, "--max-indices=15"]) == 0
