@@ -5,6 +5,8 @@
 #   make test-machine   those: timings, resident memory and what depends on torch's internals; on a quiet machine
 #   make bench      the benchmark suite, which writes docs/benchmarks.md; about 13 minutes
 #   make gpu-check  what can be shown about the GPU kernels on a machine without a GPU; some ten minutes
+#   make gpu OUT=DIR    on a machine with a GPU: builds, checks and times everything there, with the Python that is there,
+#                   in nine minutes, or BUDGET=SECONDS; docs/gpu.md
 #   make format     rewrites the sources as `make lint` wants them
 # PYTHON chooses the interpreter of .venv, TORCH the torch that goes into it; PYTEST is handed on by `make test`.
 # WORKERS files of tests run at a time, in the order of their names: pytest-xdist's own order, by the number of tests, begins
@@ -29,7 +31,7 @@ CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v cla
 demo bench: export GOMP_SPINCOUNT ?= 20000
 check test test-machine gpu-check: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo check test test-machine lint bench gpu-check format clean
+.PHONY: demo check test test-machine lint bench gpu gpu-check format clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/fastvq demo --out runs/demo
@@ -68,6 +70,10 @@ gpu-check: $(VENV)/test.stamp
 	@echo "The CUDA kernels: compiled by nvcc for sm_80, sm_90a and sm_100 and loaded, where nvcc is; run in the emulator,"
 	@echo "by the reference and by sanitizers, where Boost.Context is:"
 	$(BIN)/python -m pytest $(SPREAD) -m "not machine" tests/cuda -rsP
+
+gpu:
+	@test -n "$(OUT)" || { echo "OUT: must name the folder of the results, as in make gpu OUT=results"; exit 1; }
+	$(PYTHON) -m fastvq.bench.gpu $(OUT)$(if $(BUDGET), --seconds $(BUDGET))$(if $(WORK), --work $(WORK))
 
 clean:
 	rm -rf build $(VENV) fastvq/_native.* fastvq/_native_cuda.so fastvq/native_build.json

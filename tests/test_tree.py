@@ -142,6 +142,7 @@ SPECIFICATION = "fastvq.backends.reference"
 READERS = {
     "fastvq.backends.select": "the registry of backends",
     "fastvq.bench.measure": "checks the results that it times",
+    "fastvq.bench.gpu.exactness": "checks the results of a GPU",
 }
 
 

@@ -52,13 +52,15 @@ def version(nvcc: str) -> str:
     return f"nvcc {found[1]}" if found else "nvcc"
 
 
-def ninja_lines(nvcc: str, cxx: list[str]) -> list[str]:
-    """Return the ninja file that builds the library in a folder with links to csrc, to torch and to the runtime."""
+def ninja_lines(nvcc: str, cxx: list[str], code: dict[str, str]) -> list[str]:
+    """Return the ninja file that builds the library in a folder with links to csrc, to torch and to the runtime.
+
+    `code` maps the name of each piece of code, an architecture or PTX, to nvcc's virtual architecture.
+    """
     quoted = NINJA["quoted"]
-    code = [f"-gencode arch=compute_{arch[3:]},code={arch}" for arch in ARCHITECTURES]
-    code.append(f"-gencode arch={PTX},code={PTX}")
-    device = ["-O3", "-std=c++17", "-ccbin", quoted(cxx[0]), "-Xcompiler", HOST, *STRICT, *code]
-    names = " ".join([*ARCHITECTURES, PTX])
+    targets = [f"-gencode arch={virtual},code={name}" for name, virtual in code.items()]
+    device = ["-O3", "-std=c++17", "-ccbin", quoted(cxx[0]), "-Xcompiler", HOST, *STRICT, *targets]
+    names = " ".join(code)
     host = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     host += ["-isystem torch/include", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
     host.append(f"'-DFASTVQ_ARCHITECTURES=\"{names}\"'")
@@ -74,13 +76,16 @@ def ninja_lines(nvcc: str, cxx: list[str]) -> list[str]:
     return [*lines, f"build {LIBRARY}: link {' '.join(f'{name}.o' for name in (*KERNELS, BINDINGS))}"]
 
 
-def build(out: Path, torch: Path, cxx: str | None = None) -> dict[str, object]:
+def build(
+    out: Path, torch: Path, cxx: str | None = None, architectures: tuple[str, ...] = (*ARCHITECTURES, PTX)
+) -> dict[str, object]:
     """Build `out`/_native_cuda.so against the torch at `torch`, and return what setup.py records about it.
 
     Args:
         out: the folder of the objects.
         torch: the folder of the package.
         cxx: the C++ compiler, or None for g++.
+        architectures: what the library has code for, by names of ARCHITECTURES and PTX.
 
     Raises:
         RuntimeError: there is no nvcc, no C++ compiler or no ninja.
@@ -93,8 +98,9 @@ def build(out: Path, torch: Path, cxx: str | None = None) -> dict[str, object]:
     root = toolkit(nvcc)
     runtime = next((p for p in (root / "lib64", root / "lib") if (p / "libcudart_static.a").exists()), root / "lib64")
     NINJA["prepare"](out, {"csrc": HERE.parent, "torch": torch, "runtime": runtime})
-    NINJA["run"](out, ninja_lines(nvcc, compiler), "-j", str(os.cpu_count() or 1))
-    return {"compiler": version(nvcc), "architectures": [*ARCHITECTURES, PTX]}
+    code = {name: name if name == PTX else f"compute_{name.removeprefix('sm_')}" for name in architectures}
+    NINJA["run"](out, ninja_lines(nvcc, compiler, code), "-j", str(os.cpu_count() or 1))
+    return {"compiler": version(nvcc), "architectures": list(architectures)}
 
 
 ENTRY = re.compile(

@@ -16,6 +16,7 @@ from fastvq.files import whole
 
 from . import model
 from .data import DATA, Shape, from_file
+from .gpu import report as gpu_report
 from .measure import measure_search
 from .report import DOCUMENT, SEARCH_HEADERS, search_rows, table, write_report
 from .suite import ceilings, machine, run_suite
@@ -109,22 +110,41 @@ def _device(name: str) -> torch.device:
         raise BenchError(str(error)) from None
 
 
-def write_suite(folder: Path, readme: Path | None, *, render_only: bool = False) -> list[str]:
-    """Run the suite, or read its stored results, and write the report to `folder`.
+def write_suite(folder: Path, readme: Path | None) -> list[str]:
+    """Run the suite and write its results and report to `folder`.
 
     Raises:
-        BenchError: nothing to render, or fastvq returns a wrong index.
+        BenchError: fastvq returns a wrong index.
     """
-    path = folder / DOCUMENT
-    if render_only and not path.exists():
-        raise BenchError(
-            f"render: {path} doesn't exist; fastvq bench --suite --out {shlex.quote(str(folder))} makes it"
-        )
     try:
-        document = json.loads(path.read_text()) if render_only else run_suite(command=_command())
+        document = run_suite(command=_command())
     except WrongResultError as error:
         raise BenchError(str(error)) from error
     return [f"written: {path}" for path in write_report(document, folder, readme)]
+
+
+def render(folder: Path, readme: Path | None) -> list[str]:
+    """Write the reports in `folder` again: that of the suite, and that of a run on a GPU, from the results of each.
+
+    Raises:
+        BenchError: nothing to render, or the run on a GPU was a rehearsal.
+    """
+    suite, gpu = folder / DOCUMENT, folder / gpu_report.SOURCE
+    if not suite.exists() and not gpu.exists():
+        out = shlex.quote(str(folder))
+        raise BenchError(
+            f"render: {suite} doesn't exist; fastvq bench --suite --out {out} makes it. Nor does {gpu}, by make gpu"
+        )
+    written = write_report(json.loads(suite.read_text()), folder, readme) if suite.exists() else []
+    if gpu.exists():
+        document = json.loads(gpu.read_text())
+        if document["rehearsal"]:
+            raise BenchError(f"render: {gpu} is a rehearsal on a CPU, which has no figure of a GPU")
+        target = folder / gpu_report.TARGET
+        with whole(target) as partial:
+            partial.write_text(gpu_report.page(document))
+        written.append(target)
+    return [f"written: {path}" for path in written]
 
 
 def _command() -> str:

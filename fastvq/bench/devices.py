@@ -50,6 +50,8 @@ DEVICES = {
     ),
     # NVIDIA H100 SXM5 data sheet, dense; H100 architecture white paper.
     "h100": Device("sm_90", "H100 80GB HBM3", 132, 128, 1.755e9, 989.4e12, 3.35e12, 5120 * 1.755e9, sync=0.63),
+    # NVIDIA H200 data sheet: the processor of the H100 SXM5, and other memory.
+    "h200": Device("sm_90", "H200", 132, 128, 1.755e9, 989.4e12, 4.8e12, 5120 * 1.755e9, sync=0.63),
     # NVIDIA Blackwell data sheet, dense; the clock is what gives its peak with 8192 multiply-adds a unit, 148 units.
     "b200": Device("sm_100", "B200", 148, 128, 1.856e9, 2250e12, 8e12, 2 * 5120 * 1.856e9, sync=0.315),
     # AMD CDNA 3 white paper; the cache is the Infinity Cache, for a codebook that outgrows an XCD's 4 MB.

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastvq.extras import require
 from fastvq.files import whole
 from fastvq.runs.plots import SERIES, figure_with, save_figure
 
@@ -38,7 +37,10 @@ def write_report(document: dict[str, Any], folder: Path, readme: Path | None = N
 
 def table(rows: list[list[str]], headers: list[str]) -> str:
     """Return a table that is Markdown and readable as plain text."""
-    return require("tabulate", extra="bench").tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    widths = [max(len(header) + 2, *(len(row[i]) for row in rows), 0) for i, header in enumerate(headers)]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    head = "| " + " | ".join(cell.ljust(w) for cell, w in zip(headers, widths, strict=True)) + " |"
+    return "\n".join([head, "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines])
 
 
 def duration(seconds: float) -> str:

@@ -149,12 +149,12 @@ def ceilings(threads: int) -> dict[str, float | None]:
 def machine(command: str) -> dict[str, Any]:
     """Return the versions, hardware and settings that the figures depend on."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": instruction_set(),
         "fastvq": fastvq.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "date": datetime.date.today().isoformat(),
@@ -175,7 +175,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the model of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -186,7 +187,7 @@ def _processor() -> str:
     return f"{model} (family {named.get('cpu family', '?')}, model {named.get('model', '?')})"
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the commit of fastvq's working tree, with a + if it has changes; None outside a repository."""
     folder = Path(fastvq.__file__).parent
     try:

@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="threads of every contestant (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements as JSON")
-    parser.add_argument("--model", metavar="GPU", help="only predict the time on an a100, h100, b200 or mi300x")
+    parser.add_argument("--model", metavar="GPU", help="only predict the time on an a100, h100, h200, b200 or mi300x")
     parser.add_argument(
         "--uncertified-share",
         type=float,
@@ -30,7 +30,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite", action="store_true", help="run the whole suite, about 13 minutes, and write its report"
     )
-    parser.add_argument("--render", action="store_true", help="only write the report again from its JSON")
+    parser.add_argument(
+        "--render", action="store_true", help="only write the reports again, from benchmarks.json and gpu.json"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the report (default: %(default)s)")
     parser.add_argument("--readme", type=Path, help="a README whose marked figures are updated")
 
@@ -40,8 +42,10 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.bench import commands
 
     sizes = (options.n, options.k, options.d)
-    if options.suite or options.render:
-        lines = commands.write_suite(options.out, options.readme, render_only=options.render)
+    if options.render:
+        lines = commands.render(options.out, options.readme)
+    elif options.suite:
+        lines = commands.write_suite(options.out, options.readme)
     elif options.model is not None:
         lines = commands.model_shape(
             options.model,

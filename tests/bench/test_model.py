@@ -105,7 +105,8 @@ class TestTerms:
 
     def test_lane_rates_of_the_data_sheets(self):
         rates = {name: d.units * d.lanes * d.clock for name, d in model.DEVICES.items()}
-        assert rates == pytest.approx({"a100": 19.5e12, "h100": 29.65e12, "b200": 35.2e12, "mi300x": 40.9e12}, rel=5e-3)
+        published = {"a100": 19.5e12, "h100": 29.65e12, "h200": 29.65e12, "b200": 35.2e12, "mi300x": 40.9e12}
+        assert rates == pytest.approx(published, rel=5e-3)
 
 
 class TestChoice:
@@ -208,7 +209,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--model=h200"], "model: must be one of a100, h100, b200, mi300x, got 'h200'"),
+            (["--model=h300"], "model: must be one of a100, h100, h200, b200, mi300x, got 'h300'"),
             (["--model=h100", "--n=0"], "n: must be at least 1, got 0"),
             (["--model=h100", "--d=-3"], "d: must be at least 1, got -3"),
             (["--model=h100", "--dtype=int8"], "dtype: must be one of float32, float16, bfloat16, got 'int8'"),

@@ -14,6 +14,7 @@ import torch
 import fastvq
 from fastvq.bench import data, measure, peers, report, suite, targets, training
 from fastvq.bench.data import Shape
+from fastvq.bench.gpu import report as gpu_report
 from fastvq.bench.peers import NATIVE, PRODUCT, Contestant
 from fastvq.cli.main import main
 
@@ -237,6 +238,12 @@ class TestSuite:
             text = (ROOT / name).read_text()
             assert report.with_figures(text, document) == text
         assert "<!-- bench:" in (ROOT / "README.md").read_text()
+
+    def test_docs_show_what_was_measured_on_a_gpu(self):
+        source, target = (ROOT / "docs" / name for name in (gpu_report.SOURCE, gpu_report.TARGET))
+        assert source.exists() == target.exists()
+        if source.exists():
+            assert target.read_text() == gpu_report.page(json.loads(source.read_text()))
 
 
 class TestTargets:
