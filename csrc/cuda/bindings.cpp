@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <stdexcept>
@@ -49,7 +50,7 @@ class OnDevice {
   explicit OnDevice(const Tensor& tensor) : tensor_(tensor), guard_(tensor.get_device_index()) {
     if (!aoti_torch_get_current_cuda_stream) throw std::runtime_error("this torch was built without CUDA");
     context_.device = tensor.get_device_index();
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(context_.device, &context_.stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(context_.device, &context_.stream));
     context_.take = [this](size_t bytes) {
       taken_.push_back(torch::stable::new_empty(tensor_, {static_cast<int64_t>(bytes)}, ScalarType::Byte));
       return taken_.back().mutable_data_ptr();
