@@ -138,6 +138,14 @@ def all_codes_equal(n, k, d, g):
 
 
 @adversarial
+def signed_zeros(n, k, d, g):
+    """Return codes that are equal as numbers and differ as bits, and copies of them."""
+    codes = torch.zeros(k, d) * torch.where(torch.rand(k, d, generator=g) < 0.5, -1.0, 1.0)
+    codes[::3] = codes[0].clone()
+    return torch.randn(n, d, generator=g), codes
+
+
+@adversarial
 def codes_one_ulp_apart(n, k, d, g):
     codes = torch.randn(1, d, generator=g).repeat(k, 1)
     rows, column = torch.arange(k), torch.randint(d, (k,), generator=g)
