@@ -41,6 +41,14 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def flags_as_numbers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state of vector_quantize_pytorch with its bool flags as float32, which they are in fastvq.
+
+    They can be averaged then.
+    """
+    return {name: value.float() if value.dtype == torch.bool else value for name, value in state.items()}
+
+
 def close(
     actual: Tensor | tuple,
     expected: Tensor | tuple,

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastvq
-from fastvq import codebook
+from fastvq import codebook, precision
 from fastvq.backends import reference
 from fastvq.backends.support import GRADIENTS
 from fastvq.backends.torch import search
@@ -38,7 +38,8 @@ class MetaOnly(TorchDispatchMode):
 
 
 @pytest.fixture
-def meta():
+def meta(monkeypatch):
+    monkeypatch.setattr(precision, "home_device", lambda: torch.device("meta"))  # as if it were a device with values
     with torch.device("meta"), MetaOnly():
         yield
 
