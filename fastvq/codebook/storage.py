@@ -113,8 +113,8 @@ class WriteCheck:
     An optimizer that keeps a copy of its parameters, such as float32 master weights of a model in half precision,
     writes that over the parameter at each step. Codes that k-means has set would be lost without a word.
 
-    The first steps after a write are checked: the parameter must not be much nearer to its values before the write than
-    to what was written.
+    The first steps after a write are checked, which waits for the device: the parameter must not be much nearer to its
+    values before the write than to what was written.
     """
 
     CHECKS = 8
@@ -135,7 +135,7 @@ class WriteCheck:
         Raises:
             RuntimeError: the write is lost.
         """
-        if self.written is None or torch.compiler.is_compiling():
+        if self.written is None or torch.compiler.is_compiling() or current.is_meta:
             return
         before, after = self.written
         self.written, self.left = None, self.left - 1

@@ -78,7 +78,7 @@ LAYERS = [
 @pytest.mark.parametrize("options", LAYERS, ids=str)
 def test_training_step(meta, options, dtype):
     layer = fastvq.VectorQuantize(16, 32, **options).to(dtype)
-    layer._codebook._ready = True  # k-means, which may wait once in a model's life, has run
+    layer._codebook._ready = True  # what may wait in the first steps of a model's life: k-means has run
     x = torch.empty(4, 10, 16, dtype=dtype, requires_grad=True)
     for masking in ({}, {"mask": torch.empty(4, 10, dtype=torch.bool)}, {"lens": torch.empty(4, dtype=torch.int64)}):
         quantized, indices, loss = layer(x, **masking)
