@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,8 +78,8 @@ def export(
         **{"input_names": names, **options},
     )
     assert program is not None
-    with whole(Path(path)) as partial:
-        program.save(partial)
+    with whole(path) as file:
+        program.save(file.name)
 
 
 class _Call(nn.Module):

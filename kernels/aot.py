@@ -39,6 +39,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fastvq.files import write_whole
+
 from .assembly import TARGETS, Record, is_scan, measure_amd, measure_sass, occupancy
 
 COUNTS = Path(__file__).with_name("counts.json")
@@ -78,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         failures += faults(record)
     print(table(records))
     if options.write:
-        COUNTS.write_text(dump(records, version))
+        write_whole(COUNTS, dump(records, version))
         print(f"written: {COUNTS}")
     elif not options.cases:
         stored = json.loads(COUNTS.read_text()) if COUNTS.exists() else {"triton": None, "records": []}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fastvq import environment
-from fastvq.files import whole
+from fastvq.files import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +196,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, known: dict[str, Any]) -> None:
-    with whole(path) as partial:
-        partial.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 def _warn(message: str) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from fastvq.backends import devices
 from fastvq.errors import BenchError, WrongResultError
-from fastvq.files import whole
+from fastvq.files import write_whole
 
 from . import model
 from .data import DATA, Shape, from_file
@@ -91,8 +91,7 @@ def _shape(sizes: tuple[int, int, int], dtype: str) -> Shape:
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
-    with whole(path) as partial:
-        partial.write_text(json.dumps(document, indent=1) + "\n")
+    write_whole(path, json.dumps(document, indent=1) + "\n")
 
 
 def _vectors(data: str, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,8 +140,7 @@ def render(folder: Path, readme: Path | None) -> list[str]:
         if document["rehearsal"]:
             raise BenchError(f"render: {gpu} is a rehearsal on a CPU, which has no figure of a GPU")
         target = folder / gpu_report.TARGET
-        with whole(target) as partial:
-            partial.write_text(gpu_report.page(document))
+        write_whole(target, gpu_report.page(document))
         written.append(target)
     return [f"written: {path}" for path in written]
 

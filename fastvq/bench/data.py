@@ -130,8 +130,8 @@ def _all_latents() -> Tensor:
     if path.exists():
         return torch.load(path, weights_only=True)
     vectors = _train_latents(_LATENT_STEPS)
-    with whole(path) as partial:
-        torch.save(vectors, partial)
+    with whole(path) as file:
+        torch.save(vectors, file)
     return vectors
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastvq.files import whole
+from fastvq.files import write_whole
 from fastvq.runs.plots import SERIES, figure_with, save_figure
 
 from .peers import NATIVE, PRODUCT, TRITON
@@ -30,8 +30,7 @@ def write_report(document: dict[str, Any], folder: Path, readme: Path | None = N
     if readme is not None and readme.exists():
         texts[readme] = with_figures(readme.read_text(), document)
     for path, text in texts.items():
-        with whole(path) as partial:
-            partial.write_text(text)
+        write_whole(path, text)
     return [*texts, *plots]
 
 

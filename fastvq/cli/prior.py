@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 from pathlib import Path
 
@@ -20,10 +21,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     parser.description = (
         "Trains a prior over the indices of a run's images in DIR/prior/, and prints the bits per index of held-out"
-        " images. An earlier prior there is replaced."
+        " images. A prior that is there already is resumed or replaced only where --resume or --overwrite says so."
     )
     parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted training with its own settings")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue an interrupted training with its own settings; --steps may be more",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="train a successor of the run's prior, which takes its place when it is finished; files that were coded"
+        " with the earlier prior cannot be decoded then",
+    )
+    parser.add_argument(
+        "--data", metavar="DATA", help="where the run's images are now (default: where they were; they must be equal)"
+    )
     parser.add_argument(
         "--compare",
         type=float,
@@ -35,26 +49,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train the prior of a run, or compare the kinds of priors."""
-    from fastvq.runs.pictures import picture_prior
-    from fastvq.runs.train_prior import check_resumed, train_prior
+    from fastvq.runs.pictures import failures_as_warnings, picture_prior
+    from fastvq.runs.train_prior import resumed_settings, train_prior
     from fastvq.training.config import PriorConfig
 
     given = given_settings(options, PriorConfig)
-    config = PriorConfig(**given)
+    own = resumed_settings(options.run_folder) if options.resume else None
+    config = PriorConfig(**given) if own is None else dataclasses.replace(own, **given)
     if options.compare is not None:
         from fastvq.runs.compare_priors import FIXED_SETTINGS, compare_priors
 
-        unused = [name for name in FIXED_SETTINGS if name in given] + ["resume"] * options.resume
+        unused = [name for name in FIXED_SETTINGS if name in given]
+        unused += [name for name in ("resume", "overwrite") if getattr(options, name)]
         if unused:
             raise ConfigError(f"--compare trains each kind from the start for equal time: omit {', '.join(unused)}")
-        print("\n".join(compare_priors(options.run_folder, options.compare, config=config)))
+        lines = compare_priors(options.run_folder, options.compare, config=config, data=options.data)
+        if lines is None:
+            print("stopped; nothing is written")
+            return INTERRUPTED
+        print("\n".join(lines))
         return 0
-    if options.resume:
-        check_resumed(options.run_folder, given)
-    trained = train_prior(options.run_folder, config, resume=options.resume)
+    trained = train_prior(
+        options.run_folder, config, resume=options.resume, overwrite=options.overwrite, data=options.data
+    )
     if trained is None:
         print(f"stopped, saved; continue with: fastvq prior {shlex.quote(str(options.run_folder))} --resume")
         return INTERRUPTED
     print(f"{len(trained.data.test)} held-out images: {trained.bits_per_index:.2f} bits per index")
-    print(f"picture: {picture_prior(options.run_folder)}")
+    with failures_as_warnings("curves of the prior"):
+        print(f"picture: {picture_prior(options.run_folder)}")
     return 0

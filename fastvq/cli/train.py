@@ -24,13 +24,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     from fastvq.training.config import TrainConfig
 
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in --out")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the latest checkpoint in --out, with its settings; --steps may be more, and --data where"
+        " the same images are now",
+    )
     add_settings(parser, TrainConfig)
 
 
 def run(options: argparse.Namespace) -> int:
     """Train, and draw the pictures of the run."""
-    from fastvq.runs.pictures import picture_reconstructions, picture_run
+    from fastvq.files import exclusive
+    from fastvq.runs.pictures import failures_as_warnings, picture_reconstructions, picture_run
     from fastvq.training import Evaluation, Trainer, load_images
 
     config = _settings(options)
@@ -40,15 +46,18 @@ def run(options: argparse.Namespace) -> int:
     pictures: list[Path] = []
 
     def draw(trainer: Trainer, evaluation: Evaluation) -> None:
-        step = trainer.step
-        pictures[:] = [picture_reconstructions(options.out, trainer.model, images, evaluation, step=step)]
+        pictures.clear()
+        with failures_as_warnings("reconstructions"):
+            step = trainer.step
+            pictures.append(picture_reconstructions(options.out, trainer.model, images, evaluation, step=step))
 
-    evaluation = trainer.fit(on_evaluation=draw)
-    if evaluation is None:
-        again = f"fastvq train --out {shlex.quote(str(options.out))} --resume"
-        print(f"stopped at step {trainer.step}, saved; continue with: {again}")
-        return INTERRUPTED
-    pictures += picture_run(trainer, evaluation)
+    with exclusive(options.out):
+        evaluation = trainer.fit(on_evaluation=draw)
+        if evaluation is None:
+            again = f"fastvq train --out {shlex.quote(str(options.out))} --resume"
+            print(f"stopped at step {trainer.step}, saved; continue with: {again}")
+            return INTERRUPTED
+        pictures += picture_run(trainer, evaluation)
     perplexity = "" if evaluation.perplexity is None else f", perplexity {evaluation.perplexity:.0f}"
     print(f"{len(images.test)} held-out images: {evaluation.psnr_db:.2f} dB{perplexity}")
     print("pictures: " + ", ".join(str(path) for path in pictures))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvq.errors import CodingError
-from fastvq.files import whole
+from fastvq.files import write_whole
 
 from . import learned, tree
 from .container import LARGEST_CODEBOOK, MODELS, Header, pack, unpack
@@ -132,8 +132,7 @@ def measure(
 
 def save(path: Path | str, data: bytes) -> None:
     """Write a file atomically: it appears complete or not at all."""
-    with whole(Path(path)) as partial:
-        partial.write_bytes(data)
+    write_whole(path, data)
 
 
 def load(path: Path | str) -> bytes:

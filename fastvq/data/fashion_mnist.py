@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from fastvq.errors import DataError
+from fastvq.files import write_whole
 
 from .images import Images
 from .registry import FULL, SUBSET
@@ -123,4 +124,4 @@ def build_subset(
         test=test,
         test_labels=test_labels,
     )
-    path.write_bytes(lzma.compress(buffer.getvalue(), filters=_LZMA_FILTERS))
+    write_whole(path, lzma.compress(buffer.getvalue(), filters=_LZMA_FILTERS))

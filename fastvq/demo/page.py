@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvq.files import whole
+from fastvq.files import write_whole
 
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -27,12 +27,11 @@ def write_page(folder: Path, metrics: dict[str, Any]) -> Path:
     sections = [*_autoencoder(metrics), *_prior(metrics), *_compression(metrics), *_settings(metrics)]
     body = "\n".join(part for part in sections if not part.startswith("<img") or (folder / _source(part)).exists())
     path = folder / "index.html"
-    with whole(path) as partial:
-        partial.write_text(
-            f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>fastvq: the demo</title>\n'
-            f'<meta name="viewport" content="width=device-width">\n<style>{_STYLE}</style>\n{body}\n</html>\n',
-            encoding="utf-8",
-        )
+    write_whole(
+        path,
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>fastvq: the demo</title>\n'
+        f'<meta name="viewport" content="width=device-width">\n<style>{_STYLE}</style>\n{body}\n</html>\n',
+    )
     return path
 
 

@@ -18,7 +18,7 @@ import torch
 import fastvq
 from fastvq.data import Images
 from fastvq.errors import CheckpointError
-from fastvq.files import whole
+from fastvq.files import write_whole
 from fastvq.runs.encode import HELD_OUT, encode_images
 from fastvq.runs.load import PRIOR_FOLDER
 from fastvq.runs.pictures import picture_prior, picture_reconstructions, picture_run
@@ -164,8 +164,7 @@ def run_demo(
         "total_seconds": round(time.monotonic() - started, 1),
         **_circumstances(trainer, images),
     }
-    with whole(folder / "metrics.json") as partial:
-        partial.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     page = write_page(folder, metrics)
     print(_table(metrics))
     print(f"all pictures and tables: {page}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvq.coding import fingerprint
 from fastvq.errors import ConfigError
-from fastvq.files import whole
+from fastvq.files import write_whole
 from fastvq.training.config import PRIOR_KINDS, PriorConfig
 from fastvq.training.loop import usable_device
 from fastvq.training.prior import IndexData, PriorTrainer
@@ -29,8 +29,17 @@ _WARM_UP, _TIMED = 3, 12
 _NEVER = 1 << 30
 
 
-def compare_priors(run: Path, seconds: float, *, config: PriorConfig | None = None, progress: bool = True) -> list[str]:
+def compare_priors(
+    run: Path,
+    seconds: float,
+    *,
+    config: PriorConfig | None = None,
+    data: str | Path | None = None,
+    progress: bool = True,
+) -> list[str] | None:
     """Train each kind of prior for equal time, write the results to RUN/priors.json and return the lines of a table.
+
+    Returns None and writes nothing if interrupted: earlier results there stay until their successors are complete.
 
     Time is processor time of all threads, which is fairer than wall-clock time on a busy machine: a few steps of each
     kind are timed, and the kind gets as many steps as fit, under a schedule of that length. The run's own prior is
@@ -40,28 +49,29 @@ def compare_priors(run: Path, seconds: float, *, config: PriorConfig | None = No
         run: folder of a run whose VQ-VAE is trained.
         seconds: processor time for each kind.
         config: settings other than `FIXED_SETTINGS`; the device must be the CPU, whose time is measured.
+        data: where the data set of the run is now, see `run_images`.
         progress: show progress bars on stderr.
 
     Raises:
-        CheckpointError, ConfigError: see `train_prior`; also an invalid time, or a device other than the CPU.
+        CheckpointError, ConfigError, DataError: see `train_prior`; also an invalid time or a device
+            other than the CPU.
     """
     if not 0 < seconds < math.inf:
         raise ConfigError(f"seconds must be positive and finite, got {seconds}")
     if config is not None and usable_device(config.device).type != "cpu":
         raise ConfigError(f"device must be 'cpu' where kinds are compared by processor time, got '{config.device}'")
-    model, data, codebook_size = run_indices(run)
+    model, indices, codebook_size = run_indices(run, data)
     identity, vectors = fingerprint(model).hex(), codebook_of(model)
     records: list[dict[str, Any]] = []
     for kind in PRIOR_KINDS:
         settings = dataclasses.replace(
             config or PriorConfig(), kind=kind, evaluate_every=_NEVER, checkpoint_every=_NEVER, steps=_WARM_UP + _TIMED
         )
-        record = _train_for(seconds, settings, data, codebook_size, identity, vectors, progress=progress)
+        record = _train_for(seconds, settings, indices, codebook_size, identity, vectors, progress=progress)
         if record is None:
-            break
+            return None
         records.append(record)
-    with whole(run / "priors.json") as partial:
-        partial.write_text(json.dumps(records, indent=2) + "\n")
+    write_whole(run / "priors.json", json.dumps(records, indent=2) + "\n")
     rows = []
     for record in records:
         cells = (

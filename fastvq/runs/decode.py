@@ -64,8 +64,8 @@ def decode_array(
         CheckpointError, CodingError: an invalid run or file.
     """
     indices = _decoded(coding.load(source), run, max_indices=max_indices).numpy()
-    with whole(path) as partial, partial.open("wb") as stream:
-        np.save(stream, indices)
+    with whole(path) as file:
+        np.save(file, indices)
     return [f"{path}: indices of shape {indices.shape}"]
 
 

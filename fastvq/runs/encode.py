@@ -12,9 +12,8 @@ from fastvq import coding
 from fastvq.data.folder import SUFFIXES, read_image
 from fastvq.data.images import to_float
 from fastvq.errors import CodingError, DataError
-from fastvq.training.build import load_images
 
-from .load import load_model, load_prior
+from .load import load_model, load_prior, run_images
 
 HELD_OUT = "held-out"
 _BATCH = 100
@@ -42,7 +41,7 @@ def encode_images(run: Path, source: Path, path: Path, *, model: str = "adaptive
     if str(source) == HELD_OUT:
         if source.exists():
             raise DataError(f"{source} stands for the run's held-out images, but also exists here: give its full path")
-        held_out = load_images(config)
+        held_out = run_images(run)
         images = held_out.test
         labels = held_out.test_labels if prior is not None and prior.classes else None
     else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +16,32 @@ from fastvq.coding import fingerprint
 from fastvq.data import Images
 from fastvq.data.images import to_float
 from fastvq.errors import ConfigError
-from fastvq.files import whole
+from fastvq.files import whole, write_whole
 from fastvq.models import VQVAE
-from fastvq.training.build import load_images
 from fastvq.training.prior import IndexData
 
-from .load import PRIOR_FOLDER, load_model
+from .load import PRIOR_FOLDER, load_model, run_images
 
 _NAME = "indices"
 _BATCH = 250
 
 
-def run_indices(run: Path) -> tuple[VQVAE, IndexData, int]:
+def run_indices(run: Path, data: str | Path | None = None) -> tuple[VQVAE, IndexData, int]:
     """Return a run's model, its images as indices, and K.
+
+    Args:
+        run: folder of the run.
+        data: where its data set is now, see `run_images`.
 
     Raises:
         CheckpointError: the run has no checkpoint.
         ConfigError: the run was trained without a bottleneck.
+        DataError: the data are missing, or differ from those that the run was trained on.
     """
     model, config = load_model(run)
     if config.bottleneck == "none":
         raise ConfigError(f"{run} was trained without a bottleneck: it has no indices to learn a prior from")
-    return model, index_images(run, model, load_images(config), flip=config.flip), config.codebook_size
+    return model, index_images(run, model, run_images(run, data), flip=config.flip), config.codebook_size
 
 
 def index_images(run: Path, model: VQVAE, images: Images, *, flip: bool) -> IndexData:
@@ -56,14 +62,12 @@ def index_images(run: Path, model: VQVAE, images: Images, *, flip: bool) -> Inde
     arrays = _read(description_path, description, paths)
     if arrays is None:
         description_path.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
         train = torch.cat([images.train, images.train.flip(-1)]) if flip else images.train
         for split, pixels in (("train", train), ("test", images.test)):
             indices = torch.cat([model.encode(to_float(part)) for part in pixels.split(_BATCH)])
-            with whole(paths[split]) as partial, partial.open("wb") as stream:
-                np.save(stream, indices.numpy().astype(np.int32))
-        with whole(description_path) as partial:
-            partial.write_text(json.dumps(description | {"shapes": _shapes(_mapped(paths))}) + "\n")
+            with whole(paths[split]) as file:
+                np.save(file, indices.numpy().astype(np.int32))
+        write_whole(description_path, json.dumps(description | {"sha256": _digests(paths)}) + "\n")
         arrays = _mapped(paths)
     labels = images.train_labels
     if labels is not None and flip:
@@ -82,15 +86,20 @@ def _mapped(paths: dict[str, Path]) -> dict[str, Tensor]:
     return {split: torch.from_numpy(np.load(path, mmap_mode="c")) for split, path in paths.items()}
 
 
-def _shapes(arrays: dict[str, Tensor]) -> dict[str, list[int]]:
-    return {split: list(indices.shape) for split, indices in arrays.items()}
+def _digests(paths: dict[str, Path]) -> dict[str, str]:
+    digests = {}
+    for split, path in paths.items():
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            digests[split] = hashlib.sha256(content).hexdigest()
+    return digests
 
 
 def _read(description_path: Path, description: dict[str, Any], paths: dict[str, Path]) -> dict[str, Tensor] | None:
-    """Return the indices written earlier, or None unless they are complete and match the description."""
+    """Return the indices written earlier, or None unless they match the description and its digests."""
     try:
-        stored = json.loads(description_path.read_text())
-        arrays = _mapped(paths)
-    except (OSError, ValueError, TypeError):
+        stored = json.loads(description_path.read_bytes())
+        if stored != description | {"sha256": _digests(paths)}:
+            return None
+        return _mapped(paths)
+    except (OSError, ValueError, RecursionError):
         return None
-    return arrays if stored == description | {"shapes": _shapes(arrays)} else None

@@ -2,42 +2,89 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
 
 from fastvq.coding import fingerprint
-from fastvq.errors import CheckpointError
+from fastvq.data import DATA_SETS, Images
+from fastvq.errors import CheckpointError, DataError
 from fastvq.models import VQVAE, Prior
-from fastvq.training.build import build_model
-from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, load_latest
+from fastvq.training.build import build_model, load_images
+from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, damage_named, load_latest
 from fastvq.training.config import PriorConfig, TrainConfig
 from fastvq.training.prior import build_prior
 
 PRIOR_FOLDER = "prior"
 """Subfolder of a run that holds its prior and the indices that the prior learned from."""
+SUCCESSOR_FOLDER = "successor"
+"""Subfolder of that one in which the successor of a prior is trained; it takes its place when it is finished."""
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def load_model(run: Path) -> tuple[VQVAE, TrainConfig]:
     """Return the model of the latest checkpoint in a run's folder, in eval mode, and its settings.
 
+    A RuntimeWarning says so if the training is unfinished.
+
     Raises:
         CheckpointError: the run has no checkpoint, or it is damaged.
     """
     checkpoint = load_latest(run)
-    model = build_model(checkpoint.config)
-    model.load_state_dict(checkpoint.part("model"))
+    _warn_of_unfinished(run, checkpoint, f"fastvq train --out {run} --resume")
+    with damage_named(checkpoint.folder):
+        model = _build(lambda: build_model(checkpoint.config), checkpoint)
     return model.eval(), checkpoint.config
+
+
+def run_images(run: Path, data: str | Path | None = None) -> Images:
+    """Return the data set that a run was trained on.
+
+    Args:
+        run: folder of the run.
+        data: where the data set is now: a name in `DATA_SETS` or a folder; by default where it was.
+
+    Raises:
+        CheckpointError: the run has no checkpoint, or it is damaged.
+        DataError: the data are missing, or differ from those that the run was trained on.
+    """
+    checkpoint = load_latest(run)
+    config = checkpoint.config
+    if data is not None:
+        config = dataclasses.replace(config, data=str(data) if str(data) in DATA_SETS else str(Path(data).resolve()))
+    try:
+        images = load_images(config)
+    except DataError as error:
+        moved = "" if data is not None else f" (if the data of {run} have moved, --data says where they are)"
+        raise DataError(f"{error}{moved}") from error
+    if (own := images.fingerprint()) != checkpoint.data_fingerprint:
+        raise DataError(
+            f"the data differ from those that {run} was trained on: {config.data} has the fingerprint {own},"
+            f" {checkpoint.config.data} had {checkpoint.data_fingerprint}"
+        )
+    return images
 
 
 def load_prior(run: Path) -> tuple[Prior, VQVAE]:
     """Return the trained prior of a run, in eval mode, and the model of its indices, both on the CPU.
+
+    A RuntimeWarning says so if one of them is unfinished.
 
     Raises:
         CheckpointError: the run has no prior, the prior is damaged, or it belongs to another model.
     """
     model, _ = load_model(run)
     checkpoint = load_prior_checkpoint(run, model)
-    prior = build_prior(checkpoint.built_from["kind"], **checkpoint.built_from["settings"])
-    prior.load_state_dict(checkpoint.part("model"))
+    _warn_of_unfinished(run / PRIOR_FOLDER, checkpoint, f"fastvq prior {run} --resume")
+    with damage_named(checkpoint.folder):
+        built_from = checkpoint.built_from
+        prior = _build(lambda: build_prior(built_from["kind"], **built_from["settings"]), checkpoint)
     return prior.eval(), model
 
 
@@ -48,9 +95,46 @@ def load_prior_checkpoint(run: Path, model: VQVAE) -> Checkpoint:
         CheckpointError: the run has no prior, the prior is damaged, or it belongs to another model.
     """
     folder = run / PRIOR_FOLDER
+    # Between the deletion of a prior and the move of its finished successor, only the latter exists.
+    if not checkpoint_folders(folder) and successor_is_finished(folder):
+        folder = folder / SUCCESSOR_FOLDER
     if not checkpoint_folders(folder):
         raise CheckpointError(f"{run} has no prior yet: fastvq prior {run} learns one")
     checkpoint = load_latest(folder, PriorConfig)
     if checkpoint.data_fingerprint != fingerprint(model).hex():
-        raise CheckpointError(f"{folder} holds the prior of another model: train it again without --resume")
+        raise CheckpointError(f"{folder} holds the prior of another model: train it again with --overwrite")
     return checkpoint
+
+
+def successor_is_finished(prior: Path) -> bool:
+    """Return whether the successor of a prior has done all its steps."""
+    successor = prior / SUCCESSOR_FOLDER
+    return bool(checkpoint_folders(successor)) and load_latest(successor, PriorConfig).finished
+
+
+def _warn_of_unfinished(folder: Path, checkpoint: Checkpoint, command: str) -> None:
+    if not checkpoint.finished:
+        steps = f"{checkpoint.step} of {checkpoint.config.steps} steps"
+        warnings.warn(f"{folder} is unfinished, {steps}: {command}", RuntimeWarning, stacklevel=3)
+
+
+def _build(build: Callable[[], ModelT], checkpoint: Checkpoint) -> ModelT:
+    """Return the model of a checkpoint, with its weights.
+
+    It is built on "meta" first, where wrong sizes cost neither memory nor time.
+
+    Raises:
+        ValueError: the settings make no model, or another one than the tensors belong to.
+    """
+    weights = checkpoint.part("model")
+    try:
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}
+        for name, tensor in weights.items():
+            if tensor.shape != shapes.get(name, tensor.shape):
+                raise ValueError(f"model.{name} is {tuple(tensor.shape)}, expected {tuple(shapes[name])}")
+        model = build()
+    except (RuntimeError, MemoryError, OverflowError, TypeError, KeyError) as error:
+        raise ValueError(f"its settings make no model: {error}") from error
+    checkpoint.load_model(model)
+    return model

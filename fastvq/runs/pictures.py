@@ -5,6 +5,9 @@ This module loads the run and computes what is shown; `plots` draws it. Pictures
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import fastvq
@@ -25,6 +28,18 @@ RECONSTRUCTIONS_CAPTION = (
     "Below each image, its reconstruction from indices. None of these images was trained on: outlines and shading"
     " should match; fine print and texture are lost."
 )
+
+
+@contextlib.contextmanager
+def failures_as_warnings(picture: str) -> Iterator[None]:
+    """Warn if a picture cannot be drawn or written, for whatever reason: what has been trained is saved all the same.
+
+    A full disk is such a reason: the next checkpoint will fail of it with an error.
+    """
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"picture of {picture} failed: {error}", stacklevel=1)
 
 
 def shown_rows(images: Images) -> list[int]:
@@ -60,34 +75,42 @@ def picture_reconstructions(folder: Path, model: VQVAE, images: Images, evaluati
 def picture_run(trainer: Trainer, evaluation: Evaluation) -> list[Path]:
     """Draw curves, usage and images as indices of a finished run in its folder, and return the paths.
 
-    The reconstructions are not among them: `picture_reconstructions` draws them at each evaluation.
+    The reconstructions are not among them: `picture_reconstructions` draws them at each evaluation. A picture that
+    fails is a warning.
     """
     folder, model, images = trainer.folder, trainer.model, trainer.images
     codebook_size = trainer.config.codebook_size
-    paths = [folder / "curves.png"]
-    records = read_metrics(folder / "metrics.jsonl")
-    plots.save_curves(paths[-1], records, codebook_size=codebook_size, title=f"{images.name}: training")
+    paths = []
+    with failures_as_warnings("curves"):
+        path = folder / "curves.png"
+        records = read_metrics(folder / "metrics.jsonl")
+        plots.save_curves(path, records, codebook_size=codebook_size, title=f"{images.name}: training")
+        paths.append(path)
     if evaluation.perplexity is None or not isinstance(model.bottleneck, fastvq.VectorQuantize):
         return paths
-    paths.append(folder / "usage.png")
-    plots.save_usage(
-        paths[-1],
-        evaluation.counts,
-        perplexity=evaluation.perplexity,
-        title=f"{images.name}: codebook usage on {len(images.test)} held-out images",
-    )
-    rows = shown_rows(images)[:_SHOWN_AS_INDICES]
-    originals = to_float(images.test[rows].to(trainer.device))
-    restored, indices = reconstruct(model, originals)
-    paths.append(folder / "indices.png")
-    plots.save_indices(
-        paths[-1],
-        originals,
-        indices,
-        restored,
-        model.bottleneck.codebook,
-        title=f"{images.name}: images as indices",
-    )
+    with failures_as_warnings("usage"):
+        path = folder / "usage.png"
+        plots.save_usage(
+            path,
+            evaluation.counts,
+            perplexity=evaluation.perplexity,
+            title=f"{images.name}: codebook usage on {len(images.test)} held-out images",
+        )
+        paths.append(path)
+    with failures_as_warnings("indices"):
+        path = folder / "indices.png"
+        rows = shown_rows(images)[:_SHOWN_AS_INDICES]
+        originals = to_float(images.test[rows].to(trainer.device))
+        restored, indices = reconstruct(model, originals)
+        plots.save_indices(
+            path,
+            originals,
+            indices,
+            restored,
+            model.bottleneck.codebook,
+            title=f"{images.name}: images as indices",
+        )
+        paths.append(path)
     return paths
 
 

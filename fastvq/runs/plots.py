@@ -23,13 +23,15 @@ _BLUE, _ORANGE, _GRAY = "#2166ac", "#d6604d", "#777777"
 SERIES = (_BLUE, _ORANGE, "#4d9221", _GRAY, "#762a83")
 """Colors of lines and bars, one for each series."""
 _DPI = 130
+_LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
+"""Properties of texts that hold names of files and data sets, in which "$" and "\\" are ordinary characters."""
 
 
 def _figure(width: float, height: float, title: str, caption: str) -> Any:
     """Return an empty figure of a size in inches with a title above and a wrapped caption below."""
     figure = require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, fontsize=12, fontweight="bold")
-    figure.supxlabel(textwrap.fill(caption, int(width * 15)), fontsize=9, color="#444444")
+    figure.suptitle(title, fontsize=12, fontweight="bold", **_LITERAL)
+    figure.supxlabel(textwrap.fill(caption, int(width * 15)), fontsize=9, color="#444444", **_LITERAL)
     return figure
 
 
@@ -41,8 +43,8 @@ def figure_with(width: float, height: float, title: str, caption: str, *, column
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure as PNG; the file is replaced as a whole."""
-    with whole(path) as partial:
-        figure.savefig(partial, dpi=_DPI, format="png")
+    with whole(path) as file:
+        figure.savefig(file, dpi=_DPI, format="png")
 
 
 def _show(axes: Any, image: Tensor) -> None:
@@ -72,7 +74,7 @@ def save_reconstructions(
     for axes, original, output, name in zip(panels.flat, originals, restored, names, strict=False):
         gap = torch.ones_like(original[:, : max(1, original.shape[1] // 28)])
         _show(axes, torch.cat([original, gap, output], dim=1))
-        axes.set_title(textwrap.shorten(name, 14, placeholder="..."), fontsize=9)
+        axes.set_title(textwrap.shorten(name, 14, placeholder="..."), fontsize=9, **_LITERAL)
         error = (original - output).square().mean().item()
         axes.set_xlabel(f"{-10 * math.log10(max(error, 1e-12)):.1f} dB", fontsize=9)
     for axes in panels[:, 0]:
@@ -105,8 +107,8 @@ def save_grid(
         for column, panel in enumerate(panels):
             _show(panel, rows[row][column])
             if row == 0:
-                panel.set_title(column_names[column], fontsize=9)
-        panels[0].set_ylabel(row_names[row], fontsize=9, rotation=0, ha="right", va="center")
+                panel.set_title(column_names[column], fontsize=9, **_LITERAL)
+        panels[0].set_ylabel(row_names[row], fontsize=9, rotation=0, ha="right", va="center", **_LITERAL)
     save_figure(figure, path)
 
 

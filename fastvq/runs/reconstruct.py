@@ -8,18 +8,17 @@ import torch
 
 from fastvq.data.folder import read_image
 from fastvq.data.images import to_float
-from fastvq.training.build import load_images
 from fastvq.training.evaluation import evaluate, psnr_db, reconstruct
 
 from . import plots
-from .load import load_model
+from .load import load_model, run_images
 from .pictures import RECONSTRUCTIONS_CAPTION, shown_rows
 
 
 def reconstruct_held_out(run: Path, path: Path) -> list[str]:
     """Draw held-out images of a run's data set beside their reconstructions; return lines to print."""
-    model, config = load_model(run)
-    images = load_images(config)
+    model, _ = load_model(run)
+    images = run_images(run)
     evaluation = evaluate(model, images.test)
     rows = shown_rows(images)
     originals = to_float(images.test[rows])

@@ -17,10 +17,9 @@ from fastvq.errors import ConfigError
 from fastvq.extras import require
 from fastvq.files import check_new, whole, whole_folder
 from fastvq.models import VQVAE, Prior
-from fastvq.training.build import load_images
 from fastvq.training.config import check_range
 
-from .load import load_model, load_prior
+from .load import load_prior, run_images
 from .sample_pictures import class_name, picture_completions, picture_samples
 
 DEFAULT_COUNT = 100
@@ -67,7 +66,7 @@ def sample_run(
                 raise ConfigError(f"{name}: a picture shows some samples of each class; let out be a folder or an .npy")
         prior, model = load_prior(run)
         picture = picture_completions if complete else picture_samples
-        picture(path, prior, model, load_images(load_model(run)[1]), seed=seed, **settings)
+        picture(path, prior, model, run_images(run), seed=seed, **settings)
         return [f"picture: {path}"]
     if complete:
         raise ConfigError(f"complete: draws a picture, whose out ends in .png, got {path}")
@@ -81,7 +80,7 @@ def sample_run(
         _write_array(path, (count, *prior.grid), batches)
         order = f", row n of class n mod {prior.classes}" if prior.classes and label is None else ""
         return [f"{path}: indices of shape {(count, *prior.grid)}{order}"]
-    names = _folder_names(load_images(load_model(run)[1]), prior.classes) if prior.classes else None
+    names = _folder_names(run_images(run), prior.classes) if prior.classes else None
     _write_images(path, model, batches, names)
     return [f"{count} images: {path}" + (", in a subfolder for each class" if names else "")]
 
@@ -111,10 +110,10 @@ def _sample_batches(prior: Prior, count: int, label: int | None, seed: int, sett
 
 def _write_array(path: Path, shape: tuple[int, ...], batches: _Batches) -> None:
     header = {"descr": "<i8", "fortran_order": False, "shape": shape}
-    with whole(path) as partial, partial.open("wb") as stream:
-        np.lib.format.write_array_header_1_0(stream, header)
+    with whole(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
         for indices, _ in batches:
-            stream.write(indices.numpy().astype("<i8").tobytes())
+            file.write(indices.numpy().astype("<i8").tobytes())
 
 
 @torch.no_grad()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvq import VectorQuantize
 from fastvq.coding import fingerprint
-from fastvq.errors import ConfigError
+from fastvq.errors import CheckpointError, ConfigError
+from fastvq.files import delete_folder, exclusive, flush_folder
 from fastvq.models import VQVAE, Prior
 from fastvq.training.checkpoint import checkpoint_folders, load_latest
 from fastvq.training.config import PriorConfig
@@ -18,7 +20,7 @@ from fastvq.training.loop import delete_run, usable_device
 from fastvq.training.prior import IndexData, PriorTrainer
 
 from .indices import delete_indices, run_indices
-from .load import PRIOR_FOLDER, load_prior_checkpoint
+from .load import PRIOR_FOLDER, SUCCESSOR_FOLDER, successor_is_finished
 
 
 class TrainedPrior(NamedTuple):
@@ -36,50 +38,111 @@ class TrainedPrior(NamedTuple):
 
 
 def train_prior(
-    run: Path, config: PriorConfig | None = None, *, resume: bool = False, progress: bool = True
+    run: Path,
+    config: PriorConfig | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    data: str | Path | None = None,
+    progress: bool = True,
 ) -> TrainedPrior | None:
     """Train a prior on the indices of a run's images; return None, with the state saved, if interrupted.
 
     Args:
         run: folder of a run whose VQ-VAE is trained.
-        config: settings; a resumed training keeps its own.
-        resume: continue the training in RUN/prior/ if it has a checkpoint. Otherwise an earlier prior there is
-            replaced, after the settings have been validated.
+        config: settings; by default the defaults, or those of the training that is resumed, which may change in
+            nothing but more steps.
+        resume: continue the training in RUN/prior/ if it has a checkpoint, or that of a successor.
+        overwrite: replace the prior that the run has. Its successor is trained in RUN/prior/successor/ and takes its
+            place when it is finished; until then the run keeps its prior.
+        data: where the data set of the run is now, see `run_images`.
         progress: show a progress bar on stderr.
 
     Raises:
-        CheckpointError: the run has no checkpoint; `resume` and the prior belongs to another model or is damaged.
+        CheckpointError: the run has no checkpoint; it has a prior, and neither `resume` nor `overwrite` is given;
+            `resume` and the prior belongs to another model or is damaged; another process is training it.
         ConfigError: invalid settings, or a run without a bottleneck.
+        DataError: the data are missing, or differ from those that the run was trained on.
         FloatingPointError: the loss is not finite.
     """
-    model, data, codebook_size = run_indices(run)
     folder = run / PRIOR_FOLDER
-    resume = resume and bool(checkpoint_folders(folder))
-    config = load_prior_checkpoint(run, model).config if resume else config or PriorConfig()
-    device = usable_device(config.device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        trainer = PriorTrainer(
-            config,
-            data,
-            codebook_size,
-            folder,
-            identity=fingerprint(model).hex(),
-            vectors=codebook_of(model),
-            resume=resume,
-            replace=not resume,
+    if resume and overwrite:
+        raise ConfigError("resume and overwrite exclude each other: an interrupted successor is resumed as well")
+    if not resume and not overwrite:
+        _check_no_prior(run)
+    model, indices, codebook_size = run_indices(run, data)
+    identity = fingerprint(model).hex()
+    with exclusive(folder):
+        if successor_is_finished(folder):
+            _adopt_successor(folder)
+        if not resume and not overwrite:
+            _check_no_prior(run)
+        successor = folder / SUCCESSOR_FOLDER
+        replaces = bool(checkpoint_folders(successor)) or (overwrite and bool(checkpoint_folders(folder)))
+        target = successor if replaces else folder
+        resume = resume and bool(checkpoint_folders(target))
+        if resume:
+            latest = load_latest(target, PriorConfig)
+            if latest.data_fingerprint != identity:
+                raise CheckpointError(f"{target} holds the prior of another model: train it again with --overwrite")
+            config = config or latest.config
+        config = config or PriorConfig()
+        device = usable_device(config.device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            trainer = PriorTrainer(
+                config,
+                indices,
+                codebook_size,
+                target,
+                identity=identity,
+                vectors=codebook_of(model),
+                resume=resume,
+                replace=overwrite,
+            )
+            bits = trainer.fit(progress=progress)
+        if bits is None:
+            return None
+        if replaces:
+            _adopt_successor(folder)
+    return TrainedPrior(trainer.model.eval().cpu(), indices, bits)
+
+
+def _check_no_prior(run: Path) -> None:
+    folder = run / PRIOR_FOLDER
+    there = [*checkpoint_folders(folder), *checkpoint_folders(folder / SUCCESSOR_FOLDER)]
+    if there:
+        raise CheckpointError(
+            f"{run} has a prior already ({there[0]}): resume it (--resume), or replace it (--overwrite), after which"
+            " files that were coded with it are lost"
         )
-        bits = trainer.fit(progress=progress)
-    return None if bits is None else TrainedPrior(trainer.model.eval().cpu(), data, bits)
 
 
-def check_resumed(run: Path, given: dict[str, Any]) -> None:
-    """Raise a ConfigError if a given setting differs from that of the prior to be resumed."""
-    if checkpoint_folders(run / PRIOR_FOLDER):
-        own = load_latest(run / PRIOR_FOLDER, PriorConfig).config
-        pairs = [(name, getattr(own, name), value) for name, value in given.items()]
-        changed = [f"{name} {kept}, not {value}" for name, kept, value in pairs if kept != value]
-        if changed:
-            raise ConfigError(f"a resumed prior keeps its settings: {', '.join(changed)}")
+def _adopt_successor(folder: Path) -> None:
+    """Move the finished successor of a prior to its place.
+
+    The checkpoints come last: as long as they are in the successor's folder, an interrupted move is repeated.
+    """
+    successor = folder / SUCCESSOR_FOLDER
+    if (successor / "tensorboard").exists():
+        if (folder / "tensorboard").exists():
+            delete_folder(folder / "tensorboard")
+        os.rename(successor / "tensorboard", folder / "tensorboard")
+    if (successor / "metrics.jsonl").exists():
+        os.replace(successor / "metrics.jsonl", folder / "metrics.jsonl")
+    if (folder / "checkpoints").exists():
+        delete_folder(folder / "checkpoints")
+    os.rename(successor / "checkpoints", folder / "checkpoints")
+    flush_folder(folder)
+    delete_folder(successor)
+
+
+def resumed_settings(run: Path) -> PriorConfig | None:
+    """Return the settings of the prior that `train_prior` would resume, or None if there is none."""
+    folder = run / PRIOR_FOLDER
+    for place in (folder / SUCCESSOR_FOLDER, folder):
+        if checkpoint_folders(place):
+            return load_latest(place, PriorConfig).config
+    return None
 
 
 def codebook_of(model: VQVAE) -> Tensor | None:
@@ -88,6 +151,7 @@ def codebook_of(model: VQVAE) -> Tensor | None:
 
 
 def delete_prior(run: Path) -> None:
-    """Delete a run's prior and its indices, and nothing else."""
+    """Delete a run's prior, an unfinished successor and its indices, and nothing else."""
     delete_run(run / PRIOR_FOLDER)
+    delete_run(run / PRIOR_FOLDER / SUCCESSOR_FOLDER)
     delete_indices(run)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import os
+import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +48,12 @@ class Settings:
         checkpoint_every: int
 
     def __post_init__(self) -> None:
+        for name, kinds in _types(type(self)).items():  # type: ignore[arg-type]
+            value = getattr(self, name)
+            if kinds == (str,) and isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+            elif not _is_one_of(value, kinds):
+                raise ConfigError(f"{name} must be {_describe_types(kinds)}, got {value!r}")
         for name in _RANGES:
             value = getattr(self, name, None)
             if value is not None:
@@ -59,15 +68,17 @@ class Settings:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, settings: dict[str, Any]) -> Self:
+    def from_json(cls, settings: Any) -> Self:
         """Return the settings of a JSON object made by `to_json`.
 
         A missing setting takes its default: a file coded with a model must decode with every later version, and later
         versions may have more settings.
 
         Raises:
-            ConfigError: a setting is unknown or out of range.
+            ConfigError: a setting is unknown, of another type or out of range, or `settings` is no object.
         """
+        if not isinstance(settings, dict):
+            raise ConfigError(f"settings must be a JSON object, got {type(settings).__name__}")
         settings = {_RENAMED.get(name, name): value for name, value in settings.items()}
         unknown = settings.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
@@ -118,13 +129,13 @@ class TrainConfig(Settings):
     checkpoint_every: int = _setting(500, "steps between checkpoints")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.bottleneck not in ("vq", "none"):
             raise ConfigError(f"bottleneck must be 'vq' or 'none', got {self.bottleneck!r}")
         known = DATA_SETS.get(self.data)
         if known and (self.image_size, self.grayscale) != (known.image_size, known.grayscale):
             size, color = known.image_size, "grayscale" if known.grayscale else "color"
             raise ConfigError(f"{self.data} is {size}x{size} {color}: image_size and grayscale cannot be changed")
-        super().__post_init__()
         if self.image_size % 2**self.downsamples:
             raise ConfigError(
                 f"image_size {self.image_size} is not a multiple of 2**downsamples = {2**self.downsamples}"
@@ -160,9 +171,9 @@ class PriorConfig(Settings):
     checkpoint_every: int = _setting(350, "steps between checkpoints")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in PRIOR_KINDS:
             raise ConfigError(f"kind must be one of {', '.join(PRIOR_KINDS)}, got {self.kind!r}")
-        super().__post_init__()
 
     def learning_rate_at(self, step: int) -> float:
         """Return `peak * (step + 1) / warmup` during warm-up, then half a cosine down to zero."""
@@ -181,7 +192,7 @@ class PriorConfig(Settings):
 _SMALLEST = 1e-30
 _BELOW_ONE = 1 - 1e-9
 _COUNTS = (
-    *("image_size", "codebook_size", "dim", "width", "residual_width", "downsamples", "depth", "heads"),
+    *("image_size", "codebook_size", "dim", "width", "residual_width", "depth", "heads"),
     *("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"),
 )
 _RANGES: dict[str, tuple[float, float]] = {
@@ -191,10 +202,34 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("learning_rate", "reconstruction_variance"), (_SMALLEST, math.inf)),
     **dict.fromkeys(("dropout", "label_dropout"), (0, _BELOW_ONE)),
     "test_fraction": (_SMALLEST, _BELOW_ONE),
+    "downsamples": (1, 32),
     "decay": (0, 1),
     "seed": (0, 2**63 - 1),
 }
 """Smallest and largest value of each numeric setting, whichever record has it."""
+
+
+@functools.cache
+def _types(settings: type[Settings]) -> dict[str, tuple[type, ...]]:
+    """Return the types that each field of a record of settings may have."""
+    hints = typing.get_type_hints(settings)
+    return {
+        field.name: typing.get_args(hints[field.name]) or (hints[field.name],) for field in dataclasses.fields(settings)
+    }
+
+
+def _is_one_of(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Return whether a value has one of these types; an integer is a float, but neither is a bool."""
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
+
+
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _describe_types(kinds: tuple[type, ...]) -> str:
+    return " or ".join("nothing" if kind is type(None) else _TYPE_NAMES[kind] for kind in kinds)
 
 
 def check_range(name: str, value: float) -> None:

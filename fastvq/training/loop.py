@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from fastvq.backends import devices
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.extras import require
+from fastvq.files import delete_folder, exclusive
 
-from .checkpoint import Checkpoint, checkpoint_folders, discard, load_latest, save
+from .checkpoint import Checkpoint, checkpoint_folders, damage_named, load_latest, save
 from .config import Settings
 from .interrupt import Interrupt
 from .metrics import MetricsLog
@@ -30,7 +32,14 @@ class Loop(Generic[EvaluationT]):
     The weights after n steps are a function of the settings and the data: however often the run is interrupted and
     resumed, they are equal to the last bit (on one machine, on the CPU, with one number of threads). The order of the
     data depends on seed and step alone; everything else that a step reads is in the checkpoint, torch's random state
-    included.
+    included. Evaluations and what they call leave that random state unchanged.
+
+    One training writes to a folder at a time: `fit` holds a lock, and refuses if another one has saved a checkpoint
+    since this object was made.
+
+    A resumed run keeps its settings, but may have more steps: from there on the learning rate follows the schedule of
+    the new number, and so rises again where the old number had brought it to zero. It may also have another path to
+    the same data.
 
     A subclass defines a step (`learn`), the record of the steps since the last record (`recent`), the evaluation on
     held-out data (`evaluate`), and the state that a checkpoint holds besides model and optimizer (`more_state`).
@@ -90,29 +99,44 @@ class Loop(Generic[EvaluationT]):
 
         Raises:
             CheckpointError: `resume` and there is no checkpoint, it is damaged, or the data differ; not `resume` and
-                the folder already holds a run.
-            ConfigError: `resume` and the settings differ from the checkpoint's.
+                the folder already holds a run; another process or thread is writing there.
+            ConfigError: `resume` and the settings differ from the checkpoint's, other than by more steps.
         """
-        if resume:
-            self._restore(load_latest(self.folder, type(self.config)))
-        elif checkpoint_folders(self.folder):
-            raise CheckpointError(f"{self.folder} already holds a run: resume it, or choose another folder")
+        with exclusive(self.folder) if self.folder.is_dir() else contextlib.nullcontext():
+            if resume:
+                self._restore(load_latest(self.folder, type(self.config)))
+            elif checkpoint_folders(self.folder):
+                raise CheckpointError(f"{self.folder} already holds a run: resume it, or choose another folder")
+            self._continues_from = self._latest()
 
     def fit(
         self, *, on_evaluation: Callable[[Any, EvaluationT], object] | None = None, progress: bool = True
     ) -> EvaluationT | None:
         """Train to the last step and return the evaluation after it.
 
-        Returns None, with the state saved, if Ctrl-C or SIGTERM ends the run early. The last step is evaluated once,
-        also when a finished run is resumed.
+        Returns None, with the state saved, if Ctrl-C or SIGTERM arrives, also during the last step or its evaluation.
+        The last step is evaluated once, also when a finished run is resumed.
 
         Args:
-            on_evaluation: called with this object and the evaluation after each evaluation, the last one included.
+            on_evaluation: called with this object and the evaluation after each evaluation, the last one included,
+                when the state is saved. A run that is resumed at a step that is evaluated evaluates it again for this
+                call, since the earlier one may not have come to its end.
             progress: show a progress bar on stderr.
 
         Raises:
+            CheckpointError: another process or thread is writing to the folder, or has saved a checkpoint there since
+                this object was made.
             FloatingPointError: the loss is not finite.
         """
+        with exclusive(self.folder):
+            if self._latest() != self._continues_from:
+                raise CheckpointError(
+                    f"another training has written {self._latest() or 'to it'} in {self.folder} since this one began: "
+                    "resume it, or choose another folder"
+                )
+            return self._fit(on_evaluation, progress=progress)
+
+    def _fit(self, on_evaluation: Callable[[Any, EvaluationT], object] | None, *, progress: bool) -> EvaluationT | None:
         config = self.config
         evaluation: EvaluationT | None = None
         bar = require("tqdm").tqdm(
@@ -120,8 +144,10 @@ class Loop(Generic[EvaluationT]):
         )
         self.model.train()
         with bar, MetricsLog(self.folder, step=self.step) as log, Interrupt() as interrupt:
+            if self.step and self._evaluation_is_due() and on_evaluation is not None:
+                evaluation = self._evaluate_again(on_evaluation)
             started = time.monotonic() - self.seconds
-            while self.step < config.steps:
+            while self.step < config.steps and not interrupt.requested:
                 self.train_step()
                 self.seconds = time.monotonic() - started
                 bar.update()
@@ -133,27 +159,47 @@ class Loop(Generic[EvaluationT]):
                     learning_rate = config.learning_rate_at(self.step - 1)
                     log.write(self.step, "train", **values, learning_rate=learning_rate)
                     bar.set_postfix_str(text)
-                if last or self.step % config.evaluate_every == 0:
+                due = self._evaluation_is_due()
+                if due:
                     self._check_finite()
-                    evaluation, measures = self.evaluate()
+                    with self._random_state_kept():
+                        evaluation, measures = self.evaluate()
                     log.write(self.step, "test", **measures)
-                    if on_evaluation is not None:
-                        on_evaluation(self, evaluation)
-                stop = interrupt.requested
-                if last or self.step % config.checkpoint_every == 0 or stop:
+                if due or self.step % config.checkpoint_every == 0 or interrupt.requested:
                     self._check_finite()
                     # Records first: those up to the checkpoint's step must be on disk whenever the checkpoint is.
                     log.flush_to_disk()
                     save(self.folder, self._checkpoint())
-                if stop:
-                    break
-        if self.step < config.steps:
-            return None
-        if evaluation is None:  # the run was finished before: its record exists, its evaluation does not
+                    self._continues_from = self._latest()
+                # After the save: whatever happens in the call, no step is lost.
+                if due and evaluation is not None and on_evaluation is not None and not interrupt.requested:
+                    with self._random_state_kept():
+                        on_evaluation(self, evaluation)
+            if interrupt.requested:
+                return None
+            if evaluation is None:  # the run was finished before: its record exists, its evaluation does not
+                evaluation, _ = self.evaluate()
+        return None if interrupt.requested else evaluation
+
+    def _evaluation_is_due(self) -> bool:
+        return self.step == self.config.steps or self.step % self.config.evaluate_every == 0
+
+    def _evaluate_again(self, on_evaluation: Callable[[Any, EvaluationT], object]) -> EvaluationT:
+        """Repeat the evaluation of the step that the run continues from, whose record exists, for its call."""
+        with self._random_state_kept():
             evaluation, _ = self.evaluate()
-            if on_evaluation is not None:
-                on_evaluation(self, evaluation)
+            on_evaluation(self, evaluation)
         return evaluation
+
+    @contextlib.contextmanager
+    def _random_state_kept(self) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            yield
+
+    def _latest(self) -> str | None:
+        """Return the name of the folder's latest checkpoint."""
+        folders = checkpoint_folders(self.folder)
+        return folders[-1].name if folders else None
 
     def _check_finite(self) -> None:
         """Raise if the loss is not finite, before the model is evaluated or replaces a good checkpoint."""
@@ -175,23 +221,58 @@ class Loop(Generic[EvaluationT]):
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         changes = checkpoint.config.differences(self.config)
+        _, steps = changes.pop("steps", (0, None))
+        # The fingerprint tells whether the data at another path are the same.
+        old_data, data = changes.pop("data", 2 * (getattr(self.config, "data", "the model of these indices"),))
         if changes:
             listed = ", ".join(f"{name} from {old!r} to {new!r}" for name, (old, new) in changes.items())
             raise ConfigError(f"a resumed run keeps its settings, but these changed: {listed}")
+        if steps is not None and steps <= checkpoint.step:
+            raise ConfigError(f"steps must be more than the {checkpoint.step} that the run has done, got {steps}")
         if checkpoint.data_fingerprint != self._identity:
-            raise CheckpointError(f"the data differ from those that the run in {self.folder} started with")
+            raise CheckpointError(
+                f"the data differ from those that the run in {self.folder} started with: {data} has the fingerprint"
+                f" {self._identity}, {old_data} had {checkpoint.data_fingerprint}"
+            )
+        learned_from, own = checkpoint.built_from.get("data"), self._built_from.get("data")
+        if learned_from not in (None, own):
+            raise CheckpointError(
+                f"the indices differ from those that {self.folder} started with: they have the fingerprint {own}, those"
+                f" had {learned_from}"
+            )
+        with damage_named(checkpoint.folder):
+            self._restore_state(checkpoint)
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
-        self.model.load_state_dict(checkpoint.part("model"))
+
+    def _restore_state(self, checkpoint: Checkpoint) -> None:
+        """Copy the tensors of a checkpoint into the model, the optimizer and the random state.
+
+        Raises:
+            ValueError: a tensor is missing, or of another shape or type.
+        """
+        checkpoint.load_model(self.model)
         for name, parameter in self.model.named_parameters():
-            state = checkpoint.part(f"optimizer.{name}")
-            if state:
-                self.optimizer.state[parameter] = {key: _in_layout_of(parameter, value) for key, value in state.items()}
-        self._window.copy_(checkpoint.tensors["window.sums"])
-        for name, tensor in self.more_state().items():
-            tensor.copy_(checkpoint.tensors[name])
-        torch.set_rng_state(checkpoint.tensors["random.cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], self.device)
+            if checkpoint.step and parameter.requires_grad:
+                self.optimizer.state[parameter] = {
+                    # The step count stays on the CPU, where reading it never waits for the device.
+                    "step": checkpoint.tensor_like(f"optimizer.{name}.step", torch.zeros(())),
+                    # On the parameter's device and in its memory format, as Adam itself creates them.
+                    **{
+                        key: torch.empty_like(parameter, requires_grad=False).copy_(
+                            checkpoint.tensor_like(f"optimizer.{name}.{key}", parameter)
+                        )
+                        for key in ("exp_avg", "exp_avg_sq")
+                    },
+                }
+        for name, tensor in {"window.sums": self._window, **self.more_state()}.items():
+            tensor.copy_(checkpoint.tensor_like(name, tensor))
+        try:
+            torch.set_rng_state(checkpoint.tensor_like("random.cpu", torch.get_rng_state()))
+            if self.device.type == "cuda":
+                own = torch.cuda.get_rng_state(self.device)
+                torch.cuda.set_rng_state(checkpoint.tensor_like("random.cuda", own), self.device)
+        except RuntimeError as error:
+            raise ValueError(f"the random state is invalid: {error}") from error
 
 
 def usable_device(name: str) -> torch.device:
@@ -206,16 +287,8 @@ def usable_device(name: str) -> torch.device:
         raise ConfigError(str(error)) from None
 
 
-def _in_layout_of(parameter: Tensor, value: Tensor) -> Tensor:
-    """Return a moment of Adam on the parameter's device and in its memory format, as Adam itself creates it."""
-    if value.shape != parameter.shape:
-        # The step count stays on the CPU, where reading it never waits for the device.
-        return value
-    return torch.empty_like(parameter, requires_grad=False).copy_(value)
-
-
 def delete_run(folder: Path) -> None:
     """Delete the checkpoints and metrics of an earlier run in `folder`, and nothing else."""
     for checkpoint in checkpoint_folders(folder):
-        discard(checkpoint)
+        delete_folder(checkpoint)
     (folder / "metrics.jsonl").unlink(missing_ok=True)

@@ -5,17 +5,55 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from fastvq.errors import CheckpointError
+from fastvq.files import make_folder
 
 Record = dict[str, Any]
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Return all complete records of a metrics.jsonl; a last line cut off by a kill is dropped."""
+    """Return all complete records of a metrics.jsonl; a last line cut off by a kill is dropped.
+
+    Raises:
+        CheckpointError: a line is no record, or the steps are out of order.
+    """
+    return [record for record, _ in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[Record, int]]:
+    """Yield each complete record with the position after it."""
+    position = step = 0
     with path.open("rb") as file:
-        return [json.loads(line) for line in file if line.endswith(b"\n")]
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            position += len(line)
+            try:
+                record = json.loads(line.decode("utf-8"))
+                fault = _fault(record, step)
+            except (ValueError, RecursionError) as error:
+                fault = str(error)
+            if fault:
+                raise CheckpointError(f"{path} is damaged in line {number} ({fault}): delete the line")
+            yield record, position
+            step = record["step"]
+
+
+def _fault(record: Any, earlier: int) -> str | None:
+    """Return what is wrong with a record that follows one of the step `earlier`."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not isinstance(record.get("split"), str):
+        return "it is no record of a step"
+    if record["step"] < max(1, earlier):
+        return f"step {record['step']} follows step {earlier}"
+    for name, value in record.items():
+        if name != "split" and value is not None and type(value) not in (int, float):
+            return f"{name} is {value!r}"
+    return None
 
 
 class MetricsLog:
@@ -24,18 +62,16 @@ class MetricsLog:
     Args:
         folder: gets `metrics.jsonl` and, with TensorBoard, `tensorboard/`.
         step: records of later steps are dropped first, as these steps will be repeated.
+
+    Raises:
+        CheckpointError: metrics.jsonl is damaged.
     """
 
     def __init__(self, folder: Path, *, step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         path = folder / "metrics.jsonl"
         path.touch()
-        keep = 0
-        with path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                    break
-                keep += len(line)
+        keep = max((position for record, position in _records(path) if record["step"] <= step), default=0)
         os.truncate(path, keep)
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard: Any = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,15 @@ class IndexData:
         """Number of classes; 0 for samples without labels."""
         return 0 if self.train_labels is None else int(self.train_labels.max()) + 1
 
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of all indices and labels."""
+        digest = hashlib.sha256()
+        for values in (self.train, self.test, self.train_labels, self.test_labels):
+            digest.update(repr(None if values is None else (tuple(values.shape), values.dtype)).encode())
+            if values is not None:
+                digest.update(values.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
 
 class PriorTrainer(Loop[float]):
     """Training of one prior in one folder; see `Loop`. The constructor sets torch's global random state.
@@ -55,7 +65,7 @@ class PriorTrainer(Loop[float]):
         identity: fingerprint of the model that made the indices, `fingerprint(model).hex()`.
         vectors: (K, D), the codebook, see `TransformerPrior`.
         resume: continue from the latest checkpoint.
-        replace: delete a run that is in the folder, after the settings have been validated.
+        replace: delete a training that is in the folder, after the settings have been validated.
 
     Raises:
         ConfigError: settings that are invalid for these indices or on this machine.
@@ -87,7 +97,7 @@ class PriorTrainer(Loop[float]):
         # Built on the CPU, so that it starts from the same weights on every device.
         model = build_prior(config.kind, codebook_size=codebook_size, vectors=vectors, **settings).to(self.device)
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=config.weight_decay)
-        built_from = {"kind": config.kind, "settings": model.settings}
+        built_from = {"kind": config.kind, "settings": model.settings, "data": data.fingerprint()}
         super().__init__(config, model, optimizer, folder, identity=identity, built_from=built_from)
         if replace:
             delete_run(folder)

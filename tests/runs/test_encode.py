@@ -176,7 +176,7 @@ def test_files_coded_with_the_prior(tmp_path, capsys):
     capsys.readouterr()
     assert main(["decode", str(coded), str(tmp_path / "no.npy")]) == 2
     assert "--run: needed, as the file was coded with a run's prior" in capsys.readouterr().err
-    train_prior(run, dataclasses.replace(PRIOR, seed=5), progress=False)
+    train_prior(run, dataclasses.replace(PRIOR, seed=5), overwrite=True, progress=False)
     assert main(["decode", str(coded), str(tmp_path / "no.npy"), f"--run={run}"]) == 2
     assert "coded with another prior" in capsys.readouterr().err
     assert not (tmp_path / "no.npy").exists()

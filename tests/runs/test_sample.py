@@ -13,9 +13,9 @@ from fastvq import coding
 from fastvq.cli.main import main
 from fastvq.data import load_folder
 from fastvq.models import TransformerPrior
-from fastvq.runs import indices as run_indices
-from fastvq.runs import sample as samples
-from fastvq.runs.load import load_model, load_prior
+from fastvq.runs import load
+from fastvq.runs.load import load_prior, run_images
+from fastvq.runs.sample import _folder_names
 from fastvq.runs.train_prior import train_prior
 from fastvq.training.config import PriorConfig
 
@@ -38,7 +38,7 @@ def plain(tmp_path_factory):
 def classed(tmp_path_factory):
     """Return a run with a prior, of images of three classes."""
     run, folder = tiny_run(tmp_path_factory.mktemp("classed"), count=30, grayscale=True)
-    original = run_indices.load_images
+    original = load.load_images
 
     def with_labels(config):
         images = original(config)
@@ -49,8 +49,7 @@ def classed(tmp_path_factory):
         return dataclasses.replace(images, train_labels=train, test_labels=test, test_names=names)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_indices, "load_images", with_labels)
-        patch.setattr(samples, "load_images", with_labels)
+        patch.setattr(load, "load_images", with_labels)
         train_prior(run, CONFIG, progress=False)
         yield run
 
@@ -124,8 +123,8 @@ def test_images_stand_in_a_folder_for_each_class(classed, tmp_path, capsys):
 
 
 def test_more_than_ten_classes_are_in_order(classed):
-    images = samples.load_images(load_model(classed)[1])
-    names = samples._folder_names(images, 12)
+    images = run_images(classed)
+    names = _folder_names(images, 12)
     assert names == sorted(names)
     assert names[:3] == ["00-T-shirt", "01-ankle-boot", "02-bag-purse"]
     assert names[11] == "11-class-11"

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from fastvq.models.priors import PRIORS
 from fastvq.runs.load import load_model, load_prior
 from fastvq.runs.train_prior import delete_prior, train_prior
 from fastvq.training import TrainConfig, Trainer, load_images
-from fastvq.training.checkpoint import load_latest
+from fastvq.training.checkpoint import load_latest, seal
 from fastvq.training.config import PriorConfig
+from fastvq.training.metrics import read_metrics
 from fastvq.training.prior import PriorTrainer, bits_per_index
 
 from ..tiny_runs import tiny_run
@@ -69,7 +71,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, monkeypatch, kind):
         patch.setattr(PriorTrainer, "train_step", step_and_interrupt)
         assert train_prior(run, config, progress=False) is None
     torch.manual_seed(99)
-    assert not equal(weights(run), whole)
+    with pytest.warns(RuntimeWarning, match=f"{run / 'prior'} is unfinished, 3 of 6 steps: fastvq prior {run} --res"):
+        assert not equal(weights(run), whole)
     again = train_prior(run, resume=True, progress=False)
     assert equal(again.prior.state_dict(), whole)
     assert equal(weights(run), whole)
@@ -96,7 +99,9 @@ def test_states_that_cannot_be_used(run):
     Trainer(dataclasses.replace(config, seed=1), load_images(config), run).fit(progress=False)
     with pytest.raises(CheckpointError, match="the prior of another model"):
         load_prior(run)
-    assert train_prior(run, TINY, progress=False) is not None
+    with pytest.raises(CheckpointError, match="the prior of another model: train it again with --overwrite"):
+        train_prior(run, resume=True, progress=False)
+    assert train_prior(run, TINY, overwrite=True, progress=False) is not None
     load_prior(run)
 
 
@@ -104,7 +109,7 @@ def test_states_that_cannot_be_used(run):
     ("settings", "message"),
     [
         ({"heads": 3}, "heads: must divide dim=16, got 3"),
-        ({"batch_size": 1000}, "batch_size 1000 is more than the"),
+        ({"batch_size": 1000}, "1000 is more than the"),
         ({"device": "warp"}, "device: 'warp' cannot be used here: "),
     ],
 )
@@ -141,15 +146,15 @@ def test_commands(run, tmp_path, capsys):
     learned = load_latest(run / "prior", PriorConfig)
     assert learned.config == dataclasses.replace(TINY, steps=3)
     assert main(["prior", str(run), "--resume", "--steps=4", "--kind=lstm", "--dim=16", "--dropout=0.2"]) == 2
-    changed = "kind transformer, not lstm, dropout 0.1, not 0.2, steps 3, not 4"
-    assert f"a resumed prior keeps its settings: {changed}\n" in capsys.readouterr().err
+    changed = "kind from 'transformer' to 'lstm', dropout from 0.1 to 0.2"
+    assert f"a resumed run keeps its settings, but these changed: {changed}\n" in capsys.readouterr().err
     assert main(["prior", str(run), "--resume", *options(dataclasses.replace(TINY, steps=3))]) == 0
     for name, more in (("s", []), ("c", ["--complete", "--temperature=0.8", "--top-k=5", "--seed=3"])):
         assert main(["sample", str(run), f"--out={tmp_path}/{name}.png", *more]) == 0
         with Image.open(tmp_path / f"{name}.png") as image:
             assert min(image.size) > 300
     assert main(["sample", str(run), f"--out={tmp_path}/x.png", "--top-p=0"]) == 2
-    assert "top_p: must lie in (0, 1], got 0.0" in capsys.readouterr().err
+    assert "--top-p: must lie in (0, 1], got 0.0" in capsys.readouterr().err
     assert main(["sample", str(run), f"--out={tmp_path}/x.png", "--guidance=2"]) == 2
     assert "guidance: needs labels, got 2.0" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
@@ -160,7 +165,7 @@ def test_commands(run, tmp_path, capsys):
     [
         (["--device=warp"], "device: 'warp' cannot be used here: "),
         (["--heads=3", "--dim=16"], "heads: must divide dim=16, got 3"),
-        (["--batch-size=1000"], "batch_size 1000 is more than the"),
+        (["--batch-size=1000"], "1000 is more than the"),
         (["--dropout=1"], "dropout must be at least 0 and below 1, got 1.0"),
         (
             ["--compare=1", "--steps=3", "--resume"],
@@ -169,14 +174,15 @@ def test_commands(run, tmp_path, capsys):
         (["--compare=nan"], "seconds must be positive and finite, got nan"),
         (
             ["--compare=1", "--device=meta"],
-            "device must be 'cpu' where kinds are compared by processor time, got 'meta'",
+            "'meta' cannot be used here",
         ),
     ],
 )
 def test_a_prior_stays_where_its_successor_cannot_be(run, given, message, capsys):
     train_prior(run, TINY, progress=False)
     kept, records = weights(run), (run / "prior" / "metrics.jsonl").read_bytes()
-    assert main(["prior", str(run), *given]) == 2
+    overwrite = [] if "--compare" in given[0] else ["--overwrite"]
+    assert main(["prior", str(run), *given, *overwrite]) == 2
     assert message in capsys.readouterr().err
     assert equal(weights(run), kept)
     assert (run / "prior" / "metrics.jsonl").read_bytes() == records
@@ -187,13 +193,116 @@ def test_states_of_other_versions(run):
     kept = weights(run)
     path = sorted((run / "prior" / "checkpoints").glob("*/checkpoint.json"))[-1]
     description = json.loads(path.read_text())
-    del description["config"]["device"]
-    path.write_text(json.dumps(description))
+    del description["sha256"], description["config"]["device"]
+    path.write_bytes(seal(description))
     assert equal(weights(run), kept)
-    path.write_text(json.dumps(description | {"config": description["config"] | {"mood": 1}}))
+    path.write_bytes(seal(description | {"config": description["config"] | {"mood": 1}}))
     with pytest.raises(CheckpointError, match=r"step-\d+: settings of another version of fastvq: mood") as said:
         load_prior(run)
     assert "delete" not in str(said.value)
+    for built_from in ({}, {"kind": "transformer"}, {"kind": "oracle", "settings": {}}, {"kind": [], "settings": []},
+                       {"kind": "lstm", "settings": description["built_from"]["settings"]},
+                       {"kind": "transformer", "settings": {"codebook_size": -1}}):  # fmt: skip
+        path.write_bytes(seal(description | {"built_from": built_from}))
+        with pytest.raises(CheckpointError, match=rf"{path.parent}"):
+            load_prior(run)
+
+
+def state_of(run):
+    """Return the content of all files of a run's prior."""
+    return {path: path.read_bytes() for path in (run / "prior").rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_prior_is_replaced_only_on_request_and_when_its_successor_is_finished(run, monkeypatch, capsys):
+    train_prior(run, TINY, progress=False)
+    kept, before = weights(run), state_of(run)
+    for command in (["prior", str(run)], ["prior", str(run), "--kind=lstm"]):
+        assert main(command) == 2
+        assert f"{run} has a prior already" in (said := capsys.readouterr().err)
+        assert "--resume" in said
+        assert "--overwrite" in said
+    assert state_of(run) == before
+    original = PriorTrainer.train_step
+
+    def step_and_interrupt(trainer):
+        original(trainer)
+        if trainer.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    other = dataclasses.replace(TINY, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(PriorTrainer, "train_step", step_and_interrupt)
+        assert main(["prior", str(run), "--overwrite", *options(other)]) == 130
+    assert equal(weights(run), kept)
+    assert (run / "prior" / "metrics.jsonl").read_bytes() == before[run / "prior" / "metrics.jsonl"]
+    assert main(["prior", str(run), "--resume"]) == 0
+    replaced, records = weights(run), (run / "prior" / "metrics.jsonl").read_bytes()
+    assert not equal(replaced, kept)
+    assert not (run / "prior" / "successor").exists()
+    delete_prior(run)
+    train_prior(run, other, progress=False)
+    assert equal(weights(run), replaced)
+    assert (run / "prior" / "metrics.jsonl").read_bytes() == records
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_move_that_is_cut_short_is_repeated(run, monkeypatch, moves):
+    """Whatever has been moved, some finished prior can be used, and the next training completes the move."""
+    train_prior(run, TINY, progress=False)
+    first = weights(run)
+    original = [os.rename, os.replace]
+    done = 0
+
+    def limited(function):
+        def call(source, target):
+            nonlocal done
+            if Path(source).parent.name in ("successor", "prior") and ".fastvq" not in Path(source).name:
+                if done == moves:
+                    raise KeyboardInterrupt
+                done += 1
+            return function(source, target)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", limited(original[0]))
+        patch.setattr(os, "replace", limited(original[1]))
+        with pytest.raises(KeyboardInterrupt):
+            train_prior(run, dataclasses.replace(TINY, seed=1), overwrite=True, progress=False)
+    between = weights(run)
+    trained = train_prior(run, resume=True, progress=False)
+    assert trained is not None
+    second = weights(run)
+    assert not equal(first, second)
+    assert equal(between, first) or equal(between, second)
+    assert not (run / "prior" / "successor").exists()
+    assert [record["step"] for record in read_metrics(run / "prior" / "metrics.jsonl")] == [2, 3, 4, 6, 6]
+
+
+def test_a_prior_goes_on_to_more_steps(run, capsys):
+    train_prior(run, TINY, progress=False)
+    assert main(["prior", str(run), "--resume", "--steps=6"]) == 0
+    assert main(["prior", str(run), "--resume", "--steps=5"]) == 2
+    assert "--steps must be more than the 6 that the run has done, got 5" in capsys.readouterr().err
+    assert main(["prior", str(run), "--resume", "--steps=9"]) == 0
+    latest = load_latest(run / "prior", PriorConfig)
+    assert (latest.step, latest.config) == (9, dataclasses.replace(TINY, steps=9))
+
+
+def test_a_prior_resumes_on_the_data_it_began_with(run, trained, tmp_path, monkeypatch, capsys):
+    """Wherever they are now."""
+    data = Path(load_model(run)[1].data)
+    train_prior(run, TINY, progress=False)
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved)
+    assert main(["prior", str(run), "--resume", "--steps=7", f"--data={moved}"]) == 0
+    next(moved.glob("*.png")).unlink()
+    assert main(["prior", str(run), "--resume", "--steps=8", f"--data={moved}"]) == 2
+    said = capsys.readouterr().err
+    assert f"the data differ from those that {run} was trained on: {moved} has the fingerprint " in said
+    assert f"{data} had {load_images(load_model(run)[1]).fingerprint()}" in said
+    assert main(["prior", str(run), "--resume", f"--data={tmp_path / 'nowhere'}"]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_a_prior_comes_back_to_the_cpu(run, monkeypatch):

@@ -6,8 +6,11 @@ import dataclasses
 import math
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,8 +108,180 @@ def test_resuming_with_other_settings_or_images_is_refused(tmp_path: Path) -> No
     stop_after(Trainer(TINY, tiny_images(), tmp_path), 4)
     with pytest.raises(ConfigError, match="batch_size from 8 to 10, seed from 0 to 1"):
         Trainer(dataclasses.replace(TINY, batch_size=10, seed=1), tiny_images(), tmp_path, resume=True)
-    with pytest.raises(CheckpointError, match="the data differ from those that the run"):
-        Trainer(TINY, tiny_images(seed=5), tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="the data differ from those that the run") as said:
+        Trainer(dataclasses.replace(TINY, data=str(tmp_path)), tiny_images(seed=5), tmp_path, resume=True)
+    for named in (tiny_images().fingerprint(), tiny_images(seed=5).fingerprint(), TINY.data, str(tmp_path)):
+        assert named in str(said.value)
+
+
+def test_a_run_resumes_wherever_its_data_are(tmp_path: Path) -> None:
+    whole = Trainer(TINY, tiny_images(), tmp_path / "whole")
+    whole.fit(progress=False)
+    stop_after(Trainer(TINY, tiny_images(), tmp_path / "parts"), 4)
+    moved = dataclasses.replace(TINY, data="elsewhere")
+    resumed = Trainer(moved, tiny_images(), tmp_path / "parts", resume=True)
+    resumed.fit(progress=False)
+    assert_same_state(whole, resumed)
+    assert checkpoint.load_latest(tmp_path / "parts").config == moved
+
+
+def test_more_steps_follow_the_schedule_of_their_number(tmp_path: Path) -> None:
+    Trainer(TINY, tiny_images(), tmp_path).fit(progress=False)
+    longer = dataclasses.replace(TINY, steps=20)
+    trainer = Trainer(longer, tiny_images(), tmp_path, resume=True)
+    assert trainer.fit(progress=False)
+    rates = [r["learning_rate"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "train"]
+    assert rates == [TINY.learning_rate_at(step) for step in range(1, 12, 2)] + [
+        longer.learning_rate_at(step) for step in range(13, 20, 2)
+    ]
+    assert (checkpoint.load_latest(tmp_path).step, checkpoint.load_latest(tmp_path).config) == (20, longer)
+
+
+def test_a_run_is_never_shortened_below_what_it_has_done(tmp_path: Path) -> None:
+    stop_after(Trainer(TINY, tiny_images(), tmp_path), 7)
+    for steps in (1, 6, 7):
+        with pytest.raises(ConfigError, match=f"^steps must be more than the 7 that the run has done, got {steps}$"):
+            Trainer(dataclasses.replace(TINY, steps=steps), tiny_images(), tmp_path, resume=True)
+    assert Trainer(dataclasses.replace(TINY, steps=8), tiny_images(), tmp_path, resume=True).fit(progress=False)
+    assert checkpoint.load_latest(tmp_path).finished
+
+
+def test_of_two_trainers_of_one_folder_the_second_is_refused(tmp_path: Path) -> None:
+    first, second = (Trainer(dataclasses.replace(TINY, seed=n), tiny_images(), tmp_path) for n in (0, 1))
+    first.fit(progress=False)
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=f"another training has written step-00000012 in {tmp_path} since"):
+        second.fit(progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == kept
+    first.fit(progress=False)
+
+
+def test_a_folder_that_another_one_writes_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    """By another thread here; tests/test_files.py has other processes."""
+    waiting = Trainer(TINY, tiny_images(), tmp_path)
+    errors: list[Exception] = []
+
+    def compete() -> None:
+        for begin in (waiting.fit, lambda: Trainer(TINY, tiny_images(), tmp_path)):
+            try:
+                begin()
+            except CheckpointError as error:
+                errors.append(error)
+
+    trainer = Trainer(TINY, tiny_images(), tmp_path)
+
+    def from_another_thread(*_: object) -> None:
+        thread = threading.Thread(target=compete)
+        thread.start()
+        thread.join()
+
+    trainer.fit(on_evaluation=from_another_thread, progress=False)
+    assert len(errors) == 4
+    assert all(f"{tmp_path} is being written by another thread of this process" in str(error) for error in errors)
+    reference = Trainer(TINY, tiny_images(), tmp_path / "reference")
+    reference.fit(progress=False)
+    assert_same_state(trainer, reference)
+
+
+@pytest.mark.parametrize("at", ["step", "evaluation", "call"])
+@pytest.mark.parametrize("step", [6, 12])
+def test_ctrl_c_is_never_swallowed(tmp_path: Path, at: str, step: int) -> None:
+    """At an evaluation in the middle or after the last step, wherever in it: the state is saved, nothing is drawn."""
+    trainer, drawn = Trainer(TINY, tiny_images(), tmp_path), []
+
+    def interrupting(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            result = function(*arguments)
+            if trainer.step == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return result
+
+        return call
+
+    if at == "step":
+        trainer.train_step = interrupting(trainer.train_step)
+    if at == "evaluation":
+        trainer.evaluate = interrupting(trainer.evaluate)
+
+    def draw(trainer: Trainer, _: Evaluation) -> None:
+        drawn.append(trainer.step)
+
+    assert trainer.fit(on_evaluation=interrupting(draw) if at == "call" else draw, progress=False) is None
+    assert checkpoint.load_latest(tmp_path).step == step
+    assert (step in drawn) == (at == "call")
+    drawn.clear()
+    resumed = Trainer(TINY, tiny_images(), tmp_path, resume=True)
+    assert resumed.fit(on_evaluation=draw, progress=False)
+    # The evaluation of the step that it continues from is shown (again).
+    assert drawn == ([6, 12] if step == 6 else [12])
+    reference = Trainer(TINY, tiny_images(), tmp_path / "reference")
+    reference.fit(progress=False)
+    assert_same_state(resumed, reference)
+    assert read_metrics(tmp_path / "metrics.jsonl") == read_metrics(tmp_path / "reference" / "metrics.jsonl")
+
+
+def test_the_state_is_saved_before_what_an_evaluation_calls(tmp_path: Path) -> None:
+    def fail(trainer: Trainer, evaluation: Evaluation) -> None:
+        raise ValueError("no picture")
+
+    with pytest.raises(ValueError, match="no picture"):
+        Trainer(TINY, tiny_images(), tmp_path).fit(on_evaluation=fail, progress=False)
+    assert checkpoint.load_latest(tmp_path).step == 6
+
+
+def test_what_an_evaluation_calls_does_not_change_the_training(tmp_path: Path) -> None:
+    first = Trainer(TINY, tiny_images(), tmp_path / "first")
+    first.fit(on_evaluation=lambda *_: torch.rand(100), progress=False)
+    second = Trainer(TINY, tiny_images(), tmp_path / "second")
+    second.fit(progress=False)
+    assert_same_state(first, second)
+
+
+GARBAGE: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "no weights": lambda t: t.pop(first_of(t, "model.", "weight")),
+    "weights of another shape": lambda t: t.update({first_of(t, "model."): torch.zeros(3)}),
+    "integral weights": lambda t: t.update({first_of(t, "model."): t[first_of(t, "model.")].int()}),
+    "unknown weights": lambda t: t.update({"model.more": torch.zeros(3)}),
+    "no moment": lambda t: t.pop(first_of(t, "optimizer.", "exp_avg")),
+    "no step count": lambda t: t.pop(first_of(t, "optimizer.", ".step")),
+    "moment of another shape": lambda t: t.update({first_of(t, "optimizer.", "exp_avg"): torch.zeros(())}),
+    "no optimizer": lambda t: [t.pop(name) for name in list(t) if name.startswith("optimizer.")],
+    "no window": lambda t: t.pop("window.sums"),
+    "short window": lambda t: t.update({"window.sums": torch.zeros(2, dtype=torch.float64)}),
+    "no random state": lambda t: t.pop("random.cpu"),
+    "short random state": lambda t: t.update({"random.cpu": torch.zeros(5, dtype=torch.uint8)}),
+    "random state of floats": lambda t: t.update({"random.cpu": torch.zeros(5056)}),
+    "garbage as random state": lambda t: t.update({"random.cpu": torch.full_like(t["random.cpu"], 255)}),
+    "nothing": lambda t: t.clear(),
+}
+
+
+def first_of(tensors: dict[str, torch.Tensor], *parts: str) -> str:
+    return next(name for name in sorted(tensors) if all(part in name for part in parts) and tensors[name].dim() != 1)
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_garbage_tensors_behind_a_right_digest_are_named(tmp_path: Path, garbage: str) -> None:
+    Trainer(TINY, tiny_images(), tmp_path / "run").fit(progress=False)
+    good = checkpoint.load_latest(tmp_path / "run")
+    tensors = dict(good.tensors)
+    GARBAGE[garbage](tensors)
+    folder = checkpoint.save(tmp_path / "bad", dataclasses.replace(good, tensors=tensors))
+    with pytest.raises(CheckpointError, match=f"{folder} is damaged"):
+        Trainer(TINY, tiny_images(), tmp_path / "bad", resume=True)
+    if "weights" in garbage or garbage == "nothing":
+        with pytest.raises(CheckpointError, match=f"{folder} is damaged"):
+            load_model(tmp_path / "bad")
+
+
+def test_settings_that_make_another_model_are_named(tmp_path: Path) -> None:
+    Trainer(TINY, tiny_images(), tmp_path / "run").fit(progress=False)
+    good = checkpoint.load_latest(tmp_path / "run")
+    for n, change in enumerate(({"dim": 4}, {"width": 10**9}, {"bottleneck": "none"}, {"codebook_size": 10**12})):
+        config = dataclasses.replace(good.config, **change)
+        folder = checkpoint.save(tmp_path / str(n), dataclasses.replace(good, config=config))
+        with pytest.raises(CheckpointError, match=f"{folder} is damaged"):
+            load_model(tmp_path / str(n))
 
 
 def test_a_run_is_not_begun_on_top_of_another(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 import fastvq
-from fastvq.files import whole
+from fastvq.files import write_whole
 
 from . import report
 from .build import SITE
@@ -85,8 +85,7 @@ def head(*, rehearse: bool) -> dict[str, Any]:
 
 def write_page(document: dict[str, Any], out: Path) -> None:
     """Write the page of a document beside it."""
-    with whole(out / PAGE) as partial:
-        partial.write_text(report.page(document))
+    write_whole(out / PAGE, report.page(document))
 
 
 def default_work(root: Path, out: Path) -> Path:

@@ -21,6 +21,7 @@ import torch
 
 import fastvq
 from fastvq.bench.data import Shape, gaussian
+from fastvq.files import write_whole
 
 from .step import Context, said
 from .times import compiled_argmin, rows_at_once, training_step
@@ -65,7 +66,7 @@ def _install(found: dict[str, dict[str, Any]], work: Path, package: Path) -> Non
     record, record["cuda"] = (
         {"built": "error" not in result, "reason": result.get("error"), **result} for result in (cpu, cuda)
     )
-    (package / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    write_whole(package / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def copy_package(root: Path, site: Path) -> Path:

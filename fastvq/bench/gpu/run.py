@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastvq.files import whole
+from fastvq.files import write_whole
 
 DOCUMENT, PAGE, LOG = "gpu.json", "gpu.md", "gpu.log"
 LEAST_SECONDS = 3.0
@@ -82,8 +82,7 @@ def run_steps(
     document = head | {"budget": budget, "steps": [_unreached(step) for step in steps]}
 
     def save() -> None:
-        with whole(folder / DOCUMENT) as partial:
-            partial.write_text(json.dumps(document, indent=1) + "\n")
+        write_whole(folder / DOCUMENT, json.dumps(document, indent=1) + "\n")
         saved(document)
 
     save()

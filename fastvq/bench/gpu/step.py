@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastvq.files import whole
+from fastvq.files import write_whole
 
 from .sizes import FULL, TINY, Sizes
 
@@ -48,8 +48,7 @@ class Context:
     def replace(self, records: list[dict[str, Any]]) -> None:
         """Replace all results, in the file too."""
         self.records = records
-        with whole(self.results) as partial:
-            partial.write_text(json.dumps(records) + "\n")
+        write_whole(self.results, json.dumps(records) + "\n")
 
     def left(self) -> float:
         """Return the seconds in which a case may still begin."""
