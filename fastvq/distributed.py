@@ -56,7 +56,7 @@ def rank() -> int:
 def sum_(*tensors: Tensor) -> None:
     """Replace each tensor by its sum over the ranks, in one all-reduce.
 
-    The tensors are float32, on one device.
+    The tensors have one dtype, and are on one device.
     """
     if len(tensors) == 1 and tensors[0].is_contiguous():
         dist.all_reduce(tensors[0])

@@ -1,4 +1,4 @@
-"""Dtypes of state under casts and autocast, and unsaved state on the device "meta"."""
+"""Dtypes of state under casts and autocast, and tensors that are not saved."""
 
 from __future__ import annotations
 
@@ -59,34 +59,65 @@ def full_precision(like: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(like.device.type, enabled=False)
 
 
-class ZeroOnMaterialize:
-    """Mixin, first among the bases, of modules whose unsaved buffers are initially zero.
+class Unsaved:
+    """Mixin, before nn.Module, of modules with tensors that are neither parameters nor buffers.
 
-    If the module was built on the device "meta", these buffers are set to zero when they get memory: in `to_empty`,
-    which would leave them uninitialized, and in `load_state_dict`, by `materialize_unsaved_buffers_`.
+    Statistics belong to one process: they are not saved, averaged by `AveragedModel`, or broadcast by DDP, which would
+    replace the counts of every rank by those of the first. Constants follow from the arguments of the constructor. Both
+    keep their dtype and follow the module to other devices, but are never without values: a module that is built or put
+    on "meta" keeps them where they are, so that `to_empty` and loading have nothing to restore.
     """
 
-    _buffers: dict[str, Tensor | None]
-    _non_persistent_buffers_set: set[str]
-
-    def _without_memory(self) -> list[tuple[str, Tensor]]:
-        unsaved = ((name, self._buffers[name]) for name in self._non_persistent_buffers_set)
-        return [(name, buffer) for name, buffer in unsaved if buffer is not None and buffer.is_meta]
+    _statistics: tuple[str, ...] = ()
+    _constants: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        waiting = self._without_memory()
         super()._apply(fn, recurse)  # type: ignore[misc]
-        for name, _ in waiting:
-            buffer = self._buffers[name]
-            if buffer is not None and not buffer.is_meta:
-                buffer.zero_()
+        for name in self._statistics + self._constants:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                device = fn(tensor.new_empty(0)).device
+                if device.type != "meta" and device != tensor.device:
+                    self._move_(name, tensor, device)
         return self
 
+    def follow_(self, device: torch.device) -> None:
+        """Move the tensors to the device of what they are used with.
 
-def materialize_unsaved_buffers_(module: Any, state_dict: dict[str, Any]) -> None:
-    """Set the unsaved buffers of `module` that are on "meta" to zeros on the device of `state_dict`."""
-    device = next((value.device for value in state_dict.values() if isinstance(value, Tensor)), None)
-    for part in module.modules():
-        if isinstance(part, ZeroOnMaterialize) and device is not None and device.type != "meta":
-            for name, buffer in part._without_memory():
-                part._buffers[name] = torch.zeros_like(buffer, device=device)
+        A module that is loaded with assign=True, or sharded, is not told of its new device.
+        """
+        for name in self._statistics + self._constants:
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.device != device:
+                self._move_(name, tensor, device)
+
+    def _move_(self, name: str, tensor: Tensor, device: torch.device) -> None:
+        kept: dict[str, Tensor] = self.__dict__.setdefault("_kept_from_meta", {})
+        if device.type == "meta":  # a pass that only computes shapes
+            kept[name] = tensor
+            moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        else:
+            moved = kept.pop(name, tensor).to(device)
+        setattr(self, name, fixed_address(moved) if name in self._statistics else moved)
+
+
+def home_device() -> torch.device:
+    """Return the device for tensors that must have values: torch's default device, or the CPU in place of "meta"."""
+    device = torch.get_default_device()
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def zero_statistic(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return zeros to be changed in place, for an attribute in `Unsaved._statistics`."""
+    return fixed_address(torch.zeros(shape, dtype=dtype, device=home_device()))
+
+
+def constant(values: Any, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of Python numbers, for an attribute in `Unsaved._constants`."""
+    return torch.tensor(values, dtype=dtype, device=home_device())
+
+
+def fixed_address(tensor: Tensor) -> Tensor:
+    """Mark a tensor as one that compiled graphs may write to at its address, as they do to buffers, and return it."""
+    tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]  # as mark_static_address does
+    return tensor

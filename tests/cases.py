@@ -41,6 +41,14 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def flags_as_numbers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state of vector_quantize_pytorch with its bool flags as float32, which they are in fastvq.
+
+    They can be averaged then.
+    """
+    return {name: value.float() if value.dtype == torch.bool else value for name, value in state.items()}
+
+
 def close(
     actual: Tensor | tuple,
     expected: Tensor | tuple,
@@ -135,6 +143,14 @@ def duplicate_codes(n, k, d, g):
 @adversarial
 def all_codes_equal(n, k, d, g):
     return torch.randn(n, d, generator=g), torch.randn(1, d, generator=g).repeat(k, 1)
+
+
+@adversarial
+def signed_zeros(n, k, d, g):
+    """Return codes that are equal as numbers and differ as bits, and copies of them."""
+    codes = torch.zeros(k, d) * torch.where(torch.rand(k, d, generator=g) < 0.5, -1.0, 1.0)
+    codes[::3] = codes[0].clone()
+    return torch.randn(n, d, generator=g), codes
 
 
 @adversarial

@@ -21,14 +21,19 @@ def batch(*shape, seed=0):
 
 
 def state(module):
-    """Return a copy of the state, code counts included."""
-    return {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
+    """Return a copy of the state, and of what isn't saved: code counts, reservoirs, constants ..."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    for place, part in module.named_modules():
+        for name in (*getattr(part, "_statistics", ()), *getattr(part, "_constants", ())):
+            if getattr(part, name) is not None:
+                named.append((f"{place}.{name}" if place else name, getattr(part, name)))
+    return {name: t.detach().clone() for name, t in named}
 
 
 def assert_same_state(module, before):
     """All state but what `health` counts, which goes on while a codebook is frozen."""
     for name, t in state(module).items():
-        if not name.startswith("_health."):
+        if "_health." not in name:
             assert t.dtype == before[name].dtype
             assert torch.equal(t, before[name]), name
 

@@ -27,6 +27,22 @@ inline void take(DirectMinimum& minimum, int64_t code, float lower_end) {
   minimum.lower_ends[minimum.count++] = lower_end;
 }
 
+// Whether a code is bitwise equal to one that was taken before: the lower of their numbers then stands for both, or many
+// equal codes would fill the room. `known` is a code that another row has found to be equal.
+template <class T>
+inline bool is_copy(const DirectMinimum& minimum, const T* data, int64_t dim, int64_t code, float lower_end,
+                    int64_t& known) {
+  for (int64_t i = 0; i < minimum.count; ++i) {
+    const int64_t other = minimum.codes[i];
+    if (minimum.lower_ends[i] != lower_end) continue;
+    if (other != known && __builtin_memcmp(data + other * dim, data + code * dim, dim * sizeof(T))) continue;
+    known = other;
+    minimum.codes[i] = other < code ? other : code;
+    return true;
+  }
+  return false;
+}
+
 // value = sum (x - e)^2, in error by less than `relative` of itself; or -sum x e, in error by less than `relative` of
 // sum |x e|. `floor` covers underflow.
 template <class T, bool DOT, int ROWS>
@@ -64,6 +80,8 @@ void direct_rows(const float* rows, int64_t row_stride, const T* data, int64_t d
         values[r][l] = FloatVec{};
         if constexpr (DOT) sizes[r][l] = FloatVec{};
       }
+    int64_t known[LANES];
+    for (int l = 0; l < LANES; ++l) known[l] = -1;
     const uint32_t present = live == 32 ? ~0u : (1u << live) - 1;
     for (int r = 0; r < ROWS; ++r) {
       DirectMinimum& minimum = minima[r];
@@ -82,8 +100,10 @@ void direct_rows(const float* rows, int64_t row_stride, const T* data, int64_t d
         const int l = __builtin_ctz(candidates);
         const bool finite = sound >> l & 1;
         if (finite && high[l] < minimum.limit) minimum.limit = high[l];
-        if (!finite || low[l] <= minimum.limit)
-          take(minimum, list ? list[first + l] : first + l, finite ? low[l] : -__builtin_inff());
+        if (finite && !(low[l] <= minimum.limit)) continue;
+        const int64_t code = list ? list[first + l] : first + l;
+        const float lower_end = finite ? low[l] : -__builtin_inff();
+        if (!is_copy(minimum, data, dim, code, lower_end, known[l])) take(minimum, code, lower_end);
       }
     }
   }

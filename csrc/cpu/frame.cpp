@@ -53,7 +53,8 @@ void measure(const Isa& isa, const Matrix& codes, const float* center, Sizes& si
       Loaded code = isa.load(codes.dtype, codes.row(k), center, 1.0, codes.dim, values.data());
       sizes.norms2[k] = code.norm2;
       sizes.largest[k] = code.largest;
-      if (!(code.norm2 > 0x1p-60f && code.norm2 < 0x1p120f))
+      const bool zeros = code.largest == 0.0f && codes.dtype != DType::f64;
+      if (!zeros && !(code.norm2 > 0x1p-60f && code.norm2 < 0x1p120f))
         code = measure_in_double(codes, k, center, sizes.norms2[k], sizes.largest[k]);
       finite[k] = code.finite;
     }

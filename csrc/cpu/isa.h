@@ -145,6 +145,8 @@ struct Isa {
   float (*to_int16)(const float* y, float inverse, bool negate, int64_t dim, uint32_t* out);
   // out[j * stride + l] = rows[l * row_stride + j] for the lanes l < live, zero for the other lanes.
   void (*interleave)(const uint32_t* rows, int64_t row_stride, int live, int64_t count, uint32_t* out, int64_t stride);
+  // Hashes of the 2 lanes codes of a panel, [units, 2 lanes]: equal for equal codes.
+  void (*hash)(const uint32_t* units, int64_t count, uint32_t* out);
   // out = x - e, in float32; out may be x.
   void (*subtract)(const float* x, const float* e, int64_t dim, float* out);
   // The quantize step of a row x and its code e, in float32. error returns |x - e|^2. take subtracts e from x, adds it

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <mutex>
 #include <vector>
@@ -20,33 +21,72 @@ int64_t divided_up(int64_t a, int64_t b) {
 constexpr double INTEGER_NORM = 37837.0;
 constexpr double LARGEST_INTEGER = 32766.0;
 
+constexpr int64_t SLOTS = 4;         // of the table of codes, for each code: most lookups find an empty one at once
+constexpr int64_t MOST_PROBES = 32;  // codes whose hashes collide more often, by design, count as different
+
 }  // namespace
 
-PackedTier::PackedTier(const Isa& isa, const Tier& tier, const Matrix& codes, const Frame& frame,
+PackedTier::PackedTier(const Isa& isa, const Tier& tier, const Matrix& codes, const Frame& frame, Copies copies,
                        const Parallel& parallel)
     : tier(tier),
       unit_count_(divided_up(codes.dim, tier.per_unit)),
       panels_(divided_up(codes.rows, 2 * isa.lanes)),
       groups_(divided_up(codes.rows, isa.lanes * isa.lanes)),
       code_norm_(frame.norm),
-      half_(frame.half) {
+      half_(frame.half),
+      eligible_(frame.finite) {
   const int64_t lanes = isa.lanes;
   if (integer()) {
-    inverse_ = static_cast<float>(1.0 / std::max(frame.norm / INTEGER_NORM, frame.largest / LARGEST_INTEGER));
+    const double step = std::max(frame.norm / INTEGER_NORM, frame.largest / LARGEST_INTEGER);
+    inverse_ = step > 0.0 ? static_cast<float>(1.0 / step) : 1.0f;  // codes of zeros fit any step
     code_step = 1.0 / static_cast<double>(inverse_);
   }
   units_ = Scratch<uint32_t>(panels_ * unit_count_ * 2 * lanes);
   halves_ = Scratch<float>(panels_ * 2 * lanes);
   across_ = Scratch<uint32_t>(groups_ * lanes * unit_count_ * lanes);
   across_halves_ = Scratch<float>(groups_ * lanes * lanes);
-  std::mutex merging;
-  parallel(groups_, std::max<int64_t>(1, GRAIN / (lanes * lanes * codes.dim)), [&](int64_t begin, int64_t end) {
-    double largest2 = 0.0;
-    for (int64_t group = begin; group < end; ++group)
-      largest2 = std::max(largest2, pack_group(isa, codes, frame, group));
-    const std::lock_guard<std::mutex> lock(merging);
-    code_error = std::max(code_error, std::sqrt(largest2) * code_step);
-  });
+  const Scratch<uint32_t> hashes(panels_ * 2 * lanes);
+  const auto pack = [&](const int64_t* list, int64_t count) {
+    std::mutex merging;
+    parallel(count, std::max<int64_t>(1, GRAIN / (lanes * lanes * codes.dim)), [&](int64_t begin, int64_t end) {
+      double largest2 = 0.0;
+      for (int64_t i = begin; i < end; ++i)
+        largest2 = std::max(largest2, pack_group(isa, codes, frame, list ? list[i] : i, hashes.get()));
+      const std::lock_guard<std::mutex> lock(merging);
+      code_error = std::max(code_error, std::sqrt(largest2) * code_step);
+    });
+  };
+  pack(nullptr, groups_);
+  if (copies == Copies::kept) return;
+  const std::vector<int64_t> again = drop_copies(isa, codes, frame, hashes.get());
+  pack(again.data(), static_cast<int64_t>(again.size()));
+}
+
+// Looks each code up among the earlier ones by its hash, in ascending order, so that the first of equal codes stays. A
+// copy that is not found costs time and nothing else. Returns the groups that have lost codes.
+std::vector<int64_t> PackedTier::drop_copies(const Isa& isa, const Matrix& codes, const Frame& frame,
+                                             const uint32_t* hashes) {
+  const int64_t lanes = isa.lanes, bytes = codes.dim * size_of(codes.dtype);
+  int64_t slots = 4;
+  while (slots < SLOTS * codes.rows) slots *= 2;
+  std::vector<int32_t> table(slots, -1);
+  std::vector<int64_t> changed;
+  for (int64_t k = 0; k < codes.rows; ++k) {
+    if (!frame.scanned(k)) continue;
+    for (int64_t probe = 0; probe < MOST_PROBES; ++probe) {
+      int32_t& slot = table[(hashes[k] + probe) & (slots - 1)];
+      if (slot < 0) {
+        slot = static_cast<int32_t>(k);
+        break;
+      }
+      if (hashes[slot] != hashes[k] || std::memcmp(codes.row(slot), codes.row(k), bytes) != 0) continue;
+      eligible_[k] = 0;
+      if (const int64_t group = k / (lanes * lanes); changed.empty() || changed.back() != group)
+        changed.push_back(group);
+      break;
+    }
+  }
+  return changed;
 }
 
 // |score| <= (half + |y'| |f'|) / (row step * code step); the integers' own rounding is below the two per cent.
@@ -56,7 +96,8 @@ double PackedTier::row_step(double norm, double largest) const {
 }
 
 // Returns the largest squared rounding error of a code, in integers.
-double PackedTier::pack_group(const Isa& isa, const Matrix& codes, const Frame& frame, int64_t group) const {
+double PackedTier::pack_group(const Isa& isa, const Matrix& codes, const Frame& frame, int64_t group,
+                              uint32_t* hashes) const {
   const int64_t lanes = isa.lanes, size = lanes * lanes, first = group * size;
   const int64_t live = std::min(size, codes.rows - first);
   const int live_members = static_cast<int>(divided_up(live, lanes));
@@ -69,7 +110,7 @@ double PackedTier::pack_group(const Isa& isa, const Matrix& codes, const Frame& 
   double largest2 = 0.0;
   for (int64_t i = 0; i < live; ++i) {
     uint32_t* row = rows.get() + i * stride;
-    if (!frame.scanned(first + i)) {
+    if (!frame.scanned(first + i) || !eligible(first + i)) {
       std::fill_n(row, unit_count_, 0u);
       continue;
     }
@@ -87,6 +128,7 @@ double PackedTier::pack_group(const Isa& isa, const Matrix& codes, const Frame& 
     isa.interleave(rows.get() + from * stride, stride, present, unit_count_,
                    units_.get() + panel * unit_count_ * 2 * lanes + member % 2 * lanes, 2 * lanes);
     std::copy_n(halves.begin() + from, lanes, halves_.get() + (panel * 2 + member % 2) * lanes);
+    if (member % 2) isa.hash(units_.get() + panel * unit_count_ * 2 * lanes, unit_count_, hashes + panel * 2 * lanes);
   }
   for (int64_t lane = 0; lane < lanes; ++lane) {
     const int present = static_cast<int>(divided_up(std::max<int64_t>(0, live - lane), lanes));

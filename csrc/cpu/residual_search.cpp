@@ -67,7 +67,9 @@ void stage_by_stage(const Isa& isa, Precision precision, const Matrix& x, const 
 
 struct Stage {
   Stage(const Isa& isa, const Tier& tier, const Matrix& codes, const Parallel& parallel)
-      : codes(codes), frame(isa, codes, Metric::l2, parallel), packed(isa, tier, codes, frame, parallel) {}
+      : codes(codes),
+        frame(isa, codes, Metric::l2, parallel),
+        packed(isa, tier, codes, frame, Copies::dropped, parallel) {}
 
   const Matrix codes;
   const Frame frame;
@@ -117,10 +119,8 @@ void residual_search(const Isa& isa, Precision precision, const Matrix& x, const
       packed[stage] = std::make_unique<Stage>(isa, integer ? *isa.int16 : *isa.float32,
                                               stage_of(codebooks, stages, stage), serially);
   });
-  // A codebook of zeros, say, has no integers to be rounded to.
-  const bool fits = !integer || std::all_of(packed.begin(), packed.end(), [](const auto& stage) {
-    return stage->frame.usable && stage->frame.norm > 0.0;
-  });
+  const bool fits =
+      !integer || std::all_of(packed.begin(), packed.end(), [](const auto& stage) { return stage->frame.usable; });
   std::vector<int64_t> again;  // rows of the blocks that were given up
   std::mutex merging;
   const int64_t tiles = (x.rows + isa.tile_rows - 1) / isa.tile_rows;

@@ -185,5 +185,21 @@ void interleave(const uint32_t* rows, int64_t row_stride, int live, int64_t coun
     for (int l = 0; l < LANES; ++l) out[j * stride + l] = row[l][step[l] * j];
 }
 
+// Sums of units times pseudo-random odd numbers. The upper bits of a unit are folded into the lower ones first: times
+// an odd number, a sign bit would only change the highest bit of the sum.
+void hash(const uint32_t* units, int64_t count, uint32_t* out) {
+  UnitVec low{}, high{};
+  uint32_t factor = 0x9E3779B9u;
+  for (int64_t j = 0; j < count; ++j, units += 2 * LANES) {
+    const UnitVec a = load<UnitVec>(units), b = load<UnitVec>(units + LANES);
+    low += (a ^ (a >> 15)) * factor;
+    high += (b ^ (b >> 15)) * factor;
+    factor = factor * 0x915F77F5u + 0x7F4A7C16u;
+  }
+  const auto mixed = [](UnitVec v) { return ((v ^ (v >> 16)) * 0x85EBCA6Bu) ^ (v >> 13); };
+  store(out, mixed(low));
+  store(out + LANES, mixed(high));
+}
+
 }  // namespace
 }  // namespace fastvq

@@ -47,7 +47,7 @@ struct Uncertified {
 void sample(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, const Draw& draw, int64_t* indices,
             const Parallel& parallel) {
   const Frame frame(isa, codes, metric, parallel);
-  const PackedTier packed(isa, *isa.float32, codes, frame, parallel);
+  const PackedTier packed(isa, *isa.float32, codes, frame, Copies::kept, parallel);
   const ScorePass pass(isa, frame, packed, x, codes);
   const bool distance = metric == Metric::l2;
   const double unit = std::ldexp(1.0, -(distance ? 1 : 2) * frame.exponent) / draw.temperature;

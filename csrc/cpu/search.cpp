@@ -21,7 +21,7 @@ constexpr int64_t GRAIN = 1 << 18;  // multiply-adds that a thread should have
 std::vector<int64_t> run_tier(const Isa& isa, const Tier& tier, const Frame& frame, const Matrix& x,
                               const Matrix& codes, const int64_t* list, int64_t count, bool may_defer, int64_t* indices,
                               const Parallel& parallel) {
-  const PackedTier packed(isa, tier, codes, frame, parallel);
+  const PackedTier packed(isa, tier, codes, frame, Copies::dropped, parallel);
   const TierPass pass(isa, frame, packed, x, codes);
   std::vector<int64_t> deferred;
   std::mutex merging;
@@ -51,8 +51,7 @@ void search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& 
     return;
   }
   const Frame frame(isa, codes, metric, parallel);
-  if ((automatic || precision == Precision::int16) && isa.int16 && frame.usable && frame.norm > 0.0 &&
-      x.dim <= LARGEST_INTEGER_DIM) {
+  if ((automatic || precision == Precision::int16) && isa.int16 && frame.usable && x.dim <= LARGEST_INTEGER_DIM) {
     const std::vector<int64_t> deferred =
         run_tier(isa, *isa.int16, frame, x, codes, nullptr, x.rows, true, indices, parallel);
     if (deferred.empty()) return;

@@ -163,7 +163,7 @@ int64_t TierPass::decide(int64_t row, int64_t slot, Workspace& work, bool may_de
       work.candidates.insert(work.candidates.end(), frame_.far.begin(), frame_.far.end());
   } else {
     for (int64_t k = 0; k < codes_.rows; ++k)
-      if (frame_.finite[k]) work.candidates.push_back(k);
+      if (packed_.eligible(k)) work.candidates.push_back(k);
   }
   work.spent += static_cast<int64_t>(work.candidates.size()) * (x_.dim + CANDIDATE_OVERHEAD) * CANDIDATE_COST;
   work.filter(row, work.candidates);

@@ -41,7 +41,7 @@ struct Nearest {
 void topk_search(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, int64_t k, int64_t* indices,
                  const Parallel& parallel) {
   const Frame frame(isa, codes, metric, parallel);
-  const PackedTier packed(isa, *isa.float32, codes, frame, parallel);
+  const PackedTier packed(isa, *isa.float32, codes, frame, Copies::kept, parallel);
   const ScorePass pass(isa, frame, packed, x, codes);
   std::vector<int64_t> finite;
   for (int64_t i = 0; i < codes.rows; ++i)

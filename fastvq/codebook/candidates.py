@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastvq import distributed
 from fastvq.functional.quantize import lookup
 from fastvq.ops import min_distance_, search
-from fastvq.precision import ZeroOnMaterialize
+from fastvq.precision import Unsaved, zero_statistic
 
 Candidates = tuple[Tensor, Tensor]
 
@@ -84,7 +84,7 @@ def compacted(candidates: Candidates) -> tuple[Tensor, Tensor]:
     return rows[order], filled.sum().long()
 
 
-class Reservoir(ZeroOnMaterialize, nn.Module):
+class Reservoir(Unsaved, nn.Module):
     """Memory of the last `size` rows drawn for it, for batches that are too small or too uniform.
 
     It is not saved.
@@ -92,19 +92,22 @@ class Reservoir(ZeroOnMaterialize, nn.Module):
     State: rows (R, D) float32; filled (R,) bool; position () int64, where the next row goes.
     """
 
+    _statistics = ("rows", "filled", "position")
+
     rows: Tensor
     filled: Tensor
     position: Tensor
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        self.register_buffer("rows", torch.zeros(size, dim, dtype=torch.float32), persistent=False)
-        self.register_buffer("filled", torch.zeros(size, dtype=torch.bool), persistent=False)
-        self.register_buffer("position", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.rows = zero_statistic(size, dim)
+        self.filled = zero_statistic(size, dtype=torch.bool)
+        self.position = zero_statistic(dtype=torch.int64)
 
     @torch.no_grad()
     def add_(self, x: Tensor, mask: Tensor) -> None:
         """Add random rows of x (N, D) in the mask (N,), up to a quarter of the size."""
+        self.follow_(x.device)
         size = len(self.rows)
         rows, filled = random_rows(x, mask, min(max(1, size // 4), len(x)))
         places = (self.position + torch.arange(len(rows), device=rows.device)) % size

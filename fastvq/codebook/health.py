@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from fastvq import distributed
 from fastvq.distributed import recomputing
-from fastvq.precision import KeepsPrecision, ZeroOnMaterialize, materialize_unsaved_buffers_, widest_dtype
+from fastvq.precision import Unsaved, widest_dtype, zero_statistic
 
 DEAD_SHARE_OF_UNIFORM = 0.1
 """A code counts as dead below this share of its count under uniform use."""
@@ -57,7 +59,7 @@ class HealthReport(NamedTuple):
     quantization_error: Tensor
 
 
-class Health(ZeroOnMaterialize, KeepsPrecision, nn.Module):
+class Health(Unsaved, nn.Module):
     """Statistics of the indices that a quantizer chooses in training, kept on the device and not saved.
 
     Args:
@@ -67,6 +69,8 @@ class Health(ZeroOnMaterialize, KeepsPrecision, nn.Module):
     State: code_counts (K,) or (H, K) int64; error () float32, the mean squared error per element of `weight` vectors.
     """
 
+    _statistics = ("code_counts", "error", "weight")
+
     code_counts: Tensor
     error: Tensor
     weight: Tensor
@@ -74,9 +78,8 @@ class Health(ZeroOnMaterialize, KeepsPrecision, nn.Module):
     def __init__(self, size: int, heads: int | None = None) -> None:
         super().__init__()
         shape = (size,) if heads is None else (heads, size)
-        self.register_buffer("code_counts", torch.zeros(shape, dtype=torch.int64), persistent=False)
-        self.register_buffer("error", torch.zeros((), dtype=torch.float32), persistent=False)
-        self.register_buffer("weight", torch.zeros((), dtype=torch.float32), persistent=False)
+        self.code_counts = zero_statistic(*shape, dtype=torch.int64)
+        self.error, self.weight = zero_statistic(), zero_statistic()
 
     @torch.no_grad()
     def observe_(self, indices: Tensor, error: Tensor | None = None) -> None:
@@ -86,6 +89,8 @@ class Health(ZeroOnMaterialize, KeepsPrecision, nn.Module):
         """
         if recomputing():
             return
+        if self.code_counts.device != indices.device:
+            self.follow_(indices.device)
         heads = self.code_counts.view(-1, self.code_counts.shape[-1])
         flat = indices.reshape(len(heads), -1)
         ones = (flat >= 0).long()
@@ -108,6 +113,9 @@ def observe_stages_(stages: Sequence[Health], indices: Tensor, errors: Tensor) -
     """Apply `observe_` to each stage, with indices (Q, ...) and errors (Q,), in fewer operations."""
     if recomputing():
         return
+    for health in stages:
+        if health.code_counts.device != indices.device:
+            health.follow_(indices.device)
     flat = indices.flatten(1)
     ones = (flat >= 0).long()
     for health, places, one in zip(stages, flat.clamp_min(0).unbind(), ones.unbind(), strict=True):
@@ -121,18 +129,20 @@ def observe_stages_(stages: Sequence[Health], indices: Tensor, errors: Tensor) -
     torch._foreach_copy_(means, list(after.unbind()))
 
 
-class Monitored:
-    """Mixin of quantizers that report the health of their codebooks in training, since `reset_health`.
+Totals = dict[Health, tuple[Tensor, Tensor]]
+"""Counts and error of each `Health`, of this process or of all."""
 
-    A quantizer with one codebook has a `Health` as `_health`; one that consists of other quantizers returns them as
-    `_monitored`, and its values have an axis for them. Nothing waits for the device.
+
+class Monitored:
+    """Mixin of quantizers that report the health of their codebooks since `reset_health`.
+
+    Indices are counted in training, and in eval within `measuring`. A quantizer with one codebook has a `Health` as
+    `_health`; one that consists of other quantizers returns them as `_monitored`, and its values have an axis for them.
+    Counting doesn't wait for the device and communicates with no rank; the reports sum over the ranks.
     """
 
     _health: Health
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
-        materialize_unsaved_buffers_(self, state_dict)
+    _measures = False  # whether forward passes in eval are counted too
 
     @property
     def _monitored(self) -> list[Monitored] | None:
@@ -140,7 +150,10 @@ class Monitored:
 
     @property
     def code_counts(self) -> Tensor:
-        """The counts of the codes, (K,) int64, or (Q, K) for several codebooks, padded with zeros to the largest K."""
+        """The counts of the codes in this process, (K,) int64, or (Q, K) for several codebooks.
+
+        Counts of codebooks of different sizes are padded with zeros to the largest K.
+        """
         if self._monitored is None:
             return self._health.code_counts
         counts = [one.code_counts for one in self._monitored]
@@ -148,36 +161,99 @@ class Monitored:
         return torch.stack([nn.functional.pad(c, (0, largest - c.shape[-1])) for c in counts])
 
     def usage(self) -> Tensor:
-        """Return the share of codes in use, () float32, or (Q,) for several codebooks."""
+        """Return the share of codes in use, as in `health`."""
         return self.health().usage
 
     def perplexity(self) -> Tensor:
-        """Return `fastvq.perplexity` of the counts, () float32, or (Q,) for several codebooks."""
+        """Return `fastvq.perplexity` of the counts, as in `health`."""
         return self.health().perplexity
 
     def dead_share(self) -> Tensor:
-        """Return `fastvq.dead_share` of the counts, () float32, or (Q,) for several codebooks."""
+        """Return `fastvq.dead_share` of the counts, as in `health`."""
         return self.health().dead_share
 
     def quantization_error(self) -> Tensor:
-        """Return the mean of (x - quantized)^2 over elements, in the space of the codebook, () float32 or (Q,)."""
+        """Return the mean of (x - quantized)^2 over elements, in the space of the codebook, as in `health`."""
         return self.health().quantization_error
 
-    def health(self) -> HealthReport:
-        """Return usage, perplexity, dead_share and quantization_error: () float32, or (Q,) for several codebooks."""
-        if self._monitored is not None:
-            reports = [one.health() for one in self._monitored]
-            return HealthReport(*(torch.stack(values) for values in zip(*reports, strict=True)))
-        counts = self._health.code_counts
-        # A copy, because the error will change in place.
-        return HealthReport(usage(counts), perplexity(counts), dead_share(counts), self._health.error.clone())
+    def health(self, together: bool | None = None) -> HealthReport:
+        """Return usage, perplexity, dead_share and quantization_error: () float32, or (Q,) for several codebooks.
+
+        A value is NaN if nothing has been counted: eval counts nothing outside `measuring`, and nothing is saved.
+
+        Args:
+            together: report on the vectors of all ranks, which must all call this, as it is one all-reduce; by default
+                if there are several ranks, unless the layer has sync_codebook=False.
+        """
+        leaves = list(dict.fromkeys(self._leaves()))
+        totals = {leaf: (leaf.code_counts, leaf.error.clone()) for leaf in leaves}  # a copy: the error changes in place
+        if distributed.active() and (self._synchronizes if together is None else together):
+            totals = _sum_over_ranks(leaves)
+        return self._report(totals)
 
     def reset_health(self) -> None:
         """Set all statistics to zero."""
+        for leaf in self._leaves():
+            leaf.reset_()
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Count the indices of forward passes in eval too, within the context.
+
+        layer.eval(); layer.reset_health()
+        with layer.measuring():
+            ...                       # forward passes over held-out vectors
+        layer.health()
+        """
+        parts = [part for part in self._parts() if not part._measures]
+        for part in parts:
+            part._measures = True
+        try:
+            yield
+        finally:
+            for part in parts:
+                part._measures = False
+
+    def _parts(self) -> Iterator[Monitored]:
+        """Yield this quantizer and, if it consists of others, all of these."""
+        yield self
         for one in self._monitored or ():
-            one.reset_health()
+            yield from one._parts()
+
+    def _leaves(self) -> Iterator[Health]:
         if self._monitored is None:
-            self._health.reset_()
+            yield self._health
+        for one in self._monitored or ():
+            yield from one._leaves()
+
+    @property
+    def _synchronizes(self) -> bool:
+        """False if the ranks have codebooks of their own."""
+        return all(one._synchronizes for one in self._monitored or ())
+
+    def _report(self, totals: Totals) -> HealthReport:
+        if self._monitored is not None:
+            reports = [one._report(totals) for one in self._monitored]
+            return HealthReport(*(torch.stack(values) for values in zip(*reports, strict=True)))
+        counts, error = totals[self._health]
+        values = (usage(counts), perplexity(counts), dead_share(counts), error)
+        counted = counts.sum(-1) > 0
+        return HealthReport(*(torch.where(counted.any() if v.dim() == 0 else counted, v, torch.nan) for v in values))
+
+
+def _sum_over_ranks(leaves: Sequence[Health]) -> Totals:
+    """Return counts and errors over all ranks. float64 holds counts up to 2^53 exactly."""
+    parts = []
+    for leaf in leaves:
+        weight = leaf.weight.double()
+        parts.append(torch.cat([leaf.code_counts.flatten().double(), torch.stack([weight, leaf.error * weight])]))
+    packed = torch.cat(parts)
+    distributed.sum_(packed)
+    totals: Totals = {}
+    for leaf, part in zip(leaves, packed.split([len(part) for part in parts]), strict=True):
+        weight, error = part[-2], part[-1]
+        totals[leaf] = (part[:-2].long().view_as(leaf.code_counts), (error / weight.clamp_min(1)).float())
+    return totals
 
 
 LARGEST = 2**18

@@ -63,6 +63,10 @@ class History:
             for codebook in codebooks:
                 codebook.replayed = None
 
+    def clear(self) -> None:
+        """Forget all passes."""
+        self._passes.clear()
+
     def remember(self, x: Tensor, codes: list[Tensor | None]) -> None:
         """Keep `codes`, which nobody may write to, for the repetition with the vectors x (..., D)."""
         self._passes.append((_mark(x), codes))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastvq.precision import ZeroOnMaterialize
+from fastvq.precision import Unsaved, zero_statistic
 
 from .candidates import Candidates, Reservoir, compacted, random_rows, slots, spread_over_ranks, spread_rows
 
@@ -63,8 +63,10 @@ class Replacement:
         return min(size, self.at_once or (size if self.rows == "random" else 32))
 
 
-class Replacer(ZeroOnMaterialize, nn.Module):
+class Replacer(Unsaved, nn.Module):
     """State of a `Replacement` policy for one codebook, which is not saved."""
+
+    _statistics = ("steps",)
 
     steps: Tensor
 
@@ -74,7 +76,14 @@ class Replacer(ZeroOnMaterialize, nn.Module):
         self.reservoirs = nn.ModuleList(
             [Reservoir(policy.reservoir, dim) for _ in range(heads if policy.reservoir else 0)]
         )
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.steps = zero_statistic(dtype=torch.int64)
+
+    def reset_(self) -> None:
+        """Return to the state of a new replacer."""
+        self.steps.zero_()
+        for reservoir in self.reservoirs:
+            for name in Reservoir._statistics:
+                getattr(reservoir, name).zero_()
 
     def candidates(
         self, x: Tensor, mask: Tensor, codes: Tensor, *, head: int, metric: str, together: bool

@@ -13,25 +13,27 @@ from torch import Tensor, nn
 from fastvq import distributed
 from fastvq.functional.quantize import unit_norm
 from fastvq.ops import search
-from fastvq.precision import KeepsPrecision, materialize_unsaved_buffers_
+from fastvq.precision import KeepsPrecision, Unsaved
 
 from .affine import Affine
 from .candidates import Candidates
 from .kmeans import kmeans
 from .replacement import Replacement, Replacer
+from .storage import WriteCheck, read, refuse_dtensor, write_
 from .update import batch_statistics, ema_step_
 
 Weight = float | Tensor | Callable[[Tensor, Tensor], Tensor]
 """Factor that multiplies 1 - decay in one step: (), (K,) or (H, K), or a function of (sums, counts) that returns it."""
 
 
-class Codebook(KeepsPrecision, nn.Module):
+class Codebook(KeepsPrecision, Unsaved, nn.Module):
     """K codes of D dimensions for each of H heads, with the state that they learn by.
 
     The state is float32 whatever dtype the module is cast to.
 
-    State: embed (H, K, D), a parameter if learnable; cluster_size (H, K); embed_avg (H, K, D); initted (), False until
-    k-means has run. Names and the leading axis are those of vector_quantize_pytorch, whose checkpoints load.
+    State: embed (H, K, D), a parameter if learnable; cluster_size (H, K); embed_avg (H, K, D); initted (), 0 until
+    k-means has run, then 1. Names and the leading axis are those of vector_quantize_pytorch, whose checkpoints load.
+    There initted is bool, which `AveragedModel` cannot average.
 
     Args:
         dim, size, heads: D, K, H: the number of separate codebooks, one where the heads of a layer share it.
@@ -46,6 +48,8 @@ class Codebook(KeepsPrecision, nn.Module):
     Raises:
         ValueError: decay, eps or kmeans_iters is out of range.
     """
+
+    _statistics = ("held_counts", "held_sums")
 
     initted: Tensor
     cluster_size: Tensor
@@ -84,7 +88,7 @@ class Codebook(KeepsPrecision, nn.Module):
             raise ValueError(f"kmeans_iters: must be an integer that isn't negative, got {kmeans_iters!r}")
         self.dim, self.size, self.heads = dim, size, heads
         self.decay, self.eps = decay, eps
-        self.kmeans_iters = kmeans_iters
+        self.kmeans_init, self.kmeans_iters = kmeans_init, kmeans_iters
         self.cosine = cosine
         self.metric = "dot" if cosine else "l2"
         self.ema_update, self.manual_ema_update = ema_update, manual_ema_update
@@ -92,30 +96,55 @@ class Codebook(KeepsPrecision, nn.Module):
 
         embed = torch.zeros(heads, size, dim, dtype=torch.float32)
         if not kmeans_init:
-            # He's uniform initialization of a (H, K, D) tensor, whose fan-in is K D.
-            embed.uniform_(-math.sqrt(6 / (size * dim)), math.sqrt(6 / (size * dim)))
-            embed = unit_norm(embed) if cosine else embed
-        self.register_buffer("initted", torch.tensor(not kmeans_init))
+            embed = self._random_codes_(embed)
+        self.register_buffer("initted", torch.tensor(float(not kmeans_init), dtype=torch.float32))
         self.register_buffer("cluster_size", torch.ones(heads, size, dtype=torch.float32))
         self.register_buffer("embed_avg", embed.clone())
         if learnable:
             self.embed = nn.Parameter(embed)
         else:
             self.register_buffer("embed", embed)
-        self.register_buffer("held_counts", None, persistent=False)
-        self.register_buffer("held_sums", None, persistent=False)
+        self.held_counts, self.held_sums = None, None
         replaces = replacement is not None and replacement.threshold > 0
         self.replacer = Replacer(replacement, size, dim, heads) if replaces and replacement is not None else None
         self.vq_bridge = bridge
         self.affine = None if affine is None else Affine(self, heads, dim, **affine)
         self.replayed: Tensor | None = None  # the codes of a recomputed forward pass
-        # The host's copy of `initted`: reading the tensor would wait for the device at every step.
+        self._write_check = WriteCheck()
         self._ready = not kmeans_init
+        self._seen: tuple[Tensor, int] | None = None
+
+    def _random_codes_(self, embed: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return embed (H, K, D) with the codes of a new codebook."""
+        # He's uniform initialization of a (H, K, D) tensor, whose fan-in is K D.
+        limit = math.sqrt(6 / (self.size * self.dim))
+        embed.uniform_(-limit, limit, generator=generator)
+        return unit_norm(embed) if self.cosine else embed
+
+    def ready(self) -> bool:
+        """Return whether `initted` says that the codes are in place, so that k-means need not run.
+
+        Anybody may write to that tensor. On the CPU it is read at each call. Elsewhere this would wait for the device:
+        it is read when it is another tensor than before or has been written to, which a write to `initted.data`
+        conceals. A compiled graph knows what was last read.
+        """
+        initted = self.initted
+        # As a fake tensor, or on "meta", it has no value.
+        if torch.compiler.is_compiling() or type(initted) is not Tensor or initted.is_meta:
+            return self._ready
+        if initted.device.type == "cpu" or initted.is_inference():
+            self._ready = bool(initted)
+        elif self._seen is None or self._seen[0] is not initted or self._seen[1] != initted._version:
+            self._ready, self._seen = bool(initted), (initted, initted._version)
+        return self._ready
 
     @property
     def codes(self) -> Tensor:
         """The codes that vectors are compared with, (H, K, D): embed, or its image under bridge and affine map."""
-        codes = self.embed if self.vq_bridge is None else self.vq_bridge(self.embed)
+        codes = self.embed
+        if type(codes) is not Tensor:
+            refuse_dtensor("embed", codes)
+        codes = codes if self.vq_bridge is None else self.vq_bridge(codes)
         codes = codes if self.affine is None else self.affine.of_codes(self, codes)
         # Checkpointing may stop a recomputation as soon as it has what it needs, before the layer ends its pass.
         if self.replayed is None or not distributed.recomputing():
@@ -131,13 +160,16 @@ class Codebook(KeepsPrecision, nn.Module):
 
         The rows of x (H, N, D) take part that are finite and in the mask (H, N).
         """
-        if (self._ready and self.affine is None) or distributed.recomputing():
+        ready = self.ready()
+        if self._write_check.written is not None:
+            self._write_check.check("embed", self.embed)
+        if (ready and self.affine is None) or distributed.recomputing():
             return
         with torch.no_grad():
             rows_mask = x.isfinite().all(-1)
             if mask is not None:
                 rows_mask = rows_mask & mask
-            if not self._ready:
+            if not ready:
                 self._run_kmeans_(x, rows_mask)
             if self.affine is not None:
                 self.affine.observe_(self, self.embed.detach(), x, rows_mask)
@@ -148,11 +180,10 @@ class Codebook(KeepsPrecision, nn.Module):
             return
         # These reads wait for the device, but only before the first batch. A traced graph omits them.
         if not torch.compiler.is_compiling():
-            self._ready = bool(self.initted)  # the caller may have written to the state
             available = mask.sum().float()
             if together:
                 distributed.sum_(available)
-            if self._ready or not bool(available):
+            if not bool(available):
                 return
         found = [
             kmeans(head, self.size, iterations=self.kmeans_iters, mask=head_mask, metric=self.metric, together=together)
@@ -164,15 +195,51 @@ class Codebook(KeepsPrecision, nn.Module):
     @torch.no_grad()
     def set_(self, codes: Tensor, cluster_size: Tensor | None = None) -> None:
         """Set the codes (H, K, D) and, if given, the cluster sizes (H, K), and make the averages agree with them."""
-        codes = codes.to(self.embed)
+        codes = codes.to(self.embed_avg)
         if self.cosine:
             codes = unit_norm(codes)
+        self._store_(codes)
         if cluster_size is not None:
             self.cluster_size.copy_(cluster_size)
-        self.embed.copy_(codes)
         self.embed_avg.copy_(codes * self.cluster_size[..., None])
-        self.initted.fill_(True)
-        self._ready = True
+        self._mark_ready_(True)
+
+    def _mark_ready_(self, ready: bool) -> None:
+        self.initted.fill_(float(ready))
+        self._ready, self._seen = ready, None
+
+    def _store_(self, codes: Tensor) -> None:
+        """Write codes (H, K, D) float32 to embed."""
+        if "embed" in self._buffers:
+            self.embed.copy_(codes)
+            return
+        before = self.embed.detach().clone() if self._write_check.left else None
+        write_(self, "embed", codes)
+        if before is not None:
+            self._write_check.record(before, codes)
+
+    @torch.no_grad()
+    def reinitialize_(self) -> None:
+        """Return to the state of a new codebook: random codes, or with kmeans_init those of the next training batch.
+
+        Averages, cluster sizes, affine statistics, reservoirs and what `learn_(accumulate_only=True)` has kept are
+        reset too. Ranks that learn together draw the same codes if all of them call this.
+        """
+        codes = torch.zeros(self.embed_avg.shape, dtype=torch.float32, device="cpu")
+        if not self.kmeans_init:
+            limit = 2**63 - 1
+            seed = distributed.common_seed(limit) if self.together() else int(torch.randint(limit, ()))
+            codes = self._random_codes_(codes, torch.Generator("cpu").manual_seed(seed))
+        codes = codes.to(self.embed_avg.device)
+        self._store_(codes)
+        self.embed_avg.copy_(codes)
+        self.cluster_size.fill_(1)
+        self.held_counts = self.held_sums = None
+        if self.affine is not None:
+            self.affine.reset_(self)
+        if self.replacer is not None:
+            self.replacer.reset_()
+        self._mark_ready_(not self.kmeans_init)
 
     def learns(self, ema_update: bool | None = None) -> bool:
         """Return whether a learning step would change anything; `ema_update` overrides the codebook's own setting."""
@@ -231,7 +298,9 @@ class Codebook(KeepsPrecision, nn.Module):
         """
         averages = self.ema_update if ema_update is None else ema_update
         # `ema_update_` writes to all of its state: what must stay is passed as a copy.
-        codes = self.embed if averages and not self.manual_ema_update else self.embed.detach().clone()
+        follows = averages and not self.manual_ema_update
+        in_place = follows and "embed" in self._buffers
+        codes = self.embed if in_place else read(self, "embed")
         embed_avg = self.embed_avg if averages else self.embed_avg.clone()
         factor = None if weight is None else self._expand_weight(weight, counts, sums)
         before = None if factor is None else codes.detach().clone()
@@ -240,6 +309,8 @@ class Codebook(KeepsPrecision, nn.Module):
             codes.copy_(unit_norm(codes))
         if factor is not None and before is not None:
             codes.copy_(torch.where((factor != 0).any(), codes, before))
+        if follows and not in_place:
+            self._store_(codes)
 
     def _expand_weight(self, weight: Weight, counts: Tensor, sums: Tensor) -> Tensor:
         """Return the weight as (H, K) float32."""
@@ -256,14 +327,15 @@ class Codebook(KeepsPrecision, nn.Module):
     def update_ema(self) -> None:
         """Set the codes from their averages: e_k = m_k / N'_k as in `fastvq.ema_update_`."""
         none, zeros = torch.zeros_like(self.embed_avg), torch.zeros_like(self.cluster_size)
+        codes = read(self, "embed")
         # With a weight of zero the averages stay, and the codes follow them.
-        ema_step_(self.embed, self.cluster_size, self.embed_avg, zeros, none, zeros, decay=self.decay, eps=self.eps)
-        if self.cosine:
-            self.embed.copy_(unit_norm(self.embed))
+        ema_step_(codes, self.cluster_size, self.embed_avg, zeros, none, zeros, decay=self.decay, eps=self.eps)
+        self._store_(unit_norm(codes) if self.cosine else codes)
 
     def candidates(self, x: Tensor, mask: Tensor) -> list[Candidates]:
         """Return, for each head, the rows of x (H, N, D) in the mask (H, N) that may replace dead codes."""
         assert self.replacer is not None
+        self.replacer.follow_(x.device)
         self.replacer.steps.add_(1)
         together = self.together()
         return [
@@ -276,8 +348,12 @@ class Codebook(KeepsPrecision, nn.Module):
     def replace_from_(self, candidates: list[Candidates]) -> None:
         """Replace the dead codes of each head by its candidates."""
         assert self.replacer is not None
+        in_place = "embed" in self._buffers
+        codes = self.embed if in_place else read(self, "embed")
         for head, found in enumerate(candidates):
-            self.replacer.replace_(self.embed[head], self.cluster_size[head], self.embed_avg[head], found)
+            self.replacer.replace_(codes[head], self.cluster_size[head], self.embed_avg[head], found)
+        if not in_place:
+            self._store_(codes)
 
     @torch.no_grad()
     def replace_dead_(self, x: Tensor, mask: Tensor) -> None:
@@ -291,16 +367,15 @@ class Codebook(KeepsPrecision, nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.affine is not None:
-            for name in ("batch_mean", "batch_variance"):  # absent until the first step of training
-                saved = state_dict.get(prefix + name)
-                setattr(self, name, None if saved is None else torch.empty_like(saved, device=self.embed.device))
+            self.affine.complete(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.held_counts = self.held_sums = None  # statistics of other codes
-        materialize_unsaved_buffers_(self, state_dict)
         with torch.no_grad():
-            for state in (self.embed, self.embed_avg, self.cluster_size):
-                state.data = state.data.float()  # assign=True takes over the checkpoint's dtype
-        self._ready = not self.initted.is_meta and bool(self.initted)
+            for state in (*self._parameters.values(), *self._buffers.values()):
+                if state is not None and state.dtype != torch.float32:
+                    state.data = state.data.float()  # assign=True takes over the checkpoint's dtypes
+        self._ready, self._seen = not self.initted.is_meta and bool(self.initted), None
+        self._write_check = WriteCheck()
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}, heads={self.heads}, metric={self.metric}"

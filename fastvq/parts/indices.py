@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fastvq.precision import Unsaved, constant
 
 LARGEST_INDEX = 2**63 - 1
 STORAGE_DTYPES = (torch.int8, torch.int16, torch.uint8, torch.uint16, torch.uint32)
@@ -81,11 +83,22 @@ def checked_levels(levels: Sequence[int], *, at_least: int) -> tuple[int, ...]:
     return tuple(int(size) for size in levels)
 
 
-def register_radix(module: nn.Module, levels: Sequence[int]) -> None:
-    """Register the non-persistent buffers `_levels` and `_basis`, (d,) int64.
+class Radix(Unsaved):
+    """Mixin, before nn.Module, of quantizers whose indices number the combinations of levels.
 
-    Place values beyond int64, which no index arithmetic uses, are stored as zero.
+    Constants: _levels and _basis, (d,) int64.
     """
-    basis = [value if value <= LARGEST_INDEX else 0 for value in basis_of(levels)]
-    module.register_buffer("_levels", torch.tensor(levels, dtype=torch.int64), persistent=False)
-    module.register_buffer("_basis", torch.tensor(basis, dtype=torch.int64), persistent=False)
+
+    _constants: tuple[str, ...] = ("_levels", "_basis")
+    _levels: Tensor
+    _basis: Tensor
+
+    def _set_radix(self, levels: Sequence[int]) -> None:
+        """Set the constants, in __init__. Place values beyond int64, which no index arithmetic uses, are zero."""
+        basis = [value if value <= LARGEST_INDEX else 0 for value in basis_of(levels)]
+        self._levels, self._basis = constant(levels, torch.int64), constant(basis, torch.int64)
+
+    def _levels_of_indices(self, indices: Tensor) -> Tensor:
+        """Return the levels (..., d) int64 of indices (...), as `split_index` does."""
+        self.follow_(indices.device)
+        return split_index(indices, self._basis, self._levels)

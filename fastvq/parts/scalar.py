@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastvq.precision import KeepsPrecision
+from fastvq.precision import Unsaved, constant
 
 
 class Rounded(NamedTuple):
@@ -22,7 +22,7 @@ class Rounded(NamedTuple):
     error: Tensor | None  # (..., d), squared rounding error, if requested; no gradient
 
 
-class Bound(KeepsPrecision, nn.Module):
+class Bound(Unsaved, nn.Module):
     """Smooth bound on coordinates, followed by rounding to L_i levels.
 
         relaxed = gain f(z + shift) - lift,   code = the nearest of (2 k - a) / a, k = 0 ... L - 1
@@ -36,6 +36,8 @@ class Bound(KeepsPrecision, nn.Module):
     Ties are rounded up. `Thresholds` decides the level, so that it is the same on every device; codes are correctly
     rounded quotients of integers, so that symmetric ones are symmetric to the last bit.
     """
+
+    _constants = ("last", "span", "gain", "shift", "lift")
 
     last: Tensor
     span: Tensor
@@ -53,7 +55,7 @@ class Bound(KeepsPrecision, nn.Module):
             """Return the least z with f(z) >= value: infinite if there is none, minus infinite if all are."""
             if value <= -1 or value > 1 or (value == 1 and not hard):
                 return math.copysign(math.inf, value)
-            return inverse(torch.tensor(value, dtype=torch.float64)).item()
+            return inverse(torch.tensor(value, dtype=torch.float64, device="cpu")).item()
 
         constants, thresholds = [], []
         for size in self.levels:
@@ -67,7 +69,7 @@ class Bound(KeepsPrecision, nn.Module):
             thresholds.append([place(((2 * k - 1) / span - 1 + lift) / gain) - shift for k in range(1, size)])
         self.thresholds = Thresholds(thresholds)
         for name, column in zip(("last", "span", "gain", "lift", "shift"), zip(*constants, strict=True), strict=True):
-            self.register_buffer(name, torch.tensor(column, dtype=torch.float32), persistent=False)
+            setattr(self, name, constant(column, torch.float32))
 
     def forward(self, z: Tensor, mask: Tensor | None = None, *, with_error: bool = False) -> Rounded:
         """Return codes and levels of z (..., d), float32 or float64; the gradient passes through the codes.
@@ -75,7 +77,7 @@ class Bound(KeepsPrecision, nn.Module):
         Where mask (...) is False, codes are zero without gradient, and levels are undefined.
         """
         levels = self.thresholds(z)
-        codes = self.values(levels, z.dtype)
+        codes = self.values(levels, z.dtype)  # moves the constants to z's device
         if mask is not None:
             codes = torch.where(mask.unsqueeze(-1), codes, 0)
         differentiable = torch.is_grad_enabled() and z.requires_grad
@@ -95,11 +97,13 @@ class Bound(KeepsPrecision, nn.Module):
 
     def values(self, levels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the codes (..., d) of levels (..., d)."""
+        self.follow_(levels.device)
         span = self.span.to(dtype)
         return levels.to(dtype, copy=True).mul_(2).sub_(span).div_(span)
 
     def nearest(self, codes: Tensor) -> Tensor:
         """Return the levels (..., d) int64 nearest to codes (..., d), the inverse of `values`; 0 if not finite."""
+        self.follow_(codes.device)
         codes = codes if codes.dtype == torch.float64 else codes.float()
         levels = (torch.where(codes.isfinite(), codes, -1) + 1) * self.span / 2
         return levels.round().clamp_min(0).minimum(self.last).long()
@@ -194,7 +198,7 @@ MOST_COMPARISONS = 32
 """Largest number of thresholds that are compared one by one, which vectorizes; more are bisected."""
 
 
-class Thresholds(KeepsPrecision, nn.Module):
+class Thresholds(Unsaved, nn.Module):
     """Number of thresholds of its dimension that each coordinate reaches.
 
         level_i = |{j : z_i >= t_ij}|
@@ -207,6 +211,8 @@ class Thresholds(KeepsPrecision, nn.Module):
         thresholds: ascending for each dimension; infinite ones are never (or always) reached.
     """
 
+    _constants = ("bounds",)
+
     bounds: Tensor
 
     def __init__(self, thresholds: Sequence[Sequence[float]]) -> None:
@@ -216,10 +222,11 @@ class Thresholds(KeepsPrecision, nn.Module):
         rounded = exact.astype(np.float32)
         rounded = np.where(rounded < exact, np.nextafter(rounded, np.float32(np.inf)), rounded)
         self.exact = exact.tolist()
-        self.register_buffer("bounds", torch.from_numpy(rounded.reshape(len(exact), longest)), persistent=False)
+        self.bounds = constant(rounded.reshape(len(exact), longest).tolist(), torch.float32).view(len(exact), longest)
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the levels (..., d) of z (..., d), in int8 if it holds them, else int32; 0 for NaN or more."""
+        self.follow_(z.device)
         z, bounds = z.detach(), self.bounds
         if z.dtype == torch.float64:
             bounds = torch.tensor(self.exact, dtype=torch.float64, device=z.device)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fastvq.codebook.health import LevelUse
 from fastvq.parts.masking import finite_mask
-from fastvq.precision import at_least_float32
+from fastvq.precision import Unsaved, at_least_float32, constant
 
 NAT = math.log(2)
 """One bit in nats."""
@@ -24,7 +24,7 @@ def binary_entropy(logits: Tensor) -> Tensor:
     return -(p * F.logsigmoid(logits) + (1 - p) * F.logsigmoid(-logits)).sum(-1)
 
 
-class BinaryMapper(LevelUse, nn.Module):
+class BinaryMapper(LevelUse, Unsaved, nn.Module):
     """Binary mapper with the API of vector_quantize_pytorch.
 
     A bit is sampled from each logit; the number that the bits form is returned as a one-hot vector.
@@ -48,6 +48,8 @@ class BinaryMapper(LevelUse, nn.Module):
     Source: Fleuret, The Free Transformer, 2025, section 3.4.
     """
 
+    _constants = ("power_two",)
+
     power_two: Tensor
 
     def __init__(self, bits: int = 1, kl_loss_threshold: float = NAT, deterministic_on_eval: bool = False) -> None:
@@ -56,7 +58,7 @@ class BinaryMapper(LevelUse, nn.Module):
             raise ValueError(f"bits: must lie in [1, 62], got {bits}")
         self.bits, self.num_codes = bits, 2**bits
         self.kl_loss_threshold, self.deterministic_on_eval = kl_loss_threshold, deterministic_on_eval
-        self.register_buffer("power_two", 2 ** torch.arange(bits), persistent=False)
+        self.power_two = constant([2**bit for bit in range(bits)], torch.int64)
         self._count_levels([2] * bits)
 
     @property
@@ -100,6 +102,7 @@ class BinaryMapper(LevelUse, nn.Module):
             raise ValueError(f"logits: must have shape (..., {self.bits}), got {tuple(logits.shape)}")
         if not temperature > 0:
             raise ValueError(f"temperature: must be positive, got {temperature}")
+        self.follow_(logits.device)
         mask = finite_mask(logits)
         logits = at_least_float32(torch.where(mask[..., None], logits, 0)).detach()
         bits = logits > 0 if deterministic else (logits / temperature).sigmoid().bernoulli()
@@ -135,7 +138,7 @@ class BinaryMapper(LevelUse, nn.Module):
         if deterministic is None:
             deterministic = self.deterministic_on_eval and not self.training
         indices = self.sample(logits, temperature, deterministic)
-        if self.training:
+        if self.training or self._measures:
             self._observe(indices, self._bits_of(indices), indices >= 0, None)
         one_hot = logits.new_zeros(*indices.shape, self.num_codes)
         one_hot.scatter_(-1, indices.clamp_min(0).unsqueeze(-1), (indices >= 0).unsqueeze(-1).to(one_hot.dtype))
@@ -148,6 +151,7 @@ class BinaryMapper(LevelUse, nn.Module):
         return (one_hot, indices, loss) if return_indices else (one_hot, loss)
 
     def _bits_of(self, indices: Tensor) -> Tensor:
+        self.follow_(indices.device)
         return indices.unsqueeze(-1).bitwise_and(self.power_two) != 0
 
 

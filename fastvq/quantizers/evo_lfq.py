@@ -97,6 +97,9 @@ class EvoLFQ(Monitored, nn.Module):
     def _health(self) -> Health:  # type: ignore[override]
         return self.lfq._health
 
+    def _parts(self) -> Iterator[Monitored]:
+        yield self.lfq
+
     @property
     def device(self) -> torch.device:
         return self.lfq.mask.device

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.health import LevelUse
-from fastvq.parts.indices import checked_indices, checked_levels, join_levels, register_radix, split_index
+from fastvq.parts.indices import Radix, checked_indices, checked_levels, join_levels
 from fastvq.parts.losses import VectorNorm
 from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask, masked_mean
 from fastvq.parts.projection import project_codes_out, projections
@@ -29,7 +29,7 @@ def build_cdf_act(act_name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[
     return CUMULATIVE[act_name].apply, CUMULATIVE[act_name].inverse
 
 
-class FSP(LevelUse, nn.Module):
+class FSP(LevelUse, Radix, nn.Module):
     """Finite scalar perturbation quantizer with the API of vector_quantize_pytorch.
 
     Each coordinate is mapped to its probability under a distribution, which is quantized to bins of equal probability.
@@ -62,9 +62,6 @@ class FSP(LevelUse, nn.Module):
     Source: Finite Scalar Perturbation, 2026, arXiv 2602.17133.
     """
 
-    _levels: Tensor
-    _basis: Tensor
-
     def __init__(
         self,
         levels: Sequence[int],
@@ -85,13 +82,13 @@ class FSP(LevelUse, nn.Module):
         self.channel_first = channel_first
         self.has_projections = self.dim != self.codebook_dim
         self.project_in, self.project_out = projections(self.dim, self.codebook_dim, bias=projection_has_bias)
-        register_radix(self, sizes)
+        self._set_radix(sizes)
         self.act_name = act_name
         self.act_func, self.inv_act_func = build_cdf_act(act_name)
         self.need_inv_act, self.quantize_rate = need_inv_act, quantize_rate
         self.vector_norm = VectorNorm.build(vector_norm)
         self._sizes = sizes
-        edges = [torch.arange(1, size, dtype=torch.float64) / size for size in sizes]
+        edges = [torch.arange(1, size, dtype=torch.float64, device="cpu") / size for size in sizes]
         self._thresholds = Thresholds([self.inv_act_func(edge).tolist() for edge in edges])
         self._count_levels(sizes)
 
@@ -108,7 +105,7 @@ class FSP(LevelUse, nn.Module):
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
         """Return the levels (..., d) int64 of indices (...); -1 for -1."""
-        return split_index(indices, self._basis, self._levels)
+        return self._levels_of_indices(indices)
 
     def indices_to_act_value(self, indices: Tensor) -> Tensor:
         """Return the centers of the bins, (..., d) float32 in (0, 1), of indices (...)."""
@@ -131,6 +128,7 @@ class FSP(LevelUse, nn.Module):
 
         The gradient of the centers is that of act_z.
         """
+        self.follow_(act_z.device)
         levels = (act_z.detach().clamp_max(1 - eps) * self._levels).floor()
         return with_slope(act_z, self._middles(levels, act_z.dtype), torch.ones_like(act_z)), levels
 
@@ -153,6 +151,7 @@ class FSP(LevelUse, nn.Module):
         Raises:
             ValueError, TypeError: z, mask or lens of another shape or dtype.
         """
+        self.follow_(z.device)
         layout = Layout.of(z, self.dim, channel_first=self.channel_first)
         rows, rows_mask = layout.to_rows(z), layout.rows_mask(mask, lens)
         if self.has_projections:
@@ -170,7 +169,7 @@ class FSP(LevelUse, nn.Module):
             p = act.apply(latents)
             value = self._middles(levels, p.dtype)
             indices = join_levels(levels, self._sizes).masked_fill(~rows_mask, -1)
-            if self.training:
+            if self.training or self._measures:
                 self._observe(indices, levels, rows_mask, masked_mean((p - value).square(), rows_mask))
             value, details = self._perturbed(p, value, rows_mask)
             # With the inverse the gradient passes straight through, as in vector_quantize_pytorch and the paper.

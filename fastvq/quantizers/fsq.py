@@ -14,11 +14,10 @@ from fastvq.parts.binary import random_rotation
 from fastvq.parts.gradients import straight_through
 from fastvq.parts.indices import (
     LARGEST_INDEX,
+    Radix,
     checked_indices,
     checked_levels,
     join_levels,
-    register_radix,
-    split_index,
 )
 from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask, masked_mean
 from fastvq.parts.projection import project_codes_out, projections, rotate
@@ -37,7 +36,7 @@ def floor_ste(z: Tensor) -> Tensor:
     return straight_through(z, z.floor())
 
 
-class FSQ(LevelUse, KeepsBuffers, nn.Module):
+class FSQ(LevelUse, KeepsBuffers, Radix, nn.Module):
     """Finite scalar quantizer with the API of vector_quantize_pytorch.
 
         quantized = project_out(code),   code_i = the nearest level of bound(project_in(z)_i)
@@ -79,8 +78,6 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
 
     _kept_buffers = ("orthogonal_rot",)
 
-    _levels: Tensor
-    _basis: Tensor
     orthogonal_rot: Tensor
 
     def __init__(
@@ -132,7 +129,7 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
 
         self.has_projections = self.dim != self.effective_codebook_dim
         self.project_in, self.project_out = projections(self.dim, self.effective_codebook_dim, bias=projection_has_bias)
-        register_radix(self, levels)
+        self._set_radix(levels)
         self._bound = Bound(levels, symmetric=preserve_symmetry, hard=bound_hard_clamp)
         if orthogonal_rotation:
             self.register_buffer("orthogonal_rot", random_rotation(self.codebook_dim).float())
@@ -142,7 +139,7 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
     def implicit_codebook(self) -> Tensor:
         """All codes (K, d), float32, computed on access; before the rotation, if there is one."""
         indices = torch.arange(self.codebook_size, device=self._levels.device)
-        return self._bound.values(split_index(indices, self._basis, self._levels))
+        return self._bound.values(self._levels_of_indices(indices))
 
     def bound(self, z: Tensor, eps: float = 1e-3, hard_clamp: bool = False) -> Tensor:
         """Return z (..., d) bounded and rounded to codes in [-1, 1], with levels that may be asymmetric."""
@@ -170,7 +167,7 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
         """Return the levels (..., d) of indices (...), in their dtype; -1 for -1."""
-        return split_index(indices, self._basis, self._levels).to(indices.dtype)
+        return self._levels_of_indices(indices).to(indices.dtype)
 
     def codes_to_indices(self, zhat: Tensor) -> Tensor:
         """Return the indices (...) of codes (..., d) before projection, rotated if the layer rotates.
@@ -215,15 +212,18 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
         Raises:
             ValueError, TypeError: z, mask or lens of another shape or dtype.
         """
-        quantized, indices = self._forward(z, mask, lens, training=self.training)
+        counting = self.training or self._measures
+        quantized, indices = self._forward(z, mask, lens, training=self.training, counting=counting)
         return quantized, indices if self.return_indices else None
 
     @torch.no_grad()
     def encode(self, z: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
         """Return the indices alone, as `forward` returns them, without changing any state."""
-        return self._forward(z, mask, lens, training=False)[1]
+        return self._forward(z, mask, lens, training=False, counting=False)[1]
 
-    def _forward(self, z: Tensor, mask: Tensor | None, lens: Tensor | None, *, training: bool) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, z: Tensor, mask: Tensor | None, lens: Tensor | None, *, training: bool, counting: bool
+    ) -> tuple[Tensor, Tensor]:
         layout = Layout.of(z, self.dim, channel_first=True if self.channel_first else None)
         rows, rows_mask = layout.to_rows(z), layout.rows_mask(mask, lens)
         if self.has_projections:
@@ -232,20 +232,20 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
         latents = feature_major(self._wide(projected))
         rows_mask = finite_mask(latents) if rows_mask is None else finite_mask(latents) & rows_mask  # [B, N]
         latents = latents.unflatten(-1, (self.num_codebooks, self.codebook_dim))  # [B, N, C, d]
-        codes, indices = self.round_rows(latents, rows_mask[..., None], training=training)
+        codes, indices = self.round_rows(latents, rows_mask[..., None], training=training, counting=counting)
         codes = codes.flatten(2).to(projected.dtype).contiguous()
         if self.has_projections:
             codes = project_codes_out(self.project_out, codes, rows_mask)
         indices = layout.indices(indices if self.keep_num_codebooks_dim else indices.squeeze(-1))
         return layout.from_rows(codes).to(z.dtype), indices
 
-    def round_rows(self, latents: Tensor, mask: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
+    def round_rows(self, latents: Tensor, mask: Tensor, *, training: bool, counting: bool) -> tuple[Tensor, Tensor]:
         """Return codes (..., d) and indices (...) of latents (..., d): `forward` between the projections.
 
         Latents and codes are float32 or float64; codes include rotation and noise. Where mask, which broadcasts to
-        (...), is False, codes are zero and indices -1. In training noise is applied and usage is recorded.
+        (...), is False, codes are zero and indices -1. Noise is applied in training.
         """
-        codes, levels, error = self._bound(self._rotate(latents), mask, with_error=training)
+        codes, levels, error = self._bound(self._rotate(latents), mask, with_error=counting)
         indices = join_levels(levels, self._bound.levels).masked_fill(~mask, -1)
         if error is not None:
             self._observe(indices, levels, mask, masked_mean(error, mask))
@@ -255,7 +255,7 @@ class FSQ(LevelUse, KeepsBuffers, nn.Module):
 
     def codes_of(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the codes (..., d) of indices (...) before projection; zero for -1."""
-        codes = self._bound.values(split_index(indices, self._basis, self._levels), dtype)
+        codes = self._bound.values(self._levels_of_indices(indices), dtype)
         return self._rotate_back(torch.where((indices >= 0).unsqueeze(-1), codes, 0)).to(dtype)
 
     def _wide(self, z: Tensor) -> Tensor:

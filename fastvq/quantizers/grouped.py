@@ -154,6 +154,11 @@ class GroupedResidualVQ(Grouped):
             return quantized, losses.sum(0)
         return self.quantize_groups(x, return_all_codes=return_all_codes, **options)
 
+    def reinitialize_(self) -> None:
+        """Call `ResidualVQ.reinitialize_` of every group."""
+        for rvq in self._groups:
+            rvq.reinitialize_()
+
     def commit_ema_update(self) -> None:
         """Call `ResidualVQ.commit_ema_update` of every group."""
         for rvq in self._groups:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -166,6 +166,13 @@ class HierarchicalVQ(Monitored, nn.Module):
     def _monitored(self) -> list[Monitored] | None:
         return None if self.vqs is None else [cast(Monitored, vq) for vq in self.vqs]
 
+    def _parts(self) -> Iterator[Monitored]:
+        return (self.get_vq(level) for level in range(self.num_levels))
+
+    @property
+    def _synchronizes(self) -> bool:
+        return self.get_vq(0)._synchronizes
+
     def get_vq(self, level_index: int) -> VectorQuantize:
         """Return the quantizer of a scale."""
         return cast(VectorQuantize, self.vq if self.vqs is None else self.vqs[level_index])
@@ -251,6 +258,11 @@ class HierarchicalVQ(Monitored, nn.Module):
             outputs.append(self._to_full(codes.transpose(1, 2).unflatten(2, shape), size, level))
         total = torch.stack(outputs).sum(0)
         return total if self.channel_first else total.movedim(1, -1)
+
+    def reinitialize_(self) -> None:
+        """Call `VectorQuantize.reinitialize_` of every scale, or of the shared codebook."""
+        for vq in dict.fromkeys(self.get_vq(level) for level in range(self.num_levels)):
+            vq.reinitialize_()
 
     def commit_ema_update(self) -> None:
         """Call `VectorQuantize.commit_ema_update` of every scale, or of the shared codebook."""

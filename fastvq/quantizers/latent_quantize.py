@@ -15,14 +15,14 @@ from fastvq.codebook.health import LevelUse
 from fastvq.distributed import mean, recomputing
 from fastvq.ops import search
 from fastvq.parts.gradients import straight_through
-from fastvq.parts.indices import checked_indices, checked_levels, join_levels, register_radix, split_index
+from fastvq.parts.indices import Radix, checked_indices, checked_levels, join_levels
 from fastvq.parts.masking import exclude_non_finite, finite_mask, masked_mean
 from fastvq.parts.projection import project_codes_out, projections
 from fastvq.parts.shapes import Layout, codes_in_layout
-from fastvq.precision import at_least_float32
+from fastvq.precision import at_least_float32, constant
 
 
-class LatentQuantize(LevelUse, nn.Module):
+class LatentQuantize(LevelUse, Radix, nn.Module):
     """Latent quantizer with the API of vector_quantize_pytorch.
 
         quantized = project_out(v),   v_i = values_i[level_i],   level_i = argmin_k |project_in(z)_i - values_ik|
@@ -58,8 +58,10 @@ class LatentQuantize(LevelUse, nn.Module):
     # Since version 2, values that are not learned are part of the state too.
     _version = 2
 
-    _levels: Tensor
-    _basis: Tensor
+    _constants = (*Radix._constants, "commitment_loss_weight", "quantization_loss_weight")
+
+    commitment_loss_weight: Tensor
+    quantization_loss_weight: Tensor
 
     def __init__(
         self,
@@ -99,17 +101,25 @@ class LatentQuantize(LevelUse, nn.Module):
         ):
             if not (weight or 0) >= 0:
                 raise ValueError(f"{name}: must not be negative, got {weight}")
-            self.register_buffer(name, torch.tensor(weight or 0.0, dtype=torch.float32), persistent=False)
+            setattr(self, name, constant(weight or 0.0, torch.float32))
         self._weights = (float(commitment_loss_weight or 0), float(quantization_loss_weight or 0))
         self._sizes = sizes
-        register_radix(self, sizes)
-        # Evenly spaced from -1/2, including zero.
-        values = [torch.linspace(-0.5, 0.5, n) if n % 2 else torch.arange(n) / n - 0.5 for n in sizes]
+        self._set_radix(sizes)
+        values = [_first_values(size) for size in sizes]
         self.values_per_latent = nn.ParameterList(nn.Parameter(v, requires_grad=self.optimize_values) for v in values)
         self.in_place_codebook_optimizer = (
             None if in_place_codebook_optimizer is None else in_place_codebook_optimizer(self.values_per_latent)
         )
         self._count_levels(sizes)
+
+    @torch.no_grad()
+    def reinitialize_(self) -> None:
+        """Return the values to those of a new layer, and reset the state of their own optimizer and the health."""
+        for values, size in zip(self.values_per_latent, self._sizes, strict=True):
+            values.copy_(_first_values(size))
+        if self.in_place_codebook_optimizer is not None:
+            self.in_place_codebook_optimizer.state.clear()
+        self.reset_health()
 
     @property
     def implicit_codebook(self) -> Tensor:
@@ -175,7 +185,7 @@ class LatentQuantize(LevelUse, nn.Module):
         levels = self._nearest(latents)
         selected = self._values_of(levels)
         indices = join_levels(levels, self._sizes).masked_fill(~rows_mask[..., None], -1)
-        if self.training:
+        if self.training or self._measures:
             error = self._error(latents.detach(), selected.detach(), rows_mask)
             self._observe(indices, levels, rows_mask[..., None], error)
         codes = straight_through(latents, torch.where(rows_mask[..., None, None], selected, 0))
@@ -241,7 +251,7 @@ class LatentQuantize(LevelUse, nn.Module):
         return values.masked_fill(levels < 0, 0)
 
     def _codes(self, indices: Tensor) -> Tensor:
-        return self._values_of(split_index(indices, self._basis, self._levels))
+        return self._values_of(self._levels_of_indices(indices))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
@@ -252,3 +262,8 @@ class LatentQuantize(LevelUse, nn.Module):
         if not self.optimize_values and (version or 1) < 2 and not any(name in state_dict for name in names):
             state_dict.update(zip(names, (v.detach() for v in self.values_per_latent), strict=True))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def _first_values(size: int) -> Tensor:
+    """Return values (size,) evenly spaced from -1/2, including zero."""
+    return torch.linspace(-0.5, 0.5, size) if size % 2 else torch.arange(size) / size - 0.5

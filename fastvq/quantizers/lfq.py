@@ -284,9 +284,10 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
             codes = self._signs(bits).to(y.dtype)
             indices = self.bits_to_indices(bits).masked_fill(~mask.unsqueeze(-1), -1)
             loss, parts = self._losses(y, codes, mask, inv_temperature, entropies)
-            if self.training:
+            if self.training or self._measures:
                 error = masked_mean((y - codes).detach().square().flatten(-2), mask)
                 self._observe(indices.flatten(0, -2).T, bits, mask.unsqueeze(-1), error)
+            if self.training:
                 codes = straight_through(self.activation(y), codes)
             codes = self._place(codes).masked_fill(~mask[..., None, None], 0)
         return codes.flatten(-2), indices, loss, parts

@@ -79,6 +79,10 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
         self.vq.eval()
         return self
 
+    def reinitialize_(self) -> None:
+        """Draw new random codes, as `VectorQuantize.reinitialize_` does; the projections stay."""
+        self.vq.reinitialize_()
+
     def forward(
         self,
         x: Tensor,
@@ -112,6 +116,6 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
         if indices is not None:
             return self.vq(projected, indices=indices, mask=mask, lens=lens)[1]
         found = self.vq(projected, mask=mask, lens=lens)[1]
-        if self.training:
+        if self.training or self._measures:
             self._health.observe_(found.movedim(-1, 0) if self.num_codebooks > 1 else found)
         return found

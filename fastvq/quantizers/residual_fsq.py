@@ -14,14 +14,14 @@ from fastvq.parts.indices import checked_indices, checked_levels
 from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask
 from fastvq.parts.projection import project_codes_out, projections
 from fastvq.parts.shapes import Layout, codes_in_layout
-from fastvq.precision import KeepsBuffers, widest_dtype
+from fastvq.precision import Unsaved, constant, widest_dtype
 
 from .fsq import FSQ
 from .grouped import Grouped
 from .residual import ResidualStack
 
 
-class ResidualFSQ(KeepsBuffers, ResidualStack):
+class ResidualFSQ(Unsaved, ResidualStack):
     """Residual stack of `FSQ` with the API of vector_quantize_pytorch.
 
         r_0 = c tanh(project_in(x) / c),   code_q = s_q FSQ(r_q / s_q),   r_{q+1} = r_q - sg[code_q]
@@ -52,7 +52,7 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
     Source: Zeghidour et al., SoundStream, 2021, algorithm 1; Mentzer et al., Finite Scalar Quantization, 2023.
     """
 
-    _kept_buffers = ("scales", "soft_clamp_input_value")
+    _constants = ("scales", "soft_clamp_input_value")
 
     scales: Tensor
     soft_clamp_input_value: Tensor | None
@@ -93,9 +93,11 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
         )
         self.codebook_size = self._stages[0].codebook_size
         scales = [[size**-place for size in sizes] for place in range(num_quantizers)]
-        self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32), persistent=False)
-        clamp = None if soft_clamp_input_value is None else torch.as_tensor(soft_clamp_input_value).float()
-        self.register_buffer("soft_clamp_input_value", clamp, persistent=False)
+        self.scales = constant(scales, torch.float32)
+        if soft_clamp_input_value is None or isinstance(soft_clamp_input_value, Tensor):
+            self.soft_clamp_input_value = None if soft_clamp_input_value is None else soft_clamp_input_value.float()
+        else:
+            self.soft_clamp_input_value = constant(soft_clamp_input_value, torch.float32)
 
     @property
     def codebooks(self) -> Tensor:
@@ -127,16 +129,24 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
             ValueError, TypeError: x, mask or lens of another shape or dtype.
         """
         active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
-        result = self._forward(x, mask, lens, active, training=self.training)
+        counting = self.training or self._measures
+        result = self._forward(x, mask, lens, active, training=self.training, counting=counting)
         return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
 
     @torch.no_grad()
     def encode(self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
         """Return the indices of all stages, as `forward` returns them, without changing any state."""
-        return self._forward(x, mask, lens, ActiveStages(self.num_quantizers), training=False)[1]
+        return self._forward(x, mask, lens, ActiveStages(self.num_quantizers), training=False, counting=False)[1]
 
     def _forward(
-        self, x: Tensor, mask: Tensor | None, lens: Tensor | None, active: ActiveStages, *, training: bool
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        lens: Tensor | None,
+        active: ActiveStages,
+        *,
+        training: bool,
+        counting: bool,
     ) -> tuple[Tensor, Tensor]:
         layout = Layout.of(x, self.dim, channel_first=self.is_channel_first)
         rows, rows_mask = layout.to_rows(x), layout.rows_mask(mask, lens)
@@ -146,22 +156,24 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
         latents = feature_major(projected.to(widest_dtype(x.device)))
         rows_mask = finite_mask(latents) if rows_mask is None else finite_mask(latents) & rows_mask
         latents = self._soft_clamp(torch.where(rows_mask[..., None], latents, 0))
-        total, indices = self._run_stages(latents, rows_mask, active, training)
+        total, indices = self._run_stages(latents, rows_mask, active, training, counting)
         total = project_codes_out(self.project_out, total.to(projected.dtype).contiguous(), rows_mask)
         indices = codes_in_layout(layout.indices(indices), self.is_channel_first)
         return layout.from_rows(total).to(x.dtype), indices
 
     def _run_stages(
-        self, residual: Tensor, mask: Tensor, active: ActiveStages, training: bool
+        self, residual: Tensor, mask: Tensor, active: ActiveStages, training: bool, counting: bool
     ) -> tuple[Tensor, Tensor]:
         """Return the sum of the codes (B, N, d) and the indices (B, N, Q)."""
+        self.follow_(residual.device)
         total = torch.zeros_like(residual)
         indices: list[Tensor] = []
         for place, (stage, scale) in enumerate(zip(self._stages, self.scales.to(residual.dtype), strict=True)):
             if active.skips(place):
                 indices.append(torch.full_like(indices[0], -1))
                 continue
-            codes, chosen = stage.round_rows(residual / scale, active.fill(place, mask, False), training=training)
+            stage_mask = active.fill(place, mask, False)
+            codes, chosen = stage.round_rows(residual / scale, stage_mask, training=training, counting=counting)
             codes = codes * scale
             residual = residual - codes.detach()
             total = total + codes
@@ -183,6 +195,7 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
         return codes_in_layout(output, self.is_channel_first)
 
     def _codes(self, indices: Tensor) -> list[Tensor]:
+        self.follow_(indices.device)
         indices = self._channels_last(indices)
         if not 1 <= indices.shape[-1] <= self.num_quantizers:
             raise ValueError(
@@ -203,6 +216,7 @@ class ResidualFSQ(KeepsBuffers, ResidualStack):
     def _soft_clamp(self, latents: Tensor) -> Tensor:
         if self.soft_clamp_input_value is None:
             return latents
+        self.follow_(latents.device)
         return soft_clamp(latents, self.soft_clamp_input_value.to(latents.dtype))
 
 

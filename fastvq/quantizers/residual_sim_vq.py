@@ -126,6 +126,11 @@ class ResidualSimVQ(ResidualStack):
         )
         return (*result, self._codes(codebooks, indices)) if return_all_codes else result
 
+    def reinitialize_(self) -> None:
+        """Call `SimVQ.reinitialize_` of every stage."""
+        for stage in self._stages:
+            stage.reinitialize_()
+
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Return the codes (Q, B, ..., dim) of indices (B, ..., Q), zeros for -1.
 

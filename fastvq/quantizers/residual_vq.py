@@ -275,7 +275,10 @@ class ResidualVQ(ResidualStack):
         beams = self.beam_size if self.training else self.eval_beam_size
         if self.has_projections or (beams or 1) > 1 or (self.training and self.quantize_dropout):
             return False
-        return not (learning and self._unready_stages) and self._fits_one_pass(learning)
+        for stage in self._stages if learning else ():
+            if not stage._codebook.ready():
+                return False
+        return self._fits_one_pass(learning)
 
     def _forward_plain(self, x: Tensor, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Run the common case of `forward`, with the same results: layout, then all stages in one pass."""
@@ -293,12 +296,17 @@ class ResidualVQ(ResidualStack):
 
     def _fits_one_pass(self, learning: bool) -> bool:
         """Return whether one pass can quantize all stages: each searches the residuals themselves, and no more."""
-        return self._shares_space and self.quant_grad_frac == 0 and self._stages[0].only_searches(learning)
+        return (
+            self._shares_space
+            and self.quant_grad_frac == 0
+            and cast(VectorQuantize, self.layers[0]).only_searches(learning)
+        )
 
     @property
     def _shares_space(self) -> bool:
         """True if every stage compares the residuals themselves with codes of one number."""
-        return self.uniform_codebook_size and not (self._stages[0].use_cosine_sim or self.implicit_neural_codebook)
+        first = cast(VectorQuantize, self.layers[0])
+        return self.uniform_codebook_size and not (first.use_cosine_sim or self.implicit_neural_codebook)
 
     def _quantize_in_one_pass(
         self,
@@ -344,7 +352,7 @@ class ResidualVQ(ResidualStack):
             copy_codebooks=False,
         )
         indices = found.T[:, None]  # [Q, 1, R]
-        if self.training:
+        if self.training or self._measures:
             observe_stages_([stage._health for stage in stages], indices, losses)
         if repeatable:
             self._history.record(x, self._unique_codebooks)
@@ -445,7 +453,7 @@ class ResidualVQ(ResidualStack):
     @property
     def _unready_stages(self) -> list[VectorQuantize]:
         """The stages whose codebooks wait for k-means."""
-        return [stage for stage in self._stages if not stage._codebook._ready]
+        return [stage for stage in self._stages if not stage._codebook.ready()]
 
     def _initialize_stages(self, x: Tensor, mask: Tensor | None) -> None:
         """Run k-means on the residuals of a greedy search, stage by stage, unless it has run."""
@@ -455,7 +463,7 @@ class ResidualVQ(ResidualStack):
         total = torch.zeros_like(residual)
         for place, stage in enumerate(self._stages):
             rows = stage.split_rows(residual)
-            if not stage._codebook._ready:
+            if not stage._codebook.ready():
                 stage._codebook.initialize_(rows, mask)
             table = self._table_of(place, total)
             chosen = table.lookup(table.nearest(rows, mask)).detach()
@@ -561,6 +569,13 @@ class ResidualVQ(ResidualStack):
             codes.append(self._table_of(place, total, detached=False).lookup(one.flatten()[None]))
             total = total + codes[-1]
         return torch.stack(codes).view(len(codes), *indices.shape[:-1], self.codebook_dim)
+
+    def reinitialize_(self) -> None:
+        """Call `VectorQuantize.reinitialize_` of every stage; implicit neural codebooks keep their networks."""
+        for stage in {stage._codebook: stage for stage in self._stages}.values():
+            stage.reinitialize_()
+        self._history.clear()
+        self.reset_health()
 
     @torch.no_grad()
     def commit_ema_update(self) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastvq.codebook.health import HealthReport, Monitored
+from fastvq.codebook.health import Health, Monitored
 
 QUANTIZE_KLASSES = (Monitored,)
 """Classes that `Sequential` recognizes as quantizers: all of fastvq."""
@@ -37,17 +38,23 @@ class Sequential(Monitored, nn.Module):
         return next(fn for fn in self.fns if isinstance(fn, QUANTIZE_KLASSES))
 
     @property
-    def code_counts(self) -> Tensor:
-        """Counts of the quantizer's codes."""
-        return self.quantizer.code_counts
+    def _health(self) -> Health:  # type: ignore[override]
+        return self.quantizer._health
 
-    def health(self) -> HealthReport:
-        """Return the quantizer's health report."""
-        return self.quantizer.health()
+    @property
+    def _monitored(self) -> list[Monitored] | None:
+        return self.quantizer._monitored
 
-    def reset_health(self) -> None:
-        """Reset the quantizer's health."""
-        self.quantizer.reset_health()
+    def _parts(self) -> Iterator[Monitored]:
+        return self.quantizer._parts()
+
+    @property
+    def _synchronizes(self) -> bool:
+        return self.quantizer._synchronizes
+
+    def reinitialize_(self) -> None:
+        """Call `reinitialize_` of the quantizer, if it has a codebook."""
+        self.quantizer.reinitialize_()
 
     def forward(self, x: Tensor, **options: Any) -> tuple[Any, ...]:
         """Return (the last module's result, the quantizer's other results ...) of x. `options` are the quantizer's."""

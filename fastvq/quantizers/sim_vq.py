@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.health import Health, Monitored
+from fastvq.distributed import common_seed
 from fastvq.functional.quantize import lookup, quantize
 from fastvq.parts.arguments import check_sizes
 from fastvq.parts.indices import checked_indices
@@ -76,18 +77,35 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
         self.input_to_quantize_commit_loss_weight = input_to_quantize_commit_loss_weight
         self.commitment_weight = commitment_weight
 
-        codebook = torch.randn(codebook_size, frozen_dim) * frozen_dim**-0.5
-        if init_fn is not None:
-            codebook = init_fn(codebook)
-            if codebook.shape != (codebook_size, frozen_dim):
-                raise ValueError(
-                    f"init_fn: must keep the shape {(codebook_size, frozen_dim)}, gave {tuple(codebook.shape)}"
-                )
+        self._init_fn = init_fn
+        codebook = self._new_codebook(torch.randn(codebook_size, frozen_dim))
         if codebook_transform is None:
             codebook_transform = nn.Linear(frozen_dim, dim, bias=False)
         self.code_transform = codebook_transform
         self.register_buffer("frozen_codebook", codebook)
         self._health = Health(codebook_size)
+
+    def _new_codebook(self, noise: Tensor) -> Tensor:
+        """Return a frozen codebook (K, frozen_codebook_dim) made of standard Gaussian noise."""
+        codebook = noise * noise.shape[1] ** -0.5
+        if self._init_fn is not None:
+            codebook = self._init_fn(codebook)
+            if codebook.shape != noise.shape:
+                raise ValueError(f"init_fn: must keep the shape {tuple(noise.shape)}, gave {tuple(codebook.shape)}")
+        return codebook
+
+    @torch.no_grad()
+    def reinitialize_(self) -> None:
+        """Draw a new frozen codebook and reset the health; the transform stays.
+
+        With several ranks all of them must call this, which gives them the same codebook.
+        """
+        seed = common_seed(2**63 - 1)
+        noise = torch.randn(
+            self.frozen_codebook.shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
+        )
+        self.frozen_codebook.copy_(self._new_codebook(noise))
+        self.reset_health()
 
     @property
     def codebook(self) -> Tensor:
@@ -127,7 +145,7 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
             codebook_weight=1.0,
             mask=mask,
         )
-        if self.training:
+        if self.training or self._measures:
             self._health.observe_(indices, loss / (1 + pull))
         return quantized, indices, loss * self.commitment_weight
 

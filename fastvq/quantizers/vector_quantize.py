@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvq.codebook import Codebook, Replacement
+from fastvq.codebook import Codebook, Replacement, learn_together
 from fastvq.codebook.health import Health, Monitored
 from fastvq.codebook.in_place import InPlaceStep
 from fastvq.codebook.recompute import History
@@ -299,6 +299,10 @@ class VectorQuantize(Monitored, nn.Module):
         self._codebook.set_(codes if self.separate_codebook_per_head else codes[None])
 
     @property
+    def _synchronizes(self) -> bool:
+        return self._codebook.sync is not False
+
+    @property
     def ema_update(self) -> bool:
         """True if the codebook follows moving averages."""
         return self._codebook.ema_update
@@ -414,7 +418,7 @@ class VectorQuantize(Monitored, nn.Module):
             return False
         if not self.training:
             return True
-        return (codebook._ready or not learning) and not self.straight_through and self.only_searches(learning)
+        return (not learning or codebook.ready()) and not self.straight_through and self.only_searches(learning)
 
     def _forward_plain(self, x: Tensor, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Run the common case of `forward`, with the same results: layout, search, quantize, learn, loss."""
@@ -429,10 +433,10 @@ class VectorQuantize(Monitored, nn.Module):
             indices=indices,
         )
         loss = error
-        if self.training:
+        if self.training or self._measures:
             self._health.observe_(indices, error)
         if learning:
-            self._codebook.learn_(rows.detach()[None], indices[None])
+            learn_together([self._codebook], [rows.detach()[None]], [indices[None]])
         if not (self.training and self.has_commitment_loss):
             loss = error.new_zeros(())
         elif self.commitment_weight != 1:
@@ -537,7 +541,7 @@ class VectorQuantize(Monitored, nn.Module):
             indices = self.choose(current, x, mask, topk, temperature) if given is None else given
         # As in vector_quantize_pytorch, no gradient flows in eval.
         quantized, error = estimator.output(x if self.training else x.detach(), current, indices, learned=learned)
-        if self.training and topk is None:
+        if (self.training or self._measures) and topk is None:
             self._health.observe_(indices if self.separate_codebook_per_head else indices.flatten(), error)
         diversity = cross_entropy = None
         if self.training and self.codebook_diversity_loss_weight > 0:
@@ -632,6 +636,20 @@ class VectorQuantize(Monitored, nn.Module):
             inputs = self._heads.split(x.detach())
             inputs = unit_norm(inputs.float()) if self.use_cosine_sim else inputs
             self._codebook.replace_dead_(inputs, inputs.isfinite().all(-1))
+
+    @torch.no_grad()
+    def reinitialize_(self) -> None:
+        """Return the codebook to the state of a new layer: random codes, or with kmeans_init those of the next batch.
+
+        Its averages, the state of its in-place optimizer and the health are reset too; projections and a bridge stay.
+        The state that other optimizers keep of a learnable codebook is theirs to reset. With several ranks all of them
+        must call this, which gives them the same codes.
+        """
+        self._codebook.reinitialize_()
+        self._history.clear()
+        if self._in_place is not None:
+            self._in_place.optimizer.state.clear()
+        self.reset_health()
 
     def commit_ema_update(self) -> None:
         """Learn from the statistics that `forward(..., accum_ema_update=True)` has kept, if there are any."""

@@ -15,7 +15,7 @@ import torch
 
 from fastvq.backends.torch import search
 
-from ..cases import ADVERSARIAL, METRICS, generator, mismatch
+from ..cases import ADVERSARIAL, DTYPES, METRICS, generator, mismatch
 
 FINITE = [name for name in ADVERSARIAL if "non_finite" not in name]
 # Magnitudes too far apart for a bound: the definition decides among all codes.
@@ -173,6 +173,24 @@ def test_one_outlier_costs_no_certificate(length):
     x[x.sub(codebook[7]).norm(dim=1) < 4] = 0
     codebook[7] *= length
     assert (candidates_a_row(x, codebook) == 1).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_copies_are_found_and_nothing_else(dtype):
+    """Signs are the highest bits, which a careless hash would let cancel; NaN and both zeros are compared as bits."""
+    signs = torch.randint(0, 2, (400, 6), generator=generator()) * 2 - 1.0
+    codes = torch.cat([signs, torch.zeros(3, 6), -torch.zeros(3, 6), torch.full((2, 6), math.nan), torch.ones(1, 6)])
+    codes = codes.to(dtype)
+    rows = [bytes(row.view(torch.uint8).tolist()) for row in codes]
+    assert search.copies_of(codes).tolist() == [row in rows[:i] for i, row in enumerate(rows)]
+
+
+def test_copies_leave_one_candidate():
+    x, codebook = ADVERSARIAL["duplicate_codes"](500, 300, 33, generator())
+    for frame in (search.make_frame(codebook, metric, drop_copies=True) for metric in METRICS):
+        near, bound = frame.rows(x.double())
+        row, _ = search.find_candidates(near, bound, x.isfinite().all(1), frame)
+        assert torch.bincount(row, minlength=len(x)).float().mean() < 1.1
 
 
 def test_the_bound_leaves_few_candidates_on_gaussian_data():

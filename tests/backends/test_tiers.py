@@ -17,10 +17,12 @@ import torch
 
 import fastvq
 from fastvq.backends import native
+from fastvq.bench.measure import interleave
 
 pytestmark = pytest.mark.machine
 
 LIMIT = 1.10
+COPIES_LIMIT = 1.5
 ATTEMPTS = 4  # a neighbor's load can spoil one
 
 
@@ -96,6 +98,32 @@ def test_data_that_defeat_int16_cost_little(case):
         ratios.append(ratio_of_medians(case))
     print(f"{case}: {min(ratios):.2f} of the time of float32 alone")
     assert min(ratios) <= LIMIT
+
+
+COPIES = {
+    "zeros": lambda codes: torch.zeros_like(codes),
+    "pairs": lambda codes: codes[torch.arange(len(codes)) // 2],
+    "seven of each": lambda codes: codes[torch.randint(len(codes) // 7, (len(codes),))],
+    "one code": lambda codes: codes[:1].repeat(len(codes), 1),
+}
+
+
+@pytest.mark.parametrize("shape", [(512, 512, 64), (2048, 2048, 256), (16384, 512, 64), (1, 2048, 256)], ids=str)
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_cost_little(kind, shape):
+    if native.reasons(torch.device("cpu")):
+        pytest.skip("no native library was built")
+    n, k, d = shape
+    x, distinct = torch.randn(n, d), torch.randn(k, d)
+    copies = COPIES[kind](distinct)
+    ratios = []
+    while len(ratios) < ATTEMPTS and (not ratios or min(ratios) > COPIES_LIMIT):
+        times = interleave(
+            {"copies": lambda: fastvq.search(x, copies), "distinct": lambda: fastvq.search(x, distinct)}, budget=0.5
+        )
+        ratios.append(statistics.median(times["copies"]) / statistics.median(times["distinct"]))
+    print(f"{kind}, {shape}: {min(ratios):.2f} of the time of distinct codes")
+    assert min(ratios) <= COPIES_LIMIT
 
 
 def main() -> None:

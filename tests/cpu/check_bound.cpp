@@ -37,7 +37,7 @@ void check(const Isa& isa, const Tier& tier, const cases::Case& c, Metric metric
   const Matrix code_matrix{DType::f32, codes.data(), k, d};
   const Frame frame(isa, code_matrix, metric, serially);
   if (!frame.usable || frame.norm == 0.0 || !frame.far.empty()) return;
-  const PackedTier packed(isa, tier, code_matrix, frame, serially);
+  const PackedTier packed(isa, tier, code_matrix, frame, fastvq::Copies::dropped, serially);
   const Bound bound(frame, packed, d);
   const int64_t units = packed.codes().unit_count, tile = isa.tile_rows, lanes = isa.lanes;
   const long double scale = std::ldexp(1.0L, frame.exponent);

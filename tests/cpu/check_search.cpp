@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "accumulate.h"
 #include "cases.h"
 #include "min_distance.h"
+#include "packed.h"
 #include "residual_search.h"
 #include "search.h"
 
@@ -120,6 +122,32 @@ int64_t check(const Isa& isa, Precision precision, const Case& c, DType dtype, M
   return wrong;
 }
 
+// What a packed codebook drops are the finite codes that are bitwise equal to an earlier one, and nothing else.
+int64_t check_copies(const Isa& isa, const fastvq::Tier& tier, int64_t k, int64_t d) {
+  // Of few numbers, one of them with two signs, so that many codes are equal and many differ in a sign alone.
+  constexpr float VALUES[] = {0.0f, -0.0f, 1.0f, std::numeric_limits<float>::infinity()};
+  std::vector<float> codes(k * d, -1.0f);
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t j = 0; j < std::min<int64_t>(d, 3); ++j)
+      codes[i * d + (j + i % 2) % d] = VALUES[cases::generator() % 4];
+  const Matrix all{DType::f32, codes.data(), k, d};
+  const fastvq::Frame frame(isa, all, Metric::l2, in_pieces);
+  const fastvq::PackedTier packed(isa, tier, all, frame, fastvq::Copies::dropped, in_pieces);
+  int64_t wrong = 0, copies = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    bool copy = false, finite = true;
+    for (int64_t j = 0; j < d; ++j) finite = finite && std::isfinite(codes[i * d + j]);
+    for (int64_t other = 0; other < i && !copy; ++other)
+      copy = std::memcmp(&codes[i * d], &codes[other * d], d * sizeof(float)) == 0;
+    copies += finite && copy;
+    wrong += packed.eligible(i) != (finite && !copy);
+  }
+  if (wrong)
+    std::printf("%s: copies of K=%d D=%d: %d wrong\n", isa.name, static_cast<int>(k), static_cast<int>(d),
+                static_cast<int>(wrong));
+  return wrong + (k > 100 && copies == 0);
+}
+
 }  // namespace
 
 int main() {
@@ -131,6 +159,12 @@ int main() {
       std::printf("%s: not run, this processor lacks it\n", isa->name);
       continue;
     }
+    for (const fastvq::Tier* tier : {isa->float32, isa->int16})
+      for (int64_t d : {1, 2, 33, 64}) {
+        if (!tier) continue;
+        wrong += check_copies(*isa, *tier, 300, d) + check_copies(*isa, *tier, 7, d);
+        checked += 2;
+      }
     for (Precision precision : PRECISIONS)
       for (const Case& c : CASES)
         for (const auto& [n, k, d] : SHAPES)

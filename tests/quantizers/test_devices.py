@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastvq
-from fastvq import codebook
+from fastvq import codebook, precision
 from fastvq.backends import reference
 from fastvq.backends.support import GRADIENTS
 from fastvq.backends.torch import search
@@ -38,7 +38,8 @@ class MetaOnly(TorchDispatchMode):
 
 
 @pytest.fixture
-def meta():
+def meta(monkeypatch):
+    monkeypatch.setattr(precision, "home_device", lambda: torch.device("meta"))  # as if it were a device with values
     with torch.device("meta"), MetaOnly():
         yield
 
@@ -77,7 +78,7 @@ LAYERS = [
 @pytest.mark.parametrize("options", LAYERS, ids=str)
 def test_training_step(meta, options, dtype):
     layer = fastvq.VectorQuantize(16, 32, **options).to(dtype)
-    layer._codebook._ready = True  # k-means, which may wait once in a model's life, has run
+    layer._codebook._ready = True  # what may wait in the first steps of a model's life: k-means has run
     x = torch.empty(4, 10, 16, dtype=dtype, requires_grad=True)
     for masking in ({}, {"mask": torch.empty(4, 10, dtype=torch.bool)}, {"lens": torch.empty(4, dtype=torch.int64)}):
         quantized, indices, loss = layer(x, **masking)

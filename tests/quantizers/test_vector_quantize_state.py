@@ -29,7 +29,7 @@ def test_state_stays_float32(options, cast):
     quantized, _, loss = module(x)
     (quantized.sum() + loss).backward()
     assert (quantized.dtype, x.grad.dtype) == (dtype, dtype)
-    assert {t.dtype for t in module._codebook.state_dict().values()} == {torch.float32, torch.bool}
+    assert {t.dtype for t in module._codebook.state_dict().values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -152,7 +152,7 @@ def test_replacement_lifts_usage():
 
 def test_usage_and_perplexity():
     module = layer()
-    assert (module.usage().item(), module.perplexity().item()) == (0, 0)
+    assert all(value.isnan() for value in module.health())  # nothing has been counted
     counts = torch.zeros(SIZE, dtype=torch.int64)
     for seed in range(3):
         counts += torch.bincount(module(batch(seed=seed))[1].flatten(), minlength=SIZE)
@@ -161,7 +161,7 @@ def test_usage_and_perplexity():
     assert torch.equal(module.usage(), fastvq.usage(counts))
     assert torch.equal(module.perplexity(), fastvq.perplexity(counts))
     module.reset_health()
-    assert module.usage().item() == 0
+    assert module.usage().isnan()
 
 
 def test_usage_counts_while_frozen():

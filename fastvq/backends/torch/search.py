@@ -24,6 +24,9 @@ FAR = 8.0
 FAR_SHARE = 64
 """Outliers are treated apart only if they are at most one code in FAR_SHARE."""
 
+_ODD = -7046029254386353131
+"""2^64 over the golden ratio, as int64: its multiples have pseudo-random bits."""
+
 _U = 2.0**-23
 """Relative error of a float32 operation. Tensor cores truncate, which doubles the error of IEEE rounding."""
 _V = 2.0**-53
@@ -53,7 +56,7 @@ class ScaledCodebook:
     """The codebook of the cheap pass: e' = float32((e - center) 2^exponent)."""
 
     exact: Tensor  # [K, D] float64, for the definition
-    usable: Tensor  # [K] finite
+    usable: Tensor  # [K] finite, and no dropped copy
     far: Tensor  # [K] outliers, which the cheap pass skips: they would inflate the bound of all rows
     far_norm: Tensor  # [] the smallest norm of an outlier
     center: Tensor  # [D] float64, zero unless centering shrinks the norms
@@ -104,10 +107,33 @@ def _far_codes(norms: Tensor, usable: Tensor) -> Tensor:
     return far & (far.sum() <= len(norms) // FAR_SHARE)
 
 
-def make_frame(codebook: Tensor, metric: str) -> ScaledCodebook:
-    """Return the frame of a codebook [K, D]."""
+def copies_of(codebook: Tensor) -> Tensor:
+    """Return the mask of the codes that are bitwise equal to an earlier one: almost surely all, and never another.
+
+    Equal codes have equal hashes, sums of their bits times pseudo-random numbers, and a stable sort brings them
+    together in ascending order.
+    """
+    bits = codebook.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[codebook.element_size()])
+    factors = torch.arange(1, codebook.shape[1] + 1, device=codebook.device) * _ODD
+    factors = ((factors ^ (factors >> 29)) * _ODD) | 1
+    # Times an odd number, a sign in the highest bit would only change the highest bit of the sum.
+    folded = bits.long() ^ (bits.long() >> 32) if bits.dtype == torch.int64 else bits.long()
+    hashes, order = (folded * factors).sum(1).sort(stable=True)
+    ordered = bits[order]
+    equal = (hashes[1:] == hashes[:-1]) & (ordered[1:] == ordered[:-1]).all(1)
+    return torch.zeros_like(order, dtype=torch.bool).index_put_((order[1:],), equal)
+
+
+def make_frame(codebook: Tensor, metric: str, *, drop_copies: bool = False) -> ScaledCodebook:
+    """Return the frame of a codebook [K, D].
+
+    A search for the nearest code drops copies: a code that is bitwise equal to an earlier one has its score and loses
+    the tie. What ranks or draws codes keeps them.
+    """
     exact = widen(codebook)
     usable = exact.isfinite().all(1)
+    if drop_copies:
+        usable &= ~copies_of(codebook)
     finite = exact.masked_fill(~usable[:, None], 0)
     center = torch.zeros_like(finite[0])
     norms, far = finite.norm(dim=1), torch.zeros_like(usable)
@@ -150,7 +176,7 @@ def search(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
         for xh, eh, out in zip(x, codebook, indices, strict=True):
             out.copy_(search(xh, eh, metric=metric))
         return indices
-    frame = make_frame(codebook, metric)
+    frame = make_frame(codebook, metric, drop_copies=True)
     rows = max(1, tile_elements(x.device) // min(len(codebook), TILE_CODES))
     for part, out in zip(x.split(rows), indices.split(rows), strict=True):
         _search_rows(part, frame, metric, out)
