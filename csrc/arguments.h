@@ -8,7 +8,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -100,6 +102,61 @@ inline int64_t* mutable_integers(const Tensor& tensor) {
 
 inline const bool* booleans(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const bool*>(tensor->const_data_ptr()) : nullptr;
+}
+
+// The addresses of the elements of a tensor, ascending.
+inline std::vector<const char*> addresses_of(const Tensor& tensor) {
+  std::vector<const char*> found{static_cast<const char*>(tensor.const_data_ptr())};
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+    const size_t before = found.size();
+    const int64_t step = tensor.stride(axis) * static_cast<int64_t>(tensor.element_size());
+    for (int64_t i = 1; i < tensor.size(axis); ++i)
+      for (size_t at = 0; at < before; ++at) found.push_back(found[at] + i * step);
+  }
+  std::sort(found.begin(), found.end());
+  return found;
+}
+
+// From the first byte of a tensor to behind its last.
+struct Span {
+  explicit Span(const Tensor& tensor) : begin(static_cast<const char*>(tensor.const_data_ptr())), end(begin) {
+    if (tensor.numel() == 0) return;
+    for (int64_t axis = 0; axis < tensor.dim(); ++axis)
+      end += (tensor.size(axis) - 1) * tensor.stride(axis) * static_cast<int64_t>(tensor.element_size());
+    end += tensor.element_size();
+  }
+
+  bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
+
+  const char *begin, *end;
+};
+
+// Whether two tensors have an element's bytes in common. Strides may interleave them without that.
+inline bool share_memory(const Tensor& a, const Tensor& b) {
+  if (!Span(a).meets(Span(b))) return false;
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  const auto ours = addresses_of(a), theirs = addresses_of(b);
+  const auto a_bytes = static_cast<int64_t>(a.element_size()), b_bytes = static_cast<int64_t>(b.element_size());
+  for (size_t i = 0, j = 0; i < ours.size() && j < theirs.size();) {
+    if (ours[i] + a_bytes <= theirs[j])
+      ++i;
+    else if (theirs[j] + b_bytes <= ours[i])
+      ++j;
+    else
+      return true;
+  }
+  return false;
+}
+
+// A tensor that is written: each element has memory of its own, which no other argument reads or writes.
+inline void require_own_memory(const char* name, const Tensor& written, std::initializer_list<const Tensor*> others) {
+  if (!written.is_contiguous()) {
+    const auto places = addresses_of(written);
+    const bool repeats = written.numel() > 0 && std::adjacent_find(places.begin(), places.end()) != places.end();
+    require(!repeats, name, "must have memory of its own for each element, but is expanded from fewer");
+  }
+  for (const Tensor* other : others)
+    require(!other || !share_memory(written, *other), name, "must not overlap another argument in memory");
 }
 
 // A kernel works on a contiguous copy of a tensor that is not contiguous; this writes the copy back.

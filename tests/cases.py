@@ -298,6 +298,21 @@ def largest_vectors(n, k, d, g):
 
 
 @adversarial
+def opposite_extremes(n, k, d, g):
+    """Return rows and codes whose difference overflows float32, though gradients and averages need not."""
+    x, codes = gaussian(n, k, d, g)
+    return x.abs().clamp(0.1, 3) * 1e38, -codes.abs().clamp(0.1, 3) * 1e38
+
+
+@adversarial
+def one_giant_row(n, k, d, g):
+    """Beside it, all other rows are next to zero."""
+    x, codes = gaussian(n, k, d, g)
+    x[:1] *= 1e37
+    return x, codes
+
+
+@adversarial
 def nearly_equal_norms(n, k, d, g):
     """Near the origin the norms of the codes decide as much as the products do, and both differ beyond float32."""
     x, codes = gaussian(n, k, d, g)

@@ -445,6 +445,10 @@ void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_avg, const T
   const Tensor own_average = given("embed_avg", embed_avg, {size, dim});
   const Tensor own_counts = given("counts", counts, {size}), own_sums = given("sums", sums, {size, dim});
   const std::optional<Tensor> own_weight = given("weight", weight, {size});
+  const Tensor* factor = weight ? &*weight : nullptr;
+  require_own_memory("codebook", codebook, {&cluster_size, &embed_avg, &counts, &sums, factor});
+  require_own_memory("cluster_size", cluster_size, {&embed_avg, &counts, &sums, factor});
+  require_own_memory("embed_avg", embed_avg, {&counts, &sums, factor});
   const fastvq::EmaState state{mutable_floats(own_codebook),
                                mutable_floats(own_size),
                                mutable_floats(own_average),
@@ -468,6 +472,7 @@ void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_avg, const T
 void min_distance_(Tensor distances, const Tensor& x, const Tensor& codes) {
   const Tensor vectors = values("x", x, 2), added = fastvq::arguments::codes("codes", codes, 2, x);
   const Tensor lowered = exactly("distances", distances, ScalarType::Float, {x.size(0)});
+  require_own_memory("distances", distances, {&x, &codes});
   {
     const IeeeArithmetic arithmetic;
     fastvq::min_distance(fastvq::active_isa(), matrix_of(vectors), matrix_of(added), mutable_floats(lowered), PARALLEL);
@@ -479,14 +484,22 @@ std::atomic<bool> direct{false};
 
 using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
 
+// The message of an exception of Python without its type, which the caller's exception has again, and its stack.
+std::string plain_message(const std::string& what) {
+  const size_t type = what.find(": ");
+  const bool typed = type != std::string::npos && type >= 5 && what.compare(type - 5, 5, "Error") == 0 &&
+                     what.find_first_not_of("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.") == type;
+  const size_t begin = typed ? type + 2 : 0, end = what.find("\n\nAt:\n");
+  return what.substr(begin, end == std::string::npos ? end : end - begin);
+}
+
 // Runs the kernel, or hands its arguments to the op `other`.
 void serve(bool here, Boxed kernel, const char* other, StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   if (here) return kernel(stack, inputs, outputs);
   if (!torch_call_dispatcher(other, "", stack, TORCH_ABI_VERSION)) return;
   const char* what =
       torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
-  std::string message = what && *what ? what : std::string(other) + " has failed behind the library";
-  throw std::runtime_error(message.substr(0, message.find("\n\nAt:\n")));  // without the Python stack
+  throw std::runtime_error(what && *what ? plain_message(what) : std::string(other) + " has failed behind the library");
 }
 
 bool is_float64(StableIValue value) {

@@ -20,9 +20,10 @@ struct EmaState {
   }
 };
 
-// Linear interpolation between a and b, exact at both ends.
+// Linear interpolation between a and b, exact at both ends; of opposite numbers also where b - a overflows.
 inline float lerp(float a, float b, float share) {
-  return share < 0.5f ? a + share * (b - a) : b - (b - a) * (1.0f - share);
+  const float step = b - a, moved = share < 0.5f ? a + share * step : b - step * (1.0f - share);
+  return step * 0.0f == 0.0f ? moved : a * (1.0f - share) + b * share;
 }
 
 // Step 1, on one thread: cluster_size <- lerp(cluster_size, counts, share). Returns the float64 sum of cluster_size in
@@ -38,10 +39,17 @@ inline double update_cluster_size(const EmaState& state) {
 
 // a <- lerp(a, b, share) for the row of one code. The branch is outside the loops so that they vectorize.
 inline void lerp_row(float* __restrict a, const float* __restrict b, float share, int64_t dim) {
+  const float rest = 1.0f - share;
   if (share < 0.5f)
-    for (int64_t j = 0; j < dim; ++j) a[j] = a[j] + share * (b[j] - a[j]);
+    for (int64_t j = 0; j < dim; ++j) {
+      const float step = b[j] - a[j], moved = a[j] + share * step, product = a[j] * rest + b[j] * share;
+      a[j] = step * 0.0f == 0.0f ? moved : product;
+    }
   else
-    for (int64_t j = 0; j < dim; ++j) a[j] = b[j] - (b[j] - a[j]) * (1.0f - share);
+    for (int64_t j = 0; j < dim; ++j) {
+      const float step = b[j] - a[j], moved = b[j] - step * rest, product = a[j] * rest + b[j] * share;
+      a[j] = step * 0.0f == 0.0f ? moved : product;
+    }
 }
 
 inline void divide_row(const float* __restrict a, float divisor, float* __restrict out, int64_t dim) {

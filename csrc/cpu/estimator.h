@@ -57,7 +57,7 @@ struct Combination {
   float of_g, of_x, of_e;
 };
 
-// lambda R^T g, as fastvq.reference writes it.
+// lambda R^T g, as fastvq.reference writes it; factors that are not finite where a length overflows.
 inline Combination turned_back(const float* x, const float* e, const float* g, int64_t dim, float shortest) {
   FloatVec xx{}, ee{}, xg{}, eg{};
   for_vectors(dim, [&](int64_t j, int64_t count) {
@@ -65,6 +65,7 @@ inline Combination turned_back(const float* x, const float* e, const float* g, i
     xx += own * own, ee += code * code, xg += own * grad, eg += code * grad;
   });
   const float x_length = __builtin_sqrtf(sum_of_lanes(xx)), e_length = __builtin_sqrtf(sum_of_lanes(ee));
+  if (!(x_length + e_length < __builtin_inff())) return {__builtin_nanf(""), 0.0f, 0.0f};
   if (!(x_length >= shortest && e_length >= shortest)) return {1.0f, 0.0f, 0.0f};
   const float x_factor = 1.0f / x_length, e_factor = 1.0f / e_length, stretch = e_length * x_factor;
   const float along_u = x_factor * sum_of_lanes(xg), along_v = e_factor * sum_of_lanes(eg);
@@ -79,16 +80,19 @@ inline Combination turned_back(const float* x, const float* e, const float* g, i
   return {stretch, 2.0f * stretch * (along_v - bisector) * x_factor, -2.0f * stretch * bisector * e_factor};
 }
 
-void gradient(const float* x, const float* e, const float* g, int64_t dim, bool rotate, float shortest, float factor,
+bool gradient(const float* x, const float* e, const float* g, int64_t dim, bool rotate, float shortest, float factor,
               bool add, float* out) {
   Combination sum{1.0f, 0.0f, 0.0f};
+  FloatVec poison{};  // NaN once a value is not finite
   if (rotate) sum = turned_back(x, e, g, dim, shortest);
   for_vectors(dim, [&](int64_t j, int64_t count) {
     const FloatVec own = load_some(x + j, count), code = load_some(e + j, count);
     FloatVec value = sum.of_g * load_some(g + j, count) + sum.of_x * own + sum.of_e * code + factor * (own - code);
     if (add) value += load_some(out + j, count);
+    poison += value * 0.0f;
     store_some(out + j, value, count);
   });
+  return sum_of_lanes(poison) == 0.0f;
 }
 
 }  // namespace

@@ -56,8 +56,7 @@ template <class C, class T>
 void backward(const Isa& isa, const T* x, const C* codes, const int64_t* indices, const T* grad, const Matrix& shape,
               Gradient gradient, double pull, T* x_grad, const Parallel& parallel) {
   const int64_t rows = shape.rows, dim = shape.dim;
-  const C factor =
-      static_cast<C>(pull / static_cast<double>(std::max<int64_t>(1, quantized_rows(indices, rows) * dim)));
+  const double factor = pull / static_cast<double>(std::max<int64_t>(1, quantized_rows(indices, rows) * dim));
   parallel(rows, std::max<int64_t>(1, QUANTIZE_GRAIN / dim), [&](int64_t begin, int64_t end) {
     const Scratch<C> x_row(dim), grad_row(dim), out_row(dim);
     for (int64_t i = begin; i < end; ++i) {
@@ -68,8 +67,17 @@ void backward(const Isa& isa, const T* x, const C* codes, const int64_t* indices
       }
       const C* row = row_as(x, i, dim, x_row.get());
       const C* given = row_as(grad, i, dim, grad_row.get());
-      add_gradient(isa, row, codes + i * dim, given, dim, gradient, factor, false, out_row.get());
-      write_row(out_row.get(), dim, out);
+      if (add_gradient(isa, row, codes + i * dim, given, dim, gradient, static_cast<C>(factor), false, out_row.get())) {
+        write_row(out_row.get(), dim, out);
+        continue;
+      }
+      const Scratch<double> wide(4 * dim);
+      double *const x_wide = wide.get(), *const e_wide = x_wide + dim, *const g_wide = e_wide + dim;
+      widen_row(row, dim, x_wide);
+      widen_row(codes + i * dim, dim, e_wide);
+      widen_row(given, dim, g_wide);
+      add_gradient(isa, x_wide, e_wide, g_wide, dim, gradient, factor, false, g_wide + dim);
+      write_row(g_wide + dim, dim, out);
     }
   });
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -82,9 +83,15 @@ inline void write_row(const C* values, int64_t dim, T* out) {
 template <class T>
 using Plain = std::remove_const_t<std::remove_pointer_t<T>>;
 
-// |x - e|^2. The type of the arithmetic is float32 or, by plain loops, float64.
-inline float error_of(const Isa& isa, const float* x, const float* e, int64_t dim) {
-  return isa.error(x, e, dim);
+// |x - e|^2. The type of the arithmetic is float32 or, by plain loops, float64: also where a square overflows float32,
+// since the mean of many need not.
+inline double error_of(const Isa& isa, const float* x, const float* e, int64_t dim) {
+  const float fast = isa.error(x, e, dim);
+  if (fast <= FLT_MAX) return fast;
+  return sum_over(dim, [&](int64_t j) {
+    const double difference = static_cast<double>(x[j]) - static_cast<double>(e[j]);
+    return difference * difference;
+  });
 }
 
 inline double error_of(const Isa&, const double* x, const double* e, int64_t dim) {
@@ -92,8 +99,10 @@ inline double error_of(const Isa&, const double* x, const double* e, int64_t dim
 }
 
 // The same, while e is taken off x and added to `sum`.
-inline float take_code(const Isa& isa, float* x, const float* e, int64_t dim, float* sum) {
-  return isa.take(x, e, dim, sum);
+inline double take_code(const Isa& isa, float* x, const float* e, int64_t dim, float* sum) {
+  const float fast = isa.take(x, e, dim, sum);
+  if (fast <= FLT_MAX) return fast;
+  return sum_over(dim, [&](int64_t j) { return static_cast<double>(x[j]) * static_cast<double>(x[j]); });
 }
 
 inline double take_code(const Isa& isa, double* x, const double* e, int64_t dim, double* sum) {
@@ -102,18 +111,20 @@ inline double take_code(const Isa& isa, double* x, const double* e, int64_t dim,
   return error;
 }
 
-// out = or, if `add`, out += G(g) + factor (x - e), see quantize.h.
-inline void add_gradient(const Isa& isa, const float* x, const float* e, const float* g, int64_t dim, Gradient kind,
+// out = or, if `add`, out += G(g) + factor (x - e), see quantize.h. Returns false if float32 cannot hold a value.
+inline bool add_gradient(const Isa& isa, const float* x, const float* e, const float* g, int64_t dim, Gradient kind,
                          float factor, bool add, float* out) {
-  isa.gradient(x, e, g, dim, kind == Gradient::rotation, static_cast<float>(SHORTEST), factor, add, out);
+  return isa.gradient(x, e, g, dim, kind == Gradient::rotation, static_cast<float>(SHORTEST), factor, add, out);
 }
 
-inline void add_gradient(const Isa&, const double* x, const double* e, const double* g, int64_t dim, Gradient kind,
+inline bool add_gradient(const Isa&, const double* x, const double* e, const double* g, int64_t dim, Gradient kind,
                          double factor, bool add, double* out) {
-  double of_g = 1.0, of_x = factor, of_e = -factor;
+  double of_g = 1.0, of_x = 0.0, of_e = 0.0;
+  bool rotated = false;
   const double x_length = std::sqrt(sum_over(dim, [&](int64_t j) { return x[j] * x[j]; }));
   const double e_length = std::sqrt(sum_over(dim, [&](int64_t j) { return e[j] * e[j]; }));
   if (kind == Gradient::rotation && x_length >= SHORTEST && e_length >= SHORTEST) {
+    rotated = true;
     const double x_factor = 1 / x_length, e_factor = 1 / e_length;
     const double along_u = x_factor * sum_over(dim, [&](int64_t j) { return x[j] * g[j]; });
     const double along_v = e_factor * sum_over(dim, [&](int64_t j) { return e[j] * g[j]; });
@@ -126,7 +137,19 @@ inline void add_gradient(const Isa&, const double* x, const double* e, const dou
     of_x += 2 * of_g * (along_v - bisector) * x_factor;
     of_e -= 2 * of_g * bisector * e_factor;
   }
-  for (int64_t j = 0; j < dim; ++j) out[j] = (add ? out[j] : 0.0) + of_g * g[j] + of_x * x[j] + of_e * e[j];
+  // A factor of 0 leaves out what it would multiply, which may be infinite.
+  for (int64_t j = 0; j < dim; ++j) {
+    double value = rotated ? of_g * g[j] + of_x * x[j] + of_e * e[j] : g[j];
+    if (factor != 0.0) value += factor * (x[j] - e[j]);
+    out[j] = (add ? out[j] : 0.0) + value;
+  }
+  return true;
+}
+
+// A row in float64, to do again what overflowed float32.
+template <class T>
+inline void widen_row(const T* row, int64_t dim, double* out) {
+  for (int64_t j = 0; j < dim; ++j) out[j] = detail::widen(row[j]);
 }
 
 }  // namespace

@@ -71,23 +71,43 @@ template <class C, class T, class E>
 void backward(const Isa& isa, const T* x, const E* codebooks, const T* grad, const Matrix& shape, const Stages& stages,
               Gradient gradient, const double* pulls, T* x_grad, const Parallel& parallel) {
   const int64_t rows = shape.rows, dim = shape.dim;
-  std::vector<C> factors(stages.count);
-  const std::vector<double> elements = counted_elements(shape, stages);
-  for (int64_t q = 0; q < stages.count; ++q) factors[q] = static_cast<C>(pulls[q] / elements[q]);
+  std::vector<double> factors = counted_elements(shape, stages);
+  for (int64_t q = 0; q < stages.count; ++q) factors[q] = pulls[q] / factors[q];
   parallel(rows, std::max<int64_t>(1, QUANTIZE_GRAIN / dim), [&](int64_t begin, int64_t end) {
     const Scratch<C> residual(dim), code_row(dim), grad_row(dim), codes(dim), sum(dim);
-    for (int64_t i = begin; i < end; ++i) {
+    // Calls f(the code, its factor, the residual) for the stages of row i that have a code, until it returns false.
+    const auto for_stages = [&](int64_t i, const auto& f) {
       start_row(x, i, dim, residual.get());
-      std::fill_n(sum.get(), dim, C{});
       std::fill_n(codes.get(), dim, C{});
-      const C* given = row_as(grad, i, dim, grad_row.get());
       for (int64_t q = 0; q < stages.count; ++q) {
         const C* code = code_of(codebooks, stages, i, q, dim, code_row.get());
         if (!code) continue;
-        add_gradient(isa, residual.get(), code, given, dim, gradient, factors[q], true, sum.get());
+        if (!f(code, factors[q])) return false;
         take_code(isa, residual.get(), code, dim, codes.get());
       }
-      write_row(sum.get(), dim, x_grad + i * dim);
+      return true;
+    };
+    for (int64_t i = begin; i < end; ++i) {
+      const C* given = row_as(grad, i, dim, grad_row.get());
+      std::fill_n(sum.get(), dim, C{});
+      const bool held = for_stages(i, [&](const C* code, double factor) {
+        return add_gradient(isa, residual.get(), code, given, dim, gradient, static_cast<C>(factor), true, sum.get());
+      });
+      if (held) {
+        write_row(sum.get(), dim, x_grad + i * dim);
+        continue;
+      }
+      const Scratch<double> wide(4 * dim);
+      double *const x_wide = wide.get(), *const e_wide = x_wide + dim, *const g_wide = e_wide + dim;
+      double* const total = g_wide + dim;
+      widen_row(given, dim, g_wide);
+      std::fill_n(total, dim, 0.0);
+      for_stages(i, [&](const C* code, double factor) {
+        widen_row(residual.get(), dim, x_wide);
+        widen_row(code, dim, e_wide);
+        return add_gradient(isa, x_wide, e_wide, g_wide, dim, gradient, factor, true, total);
+      });
+      write_row(total, dim, x_grad + i * dim);
     }
   });
 }

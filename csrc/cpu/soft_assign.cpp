@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "scratch.h"
+#include "wide_rows.h"
 
 namespace fastvq {
 namespace {
@@ -42,9 +43,11 @@ class Problem {
     pack(parallel);
     std::vector<float> row(dim);
     for (int64_t n = 0; n < input.x.rows; ++n) {
-      const bool finite = isa.load(input.x.dtype, input.x.row(n), nullptr, 1.0, dim, row.data()).finite;
-      included[n] = finite && any_usable_ && (!input.mask || input.mask[n]);
-      count[n / rows_of_group] += included[n];
+      const Loaded loaded = isa.load(input.x.dtype, input.x.row(n), nullptr, 1.0, dim, row.data());
+      const bool takes_part = loaded.finite && any_usable_ && (!input.mask || input.mask[n]);
+      count[n / rows_of_group] += takes_part;
+      included[n] = takes_part && fits_float32(loaded.largest, largest_code_, dim, input.metric, input.scale);
+      if (takes_part && !included[n]) wide.push_back(n);
     }
   }
 
@@ -93,8 +96,10 @@ class Problem {
   const Isa& isa;
   const SoftInput input;
   const int64_t dim, width, panels, size, padded, rows_of_group;
-  std::vector<char> included;
-  std::vector<int64_t> count;  // included rows of each group
+  std::vector<char> included;  // rows that take part, in float32
+  std::vector<int64_t> wide;   // rows that take part, in float64
+  std::vector<int64_t> count;  // rows of each group that take part
+  std::vector<char> usable;    // codes that are finite
 
  private:
   const float* shift() const { return center_.empty() ? nullptr : center_.data(); }
@@ -103,12 +108,14 @@ class Problem {
 
   void pack(const Parallel& parallel) {
     std::vector<float> row(dim);
-    std::vector<char> usable(input.codes.rows);
+    usable.resize(input.codes.rows);
     std::vector<double> sums(dim);
     int64_t good = 0;
     for (int64_t k = 0; k < input.codes.rows; ++k) {
-      usable[k] = isa.load(input.codes.dtype, input.codes.row(k), nullptr, 1.0, dim, row.data()).finite;
+      const Loaded loaded = isa.load(input.codes.dtype, input.codes.row(k), nullptr, 1.0, dim, row.data());
+      usable[k] = loaded.finite;
       good += usable[k];
+      if (usable[k]) largest_code_ = std::max(largest_code_, loaded.largest);
       if (usable[k]) isa.add(input.codes.dtype, input.codes.row(k), dim, sums.data());
     }
     any_usable_ = good > 0;
@@ -150,6 +157,7 @@ class Problem {
 
   std::vector<float> center_;
   bool any_usable_ = false;
+  float largest_code_ = 0.0f;
   Scratch<uint32_t> units_;
   Scratch<float> halves_, zeros_;
 
@@ -208,10 +216,13 @@ void soft_assign_forward(const Isa& isa, const SoftInput& input, float* logsumex
                }
              }
            });
+  const WideRows wide(input, problem.wide, problem.usable, problem.count);
+  std::vector<double> wide_sums(mean ? input.groups * input.codes.rows : 0);
+  wide.forward(logsumexp, entropy, mean ? wide_sums.data() : nullptr, parallel);
   if (!mean) return;
   for (int64_t group = 0; group < input.groups; ++group)
     for (int64_t k = 0; k < input.codes.rows; ++k) {
-      double sum = 0.0;
+      double sum = wide_sums[group * input.codes.rows + k];
       for (int64_t part = 0; part < steps; ++part) sum += sums[(group * steps + part) * input.codes.rows + k];
       const double rows_that_count = static_cast<double>(std::max<int64_t>(1, problem.count[group]));
       mean[group * input.codes.rows + k] = static_cast<float>(sum / rows_that_count);
@@ -277,7 +288,8 @@ void soft_assign_backward(const Isa& isa, const SoftInput& input, const float* l
               grad[i * padded + j] - (away ? grad[i * padded + dim] * own.values[i * dim + j] : 0.0f);
     }
   });
-  if (!codebook_grad) return;
+  const WideRows wide(input, problem.wide, problem.usable, problem.count);
+  if (!codebook_grad) return wide.backward(gradients, x_grad, nullptr, parallel);
   // Code by code, over all rows in order.
   const int64_t blocks = (problem.panels + BLOCK_PANELS - 1) / BLOCK_PANELS, room = BLOCK_TILES * tile;
   parallel(blocks, 1, [&](int64_t begin, int64_t end) {
@@ -300,6 +312,7 @@ void soft_assign_backward(const Isa& isa, const SoftInput& input, const float* l
       }
     }
   });
+  wide.backward(gradients, x_grad, codebook_grad, parallel);
 }
 
 }  // namespace fastvq

@@ -134,6 +134,10 @@ void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_avg, const T
   const Tensor own_average = given("embed_avg", embed_avg, {size, dim});
   const Tensor own_counts = given("counts", counts, {size}), own_sums = given("sums", sums, {size, dim});
   const std::optional<Tensor> own_weight = given("weight", weight, {size});
+  const Tensor* factor = weight ? &*weight : nullptr;
+  require_own_memory("codebook", codebook, {&cluster_size, &embed_avg, &counts, &sums, factor});
+  require_own_memory("cluster_size", cluster_size, {&embed_avg, &counts, &sums, factor});
+  require_own_memory("embed_avg", embed_avg, {&counts, &sums, factor});
   const OnDevice device(codebook);
   fastvq::cuda::ema_update(device.context(), mutable_floats(own_codebook), mutable_floats(own_size),
                            mutable_floats(own_average), floats(own_counts), floats(own_sums), floats(own_weight), size,
@@ -146,6 +150,7 @@ void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_avg, const T
 void min_distance_(Tensor distances, const Tensor& x, const Tensor& codes) {
   const Tensor vectors = values("x", x, 2), added = fastvq::arguments::codes("codes", codes, 2, x);
   const Tensor lowered = exactly("distances", distances, ScalarType::Float, {x.size(0)});
+  require_own_memory("distances", distances, {&x, &codes});
   require_device(x, distances, codes);
   const OnDevice device(x);
   fastvq::cuda::min_distance(device.context(), values_of(vectors), values_of(added), x.size(0), codes.size(0),

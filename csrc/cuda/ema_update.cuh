@@ -25,9 +25,10 @@ struct EmaState {
   }
 };
 
-// Linear interpolation between a and b, exact at both ends.
+// Linear interpolation between a and b, exact at both ends; of opposite numbers also where b - a overflows.
 __device__ inline float lerp(float a, float b, float share) {
-  return share < 0.5f ? a + share * (b - a) : b - (b - a) * (1.0f - share);
+  const float step = b - a, moved = share < 0.5f ? a + share * step : b - step * (1.0f - share);
+  return step * 0.0f == 0.0f ? moved : a * (1.0f - share) + b * share;
 }
 
 // A block has a part of the codes, the same for every device: so is the order of the sum.

@@ -51,6 +51,17 @@ def difference(x: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
     return (x.to(codes.dtype) - codes).masked_fill_(~mask, 0)
 
 
+def half_difference(x: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
+    """Return (x - codes) / 2, which overflows for no finite numbers; otherwise as `difference`."""
+    return torch.add(x.to(codes.dtype) / 2, codes, alpha=-0.5).masked_fill_(~mask, 0)
+
+
+def power_of_two_below(largest: Tensor) -> Tensor:
+    """Return 1, or for numbers beyond the square root of the largest one a power of two that makes them squarable."""
+    bits = 48 if largest.dtype == torch.float32 else 496
+    return torch.where(largest > 2.0**bits, 2.0 ** (-2 * bits), 1.0).to(largest)
+
+
 def check_index_range(indices: Tensor, codebook_size: int) -> None:
     """Raise IndexError if an index on the CPU lies outside [-1, codebook_size).
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastvq.backends.arithmetic import SHORTEST, difference
+from fastvq.backends.arithmetic import SHORTEST, half_difference
 from fastvq.backends.support import GRADIENTS
 from fastvq.ops import accumulate, quantize_backward, quantize_forward, search
 
@@ -188,7 +188,7 @@ class _Quantize(torch.autograd.Function):
             if ctx.codebook_weight:
                 row_mask = (indices >= 0)[:, None]
                 elements = (row_mask.sum() * x.shape[1]).clamp_min(1)
-                pull = difference(x, codes, row_mask) * (2 * loss_grad / elements)
+                pull = half_difference(x, codes, row_mask) * (4 * loss_grad / elements)
                 _, sums = accumulate(pull, indices, len(codebook_grad))
                 codebook_grad = (-ctx.codebook_weight * sums).to(ctx.codebook_dtype)
         return x_grad, codebook_grad, None, None, None, None

@@ -47,6 +47,9 @@ def op(*, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[
         run = _without_graph(function, mutates)
         for prefix in ("", "native_") if mutates else ("", "native_", "select_"):
             _library.define(prefix + name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+            # No op has a gradient of its own: the functions of fastvq.functional have. Without this line torch would
+            # return tensors that require one and fail in the backward pass.
+            _library.impl(prefix + name, torch.library.fallthrough_kernel, "Autograd")
         _library.impl(name, run, "CompositeExplicitAutograd")
         if not mutates:
             _library.impl(f"select_{name}", _keep_error(run), "CompositeExplicitAutograd")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from fastvq.backends import native
 
 pytestmark = pytest.mark.skipif(not native.build_record()["built"], reason="no native library was built")
 
+ROOT = Path(__file__).parents[2]
 N, K, D, Q = 6, 5, 4, 2
 X, CODES, STACK = torch.ones(N, D), torch.ones(K, D), torch.ones(Q, K, D)
 INDICES, GROUPS = torch.zeros(N, dtype=torch.int64), torch.ones(2, 3, D)
@@ -149,6 +154,49 @@ def test_masked_rows_are_not_searched(name, heads):
     if heads:  # a head without rows beside one with all
         mask = torch.tensor([True, False, True])[:, None].repeat(1, 40)
         assert bool((run(x, codes, *more, mask=mask)[1] == -1).all())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_calls_do_not_end_the_process(seed):
+    """In a process of their own; `python -m tests.backends.fuzz SEED COUNT` makes more of them."""
+    command = [sys.executable, "-m", "tests.backends.fuzz", str(seed), "2000"]
+    environment = os.environ | {"MALLOC_PERTURB_": "165", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 1000 < int(done.stdout) < 2000
+
+
+def overlapping():
+    """Yield arguments of ema_update_ that share memory, and the one that must not."""
+    (codebook, sizes, averages, counts, sums), _ = CALLS["ema_update_"]
+    both = torch.ones(K + 1, D)
+    yield (codebook, sizes, codebook, counts, sums), "codebook"
+    yield (codebook, sizes, averages, counts, codebook), "codebook"
+    yield (codebook, sizes, averages, sizes, sums), "cluster_size"
+    yield (codebook, sizes, averages, counts, averages), "embed_avg"
+    yield (both[:K], sizes, both[1:], counts, sums), "codebook"
+    yield (codebook, torch.ones(1).expand(K), averages, counts, sums), "cluster_size"
+    yield (codebook, codebook[:, 0], averages, counts, sums), "codebook"
+    yield (torch.ones(K, 1).expand(K, D), sizes, averages, counts, sums), "codebook"
+
+
+@pytest.mark.parametrize(("arguments", "name"), [*overlapping()])
+def test_memory_that_is_written_twice_or_read(arguments, name):
+    with pytest.raises(RuntimeError, match=f"^{name}: must "):
+        torch.ops.fastvq.native_ema_update_(*arguments, decay=0.5, eps=0.1)
+    x = torch.ones(N, D)
+    for distances, centers in ((x[:, 0], CODES), (x.flatten()[:N], CODES), (torch.ones(1).expand(N), CODES)):
+        with pytest.raises(RuntimeError, match=r"^distances: must "):
+            torch.ops.fastvq.native_min_distance_(distances, x, centers)
+
+
+def test_interleaved_memory_is_no_overlap():
+    memory = torch.ones(K, 2 * D + 2)
+    codebook, averages, sizes, counts = memory[:, :D], memory[:, D : 2 * D], memory[:, -2], memory[:, -1]
+    torch.ops.fastvq.native_ema_update_(codebook, sizes, averages, counts, torch.full((K, D), 3.0), decay=0.5, eps=0.0)
+    assert averages.eq(2).all()
+    assert codebook.eq(2).all()
+    assert sizes.eq(1).all()
 
 
 def test_every_kernel_is_called_above():

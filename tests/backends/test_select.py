@@ -332,3 +332,16 @@ def test_info_without_the_library(no_native):
     assert info["instruction_set"] is None
     assert info["devices"]["cpu"]["native"].startswith("not built")
     assert "torch      available, chosen automatically" in backends.format_info(info)
+
+
+@needs_native
+def test_the_message_behind_the_library_has_no_second_type():
+    """A compiled graph calls the op itself, so that nothing puts the exception of Python back in its place."""
+    native.instruction_set()
+    x = torch.randn(5, 3)
+    with fastvq.use_backend("torch"):
+        with pytest.raises(RuntimeError, match=r"^codebook: must have the dimension of x") as found:
+            torch.ops.fastvq.search(x, x[:, :2])
+        assert not str(found.value).startswith("ValueError")
+    with fastvq.use_backend("triton"), pytest.raises(RuntimeError, match=r"^backend 'triton' was requested for topk"):
+        torch.ops.fastvq.topk_search(x, x, 2)

@@ -76,6 +76,22 @@ def test_opcheck(name, arguments, options, backend):
         torch.library.opcheck(getattr(torch.ops.fastvq, name).default, tuple(copies(arguments)), options)
 
 
+@pytest.mark.parametrize(("name", "arguments", "options"), SAMPLES)
+def test_results_require_no_gradient(name, arguments, options, backend):
+    """No op has a gradient of its own: a result that required one would fail in the backward pass."""
+    cases.require_support(backend, name, dtype_of(arguments))
+    written = {"ema_update_": 3, "min_distance_": 1}.get(name, 0)
+    given = copies(arguments)
+    for tensor in given[written:]:
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            tensor.requires_grad_()
+    with fastvq.use_backend(backend):
+        found = getattr(fastvq.ops, name)(*given, **options)
+    for tensor in found if isinstance(found, tuple) else (found,) if found is not None else given[:written]:
+        assert not tensor.requires_grad
+        assert tensor.grad_fn is None
+
+
 def test_schemas():
     schemas = {name: str(getattr(torch.ops.fastvq, name).default._schema) for name in ("search", "ema_update_")}
     assert (

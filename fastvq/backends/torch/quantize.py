@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.backends.arithmetic import SHORTEST, check_index_range, compute_dtype, difference
+from fastvq.backends.arithmetic import (
+    SHORTEST,
+    check_index_range,
+    compute_dtype,
+    difference,
+    half_difference,
+    power_of_two_below,
+)
 
 
 def quantize_forward(x: Tensor, codebook: Tensor, indices: Tensor, keep_codes: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +49,10 @@ def lookup(codebook: Tensor, indices: Tensor, mask: Tensor) -> Tensor:
 
 def mean_square(error: Tensor, mask: Tensor) -> Tensor:
     """Return the mean square of `error` (N, D), which is overwritten, over the rows of `mask` (N, 1)."""
-    return error.square_().sum() / (mask.sum() * error.shape[1]).clamp_min(1)
+    if error.numel() == 0:
+        return error.new_zeros(())
+    shrink = power_of_two_below(torch.linalg.vector_norm(error, torch.inf))  # 1, but for squares that would overflow
+    return error.mul_(shrink).square_().sum() / (mask.sum() * error.shape[1]).clamp_min(1) / shrink / shrink
 
 
 def row_gradients(
@@ -60,7 +70,7 @@ def row_gradients(
         grad = _rotate_back(grad, x.to(codes.dtype), codes, mask)
     if commitment_weight:
         elements = (mask.sum() * x.shape[1]).clamp_min(1)
-        grad.addcmul_(difference(x, codes, mask), 2 * commitment_weight * loss_grad / elements)
+        grad.addcmul_(half_difference(x, codes, mask), 4 * commitment_weight * loss_grad / elements)
     return grad
 
 
@@ -71,13 +81,20 @@ def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor, mask: Tensor) -> Tensor
 
         lambda R^T grad = lambda (grad + 2 <v, grad> u - 2 <u + v, grad> / |u + v|^2 (u + v))
     """
-    x_length, code_length = x.norm(dim=1, keepdim=True), codes.norm(dim=1, keepdim=True)
-    directed = mask & (x_length >= SHORTEST) & (code_length >= SHORTEST)
-    u = (x / x_length).masked_fill_(~directed, 0)
-    v = (codes / code_length).masked_fill_(~directed, 0)
+    (u, x_length, x_shrink), (v, code_length, code_shrink) = _direction(x), _direction(codes)
+    directed = mask & (x_length >= SHORTEST * x_shrink) & (code_length >= SHORTEST * code_shrink)
+    u, v = u.masked_fill_(~directed, 0), v.masked_fill_(~directed, 0)
     along_u, along_v = (u * grad).sum(1, keepdim=True), (v * grad).sum(1, keepdim=True)
     bisector = (along_u + along_v) / (u + v).square_().sum(1, keepdim=True).clamp_min(SHORTEST**2)
-    stretch = torch.where(directed, code_length / x_length, 1)
+    stretch = torch.where(directed, code_length / x_length * (x_shrink / code_shrink), 1)
     rotated = grad * stretch
     rotated.addcmul_(u, 2 * stretch * (along_v - bisector))
     return rotated.addcmul_(v, -2 * stretch * bisector)
+
+
+def _direction(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows (N, D) of unit length, their lengths (N, 1) times a factor, and that factor: 1 but for giant rows."""
+    shrink = power_of_two_below(torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True))
+    small = rows * shrink
+    length = small.norm(dim=1, keepdim=True)
+    return small.div_(length), length, shrink

@@ -22,6 +22,9 @@ NEAR = 2.0**-8
 There |x|^2 + |e|^2 - 2 <x, e> cancels to too few digits, and subtracting the center may have cost some.
 """
 
+LARGEST_REACH, LARGEST_LOGIT = 2.0**60, 2.0**120
+"""Bounds of |x - e| and of logits within which float32 overflows nowhere; beyond them the arithmetic is float64."""
+
 LEAST = -1e6
 """Finite stand-in for the logarithm of zero where its factor is zero."""
 
@@ -58,10 +61,14 @@ class _Problem:
 
     def __init__(self, x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, scale: float) -> None:
         self.x, self.metric, self.scale = x, metric, scale
-        self.dtype = compute_dtype(x, codebook)
+        self.result_dtype = compute_dtype(x, codebook)
         usable = codebook.isfinite().all(1)
-        codes = codebook.to(self.dtype).masked_fill(~usable[:, None], 0)
+        codes = codebook.to(self.result_dtype).masked_fill(~usable[:, None], 0)
         self.mask = row_mask(x, mask) & usable.any()
+        self.dtype = self.result_dtype
+        if not _fits(x, codes, self.mask, metric, scale):
+            self.dtype = torch.float64
+            codes = codes.double()
         self.center = torch.zeros_like(codes[0])
         if metric != "dot":
             self.center = (codes.sum(0, dtype=torch.float64) / usable.sum().clamp_min(1)).to(self.dtype)
@@ -103,6 +110,28 @@ class _Problem:
         return scores.neg_() if self.metric == "l2" else scores.sqrt_().neg_()
 
 
+def _fits(x: Tensor, codes: Tensor, mask: Tensor, metric: str, scale: float) -> bool:
+    """Return whether no square, product, logit or weight of the rows in the mask overflows float32.
+
+    It waits for the device, as the search for near pairs does; not while a CUDA graph is captured.
+    """
+    if codes.dtype == torch.float64 or x.numel() == 0:
+        return True
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True
+    rows = torch.linalg.vector_norm(x.flatten(0, 1).masked_fill(~mask.reshape(-1, 1), 0), math.inf).float()
+    row, code = torch.stack([rows, torch.linalg.vector_norm(codes, math.inf)]).tolist()
+    root = math.sqrt(x.shape[2])
+    reach = (row + code) * root
+    if max(reach, 1.0) * scale >= LARGEST_LOGIT:
+        return False
+    if metric == "dot":
+        return row * code * root * root * max(scale, 1.0) < LARGEST_LOGIT
+    if metric == "l2":
+        return reach < LARGEST_REACH and reach * reach * scale < LARGEST_LOGIT
+    return reach < LARGEST_REACH and (reach == 0 or reach > 1 / LARGEST_REACH)
+
+
 def soft_assign_forward(
     x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: str, scale: float, floor: float, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +163,8 @@ def soft_assign_forward(
         entropy[rows.groups, rows.part] = terms.view(rows.shape)
     if statistics:
         mean /= problem.mask.sum(1, keepdim=True).clamp_min(1)
-    return logsumexp, entropy, mean
+    dtype = problem.result_dtype
+    return logsumexp.to(dtype), entropy.to(dtype), mean.to(dtype)
 
 
 def _log_floor(floor: float) -> float:
@@ -159,6 +189,15 @@ def soft_assign_backward(
 ) -> tuple[Tensor, Tensor]:
     """Implement `fastvq.ops.soft_assign_backward`."""
     problem = _Problem(x, codebook, mask, metric, scale)
+    if problem.dtype != problem.result_dtype:  # the given one is rounded to float32, and p follows from differences
+        options = {"metric": metric, "scale": scale, "floor": floor}
+        grads = (logsumexp_grad, entropy_grad, mean_grad, code_grad)
+        wide, *wide_grads = (None if t is None else t.double() for t in (x, *grads))
+        logsumexp, _, _ = soft_assign_forward(wide, codebook, mask, **options, statistics=False)
+        found = soft_assign_backward(
+            wide, codebook, mask, logsumexp, *wide_grads, **options, need_x=need_x, need_codebook=need_codebook
+        )
+        return found[0].to(problem.result_dtype), found[1].to(problem.result_dtype)
     x_grad = x.new_zeros((*x.shape[:2], x.shape[2] if need_x else 0), dtype=problem.dtype)
     codebook_grad = x.new_zeros((len(codebook) if need_codebook else 0, x.shape[2]), dtype=problem.dtype)
     share = None if mean_grad is None else mean_grad / problem.mask.sum(1, keepdim=True).clamp_min(1)

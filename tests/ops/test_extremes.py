@@ -1,0 +1,154 @@
+"""Extreme magnitudes in every op: what the reference holds in float32 is held by every backend."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import fastvq
+from fastvq.backends import reference, select
+from fastvq.functional.quantize import quantize
+
+from .. import cases
+from ..cases import ADVERSARIAL, generator
+
+EXTREME = (
+    "values_of_1e18",
+    "values_of_1e38",
+    "largest_vectors",
+    "opposite_extremes",
+    "huge_vectors_tiny_codes",
+    "tiny_vectors_huge_codes",
+    "one_giant_code",
+    "one_giant_row",
+    "values_of_1e_38",
+    "denormals",
+)
+SHAPES = [(41, 7, 5), (70, 30, 16)]
+BACKENDS = ("native", "torch")
+
+
+def calls(x, codes, g):
+    """Yield (op, arguments, options) on this data."""
+    (n, dim), size = x.shape, len(codes)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g)
+
+    indices = reference.search(x, codes)
+    chosen = codes[indices.clamp_min(0)].masked_fill((indices < 0)[:, None], 0)
+    yield "quantize_forward", (x, codes, indices, True), {}
+    for gradient, weight in itertools.product(("ste", "rotation"), (0.0, 0.25)):
+        options = {"gradient": gradient, "commitment_weight": weight}
+        yield "quantize_backward", (x, chosen, indices, normal(n, dim), torch.ones(())), options
+        stages, stage_indices = torch.stack([codes, -codes]), torch.stack([indices, indices.flip(0)], 1)
+        yield "residual_quantize_backward", (x, stages, stage_indices, normal(n, dim), torch.ones(2)), options
+    yield "residual_quantize_forward", (x, stages, stage_indices, True), {}
+    yield "accumulate", (x, indices, size), {}
+    yield "min_distance_", (torch.full((n,), torch.inf), x, codes), {}
+    state = (codes.clone(), torch.rand(size, generator=g) + 0.5, codes.clone())
+    for decay in (0.0, 0.3, 0.8, 1.0):
+        new = (torch.rand(size, generator=g), -codes)
+        yield "ema_update_", (*state, *new), {"decay": decay, "eps": 1e-5}
+        yield "ema_update_", (*state, *new), {"decay": decay, "eps": 1e-5, "weight": torch.rand(size, generator=g)}
+    for metric in ("l2", "dot"):
+        yield "sample", (x, codes), {"temperature": 1.0, "seed": torch.tensor(7), "metric": metric}
+    groups = x[None]
+    for metric, scale in itertools.product(("distance", "l2", "dot"), (1.0, 1e4)):
+        options = {"metric": metric, "scale": scale, "floor": 1e-5}
+        yield "soft_assign_forward", (groups, codes, None), {**options, "statistics": True}
+        logsumexp = fastvq.ops.soft_assign_forward(groups, codes, None, **options, statistics=False)[0]
+        grads = (normal(1, n), normal(1, n), normal(1, size), normal(1, n, dim))
+        needs = {"need_x": True, "need_codebook": True}
+        yield "soft_assign_backward", (groups, codes, None, logsumexp, *grads), {**options, **needs}
+    for scale in (1.0, 1e4):
+        options = {"scale": scale, "floor": 1e-5}
+        yield "binary_assign_forward", (groups[..., :6], None), options
+        grads = (normal(1, n), normal(1, 1 << min(6, dim)))
+        yield "binary_assign_backward", (groups[..., :6], None, *grads), options
+
+
+TIES = ("largest_vectors", "one_giant_row", "huge_vectors_tiny_codes")
+"""Data on which distances tie: the gradient through them is zero times their magnitude, rounding and no more."""
+
+
+def without_meaning(data, name, options):
+    return name == "soft_assign_backward" and data in TIES and options["metric"] != "dot"
+
+
+def held(actual, expected, close):
+    """Return what differs: values that are not finite where the reference's are, or that are not close to them."""
+    finite = expected.isfinite()
+    if not bool(actual[finite].isfinite().all()):
+        return f"{int((~actual[finite].isfinite()).sum())} of {expected.numel()} are not finite"
+    if not close or not bool(finite.any()):
+        return ""
+    scale = max(1e-30, float(expected[finite].abs().max()))
+    wrong = (actual[finite] / scale - expected[finite] / scale).abs().max()
+    return f"differs by {float(wrong):.1e} of the largest value" if wrong > 1e-3 else ""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("data", EXTREME)
+def test_what_the_reference_holds_is_held(data, backend):
+    wrong = []
+    for shape in SHAPES:
+        x, codes = ADVERSARIAL[data](*shape, generator())
+        with fastvq.use_backend(backend):  # whose backward takes the sums of its own forward
+            made = list(calls(x, codes, generator(1)))
+        for name, arguments, options in made:
+            if without_meaning(data, name, options) or select.BACKENDS[backend].why_not(
+                name, torch.device("cpu"), torch.float32
+            ):
+                continue
+            copies = [[a.clone() if isinstance(a, torch.Tensor) else a for a in arguments] for _ in range(2)]
+            expected = getattr(reference, name)(*copies[0], **options)
+            with fastvq.use_backend(backend):
+                actual = getattr(fastvq.ops, name)(*copies[1], **options)
+            if expected is None:
+                actual, expected = copies[1][:3], copies[0][:3]
+            pairs = [(actual, expected)] if isinstance(expected, torch.Tensor) else zip(actual, expected, strict=True)
+            for place, (one, other) in enumerate(pairs):
+                if not other.is_floating_point():
+                    found = "" if torch.equal(one, other) else "other indices"
+                else:
+                    found = held(one, other, not name.startswith("soft_assign"))  # its logits keep few digits
+                if found:
+                    shown = {key: value for key, value in options.items() if not isinstance(value, torch.Tensor)}
+                    wrong.append(f"{name} {shown} {shape}, result {place}: {found}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("weights", [(0.0, 0.0), (0.25, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize("gradient", ["ste", "rotation"])
+def test_gradients_of_opposite_extremes(gradient, weights, backend):
+    """Zero times an overflow is no number; a gradient that is held must not pass through one."""
+    commitment, codebook_weight = weights
+    x, codes = torch.full((64, 8), 3e38), torch.full((2, 8), -3e38)
+    x.requires_grad_()
+    codes.requires_grad_()
+    with fastvq.use_backend(backend):
+        quantized, _, loss = quantize(
+            x, codes, gradient=gradient, commitment_weight=commitment, codebook_weight=codebook_weight
+        )
+        (quantized.sum() + loss).backward()
+    assert bool((quantized == -3e38).all())
+    pull = commitment * 2 * 6e38 / 512
+    torch.testing.assert_close(x.grad, torch.full_like(x, (-1.0 if gradient == "rotation" else 1.0) + pull))
+    expected = torch.zeros(2, 8)
+    expected[0] = -codebook_weight * 2 * 6e38 / 512 * 64
+    torch.testing.assert_close(codes.grad, expected)
+
+
+def test_a_mean_of_squares_that_overflow_alone(backend):
+    """The loss of 5,000 elements is held though one square is not."""
+    x, codes = torch.zeros(50, 100), torch.zeros(3, 100)
+    x[3, 7] = 3e19
+    with fastvq.use_backend(backend):
+        error = fastvq.ops.quantize_forward(x, codes, torch.zeros(50, dtype=torch.int64), False)[2]
+        stages = fastvq.ops.residual_quantize_forward(x, codes[None], torch.zeros(50, 1, dtype=torch.int64), False)[1]
+    torch.testing.assert_close(error, torch.tensor(9e38 / 5000))
+    torch.testing.assert_close(stages[0], torch.tensor(9e38 / 5000))
+    cases.close(error, stages[0])
