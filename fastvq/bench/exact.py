@@ -18,28 +18,27 @@ CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 def nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
     """Return the index of the nearest code for each row of x (N, D), by the definition in docs/exactness.md.
 
-    It computes on the device of x, which must have float64, in chunks of rows.
-
-    Raises:
-        ValueError: x or the codebook is not finite.
+    It computes on the device of x, which must have float64, in chunks of rows. Values are float32 or shorter: the
+    squares of float64 may overflow.
     """
-    for name, values in (("x", x), ("codebook", codebook)):
-        if not values.isfinite().all():
-            raise ValueError(f"{name}: must be finite")
-    codes = codebook.double()
-    squares = codes.square().sum(1)
+    usable, included = codebook.isfinite().all(1), x.isfinite().all(1)
+    if not usable.any():
+        return x.new_full((len(x),), -1, dtype=torch.int64)
+    codes = codebook.double().masked_fill(~usable[:, None], 0)
+    halves = codes.square().sum(1) / 2
+    first = (halves if metric == "l2" else torch.zeros_like(halves)).masked_fill(~usable, torch.inf)
     rows = max(1, CHUNK_ELEMENTS[x.device.type] // len(codes))
-    found = [_nearest_of(part.double(), codes, squares, metric) for part in x.split(rows)]
-    return torch.cat(found) if found else x.new_empty(0, dtype=torch.int64)
+    values = x.double().masked_fill(~included[:, None], 0)
+    found = [_nearest_of(part, codes, first, 2 * halves.max(), metric) for part in values.split(rows)]
+    return torch.cat(found).masked_fill(~included, -1)
 
 
-def _nearest_of(x: Tensor, codes: Tensor, squares: Tensor, metric: str) -> Tensor:
-    halves = squares / 2 if metric == "l2" else torch.zeros_like(squares)
-    scores = torch.addmm(halves, x, codes.T, alpha=-1)
+def _nearest_of(x: Tensor, codes: Tensor, first: Tensor, largest: Tensor, metric: str) -> Tensor:
+    scores = torch.addmm(first, x, codes.T, alpha=-1)
     best, indices = scores.min(1)
     # The product's error, of any order of summation, and the definition's are each below
     # (D + 2) u (|x|^2 + |e|^2); two scores are compared, and all of it is doubled.
-    bound = 4 * (x.shape[1] + 4) * UNIT * (x.square().sum(1) + squares.max())
+    bound = 4 * (x.shape[1] + 4) * UNIT * (x.square().sum(1) + largest)
     close = scores <= (best + 2 * bound)[:, None]
     undecided = (close.sum(1) > 1).nonzero()[:, 0]
     if len(undecided):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq.backends import reference
+from fastvq.backends import native
 from fastvq.errors import WrongResultError
 
 from .data import DATA, Shape
-from .peers import CONTESTANTS, Contestant, contestants
+from .exact import nearest
+from .peers import CONTESTANTS, NATIVE, Contestant, contestants
 
-CHECKED_ROWS = 256
-_CHECKED_ELEMENTS = 1 << 28
+CHECKED_OPERATIONS, CHECKED_PAIRS = 1 << 35, 1 << 29
+"""Multiply-adds and distances for which rows are checked: all rows of nearly every shape of the suite."""
 # Another library's threads spin for a while after their work; the next contestant must not share the cores with them.
 _SETTLE_SECONDS = 0.003
 _TURN_SECONDS = 0.01
+SQUARE, PEAK_TURNS = 2048, 5
 _SLOW = 8.0  # times the fastest search, beyond which a contestant cannot be the fastest peer
 
 
@@ -84,14 +89,10 @@ def interleave(
     return times
 
 
-def wrong_indices(indices: Tensor, x: Tensor, codebook: Tensor) -> tuple[int, int]:
-    """Return how many rows, of a sample spread over the batch, have an index that differs from the specification's.
-
-    The second number is the size of the sample.
-    """
-    count = max(8, min(CHECKED_ROWS, len(x), _CHECKED_ELEMENTS // codebook.numel()))
-    rows = torch.linspace(0, len(x) - 1, min(count, len(x))).long().to(x.device)
-    return int((indices.to(x.device)[rows] != reference.search(x[rows], codebook)).sum()), len(rows)
+def checked_rows(x: Tensor, codebook: Tensor) -> Tensor:
+    """Return the rows to check: all of them, or as many as CHECKED_OPERATIONS allow, spread over the whole batch."""
+    count = max(8, min(CHECKED_OPERATIONS // codebook.numel(), CHECKED_PAIRS // len(codebook)))
+    return torch.linspace(0, len(x) - 1, min(count, len(x)), dtype=torch.float64).round().long().to(x.device)
 
 
 def measure_search(
@@ -106,6 +107,8 @@ def measure_search(
     """
     records: list[dict[str, Any]] = []
     calls: dict[str, Callable[[], Any]] = {}
+    rows = checked_rows(x, codebook)
+    expected = nearest(x[rows], codebook)
     for entrant in entrants if entrants is not None else contestants(x.device):
         record: dict[str, Any] = {"name": entrant.name}
         records.append(record)
@@ -115,7 +118,8 @@ def measure_search(
         call = entrant.prepare(x, codebook)
         result = call()
         if result is not None:
-            record["wrong"], record["checked"] = wrong_indices(result, x, codebook)
+            record["wrong"] = int((result.to(x.device)[rows] != expected).sum())
+            record["checked"] = len(rows)
             if record["wrong"] and entrant.name.startswith("fastvq"):
                 raise WrongResultError(f"{entrant.name} is wrong in {record['wrong']} of {record['checked']}: {shape}")
         calls[entrant.name] = call
@@ -133,6 +137,23 @@ def measure_search(
 
 def _volume(shape: Shape) -> int:
     return shape.n * shape.k * shape.d
+
+
+def beside_peak(kind: str, shape: Shape, threads: int) -> dict[str, float]:
+    """Return medians of turns: seconds of the native search, peak GFLOP/s of `kind`, and those of a square torch.mm.
+
+    What disturbs the machine lowers all three, while a peak taken alone is the best moment of a run. The product, of
+    float32, is a program that others have tuned for years: what it reaches of a peak is what a program can reach.
+    """
+    call = next(c for c in CONTESTANTS if c.name == NATIVE).prepare(*DATA["clustered"](shape))
+    square = torch.randn(SQUARE, SQUARE)
+    product = functools.partial(torch.mm, square, square, out=torch.empty_like(square))
+    cpu, taken = torch.device("cpu"), []
+    for _ in range(PEAK_TURNS + 1):
+        rates = [native.peak(name, threads) or math.nan for name in (kind, "float32")]
+        taken.append((seconds_of(call, cpu), *rates, seconds_of(product, cpu)))
+    seconds, peak, float32, square_seconds = (statistics.median(column) for column in zip(*taken[1:], strict=True))
+    return {"seconds": seconds, "peak": peak, "float32_peak": float32, "product": 2e-9 * SQUARE**3 / square_seconds}
 
 
 def in_fresh_process(arguments: list[str], environment: dict[str, str] | None = None) -> Any:
@@ -166,6 +187,35 @@ def _status(field: str) -> int:
         if line.startswith(field + ":"):
             return 1024 * int(line.split()[1])
     raise OSError(f"/proc/self/status has no {field}")
+
+
+def in_a_child(measure: Callable[[], int]) -> int:
+    """Return what `measure` returns in a fork of this process; Linux only.
+
+    A fork is a fresh process for the allocator, and has imported all that this one has. No thread of torch may have
+    run in this process.
+
+    Raises:
+        RuntimeError: the child failed; its error is on stderr.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.write(writer, str(measure()).encode())
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        raise RuntimeError(f"the measurement ended with {status}")
+    return int(text)
 
 
 def search_memory(name: str, shape: Shape) -> int:

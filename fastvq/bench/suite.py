@@ -20,7 +20,6 @@ from .peers import CONTESTANTS, NATIVE, PEERS, PRODUCT, instruction_set
 from .training import PEER, RESIDUAL_STEP, STAGES, STEPS, measure_step
 
 THREADS = 2
-MEMORY_SHAPE = Shape(8192, 8192, 64)
 FORCED = {
     "float32": [Shape(16384, 8192, 64), Shape(16384, 8192, 256)],
     "int16": [Shape(16384, 8192, 128), Shape(16384, 8192, 256)],
@@ -113,29 +112,31 @@ def forced_record(tier: str, shape: Shape) -> dict[str, Any]:
     print(f"  {tier} alone {shape}", flush=True)
     record: dict[str, Any] = {"tier": tier, **shape._asdict()}
     try:
-        arguments = ["time", NATIVE, *map(str, shape), str(THREADS)]
-        seconds = in_fresh_process(arguments, dict(os.environ) | {"FASTVQ_TIER": tier})
+        arguments = ["tier", tier, *map(str, shape), str(THREADS)]
+        found = in_fresh_process(arguments, dict(os.environ) | {"FASTVQ_TIER": tier})
     except RuntimeError as error:
         return record | {"not_run": str(error).strip().splitlines()[-1]}
-    return record | {"gflops": 2e-9 * shape.n * shape.k * shape.d / seconds}
+    return record | found | {"gflops": 2e-9 * shape.n * shape.k * shape.d / found["seconds"]}
 
 
 def memory_records() -> list[dict[str, Any]]:
-    """Return the extra memory of a search and of a training step, each measured in a fresh process."""
+    """Return the extra memory of a search and of a training step at every shape, each measured in a fresh process."""
+    cpu = torch.device("cpu")
+    cases = [("search", c.name, {s: c.why_not(s, torch.float32, cpu) for s in SHAPES}) for c in CONTESTANTS]
+    cases += [("step", name, dict.fromkeys(STEPS, "")) for name in ("fastvq", PEER)]
     records: list[dict[str, Any]] = []
-    sizes = list(map(str, MEMORY_SHAPE))
-    cases = [("search", c.name, c.why_not(MEMORY_SHAPE, torch.float32, torch.device("cpu"))) for c in CONTESTANTS]
-    cases += [("step", name, "") for name in ("fastvq", PEER)]
-    for what, name, reason in cases:
+    for what, name, reasons in cases:
         print(f"  memory of {what} by {name}", flush=True)
-        record: dict[str, Any] = {"what": what, "name": name}
+        sizes = [str(size) for shape, reason in reasons.items() if not reason for size in shape]
         try:
-            if reason:
-                raise RuntimeError(reason)
-            record["bytes"] = in_fresh_process([f"{what}-memory", name, *sizes])
+            found = iter(in_fresh_process([f"{what}-memory", name, str(THREADS), *sizes]))
         except RuntimeError as error:
-            record["not_run"] = str(error).strip().splitlines()[-1]
-        records.append(record)
+            last = str(error).strip().splitlines()[-1]
+            reasons = {shape: reason or last for shape, reason in reasons.items()}
+        for shape, reason in reasons.items():
+            record = {"what": what, "name": name, **shape._asdict()}
+            taken = None if reason else next(found)
+            records.append(record | ({"not_run": reason or "it failed"} if taken is None else {"bytes": taken}))
     return records
 
 

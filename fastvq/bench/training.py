@@ -19,6 +19,7 @@ STEPS = [Shape(16384, 512, 64), Shape(16384, 8192, 64), Shape(16384, 1024, 8)]
 RESIDUAL_STEP, STAGES = Shape(4096, 1024, 128), 8
 PEER = "vector_quantize_pytorch"
 LEAST_AGREEMENT = 0.999
+SEARCH = "search alone"
 
 
 def layers(shape: Shape, stages: int = 0) -> dict[str, nn.Module] | str:
@@ -84,10 +85,20 @@ def measure_step(shape: Shape, stages: int = 0, *, budget: float = 20.0) -> dict
     record["agreement"] = agreement(made, x)
     if record["agreement"] < LEAST_AGREEMENT:
         raise RuntimeError(f"fastvq and {PEER} agree on {record['agreement']:.2%} of the indices only: {shape}")
-    times = interleave({name: step_of(layer, x) for name, layer in made.items()}, budget=budget)
-    record["seconds"] = {name: statistics.median(t) for name, t in times.items()}
+    calls: dict[str, Callable[[], Any]] = {name: step_of(layer, x) for name, layer in made.items()}
+    rows, codebooks = x.detach()[0], _codebooks(made["fastvq"])
+    calls[SEARCH] = lambda: fastvq.residual_search(rows, codebooks) if stages else fastvq.search(rows, codebooks[0])
+    times = {name: statistics.median(taken) for name, taken in interleave(calls, budget=budget).items()}
+    record["search_seconds"] = times.pop(SEARCH)
+    record["seconds"] = times
     record["ratio"] = record["seconds"][PEER] / record["seconds"]["fastvq"]
     return record
+
+
+def _codebooks(layer: nn.Module) -> Tensor:
+    """Return copies of the codebooks of a layer, one a stage (Q, K, D)."""
+    stages: Any = layer.layers if isinstance(layer, fastvq.ResidualVQ) else [layer]
+    return torch.stack([stage.codebook.detach().clone() for stage in stages])
 
 
 def step_memory(name: str, shape: Shape) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -140,6 +141,32 @@ class TestMeasuring:
         more = measure.interleave(calls, budget=1e-9, slow=8.0)
         assert {name: len(t) for name, t in more.items()} == {"long": 3, "short": 9}
 
+    def test_rows_to_check_are_all_or_spread_over_the_batch(self, monkeypatch):
+        x, codebook = torch.randn(1000, 8), torch.randn(16, 8)
+        assert torch.equal(measure.checked_rows(x, codebook), torch.arange(1000))
+        monkeypatch.setattr(measure, "CHECKED_PAIRS", 160)
+        rows = measure.checked_rows(x, codebook)
+        assert rows.tolist() == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+        assert measure.checked_rows(x[:3], codebook).tolist() == [0, 1, 2]
+
+    def test_a_mistake_in_any_row_is_found(self):
+        x, codebook = data.clustered(TINY)
+
+        def wrong_in_one(x, codebook):
+            found = fastvq.search(x, codebook)
+            found[37] = (found[37] + 1) % len(codebook)
+            return lambda: found
+
+        (record,) = measure.measure_search(TINY, x, codebook, budget=0.0, entrants=[Contestant("peer", wrong_in_one)])
+        assert (record["wrong"], record["checked"]) == (1, 48)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux alone")
+    def test_a_measurement_in_a_child(self, capfd):
+        assert measure.in_a_child(lambda: 12345678901) == 12345678901
+        with pytest.raises(RuntimeError, match="ended with 1"):
+            measure.in_a_child(lambda: 1 // 0)
+        assert "ZeroDivisionError" in capfd.readouterr().err
+
     def test_reasons_for_not_running(self):
         cpu, absent = torch.device("cpu"), peers._package("no_such_module")
         whole = Contestant("w", always_zero, whole_matrix=True)
@@ -210,7 +237,6 @@ class TestSuite:
         monkeypatch.setattr(suite, "FORCED", {"float32": [TINY]})
         monkeypatch.setattr(suite, "STEPS", [TINY])
         monkeypatch.setattr(suite, "RESIDUAL_STEP", TINY)
-        monkeypatch.setattr(suite, "MEMORY_SHAPE", Shape(64, 64, 8))
         monkeypatch.setattr(suite, "SCALING", {axis: [TINY] for axis in "NKD"})
         monkeypatch.setattr(suite, "thread_counts", lambda: [1])
         readme = tmp_path / "README.md"
@@ -222,7 +248,14 @@ class TestSuite:
         assert (tmp_path / "docs" / report.PAGE).read_text() == report.page(document)
         assert re.search(r"0 -->\d+ times<!-- /bench --> less\.$", readme.read_text())
         images = [path.name for path in sorted((tmp_path / "docs" / "images").iterdir())]
-        assert images == ["bench_scaling.png", "bench_search.png"]
+        assert images == ["bench_roofline.png", "bench_scaling.png", "bench_search.png"]
+        memory = [r for r in document["memory"] if r["what"] == "search"]
+        assert [r["name"] for r in memory] == ["fastvq torch", "addmm + argmin", PRODUCT]
+        assert all(r["bytes"] >= 0 for r in document["memory"])
+        assert {(r["n"], r["k"], r["d"]) for r in document["memory"]} == {tuple(TINY)}
+        (forced,) = document["forced"]
+        assert forced["gflops"] == 2e-9 * 48 * 24 * 8 / forced["seconds"]
+        assert min(forced[rate] for rate in ("peak", "float32_peak", "product")) > 0
         again = {path: path.read_bytes() for path in (tmp_path / "docs").glob("*.*")}
         assert main(["bench", "--render", f"--out={tmp_path}/docs"]) == 0
         assert again == {path: path.read_bytes() for path in (tmp_path / "docs").glob("*.*")}
@@ -264,6 +297,7 @@ class TestTargets:
             "other": [],
             "forced": rates,
             "steps": [step, step | {"stages": 8}],
+            "scaling": {"N": [{"n": 1, "k": 100, "d": 50, "gflops": {NATIVE: 1.0, "addmm": 2.0, "absent": None}}]},
         }
         return targets.outcomes(document | changes)
 
@@ -281,7 +315,13 @@ class TestTargets:
             ({"search": [search({NATIVE: 1.0, "faiss-cpu": 1.9}, "gaussian")]}, "gaussian data, geometric mean"),
             ({"other": [search({NATIVE: 1.0, "faiss-cpu": 1.1})]}, "any shape and data"),
             ({"search": [search({NATIVE: 1.0, "faiss-cpu": 3.0, PRODUCT: 1.9})]}, "clustered, D >= 64"),
+            ({"search": [search({NATIVE: 1.0, PRODUCT: 2.9}, "latents")]}, "N=16384 K=512 D=64 latents"),
+            (
+                {"search": [search({NATIVE: 1.0, PRODUCT: 9.9}, "latents", (16384, 8192, 64))]},
+                "N=16384 K=8192 D=64 latents",
+            ),
             ({"forced": [{"tier": "float32", "d": 64, "gflops": 80.0}]}, "float32 tier alone"),
+            ({"forced": [{"tier": "float32", "d": 64, "gflops": 95.0, "peak": 110.0}]}, "float32 tier alone"),
             ({"forced": [{"tier": "int16", "d": 128, "gflops": 150.0}]}, "int16 tier alone"),
             ({"steps": [{"n": 1, "k": 2, "d": 3, "stages": 0, "ratio": 9.0}]}, "each"),
             ({"steps": [{"n": 1, "k": 2, "d": 3, "stages": 0, "ratio": 19.0}]}, "geometric mean"),
@@ -290,6 +330,30 @@ class TestTargets:
     def test_each_can_be_missed(self, changes, on):
         missed = [o.on for o in self.outcomes(**changes) if o.met is False]
         assert [name for name in missed if name.startswith(on)]
+
+    def test_a_peak_in_turns_with_a_tier_counts_for_it(self):
+        worst = {"tier": "int16", "d": 256, "gflops": 70.0, "peak": 100.0, "float32_peak": 50.0, "product": 30.0}
+        rows = self.outcomes(forced=[worst, {"tier": "int16", "d": 128, "gflops": 90.0, "peak": 100.0}])
+        row = next(o for o in rows if o.on.startswith("int16"))
+        assert (row.measured, row.met) == ("70% of 100 GFLOP/s", False)
+        assert row.why == "D=256; in turns with it a torch.mm of square matrices reached 60% of the float32 peak"
+
+    def test_a_target_that_is_missed_is_explained_by_what_was_measured(self):
+        slow = self.search({NATIVE: 1.0, "faiss-cpu": 1.1, PRODUCT: 1.5})
+        for contestant, rate in zip(slow["contestants"], (120.0, 1.0, 70.0), strict=True):
+            contestant["gflops"] = rate
+        step = {"n": 1, "k": 2, "d": 3, "stages": 8, "ratio": 9.0, "search_seconds": 3.0, "seconds": {"fastvq": 4.0}}
+        why = {o.on: o.why for o in self.outcomes(search=[slow], steps=[step | {"stages": 0, "ratio": 30.0}, step])}
+        assert "at most 2.00 times as fast" in why["clustered, D >= 64, N >= 4096, worst"]
+        assert "60% of its peak, torch.mm 70% of its own" in why["clustered, D >= 64, N >= 4096, worst"]
+        assert "fastvq native 10 us, addmm 5 us" in why["any shape and data, other shapes included"]
+        assert "the search alone took 75%" in why["8 stages, N=1 K=2 D=3"]
+
+    def test_only_missed_targets_are_explained_on_the_page(self, document):
+        found = targets.outcomes(document)
+        missed = [o for o in found if o.met is False and o.why]
+        shown = re.findall(r"^- (.*), against (.*?): ", report.page(document), re.M)
+        assert shown == [(o.on, o.against) for o in missed]
 
     def test_a_machine_without_the_instructions_meets_nothing(self):
         rows = self.outcomes(ceilings={"float32": 100.0, "bfloat16": None, "int16": None})

@@ -1,6 +1,6 @@
 """Plugin of pytest that writes each test's result at once: `pytest -p fastvq.bench.gpu.recorder`.
 
-FASTVQ_RECORD in the environment names the file, which gets a line of JSON when a test begins and one when it ends.
+RECORD_OF_TESTS in the environment names the file, which gets a line of JSON when a test begins and one when it ends.
 """
 
 from __future__ import annotations
@@ -40,5 +40,5 @@ def _device_is_lost() -> bool:
 
 
 def _write(result: dict[str, Any]) -> None:
-    with open(os.environ["FASTVQ_RECORD"], "a") as file:
+    with open(os.environ["RECORD_OF_TESTS"], "a") as file:
         file.write(json.dumps(result) + "\n")

@@ -51,7 +51,7 @@ def _pytest(context: Context, files: Sequence[str], marker: str, record: Path, d
     for name in done:
         command += ["--deselect", name]
     command += [str(context.root / name) for name in files]
-    process = subprocess.Popen(command, cwd=context.work, env=os.environ | {"FASTVQ_RECORD": str(record)})
+    process = subprocess.Popen(command, cwd=context.work, env=os.environ | {"RECORD_OF_TESTS": str(record)})
     while context.left() > 0:
         try:
             code = process.wait(timeout=min(1.0, context.left()))

@@ -6,8 +6,11 @@ import contextlib
 import dataclasses
 import functools
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from fastvq.bench.data import Shape, clustered
 from fastvq.bench.exact import nearest
 
 from .build import Task, in_processes
+from .run import python
 from .step import Context
 from .times import compare, rotated, served, vectors
 
@@ -102,19 +106,30 @@ def _candidates(context: Context, shape: Shape) -> dict[str, Any]:
 
 
 def _chosen(context: Context, shape: Shape) -> dict[str, Any]:
-    """Search with FASTVQ_AUTOTUNE as a user sets it, and return the file that keeps the choice."""
-    from fastvq.kernels import launch
+    """Search in a process with FASTVQ_AUTOTUNE=1, as a user sets it, and return the file that keeps the choice."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            python("-m", "fastvq.bench.gpu.tuning", str(context.device), *map(str, shape)),
+            env=os.environ | {"FASTVQ_AUTOTUNE": "1", "XDG_CACHE_HOME": folder},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        if done.returncode:
+            raise RuntimeError(f"the search ended with {done.returncode}: {done.stdout[-500:]}")
+        kept = next(Path(folder).rglob("launch.json"), None)
+        return {
+            "wrong": int(done.stdout.split()[-1]),
+            "kept": kept.read_text() if kept else "nothing: the CPU is not tuned",
+        }
 
-    x, codebook = vectors(context, shape, "clustered")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        setting("XDG_CACHE_HOME", folder),
-        setting("FASTVQ_AUTOTUNE", "1"),
-        fastvq.use_backend("triton"),
-    ):
-        wrong = _different(nearest(x, codebook))(fastvq.search(x, codebook))
-        kept = launch.cache_file()
-        return {"wrong": wrong, "kept": kept.read_text() if kept.exists() else "nothing: the CPU is not tuned"}
+
+def main(device: str, *sizes: str) -> None:
+    """Search by Triton and print the number of wrong indices."""
+    x, codebook = (t.to(device) for t in clustered(Shape(*map(int, sizes))))
+    with fastvq.use_backend("triton"):
+        found = fastvq.search(x, codebook)
+    print(_different(nearest(x, codebook))(found))
 
 
 def cuda_paths(context: Context) -> None:
@@ -155,3 +170,7 @@ def setting(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -140,6 +140,9 @@ class TestProcesses:
         assert (ended.status, ended.reason) == ("timed out", "ended after its 2 s")
         assert time.monotonic() - begin < 10
         child = int(ended.tail.split()[0])
+        end = time.monotonic() + 10
+        while alive(child) and time.monotonic() < end:
+            time.sleep(0.05)
         assert not alive(child)
 
 
