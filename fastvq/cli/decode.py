@@ -17,19 +17,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run", type=Path, metavar="DIR", dest="run_folder", help="the run whose model decodes the images"
     )
-    parser.add_argument("--max-indices", type=int, metavar="N", help="refuse a file of more (default: 67108864)")
+    limits = parser.add_argument_group("limits of what a file from anywhere may cost")
+    limits.add_argument("--max-indices", type=int, metavar="N", help="refuse a file of more (default: 4194304)")
+    limits.add_argument(
+        "--max-decisions", type=int, metavar="N", help="refuse a file of more binary decisions (default: 33554432)"
+    )
+    limits.add_argument(
+        "--max-indices-per-byte", type=int, metavar="N", help="refuse a large file of more (default: 4096)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Decode a file to images or to an array."""
+    from fastvq.coding import Limits
     from fastvq.runs.decode import decode_array, decode_images
 
-    limit = {} if options.max_indices is None else {"max_indices": options.max_indices}
+    given = {name: getattr(options, name) for name in Limits._fields if getattr(options, name) is not None}
+    limits = Limits(**given)
     if options.out.suffix == ".npy":
-        lines = decode_array(options.source, options.out, run=options.run_folder, **limit)
+        lines = decode_array(options.source, options.out, run=options.run_folder, limits=limits)
     elif options.run_folder is None:
         raise CodingError("--run: needed to decode images, by the model of that run; for indices, OUT ends in .npy")
     else:
-        lines = decode_images(options.run_folder, options.source, options.out, **limit)
+        lines = decode_images(options.run_folder, options.source, options.out, limits=limits)
     print("\n".join(lines))
     return 0

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from fastvq.errors import CodingError
 
-from .codec import MAX_INDICES, decode, encode, load, measure, save
+from .codec import MAX_DECISIONS, MAX_INDICES, MAX_INDICES_PER_BYTE, Limits, decode, encode, load, measure, save
 from .container import Header, fingerprint, read_header
 from .learned import prior_fingerprint
 
 __all__ = [
+    "MAX_DECISIONS",
     "MAX_INDICES",
+    "MAX_INDICES_PER_BYTE",
     "CodingError",
     "Header",
+    "Limits",
     "decode",
     "encode",
     "fingerprint",

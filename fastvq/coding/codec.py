@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,24 @@ from .tree import Ints, Mask
 if TYPE_CHECKING:
     from fastvq.models import Prior
 
-MAX_INDICES = 1 << 26
+MAX_INDICES = 1 << 22
 """Default limit on the number of indices that `decode` accepts."""
+MAX_DECISIONS = 1 << 25
+"""Default limit on the number of binary decisions that `decode` accepts; an index takes up to log2 K of them."""
+MAX_INDICES_PER_BYTE = 1 << 12
+"""Default limit on the number of indices for each byte, beyond `FREE_INDICES`. `encode` keeps to it."""
+FREE_INDICES = 1 << 16
+"""Number of indices that the smallest file may hold."""
+
+
+class Limits(NamedTuple):
+    """The limits of `decode`, for what passes them on."""
+
+    max_indices: int = MAX_INDICES
+    max_decisions: int = MAX_DECISIONS
+    max_indices_per_byte: int = MAX_INDICES_PER_BYTE
+
+
 LARGEST_BATCH = 64
 """Largest number of samples coded side by side. The adaptive model learns from a batch only after coding it."""
 FEW_SAMPLES = 12
@@ -73,7 +89,13 @@ def encode(
 
 
 def decode(
-    data: bytes, *, fingerprint: bytes | None = None, prior: Prior | None = None, max_indices: int = MAX_INDICES
+    data: bytes,
+    *,
+    fingerprint: bytes | None = None,
+    prior: Prior | None = None,
+    max_indices: int = MAX_INDICES,
+    max_decisions: int = MAX_DECISIONS,
+    max_indices_per_byte: int = MAX_INDICES_PER_BYTE,
 ) -> Tensor:
     """Return the indices, int64, that `encode` was given.
 
@@ -82,10 +104,12 @@ def decode(
         fingerprint: if given, the fingerprint that the data must have been encoded with.
         prior: the prior that the data were encoded with; unused for data of other models.
         max_indices: refuse to decode more; an index takes 8 bytes of memory.
+        max_decisions: refuse to decode more binary decisions, of which an index takes log2 K, rounded up.
+        max_indices_per_byte: refuse data of more than 2^16 indices with more of them for each byte.
 
     Raises:
-        CodingError: damaged or truncated data, data of another kind, model or prior, or too many indices. No other
-        error occurs, and no wrong indices are returned. The length of the data and max_indices bound time and memory.
+        CodingError: damaged or truncated data, data of another kind, model or prior, or more than one of the limits. No
+        other error occurs, and no wrong indices are returned. The limits bound time and memory.
     """
     header, words = unpack(data)
     if fingerprint is not None and fingerprint != header.fingerprint:
@@ -93,8 +117,15 @@ def decode(
             f"indices of another model: they were encoded with {header.fingerprint.hex()}, this one is"
             f" {fingerprint.hex()}"
         )
+    decisions = header.number * tree.depths(header.alphabet)
     if header.number > max_indices:
         raise CodingError(f"{header.number} indices, more than max_indices={max_indices}")
+    if decisions > max_decisions:
+        raise CodingError(f"{decisions} decisions, more than max_decisions={max_decisions}")
+    if header.number - FREE_INDICES > max_indices_per_byte * len(data):
+        raise CodingError(
+            f"{header.number} indices in {len(data)} bytes, more than max_indices_per_byte={max_indices_per_byte}"
+        )
     if header.prior is not None:
         learned.check_prior(header, header.prior, prior)
     decoder = SymbolDecoder(words)
@@ -157,13 +188,25 @@ def _encode(
     encoder = SymbolEncoder()
     if model == "prior":
         header = learned.encode(encoder, header, symbols, prior, labels)
-        return pack(header, encoder.words()), encoder.bits
+        return _packed(header, encoder.words()), encoder.bits
     if model == "static":
         predictor: Model = _write_table(encoder, header, symbols)
     else:
         predictor = Adaptive(header.alphabet)
     _code_symbols(symbols, header, predictor, encoder, known=True)
-    return pack(header, encoder.words()), encoder.bits
+    return _packed(header, encoder.words()), encoder.bits
+
+
+def _packed(header: Header, words: bytes) -> bytes:
+    """Return the bytes of a file, with words of zeros behind the coded ones if there are few bytes for its indices.
+
+    Constant indices of a small codebook take next to nothing. The decoder does not read the words, and by default
+    accepts every file of up to `MAX_INDICES`.
+    """
+    data = pack(header, words)
+    least = -(-(header.number - FREE_INDICES) // MAX_INDICES_PER_BYTE)
+    missing = max(0, -(-(least - len(data)) // 4))
+    return pack(header, words + bytes(4 * missing)) if missing else data
 
 
 def _validated(indices: Tensor, codebook_size: int, model: str, fingerprint: bytes) -> tuple[Header, Ints]:

@@ -17,6 +17,7 @@ from .load import load_model, load_prior, run_images
 
 HELD_OUT = "held-out"
 _BATCH = 100
+_UNLIMITED = coding.Limits(*[1 << 62] * len(coding.Limits._fields))._asdict()
 
 
 def encode_images(run: Path, source: Path, path: Path, *, model: str = "adaptive") -> list[str]:
@@ -49,7 +50,7 @@ def encode_images(run: Path, source: Path, path: Path, *, model: str = "adaptive
         images = torch.stack([read_image(f, image_size=config.image_size, grayscale=config.grayscale) for f in files])
     indices = torch.cat([vqvae.encode(to_float(batch)) for batch in images.split(_BATCH)])
     data = coding.encode(indices, size, model=model, fingerprint=coding.fingerprint(vqvae), prior=prior, labels=labels)
-    if not torch.equal(coding.decode(data, prior=prior, max_indices=indices.numel()), indices):
+    if not torch.equal(coding.decode(data, prior=prior, **_UNLIMITED), indices):
         raise CodingError(f"{source}: the indices do not survive coding; nothing was written")
     coding.save(path, data)
     ratio = images.numel() / len(data)

@@ -357,3 +357,60 @@ def test_huffman_is_between_the_entropy_and_a_bit_more():
     shares = torch.bincount(indices.flatten()).double() / indices.numel()
     entropy = -(shares * shares.clamp_min(1e-300).log2()).sum().item()
     assert entropy <= coding.measure(indices, 40)["huffman"]["bits_per_index"] < entropy + 1
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 512])
+def test_the_most_extreme_honest_file_is_decoded(size, model):
+    """Constant indices take the fewest bytes; a large file of a small codebook is padded up to the default limit."""
+    count = (1 << 22) if size == 1 else (1 << 17) // max(1, (size - 1).bit_length())
+    indices = torch.full((64, count // 64), size - 1)
+    data = coding.encode(indices, size, model=model)
+    assert torch.equal(coding.decode(data), indices)
+    assert indices.numel() - codec.FREE_INDICES <= coding.MAX_INDICES_PER_BYTE * len(data)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_padding_is_what_the_default_needs(model, monkeypatch):
+    monkeypatch.setattr(codec, "FREE_INDICES", 1 << 8)
+    indices = torch.zeros(64, 1 << 9, dtype=torch.int64)
+    data = coding.encode(indices, 2, model=model)
+    assert torch.equal(coding.decode(data), indices)
+    monkeypatch.setattr(codec, "MAX_INDICES_PER_BYTE", 1 << 60)
+    shorter = coding.encode(indices, 2, model=model)
+    assert torch.equal(coding.decode(shorter), indices)
+    monkeypatch.setattr(codec, "MAX_INDICES_PER_BYTE", 64)
+    padded = coding.encode(indices, 2, model=model)
+    assert len(padded) > len(shorter)
+    assert 0 <= 64 * len(padded) + codec.FREE_INDICES - indices.numel() < 64 * 4
+    assert torch.equal(coding.decode(padded, max_indices_per_byte=64), indices)
+    with pytest.raises(CodingError, match=r"32768 indices in \d+ bytes, more than max_indices_per_byte=64"):
+        coding.decode(shorter, max_indices_per_byte=64)
+    assert torch.equal(coding.decode(shorter, max_indices_per_byte=1 << 12), indices)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "limit"),
+    [
+        ((1 << 23,), 1, "max_indices"),
+        ((1 << 22,), 512, "max_decisions"),
+        ((1 << 22,), 1, "max_indices_per_byte"),
+        ((1 << 21,), 2, "max_indices_per_byte"),
+    ],
+)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_hostile_file_is_refused_before_it_is_decoded(shape, size, limit, model, monkeypatch):
+    monkeypatch.setattr(codec, "SymbolDecoder", lambda words: pytest.fail("it was decoded"))
+    words = {"max_indices": 1 << 12, "max_decisions": 1 << 12, "max_indices_per_byte": 1 << 6}[limit]
+    header = container.Header(model, False, size, shape, bytes(8))
+    with pytest.raises(CodingError, match=rf"more than {limit}=\d+$"):
+        coding.decode(container.pack(header, b"\xff" * 4 * words))
+
+
+def test_limits_are_raised_by_options():
+    indices = torch.zeros(100, dtype=torch.int64)
+    data = coding.encode(indices, 4)
+    for limit, least in (("max_indices", 100), ("max_decisions", 200)):
+        assert torch.equal(coding.decode(data, **{limit: least}), indices)
+        with pytest.raises(CodingError, match=f"more than {limit}={least - 1}"):
+            coding.decode(data, **{limit: least - 1})

@@ -95,4 +95,10 @@ def test_more_indices_than_allowed(tmp_path, capsys):
     assert main(["encode", str(tmp_path / "in.npy"), coded]) == 0
     assert main(["decode", coded, out, "--max-indices=14"]) == 2
     assert "15 indices, more than --max-indices=14" in capsys.readouterr().err
-    assert main(["decode", coded, out, "--max-indices=15"]) == 0
+    assert main(["decode", coded, out, "--max-decisions=0", "--max-indices=15"]) == 0, "one code needs no decision"
+    (tmp_path / "out.npy").unlink()
+    assert main(["decode", coded, out, "--max-indices=15", "--max-indices-per-byte=1"]) == 0
+    np.save(tmp_path / "in.npy", np.arange(16, dtype=np.uint8).reshape(4, 4))
+    assert main(["encode", str(tmp_path / "in.npy"), coded]) == 0
+    assert main(["decode", coded, out, "--max-decisions=63"]) == 2
+    assert "64 decisions, more than --max-decisions=63" in capsys.readouterr().err

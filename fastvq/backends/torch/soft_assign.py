@@ -190,13 +190,15 @@ def soft_assign_backward(
     """Implement `fastvq.ops.soft_assign_backward`."""
     problem = _Problem(x, codebook, mask, metric, scale)
     if problem.dtype != problem.result_dtype:  # the given one is rounded to float32, and p follows from differences
-        options = {"metric": metric, "scale": scale, "floor": floor}
-        grads = (logsumexp_grad, entropy_grad, mean_grad, code_grad)
-        wide, *wide_grads = (None if t is None else t.double() for t in (x, *grads))
-        logsumexp, _, _ = soft_assign_forward(wide, codebook, mask, **options, statistics=False)
-        found = soft_assign_backward(
-            wide, codebook, mask, logsumexp, *wide_grads, **options, need_x=need_x, need_codebook=need_codebook
+        wide = x.double()
+        grads = [None if t is None else t.double() for t in (logsumexp_grad, entropy_grad, mean_grad, code_grad)]
+        logsumexp, _, _ = soft_assign_forward(
+            wide, codebook, mask, metric=metric, scale=scale, floor=floor, statistics=False
         )
+        found = soft_assign_backward(
+            wide, codebook, mask, logsumexp, *grads, metric=metric, scale=scale, floor=floor, need_x=need_x,
+            need_codebook=need_codebook,
+        )  # fmt: skip
         return found[0].to(problem.result_dtype), found[1].to(problem.result_dtype)
     x_grad = x.new_zeros((*x.shape[:2], x.shape[2] if need_x else 0), dtype=problem.dtype)
     codebook_grad = x.new_zeros((len(codebook) if need_codebook else 0, x.shape[2]), dtype=problem.dtype)
