@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 # Internal to torch. Without it, `may_be_recomputed` is always True.
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -88,6 +89,36 @@ def mean(x: Tensor) -> Tensor:
     gradients turns into that of their mean.
     """
     return _Mean.apply(x) if active() else x
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = len(parameters)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *[None] * ctx.parameters
+
+
+def tie_parameters(module: nn.Module, results: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the results of a training step, whose backward pass reaches every parameter of the module under DDP.
+
+    A parameter that took no part, as those of stages that quantize dropout leaves out, gets no gradient from this. DDP
+    waits for each parameter of a backward pass and otherwise fails in the next step, unless it has been told to search
+    for unused ones. Without DDP the results are returned as they are.
+    """
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is None or ddp.find_unused_parameters or ddp.static_graph or torch.compiler.is_compiling():
+        return results
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not (parameters and module.training and torch.is_grad_enabled()):
+        return results
+    return tuple(
+        _Tie.apply(result, *parameters) if isinstance(result, Tensor) and result.is_floating_point() else result
+        for result in results
+    )
 
 
 _seeds: tuple[Any, random.Random] | None = None

@@ -63,7 +63,7 @@ def assert_same_everywhere(module: torch.nn.Module) -> None:
     """Every tensor of the state, bit for bit, by other means than the package's own check."""
     for name, value in module.state_dict().items():
         for other in gathered(value):
-            assert torch.equal(value.view(torch.uint8), other.view(torch.uint8)), name
+            assert torch.equal(value.flatten().view(torch.uint8), other.flatten().view(torch.uint8)), name
     distributed.check_synchronized(module)
 
 
@@ -270,6 +270,122 @@ def ddp_leaves_the_moving_averages_alone() -> None:
         quantized, _, loss = wrapped(batch(step, rows=10))
         (quantized.square().mean() + loss).backward()
     assert_same_everywhere(wrapped.module)
+
+
+@scenario
+def health_is_that_of_all_vectors() -> None:
+    """Each rank uses codes of its own; together they use all, whatever DDP broadcasts at each step."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    layer = fastvq.VectorQuantize(DIM, 4 * ranks, decay=1.0, freeze_codebook=True, codebook_dim=DIM)
+    layer.codebook = torch.eye(4 * ranks, DIM) + 3 * torch.arange(4 * ranks)[:, None]
+    wrapped = DistributedDataParallel(_Chain(torch.nn.Linear(1, 1), layer))
+    x = layer.codebook[4 * rank : 4 * rank + 4].expand(2, -1, -1) + 0.1
+    for _ in range(3):
+        with collectives() as called:
+            wrapped.module.modules_[1](x)
+        assert not called
+        wrapped._sync_buffers()
+    with collectives() as called:
+        report = layer.health()
+    assert called == ["all_reduce"]
+    assert int(layer.code_counts.sum()) == 24
+    torch.testing.assert_close(torch.stack(report), torch.tensor([1.0, 4.0 * ranks, 0.0, 0.01]))
+    torch.testing.assert_close(layer.health(together=False).usage, torch.tensor(1.0 / ranks))
+    apart = fastvq.VectorQuantize(DIM, 8, sync_codebook=False)
+    apart(batch(1, rows=5))
+    with collectives() as called:
+        apart.health()
+        fastvq.ResidualVQ(dim=DIM, num_quantizers=3, codebook_size=4, sync_codebook=False).health()
+    assert not called
+    stages = fastvq.ResidualVQ(dim=DIM, num_quantizers=3, codebook_size=4)
+    stages(batch(1, rows=5))
+    with collectives() as called:
+        assert stages.health().usage.shape == (3,)
+    assert called == ["all_reduce"]
+
+
+@scenario
+def reinitialized_codebooks_are_equal() -> None:
+    torch.manual_seed(dist.get_rank())
+    for layer in (
+        fastvq.ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=8, threshold_ema_dead_code=1),
+        fastvq.SimVQ(DIM, 8, torch.nn.Identity()),
+        fastvq.VectorQuantize(DIM, 8, kmeans_init=True),
+    ):
+        layer(batch(1, rows=20))
+        layer.reinitialize_()
+        layer(batch(2, rows=20))
+        assert_same_everywhere(layer)
+
+
+@scenario
+def ddp_with_stages_that_are_dropped() -> None:
+    torch.manual_seed(3)
+    for options in ({"learnable_codebook": True}, {"implicit_neural_codebook": True}, {"diveq": True}):
+        layer = fastvq.ResidualVQ(
+            dim=DIM, num_quantizers=4, codebook_size=8, quantize_dropout=True, threshold_ema_dead_code=0.5, **options
+        )
+        wrapped = DistributedDataParallel(_Chain(torch.nn.Linear(DIM, DIM), layer))
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        for step in range(5):
+            quantized, _, losses = wrapped(batch(step, rows=10))
+            optimizer.zero_grad()
+            (quantized.square().mean() + losses.sum()).backward()
+            optimizer.step()
+        assert_same_everywhere(wrapped.module)
+
+
+SHARDED = {
+    "k-means": {"learnable_codebook": True, "kmeans_init": True},
+    "replacement": {"learnable_codebook": True, "threshold_ema_dead_code": 3},
+    "averages": {"orthogonal_reg_weight": 0.1, "kmeans_init": True},
+    "averages, cosine": {"orthogonal_reg_weight": 0.1, "use_cosine_sim": True},
+    "averages by hand": {"orthogonal_reg_weight": 0.1, "manual_ema_update": True},
+    "buffers": {"kmeans_init": True, "threshold_ema_dead_code": 1, "codebook_dim": 3},
+}
+
+
+@scenario
+def codebooks_that_fully_shard_has_sharded() -> None:
+    """Compare with DDP what k-means, averages and replacement write, also where FSDP computes in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    for name, options in SHARDED.items():
+        for policy in (MixedPrecisionPolicy(), MixedPrecisionPolicy(param_dtype=torch.bfloat16)):
+            torch.manual_seed(3)
+            plain = _Chain(torch.nn.Linear(DIM, DIM), fastvq.VectorQuantize(DIM, 7, **options))
+            sharded = copy.deepcopy(plain)
+            fully_shard(sharded.modules_[0], mp_policy=policy)
+            fully_shard(sharded, mp_policy=policy)
+            wrapped = DistributedDataParallel(plain)
+            for step in range(3):
+                x = batch(step, rows=20)
+                for model in (wrapped, sharded):
+                    torch.manual_seed(10 * step + dist.get_rank())
+                    quantized, _, loss = model(x)
+                    (quantized.float().square().mean() + loss).backward()
+                    with torch.no_grad():
+                        for parameter in model.parameters():
+                            parameter -= 0.1 * parameter.grad
+                            parameter.grad = None
+            codebook = sharded.modules_[1]._codebook
+            if "by hand" in name:
+                plain.modules_[1]._codebook.update_ema()
+                codebook.update_ema()
+            embed = codebook.embed
+            embed = embed.full_tensor() if hasattr(embed, "full_tensor") else embed
+            assert embed.dtype == torch.float32, name
+            tolerance = {"rtol": 1e-4, "atol": 1e-5} if policy.param_dtype is None else {"rtol": 0.2, "atol": 0.3}
+            torch.testing.assert_close(embed, plain.modules_[1]._codebook.embed, **tolerance, msg=name)
+            assert codebook.initted
+    layer = fastvq.VectorQuantize(DIM, 7, learnable_codebook=True)
+    fully_shard(layer)
+    with pytest.raises(RuntimeError, match=r"^embed: is sharded over ranks \(a DTensor\)"):
+        layer.encode(batch(0, rows=3))
+    layer.reinitialize_()
+    codes = torch.randn(7, DIM, generator=torch.Generator().manual_seed(1))
+    layer._codebook.set_(codes[None])
+    assert torch.equal(layer._codebook.embed.full_tensor()[0], codes)
 
 
 @scenario

@@ -127,6 +127,8 @@ class WriteCheck:
     def record(self, before: Tensor, after: Tensor) -> None:
         """Remember a write of `after` over `before`."""
         if self.left and not torch.compiler.is_compiling():
+            if self.written is not None:  # no optimizer step since the write before
+                before = self.written[0]
             self.written = (before, after.detach().clone())
 
     def check(self, name: str, current: Tensor) -> None:
@@ -138,11 +140,11 @@ class WriteCheck:
         if self.written is None or torch.compiler.is_compiling() or current.is_meta:
             return
         before, after = self.written
-        self.written, self.left = None, self.left - 1
+        self.left -= 1
         far = (current.detach() - after).square().sum()
-        if not far:  # no optimizer step since
+        if self.left and not far:  # no optimizer step since
             return
-        self.left = 0
+        self.written, self.left = None, 0
         if (current.detach() - before).square().sum() < self.FACTOR * far:
             raise RuntimeError(
                 f"{name}: the codes that were written to it are lost, since an optimizer has put a copy of the earlier"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,60 @@ SHAPES = {
     2: ("(B, H, W, dim)", "(B, dim, H, W)"),
     3: ("(B, T, H, W, dim)", "(B, dim, T, H, W)"),
 }
+
+
+Options = Mapping[tuple[bool, int], str]
+"""What to set for an input, by (whether the channels come first, the number of spatial axes)."""
+
+CHANNEL_LAST: Options = {
+    (True, 1): "channel_last=False",
+    (True, 2): "accept_image_fmap=True",
+    (True, 3): "accept_3d_fmap=True",
+    (False, 1): "channel_last=True",
+    (False, 2): "channel_last=True",
+    (False, 3): "channel_last=True",
+}
+"""Those of a layer that is set for sequences."""
+
+IMAGES: Options = {
+    (True, 1): "accept_image_fmap=False and channel_last=False",
+    (True, 3): "accept_image_fmap=False and accept_3d_fmap=True",
+    (False, 1): "accept_image_fmap=False",
+    (False, 2): "accept_image_fmap=False",
+    (False, 3): "accept_image_fmap=False",
+}
+"""Those of a layer that is set for images."""
+
+VIDEO: Options = {
+    (True, 1): "accept_3d_fmap=False and channel_last=False",
+    (True, 2): "accept_3d_fmap=False and accept_image_fmap=True",
+    (False, 1): "accept_3d_fmap=False",
+    (False, 2): "accept_3d_fmap=False",
+    (False, 3): "accept_3d_fmap=False",
+}
+"""Those of a layer that is set for video."""
+
+
+def channel_first_options(name: str = "channel_first") -> Options:
+    """Return the options of a layer with one such argument for any number of spatial axes."""
+    return {(first, axes): f"{name}={first}" for first in (True, False) for axes in (1, 2, 3)}
+
+
+CHANNEL_FIRST = channel_first_options()
+
+
+def propose_layout(x: Tensor, dim: int, channel_first: bool, options: Options) -> str:
+    """Return the end of an error's message: what to do with x, whose channels are at another axis than expected."""
+    axes = x.dim() - 2
+    if axes not in (1, 2, 3):
+        return ""
+    for first, size in ((True, x.shape[1]), (False, x.shape[-1])):
+        if size == dim and (option := options.get((first, axes))):
+            return f": for {SHAPES[axes][first]} set {option}"
+    for axis, size in ((1, x.shape[1]), (-1, x.shape[-1])):
+        if size == dim and (axis == 1) != channel_first:
+            return f": pass x.movedim({axis}, {-1 if axis == 1 else 1})"
+    return ""
 
 
 class Layout(NamedTuple):
@@ -35,7 +91,12 @@ class Layout(NamedTuple):
 
     @staticmethod
     def of(
-        x: Tensor, dim: int, *, channel_first: bool | None = False, spatial: tuple[int, ...] | None = None
+        x: Tensor,
+        dim: int,
+        *,
+        channel_first: bool | None = False,
+        spatial: tuple[int, ...] | None = None,
+        options: Options = MappingProxyType({}),
     ) -> Layout:
         """Return the layout of x after validating its shape and dtype.
 
@@ -45,6 +106,7 @@ class Layout(NamedTuple):
             channel_first: whether the channels are the second axis. None: for images and video they are, else not.
             spatial: the supported numbers of spatial axes, such as (0, 1) for single vectors and sequences; by default
                 any.
+            options: the layer's options that the error's message proposes.
 
         Raises:
             ValueError: x has another shape. TypeError: x is not floating point.
@@ -58,7 +120,8 @@ class Layout(NamedTuple):
             kinds = spatial if spatial is not None else (0, 1, 2, 3)
             shapes = [SHAPES[axes][channel_first] for axes in sorted(kinds, key=lambda axes: (axes != 1, axes))]
             shapes = list(dict.fromkeys(shapes)) if spatial is not None else [*shapes, "..."]
-            raise ValueError(f"x: must have shape {' or '.join(shapes)} with dim={dim}, got {tuple(x.shape)}")
+            proposal = propose_layout(x, dim, channel_first, options)
+            raise ValueError(f"x: must have shape {' or '.join(shapes)} with dim={dim}, got {tuple(x.shape)}{proposal}")
         if not x.dtype.is_floating_point:
             raise TypeError(f"x: must be floating point, got {x.dtype}")
         return Layout(x.shape[0], tuple(x.shape[2:] if channel_first else x.shape[1:-1]), channel_first)
@@ -119,6 +182,19 @@ class Layout(NamedTuple):
         if lens.shape != (self.batch,):
             raise ValueError(f"lens: must have shape ({self.batch},), got {tuple(lens.shape)}")
         return torch.arange(self.rows, device=lens.device) < lens[:, None]
+
+
+def layout_of(x: Tensor, dim: int, *, channel_last: bool, image: bool, video: bool, single: bool = True) -> Layout:
+    """Return the layout of x for a layer with the options channel_last, accept_image_fmap and accept_3d_fmap.
+
+    Without any of them, x has any number of spatial axes, or with `single` False exactly one.
+    """
+    if image:
+        return Layout.of(x, dim, channel_first=True, spatial=(2,), options=IMAGES)
+    if video:
+        return Layout.of(x, dim, channel_first=True, spatial=(3,), options=VIDEO)
+    spatial = None if channel_last and single else (0, 1) if single else (1,)
+    return Layout.of(x, dim, channel_first=not channel_last, spatial=spatial, options=CHANNEL_LAST)
 
 
 def codes_in_layout(codes: Tensor, channel_first: bool) -> Tensor:

@@ -15,7 +15,7 @@ from fastvq.parts.losses import VectorNorm
 from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask, masked_mean
 from fastvq.parts.projection import project_codes_out, projections
 from fastvq.parts.scalar import CUMULATIVE, Thresholds, with_slope
-from fastvq.parts.shapes import Layout, codes_in_layout
+from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
 from fastvq.precision import at_least_float32
 
 UNIT = 1 / math.sqrt(12)
@@ -152,7 +152,7 @@ class FSP(LevelUse, Radix, nn.Module):
             ValueError, TypeError: z, mask or lens of another shape or dtype.
         """
         self.follow_(z.device)
-        layout = Layout.of(z, self.dim, channel_first=self.channel_first)
+        layout = Layout.of(z, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         rows, rows_mask = layout.to_rows(z), layout.rows_mask(mask, lens)
         if self.has_projections:
             rows, rows_mask = exclude_non_finite(rows, rows_mask)

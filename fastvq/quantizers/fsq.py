@@ -22,7 +22,7 @@ from fastvq.parts.indices import (
 from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask, masked_mean
 from fastvq.parts.projection import project_codes_out, projections, rotate
 from fastvq.parts.scalar import Bound
-from fastvq.parts.shapes import Layout, codes_in_layout
+from fastvq.parts.shapes import Layout, Options, codes_in_layout
 from fastvq.precision import KeepsBuffers
 
 
@@ -34,6 +34,10 @@ def round_ste(z: Tensor) -> Tensor:
 def floor_ste(z: Tensor) -> Tensor:
     """Return z rounded down, with the gradient of z."""
     return straight_through(z, z.floor())
+
+
+SEQUENCES: Options = {(first, 1): f"channel_first={first}" for first in (True, False)}
+"""Images and video have their channels first in any case."""
 
 
 class FSQ(LevelUse, KeepsBuffers, Radix, nn.Module):
@@ -224,7 +228,7 @@ class FSQ(LevelUse, KeepsBuffers, Radix, nn.Module):
     def _forward(
         self, z: Tensor, mask: Tensor | None, lens: Tensor | None, *, training: bool, counting: bool
     ) -> tuple[Tensor, Tensor]:
-        layout = Layout.of(z, self.dim, channel_first=True if self.channel_first else None)
+        layout = Layout.of(z, self.dim, channel_first=True if self.channel_first else None, options=SEQUENCES)
         rows, rows_mask = layout.to_rows(z), layout.rows_mask(mask, lens)
         if self.has_projections:
             rows, rows_mask = exclude_non_finite(rows, rows_mask)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastvq.codebook.health import Monitored
 from fastvq.parts.dropout import common_seed
+from fastvq.parts.shapes import CHANNEL_LAST, IMAGES, VIDEO, Options, channel_first_options, propose_layout
 
 from .residual_vq import ResidualVQ
 
@@ -24,7 +25,8 @@ class Grouped(Monitored, nn.Module):
     Args:
         dim: dimension of the vectors, a multiple of groups.
         groups: G.
-        accept_image_fmap: the channels are the second axis of x.
+        accept_image_fmap: the channels are the second axis of x, as they are with the options of the groups' quantizers
+            that say so.
         settings: arguments of every group's quantizer.
 
     Raises:
@@ -32,6 +34,7 @@ class Grouped(Monitored, nn.Module):
     """
 
     quantizer: ClassVar[type[Any]]
+    _options: Options = channel_first_options("accept_image_fmap")
 
     def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **settings: Any) -> None:
         super().__init__()
@@ -57,7 +60,11 @@ class Grouped(Monitored, nn.Module):
     @property
     def split_dim(self) -> int:
         """The axis of the channels."""
-        return 1 if self.accept_image_fmap else -1
+        return 1 if self._channel_first else -1
+
+    @property
+    def _channel_first(self) -> bool:
+        return bool(self.accept_image_fmap or self._groups[0]._channel_first)
 
     @property
     def codebooks(self) -> Tensor:
@@ -105,8 +112,9 @@ class Grouped(Monitored, nn.Module):
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.dim() < 2 or x.shape[self.split_dim] != self.dim:
-            axis = "second" if self.accept_image_fmap else "last"
-            raise ValueError(f"x: must have dim={self.dim} as its {axis} size, got {tuple(x.shape)}")
+            axis = "second" if self._channel_first else "last"
+            proposal = propose_layout(x, self.dim, self._channel_first, self._options)
+            raise ValueError(f"x: must have dim={self.dim} as its {axis} size, got {tuple(x.shape)}{proposal}")
         return x.chunk(self.groups, dim=self.split_dim)
 
 
@@ -120,13 +128,27 @@ class GroupedResidualVQ(Grouped):
 
     quantizer = ResidualVQ
 
+    @property
+    def _options(self) -> Options:  # type: ignore[override]
+        return IMAGES if self.accept_image_fmap else VIDEO if self._groups[0].accept_3d_fmap else CHANNEL_LAST
+
+    @property
+    def freeze_codebook(self) -> bool:
+        """Whether all groups keep their codebooks as they are. Assigning sets it for each of them."""
+        return all(rvq.freeze_codebook for rvq in self._groups)
+
+    @freeze_codebook.setter
+    def freeze_codebook(self, frozen: bool) -> None:
+        for rvq in self._groups:
+            rvq.freeze_codebook = frozen
+
     def forward(
         self,
         x: Tensor,
         indices: Tensor | None = None,
         return_all_codes: bool = False,
         sample_codebook_temp: float | None = None,
-        freeze_codebook: bool = False,
+        freeze_codebook: bool | None = None,
         mask: Tensor | None = None,
         *,
         lens: Tensor | None = None,

@@ -11,14 +11,23 @@ from torch import Tensor, nn
 
 from fastvq.codebook.health import Health, Monitored
 from fastvq.codebook.recompute import REMEMBERED, History
+from fastvq.distributed import tie_parameters
 from fastvq.parts.dropout import NestedDropout
 from fastvq.parts.masking import finite_mask
-from fastvq.parts.shapes import Layout
+from fastvq.parts.shapes import Layout, Options
 from fastvq.precision import at_least_float32
 
 from .vector_quantize import VectorQuantize
 
 Scale = int | Sequence[int]
+SCALES: Options = {
+    (True, 1): "channel_first=True, and neither accept_image_fmap nor accept_3d_fmap",
+    (True, 2): "channel_first=True and accept_image_fmap=True",
+    (True, 3): "channel_first=True and accept_3d_fmap=True",
+    (False, 1): "channel_first=False, and neither accept_image_fmap nor accept_3d_fmap",
+    (False, 2): "channel_first=False and accept_image_fmap=True",
+    (False, 3): "channel_first=False and accept_3d_fmap=True",
+}
 
 
 class Phi(nn.Module):
@@ -63,7 +72,7 @@ class HierarchicalVQ(Monitored, nn.Module):
         accept_image_fmap, accept_3d_fmap: x has 2 or 3 spatial axes, else 1.
         sync_codebook, decay, commitment_weight, rotation_trick, kmeans_init, kmeans_iters, threshold_ema_dead_code,
         stochastic_sample_codes, sample_codebook_temp, orthogonal_reg_weight, orthogonal_reg_max_codes,
-        orthogonal_reg_active_codes_only: arguments of the `VectorQuantize` of each scale.
+        orthogonal_reg_active_codes_only, freeze_codebook: arguments of the `VectorQuantize` of each scale.
 
     State: vq, or vqs with one for each scale; phi_shared, or phi_levels.
 
@@ -101,6 +110,7 @@ class HierarchicalVQ(Monitored, nn.Module):
         nested_dropout_min_levels: int = 1,
         accept_image_fmap: bool = False,
         accept_3d_fmap: bool = False,
+        freeze_codebook: bool = False,
     ) -> None:
         super().__init__()
         if accept_image_fmap and accept_3d_fmap:
@@ -137,6 +147,7 @@ class HierarchicalVQ(Monitored, nn.Module):
             "orthogonal_reg_max_codes": orthogonal_reg_max_codes,
             "orthogonal_reg_active_codes_only": orthogonal_reg_active_codes_only,
             "sync_codebook": sync_codebook,
+            "freeze_codebook": freeze_codebook,
         }
         self.vq: VectorQuantize | None = None
         self.vqs: nn.ModuleList | None = None
@@ -166,6 +177,16 @@ class HierarchicalVQ(Monitored, nn.Module):
     def _monitored(self) -> list[Monitored] | None:
         return None if self.vqs is None else [cast(Monitored, vq) for vq in self.vqs]
 
+    @property
+    def freeze_codebook(self) -> bool:
+        """Whether all scales keep their codebooks as they are. Assigning sets it for each of them."""
+        return all(self.get_vq(level).freeze_codebook for level in range(self.num_levels))
+
+    @freeze_codebook.setter
+    def freeze_codebook(self, frozen: bool) -> None:
+        for level in range(self.num_levels):
+            self.get_vq(level).freeze_codebook = frozen
+
     def _parts(self) -> Iterator[Monitored]:
         return (self.get_vq(level) for level in range(self.num_levels))
 
@@ -193,6 +214,7 @@ class HierarchicalVQ(Monitored, nn.Module):
         sample_codebook_temp: float | None = None,
         return_cutoff: bool = False,
         *,
+        freeze_codebook: bool | None = None,
         accum_ema_update: bool = False,
     ) -> tuple[Any, ...]:
         """Return (reconstruction, indices, loss) of x, and on request the cutoff of nested dropout.
@@ -201,7 +223,7 @@ class HierarchicalVQ(Monitored, nn.Module):
             x: (B, dim, ...) or, if not channel_first, (B, ..., dim), with the number of spatial axes of the layer.
             indices: must be None; `get_output_from_indices` takes indices.
             mask: bool (B, ...), True for the positions that take part. lens: int (B,), the same for one spatial axis.
-            sample_codebook_temp: as for `VectorQuantize`.
+            sample_codebook_temp, freeze_codebook: as for `VectorQuantize`.
             accum_ema_update: keep this batch's statistics for the next update, or for `commit_ema_update`.
             return_cutoff: also return the last scale in the reconstruction, or None if all are in it; a tensor if
                 nested dropout may cut in a compiled graph.
@@ -214,12 +236,16 @@ class HierarchicalVQ(Monitored, nn.Module):
         """
         if indices is not None:
             raise ValueError("indices: must be None; get_output_from_indices reconstructs from them")
-        layout = Layout.of(x, self.dim, channel_first=self.channel_first, spatial=(self.spatial_dims,))
+        layout = Layout.of(x, self.dim, channel_first=self.channel_first, spatial=(self.spatial_dims,), options=SCALES)
         rows = layout.to_rows(x)
         finite, rows_mask = finite_mask(rows), layout.rows_mask(mask, lens)
         rows_mask = layout.indices(finite if rows_mask is None else finite & rows_mask).unsqueeze(1)
         residual = at_least_float32(x if self.channel_first else x.movedim(-1, 1)).masked_fill(~rows_mask, 0)
-        options = {"sample_codebook_temp": sample_codebook_temp, "accum_ema_update": accum_ema_update}
+        options = {
+            "sample_codebook_temp": sample_codebook_temp,
+            "freeze_codebook": freeze_codebook,
+            "accum_ema_update": accum_ema_update,
+        }
 
         # Drawn before the codebooks draw, since a recomputed forward does not repeat their draws.
         active = self._dropout.draw(self.training, x)
@@ -237,7 +263,7 @@ class HierarchicalVQ(Monitored, nn.Module):
         total = cast(Tensor, total).masked_fill(~rows_mask, 0)
         total = (total if self.channel_first else total.movedim(1, -1)).to(x.dtype)
         losses = [active.fill(level, loss, 0.0) for level, loss in enumerate(losses)]
-        result = (total, tuple(found), torch.stack(losses).sum() / active.number)
+        result = tie_parameters(self, (total, tuple(found), torch.stack(losses).sum() / active.number))
         all_active = isinstance(active.number, int) and active.number == self.num_levels
         return (*result, None if all_active else active.number - 1) if return_cutoff else result
 

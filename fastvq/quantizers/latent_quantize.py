@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastvq.codebook.health import LevelUse
-from fastvq.distributed import mean, recomputing
+from fastvq.distributed import mean, recomputing, tie_parameters
 from fastvq.ops import search
 from fastvq.parts.gradients import straight_through
 from fastvq.parts.indices import Radix, checked_indices, checked_levels, join_levels
@@ -192,7 +192,7 @@ class LatentQuantize(LevelUse, Radix, nn.Module):
         codes = codes.flatten(2).to(projected.dtype)
         quantized = layout.from_rows(project_codes_out(self.project_out, codes, rows_mask)).to(z.dtype)
         chosen = layout.indices(indices if self.keep_num_codebooks_dim else indices.squeeze(-1))
-        return quantized, chosen, self._loss(latents, selected, rows_mask)
+        return tie_parameters(self, (quantized, chosen, self._loss(latents, selected, rows_mask)))
 
     def _loss(self, latents: Tensor, selected: Tensor, mask: Tensor) -> Tensor:
         commitment, quantization = self._weights

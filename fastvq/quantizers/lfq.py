@@ -18,7 +18,7 @@ from fastvq.parts.indices import checked_indices
 from fastvq.parts.losses import Entropies, binary_entropies, random_subset
 from fastvq.parts.masking import exclude_non_finite, masked_mean
 from fastvq.parts.projection import project_codes_out, rotate
-from fastvq.parts.shapes import Layout
+from fastvq.parts.shapes import CHANNEL_FIRST, Layout
 from fastvq.precision import KeepsBuffers, at_least_float32, full_precision
 
 MOST_BITS_OF_ENTROPY = 30
@@ -253,7 +253,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
         Raises:
             ValueError, TypeError: x or mask of another shape or dtype.
         """
-        layout = Layout.of(x, self.dim, channel_first=self.channel_first)
+        layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         rows, rows_mask = rows_and_mask(layout, x, mask, lens)
         quantized, indices, loss, parts = self.quantize_rows(
             self.project_in(rows), rows_mask, inv_temperature=inv_temperature, entropies=return_loss_breakdown

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastvq.codebook.health import Health, Monitored
 from fastvq.parts.arguments import check_sizes
+from fastvq.parts.shapes import layout_of
 from fastvq.precision import KeepsBuffers, full_precision
 
 from .vector_quantize import VectorQuantize
@@ -58,6 +59,13 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
         if settings.get("kmeans_init"):
             raise ValueError("kmeans_init: must be False, since the codebooks are random and never learn")
         self.dim, self.num_codebooks = dim, num_codebooks
+        self._layout_options = {
+            "channel_last": settings.pop("channel_last", True),
+            "image": settings.pop("accept_image_fmap", False),
+            "video": settings.pop("accept_3d_fmap", False),
+        }
+        if self._layout_options["image"] and self._layout_options["video"]:
+            raise ValueError("accept_image_fmap, accept_3d_fmap: only one of them may be True")
         self.register_buffer("rand_projs", nn.init.xavier_normal_(torch.empty(num_codebooks, dim, codebook_dim)))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False) if norm else nn.Identity()
         self.vq = VectorQuantize(
@@ -68,7 +76,7 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
             separate_codebook_per_head=True,
             **settings,
         )
-        self.vq.eval()
+        self.vq.eval().requires_grad_(False)
 
     @property
     def _health(self) -> Health:  # type: ignore[override]
@@ -94,8 +102,9 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
         """Return the indices of x; given indices, return the cross-entropy of the similarities to the codes.
 
         Args:
-            x: (B, N, dim), any floating dtype.
-            indices: int64 (B, N), or (B, N, H) for several codebooks.
+            x: (B, N, dim), or (B, dim, N), (B, dim, H, W) or (B, dim, T, H, W) with the options of `VectorQuantize`
+                that say so; any floating dtype.
+            indices: int64 (B, N), or (B, N, H) for several codebooks; (B, H, W) ... for images and video.
             mask: bool (B, N), True for the vectors that take part; the others get -1. lens: int (B,), a mask: the first
                 lens[b] vectors take part.
 
@@ -105,17 +114,16 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
         Raises:
             ValueError, TypeError: x or indices of another shape or dtype.
         """
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"x: must have shape (B, N, dim) with dim={self.dim}, got {tuple(x.shape)}")
-        if not x.dtype.is_floating_point:
-            raise TypeError(f"x: must be floating point, got {x.dtype}")
+        layout = layout_of(x, self.dim, **self._layout_options, single=False)
+        rows_mask = layout.rows_mask(mask, lens)
+        x = layout.to_rows(x)
         with full_precision(x):
             normed = self.norm(x if x.dtype == torch.float64 else x.float())
             projected = torch.einsum("bnd,hde->bnhe", normed, self.rand_projs.to(normed.dtype)).flatten(2)
         projected = projected.to(next(self.vq.project_in.parameters(), projected).dtype)
         if indices is not None:
-            return self.vq(projected, indices=indices, mask=mask, lens=lens)[1]
-        found = self.vq(projected, mask=mask, lens=lens)[1]
+            return self.vq(projected, indices=layout.indices_to_rows(indices), mask=rows_mask)[1]
+        found = self.vq(projected, mask=rows_mask)[1]
         if self.training or self._measures:
             self._health.observe_(found.movedim(-1, 0) if self.num_codebooks > 1 else found)
-        return found
+        return layout.indices(found)

@@ -13,12 +13,14 @@ from fastvq.parts.dropout import ActiveStages
 from fastvq.parts.indices import checked_indices, checked_levels
 from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask
 from fastvq.parts.projection import project_codes_out, projections
-from fastvq.parts.shapes import Layout, codes_in_layout
+from fastvq.parts.shapes import Layout, channel_first_options, codes_in_layout
 from fastvq.precision import Unsaved, constant, widest_dtype
 
 from .fsq import FSQ
 from .grouped import Grouped
 from .residual import ResidualStack
+
+IS_CHANNEL_FIRST = channel_first_options("is_channel_first")
 
 
 class ResidualFSQ(Unsaved, ResidualStack):
@@ -100,6 +102,10 @@ class ResidualFSQ(Unsaved, ResidualStack):
             self.soft_clamp_input_value = constant(soft_clamp_input_value, torch.float32)
 
     @property
+    def _channel_first(self) -> bool:
+        return self.is_channel_first
+
+    @property
     def codebooks(self) -> Tensor:
         """All codes of all stages before scaling, (Q, K, d), computed on access."""
         return torch.stack([stage.implicit_codebook for stage in self._stages])
@@ -148,7 +154,7 @@ class ResidualFSQ(Unsaved, ResidualStack):
         training: bool,
         counting: bool,
     ) -> tuple[Tensor, Tensor]:
-        layout = Layout.of(x, self.dim, channel_first=self.is_channel_first)
+        layout = Layout.of(x, self.dim, channel_first=self.is_channel_first, options=IS_CHANNEL_FIRST)
         rows, rows_mask = layout.to_rows(x), layout.rows_mask(mask, lens)
         if self.has_projections:
             rows, rows_mask = exclude_non_finite(rows, rows_mask)

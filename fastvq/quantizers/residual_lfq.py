@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.parts.projection import project_codes_out, projections
-from fastvq.parts.shapes import Layout
+from fastvq.parts.shapes import CHANNEL_FIRST, Layout
 from fastvq.precision import at_least_float32
 
 from .grouped import Grouped
@@ -72,6 +72,10 @@ class ResidualLFQ(ResidualStack):
         self._set_dropout(num_quantizers, quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
 
     @property
+    def _channel_first(self) -> bool:
+        return bool(self.channel_first)
+
+    @property
     def codebooks(self) -> Tensor:
         """The codes of all stages (Q, K, D) by index, computed on access."""
         first = self._stages[0]
@@ -101,7 +105,7 @@ class ResidualLFQ(ResidualStack):
         Raises:
             ValueError, TypeError: x or mask of another shape or dtype.
         """
-        layout = Layout.of(x, self.dim, channel_first=self.channel_first)
+        layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         rows, rows_mask = rows_and_mask(layout, x, mask, lens)
         residual = at_least_float32(self.project_in(rows))
         active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvq.distributed import tie_parameters
 from fastvq.functional.quantize import lookup
-from fastvq.parts.shapes import Layout, codes_in_layout
+from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
 
 from .residual import ResidualStack
 from .sim_vq import SimVQ
@@ -99,13 +100,14 @@ class ResidualSimVQ(ResidualStack):
         Raises:
             ValueError, TypeError: x of another shape or dtype.
         """
-        layout = Layout.of(x, self.codebook_dim, channel_first=self.channel_first)
+        layout = Layout.of(x, self.codebook_dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
         residual = layout.to_rows(x)
         residual = residual.float() if x.dtype in (torch.float16, torch.bfloat16) else residual
         total = torch.zeros_like(residual)
         rows_mask = layout.rows_mask(mask, lens)
-        found, losses, codebooks = [], [], []
+        found, codebooks = [], []
+        stage_losses: list[Tensor] = []
         for place, stage in enumerate(self._stages):
             if active.skips(place):
                 break
@@ -116,14 +118,11 @@ class ResidualSimVQ(ResidualStack):
             residual = residual - quantized.detach()
             total = total + quantized
             found.append(indices)
-            losses.append(loss)
+            stage_losses.append(loss)
         dropped = self.num_quantizers - len(found)
         indices = layout.indices(nn.functional.pad(torch.stack(found, -1), (0, dropped), value=-1))
-        result = (
-            layout.from_rows(total.to(x.dtype)),
-            indices,
-            nn.functional.pad(torch.stack(losses), (0, dropped)),
-        )
+        losses = nn.functional.pad(torch.stack(stage_losses), (0, dropped))
+        result = tie_parameters(self, (layout.from_rows(total.to(x.dtype)), indices, losses))
         return (*result, self._codes(codebooks, indices)) if return_all_codes else result
 
     def reinitialize_(self) -> None:

@@ -7,11 +7,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastvq.codebook import Codebook, learn_together
 from fastvq.codebook.health import observe_stages_
 from fastvq.codebook.recompute import History
-from fastvq.distributed import may_be_recomputed
+from fastvq.distributed import may_be_recomputed, tie_parameters
 from fastvq.functional.residual_quantize import residual_quantize
 from fastvq.ops import residual_search
 from fastvq.parts.arguments import check_fractions
@@ -20,7 +21,7 @@ from fastvq.parts.dropout import ActiveStages
 from fastvq.parts.gradients import directional_reparam, scale_gradient
 from fastvq.parts.masking import exclude_non_finite, nan_fill
 from fastvq.parts.projection import project_codes_out, projections
-from fastvq.parts.shapes import Layout, codes_in_layout
+from fastvq.parts.shapes import Layout, codes_in_layout, layout_of
 from fastvq.parts.tables import Implicit, NeuralCodes, Shared, Table
 
 from .residual import ResidualStack
@@ -48,7 +49,8 @@ class ResidualVQ(ResidualStack):
         quantize_dropout: in training, leave out the stages after a random one.
         quantize_dropout_cutoff_index: the lowest index that the last active stage may have.
         quantize_dropout_multiple_of: the number of active stages is rounded up to a multiple of this.
-        accept_image_fmap: x is (B, dim, H, W).
+        channel_last: vectors are (B, N, dim); if False, (B, dim, N).
+        accept_image_fmap, accept_3d_fmap: x is (B, dim, H, W), or (B, dim, T, H, W).
         implicit_neural_codebook: every stage but the first transforms its codes by a network, conditioned on the sum
             of the codes before (`fastvq.parts.tables`); codes and networks learn by gradient.
         mlp_kwargs: dim_hidden and depth of these networks.
@@ -87,6 +89,8 @@ class ResidualVQ(ResidualStack):
         beam_score_quantizer_weights: Sequence[float] | None = None,
         quant_grad_frac: float = 0.0,
         return_zeros_for_masked_padding: bool = True,
+        channel_last: bool = True,
+        accept_3d_fmap: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -97,6 +101,8 @@ class ResidualVQ(ResidualStack):
             raise ValueError(f"num_quantizers: must be the number of stages, {len(sizes)}, got {num_quantizers}")
         if shared_codebook and len(set(sizes)) > 1:
             raise ValueError(f"codebook_size: must be one number where the codebook is shared, got {codebook_size}")
+        if accept_image_fmap and accept_3d_fmap:
+            raise ValueError("accept_image_fmap, accept_3d_fmap: only one of them may be True")
         if heads != 1:
             raise ValueError(f"heads: must be 1 for residual quantization, got {heads}")
         if implicit_neural_codebook and settings.get("codebook_diversity_loss_weight"):
@@ -126,7 +132,8 @@ class ResidualVQ(ResidualStack):
         self.shared_codebook = shared_codebook
         self.diveq = diveq
         self.quant_grad_frac = 1.0 if diveq else quant_grad_frac
-        self.accept_image_fmap = accept_image_fmap
+        self.channel_last = channel_last
+        self.accept_image_fmap, self.accept_3d_fmap = accept_image_fmap, accept_3d_fmap
         self.implicit_neural_codebook = implicit_neural_codebook
         self.beam_size = beam_size
         self.eval_beam_size = beam_size if eval_beam_size is None else eval_beam_size
@@ -154,6 +161,16 @@ class ResidualVQ(ResidualStack):
         return cast("list[VectorQuantize]", list(self.layers))
 
     @property
+    def freeze_codebook(self) -> bool:
+        """Whether all stages keep their codebooks as they are. Assigning sets it for each of them."""
+        return all(stage.freeze_codebook for stage in self._stages)
+
+    @freeze_codebook.setter
+    def freeze_codebook(self, frozen: bool) -> None:
+        for stage in self._stages:
+            stage.freeze_codebook = frozen
+
+    @property
     def codebook_size(self) -> int:
         """K of the first stage."""
         return self.codebook_sizes[0]
@@ -171,7 +188,7 @@ class ResidualVQ(ResidualStack):
         indices: Tensor | list[Tensor] | None = None,
         return_all_codes: bool = False,
         sample_codebook_temp: float | None = None,
-        freeze_codebook: bool = False,
+        freeze_codebook: bool | None = None,
         beam_size: int | None = None,
         rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
         *,
@@ -181,13 +198,13 @@ class ResidualVQ(ResidualStack):
         """Return (quantized, indices, losses) of x; with indices given, (quantized, the sum of cross entropies).
 
         Args:
-            x: (B, N, dim), (B, dim) or (B, ..., dim); (B, dim, H, W) if accept_image_fmap. Any floating dtype.
+            x: (B, N, dim), (B, dim) or (B, ..., dim); (B, dim, N) if not channel_last; (B, dim, H, W) if
+                accept_image_fmap; (B, dim, T, H, W) if accept_3d_fmap. Any floating dtype.
             mask: bool, shaped as the vectors, as in `VectorQuantize`.
             indices: targets, shaped as this layer returns them, or a list with a tensor for each stage: the loss is the
                 cross entropy between each stage's soft assignment and the targets that aren't -1. No stage is dropped.
             return_all_codes: also return the codes of each stage, as a fourth result.
-            sample_codebook_temp: overrides the stages' own for this call.
-            freeze_codebook: keep the codebooks as they are.
+            sample_codebook_temp, freeze_codebook: override the stages' own for this call.
             beam_size: overrides the layer's own for this call.
             rand_quantize_dropout_fixed_seed: seed of dropout; by default torch's generator draws one.
             lens: int (B,), a mask for sequences: the first lens[b] vectors take part.
@@ -200,11 +217,15 @@ class ResidualVQ(ResidualStack):
         Raises:
             ValueError, TypeError: an argument is invalid; the message names it.
         """
-        learning = self.training and not (freeze_codebook or cast(VectorQuantize, self.layers[0]).freeze_codebook)
+        stages, frozen = self._stages, 0
+        for stage in stages:
+            frozen += stage.freeze_codebook if freeze_codebook is None else freeze_codebook
+        learning = self.training and frozen < self.num_quantizers
+        partly = learning and frozen > 0
         repeatable = learning and may_be_recomputed()
         no_options = mask is indices is beam_size is lens is None and not (return_all_codes or accum_ema_update)
-        if no_options and not repeatable and self._is_plain(learning):
-            return self._forward_plain(x, learning)
+        if no_options and not (repeatable or partly) and self._is_plain(stages, learning):
+            return self._forward_plain(x, stages, learning)
 
         layout = self._layout(x)
         rows = layout.to_rows(x)
@@ -221,13 +242,15 @@ class ResidualVQ(ResidualStack):
         active = self._dropout.draw(self.training and targets is None, x, rand_quantize_dropout_fixed_seed)
         if repeatable:
             self._history.replay(projected, self._unique_codebooks)
+        learns = [learning and not (partly and stage.freeze_codebook) for stage in stages]
         if learning:
-            self._initialize_stages(projected.detach(), flat_mask)
+            self._initialize_stages(projected.detach(), flat_mask, learns)
         known = self._beam_search(projected, flat_mask, beam_size, active, sample_codebook_temp)
-        if targets is None and self._fits_one_pass(learning):
+        if targets is None and not partly and self._fits_one_pass(learning):
             total, found, losses = self._quantize_in_one_pass(
                 projected.flatten(0, 1),
                 None if flat_mask is None else flat_mask[0],
+                stages,
                 learning,
                 active,
                 None if known is None else known[0],
@@ -238,7 +261,7 @@ class ResidualVQ(ResidualStack):
             total, found, losses = self._quantize_by_stage(
                 projected,
                 flat_mask,
-                learning,
+                learns,
                 active,
                 known,
                 shape=(layout.batch, layout.rows),
@@ -266,25 +289,27 @@ class ResidualVQ(ResidualStack):
         if rows_mask is not None and not self.return_zeros_for_masked_padding:
             quantized = torch.where(rows_mask[..., None], quantized, rows)
         if targets is not None:
-            return layout.from_rows(quantized), losses.sum()
-        result = (layout.from_rows(quantized), layout.indices(found), losses)
+            return tie_parameters(self, (layout.from_rows(quantized), losses.sum()))
+        result = tie_parameters(self, (layout.from_rows(quantized), layout.indices(found), losses))
         return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
 
-    def _is_plain(self, learning: bool) -> bool:
+    def _is_plain(self, stages: list[VectorQuantize], learning: bool) -> bool:
         """Return whether `_forward_plain` can replace the general forward pass, by the settings and state of now."""
         beams = self.beam_size if self.training else self.eval_beam_size
         if self.has_projections or (beams or 1) > 1 or (self.training and self.quantize_dropout):
             return False
-        for stage in self._stages if learning else ():
+        if "embed" not in stages[0]._codebook._buffers and DistributedDataParallel._active_ddp_module is not None:
+            return False  # parameters that take no part, because they are frozen
+        for stage in stages if learning else ():
             if not stage._codebook.ready():
                 return False
         return self._fits_one_pass(learning)
 
-    def _forward_plain(self, x: Tensor, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward_plain(self, x: Tensor, stages: list[VectorQuantize], learning: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Run the common case of `forward`, with the same results: layout, then all stages in one pass."""
         layout = self._layout(x)
         rows = layout.to_rows(x).reshape(-1, self.dim)
-        quantized, indices, losses = self._quantize_in_one_pass(rows, None, learning)
+        quantized, indices, losses = self._quantize_in_one_pass(rows, None, stages, learning)
         if not self.training:
             losses = torch.zeros_like(losses)
         shape = (layout.batch, layout.rows)
@@ -312,13 +337,14 @@ class ResidualVQ(ResidualStack):
         self,
         x: Tensor,
         mask: Tensor | None,
+        stages: list[VectorQuantize],
         learning: bool,
         active: ActiveStages | None = None,
         known: Tensor | None = None,
         repeatable: bool = False,
         accumulate_only: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize rows x (R, D) by all stages in one pass, and let each stage learn.
+        """Quantize rows x (R, D) by the stages in one pass, and let each stage learn.
 
         Args:
             mask: bool (R,), or None.
@@ -331,7 +357,6 @@ class ResidualVQ(ResidualStack):
         Returns:
             quantized (R, D), indices (R, active) and losses (active,).
         """
-        stages = self._stages
         first = stages[0]
         if active is not None and isinstance(active.number, int):
             stages = stages[: active.number]
@@ -368,7 +393,7 @@ class ResidualVQ(ResidualStack):
         self,
         x: Tensor,
         mask: Tensor | None,
-        learning: bool,
+        learns: list[bool],
         active: ActiveStages,
         known: Tensor | None,
         *,
@@ -380,8 +405,8 @@ class ResidualVQ(ResidualStack):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize rows x (1, R, D) one stage after another, with any options of the stages.
 
-        The other tensors are those of `_quantize_in_one_pass`, with the same leading axis. With targets (1, R, Q), the
-        losses are cross entropies.
+        `learns` says which stages learn. The tensors are those of `_quantize_in_one_pass`, with the same leading axis.
+        With targets (1, R, Q), the losses are cross entropies.
         """
         residual = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         start, total = residual, torch.zeros_like(residual)
@@ -393,7 +418,7 @@ class ResidualVQ(ResidualStack):
                 stage.split_rows(residual),
                 active.row_mask(place, mask, residual),
                 shape=shape,
-                learning=learning,
+                learning=learns[place],
                 indices=None if known is None else active.fill(place, known[..., place], -1),
                 targets=None if targets is None else targets[..., place],
                 temperature=temperature,
@@ -409,8 +434,8 @@ class ResidualVQ(ResidualStack):
             total = directional_reparam(start.masked_fill(absent, 0), total).masked_fill(absent, 0)
         if repeatable:
             self._history.record(x, self._unique_codebooks)
-        pending = [place for place, step in enumerate(steps) if not step.learned]
-        if learning and pending:
+        pending = [place for place, step in enumerate(steps) if learns[place] and not step.learned]
+        if pending:
             self._learn(
                 [stages[place] for place in pending],
                 [steps[place].inputs.detach() for place in pending],
@@ -418,13 +443,13 @@ class ResidualVQ(ResidualStack):
                 active,
                 accumulate_only,
             )
-        if learning and self.shared_codebook:
+        if any(learns) and self.shared_codebook:
             stages[0].update_in_place_optimizer()
         if targets is not None:
             losses = [step.cross_entropy for step in steps if step.cross_entropy is not None]
         elif self.training:
             losses = [
-                active.fill(place, stage.losses(step, learning)[0], 0)
+                active.fill(place, stage.losses(step, learns[place])[0], 0)
                 for place, (stage, step) in enumerate(zip(stages, steps, strict=True))
             ]
         else:
@@ -455,15 +480,15 @@ class ResidualVQ(ResidualStack):
         """The stages whose codebooks wait for k-means."""
         return [stage for stage in self._stages if not stage._codebook.ready()]
 
-    def _initialize_stages(self, x: Tensor, mask: Tensor | None) -> None:
-        """Run k-means on the residuals of a greedy search, stage by stage, unless it has run."""
+    def _initialize_stages(self, x: Tensor, mask: Tensor | None, learns: list[bool]) -> None:
+        """Run k-means for the stages that learn on the residuals of a greedy search, stage by stage."""
         if not self._unready_stages:
             return
         residual = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         total = torch.zeros_like(residual)
         for place, stage in enumerate(self._stages):
             rows = stage.split_rows(residual)
-            if not stage._codebook.ready():
+            if learns[place] and not stage._codebook.ready():
                 stage._codebook.initialize_(rows, mask)
             table = self._table_of(place, total)
             chosen = table.lookup(table.nearest(rows, mask)).detach()
@@ -543,12 +568,12 @@ class ResidualVQ(ResidualStack):
         return self._codes(self._checked_stages(indices))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """Return the quantized output of `forward` for these indices; channels come last unless accept_image_fmap."""
+        """Return the quantized output of `forward` for these indices, in its layout."""
         indices = self._checked_stages(indices)
         total = self._codes(indices).sum(0)
         if self.has_projections:
             total = project_codes_out(self.project_out, total, (indices >= 0).any(-1))
-        return codes_in_layout(total, self.accept_image_fmap)
+        return codes_in_layout(total, self._channel_first)
 
     def _codes(self, indices: Tensor) -> Tensor:
         """Return the codes (Q, ..., D) of indices (..., 1 to Q), zeros for the missing stages."""
@@ -598,5 +623,14 @@ class ResidualVQ(ResidualStack):
         return nan_fill(projected, mask).flatten(0, 1)[None]
 
     def _layout(self, x: Tensor) -> Layout:
-        spatial = (2,) if self.accept_image_fmap else None
-        return Layout.of(x, self.dim, channel_first=self.accept_image_fmap, spatial=spatial)
+        return layout_of(
+            x,
+            self.dim,
+            channel_last=self.channel_last,
+            image=self.accept_image_fmap,
+            video=self.accept_3d_fmap,
+        )
+
+    @property
+    def _channel_first(self) -> bool:
+        return self.accept_image_fmap or self.accept_3d_fmap or not self.channel_last

@@ -52,6 +52,15 @@ class Sequential(Monitored, nn.Module):
     def _synchronizes(self) -> bool:
         return self.quantizer._synchronizes
 
+    @property
+    def freeze_codebook(self) -> bool:
+        """That of the quantizer. Assigning sets it there."""
+        return self.quantizer.freeze_codebook
+
+    @freeze_codebook.setter
+    def freeze_codebook(self, frozen: bool) -> None:
+        self.quantizer.freeze_codebook = frozen
+
     def reinitialize_(self) -> None:
         """Call `reinitialize_` of the quantizer, if it has a codebook."""
         self.quantizer.reinitialize_()

@@ -12,7 +12,7 @@ from fastvq.distributed import common_seed
 from fastvq.functional.quantize import lookup, quantize
 from fastvq.parts.arguments import check_sizes
 from fastvq.parts.indices import checked_indices
-from fastvq.parts.shapes import Layout, codes_in_layout
+from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
 from fastvq.precision import KeepsBuffers, full_precision
 
 
@@ -130,7 +130,7 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
         Raises:
             ValueError, TypeError: x of another shape or dtype.
         """
-        layout = Layout.of(x, self.dim, channel_first=self.channel_first)
+        layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         quantized, indices, loss = self.quantize_rows(layout.to_rows(x), self.codebook, layout.rows_mask(mask, lens))
         return layout.from_rows(quantized), layout.indices(indices), loss
 

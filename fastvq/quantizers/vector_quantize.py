@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastvq.codebook import Codebook, Replacement, learn_together
 from fastvq.codebook.health import Health, Monitored
 from fastvq.codebook.in_place import InPlaceStep
 from fastvq.codebook.recompute import History
-from fastvq.distributed import may_be_recomputed, recomputing
+from fastvq.distributed import may_be_recomputed, recomputing, tie_parameters
 from fastvq.functional.quantize import lookup, quantize, unit_norm
 from fastvq.ops import search
 from fastvq.parts.arguments import check_fractions, check_not_negative, check_sizes
@@ -21,7 +22,7 @@ from fastvq.parts.indices import checked_indices
 from fastvq.parts.losses import orthogonality, used_codes
 from fastvq.parts.masking import exclude_non_finite, nan_fill
 from fastvq.parts.projection import project_codes_out, projections
-from fastvq.parts.shapes import Heads, Layout, codes_in_layout
+from fastvq.parts.shapes import Heads, Layout, codes_in_layout, layout_of
 from fastvq.parts.tables import PerRow, Shared, Table
 from fastvq.precision import full_precision
 
@@ -400,14 +401,14 @@ class VectorQuantize(Monitored, nn.Module):
             original = rows if topk is None else rows.unsqueeze(2)
             quantized = torch.where(rows_mask.view(*rows_mask.shape, *extra), quantized, original)
         if step.cross_entropy is not None:
-            return layout.from_rows(quantized), step.cross_entropy
+            return tie_parameters(self, (layout.from_rows(quantized), step.cross_entropy))
         if topk is not None:
             loss, commitment = (
                 layout.indices(self._heads.join_indices(each, layout.batch, layout.rows)) if each.dim() else each
                 for each in (loss, breakdown.commitment)
             )
             breakdown = breakdown._replace(commitment=commitment)
-        result = (layout.from_rows(quantized), layout.indices(joined), loss)
+        result = tie_parameters(self, (layout.from_rows(quantized), layout.indices(joined), loss))
         # A loss of its own: what is added to it in place stays out of the breakdown.
         return (*result[:2], loss.clone(), breakdown) if return_loss_breakdown else result
 
@@ -418,6 +419,8 @@ class VectorQuantize(Monitored, nn.Module):
             return False
         if not self.training:
             return True
+        if "embed" not in codebook._buffers and DistributedDataParallel._active_ddp_module is not None:
+            return False  # a parameter that takes no part, because it is frozen
         return (not learning or codebook.ready()) and not self.straight_through and self.only_searches(learning)
 
     def _forward_plain(self, x: Tensor, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -692,6 +695,10 @@ class VectorQuantize(Monitored, nn.Module):
         return self.accept_image_fmap or self.accept_3d_fmap or not self.channel_last
 
     def _layout(self, x: Tensor) -> Layout:
-        spatial: tuple[int, ...] | None = None if self.channel_last else (0, 1)
-        spatial = (2,) if self.accept_image_fmap else (3,) if self.accept_3d_fmap else spatial
-        return Layout.of(x, self.dim, channel_first=self._channel_first, spatial=spatial)
+        return layout_of(
+            x,
+            self.dim,
+            channel_last=self.channel_last,
+            image=self.accept_image_fmap,
+            video=self.accept_3d_fmap,
+        )

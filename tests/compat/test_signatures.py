@@ -25,6 +25,8 @@ OTHER_DEFAULTS = {
     ("LFQ", "straight_through_activation"),
     ("SimVQ", "init_fn"),
     ("ResidualVQ", "mlp_kwargs"),
+    ("ResidualVQ", "freeze_codebook"),
+    ("GroupedResidualVQ", "freeze_codebook"),
 }
 # Theirs takes it among **kwargs.
 NAMED_HERE = {("ResidualLFQ", "channel_first")}
