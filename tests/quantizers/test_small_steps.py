@@ -76,7 +76,7 @@ def test_the_plain_path_has_the_results_of_the_general_one(name, settings, dtype
     taken = []
     run, decide = type(plain)._forward_plain, type(plain)._is_plain
     monkeypatch.setattr(type(plain), "_forward_plain", lambda self, *args: taken.append(self) or run(self, *args))
-    monkeypatch.setattr(type(plain), "_is_plain", lambda self, learning: self is plain and decide(self, learning))
+    monkeypatch.setattr(type(plain), "_is_plain", lambda self, *given: self is plain and decide(self, *given))
     for seed in range(4):
         x = batch(seed=seed).to(dtype)
         x = x.mT.reshape(4, DIM, 2, 5) if plain.accept_image_fmap else x
