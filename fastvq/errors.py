@@ -19,6 +19,10 @@ class DataError(FastvqError, ValueError):
     """Unusable data set; the message says what to change."""
 
 
+class SkippedFilesWarning(RuntimeWarning):
+    """Warning that files were left out, as requested; the message names them."""
+
+
 class CheckpointError(FastvqError, RuntimeError):
     """Missing or damaged checkpoint, or one of another run; the message says what to do."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from fastvq.backends import devices
 from fastvq.errors import BenchError, WrongResultError
-from fastvq.files import write_whole
+from fastvq.files import StrPath, write_whole
 
 from . import model
 from .data import DATA, Shape, from_file
@@ -21,31 +22,51 @@ from .measure import measure_search
 from .report import DOCUMENT, SEARCH_HEADERS, search_rows, table, write_report
 from .suite import ceilings, machine, run_suite
 
+DEFAULT_SHAPE = Shape(16384, 1024, 64)
+"""N, K and D of a benchmark that gives none."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def bench_shape(
-    sizes: tuple[int, int, int],
+    n: int | None = None,
+    k: int | None = None,
+    d: int | None = None,
     *,
     dtype: str = "float32",
-    data: str = "clustered",
+    data: StrPath = "clustered",
     device: str = "cpu",
     threads: int | None = None,
-    json_path: Path | None = None,
+    json_path: StrPath | None = None,
 ) -> list[str]:
     """Time the search of N vectors among K codes of D dimensions, and return the lines to print.
+
+    Args:
+        n, k, d: the sizes, by default `DEFAULT_SHAPE`'s, or those of the vectors in a file: see `from_file`.
+        dtype: dtype of vectors and codes.
+        data: a name in `DATA`, or the path of an .npy file of vectors.
+        device, threads: where the search runs, and the threads of every contestant.
+        json_path: a .json file that the measurements are also written to.
 
     Raises:
         BenchError: an invalid argument, by name; or fastvq itself returns a wrong index.
     """
-    shape = _shape(sizes, dtype)
+    _check(n, k, d, dtype, json_path)
     if threads is not None and threads < 1:
         raise BenchError(f"threads: must be at least 1, got {threads}")
     place = _device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    x, codebook = _vectors(data, shape)
+    data = os.fspath(data)
+    if data in DATA:
+        x, codebook = DATA[data](_shape(n, k, d))
+    elif Path(data).exists() or Path(data).suffix:
+        x, codebook = from_file(data, n, k, d)
+    else:
+        raise BenchError(f"data: must be {', '.join(DATA)} or the path of an .npy file, got {data!r}")
+    shape = Shape(len(x), *codebook.shape)
     x, codebook = x.to(place, DTYPES[dtype]), codebook.to(place, DTYPES[dtype])
+    if not (x.isfinite().all() and codebook.isfinite().all()):
+        raise BenchError(f"dtype: {data} holds values beyond the range of {dtype}")
     try:
         contestants = measure_search(shape, x, codebook)
     except WrongResultError as error:
@@ -63,43 +84,43 @@ def bench_shape(
 
 def model_shape(
     name: str,
-    sizes: tuple[int, int, int],
+    n: int | None = None,
+    k: int | None = None,
+    d: int | None = None,
     *,
     dtype: str = "float32",
     uncertified_share: float = model.UNCERTIFIED_SHARE,
-    json_path: Path | None = None,
+    json_path: StrPath | None = None,
 ) -> list[str]:
     """Predict the time of the same search on a GPU, which need not be present, and return the lines to print.
 
     Raises:
         BenchError: an invalid argument, by name; or no counts to predict from.
     """
-    shape = _shape(sizes, dtype)
+    _check(n, k, d, dtype, json_path)
+    shape = _shape(n, k, d)
     predicted = model.predict(name, shape, uncertified_share=uncertified_share, element=DTYPES[dtype].itemsize)
     if json_path is not None:
         _write_json(json_path, predicted)
     return model.lines(predicted)
 
 
-def _shape(sizes: tuple[int, int, int], dtype: str) -> Shape:
-    for name, size in zip("nkd", sizes, strict=True):
-        if size < 1:
+def _check(n: int | None, k: int | None, d: int | None, dtype: str, json_path: StrPath | None) -> None:
+    for name, size in (("n", n), ("k", k), ("d", d)):
+        if size is not None and size < 1:
             raise BenchError(f"{name}: must be at least 1, got {size}")
     if dtype not in DTYPES:
         raise BenchError(f"dtype: must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return Shape(*sizes)
+    if json_path is not None and Path(json_path).suffix != ".json":
+        raise BenchError(f"json_path: must end in .json, got {json_path}")
 
 
-def _write_json(path: Path, document: dict[str, Any]) -> None:
+def _shape(n: int | None, k: int | None, d: int | None) -> Shape:
+    return Shape(*(default if size is None else size for size, default in zip((n, k, d), DEFAULT_SHAPE, strict=True)))
+
+
+def _write_json(path: StrPath, document: dict[str, Any]) -> None:
     write_whole(path, json.dumps(document, indent=1) + "\n")
-
-
-def _vectors(data: str, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
-    if data in DATA:
-        return DATA[data](shape)
-    if not data.endswith(".npy"):
-        raise BenchError(f"data: must be {', '.join(DATA)} or the path of an .npy file, got {data!r}")
-    return from_file(Path(data), shape)
 
 
 def _device(name: str) -> torch.device:
@@ -109,7 +130,7 @@ def _device(name: str) -> torch.device:
         raise BenchError(str(error)) from None
 
 
-def write_suite(folder: Path, readme: Path | None) -> list[str]:
+def write_suite(folder: StrPath, readme: StrPath | None = None) -> list[str]:
     """Run the suite and write its results and report to `folder`.
 
     Raises:
@@ -122,12 +143,13 @@ def write_suite(folder: Path, readme: Path | None) -> list[str]:
     return [f"written: {path}" for path in write_report(document, folder, readme)]
 
 
-def render(folder: Path, readme: Path | None) -> list[str]:
+def render(folder: StrPath, readme: StrPath | None = None) -> list[str]:
     """Write the reports in `folder` again: that of the suite, and that of a run on a GPU, from the results of each.
 
     Raises:
         BenchError: nothing to render, or the run on a GPU was a rehearsal.
     """
+    folder = Path(folder)
     suite, gpu = folder / DOCUMENT, folder / gpu_report.SOURCE
     if not suite.exists() and not gpu.exists():
         out = shlex.quote(str(folder))

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq.errors import BenchError
-from fastvq.files import whole
+from fastvq.data.arrays import read_array
+from fastvq.errors import BenchError, DataError
+from fastvq.files import StrPath, whole
 
 
 class Shape(NamedTuple):
@@ -46,6 +47,8 @@ OTHER_SHAPES = [
     Shape(4096, 999, 384),
 ]
 
+DEFAULT_CODES = 1024
+"""Number of codes among which the vectors of a file are searched."""
 LATENT_DIM = 64
 _LATENT_STEPS = 400
 _SPREAD = 0.15
@@ -97,27 +100,44 @@ DATA: dict[str, Callable[[Shape], tuple[Tensor, Tensor]]] = {
 }
 
 
-def from_file(path: Path, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Return the first N rows of an .npy file of shape (rows, D), and K of its rows as codes.
+def from_file(path: StrPath, n: int | None, k: int | None, d: int | None) -> tuple[Tensor, Tensor]:
+    """Return the vectors of an .npy file, (N, D) or (..., D), and K of them as codes.
+
+    Args:
+        path: the file.
+        n: take the first `n` vectors only; by default all.
+        k: number of codes, by default 1024 or, if there are fewer vectors, as many as there are.
+        d: if given, the dimension that the vectors must have.
 
     Raises:
-        BenchError: the file is not .npy with at least max(N, K) float rows of D dimensions.
+        BenchError: the file is no .npy file of finite floats, or holds other vectors than requested.
     """
     import numpy as np
 
     try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise BenchError(f"data: {path} can't be read as .npy: {error}") from error
-    if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating):
-        raise BenchError(f"data: {path} must hold floats of shape (rows, D), got {values.dtype} {values.shape}")
-    if values.shape[1] != shape.d or len(values) < max(shape.n, shape.k):
+        values = read_array(path, np.floating)
+    except DataError as error:
+        raise BenchError(f"data: {error}") from error
+    if values.ndim < 2 or values.size == 0:
+        raise BenchError(f"data: {path} must hold vectors, (N, D) or (..., D), got shape {values.shape}")
+    values = values.reshape(-1, values.shape[-1])
+    if d is not None and values.shape[1] != d:
+        raise BenchError(f"d: {path} holds vectors of {values.shape[1]} dimensions, got {d}")
+    if n is not None and len(values) < n:
+        raise BenchError(f"n: {path} holds {len(values)} vectors, got {n}")
+    if k is not None and len(values) < k:
+        raise BenchError(f"k: the codes are vectors of {path}, which holds {len(values)}, got {k}")
+    with np.errstate(over="ignore"):
+        vectors = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
+    finite = vectors.isfinite().all(1)
+    if not finite.all():
         raise BenchError(
-            f"data: {path} must hold at least {max(shape.n, shape.k)} rows (N and K) of D={shape.d}, got {values.shape}"
+            f"data: {path} must hold finite float32 values; {int((~finite).sum())} of {len(finite)} vectors do not,"
+            f" the first at row {int((~finite).nonzero()[0])}"
         )
-    vectors = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[: shape.k]
-    return vectors[: shape.n], vectors[chosen]
+    k = min(DEFAULT_CODES, len(vectors)) if k is None else k
+    chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:k]
+    return vectors[:n], vectors[chosen]
 
 
 def cache_folder() -> Path:

@@ -150,7 +150,7 @@ def predict(
     """
     device, counts = device_named(name), load_counts()
     if not 0 <= uncertified_share <= 1:
-        raise BenchError(f"uncertified-share: must be from 0 to 1, got {uncertified_share}")
+        raise BenchError(f"uncertified_share: must be from 0 to 1, got {uncertified_share}")
     first, second = (scan_for(counts, device.target, shape.d, products) for products in (1, 3))
     # Sums, norms and packing read the codebook; both parts, half the squares and two norms are written.
     packing = shape.k * (3 * shape.d * element + 4 * _columns(second) + 20) / device.memory

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastvq.files import write_whole
+from fastvq.files import StrPath, write_whole
 from fastvq.runs.plots import SERIES, figure_with, save_figure
 
 from .peers import NATIVE, PRODUCT, TRITON
@@ -21,11 +21,12 @@ _MARKER = re.compile(r"(<!-- bench:([\w.-]+) -->).*?(<!-- /bench -->)", re.S)
 _TINY, _SMALL = 1e-3, 1.0
 
 
-def write_report(document: dict[str, Any], folder: Path, readme: Path | None = None) -> list[Path]:
+def write_report(document: dict[str, Any], folder: StrPath, readme: StrPath | None = None) -> list[Path]:
     """Write the document, its page and its plots to `folder`, and the figures into a README with markers.
 
     Every file is written to a temporary name first. Returns the paths.
     """
+    folder, readme = Path(folder), None if readme is None else Path(readme)
     images = folder / IMAGES
     plots = [
         plot_search(document, images / "bench_search.png"),
@@ -266,7 +267,7 @@ prediction of `fastvq bench --model`; [gpu.md](gpu.md) describes what is known w
 """
 
 
-def plot_search(document: dict[str, Any], path: Path) -> Path:
+def plot_search(document: dict[str, Any], path: StrPath) -> Path:
     """Plot how many times faster fastvq is than the fastest peer, as bars by shape."""
     shapes = list(dict.fromkeys((r["n"], r["k"], r["d"]) for r in document["search"] + document["other"]))
     figure, axes = figure_with(
@@ -294,10 +295,10 @@ def plot_search(document: dict[str, Any], path: Path) -> Path:
     axes.set_ylabel("N x K x D")
     axes.legend(loc="lower right", frameon=False)
     save_figure(figure, path)
-    return path
+    return Path(path)
 
 
-def plot_roofline(document: dict[str, Any], path: Path) -> Path:
+def plot_roofline(document: dict[str, Any], path: StrPath) -> Path:
     """Plot the rates of the native backend and of torch.mm against operations a byte, under the measured roofs."""
     figure, axes = figure_with(
         9.5,
@@ -340,7 +341,7 @@ def plot_roofline(document: dict[str, Any], path: Path) -> Path:
     if points:
         axes.legend(fontsize=8, frameon=False, loc="upper left")
     save_figure(figure, path)
-    return path
+    return Path(path)
 
 
 _RATES = tuple(step * 10**power for power in range(5) for step in (1, 3))
@@ -348,7 +349,7 @@ _LABEL_STEP = 1.17
 """Ratio of the places of two labels on a logarithmic axis that don't overlap."""
 
 
-def plot_scaling(document: dict[str, Any], path: Path) -> Path:
+def plot_scaling(document: dict[str, Any], path: StrPath) -> Path:
     """Plot time against N, K, D and threads in four panels, with the least time that the machine's peaks allow."""
     figure, panels = figure_with(
         13.0,
@@ -386,7 +387,7 @@ def plot_scaling(document: dict[str, Any], path: Path) -> Path:
     panels[0].set_ylabel("milliseconds")
     panels[0].legend(fontsize=8, frameon=False, loc="upper left")
     save_figure(figure, path)
-    return path
+    return Path(path)
 
 
 _CEILING_STYLES = ("--", ":")

@@ -12,8 +12,12 @@ SUMMARY = "decode a file to images, or to an array of indices"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("source", type=Path, metavar="IN", help="the coded file")
-    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder for images, or an .npy file for indices")
+    parser.add_argument("source", type=Path, metavar="IN.fvq", help="the coded file")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        help="a new folder for images; .png, .jpg, .webp or the like for a single image; .npy for indices",
+    )
     parser.add_argument(
         "--run", type=Path, metavar="DIR", dest="run_folder", help="the run whose model decodes the images"
     )
@@ -34,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
 
     given = {name: getattr(options, name) for name in Limits._fields if getattr(options, name) is not None}
     limits = Limits(**given)
-    if options.out.suffix == ".npy":
+    if options.out.endswith(".npy"):
         lines = decode_array(options.source, options.out, run=options.run_folder, limits=limits)
     elif options.run_folder is None:
         raise CodingError("--run: needed to decode images, by the model of that run; for indices, OUT ends in .npy")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from fastvq.errors import CodingError
 
+from .options import add_skip_unreadable, check_sources
+
 SUMMARY = "write the indices of images, or of an array, to a small file"
 
 
@@ -17,12 +19,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         " that the run's model was trained on; the file keeps their order, not their names."
     )
     parser.add_argument(
-        "source",
-        type=Path,
+        "sources",
+        nargs="*",
         metavar="IN",
-        help="an image, a folder of images, held-out (the run's held-out images), or an .npy file of indices",
+        help="images and folders of images, or one .npy file of indices; none with --held-out",
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="file to write")
+    parser.add_argument("out", metavar="OUT.fvq", help="file to write")
+    parser.add_argument("--held-out", action="store_true", help="encode the run's held-out images")
     parser.add_argument(
         "--run",
         type=Path,
@@ -38,19 +41,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--codebook-size", type=int, help="K for an .npy file (default: the run's, or the largest index + 1)"
     )
+    add_skip_unreadable(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Encode images or an array."""
-    from fastvq.runs.encode import encode_array, encode_images
+    from fastvq.runs.encode import encode_array, encode_held_out, encode_images
 
-    if options.source.suffix == ".npy":
-        lines = encode_array(
-            options.source, options.out, options.codebook_size, model=options.model, run=options.run_folder
-        )
+    sources, model, skip = options.sources, options.model, options.skip_unreadable
+    arrays = [source for source in sources if Path(source).suffix == ".npy"]
+    check_sources(sources, held_out=options.held_out)
+    if not options.held_out and not sources:
+        raise CodingError("IN: give images, folders, an .npy file of indices, or --held-out")
+    if arrays and len(sources) > 1:
+        raise CodingError(f"IN: an .npy file is encoded alone, got {', '.join(sources)}")
+    if not arrays and options.codebook_size is not None:
+        raise CodingError("codebook_size: only for an .npy file of indices; images have the run's")
+    if arrays:
+        lines = encode_array(sources[0], options.out, options.codebook_size, model=model, run=options.run_folder)
     elif options.run_folder is None:
         raise CodingError("--run: needed to encode images, by the model of that run")
+    elif options.held_out:
+        lines = encode_held_out(options.run_folder, options.out, model=model)
     else:
-        lines = encode_images(options.run_folder, options.source, options.out, model=options.model)
+        lines = encode_images(options.run_folder, sources, options.out, model=model, skip_unreadable=skip)
     print("\n".join(lines))
     return 0

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastvq.errors import DataError
 
 if TYPE_CHECKING:
     from fastvq.training.config import Settings
@@ -35,3 +39,18 @@ def given_settings(options: argparse.Namespace, settings: type[Settings]) -> dic
     """Return {name: value} of the fields whose option is given."""
     names = (field.name for field in dataclasses.fields(settings))
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
+
+
+def add_skip_unreadable(parser: argparse.ArgumentParser) -> None:
+    """Add `--skip-unreadable`."""
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out image files that cannot be read, and name them"
+    )
+
+
+def check_sources(sources: Sequence[str], *, held_out: bool) -> None:
+    """Raise a DataError if images are given beside `--held-out`, or its name is given as an image."""
+    if held_out and sources:
+        raise DataError(f"held_out: takes no other images, got {', '.join(sources)}")
+    if "held-out" in sources and not Path("held-out").exists():
+        raise DataError("held-out does not exist: the run's held-out images are --held-out")

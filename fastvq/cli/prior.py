@@ -42,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--compare",
         type=float,
         metavar="SECONDS",
+        dest="seconds",
         help="only train each kind of prior for SECONDS of processor time, and compare them",
     )
     add_settings(parser, PriorConfig)
@@ -49,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train the prior of a run, or compare the kinds of priors."""
+    from fastvq.messages import counted
     from fastvq.runs.pictures import failures_as_warnings, picture_prior
     from fastvq.runs.train_prior import resumed_settings, train_prior
     from fastvq.training.config import PriorConfig
@@ -56,14 +58,15 @@ def run(options: argparse.Namespace) -> int:
     given = given_settings(options, PriorConfig)
     own = resumed_settings(options.run_folder) if options.resume else None
     config = PriorConfig(**given) if own is None else dataclasses.replace(own, **given)
-    if options.compare is not None:
+    if options.seconds is not None:
         from fastvq.runs.compare_priors import FIXED_SETTINGS, compare_priors
 
         unused = [name for name in FIXED_SETTINGS if name in given]
         unused += [name for name in ("resume", "overwrite") if getattr(options, name)]
         if unused:
-            raise ConfigError(f"--compare trains each kind from the start for equal time: omit {', '.join(unused)}")
-        lines = compare_priors(options.run_folder, options.compare, config=config, data=options.data)
+            listed = ", ".join("--" + name.replace("_", "-") for name in unused)
+            raise ConfigError(f"--compare trains each kind from the start for equal time: omit {listed}")
+        lines = compare_priors(options.run_folder, options.seconds, config=config, data=options.data)
         if lines is None:
             print("stopped; nothing is written")
             return INTERRUPTED
@@ -75,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     if trained is None:
         print(f"stopped, saved; continue with: fastvq prior {shlex.quote(str(options.run_folder))} --resume")
         return INTERRUPTED
-    print(f"{len(trained.data.test)} held-out images: {trained.bits_per_index:.2f} bits per index")
+    print(f"{counted(len(trained.data.test), 'held-out image')}: {trained.bits_per_index:.2f} bits per index")
     with failures_as_warnings("curves of the prior"):
         print(f"picture: {picture_prior(options.run_folder)}")
     return 0

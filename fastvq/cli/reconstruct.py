@@ -5,22 +5,30 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-SUMMARY = "encode and decode images with a trained model"
+from .options import add_skip_unreadable, check_sources
+
+SUMMARY = "draw images beside their reconstructions by a trained model"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
-    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="image files; default: held-out images")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
+    parser.add_argument("images", nargs="*", metavar="IN", help="images and folders of images; default: --held-out")
+    parser.add_argument("--held-out", action="store_true", help="the run's held-out images")
+    parser.add_argument(
+        "--out", required=True, metavar="OUT", help="picture to write: .png, .pdf, .svg, .jpg, .tif or .webp"
+    )
+    add_skip_unreadable(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Draw the images beside their reconstructions, and print their PSNR."""
     from fastvq.runs.reconstruct import reconstruct_files, reconstruct_held_out
 
+    check_sources(options.images, held_out=options.held_out)
     if options.images:
-        lines = reconstruct_files(options.run_folder, options.images, options.out)
+        skip = options.skip_unreadable
+        lines = reconstruct_files(options.run_folder, options.images, options.out, skip_unreadable=skip)
     else:
         lines = reconstruct_held_out(options.run_folder, options.out)
     print("\n".join([*lines, f"picture: {options.out}"]))

@@ -13,12 +13,13 @@ SUMMARY = "sample new images from a run's prior"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.description = (
-        "Samples new images from a run's prior. The suffix of OUT decides what is written: .png, a picture of some"
-        " samples of each class beside real images; .npy, the indices alone, which `fastvq encode` accepts; no suffix,"
-        " a new folder of PNG files, with a subfolder for each class."
+        "Samples new images from a run's prior. The ending of OUT decides what is written: a picture (.png, .pdf, .svg,"
+        " .jpg, .tif, .webp) of some samples beside real images, of each class if there are classes; .npy, the indices"
+        " alone, which `fastvq encode` accepts; no ending, or a / at its end, a new folder of PNG files, with a"
+        " subfolder for each class if there are classes."
     )
     parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="a .png, an .npy or a new folder")
+    parser.add_argument("--out", required=True, metavar="OUT", help="a picture, an .npy or a new folder")
     parser.add_argument(
         "--count", type=int, metavar="N", help="number of samples in an .npy or a folder (default: 100)"
     )
@@ -32,12 +33,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--complete", action="store_true", help="draw completions of held-out images from their upper halves"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 for likelier samples (default: 1)")
-    parser.add_argument("--top-k", type=int, help="sample from the K likeliest codes only (default: all)", metavar="K")
+    parser.add_argument(
+        "--top-k", type=int, help="sample from the K likeliest indices only (default: all)", metavar="K"
+    )
     parser.add_argument(
         "--top-p",
         type=float,
         metavar="P",
-        help="sample from the likeliest codes whose probabilities sum to P (default: 1)",
+        help="sample from the likeliest indices whose probabilities sum to P (default: 1)",
     )
     parser.add_argument("--guidance", type=float, default=1.0, help="above 1 to favor the class (default: 1)")
     parser.add_argument(

@@ -36,13 +36,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train, and draw the pictures of the run."""
     from fastvq.files import exclusive
+    from fastvq.messages import counted
     from fastvq.runs.pictures import failures_as_warnings, picture_reconstructions, picture_run
     from fastvq.training import Evaluation, Trainer, load_images
 
     config = _settings(options)
     images = load_images(config)
     trainer = Trainer(config, images, options.out, resume=options.resume)
-    print(f"{images.name}: {len(images.train)} training images, {len(images.test)} held out")
+    print(f"{images.name}: {counted(len(images.train), 'training image')}, {len(images.test)} held out")
     pictures: list[Path] = []
 
     def draw(trainer: Trainer, evaluation: Evaluation) -> None:
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
             return INTERRUPTED
         pictures += picture_run(trainer, evaluation)
     perplexity = "" if evaluation.perplexity is None else f", perplexity {evaluation.perplexity:.0f}"
-    print(f"{len(images.test)} held-out images: {evaluation.psnr_db:.2f} dB{perplexity}")
+    print(f"{counted(len(images.test), 'held-out image')}: {evaluation.psnr_db:.2f} dB{perplexity}")
     print("pictures: " + ", ".join(str(path) for path in pictures))
     return 0
 

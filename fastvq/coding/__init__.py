@@ -11,13 +11,14 @@ from __future__ import annotations
 from fastvq.errors import CodingError
 
 from .codec import MAX_DECISIONS, MAX_INDICES, MAX_INDICES_PER_BYTE, Limits, decode, encode, load, measure, save
-from .container import Header, fingerprint, read_header
+from .container import MODELS, Header, fingerprint, read_header
 from .learned import prior_fingerprint
 
 __all__ = [
     "MAX_DECISIONS",
     "MAX_INDICES",
     "MAX_INDICES_PER_BYTE",
+    "MODELS",
     "CodingError",
     "Header",
     "Limits",

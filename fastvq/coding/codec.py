@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvq.errors import CodingError
-from fastvq.files import write_whole
+from fastvq.files import StrPath, write_whole
 
 from . import learned, tree
 from .container import LARGEST_CODEBOOK, MODELS, Header, pack, unpack
@@ -161,12 +161,12 @@ def measure(
     return results
 
 
-def save(path: Path | str, data: bytes) -> None:
+def save(path: StrPath, data: bytes) -> None:
     """Write a file atomically: it appears complete or not at all."""
     write_whole(path, data)
 
 
-def load(path: Path | str) -> bytes:
+def load(path: StrPath) -> bytes:
     """Read a file of encoded indices. Other files are not read beyond their first bytes.
 
     Raises:

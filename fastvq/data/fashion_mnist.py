@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from fastvq.errors import DataError
-from fastvq.files import write_whole
+from fastvq.files import StrPath, write_whole
 
 from .images import Images
 from .registry import FULL, SUBSET
@@ -61,7 +61,7 @@ def _as_images(name: str, train: Array, train_labels: Array, test: Array, test_l
     )
 
 
-def load_fashion_mnist(path: Path = SHIPPED) -> Images:
+def load_fashion_mnist(path: StrPath = SHIPPED) -> Images:
     """Return the subset that `build_subset` wrote to `path`.
 
     The shipped one has 5,700 training and 1,000 held-out images of 28x28, equally many of each of the ten classes.
@@ -71,7 +71,7 @@ def load_fashion_mnist(path: Path = SHIPPED) -> Images:
         return _as_images(SUBSET, train, arrays["train_labels"], arrays["test"], arrays["test_labels"])
 
 
-def load_full_fashion_mnist(root: Path = DEBIAN) -> Images:
+def load_full_fashion_mnist(root: StrPath = DEBIAN) -> Images:
     """Return all 60,000 training and 10,000 test images.
 
     Args:
@@ -83,7 +83,8 @@ def load_full_fashion_mnist(root: Path = DEBIAN) -> Images:
     return _as_images(FULL, *_read_split(root, "train"), *_read_split(root, "t10k"))
 
 
-def _read_split(root: Path, split: str) -> tuple[Array, Array]:
+def _read_split(root: StrPath, split: str) -> tuple[Array, Array]:
+    root = Path(root)
     return _read_idx(root / f"{split}-images-idx3-ubyte.gz"), _read_idx(root / f"{split}-labels-idx1-ubyte.gz")
 
 
@@ -105,8 +106,8 @@ def _first_of_each_class(images: Array, labels: Array, count: int) -> tuple[Arra
 
 
 def build_subset(
-    root: Path = DEBIAN,
-    path: Path = SHIPPED,
+    root: StrPath = DEBIAN,
+    path: StrPath = SHIPPED,
     *,
     train_per_class: int = TRAIN_PER_CLASS,
     test_per_class: int = TEST_PER_CLASS,

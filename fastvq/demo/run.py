@@ -18,8 +18,9 @@ import torch
 import fastvq
 from fastvq.data import Images
 from fastvq.errors import CheckpointError
-from fastvq.files import write_whole
-from fastvq.runs.encode import HELD_OUT, encode_images
+from fastvq.files import StrPath, write_whole
+from fastvq.messages import counted
+from fastvq.runs.encode import encode_held_out
 from fastvq.runs.load import PRIOR_FOLDER
 from fastvq.runs.pictures import picture_prior, picture_reconstructions, picture_run
 from fastvq.runs.sample_pictures import picture_completions, picture_neighbors, picture_samples
@@ -51,7 +52,7 @@ CEILING_STEPS = 600
 
 
 def run_demo(
-    folder: Path,
+    folder: StrPath,
     *,
     config: TrainConfig = DEMO,
     ceiling_steps: int = CEILING_STEPS,
@@ -74,7 +75,7 @@ def run_demo(
     Raises:
         CheckpointError: the folder holds a run that is not a demo; `resume` and there is nothing to continue.
     """
-    started = time.monotonic()
+    started, folder = time.monotonic(), Path(folder)
     images = load_images(config)
     ceiling_config = dataclasses.replace(config, bottleneck="none", steps=ceiling_steps)
     if not resume:
@@ -86,12 +87,14 @@ def run_demo(
         delete_prior(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MARKER).touch()
-    print(f"{images.name}: {len(images.train)} training images, {len(images.test)} held out", flush=True)
+    print(f"{images.name}: {counted(len(images.train), 'training image')}, {len(images.test)} held out", flush=True)
 
     _announce(1)
 
     def draw(trainer: Trainer, evaluation: Evaluation) -> None:
-        path = picture_reconstructions(trainer.folder, trainer.model, images, evaluation, step=trainer.step)
+        path = picture_reconstructions(
+            trainer.folder, trainer.model, images, evaluation, step=trainer.step, captioned=False
+        )
         if trainer.step <= config.evaluate_every:
             print(f"\nfirst reconstructions after {trainer.seconds:.0f} s: {path}", flush=True)
 
@@ -99,7 +102,7 @@ def run_demo(
     evaluation = trainer.fit(on_evaluation=draw)
     if evaluation is None:
         return None
-    picture_run(trainer, evaluation)
+    picture_run(trainer, evaluation, captioned=False)
 
     _announce(2)
     began = bool(checkpoint_folders(folder / "ceiling"))
@@ -115,7 +118,7 @@ def run_demo(
         return None
     prior, indices = trained.prior, trained.data.test
     prior_seconds = time.monotonic() - prior_started
-    picture_prior(folder)
+    picture_prior(folder, captioned=False)
 
     _announce(4)
     sampling = SAMPLING if prior.classes else {name: SAMPLING[name] for name in SAMPLING if name != "guidance"}
@@ -124,11 +127,11 @@ def run_demo(
         ("completions", picture_completions),
         ("neighbors", picture_neighbors),
     ):
-        picture(folder / f"{name}.png", prior, trainer.model, images, **sampling)
+        picture(folder / f"{name}.png", prior, trainer.model, images, captioned=False, **sampling)
     judged = judge_samples(prior, trainer.model, images, sampling, steps=classifier_steps)
 
     _announce(5)
-    print("\n".join(encode_images(folder, Path(HELD_OUT), folder / "images.fvq", model="prior")), flush=True)
+    print("\n".join(encode_held_out(folder, folder / "images.fvq", model="prior")), flush=True)
     coded = (folder / "images.fvq").stat().st_size
     bits, sizes = measure_sizes(
         images,
@@ -140,6 +143,8 @@ def run_demo(
     )
     indices_per_image = indices[0].numel()
     metrics = {
+        "data": images.name,
+        "classes": prior.classes,
         "psnr_db": evaluation.psnr_db,
         "perplexity": evaluation.perplexity,
         "usage": evaluation.usage,

@@ -45,12 +45,13 @@ def measure_sizes(
     measured = coding.measure(indices.long(), codebook_size)
     bits = {name: size["bits_per_index"] for name, size in measured.items()}
     bits["prior"] = prior_bits / indices.numel()
+    known, stored = (", class known", " with labels") if images.test_labels is not None else ("", "")
     sizes: list[dict[str, Any]] = [
         {"name": "pixels", "bytes": pixels, "psnr_db": None},
         *format_sizes(images.test, psnr_db),
         *({"name": _LABELS[name], "bytes": int(measured[name]["bytes"]), "psnr_db": psnr_db} for name in _LABELS),
-        {"name": "indices, learned prior (ideal, class known)", "bytes": round(prior_bits / 8), "psnr_db": psnr_db},
-        {"name": "indices, learned prior, whole file with labels", "bytes": prior_file, "psnr_db": psnr_db},
+        {"name": f"indices, learned prior (ideal{known})", "bytes": round(prior_bits / 8), "psnr_db": psnr_db},
+        {"name": f"indices, learned prior, whole file{stored}", "bytes": prior_file, "psnr_db": psnr_db},
     ]
     return bits, [size | {"bits_per_dimension": 8 * size["bytes"] / pixels} for size in sizes]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvq.coding import fingerprint
 from fastvq.errors import ConfigError
-from fastvq.files import write_whole
+from fastvq.files import StrPath, write_whole
 from fastvq.training.config import PRIOR_KINDS, PriorConfig
 from fastvq.training.loop import usable_device
 from fastvq.training.prior import IndexData, PriorTrainer
@@ -30,11 +30,11 @@ _NEVER = 1 << 30
 
 
 def compare_priors(
-    run: Path,
+    run: StrPath,
     seconds: float,
     *,
     config: PriorConfig | None = None,
-    data: str | Path | None = None,
+    data: StrPath | None = None,
     progress: bool = True,
 ) -> list[str] | None:
     """Train each kind of prior for equal time, write the results to RUN/priors.json and return the lines of a table.
@@ -71,7 +71,7 @@ def compare_priors(
         if record is None:
             return None
         records.append(record)
-    write_whole(run / "priors.json", json.dumps(records, indent=2) + "\n")
+    write_whole(Path(run) / "priors.json", json.dumps(records, indent=2) + "\n")
     rows = []
     for record in records:
         cells = (

@@ -9,30 +9,37 @@ import torch
 from torch import Tensor
 
 from fastvq import coding
-from fastvq.data.folder import write_images
-from fastvq.errors import CodingError
-from fastvq.files import check_new, whole, whole_folder
+from fastvq.data.folder import WRITTEN, write_image, write_images
+from fastvq.errors import CodingError, ConfigError
+from fastvq.files import StrPath, check_new, whole, whole_folder
+from fastvq.messages import counted
 
 from .load import load_model, load_prior
+from .outputs import check_ending, is_folder
 
 _BATCH = 100
 _DEFAULT = coding.Limits()
+_FOR_INDICES = "; the indices alone go to an .npy file"
 
 
-def decode_images(run: Path, source: Path, folder: Path, *, limits: coding.Limits = _DEFAULT) -> list[str]:
-    """Decode a coded file to PNG files in a new folder; return lines to print.
+def decode_images(run: StrPath, source: StrPath, path: StrPath, *, limits: coding.Limits = _DEFAULT) -> list[str]:
+    """Decode a coded file to images; return lines to print.
 
     Args:
         run: folder of the run whose model decodes.
         source: the coded file.
-        folder: the folder to write.
+        path: a new folder for PNG files; or, for a file of one image, an image to write, whose ending is in
+            `fastvq.data.folder.WRITTEN`.
         limits: a file that exceeds one of them is refused.
 
     Raises:
         CheckpointError, CodingError: an invalid run or file, a file of another model, or indices that are not images.
+        ConfigError: `path` has another ending, or that of an image where there are several.
         FileExistsError: the folder exists.
     """
-    check_new(folder)
+    check_ending(path, sorted(WRITTEN), folder="images", also=_FOR_INDICES)
+    if is_folder(path):
+        check_new(Path(path))
     vqvae, config = load_model(run)
     data = coding.load(source)
     side = config.image_size // 2**config.downsamples
@@ -43,14 +50,23 @@ def decode_images(run: Path, source: Path, folder: Path, *, limits: coding.Limit
             f"{source} holds indices of shape {header.shape} in [0, {header.codebook_size}){missing}; an image of {run}"
             f" is {side} x {side} indices in [0, {config.codebook_size})"
         )
+    if not is_folder(path) and header.shape[0] != 1:
+        raise ConfigError(f"out: {path} would hold one image, but {source} holds {header.shape[0]}: give a new folder")
     indices = _decoded(data, run, fingerprint=coding.fingerprint(vqvae), limits=limits)
-    with whole_folder(folder) as partial, torch.no_grad():
-        for first in range(0, len(indices), _BATCH):
-            write_images(partial, vqvae.decode(indices[first : first + _BATCH]).clamp(0, 1), first)
-    return [f"{len(indices)} images: {folder}"]
+    with torch.no_grad():
+        if not is_folder(path):
+            with whole(path) as file:
+                write_image(file, vqvae.decode(indices).clamp(0, 1)[0], Path(path).suffix)
+        else:
+            with whole_folder(path) as partial:
+                for first in range(0, len(indices), _BATCH):
+                    write_images(partial, vqvae.decode(indices[first : first + _BATCH]).clamp(0, 1), first)
+    return [f"{counted(len(indices), 'image')}: {path}"]
 
 
-def decode_array(source: Path, path: Path, *, run: Path | None = None, limits: coding.Limits = _DEFAULT) -> list[str]:
+def decode_array(
+    source: StrPath, path: StrPath, *, run: StrPath | None = None, limits: coding.Limits = _DEFAULT
+) -> list[str]:
     """Decode a coded file to an .npy file of int64 indices; return lines to print.
 
     Args:
@@ -61,7 +77,9 @@ def decode_array(source: Path, path: Path, *, run: Path | None = None, limits: c
 
     Raises:
         CheckpointError, CodingError: an invalid run or file.
+        ConfigError: `path` has another ending.
     """
+    check_ending(path, [".npy"])
     indices = _decoded(coding.load(source), run, limits=limits).numpy()
     with whole(path) as file:
         np.save(file, indices)
@@ -69,7 +87,7 @@ def decode_array(source: Path, path: Path, *, run: Path | None = None, limits: c
 
 
 def _decoded(
-    data: bytes, run: Path | None, *, fingerprint: bytes | None = None, limits: coding.Limits = _DEFAULT
+    data: bytes, run: StrPath | None, *, fingerprint: bytes | None = None, limits: coding.Limits = _DEFAULT
 ) -> Tensor:
     prior = None
     if coding.read_header(data).model == "prior":

@@ -3,86 +3,131 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastvq import coding
-from fastvq.data.folder import SUFFIXES, read_image
+from fastvq.data.arrays import read_array
+from fastvq.data.folder import read_images
 from fastvq.data.images import to_float
-from fastvq.errors import CodingError, DataError
+from fastvq.errors import CodingError
+from fastvq.files import StrPath
+from fastvq.messages import counted
+from fastvq.models import VQVAE, Prior
+from fastvq.training.config import TrainConfig
 
 from .load import load_model, load_prior, run_images
+from .outputs import check_ending
 
-HELD_OUT = "held-out"
+ENDING = ".fvq"
+"""Ending of coded files."""
 _BATCH = 100
 _UNLIMITED = coding.Limits(*[1 << 62] * len(coding.Limits._fields))._asdict()
 
 
-def encode_images(run: Path, source: Path, path: Path, *, model: str = "adaptive") -> list[str]:
+def encode_images(
+    run: StrPath,
+    sources: StrPath | Sequence[StrPath],
+    path: StrPath,
+    *,
+    model: str = "adaptive",
+    skip_unreadable: bool = False,
+) -> list[str]:
     """Write the indices of images to one file; return lines to print.
 
     Args:
         run: folder of the run whose model encodes.
-        source: an image, a folder of images, or "held-out" for the images that the run has not learned from.
-        path: the file to write.
-        model: probability model of the indices, see `fastvq.coding.encode`; "prior" is the run's own, which is given
-            the classes of held-out images if they have any.
+        sources: an image file or a folder of images, or several of them.
+        path: the file to write, which ends in .fvq.
+        model: probability model of the indices, see `fastvq.coding.encode`; "prior" is the run's own.
+        skip_unreadable: see `load_folder`.
 
     Raises:
         CheckpointError, DataError, CodingError: an invalid run, image or model.
+        ConfigError: `path` has another ending.
     """
+    check_ending(path, [ENDING])
+    vqvae, config, prior = _models(run, model)
+    images, _ = read_images(
+        [sources] if isinstance(sources, (str, os.PathLike)) else sources,
+        image_size=config.image_size,
+        grayscale=config.grayscale,
+        skip_unreadable=skip_unreadable,
+    )
+    return _encode(vqvae, images, path, config.codebook_size, model, prior, None)
+
+
+def encode_held_out(run: StrPath, path: StrPath, *, model: str = "adaptive") -> list[str]:
+    """Write the indices of a run's held-out images to one file, like `encode_images`.
+
+    The prior is given the classes of the images if they have any.
+    """
+    check_ending(path, [ENDING])
+    vqvae, config, prior = _models(run, model)
+    images = run_images(run)
+    labels = images.test_labels if prior is not None and prior.classes else None
+    return _encode(vqvae, images.test, path, config.codebook_size, model, prior, labels)
+
+
+def _models(run: StrPath, model: str) -> tuple[VQVAE, TrainConfig, Prior | None]:
     vqvae, config = load_model(run)
-    size = config.codebook_size
     if config.bottleneck == "none":
         raise CodingError(f"{run} was trained without a bottleneck: it has no indices")
-    prior = load_prior(run)[0] if model == "prior" else None
-    labels = None
-    if str(source) == HELD_OUT:
-        if source.exists():
-            raise DataError(f"{source} stands for the run's held-out images, but also exists here: give its full path")
-        held_out = run_images(run)
-        images = held_out.test
-        labels = held_out.test_labels if prior is not None and prior.classes else None
-    else:
-        files = _image_files(source)
-        images = torch.stack([read_image(f, image_size=config.image_size, grayscale=config.grayscale) for f in files])
+    if model not in coding.MODELS:
+        raise CodingError(f"model: must be one of {', '.join(coding.MODELS)}, got {model!r}")
+    return vqvae, config, load_prior(run)[0] if model == "prior" else None
+
+
+def _encode(
+    vqvae: VQVAE,
+    images: Tensor,
+    path: StrPath,
+    codebook_size: int,
+    model: str,
+    prior: Prior | None,
+    labels: Tensor | None,
+) -> list[str]:
     indices = torch.cat([vqvae.encode(to_float(batch)) for batch in images.split(_BATCH)])
-    data = coding.encode(indices, size, model=model, fingerprint=coding.fingerprint(vqvae), prior=prior, labels=labels)
+    fingerprint = coding.fingerprint(vqvae)
+    data = coding.encode(indices, codebook_size, model=model, fingerprint=fingerprint, prior=prior, labels=labels)
     if not torch.equal(coding.decode(data, prior=prior, **_UNLIMITED), indices):
-        raise CodingError(f"{source}: the indices do not survive coding; nothing was written")
+        raise CodingError(f"{path}: the indices do not survive coding; nothing was written")
     coding.save(path, data)
     ratio = images.numel() / len(data)
+    size = counted(images[0].numel(), "byte")
     return [
-        f"{len(images)} images of {images[0].numel()} bytes, {indices[0].numel()} indices each",
-        f"{_summary(path, data, indices.numel(), size)}, {ratio:.0f} times smaller than the pixels",
+        f"{counted(len(images), 'image')} of {size}, {counted(indices[0].numel(), 'index', 'indices')} each",
+        f"{_summary(path, data, indices.numel(), codebook_size)}, {ratio:.0f} times smaller than the pixels",
     ]
 
 
 def encode_array(
-    source: Path, path: Path, codebook_size: int | None, *, model: str = "adaptive", run: Path | None = None
+    source: StrPath,
+    path: StrPath,
+    codebook_size: int | None = None,
+    *,
+    model: str = "adaptive",
+    run: StrPath | None = None,
 ) -> list[str]:
     """Write the indices in an .npy file, integers of any shape with samples along the first axis, to a coded file.
 
     Args:
         source: the .npy file.
-        path: the file to write.
+        path: the file to write, which ends in .fvq.
         codebook_size: K; by default the run's, or the largest index + 1.
         model: probability model of the indices; "prior" is the run's own.
         run: the run that the indices belong to: the file then also decodes to images.
 
     Raises:
-        CheckpointError, CodingError: an invalid run, array or model.
+        CheckpointError, DataError, CodingError: an invalid run, array or model.
+        ConfigError: `path` has another ending.
     """
-    try:
-        values = np.load(source, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
-        raise CodingError(f"{source} cannot be read as .npy: {error}") from error
-    if not isinstance(values, np.ndarray):
-        raise CodingError(f"{source} cannot be read as .npy: it holds several arrays")
-    if not np.issubdtype(values.dtype, np.integer):
-        raise CodingError(f"{source} must hold integers, got {values.dtype}")
+    check_ending(path, [ENDING])
+    values = read_array(source, np.integer)
     if values.size and int(values.max()) > np.iinfo(np.int64).max:
         raise CodingError(f"{source}: indices must lie in [-1, 2^24), got {values.max()}")
     indices = torch.from_numpy(values.astype(np.int64))
@@ -104,17 +149,6 @@ def encode_array(
     return [_summary(path, data, indices.numel(), codebook_size)]
 
 
-def _summary(path: Path, data: bytes, count: int, codebook_size: int) -> str:
+def _summary(path: StrPath, data: bytes, count: int, codebook_size: int) -> str:
     bits = 8 * len(data) / max(1, count)
     return f"{path}: {len(data)} bytes, {bits:.2f} bits per index (log2 K: {math.log2(codebook_size):.2f})"
-
-
-def _image_files(source: Path) -> list[Path]:
-    if source.is_dir():
-        files = sorted(p for p in source.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not files:
-            raise DataError(f"{source} holds no images (files that end in {', '.join(sorted(SUFFIXES))})")
-        return files
-    if not source.exists():
-        raise DataError(f"{source} does not exist")
-    return [source]

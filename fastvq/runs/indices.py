@@ -16,7 +16,7 @@ from fastvq.coding import fingerprint
 from fastvq.data import Images
 from fastvq.data.images import to_float
 from fastvq.errors import ConfigError
-from fastvq.files import whole, write_whole
+from fastvq.files import StrPath, whole, write_whole
 from fastvq.models import VQVAE
 from fastvq.training.prior import IndexData
 
@@ -26,7 +26,7 @@ _NAME = "indices"
 _BATCH = 250
 
 
-def run_indices(run: Path, data: str | Path | None = None) -> tuple[VQVAE, IndexData, int]:
+def run_indices(run: StrPath, data: StrPath | None = None) -> tuple[VQVAE, IndexData, int]:
     """Return a run's model, its images as indices, and K.
 
     Args:
@@ -44,7 +44,7 @@ def run_indices(run: Path, data: str | Path | None = None) -> tuple[VQVAE, Index
     return model, index_images(run, model, run_images(run, data), flip=config.flip), config.codebook_size
 
 
-def index_images(run: Path, model: VQVAE, images: Images, *, flip: bool) -> IndexData:
+def index_images(run: StrPath, model: VQVAE, images: Images, *, flip: bool) -> IndexData:
     """Return the indices of a run's images, (N, *grid) int32 in mapped files.
 
     They are read from RUN/prior/ if the files there belong to this model and these images, else written there.
@@ -55,7 +55,7 @@ def index_images(run: Path, model: VQVAE, images: Images, *, flip: bool) -> Inde
         images: the data set.
         flip: also index the mirrored training images, which the model has learned from as well.
     """
-    folder = run / PRIOR_FOLDER
+    folder = Path(run) / PRIOR_FOLDER
     description = {"model": fingerprint(model).hex(), "images": images.fingerprint(), "flip": flip}
     paths = {split: folder / f"{_NAME}-{split}.npy" for split in ("train", "test")}
     description_path = folder / f"{_NAME}.json"
@@ -75,9 +75,9 @@ def index_images(run: Path, model: VQVAE, images: Images, *, flip: bool) -> Inde
     return IndexData(arrays["train"], arrays["test"], labels, images.test_labels)
 
 
-def delete_indices(run: Path) -> None:
+def delete_indices(run: StrPath) -> None:
     """Delete the files of a run's indices."""
-    for path in (run / PRIOR_FOLDER).glob(f"{_NAME}*"):
+    for path in (Path(run) / PRIOR_FOLDER).glob(f"{_NAME}*"):
         path.unlink()
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from fastvq.coding import fingerprint
 from fastvq.data import DATA_SETS, Images
 from fastvq.errors import CheckpointError, DataError
+from fastvq.files import StrPath
 from fastvq.models import VQVAE, Prior
 from fastvq.training.build import build_model, load_images
 from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, damage_named, load_latest
@@ -28,7 +29,7 @@ SUCCESSOR_FOLDER = "successor"
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def load_model(run: Path) -> tuple[VQVAE, TrainConfig]:
+def load_model(run: StrPath) -> tuple[VQVAE, TrainConfig]:
     """Return the model of the latest checkpoint in a run's folder, in eval mode, and its settings.
 
     A RuntimeWarning says so if the training is unfinished.
@@ -43,7 +44,7 @@ def load_model(run: Path) -> tuple[VQVAE, TrainConfig]:
     return model.eval(), checkpoint.config
 
 
-def run_images(run: Path, data: str | Path | None = None) -> Images:
+def run_images(run: StrPath, data: StrPath | None = None) -> Images:
     """Return the data set that a run was trained on.
 
     Args:
@@ -71,7 +72,7 @@ def run_images(run: Path, data: str | Path | None = None) -> Images:
     return images
 
 
-def load_prior(run: Path) -> tuple[Prior, VQVAE]:
+def load_prior(run: StrPath) -> tuple[Prior, VQVAE]:
     """Return the trained prior of a run, in eval mode, and the model of its indices, both on the CPU.
 
     A RuntimeWarning says so if one of them is unfinished.
@@ -81,20 +82,20 @@ def load_prior(run: Path) -> tuple[Prior, VQVAE]:
     """
     model, _ = load_model(run)
     checkpoint = load_prior_checkpoint(run, model)
-    _warn_of_unfinished(run / PRIOR_FOLDER, checkpoint, f"fastvq prior {run} --resume")
+    _warn_of_unfinished(Path(run) / PRIOR_FOLDER, checkpoint, f"fastvq prior {run} --resume")
     with damage_named(checkpoint.folder):
         built_from = checkpoint.built_from
         prior = _build(lambda: build_prior(built_from["kind"], **built_from["settings"]), checkpoint)
     return prior.eval(), model
 
 
-def load_prior_checkpoint(run: Path, model: VQVAE) -> Checkpoint:
+def load_prior_checkpoint(run: StrPath, model: VQVAE) -> Checkpoint:
     """Return the latest checkpoint of a run's prior.
 
     Raises:
         CheckpointError: the run has no prior, the prior is damaged, or it belongs to another model.
     """
-    folder = run / PRIOR_FOLDER
+    folder = Path(run) / PRIOR_FOLDER
     # Between the deletion of a prior and the move of its finished successor, only the latter exists.
     if not checkpoint_folders(folder) and successor_is_finished(folder):
         folder = folder / SUCCESSOR_FOLDER
@@ -112,7 +113,7 @@ def successor_is_finished(prior: Path) -> bool:
     return bool(checkpoint_folders(successor)) and load_latest(successor, PriorConfig).finished
 
 
-def _warn_of_unfinished(folder: Path, checkpoint: Checkpoint, command: str) -> None:
+def _warn_of_unfinished(folder: StrPath, checkpoint: Checkpoint, command: str) -> None:
     if not checkpoint.finished:
         steps = f"{checkpoint.step} of {checkpoint.config.steps} steps"
         warnings.warn(f"{folder} is unfinished, {steps}: {command}", RuntimeWarning, stacklevel=3)

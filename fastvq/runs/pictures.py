@@ -9,10 +9,14 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fastvq
 from fastvq.data import Images
 from fastvq.data.images import to_float
+from fastvq.data.registry import name_of
+from fastvq.files import StrPath
+from fastvq.messages import counted
 from fastvq.models import VQVAE
 from fastvq.training.checkpoint import load_latest
 from fastvq.training.evaluation import Evaluation, reconstruct
@@ -26,7 +30,7 @@ _SHOWN = 16
 _SHOWN_AS_INDICES = 3
 RECONSTRUCTIONS_CAPTION = (
     "Below each image, its reconstruction from indices. None of these images was trained on: outlines and shading"
-    " should match; fine print and texture are lost."
+    " should match; fine detail is lost."
 )
 
 
@@ -42,37 +46,57 @@ def failures_as_warnings(picture: str) -> Iterator[None]:
         warnings.warn(f"picture of {picture} failed: {error}", stacklevel=1)
 
 
-def shown_rows(images: Images) -> list[int]:
-    """Return the rows of held-out images to draw: of each class in turn if there are classes, else the first ones."""
-    if images.test_labels is None:
-        return list(range(min(_SHOWN, len(images.test))))
-    seen: dict[int, int] = {}
-    turn = []
-    for row, label in enumerate(images.test_labels.tolist()):
-        turn.append((seen.setdefault(label, 0), label, row))
-        seen[label] += 1
-    return [row for _, _, row in sorted(turn)[:_SHOWN]]
+def shown_rows(images: Images, shown: int = _SHOWN) -> list[int]:
+    """Return rows of held-out images to draw: of each class in turn, or of each folder, else spread over all.
+
+    Within a class, rows are spread over it.
+    """
+    labels: list[Any]
+    if images.test_labels is not None:
+        labels = images.test_labels.tolist()
+    else:
+        labels = [name.rpartition("/")[0] for name in images.test_names]
+    groups: dict[Any, list[int]] = {}
+    for row, group in enumerate(labels):
+        groups.setdefault(group, []).append(row)
+    chosen = [groups[group] for group in sorted(groups)]
+    chosen = [chosen[at] for at in spread(len(chosen), shown)]
+    each = [min(len(rows), shown) for rows in chosen]
+    # As many of each as there is room for: where one group has few, the others have more.
+    while sum(each) > shown:
+        each[max(range(len(each)), key=lambda at: (each[at], at))] -= 1
+    turns = [[rows[at] for at in spread(len(rows), count)] for rows, count in zip(chosen, each, strict=True)]
+    return [rows[turn] for turn in range(max(each, default=0)) for rows in turns if turn < len(rows)]
 
 
-def picture_reconstructions(folder: Path, model: VQVAE, images: Images, evaluation: Evaluation, *, step: int) -> Path:
+def spread(count: int, shown: int) -> list[int]:
+    """Return at most `shown` of the numbers below `count`, evenly spread."""
+    shown = min(count, shown)
+    return [(2 * n + 1) * count // (2 * shown) for n in range(shown)]
+
+
+def picture_reconstructions(
+    folder: StrPath, model: VQVAE, images: Images, evaluation: Evaluation, *, step: int, captioned: bool = True
+) -> Path:
     """Draw held-out images beside their reconstructions in `reconstructions.png` and return its path."""
     rows = shown_rows(images)
     device = next(model.parameters()).device
     originals = to_float(images.test[rows].to(device))
     restored, _ = reconstruct(model, originals)
-    path = folder / "reconstructions.png"
+    path = Path(folder) / "reconstructions.png"
     plots.save_reconstructions(
         path,
         originals,
         restored,
         [images.test_names[row] for row in rows],
-        title=f"{images.name}: held-out images after {step} steps, {evaluation.psnr_db:.2f} dB",
+        title=f"{images.name}: held-out images after {counted(step, 'step')}, {evaluation.psnr_db:.2f} dB",
         caption=RECONSTRUCTIONS_CAPTION,
+        captioned=captioned,
     )
     return path
 
 
-def picture_run(trainer: Trainer, evaluation: Evaluation) -> list[Path]:
+def picture_run(trainer: Trainer, evaluation: Evaluation, *, captioned: bool = True) -> list[Path]:
     """Draw curves, usage and images as indices of a finished run in its folder, and return the paths.
 
     The reconstructions are not among them: `picture_reconstructions` draws them at each evaluation. A picture that
@@ -84,7 +108,8 @@ def picture_run(trainer: Trainer, evaluation: Evaluation) -> list[Path]:
     with failures_as_warnings("curves"):
         path = folder / "curves.png"
         records = read_metrics(folder / "metrics.jsonl")
-        plots.save_curves(path, records, codebook_size=codebook_size, title=f"{images.name}: training")
+        title = f"{images.name}: training"
+        plots.save_curves(path, records, codebook_size=codebook_size, title=title, captioned=captioned)
         paths.append(path)
     if evaluation.perplexity is None or not isinstance(model.bottleneck, fastvq.VectorQuantize):
         return paths
@@ -94,12 +119,13 @@ def picture_run(trainer: Trainer, evaluation: Evaluation) -> list[Path]:
             path,
             evaluation.counts,
             perplexity=evaluation.perplexity,
-            title=f"{images.name}: codebook usage on {len(images.test)} held-out images",
+            title=f"{images.name}: codebook usage on {counted(len(images.test), 'held-out image')}",
+            captioned=captioned,
         )
         paths.append(path)
     with failures_as_warnings("indices"):
         path = folder / "indices.png"
-        rows = shown_rows(images)[:_SHOWN_AS_INDICES]
+        rows = shown_rows(images, _SHOWN_AS_INDICES)
         originals = to_float(images.test[rows].to(trainer.device))
         restored, indices = reconstruct(model, originals)
         plots.save_indices(
@@ -109,19 +135,21 @@ def picture_run(trainer: Trainer, evaluation: Evaluation) -> list[Path]:
             restored,
             model.bottleneck.codebook,
             title=f"{images.name}: images as indices",
+            captioned=captioned,
         )
         paths.append(path)
     return paths
 
 
-def picture_prior(run: Path) -> Path:
+def picture_prior(run: StrPath, *, captioned: bool = True) -> Path:
     """Draw the training curve of a run's prior from its records, and return the picture's path."""
     config = load_latest(run).config
-    folder = run / PRIOR_FOLDER
+    folder = Path(run) / PRIOR_FOLDER
     plots.save_bits(
         folder / "curves.png",
         read_metrics(folder / "metrics.jsonl"),
         codebook_size=config.codebook_size,
-        title=f"{Path(config.data).name}: training of the prior",
+        title=f"{name_of(config.data)}: training of the prior",
+        captioned=captioned,
     )
     return folder / "curves.png"

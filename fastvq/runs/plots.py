@@ -2,7 +2,9 @@
 
 All drawing with matplotlib is here; `pictures` and `sample_pictures` compute what is drawn.
 
-Figures are made without pyplot and so touch neither a display nor matplotlib's global state.
+Figures are made without pyplot and so touch neither a display nor matplotlib's global state. A caption stands below its
+figure unless `captioned` is False, as on a web page that has the captions as text; it is also in the metadata of PNG,
+PDF and SVG files, where `caption_of` finds it.
 """
 
 from __future__ import annotations
@@ -16,23 +18,74 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvq.errors import ConfigError
 from fastvq.extras import require
-from fastvq.files import whole
+from fastvq.files import StrPath, whole
+from fastvq.messages import counted
 
 _BLUE, _ORANGE, _GRAY = "#2166ac", "#d6604d", "#777777"
 SERIES = (_BLUE, _ORANGE, "#4d9221", _GRAY, "#762a83")
 """Colors of lines and bars, one for each series."""
+FORMATS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
+"""Endings of the files that a figure can be written to."""
 _DPI = 130
 _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
 """Properties of texts that hold names of files and data sets, in which "$" and "\\" are ordinary characters."""
+_POINTS = 72
+# Mean width of a letter of matplotlib's font, and width of a digit, in units of its size.
+_LETTER, _BOLD_LETTER, _DIGIT = 0.58, 0.7, 0.64
+_LINE = 1.35  # height of a line, in units of the font's size
+_TITLE_SIZE, _CAPTION_SIZE, _LABEL_SIZE = 12, 9, 8
+_SMALLEST_NUMBER = 5.0  # points, below which digits cannot be read
+_FEW_POINTS = 30
 
 
-def _figure(width: float, height: float, title: str, caption: str) -> Any:
-    """Return an empty figure of a size in inches with a title above and a wrapped caption below."""
-    figure = require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, fontsize=12, fontweight="bold", **_LITERAL)
-    figure.supxlabel(textwrap.fill(caption, int(width * 15)), fontsize=9, color="#444444", **_LITERAL)
+def check_format(path: StrPath) -> None:
+    """Raise a ConfigError unless a figure can be written to `path`: its ending decides the format."""
+    if Path(path).suffix.lower() not in FORMATS:
+        raise ConfigError(f"out must end in {', '.join(FORMATS)}, got {path}")
+
+
+def _figure(width: float, height: float, title: str, caption: str = "") -> Any:
+    """Return an empty figure with a wrapped title above and a wrapped caption below.
+
+    Width and height, in inches, are those of the panels with their labels; the texts add to the height.
+    """
+    title = _wrapped(title, width, _TITLE_SIZE * _BOLD_LETTER)
+    caption = _wrapped(caption, width, _CAPTION_SIZE * _LETTER)
+    lines = _TITLE_SIZE * (title.count("\n") + 1) + _CAPTION_SIZE * (caption.count("\n") + 1 if caption else 0)
+    size = (width, height + 0.15 + lines * _LINE / _POINTS)
+    figure = require("matplotlib.figure").Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=_TITLE_SIZE, fontweight="bold", **_LITERAL)
+    if caption:
+        figure.supxlabel(caption, fontsize=_CAPTION_SIZE, color="#444444", **_LITERAL)
     return figure
+
+
+def _wrapped(text: str, width: float, letter: float) -> str:
+    """Wrap a text to a width in inches; a letter takes `letter` points."""
+    return textwrap.fill(_printable(text), max(10, int((width - 0.3) * _POINTS / letter)))
+
+
+def _printable(text: str) -> str:
+    """Return a text without the surrogates that stand for bytes of a file's name which are not UTF-8."""
+    return text.encode(errors="replace").decode()
+
+
+def label(name: str, letters: int) -> str:
+    """Return a name in lines of at most so many letters: a path as its folder above its file.
+
+    A longer line keeps its beginning and its end.
+    """
+    folder, _, file = _printable(name).rpartition("/")
+    return "\n".join(_elided(line, letters) for line in (folder, file) if line)
+
+
+def _elided(text: str, letters: int) -> str:
+    if len(text) <= letters:
+        return text
+    tail = (letters - 1) // 2
+    return f"{text[: letters - 1 - tail]}\N{HORIZONTAL ELLIPSIS}{text[-tail:] if tail else ''}"
 
 
 def figure_with(width: float, height: float, title: str, caption: str, *, columns: int = 1) -> tuple[Any, Any]:
@@ -41,10 +94,24 @@ def figure_with(width: float, height: float, title: str, caption: str, *, column
     return figure, figure.subplots(1, columns)
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG; the file is replaced as a whole."""
+def save_figure(figure: Any, path: StrPath, caption: str = "") -> None:
+    """Write a figure in the format of the path's ending, with its caption as metadata; the file is replaced as a whole.
+
+    Raises:
+        ConfigError: an ending that is not in `FORMATS`.
+    """
+    check_format(path)
+    kind = Path(path).suffix.lower().lstrip(".")
+    names = {"png": "Description", "svg": "Description", "pdf": "Subject"}
+    metadata = {names[kind]: _printable(caption)} if caption and kind in names else None
     with whole(path) as file:
-        figure.savefig(file, dpi=_DPI, format="png")
+        figure.savefig(file, dpi=_DPI, format=kind, metadata=metadata)
+
+
+def caption_of(path: StrPath) -> str:
+    """Return the caption in the metadata of a PNG file, or an empty string."""
+    with require("PIL.Image").open(path) as picture:
+        return picture.info.get("Description", "")
 
 
 def _show(axes: Any, image: Tensor) -> None:
@@ -55,79 +122,103 @@ def _show(axes: Any, image: Tensor) -> None:
 
 
 def save_reconstructions(
-    path: Path, originals: Tensor, restored: Tensor, names: Sequence[str], *, title: str, caption: str
+    path: StrPath,
+    originals: Tensor,
+    restored: Tensor,
+    names: Sequence[str],
+    *,
+    title: str,
+    caption: str,
+    captioned: bool = True,
 ) -> None:
     """Draw pairs of original and reconstruction, each with its own PSNR.
 
     Args:
-        path: PNG file to write.
+        path: file to write, whose ending is in `FORMATS`.
         originals, restored: (N, C, H, W), float in [0, 1].
-        names: one for each image.
+        names: one for each image; paths have their folder above their file.
         title, caption: texts above and below the figure.
+        captioned: whether the caption stands below the figure.
     """
     columns = min(8, len(originals))
     rows = math.ceil(len(originals) / columns)
-    figure = _figure(1.2 * columns + 1.0, 2.75 * rows + 1.0, title, caption)
+    panel = 1.2 if columns > 4 else 1.7
+    labels = [label(name, int(panel * _POINTS / (_LABEL_SIZE * _LETTER)) - 1) for name in names]
+    lines = 1 + max(text.count("\n") for text in labels)
+    height, width = originals.shape[2:]
+    tall = panel * 2 * height / width + (lines + 2.5) * _LABEL_SIZE * _LINE / _POINTS
+    figure = _figure(max(6.0, panel * columns + 0.6), tall * rows, title, caption if captioned else "")
     panels = figure.subplots(rows, columns, squeeze=False)
     for spare in panels.flat[len(originals) :]:
         spare.set_axis_off()
-    for axes, original, output, name in zip(panels.flat, originals, restored, names, strict=False):
-        gap = torch.ones_like(original[:, : max(1, original.shape[1] // 28)])
+    for axes, original, output, text in zip(panels.flat, originals, restored, labels, strict=False):
+        gap = torch.ones_like(original[:, : max(1, height // 28)])
         _show(axes, torch.cat([original, gap, output], dim=1))
-        axes.set_title(textwrap.shorten(name, 14, placeholder="..."), fontsize=9, **_LITERAL)
+        axes.set_title(text, fontsize=_LABEL_SIZE, **_LITERAL)
         error = (original - output).square().mean().item()
-        axes.set_xlabel(f"{-10 * math.log10(max(error, 1e-12)):.1f} dB", fontsize=9)
+        axes.set_xlabel(f"{-10 * math.log10(max(error, 1e-12)):.1f} dB", fontsize=_LABEL_SIZE)
     for axes in panels[:, 0]:
-        height = originals.shape[2]
         axes.set_yticks([0.5 * height, 1.5 * height], ["original", "decoded"], rotation=90, va="center", fontsize=9)
         axes.tick_params(length=0)
-    save_figure(figure, path)
+    save_figure(figure, path, caption)
 
 
 def save_grid(
-    path: Path,
+    path: StrPath,
     rows: Sequence[Tensor],
     row_names: Sequence[str],
     column_names: Sequence[str],
     *,
     title: str,
     caption: str,
+    captioned: bool = True,
 ) -> None:
     """Draw rows of images, each row with its name at the left, each column with its name above.
 
     Args:
-        path: PNG file to write.
+        path: file to write, whose ending is in `FORMATS`.
         rows: (columns, C, H, W) each, float in [0, 1].
-        row_names, column_names: one for each row and column.
+        row_names, column_names: one for each row and column; names of rows may be paths.
         title, caption: texts above and below the figure.
+        captioned: whether the caption stands below the figure.
     """
     columns = len(column_names)
-    figure = _figure(1.0 * columns + 1.2, 1.05 * len(rows) + 1.3, title, caption)
+    labels = [label(name, 18) for name in row_names]
+    letters = max(len(line) for text in labels for line in (text.split("\n") or [""]))
+    beside = 0.2 + letters * _CAPTION_SIZE * _LETTER / _POINTS
+    height = 1.05 * len(rows) + 0.3
+    figure = _figure(1.0 * columns + beside, height, title, caption if captioned else "")
     for row, panels in enumerate(figure.subplots(len(rows), columns, squeeze=False)):
         for column, panel in enumerate(panels):
             _show(panel, rows[row][column])
             if row == 0:
                 panel.set_title(column_names[column], fontsize=9, **_LITERAL)
-        panels[0].set_ylabel(row_names[row], fontsize=9, rotation=0, ha="right", va="center", **_LITERAL)
-    save_figure(figure, path)
+        panels[0].set_ylabel(labels[row], fontsize=9, rotation=0, ha="right", va="center", **_LITERAL)
+    save_figure(figure, path, caption)
 
 
 def _points(records: Sequence[dict[str, Any]], split: str, key: str) -> list[tuple[int, float]]:
-    return [(r["step"], r[key]) for r in records if r["split"] == split and r.get(key) is not None]
+    """Return (step, value) of the records that have a finite value."""
+    return [
+        (r["step"], r[key]) for r in records if r["split"] == split and r.get(key) is not None and math.isfinite(r[key])
+    ]
 
 
-def save_curves(path: Path, records: Sequence[dict[str, Any]], *, codebook_size: int, title: str) -> None:
+def save_curves(
+    path: StrPath, records: Sequence[dict[str, Any]], *, codebook_size: int, title: str, captioned: bool = True
+) -> None:
     """Draw loss, PSNR and perplexity over the steps; a measure without records is left out.
 
     Args:
-        path: PNG file to write.
+        path: file to write, whose ending is in `FORMATS`.
         records: the lines of metrics.jsonl, at least one; those of split "test" are drawn as dots.
         codebook_size: K, the highest possible perplexity.
         title: text above the figure.
+        captioned: whether the caption stands below the figure.
     """
     panels = [
-        (label, key, lines)
-        for label, key in (("loss", "loss"), ("PSNR (dB)", "psnr_db"), ("perplexity (codes)", "perplexity"))
+        (name, key, lines)
+        for name, key in (("loss", "loss"), ("PSNR (dB)", "psnr_db"), ("perplexity (codes)", "perplexity"))
         if (lines := {split: _points(records, split, key) for split in ("train", "test")}) != {"train": [], "test": []}
     ]
     caption = (
@@ -136,83 +227,104 @@ def save_curves(path: Path, records: Sequence[dict[str, Any]], *, codebook_size:
     )
     if any(key == "perplexity" for _, key, _ in panels):
         caption += f" Perplexity is the number of codes in effective use, at most {codebook_size}."
-    figure = _figure(3.7 * len(panels), 4.2, title, caption)
-    for axes, (label, key, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+    figure = _figure(max(6.0, 3.7 * len(panels)), 3.6, title, caption if captioned else "")
+    for axes, (name, key, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
         _draw_splits(axes, lines)
         if key == "loss":
             axes.set_yscale("log")
+            # Plain numbers, those between the powers of ten only where there is room for them.
+            axes.yaxis.set_major_formatter("{x:g}")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
         if key == "perplexity":
-            axes.axhline(codebook_size, color=_GRAY, linestyle=":", label=f"uniform over {codebook_size} codes")
+            axes.axhline(codebook_size, color=_GRAY, linestyle=":", label=f"uniform over {codebook_size}")
             axes.set_ylim(0, codebook_size * 1.08)
-        axes.set_ylabel(label)
-        axes.legend(fontsize=8, loc="upper right" if key == "loss" else "lower right")
-    save_figure(figure, path)
+        axes.set_ylabel(name)
+        _legend_above(axes, columns=2)
+    save_figure(figure, path, caption)
 
 
-def save_bits(path: Path, records: Sequence[dict[str, Any]], *, codebook_size: int, title: str) -> None:
+def save_bits(
+    path: StrPath, records: Sequence[dict[str, Any]], *, codebook_size: int, title: str, captioned: bool = True
+) -> None:
     """Draw the bits per index of a prior over the steps of its training.
 
     Args:
-        path: PNG file to write.
+        path: file to write, whose ending is in `FORMATS`.
         records: the lines of metrics.jsonl; those of split "test" are drawn as dots.
         codebook_size: K; an index takes log2 K bits under the uniform distribution.
         title: text above the figure.
+        captioned: whether the caption stands below the figure.
     """
     uniform = math.log2(codebook_size)
     lines = {split: _points(records, split, "bits_per_index") for split in ("train", "test")}
     reached = f", {lines['test'][-1][1]:.2f} at the end" if lines["test"] else ""
     caption = (
         f"Bits per index of held-out images under the prior (dots{reached}): fewer bits mean better predictions. Dots"
-        " that rise again mean overfitting. The line is measured during training, with dropout and without some"
-        " labels, which costs bits: at first the dots may lie below it."
+        " that rise again mean overfitting. The line is measured during training, with dropout, which costs bits: at"
+        " first the dots may lie below it."
     )
-    figure, axes = figure_with(8, 4.4, title, caption)
+    figure = _figure(8, 3.6, title, caption if captioned else "")
+    axes = figure.subplots()
     axes.axhline(uniform, color=_GRAY, linestyle=":", label=f"uniform over {codebook_size} codes: {uniform:.2f} bits")
     _draw_splits(axes, lines)
     axes.set_ylabel("bits per index")
-    # Above the axes: a curve may pass anywhere below the dotted line.
-    axes.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
-    save_figure(figure, path)
+    _legend_above(axes, columns=3)
+    save_figure(figure, path, caption)
 
 
 def _draw_splits(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
     """Draw records over the steps: a line for training batches, dots for held-out images."""
-    for split, style, color, text in (
-        ("train", "-", _BLUE, "training batches"),
-        ("test", "o", _ORANGE, "held-out images"),
+    # A line of few points also shows the points: of one alone there would be nothing to see.
+    dots = "o" if len(lines["train"]) < _FEW_POINTS else ""
+    for split, line, marker, size, color, text in (
+        ("train", "-", dots, 2.5, _BLUE, "training batches"),
+        ("test", "", "o", 4.5, _ORANGE, "held-out images"),
     ):
         if lines[split]:
-            axes.plot(*zip(*lines[split], strict=True), style, color=color, markersize=4, label=text)
+            style = {"linestyle": line, "marker": marker, "markersize": size, "color": color}
+            axes.plot(*zip(*lines[split], strict=True), label=text, **style)
+    last = max((step for points in lines.values() for step, _ in points), default=1)
+    axes.set_xlim(0, 1.04 * max(1, last))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.grid(alpha=0.25)
 
 
-def save_usage(path: Path, counts: Tensor, *, perplexity: float, title: str) -> None:
+def _legend_above(axes: Any, *, columns: int) -> None:
+    """Add a legend above the axes: within them it would cover a curve somewhere."""
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False)
+
+
+def save_usage(path: StrPath, counts: Tensor, *, perplexity: float, title: str, captioned: bool = True) -> None:
     """Draw the number of times that each code is chosen, most used first.
 
     Args:
-        path: PNG file to write.
+        path: file to write, whose ending is in `FORMATS`.
         counts: (K,), int64.
         perplexity: exp of the entropy of `counts`.
         title: text above the figure.
+        captioned: whether the caption stands below the figure.
     """
     ordered = counts.sort(descending=True).values.tolist()
     unused = sum(count == 0 for count in ordered)
     caption = (
         "One bar per code. A flat profile near the dotted line means that the whole codebook is used; a cliff, that it"
-        f" has collapsed onto few codes. Here {unused} of {len(ordered)} codes are unused; the perplexity is"
-        f" {perplexity:.0f}."
+        f" has collapsed onto few codes. Here {unused} of {counted(len(ordered), 'code')}"
+        f" {'is' if unused == 1 else 'are'} unused; the perplexity is {perplexity:.0f}."
     )
-    figure = _figure(9, 4, title, caption)
+    figure = _figure(9, 3.4, title, caption if captioned else "")
     axes = figure.subplots()
     axes.bar(range(len(ordered)), ordered, width=1.0, color=_BLUE)
     mean = sum(ordered) / max(1, len(ordered))
-    axes.axhline(mean, color=_ORANGE, linestyle=":", label=f"uniform usage: {mean:.0f} times each")
+    # Small means have decimals: "0 times each" would contradict the bars.
+    text = f"{mean:.0f}" if mean >= 10 else f"{mean:.2g}"
+    axes.axhline(mean, color=_ORANGE, linestyle=":", label=f"uniform usage: {text} times each")
     axes.set_xlim(-0.5, len(ordered) - 0.5)
     axes.set_xlabel("code, by rank")
     axes.set_ylabel("times chosen")
-    axes.legend(fontsize=9, loc="upper right")  # finding the "best" place may take seconds
-    save_figure(figure, path)
+    _legend_above(axes, columns=1)
+    save_figure(figure, path, caption)
 
 
 def code_colors(codebook: Tensor) -> Tensor:
@@ -229,36 +341,49 @@ def code_colors(codebook: Tensor) -> Tensor:
 
 
 def save_indices(
-    path: Path, originals: Tensor, indices: Tensor, restored: Tensor, codebook: Tensor, *, title: str
+    path: StrPath,
+    originals: Tensor,
+    indices: Tensor,
+    restored: Tensor,
+    codebook: Tensor,
+    *,
+    title: str,
+    captioned: bool = True,
 ) -> None:
     """Draw images, their indices as colored grids, and the reconstructions from these indices.
 
+    The indices stand in their cells where these are large enough to read them.
+
     Args:
-        path: PNG file to write.
+        path: file to write, whose ending is in `FORMATS`.
         originals, restored: (N, C, H, W), float in [0, 1].
         indices: (N, h, w), int64.
         codebook: (K, D), for the colors.
         title: text above the figure.
+        captioned: whether the caption stands below the figure.
     """
     colors = code_colors(codebook)
     count, height, width = indices.shape
     caption = (
         f"Each image becomes {height} x {width} indices below {len(codebook)}, and the right picture is decoded from"
-        " these alone. Similar colors stand for similar codes: background, edges and cloth textures stand out."
+        " these alone. Similar colors stand for similar codes."
     )
-    figure = _figure(7.5, 2.4 * count + 1.0, title, caption)
+    panel = 2.3
+    digits = len(str(len(codebook) - 1))
+    cell = panel * _POINTS / max(height, width)
+    size = min(8.0, 0.8 * cell, 0.85 * cell / (digits * _DIGIT))
+    figure = _figure(3 * panel + 0.4, (panel + 0.1) * count + 0.25, title, caption if captioned else "")
     for row, panels in enumerate(figure.subplots(count, 3, squeeze=False)):
         _show(panels[0], originals[row])
         panels[1].imshow(colors[indices[row].cpu()].numpy())
         panels[1].set_xticks([])
         panels[1].set_yticks([])
-        if height * width <= 256:
-            size = min(7.5, 50.0 / width)
+        if size >= _SMALLEST_NUMBER:
             for y in range(height):
                 for x in range(width):
                     panels[1].text(x, y, str(int(indices[row, y, x])), ha="center", va="center", fontsize=size)
         _show(panels[2], restored[row])
         if row == 0:
-            for panel, text in zip(panels, ("original", "indices", "decoded from the indices"), strict=True):
-                panel.set_title(text, fontsize=10)
-    save_figure(figure, path)
+            for panel_axes, text in zip(panels, ("original", "indices", "decoded from the indices"), strict=True):
+                panel_axes.set_title(text, fontsize=10)
+    save_figure(figure, path, caption)

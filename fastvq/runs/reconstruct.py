@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from fastvq.data.folder import read_image
+from fastvq.data.folder import read_images
 from fastvq.data.images import to_float
+from fastvq.files import StrPath
+from fastvq.messages import counted
 from fastvq.training.evaluation import evaluate, psnr_db, reconstruct
 
 from . import plots
 from .load import load_model, run_images
-from .pictures import RECONSTRUCTIONS_CAPTION, shown_rows
+from .pictures import RECONSTRUCTIONS_CAPTION, shown_rows, spread
+
+_SHOWN = 64
 
 
-def reconstruct_held_out(run: Path, path: Path) -> list[str]:
-    """Draw held-out images of a run's data set beside their reconstructions; return lines to print."""
+def reconstruct_held_out(run: StrPath, path: StrPath) -> list[str]:
+    """Draw held-out images of a run's data set beside their reconstructions; return lines to print.
+
+    Args:
+        run: folder of the run.
+        path: the picture to write; its ending is in `plots.FORMATS`.
+    """
+    plots.check_format(path)
     model, _ = load_model(run)
     images = run_images(run)
     evaluation = evaluate(model, images.test)
@@ -31,28 +41,52 @@ def reconstruct_held_out(run: Path, path: Path) -> list[str]:
         title=f"{images.name}: held-out images, {evaluation.psnr_db:.2f} dB",
         caption=RECONSTRUCTIONS_CAPTION,
     )
-    return [f"{len(images.test)} held-out images: {evaluation.psnr_db:.2f} dB"]
+    return [f"{counted(len(images.test), 'held-out image')}: {evaluation.psnr_db:.2f} dB"]
 
 
-def reconstruct_files(run: Path, files: list[Path], path: Path) -> list[str]:
+def reconstruct_files(
+    run: StrPath, sources: Sequence[StrPath], path: StrPath, *, skip_unreadable: bool = False
+) -> list[str]:
     """Draw image files beside their reconstructions by a run's model; return a line to print for each.
+
+    Args:
+        run: folder of the run.
+        sources: image files, and folders, all of whose images are taken. Of more than 64, 64 are drawn.
+        path: the picture to write; its ending is in `plots.FORMATS`.
+        skip_unreadable: see `load_folder`.
 
     Raises:
         CheckpointError: the run has no complete checkpoint.
         DataError: a file is not a readable image.
+        ConfigError: a picture of this ending can't be written.
     """
+    plots.check_format(path)
     model, config = load_model(run)
-    pixels = [read_image(file, image_size=config.image_size, grayscale=config.grayscale) for file in files]
-    originals = to_float(torch.stack(pixels))
-    restored, _ = reconstruct(model, originals)
+    pixels, files = read_images(
+        sources, image_size=config.image_size, grayscale=config.grayscale, skip_unreadable=skip_unreadable
+    )
+    errors: list[float] = []
+    for part in pixels.split(_SHOWN):
+        originals = to_float(part)
+        errors += (reconstruct(model, originals)[0] - originals).square().flatten(1).mean(1).tolist()
+    rows = spread(len(files), _SHOWN)
+    originals = to_float(pixels[rows])
+    shown = f"{len(rows)} of {len(files)} images" if len(rows) < len(files) else counted(len(files), "image")
     plots.save_reconstructions(
         path,
         originals,
-        restored,
-        [file.name for file in files],
-        title=f"{len(files)} images encoded and decoded by {run}",
+        reconstruct(model, originals)[0],
+        [_name(files[row], sources) for row in rows],
+        title=f"{shown}, encoded and decoded by {os.fspath(run)}",
         caption="Below each image, as the model sees it, its reconstruction from indices. Images unlike those that the"
         " model was trained on lose more.",
     )
-    errors = (restored - originals).square().flatten(1).mean(1).tolist()
     return [f"{file}: {psnr_db(error):.2f} dB" for file, error in zip(files, errors, strict=True)]
+
+
+def _name(file: str, sources: Sequence[StrPath]) -> str:
+    """Return a file's path within the folder that it was found in, or its name."""
+    for source in map(Path, sources):
+        if source != Path(file) and Path(file).is_relative_to(source):
+            return Path(file).relative_to(source).as_posix()
+    return Path(file).name

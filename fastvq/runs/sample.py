@@ -15,11 +15,14 @@ from fastvq.data import Images
 from fastvq.data.folder import write_images
 from fastvq.errors import ConfigError
 from fastvq.extras import require
-from fastvq.files import check_new, whole, whole_folder
+from fastvq.files import StrPath, check_new, whole, whole_folder
+from fastvq.messages import counted
 from fastvq.models import VQVAE, Prior
 from fastvq.training.config import check_range
 
+from . import plots
 from .load import load_prior, run_images
+from .outputs import check_ending, is_folder
 from .sample_pictures import class_name, picture_completions, picture_samples
 
 DEFAULT_COUNT = 100
@@ -28,8 +31,8 @@ _Batches = Iterator[tuple[Tensor, list[int] | None]]  # indices (B, *grid) and t
 
 
 def sample_run(
-    run: Path,
-    path: Path,
+    run: StrPath,
+    path: StrPath,
     *,
     count: int | None = None,
     label: int | None = None,
@@ -41,9 +44,9 @@ def sample_run(
 
     Args:
         run: folder of a run with a prior.
-        path: its suffix decides what is written. ".png": a picture of samples of each class beside real images.
-            ".npy": the indices alone, (count, *grid) int64. No suffix: a new folder of PNG files, with a subfolder for
-            each class if there are classes.
+        path: its ending decides what is written. One of `plots.FORMATS`: a picture of samples, of each class if there
+            are classes, beside real images. ".npy": the indices alone, (count, *grid) int64. None, or a slash at its
+            end: a new folder of PNG files, with a subfolder for each class if there are classes.
         count: number of samples, `DEFAULT_COUNT` by default; a picture has its own.
         label: class of the samples, by default each class in turn; a picture shows all.
         complete: write a picture of completions of held-out images instead.
@@ -56,33 +59,36 @@ def sample_run(
         ValueError: an invalid argument of `Prior.sample`.
         FileExistsError: the folder exists.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (".png", ".npy", ""):
-        raise ConfigError(f"out must end in .png (a picture), .npy (indices) or have no suffix (a folder), got {path}")
+    check_ending(path, (*plots.FORMATS, ".npy"), folder="images")
     check_range("seed", seed)
-    if suffix == ".png":
+    folder, array = is_folder(path), Path(path).suffix.lower() == ".npy"
+    if not folder and not array:
         for name, value in (("count", count), ("label", label)):
             if value is not None:
-                raise ConfigError(f"{name}: a picture shows some samples of each class; let out be a folder or an .npy")
+                raise ConfigError(f"{name}: a picture has its own samples; let out be a folder or an .npy, not {path}")
         prior, model = load_prior(run)
+        images = run_images(run)
         picture = picture_completions if complete else picture_samples
-        picture(path, prior, model, run_images(run), seed=seed, **settings)
+        picture(path, prior, model, images, seed=seed, **settings)
         return [f"picture: {path}"]
     if complete:
-        raise ConfigError(f"complete: draws a picture, whose out ends in .png, got {path}")
-    if not suffix:
-        check_new(path)
+        raise ConfigError(f"complete: draws a picture, whose ending is {', '.join(plots.FORMATS)}, got {path}")
+    if folder:
+        check_new(Path(path))
     prior, model = load_prior(run)
     count = DEFAULT_COUNT if count is None else count
     _check_count_and_label(prior, count, label)
     batches = _sample_batches(prior, count, label, seed, settings)
-    if suffix:
+    if array:
         _write_array(path, (count, *prior.grid), batches)
         order = f", row n of class n mod {prior.classes}" if prior.classes and label is None else ""
         return [f"{path}: indices of shape {(count, *prior.grid)}{order}"]
-    names = _folder_names(run_images(run), prior.classes) if prior.classes else None
+    names = None
+    if prior.classes:
+        images = run_images(run)
+        names = _folder_names(images, prior.classes)
     _write_images(path, model, batches, names)
-    return [f"{count} images: {path}" + (", in a subfolder for each class" if names else "")]
+    return [f"{counted(count, 'image')}: {path}" + (", in a subfolder for each class" if names else "")]
 
 
 def _check_count_and_label(prior: Prior, count: int, label: int | None) -> None:
@@ -108,7 +114,7 @@ def _sample_batches(prior: Prior, count: int, label: int | None, seed: int, sett
             bar.update(len(indices))
 
 
-def _write_array(path: Path, shape: tuple[int, ...], batches: _Batches) -> None:
+def _write_array(path: StrPath, shape: tuple[int, ...], batches: _Batches) -> None:
     header = {"descr": "<i8", "fortran_order": False, "shape": shape}
     with whole(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
@@ -117,7 +123,7 @@ def _write_array(path: Path, shape: tuple[int, ...], batches: _Batches) -> None:
 
 
 @torch.no_grad()
-def _write_images(folder: Path, model: VQVAE, batches: _Batches, names: list[str] | None) -> None:
+def _write_images(folder: StrPath, model: VQVAE, batches: _Batches, names: list[str] | None) -> None:
     number = 0
     with whole_folder(folder) as partial:
         for indices, labels in batches:

@@ -5,7 +5,6 @@ This module samples and searches; `plots` draws the result. Pictures that need n
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,32 +13,48 @@ from torch import Tensor
 import fastvq
 from fastvq.data import Images
 from fastvq.data.images import to_float
+from fastvq.files import StrPath
 from fastvq.models import VQVAE, Prior
 
 from . import plots
-from .pictures import shown_rows
+from .pictures import shown_rows, spread
 
 _REAL, _SAMPLED = 3, 7
 _COMPLETED = 8
 _NEIGHBORS = 5
+_CLASSES = 20
+"""Largest number of classes in a picture."""
 
 
 @torch.no_grad()
-def picture_samples(path: Path, prior: Prior, model: VQVAE, images: Images, *, seed: int = 0, **settings: Any) -> None:
-    """Draw samples beside held-out images: a row for each class, or four rows without classes.
+def picture_samples(
+    path: StrPath,
+    prior: Prior,
+    model: VQVAE,
+    images: Images,
+    *,
+    seed: int = 0,
+    captioned: bool = True,
+    **settings: Any,
+) -> None:
+    """Draw samples beside held-out images: a row for each class, twenty at most, or four rows without classes.
 
     Args:
-        path: PNG file to write.
+        path: file to write; its ending is in `plots.FORMATS`.
         prior, model: the prior, and the model that decodes its indices.
         images: the data set of the run.
         seed: seed of the samples.
+        captioned: whether the caption stands below the figure.
         settings: arguments of `Prior.sample`: temperature, top_k, top_p, guidance.
     """
     generator = torch.Generator().manual_seed(seed)
-    classes = list(range(prior.classes)) if prior.classes else [None] * 4
+    classes = spread(prior.classes, _CLASSES) if prior.classes else [None] * 4
     labels = None
     if prior.classes:
-        labels = torch.arange(prior.classes).repeat_interleave(_SAMPLED)
+        labels = torch.tensor(classes).repeat_interleave(_SAMPLED)
+    beside, quality = ("", "")
+    if prior.classes:
+        beside, quality = " of the class", "look like their class, "
     indices = prior.sample(len(classes) * _SAMPLED, labels, generator=generator, **settings)
     sampled = model.decode(indices).clamp(0, 1).split(_SAMPLED)
     rows, names = [], []
@@ -56,18 +71,26 @@ def picture_samples(path: Path, prior: Prior, model: VQVAE, images: Images, *, s
         names,
         ["real"] * _REAL + ["sampled"] * _SAMPLED,
         title=f"{images.name}: samples of the prior",
-        caption="Indices sampled one after the other from the prior and decoded to pixels, beside held-out images of"
-        " the class. Samples should look like their class, differ from each other, and be coherent from top to bottom.",
+        caption="Indices sampled one after the other from the prior and decoded to pixels, beside held-out images"
+        f"{beside}. Samples should {quality}differ from each other, and be coherent from top to bottom.",
+        captioned=captioned,
     )
 
 
 @torch.no_grad()
 def picture_completions(
-    path: Path, prior: Prior, model: VQVAE, images: Images, *, seed: int = 0, **settings: Any
+    path: StrPath,
+    prior: Prior,
+    model: VQVAE,
+    images: Images,
+    *,
+    seed: int = 0,
+    captioned: bool = True,
+    **settings: Any,
 ) -> None:
     """Draw held-out images and three completions of each from the upper half of its indices."""
     generator = torch.Generator().manual_seed(seed)
-    rows = shown_rows(images)[:_COMPLETED]
+    rows = shown_rows(images, _COMPLETED)
     originals = to_float(images.test[rows])
     indices = model.encode(originals)
     half = indices.shape[1] // 2
@@ -89,16 +112,25 @@ def picture_completions(
         title=f"{images.name}: the prior completes held-out images",
         caption=f"The first {half} of {indices.shape[1]} rows of indices are given; the prior samples the others. The"
         " seam should not show, and the samples should differ where the upper half does not determine the lower one.",
+        captioned=captioned,
     )
 
 
 @torch.no_grad()
 def picture_neighbors(
-    path: Path, prior: Prior, model: VQVAE, images: Images, *, seed: int = 0, **settings: Any
+    path: StrPath,
+    prior: Prior,
+    model: VQVAE,
+    images: Images,
+    *,
+    seed: int = 0,
+    captioned: bool = True,
+    **settings: Any,
 ) -> None:
     """Draw samples, one of each class or ten, beside their nearest training images, mirrored ones included."""
-    count = prior.classes or 10
-    labels = torch.arange(count) if prior.classes else None
+    classes = spread(prior.classes, _CLASSES) if prior.classes else []
+    count = len(classes) or 10
+    labels = torch.tensor(classes) if classes else None
     indices = prior.sample(count, labels, generator=torch.Generator().manual_seed(seed), **settings)
     sampled = model.decode(indices).clamp(0, 1)
     training = to_float(torch.cat([images.train, images.train.flip(-1)]))
@@ -107,11 +139,12 @@ def picture_neighbors(
     plots.save_grid(
         path,
         rows,
-        [class_name(images, label) if prior.classes else "" for label in range(count)],
+        [class_name(images, label) for label in classes] or [""] * count,
         ["sampled", *(["nearest"] + [f"{n + 1}." for n in range(1, _NEIGHBORS)])],
         title=f"{images.name}: samples and their nearest training images",
         caption="Nearest by the squared difference of all pixels, among all training images and their mirror images. A"
         " copy would look like its first neighbor in every detail.",
+        captioned=captioned,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvq import VectorQuantize
 from fastvq.coding import fingerprint
 from fastvq.errors import CheckpointError, ConfigError
-from fastvq.files import delete_folder, exclusive, flush_folder
+from fastvq.files import StrPath, delete_folder, exclusive, flush_folder
 from fastvq.models import VQVAE, Prior
 from fastvq.training.checkpoint import checkpoint_folders, load_latest
 from fastvq.training.config import PriorConfig
@@ -38,12 +38,12 @@ class TrainedPrior(NamedTuple):
 
 
 def train_prior(
-    run: Path,
+    run: StrPath,
     config: PriorConfig | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
-    data: str | Path | None = None,
+    data: StrPath | None = None,
     progress: bool = True,
 ) -> TrainedPrior | None:
     """Train a prior on the indices of a run's images; return None, with the state saved, if interrupted.
@@ -65,7 +65,7 @@ def train_prior(
         DataError: the data are missing, or differ from those that the run was trained on.
         FloatingPointError: the loss is not finite.
     """
-    folder = run / PRIOR_FOLDER
+    folder = Path(run) / PRIOR_FOLDER
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other: an interrupted successor is resumed as well")
     if not resume and not overwrite:
@@ -107,8 +107,8 @@ def train_prior(
     return TrainedPrior(trainer.model.eval().cpu(), indices, bits)
 
 
-def _check_no_prior(run: Path) -> None:
-    folder = run / PRIOR_FOLDER
+def _check_no_prior(run: StrPath) -> None:
+    folder = Path(run) / PRIOR_FOLDER
     there = [*checkpoint_folders(folder), *checkpoint_folders(folder / SUCCESSOR_FOLDER)]
     if there:
         raise CheckpointError(
@@ -136,9 +136,9 @@ def _adopt_successor(folder: Path) -> None:
     delete_folder(successor)
 
 
-def resumed_settings(run: Path) -> PriorConfig | None:
+def resumed_settings(run: StrPath) -> PriorConfig | None:
     """Return the settings of the prior that `train_prior` would resume, or None if there is none."""
-    folder = run / PRIOR_FOLDER
+    folder = Path(run) / PRIOR_FOLDER
     for place in (folder / SUCCESSOR_FOLDER, folder):
         if checkpoint_folders(place):
             return load_latest(place, PriorConfig).config
@@ -150,8 +150,8 @@ def codebook_of(model: VQVAE) -> Tensor | None:
     return model.bottleneck.codebook if isinstance(model.bottleneck, VectorQuantize) else None
 
 
-def delete_prior(run: Path) -> None:
+def delete_prior(run: StrPath) -> None:
     """Delete a run's prior, an unfinished successor and its indices, and nothing else."""
-    delete_run(run / PRIOR_FOLDER)
-    delete_run(run / PRIOR_FOLDER / SUCCESSOR_FOLDER)
+    delete_run(Path(run) / PRIOR_FOLDER)
+    delete_run(Path(run) / PRIOR_FOLDER / SUCCESSOR_FOLDER)
     delete_indices(run)

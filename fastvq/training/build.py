@@ -28,6 +28,7 @@ def load_images(config: TrainConfig) -> Images:
         image_size=config.image_size,
         grayscale=config.grayscale,
         test_fraction=config.test_fraction,
+        skip_unreadable=config.skip_unreadable,
     )
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.extras import require
-from fastvq.files import delete_folder, make_folder, whole_folder
+from fastvq.files import StrPath, delete_folder, make_folder, whole_folder
 
 from .config import Settings, TrainConfig
 
@@ -115,22 +115,22 @@ class Checkpoint:
         )
 
 
-def checkpoint_folders(run: Path) -> list[Path]:
+def checkpoint_folders(run: StrPath) -> list[Path]:
     """Return the run's checkpoints, oldest first; folders of other names, and links, are none."""
-    root = run / "checkpoints"
+    root = Path(run) / "checkpoints"
     if not root.is_dir():
         return []
     found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
     return sorted(found, key=_step_of)
 
 
-def save(run: Path, checkpoint: Checkpoint) -> Path:
+def save(run: StrPath, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint, delete all but the latest two, and return its folder.
 
     Raises:
         CheckpointError: another training has saved this step with another state, or a later step.
     """
-    root = run / "checkpoints"
+    root = Path(run) / "checkpoints"
     final = root / f"step-{checkpoint.step:08d}"
     there = checkpoint_folders(run)
     if there and _step_of(there[-1]) > checkpoint.step:
@@ -171,7 +171,7 @@ def seal(description: dict[str, Any]) -> bytes:
     return b'{\n  "sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
 
 
-def load_latest(run: Path, settings: type[Settings] = TrainConfig) -> Checkpoint:
+def load_latest(run: StrPath, settings: type[Settings] = TrainConfig) -> Checkpoint:
     """Read the run's latest checkpoint, with settings of type `settings`.
 
     Raises:

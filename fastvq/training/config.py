@@ -99,6 +99,7 @@ class TrainConfig(Settings):
     image_size: int = _setting(28, "side of the square images in pixels, a multiple of 2**downsamples; 64 for a folder")
     grayscale: bool = _setting(True, "one channel instead of three; off for a folder")
     test_fraction: float = _setting(0.1, "share of a folder's files to hold out")
+    skip_unreadable: bool = _setting(False, "leave out files of a folder that cannot be read, and name them")
 
     bottleneck: str = _setting("vq", "'vq', or 'none' for the same network without quantization")
     codebook_size: int = _setting(512, "number of codes K")

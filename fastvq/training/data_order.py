@@ -29,7 +29,7 @@ def batch_rows(step: int, *, count: int, batch_size: int, seed: int) -> Tensor:
         ValueError: `batch_size` is larger than `count`.
     """
     if batch_size > count:
-        raise ValueError(f"batch_size {batch_size} is more than the {count} training images")
+        raise ValueError(f"batch_size must be at most {count}, the number of training samples, got {batch_size}")
     epoch, position = divmod(step, count // batch_size)
     return _epoch_order(seed, epoch, count)[position * batch_size : (position + 1) * batch_size]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastvq.backends import devices
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.extras import require
-from fastvq.files import delete_folder, exclusive
+from fastvq.files import StrPath, delete_folder, exclusive
 
 from .checkpoint import Checkpoint, checkpoint_folders, damage_named, load_latest, save
 from .config import Settings
@@ -60,12 +60,12 @@ class Loop(Generic[EvaluationT]):
         config: Settings,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        folder: Path,
+        folder: StrPath,
         *,
         identity: str,
         built_from: dict[str, Any] | None = None,
     ) -> None:
-        self.config, self.model, self.optimizer, self.folder = config, model, optimizer, folder
+        self.config, self.model, self.optimizer, self.folder = config, model, optimizer, Path(folder)
         self.step, self.seconds = 0, 0.0
         self._identity, self._built_from = identity, built_from or {}
         # Sums since the last record: loss, a second measure, steps. On the device, so that no step waits for them.
@@ -287,8 +287,8 @@ def usable_device(name: str) -> torch.device:
         raise ConfigError(str(error)) from None
 
 
-def delete_run(folder: Path) -> None:
+def delete_run(folder: StrPath) -> None:
     """Delete the checkpoints and metrics of an earlier run in `folder`, and nothing else."""
     for checkpoint in checkpoint_folders(folder):
         delete_folder(checkpoint)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    (Path(folder) / "metrics.jsonl").unlink(missing_ok=True)

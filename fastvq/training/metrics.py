@@ -11,12 +11,12 @@ from types import TracebackType
 from typing import Any
 
 from fastvq.errors import CheckpointError
-from fastvq.files import make_folder
+from fastvq.files import StrPath, make_folder
 
 Record = dict[str, Any]
 
 
-def read_metrics(path: Path) -> list[Record]:
+def read_metrics(path: StrPath) -> list[Record]:
     """Return all complete records of a metrics.jsonl; a last line cut off by a kill is dropped.
 
     Raises:
@@ -25,9 +25,10 @@ def read_metrics(path: Path) -> list[Record]:
     return [record for record, _ in _records(path)]
 
 
-def _records(path: Path) -> Iterator[tuple[Record, int]]:
+def _records(path: StrPath) -> Iterator[tuple[Record, int]]:
     """Yield each complete record with the position after it."""
     position = step = 0
+    path = Path(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
@@ -67,7 +68,8 @@ class MetricsLog:
         CheckpointError: metrics.jsonl is damaged.
     """
 
-    def __init__(self, folder: Path, *, step: int) -> None:
+    def __init__(self, folder: StrPath, *, step: int) -> None:
+        folder = Path(folder)
         make_folder(folder)
         path = folder / "metrics.jsonl"
         path.touch()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvq.errors import ConfigError
+from fastvq.files import StrPath
 from fastvq.models.priors import PRIORS, Prior
 
 from .config import PriorConfig
@@ -80,7 +80,7 @@ class PriorTrainer(Loop[float]):
         config: PriorConfig,
         data: IndexData,
         codebook_size: int,
-        folder: Path,
+        folder: StrPath,
         *,
         identity: str,
         vectors: Tensor | None = None,
@@ -89,7 +89,8 @@ class PriorTrainer(Loop[float]):
     ) -> None:
         if config.batch_size > len(data.train):
             raise ConfigError(
-                f"batch_size {config.batch_size} is more than the {len(data.train)} samples to learn from"
+                f"batch_size must be at most {len(data.train)}, the number of samples to learn from,"
+                f" got {config.batch_size}"
             )
         self.data, self.device = data, usable_device(config.device)
         torch.manual_seed(config.seed)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ import fastvq
 from fastvq.data import Images
 from fastvq.data.images import to_float
 from fastvq.errors import DataError
+from fastvq.files import StrPath
 from fastvq.models import VQVAE
 
 from .build import build_model
@@ -43,9 +42,12 @@ class Trainer(Loop[Evaluation]):
     config: TrainConfig
     model: VQVAE
 
-    def __init__(self, config: TrainConfig, images: Images, folder: Path, *, resume: bool = False) -> None:
+    def __init__(self, config: TrainConfig, images: Images, folder: StrPath, *, resume: bool = False) -> None:
         if config.batch_size > len(images.train):
-            raise DataError(f"batch_size {config.batch_size} is more than the {len(images.train)} training images")
+            raise DataError(
+                f"batch_size must be at most {len(images.train)}, the number of training images,"
+                f" got {config.batch_size}"
+            )
         self.images = images
         self.device = usable_device(config.device)
         torch.manual_seed(config.seed)

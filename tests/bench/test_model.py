@@ -209,12 +209,12 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--model=h300"], "model: must be one of a100, h100, h200, b200, mi300x, got 'h300'"),
-            (["--model=h100", "--n=0"], "n: must be at least 1, got 0"),
-            (["--model=h100", "--d=-3"], "d: must be at least 1, got -3"),
-            (["--model=h100", "--dtype=int8"], "dtype: must be one of float32, float16, bfloat16, got 'int8'"),
-            (["--model=h100", "--uncertified-share=1.5"], "uncertified-share: must be from 0 to 1, got 1.5"),
-            (["--model=h100", "--uncertified-share=nan"], "uncertified-share: must be from 0 to 1, got nan"),
+            (["--model=h300"], "--model: must be one of a100, h100, h200, b200, mi300x, got 'h300'"),
+            (["--model=h100", "--n=0"], "--n: must be at least 1, got 0"),
+            (["--model=h100", "--d=-3"], "--d: must be at least 1, got -3"),
+            (["--model=h100", "--dtype=int8"], "--dtype: must be one of float32, float16, bfloat16, got 'int8'"),
+            (["--model=h100", "--uncertified-share=1.5"], "--uncertified-share: must be from 0 to 1, got 1.5"),
+            (["--model=h100", "--uncertified-share=nan"], "--uncertified-share: must be from 0 to 1, got nan"),
         ],
     )
     def test_errors_name_the_argument(self, counts, capsys, arguments, message):

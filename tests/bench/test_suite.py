@@ -14,7 +14,7 @@ import torch
 
 import fastvq
 from fastvq.bench import data, measure, peers, report, suite, targets, training
-from fastvq.bench.data import Shape
+from fastvq.bench.data import Shape, from_file
 from fastvq.bench.gpu import report as gpu_report
 from fastvq.bench.peers import NATIVE, PRODUCT, Contestant
 from fastvq.cli.main import main
@@ -69,20 +69,22 @@ class TestOneShape:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--n=0"], "n: must be at least 1, got 0"),
-            (["--k=-3"], "k: must be at least 1, got -3"),
-            (["--d=0"], "d: must be at least 1, got 0"),
-            (["--threads=0"], "threads: must be at least 1, got 0"),
-            (["--dtype=int8"], "dtype: must be one of float32, float16, bfloat16, got 'int8'"),
+            (["--n=0"], "--n: must be at least 1, got 0"),
+            (["--k=-3"], "--k: must be at least 1, got -3"),
+            (["--d=0"], "--d: must be at least 1, got 0"),
+            (["--threads=0"], "--threads: must be at least 1, got 0"),
+            (["--dtype=int8"], "--dtype: must be one of float32, float16, bfloat16, got 'int8'"),
             (
                 ["--data=uniform"],
                 "gaussian, clustered, latents or the path of an .npy file, got 'uniform'",
             ),
-            (["--data=absent.npy"], "data: absent.npy can't be read"),
-            (["--data=latents"], "data: latents have D=64, got D=8"),
-            (["--device=gpu9"], "device: 'gpu9' cannot be used here"),
-            (["--device=meta"], "device: 'meta' cannot be used here"),
-            (["--render", "--out=nowhere"], "render: nowhere/benchmarks.json doesn't exist"),
+            (["--data=absent.npy"], "--data: absent.npy doesn't exist"),
+            (["--data=latents"], "--data: latents have D=64, got D=8"),
+            (["--device=gpu9"], "--device: 'gpu9' cannot be used here"),
+            (["--device=meta"], "--device: 'meta' cannot be used here"),
+            (["--json=there.txt"], "--json: must end in .json, got there.txt"),
+            (["--out=there"], "--out: has no effect without --suite or --model"),
+            (["--model=a100", "--data=gaussian"], "--data: has no effect with --model"),
         ],
     )
     def test_errors_name_the_argument(self, few_contestants, capsys, arguments, message):
@@ -90,18 +92,77 @@ class TestOneShape:
         assert message in capsys.readouterr().err
 
     @pytest.mark.parametrize(
+        "arguments", [["--out=nowhere", "--render"], ["--suite", "--n=5"], ["--suite", "--render"]]
+    )
+    def test_a_suite_takes_no_shape(self, few_contestants, capsys, tmp_path, monkeypatch, arguments):
+        monkeypatch.chdir(tmp_path)
+        assert main(["bench", *arguments]) == 2
+        assert re.search(r"--n: has no effect|--render: (has no effect|nowhere/bench)", capsys.readouterr().err)
+
+    @pytest.mark.parametrize(
+        ("values", "given", "shape"),
+        [
+            (np.ones((60, 9), np.float32), [], (60, 60, 9)),
+            (np.ones((4, 15, 3), np.float16), ["--k=7"], (60, 7, 3)),
+            (np.ones((2, 2, 15, 3), order="F"), ["--n=50", "--k=16", "--d=3"], (50, 16, 3)),
+        ],
+    )
+    def test_the_shape_is_that_of_the_file(self, few_contestants, capsys, tmp_path, values, given, shape):
+        np.save(tmp_path / "mine.npy", values)
+        assert main(["bench", "--data", str(tmp_path / "mine.npy"), "--json", str(tmp_path / "a.json"), *given]) == 0
+        (record,) = json.loads((tmp_path / "a.json").read_text())["search"]
+        assert (record["n"], record["k"], record["d"]) == shape
+
+    def test_the_codes_are_at_most_1024_vectors_of_the_file(self, tmp_path):
+        np.save(tmp_path / "mine.npy", np.arange(3000, dtype=np.float64).reshape(1500, 2))
+        x, codebook = from_file(tmp_path / "mine.npy", None, None, None)
+        assert (x.shape, codebook.shape) == ((1500, 2), (1024, 2))
+        assert len(codebook.unique(dim=0)) == 1024
+        assert {tuple(row) for row in codebook.tolist()} <= {tuple(row) for row in x.tolist()}
+
+    @pytest.mark.parametrize(
         ("values", "message"),
         [
-            (np.zeros((60, 9), np.float32), "at least 48 rows (N and K) of D=8, got (60, 9)"),
-            (np.zeros((40, 8), np.float32), "at least 48 rows (N and K) of D=8, got (40, 8)"),
-            (np.zeros((60, 8), np.int64), "floats of shape (rows, D), got int64 (60, 8)"),
-            (np.array([{}], object), "can't be read"),
+            (np.zeros((60, 9), np.float32), "--d: {} holds vectors of 9 dimensions, got 8"),
+            (np.zeros((40, 8), np.float32), "--n: {} holds 40 vectors, got 48"),
+            (np.zeros((60, 8), np.int64), "--data: {} must hold floats, got int64"),
+            (np.zeros((60, 8), np.complex64), "--data: {} must hold floats, got complex64"),
+            (np.array([{}], object), "--data: {} cannot be read as .npy: it holds Python objects, not numbers"),
+            (np.zeros(60), "--data: {} must hold vectors, (N, D) or (..., D), got shape (60,)"),
+            (np.zeros((0, 8)), "--data: {} must hold vectors, (N, D) or (..., D), got shape (0, 8)"),
+            (
+                np.full((60, 8), [[1.0]] * 5 + [[np.nan]] * 2 + [[1.0]] * 53),
+                "2 of 60 vectors do not, the first at row 5",
+            ),
+            (np.full((60, 8), 1e300), "60 of 60 vectors do not"),
         ],
     )
     def test_files_that_do_not_fit(self, few_contestants, capsys, tmp_path, values, message):
         np.save(tmp_path / "mine.npy", values)
         assert bench(f"--data={tmp_path}/mine.npy") == 2
-        assert message in capsys.readouterr().err
+        assert message.format(tmp_path / "mine.npy") in capsys.readouterr().err
+
+    def test_more_codes_than_vectors(self, few_contestants, capsys, tmp_path):
+        np.save(tmp_path / "mine.npy", np.zeros((60, 8)))
+        assert main(["bench", f"--data={tmp_path}/mine.npy", "--k=61"]) == 2
+        assert "--k: the codes are vectors of " in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.npy", b"", "it is empty"),
+            ("a.npy", b"text", "it has another format"),
+            ("a.npy", b"GIF89a", "it has another format"),
+            ("a.npz", b"PK\x03\x04", "must be an .npy file"),
+            ("a.safetensors", b"", "must be an .npy file"),
+        ],
+    )
+    def test_files_of_other_kinds(self, few_contestants, capsys, tmp_path, name, content, message):
+        (tmp_path / name).write_bytes(content)
+        assert bench(f"--data={tmp_path / name}") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("fastvq: --data: ")
+        assert message in error
 
     def test_a_wrong_index_of_fastvq_ends_the_run(self, monkeypatch, capsys):
         broken = Contestant("fastvq torch", always_zero, float32_only=False)

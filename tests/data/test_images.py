@@ -16,7 +16,7 @@ from PIL import Image
 from fastvq.data import fashion_mnist, load_fashion_mnist, load_folder, load_full_fashion_mnist
 from fastvq.data.folder import read_image, split_by_file, write_images
 from fastvq.data.images import to_float
-from fastvq.errors import DataError
+from fastvq.errors import DataError, SkippedFilesWarning
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -212,3 +212,55 @@ def test_images_are_written_as_they_are_read(tmp_path: Path, channels: int) -> N
     assert torch.equal(torch.stack(again), pixels[[1, 0, 2]])
     write_images(tmp_path, to_float(pixels[:1]), 10)
     assert (tmp_path / "000010.png").exists()
+
+
+def test_all_unreadable_files_are_named_at_once(folder: Path) -> None:
+    (folder / "part0" / "00.png").write_bytes(b"")
+    (folder / "part0" / "text.jpg").write_text("text")
+    with pytest.raises(DataError, match=r"2 of 31 files cannot be read") as caught:
+        load_folder(folder, image_size=8)
+    assert [line.rpartition(": ")[2] for line in str(caught.value).splitlines()[1:]] == [
+        "the file is empty",
+        "unknown format",
+    ]
+
+
+def test_skipped_files_are_as_if_they_were_not_there(folder: Path, tmp_path: Path) -> None:
+    expected = load_folder(folder, image_size=8)
+    (folder / "part0" / "0.png").write_bytes(b"")
+    (folder / "zz.jpg").write_text("text")
+    with pytest.warns(
+        SkippedFilesWarning, match=r"skipped 2 files of 32:\n  .*0\.png is not a readable image: .*\n  .*zz"
+    ):
+        images = load_folder(folder, image_size=8, skip_unreadable=True)
+    assert images.fingerprint() == expected.fingerprint()
+    assert images.test_names == expected.test_names
+
+
+def test_many_unreadable_files_are_counted(tmp_path: Path) -> None:
+    for n in range(50):
+        (tmp_path / f"{n:02d}.png").write_bytes(b"")
+    with pytest.raises(DataError, match="50 of 50 files") as caught:
+        load_folder(tmp_path, image_size=8)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 22
+    assert lines[-1] == "  and 30 more"
+
+
+def test_one_readable_image_is_too_few(tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "one.png")
+    (tmp_path / "two.png").write_bytes(b"")
+    with pytest.warns(SkippedFilesWarning), pytest.raises(DataError, match="holds one readable image"):
+        load_folder(tmp_path, image_size=8, skip_unreadable=True)
+
+
+def test_large_images_are_read_and_too_large_ones_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    Image.new("L", (15, 10)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_image(tmp_path / "large.png", image_size=8, grayscale=True).shape == (1, 8, 8)
+    assert not recwarn.list
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(DataError, match=r"large\.png is not a readable image: it has more than 100 pixels, scale it"):
+        read_image(tmp_path / "large.png", image_size=8, grayscale=True)

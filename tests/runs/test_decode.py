@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastvq import coding
 from fastvq.cli.main import main
@@ -83,7 +84,7 @@ def test_indices_that_are_no_images_are_refused_before_they_are_decoded(kind, ru
 
 def test_a_limit_of_indices_holds_for_images_too(run, tmp_path, capsys):
     coded = tmp_path / "images.fvq"
-    assert main(["encode", "held-out", str(coded), "--run", str(run[0])]) == 0
+    assert main(["encode", "--held-out", str(coded), "--run", str(run[0])]) == 0
     assert main(["decode", str(coded), str(tmp_path / "out"), "--run", str(run[0]), "--max-indices", "3"]) == 2
     assert "more than --max-indices=3" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -102,3 +103,45 @@ def test_more_indices_than_allowed(tmp_path, capsys):
     assert main(["encode", str(tmp_path / "in.npy"), coded]) == 0
     assert main(["decode", coded, out, "--max-decisions=63"]) == 2
     assert "64 decisions, more than --max-decisions=63" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["png", "PNG", "jpg", "webp", "bmp", "tiff", "ppm"])
+def test_one_image_to_a_file_of_its_ending(run, tmp_path, ending):
+    folder, images = run
+    coded, out = tmp_path / "one.fvq", tmp_path / f"one.{ending}"
+    assert main(["encode", str(images / "03.png"), str(coded), f"--run={folder}"]) == 0
+    for _ in range(2):
+        assert main(["decode", str(coded), str(out), f"--run={folder}"]) == 0
+    with torch.no_grad():
+        expected = load_model(folder)[0].decode(coding.decode(coding.load(coded))).clamp(0, 1)[0]
+    with Image.open(out) as image:
+        assert image.format == {"jpg": "JPEG", "tiff": "TIFF"}.get(ending, ending.upper())
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if ending != "jpg":
+        assert torch.equal(pixels, (expected * 255).round().to(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("one.png", "out: one.png would hold one image, but two.fvq holds 2: give a new folder"),
+        ("rec.txt", "out must end in .bmp, .jpeg, .jpg, .png, .ppm, .tif, .tiff, .webp or be a new folder for images"),
+        ("rec.fvq", "got rec.fvq; the indices alone go to an .npy file"),
+    ],
+)
+def test_outputs_that_cannot_be(run, tmp_path, monkeypatch, capsys, out, message):
+    monkeypatch.chdir(tmp_path)
+    np.save("two.npy", np.zeros((2, 4, 4), np.int64))
+    assert main(["encode", "two.npy", "two.fvq", f"--run={run[0]}"]) == 0
+    assert main(["decode", "two.fvq", out, f"--run={run[0]}"]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two.fvq", "two.npy"]
+
+
+@pytest.mark.parametrize("out", ["out", "out/", "out.v2/"])
+def test_a_slash_makes_a_folder_of_any_name(run, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    np.save("two.npy", np.zeros((2, 4, 4), np.int64))
+    assert main(["encode", "two.npy", "two.fvq", f"--run={run[0]}"]) == 0
+    assert main(["decode", "two.fvq", out, f"--run={run[0]}"]) == 0
+    assert sorted(path.name for path in (tmp_path / out).iterdir()) == ["000000.png", "000001.png"]

@@ -51,11 +51,11 @@ def test_a_folder_to_a_file_and_back(run, tmp_path, capsys):
 def test_held_out_images_and_one_image(run, tmp_path, capsys):
     folder, images = run
     held_out = load_images(load_model(folder)[1]).test
-    assert main(["encode", "held-out", str(tmp_path / "a.fvq"), f"--run={folder}", "--model=static"]) == 0
+    assert main(["encode", "--held-out", str(tmp_path / "a.fvq"), f"--run={folder}", "--model=static"]) == 0
     assert coding.read_header((tmp_path / "a.fvq").read_bytes()).shape == (len(held_out), 4, 4)
     assert main(["encode", str(images / "03.png"), str(tmp_path / "b.fvq"), f"--run={folder}"]) == 0
     assert coding.read_header((tmp_path / "b.fvq").read_bytes()).shape == (1, 4, 4)
-    assert "1 images" in capsys.readouterr().out
+    assert "1 image of 768 bytes, 16 indices each" in capsys.readouterr().out
 
 
 def test_arrays(tmp_path, capsys):
@@ -86,9 +86,9 @@ def test_an_array_of_a_runs_indices_decodes_to_images(run, tmp_path):
         (["encode", "{images}", "out.fvq", "--run=absent"], "absent"),
         (
             ["encode", "{images}", "out.fvq", "--run={run}", "--model=zip"],
-            "model: must be one of static, adaptive, prior",
+            "--model: must be one of static, adaptive, prior",
         ),
-        (["encode", "absent.npy", "out.fvq"], "absent.npy cannot be read as .npy"),
+        (["encode", "absent.npy", "out.fvq"], "absent.npy doesn't exist"),
     ],
 )
 def test_invalid_requests_are_named(run, tmp_path, monkeypatch, capsys, command, message):
@@ -123,17 +123,67 @@ def test_indices_that_do_not_survive_coding_are_not_written(run, tmp_path, monke
     assert coded.read_bytes() == b"as it was"
 
 
-def test_a_folder_with_the_name_of_the_held_out_images(run, tmp_path, monkeypatch, capsys):
+def test_held_out_is_an_option_and_no_name(run, tmp_path, monkeypatch, capsys):
     folder, images = run
     monkeypatch.chdir(tmp_path)
+    given = ["a.fvq", f"--run={folder}"]
+    assert main(["encode", "held-out", *given]) == 2
+    assert "held-out does not exist: the run's held-out images are --held-out" in capsys.readouterr().err
     (tmp_path / "held-out").symlink_to(images, target_is_directory=True)
-    assert main(["encode", "./held-out", "a.fvq", f"--run={folder}"]) == 2
-    assert "give its full path" in capsys.readouterr().err
+    for name in ("held-out", "./held-out"):
+        assert main(["encode", name, *given]) == 0
+        assert "30 images" in capsys.readouterr().out
+    assert main(["encode", "held-out", "--held-out", *given]) == 2
+    assert "--held-out: takes no other images, got held-out" in capsys.readouterr().err
+    assert main(["encode", *given]) == 2
+    assert "IN: give images, folders, an .npy file of indices, or --held-out" in capsys.readouterr().err
+
+
+def test_several_images_and_folders(run, tmp_path, capsys):
+    folder, images = run
     (images / "folder.png").mkdir()
+    sources = [str(images / "03.png"), str(images), str(images / "03.png")]
     try:
-        assert main(["encode", str(tmp_path / "held-out"), "a.fvq", f"--run={folder}"]) == 0
+        assert main(["encode", *sources[:1], f"--run={folder}", *sources[1:], str(tmp_path / "a.fvq")]) == 0
     finally:
         (images / "folder.png").rmdir()
+    assert "30 images" in capsys.readouterr().out  # the file that is named twice is there once
+    indices = coding.decode(coding.load(tmp_path / "a.fvq"))
+    assert main(["encode", str(images / "03.png"), str(tmp_path / "b.fvq"), f"--run={folder}"]) == 0
+    assert torch.equal(coding.decode(coding.load(tmp_path / "b.fvq"))[0], indices[0])
+
+
+@pytest.mark.parametrize("ending", ["png", "npy", "txt", ""])
+def test_the_ending_of_a_coded_file(run, tmp_path, capsys, ending):
+    assert main(["encode", "--held-out", f"{tmp_path}/x.{ending}".rstrip("."), f"--run={run[0]}"]) == 2
+    assert "out must end in .fvq, got " in capsys.readouterr().err
+
+
+def test_unreadable_files_are_listed_or_skipped(run, tmp_path, capsys):
+    folder, images = run
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for n in range(4):
+        (mixed / f"{n}.png").write_bytes((images / f"{n:02d}.png").read_bytes())
+    (mixed / "5.png").write_bytes(b"")
+    (mixed / "6.jpg").write_text("text")
+    (mixed / "7.png").write_bytes((images / "01.png").read_bytes()[:90])
+    arguments = ["encode", str(mixed), str(tmp_path / "a.fvq"), f"--run={folder}"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "3 of 7 files cannot be read as images (--skip-unreadable leaves them out):" in error
+    assert [
+        name for name in ("5.png", "6.jpg", "7.png") if f"\n  {mixed / name} is not a readable image: " not in error
+    ] == []
+    assert main([*arguments, "--skip-unreadable"]) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("4 images")
+    assert "fastvq: warning: skipped 3 files of 7:" in output.err
+    assert "6.jpg" in output.err
+    for n in range(4):
+        (mixed / f"{n}.png").unlink()
+    assert main([*arguments, "--skip-unreadable"]) == 2
+    assert "none of 3 files can be read as an image" in capsys.readouterr().err
 
 
 def test_files_that_are_no_arrays(tmp_path, capsys):
@@ -149,7 +199,8 @@ def test_files_that_are_no_arrays(tmp_path, capsys):
     assert "indices must lie in [-1, 2^24), got 18446744073709551615" in capsys.readouterr().err
     np.save(source, np.full((2, 3), -1))
     assert main(["encode", str(source), coded]) == 0
-    assert main(["encode", str(source), str(tmp_path)]) == 2
+    (tmp_path / "folder.fvq").mkdir()
+    assert main(["encode", str(source), str(tmp_path / "folder.fvq")]) == 2
     assert "is a folder" in capsys.readouterr().err
 
 
@@ -166,7 +217,7 @@ def test_files_coded_with_the_prior(tmp_path, capsys):
     run, _ = tiny_run(tmp_path, count=40, grayscale=True)
     train_prior(run, PRIOR, progress=False)
     coded, again = tmp_path / "held_out.fvq", tmp_path / "again.npy"
-    assert main(["encode", "held-out", str(coded), f"--run={run}", "--model=prior"]) == 0
+    assert main(["encode", "--held-out", str(coded), f"--run={run}", "--model=prior"]) == 0
     assert main(["decode", str(coded), str(again), f"--run={run}"]) == 0
     indices = train_prior(run, resume=True, progress=False).data.test
     assert np.array_equal(np.load(again), indices.numpy())

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
+from fastvq.data import Images
 from fastvq.runs import plots
+from fastvq.runs.pictures import shown_rows
 
 
 @pytest.fixture
@@ -79,7 +84,7 @@ def test_curves(tmp_path: Path, figures: list[Figure]) -> None:
     plots.save_curves(path, records, codebook_size=128, title="Curves")
     (figure,) = figures
     assert len(figure.axes) == 3
-    for expected in ("Curves", "loss", "PSNR (dB)", "perplexity", "step", "held-out images", "uniform over 128 codes"):
+    for expected in ("Curves", "loss", "PSNR (dB)", "perplexity", "step", "held-out images", "uniform over 128"):
         assert expected in texts(figure)
     assert [len(axes.lines) for axes in figure.axes] == [1, 2, 3]
     assert all(ink(path, figure, n) > 10 for n in range(3))
@@ -152,3 +157,154 @@ def test_similar_codes_get_similar_colors() -> None:
     codebook = torch.cat([near, near + torch.tensor([5.0, *[0.0] * 7])])
     colors = plots.code_colors(codebook)[:, 0]
     assert (colors[:40] < colors[40:].min()).all() or (colors[:40] > colors[40:].max()).all()
+
+
+def drawn_texts(figure: Figure) -> list[tuple[str, Any]]:
+    """Return each text of a figure with its box in pixels, as drawn."""
+    figure.set_dpi(130)  # as it is saved
+    figure.canvas.draw()
+    found = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible() and artist.get_text())
+    # Ticks outside the axes have labels too, which are not drawn.
+    ticks = [
+        label
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for label in axis.get_ticklabels(which="both")
+    ]
+    return [(text.get_text(), text.get_window_extent()) for text in found if text not in ticks]
+
+
+LONG = "a data set whose name is long, which its folder had from the beginning, and which nobody wanted to change"
+NAMES = ["golden retrievers and other large dogs/IMG_2024_holiday_00012.jpg", "cats/a.png", f"{LONG}.jpg", "b.png"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 9])
+@pytest.mark.parametrize("size", [(12, 12), (8, 24), (24, 8)], ids=["square", "wide", "tall"])
+def test_no_text_of_reconstructions_is_cut_or_covered(
+    tmp_path: Path, figures: list[Figure], count: int, size: tuple[int, int]
+) -> None:
+    images = torch.rand(count, 3, *size)
+    names = (NAMES * 3)[:count]
+    plots.save_reconstructions(tmp_path / "a.png", images, images / 2, names, title=LONG, caption=LONG * 2)
+    check_texts(figures[0])
+
+
+def check_texts(figure: Figure) -> None:
+    """Assert that all texts lie within the figure, and that titles of panels do not overlap."""
+    found = drawn_texts(figure)
+    width, height = figure.canvas.get_width_height()
+    for text, box in found:
+        assert box.x0 >= -1, text
+        assert box.y0 >= -1, text
+        assert box.x1 <= width + 1, text
+        assert box.y1 <= height + 1, text
+    titles = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
+    for n, box in enumerate(titles):
+        assert not any(box.overlaps(other) for other in titles[:n])
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_no_text_of_a_grid_is_cut_or_covered(tmp_path: Path, figures: list[Figure], rows: int) -> None:
+    columns = ["sampled", "nearest", "2.", "3."]
+    images = [torch.rand(4, 1, 8, 8)] * rows
+    plots.save_grid(tmp_path / "a.png", images, NAMES[:rows], columns, title=LONG, caption=LONG)
+    check_texts(figures[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("dress", "dress"),
+        ("cats/0001.png", "cats\n0001.png"),
+        ("animals/cats/0001.png", "animals/cats\n0001.png"),
+        ("golden retrievers/IMG_20240102_0001.jpg", "golden \u2026rievers\nIMG_202\u2026001.jpg"),
+        ("a" * 16, "aaaaaaa\u2026aaaaaaa"),
+        ("caf\udce9.png", "caf?.png"),
+    ],
+)
+def test_labels_keep_folder_beginning_and_end(name: str, shown: str) -> None:
+    assert plots.label(name, 15) == shown
+
+
+def test_the_curves_of_a_short_run_are_seen_and_not_covered(tmp_path: Path, figures: list[Figure]) -> None:
+    records = [
+        {"step": 2, "split": "train", "loss": 5.0, "psnr_db": 4.3, "perplexity": 12.0},
+        {"step": 2, "split": "test", "psnr_db": 4.6, "perplexity": 10.0},
+    ]
+    plots.save_curves(tmp_path / "curves.png", records, codebook_size=64, title="Short")
+    (figure,) = figures
+    for axes in figure.axes:
+        assert all(line.get_marker() not in ("", "None") for line in axes.lines if len(line.get_xdata()) == 1)
+        assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    check_texts(figure)
+
+
+def test_what_is_not_finite_is_left_out_of_curves(tmp_path: Path, figures: list[Figure]) -> None:
+    records = [{"step": n, "split": "test", "psnr_db": value} for n, value in enumerate((3.0, math.inf, math.nan))]
+    plots.save_curves(tmp_path / "curves.png", records, codebook_size=64, title="T")
+    assert [line.get_xydata().tolist() for line in figures[0].axes[0].lines] == [[[0, 3.0]]]
+
+
+@pytest.mark.parametrize(("side", "size", "shown"), [(7, 512, True), (16, 64, True), (16, 4096, False), (32, 8, False)])
+def test_indices_are_written_where_they_can_be_read(
+    tmp_path: Path, figures: list[Figure], side: int, size: int, shown: bool
+) -> None:
+    indices = torch.full((1, side, side), size - 1)
+    images = torch.rand(1, 1, side * 4, side * 4)
+    plots.save_indices(tmp_path / "a.png", images, indices, images, torch.randn(size, 4), title="T")
+    (figure,) = figures
+    numbers = figure.axes[1].texts
+    assert bool(numbers) == shown
+    if shown:
+        assert numbers[0].get_fontsize() >= 5
+        figure.set_dpi(130)  # as it is saved
+        figure.canvas.draw()
+        first, second = (text.get_window_extent() for text in numbers[:2])
+        assert first.x1 <= second.x0
+
+
+def test_a_caption_is_metadata_where_it_is_not_drawn(tmp_path: Path, figures: list[Figure]) -> None:
+    counts = torch.tensor([3, 0, 1])
+    for captioned in (True, False):
+        plots.save_usage(tmp_path / "a.png", counts, perplexity=2.0, title="T", captioned=captioned)
+        assert "1 of 3 codes is unused" in plots.caption_of(tmp_path / "a.png")
+    assert ["1 of 3 codes is unused" in texts(figure) for figure in figures] == [True, False]
+
+
+def test_no_caption_speaks_of_classes_or_one_data_set(tmp_path: Path, figures: list[Figure]) -> None:
+    images = torch.rand(1, 1, 8, 8)
+    plots.save_indices(tmp_path / "a.png", images, torch.zeros(1, 2, 2).long(), images, torch.randn(4, 4), title="T")
+    plots.save_bits(tmp_path / "b.png", [], codebook_size=8, title="T")
+    assert not [word for word in ("cloth", "label", "class") for figure in figures if word in texts(figure)]
+
+
+def held_out(names: list[str], labels: list[int] | None = None) -> Images:
+    pixels = torch.zeros(len(names), 1, 4, 4, dtype=torch.uint8)
+    return Images("x", pixels, pixels, tuple(names), None, None if labels is None else torch.tensor(labels))
+
+
+def test_shown_images_are_spread_over_the_set() -> None:
+    assert shown_rows(held_out([f"{n}.png" for n in range(160)])) == list(range(5, 160, 10))
+    assert shown_rows(held_out(["a", "b", "c"])) == [0, 1, 2]
+
+
+def test_shown_images_are_of_each_class_or_folder_in_turn() -> None:
+    labels = [n * 10 // 1000 for n in range(1000)]
+    for images in (
+        held_out(["x"] * 1000, labels),
+        held_out([f"{label}/{n}.png" for n, label in enumerate(labels)]),
+    ):
+        rows = shown_rows(images)
+        assert [labels[row] for row in rows[:10]] == [*range(10)]
+        assert len({labels[row] for row in rows[10:]}) == 6
+        assert len(set(rows)) == 16
+        assert [labels[row] for row in shown_rows(images, 3)] == [1, 5, 8]
+
+
+def test_where_one_folder_has_few_images_others_show_more() -> None:
+    names = ["few/0.png", *(f"many/{n}.png" for n in range(60))]
+    rows = shown_rows(held_out(names))
+    assert len(rows) == 16
+    assert rows.count(0) == 1
+    assert max(rows) > 50

@@ -7,6 +7,7 @@ import torch
 
 from fastvq.data import Images
 from fastvq.runs import plots
+from fastvq.runs.pictures import shown_rows
 from fastvq.runs.sample_pictures import picture_completions, picture_neighbors, picture_samples
 
 from ..cases import generator
@@ -100,15 +101,15 @@ def test_completions_keep_the_upper_half_and_draw_the_lower(monkeypatch, classes
     images = made(classes)
     rows, names, columns = pictured(monkeypatch, picture_completions, classes, images)
     assert columns == ["original", "decoded", "given", "sampled", "sampled", "sampled"]
-    # Classes in turn and the first ones are the same here.
-    assert names == list(images.test_names[:8])
-    originals = images.test[:8, 0].long()
+    chosen = shown_rows(images, 8)
+    assert names == [images.test_names[row] for row in chosen]
+    originals = images.test[chosen, 0].long()
     for column in range(6):
         assert torch.equal(rows[:, column, :4], originals[:, :4])
     for column in (0, 1):
         assert torch.equal(rows[:, column], originals)
     assert (rows[:, 2, 4:] == 128).all()  # gray
-    bands = 2 + torch.arange(8) % 3 if classes else torch.ones(8, dtype=torch.int64)
+    bands = 2 + images.test_labels[chosen] if classes else torch.ones(8, dtype=torch.int64)
     drawn = rows[:, 3:, 4:]
     assert torch.equal(drawn // 50, bands[:, None, None, None].expand_as(drawn))
     assert len(drawn.flatten(0, 1).unique(dim=0)) == 24

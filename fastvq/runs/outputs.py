@@ -1,0 +1,31 @@
+"""Outputs whose path decides their format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from fastvq.errors import ConfigError
+from fastvq.files import StrPath
+
+
+def is_folder(path: StrPath) -> bool:
+    """Return whether a path stands for a folder to be written: it has no ending, or a slash at its end."""
+    return os.fspath(path).endswith(("/", os.sep)) or not Path(path).suffix
+
+
+def check_ending(path: StrPath, endings: Collection[str], *, folder: str = "", also: str = "") -> None:
+    """Raise a ConfigError if the ending of an output names no format that can be written.
+
+    Args:
+        path: the output.
+        endings: those of files that can be written.
+        folder: what a folder would hold, if one may be written.
+        also: what the message adds.
+    """
+    if folder and is_folder(path):
+        return
+    if is_folder(path) or Path(path).suffix.lower() not in endings:
+        text = f" or be a new folder for {folder} (no ending, or / at its end)" if folder else ""
+        raise ConfigError(f"out must end in {', '.join(endings)}{text}, got {os.fspath(path)}{also}")
