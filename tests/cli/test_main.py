@@ -152,7 +152,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(module, function, call)
 
-    counting(plots, "save_figure", lambda figure, path: f"{path.parent.name}/{path.name}")
+    counting(plots, "save_figure", lambda figure, path, *_: f"{path.parent.name}/{path.name}")
     counting(trainer, "evaluate", lambda model, images: type(model.bottleneck).__name__)
     counting(prior, "bits_per_index", lambda model, *_: type(model).__name__)
     return counts

@@ -297,7 +297,7 @@ def test_a_run_is_not_begun_on_top_of_another(tmp_path: Path) -> None:
 
 
 def test_too_few_images_for_a_batch(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="batch_size 41 is more than the 40 training images"):
+    with pytest.raises(DataError, match="batch_size must be at most 40, the number of training images, got 41"):
         Trainer(dataclasses.replace(TINY, batch_size=41), tiny_images(), tmp_path)
 
 
