@@ -310,7 +310,7 @@ def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (["train", "--out=RUN", "--codebook-size=0"], "--codebook-size must be at least 1, got 0"),
         (["train", "--out=RUN", "--steps=-5"], "--steps must be at least 1, got -5"),
         (["train", "--out=RUN", "--resume"], "holds no checkpoint"),
-        (["train", "--out=RUN", "--device=warp"], "--device 'warp'"),
+        (["train", "--out=RUN", "--device=warp"], "--device: 'warp'"),
         (["reconstruct", "RUN", "--out=x.png"], "holds no checkpoint"),
         (["demo", "--out=RUN", "--steps=0"], "--steps must be at least 1"),
         (["prior", "RUN", "--label-dropout=1"], "--label-dropout must be at least 0 and below 1, got 1.0"),
