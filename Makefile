@@ -3,7 +3,7 @@
 #   make check      lint and the fast tests, about two minutes; tests/conftest.py lists what is slow
 #   make test       all tests but those marked `machine`
 #   make test-machine   those: timings, resident memory and what depends on torch's internals; on a quiet machine
-#   make bench      the benchmark suite, which writes docs/benchmarks.md; about 13 minutes
+#   make bench      the benchmark suite, which writes docs/benchmarks.md; about 15 minutes
 #   make gpu-check  what can be shown about the GPU kernels on a machine without a GPU; some ten minutes
 #   make gpu OUT=DIR    on a machine with a GPU: builds, checks and times everything there, with the Python that is there,
 #                   in nine minutes, or BUDGET=SECONDS; docs/gpu.md

@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="with --model: share of rows that the first scan leaves uncertified (default: 0.01)",
     )
     parser.add_argument(
-        "--suite", action="store_true", help="run the whole suite, about 13 minutes, and write its report"
+        "--suite", action="store_true", help="run the whole suite, about 15 minutes, and write its report"
     )
     parser.add_argument(
         "--render", action="store_true", help="only write the reports again, from benchmarks.json and gpu.json"

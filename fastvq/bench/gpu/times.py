@@ -65,7 +65,7 @@ def measure(context: Context) -> None:
 def search_times(context: Context, shape: Shape, kind: str) -> dict[str, Any]:
     """Time a search."""
     x, codebook = vectors(context, shape, kind)
-    expected = nearest(x, codebook)
+    expected = _expected(context.device, shape, kind)
     operations = functools.partial(scores_argmin, codebook=codebook)
     compiled = functools.partial(compiled_argmin(), codebook=codebook)
     factories: Factories = {
@@ -135,7 +135,7 @@ def step_times(context: Context, shape: Shape, kind: str) -> dict[str, Any]:
     if shape.n > rows_at_once(shape.k):
         factories |= {name: "its N x K matrix is too large" for name in factories if name != "fastvq"}
     inputs = [(part[None].requires_grad_(),) for part in rotated(x)]
-    return compare(context, shape, factories, inputs, functools.partial(_wrong, nearest(x, codebook)))
+    return compare(context, shape, factories, inputs, functools.partial(_wrong, _expected(context.device, shape, kind)))
 
 
 def accumulate_times(context: Context, shape: Shape, kind: str) -> dict[str, Any]:
@@ -264,9 +264,19 @@ def captured(call: Call, inputs: Inputs) -> Callable[[], None]:
 
 
 def vectors(context: Context, shape: Shape, kind: str) -> tuple[Tensor, Tensor]:
-    """Return x and a codebook on the device."""
+    """Return x and a codebook on the device, which nothing may change: large ones take seconds and are kept."""
+    return _vectors(context.device, shape, kind)
+
+
+@functools.lru_cache(maxsize=16)
+def _vectors(device: torch.device, shape: Shape, kind: str) -> tuple[Tensor, Tensor]:
     x, codebook = DATA[kind](shape)
-    return x.to(context.device), codebook.to(context.device)
+    return x.to(device), codebook.to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _expected(device: torch.device, shape: Shape, kind: str) -> Tensor:
+    return nearest(*_vectors(device, shape, kind))
 
 
 def rotated(x: Tensor) -> list[Tensor]:

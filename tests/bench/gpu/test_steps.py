@@ -86,6 +86,27 @@ def test_compile(context):
     assert sum(r["calls"] for r in no_errors(context)) >= 12
 
 
+def test_tasks_in_processes(context, monkeypatch):
+    """As on a GPU: one that crashes is recorded, and what it takes with it."""
+    monkeypatch.setattr(build, "MOST_WORKERS", 1)
+    context.device = torch.device("cuda")
+    tasks = {"right": functools.partial(dict, calls=1), "broken": functools.partial(int, "x")}
+    found = dict(build.in_processes(tasks | {"crash": functools.partial(os._exit, 7)}, context))
+    assert found["right"]["calls"] == 1
+    assert found["broken"]["error"].startswith("ValueError")
+    assert found["crash"]["error"].startswith("BrokenProcessPool")
+
+
+def test_data_are_made_once_and_stay_as_they_are(context):
+    shape = TINY.timed[0]
+    before = [t.clone() for t in times.vectors(context, shape, "clustered")]
+    times.step_times(context, shape, "clustered")
+    times.ema_times(context, shape, "clustered")
+    after = times.vectors(context, shape, "clustered")
+    assert all(map(torch.equal, before, after))
+    assert after[0] is times.vectors(context, shape, "clustered")[0]
+
+
 @pytest.mark.parametrize("step", ["exact-triton", "exact-cuda", "full-triton", "full-cuda"])
 def test_exactness(context, step):
     FUNCTIONS[step](context)
