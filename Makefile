@@ -34,7 +34,7 @@ check test test-machine gpu-check: export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: demo check test test-machine lint bench gpu gpu-check format clean
 
 demo: $(VENV)/train.stamp
-	$(BIN)/fastvq demo --out runs/demo
+	$(BIN)/fastvq demo --out runs/demo --overwrite
 
 check: lint $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(SPREAD) -q -m "not slow and not machine" $(PYTEST)

@@ -59,7 +59,7 @@ def whole(path: StrPath) -> Iterator[BinaryIO]:
     if path.exists() and not path.is_file():
         raise FileExistsError(f"{path} is not a file that could be replaced")
     make_folder(path.parent)
-    _delete_abandoned(path.parent)
+    delete_abandoned(path.parent)
     temporary, descriptor = _create_file(path.parent)
     try:
         with open(temporary, "w+b", opener=lambda *_: descriptor) as file:
@@ -95,7 +95,7 @@ def whole_folder(folder: StrPath) -> Iterator[Path]:
     folder = Path(folder)
     check_new(folder)
     make_folder(folder.parent)
-    _delete_abandoned(folder.parent)
+    delete_abandoned(folder.parent)
     temporary, descriptor = _create_folder(folder.parent)
     try:
         yield temporary
@@ -278,11 +278,11 @@ def _own(path: Path, descriptor: int) -> bool:
     return False
 
 
-def _delete_abandoned(folder: Path) -> None:
+def delete_abandoned(folder: Path) -> None:
     """Delete the temporaries that dead processes left in a folder; a living process has locked its own."""
     if fcntl is None:
         return
-    with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
+    with contextlib.suppress(FileNotFoundError, PermissionError), os.scandir(folder) as entries:
         for entry in entries:
             if _TEMPORARY.fullmatch(entry.name) and not entry.is_symlink():
                 with contextlib.suppress(OSError):

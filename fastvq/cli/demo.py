@@ -17,6 +17,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted demo")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the demo in DIR; a finished one is kept in DIR/earlier until this one is finished",
+    )
     parser.add_argument("--steps", type=int, metavar="N", help="training steps of the VQ-VAE")
     parser.add_argument("--ceiling-steps", type=int, metavar="N", help="of the network without a bottleneck")
     parser.add_argument("--prior-steps", type=int, metavar="N", help="of the prior")
@@ -34,7 +39,14 @@ def run(options: argparse.Namespace) -> int:
         config = dataclasses.replace(config, steps=others.pop("steps"))
     if "prior_steps" in given:
         prior_config = dataclasses.replace(prior_config, steps=others.pop("prior_steps"))
-    metrics = run_demo(options.out, config=config, prior_config=prior_config, resume=options.resume, **others)
+    metrics = run_demo(
+        options.out,
+        config=config,
+        prior_config=prior_config,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        **others,
+    )
     if metrics is None:
         again = "".join(f" --{name.replace('_', '-')} {value}" for name, value in given.items())
         print(f"stopped, saved; continue with: fastvq demo --out {shlex.quote(str(options.out))} --resume{again}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import os
 import re
 import sys
 import warnings
@@ -13,7 +14,7 @@ from types import ModuleType
 from typing import Any, NoReturn, TextIO
 
 import fastvq
-from fastvq.errors import FastvqError
+from fastvq.errors import ConfigError, FastvqError
 
 from . import FAILED, INTERRUPTED, bench, decode, demo, encode, info, prior, reconstruct, sample, train
 
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 after an invalid request, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
+        if options.run is not info.run:
+            _refuse_ranks()
         with _warnings_in_one_line():
             # The parser needs neither the ops nor torch.
             importlib.import_module("fastvq.functions")
@@ -44,6 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nfastvq: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _refuse_ranks() -> None:
+    """Raise a ConfigError in a process that torchrun, or another launcher, started as one of several.
+
+    Every one of them would do the whole work, into the same files.
+    """
+    for variable, alone in (("WORLD_SIZE", 1), ("RANK", 0)):
+        value = os.environ.get(variable, "")
+        if value.isdecimal() and int(value) > alone:
+            raise ConfigError(
+                f"one process runs a command, but {variable}={value} says that this is one of several: start it without"
+                f" torchrun, or unset {variable}"
+            )
 
 
 class _Parser(argparse.ArgumentParser):

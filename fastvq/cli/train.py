@@ -61,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
         pictures += picture_run(trainer, evaluation)
     perplexity = "" if evaluation.perplexity is None else f", perplexity {evaluation.perplexity:.0f}"
     print(f"{counted(len(images.test), 'held-out image')}: {evaluation.psnr_db:.2f} dB{perplexity}")
-    print("pictures: " + ", ".join(str(path) for path in pictures))
+    if pictures:
+        print("pictures: " + ", ".join(str(path) for path in pictures))
     return 0
 
 

@@ -6,8 +6,10 @@ the held-out images in one small file, and a page that shows all of it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -17,12 +19,12 @@ import torch
 
 import fastvq
 from fastvq.data import Images
-from fastvq.errors import CheckpointError
-from fastvq.files import StrPath, write_whole
+from fastvq.errors import CheckpointError, ConfigError
+from fastvq.files import StrPath, delete_folder, exclusive, make_folder, write_whole
 from fastvq.messages import counted
 from fastvq.runs.encode import encode_held_out
 from fastvq.runs.load import PRIOR_FOLDER
-from fastvq.runs.pictures import picture_prior, picture_reconstructions, picture_run
+from fastvq.runs.pictures import failures_as_warnings, picture_prior, picture_reconstructions, picture_run
 from fastvq.runs.sample_pictures import picture_completions, picture_neighbors, picture_samples
 from fastvq.runs.train_prior import delete_prior, train_prior
 from fastvq.training.build import load_images
@@ -48,6 +50,11 @@ _PARTS = [
 ]
 """Description of each part, and its approximate time in seconds on 2 idle cores."""
 _MARKER = ".demo"
+_EARLIER = "earlier"
+"""Subfolder that keeps a finished demo until the one that replaces it is finished."""
+_PICTURES = ("reconstructions", "curves", "usage", "indices", "samples", "completions", "neighbors")
+_FILES = ("index.html", *(f"{name}.png" for name in _PICTURES), "images.fvq", "metrics.jsonl", "metrics.json")
+_FOLDERS = ("checkpoints", "tensorboard", "ceiling", "prior")
 CEILING_STEPS = 600
 
 
@@ -59,44 +66,105 @@ def run_demo(
     prior_config: PriorConfig = DEMO_PRIOR,
     classifier_steps: int = STEPS,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any] | None:
     """Train, measure and draw; return the content of metrics.json, or None if interrupted.
 
     Args:
         folder: gets `index.html`, the pictures, `metrics.json`, `metrics.jsonl`, `checkpoints/`, `images.fvq`, the
-            prior in `prior/` and the ceiling run in `ceiling/`. An earlier demo there is replaced.
+            prior in `prior/` and the ceiling run in `ceiling/`.
         config: settings of the VQ-VAE; the ceiling run differs only in `bottleneck` and `steps`.
         ceiling_steps: training steps of the network without a bottleneck. More steps would raise its PSNR: it is a
             lower bound of the ceiling.
         prior_config: settings of the prior.
         classifier_steps: training steps of the classifier that judges samples.
         resume: continue an interrupted demo.
+        overwrite: replace the demo that is in the folder. A finished one moves to `earlier/` and is deleted when this
+            one is finished.
 
     Raises:
-        CheckpointError: the folder holds a run that is not a demo; `resume` and there is nothing to continue.
+        CheckpointError: the folder holds a run that is not a demo, or a demo, and neither `resume` nor `overwrite` is
+            given; `resume` and there is nothing to continue; another process is writing there.
+        ConfigError: `resume` and the settings differ from those of the demo, other than by more steps.
     """
-    started, folder = time.monotonic(), Path(folder)
+    folder = Path(folder)
+    if resume and overwrite:
+        raise ConfigError("resume and overwrite exclude each other")
     images = load_images(config)
-    ceiling_config = dataclasses.replace(config, bottleneck="none", steps=ceiling_steps)
-    if not resume:
+    with exclusive(folder):
         if checkpoint_folders(folder) and not (folder / _MARKER).exists():
             raise CheckpointError(f"{folder} holds a run that is not a demo: choose another folder")
-        (folder / "metrics.json").unlink(missing_ok=True)
-        delete_run(folder)
-        delete_run(folder / "ceiling")
-        delete_prior(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _MARKER).touch()
+        if checkpoint_folders(folder) and not resume and not overwrite:
+            kind = "a finished" if (folder / "metrics.json").exists() else "an unfinished"
+            raise CheckpointError(
+                f"{folder} holds {kind} demo: resume it (--resume), replace it (--overwrite), or choose another folder"
+            )
+        if overwrite:
+            _set_aside(folder)
+        (folder / _MARKER).touch()
+        metrics = _run(folder, images, config, ceiling_steps, prior_config, classifier_steps, resume=resume)
+        if metrics is not None:
+            _delete(folder / _EARLIER)
+    return metrics
+
+
+def _set_aside(folder: Path) -> None:
+    """Move a finished demo to its subfolder `earlier`, or delete an unfinished one."""
+    if not (folder / "metrics.json").exists():
+        _delete(folder)
+        return
+    earlier = folder / _EARLIER
+    if (earlier / "metrics.json").exists():
+        _delete(earlier)
+    make_folder(earlier)
+    # metrics.json comes last: until then, an interrupted move is continued.
+    for name in (*_FOLDERS, *_FILES):
+        if (folder / name).exists():
+            os.rename(folder / name, earlier / name)
+
+
+def _delete(folder: Path) -> None:
+    """Delete what a demo has written to a folder, and the folder if nothing else is in it."""
+    delete_run(folder)
+    delete_run(folder / "ceiling")
+    delete_prior(folder)
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
+    (folder / "prior" / "curves.png").unlink(missing_ok=True)
+    for part in (folder / "ceiling", folder / "prior" / "successor", folder / "prior", folder):
+        for name in ("tensorboard", "checkpoints"):
+            if (part / name).is_dir() and (name == "tensorboard" or not any((part / name).iterdir())):
+                delete_folder(part / name)
+        if part != folder or folder.name == _EARLIER:
+            (part / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.rmdir()
+
+
+def _run(
+    folder: Path,
+    images: Images,
+    config: TrainConfig,
+    ceiling_steps: int,
+    prior_config: PriorConfig,
+    classifier_steps: int,
+    *,
+    resume: bool,
+) -> dict[str, Any] | None:
+    """Run the five parts in a folder without a demo, or continue the one that is there."""
+    started = time.monotonic()
+    ceiling_config = dataclasses.replace(config, bottleneck="none", steps=ceiling_steps)
     print(f"{images.name}: {counted(len(images.train), 'training image')}, {len(images.test)} held out", flush=True)
 
     _announce(1)
 
     def draw(trainer: Trainer, evaluation: Evaluation) -> None:
-        path = picture_reconstructions(
-            trainer.folder, trainer.model, images, evaluation, step=trainer.step, captioned=False
-        )
-        if trainer.step <= config.evaluate_every:
-            print(f"\nfirst reconstructions after {trainer.seconds:.0f} s: {path}", flush=True)
+        with failures_as_warnings("reconstructions"):
+            path = picture_reconstructions(
+                trainer.folder, trainer.model, images, evaluation, step=trainer.step, captioned=False
+            )
+            if trainer.step <= config.evaluate_every:
+                print(f"\nfirst reconstructions after {trainer.seconds:.0f} s: {path}", flush=True)
 
     trainer = Trainer(config, images, folder, resume=resume)
     evaluation = trainer.fit(on_evaluation=draw)
@@ -118,7 +186,8 @@ def run_demo(
         return None
     prior, indices = trained.prior, trained.data.test
     prior_seconds = time.monotonic() - prior_started
-    picture_prior(folder, captioned=False)
+    with failures_as_warnings("curves of the prior"):
+        picture_prior(folder, captioned=False)
 
     _announce(4)
     sampling = SAMPLING if prior.classes else {name: SAMPLING[name] for name in SAMPLING if name != "guidance"}
@@ -127,7 +196,8 @@ def run_demo(
         ("completions", picture_completions),
         ("neighbors", picture_neighbors),
     ):
-        picture(folder / f"{name}.png", prior, trainer.model, images, captioned=False, **sampling)
+        with failures_as_warnings(name):
+            picture(folder / f"{name}.png", prior, trainer.model, images, captioned=False, **sampling)
     judged = judge_samples(prior, trainer.model, images, sampling, steps=classifier_steps)
 
     _announce(5)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastvq.backends import devices
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.extras import require
-from fastvq.files import StrPath, delete_folder, exclusive
+from fastvq.files import StrPath, delete_abandoned, delete_folder, exclusive
 
 from .checkpoint import Checkpoint, checkpoint_folders, damage_named, load_latest, save
 from .config import Settings
@@ -134,6 +134,8 @@ class Loop(Generic[EvaluationT]):
                     f"another training has written {self._latest() or 'to it'} in {self.folder} since this one began: "
                     "resume it, or choose another folder"
                 )
+            for folder in (self.folder, self.folder / "checkpoints"):
+                delete_abandoned(folder)
             return self._fit(on_evaluation, progress=progress)
 
     def _fit(self, on_evaluation: Callable[[Any, EvaluationT], object] | None, *, progress: bool) -> EvaluationT | None:

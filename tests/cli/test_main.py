@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -187,8 +188,7 @@ def test_demo_writes_pictures_metrics_a_page_and_a_table(
 ) -> None:
     run = tmp_path / "demo"
     monkeypatch.setattr(demo, "DEMO_PRIOR", SMALL_PRIOR)
-    for _ in range(2):
-        assert main(["demo", f"--out={run}", *SHORT_DEMO, "--steps=3"]) == 0
+    assert main(["demo", f"--out={run}", *SHORT_DEMO, "--steps=3"]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert 0 < metrics["psnr_db"] < 40
     assert 0 < metrics["ceiling_psnr_db"] < 40
@@ -237,6 +237,92 @@ def test_demo_writes_pictures_metrics_a_page_and_a_table(
     assert "49 below 512, 441 bits" in table
 
 
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the demo learn from a few images."""
+    from fastvq.runs import load
+
+    everything = demo.load_images(demo.DEMO)
+    few = dataclasses.replace(
+        everything,
+        train=everything.train[:40],
+        train_labels=everything.train_labels[:40],
+        test=everything.test[:20],
+        test_labels=everything.test_labels[:20],
+        test_names=everything.test_names[:20],
+    )
+    for module in (demo, load):
+        monkeypatch.setattr(module, "load_images", lambda config: few)
+    monkeypatch.setattr(demo, "DEMO", dataclasses.replace(demo.DEMO, codebook_size=16, batch_size=8))
+    monkeypatch.setattr(demo, "DEMO_PRIOR", dataclasses.replace(SMALL_PRIOR, batch_size=8))
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_a_demo_is_replaced_only_on_request_and_when_its_successor_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "demo"
+    monkeypatch.setattr(demo, "judge_samples", lambda *_, **__: dict.fromkeys(JUDGED))
+    monkeypatch.setattr(demo, "measure_sizes", lambda *_, **__: (dict.fromkeys(MODELS, 1.0), []))
+    for name in ("picture_samples", "picture_completions", "picture_neighbors", "picture_run"):
+        monkeypatch.setattr(demo, name, lambda *_, **__: None)
+    arguments = ["demo", f"--out={run}", *SHORT_DEMO, "--steps=2"]
+    assert main(arguments) == 0
+    (run / "mine.txt").write_text("mine")
+    coded = (run / "images.fvq").read_bytes()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert main(arguments) == 2
+    assert "holds a finished demo: resume it (--resume), replace it (--overwrite)" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "train_prior", lambda *_, **__: None)
+        for _ in range(2):
+            assert main([*arguments, "--overwrite"]) == 130
+            assert (run / "earlier" / "images.fvq").read_bytes() == coded
+            assert not (run / "images.fvq").exists()
+    decoded = tmp_path / "decoded.npy"
+    assert main(["decode", str(run / "earlier" / "images.fvq"), str(decoded), f"--run={run / 'earlier'}"]) == 0
+    assert main(arguments) == 2
+    assert "holds an unfinished demo" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    assert not (run / "earlier").exists()
+    assert (run / "mine.txt").read_text() == "mine"
+    assert (run / "images.fvq").read_bytes() == coded
+
+
+JUDGED = ("sample_agreement", "plain_sample_agreement", "real_agreement", "reconstruction_agreement")
+MODELS = ("uniform", "huffman", "static", "adaptive", "prior")
+STAGES = ("picture_reconstructions", "picture_run", "picture_prior", "picture_samples", "judge_samples",
+          "encode_held_out", "measure_sizes", "write_page")  # fmt: skip
+
+
+@pytest.mark.usefixtures("small_demo")
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_ends_the_demo_at_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """Whatever stage it arrives in, no later one begins, the status is 130 and what was trained is saved."""
+    reached: list[str] = []
+
+    def stub(name: str, result: Any) -> Callable[..., Any]:
+        def call(*_: Any, **__: Any) -> Any:
+            reached.append(name)
+            if name == stage:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+            return result
+
+        return call
+
+    results = {"judge_samples": dict.fromkeys(JUDGED), "measure_sizes": (dict.fromkeys(MODELS, 1.0), []),
+               "encode_held_out": ["coded"]}  # fmt: skip
+    for name in ("picture_completions", "picture_neighbors", *STAGES):
+        monkeypatch.setattr(demo, name, stub(name, results.get(name)))
+    (tmp_path / "images.fvq").touch()
+    assert main(["demo", f"--out={tmp_path}", *SHORT_DEMO, "--steps=2"]) == 130
+    assert reached[-1] == stage
+    assert checkpoint_folders(tmp_path)[-1].name == "step-00000002"
+
+
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, images: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     steps = 150
@@ -258,6 +344,109 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, images: Path) -
     for name, value in expected.items():
         assert torch.equal(value, resumed[name]), name
     assert read_metrics(killed / "metrics.jsonl") == read_metrics(whole / "metrics.jsonl")
+
+
+def test_of_two_trainings_at_once_the_second_is_refused(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    process = start_training(run, images, steps=100_000)
+    try:
+        wait_for_record(process, run, 14)  # after a checkpoint
+        for arguments in (["--resume"], [f"--data={images}", "--image-size=16", *TINY, "--steps=5"]):
+            assert main(["train", f"--out={run}", *arguments]) == 2
+            assert f"{run} is being written by process {process.pid} on " in capsys.readouterr().err
+    finally:
+        process.kill()
+        process.communicate(timeout=PATIENCE_S)
+    steps = int(checkpoint_folders(run)[-1].name.removeprefix("step-")) + 1
+    assert main(["train", f"--out={run}", "--resume", f"--steps={steps}"]) == 0
+
+
+def test_a_run_and_its_data_move(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["train", f"--out={run}", f"--data={images}", "--image-size=16", *TINY, "--steps=4"]) == 0
+    moved_run, moved_images = tmp_path / "other" / "run", tmp_path / "other" / "images"
+    moved_run.parent.mkdir()
+    run.rename(moved_run)
+    images.rename(moved_images)
+    assert main(["train", f"--out={moved_run}", "--resume", "--steps=6"]) == 2
+    assert f"{images} doesn't exist" in capsys.readouterr().err
+    assert main(["train", f"--out={moved_run}", "--resume", "--steps=6", f"--data={moved_images}"]) == 0
+    capsys.readouterr()
+    (moved_images / "00.png").unlink()
+    assert main(["train", f"--out={moved_run}", "--resume", "--steps=8"]) == 2
+    error = capsys.readouterr().err
+    assert f"the data differ from those that the run in {moved_run} started with" in error
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_picture_that_fails_ends_no_run(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that matplotlib would take for formulas are drawn as they are; a full disk is a warning."""
+    from fastvq.runs import plots
+
+    for path in sorted(images.glob("*.png")):
+        path.rename(path.with_name(f"$\\x$_^{{{path.stem}.png"))
+    run, arguments = tmp_path / "run", [f"--data={images}", "--image-size=16", *TINY, "--steps=4", "--evaluate-every=2"]
+    assert main(["train", f"--out={run}", *arguments]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert (run / "reconstructions.png").stat().st_size > 0
+
+    def full(figure: Any, path: Path, *_: Any) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(plots, "save_figure", full)
+    assert main(["train", f"--out={tmp_path / 'full'}", *arguments]) == 0
+    said = capsys.readouterr()
+    for picture in ("reconstructions", "curves", "usage", "indices"):
+        assert f"fastvq: warning: picture of {picture} failed: [Errno 28] No space left on device" in said.err
+    assert "held-out images: " in said.out
+    assert checkpoint_folders(tmp_path / "full")[-1].name == "step-00000004"
+    assert main(["reconstruct", str(run), f"--out={tmp_path / 'x.png'}"]) == 2
+
+
+@pytest.mark.parametrize(("variable", "value"), [("WORLD_SIZE", "2"), ("RANK", "1")])
+@pytest.mark.parametrize("command", ["train", "prior", "encode", "decode", "sample", "reconstruct", "demo", "bench"])
+def test_one_of_several_ranks_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, variable: str,
+    value: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(variable, value)
+    arguments = {"train": ["--out=run"], "encode": ["a", "b"], "decode": ["a", "b"], "prior": ["run"],
+                 "sample": ["run", "--out=x.png"], "reconstruct": ["run", "--out=x.png"]}  # fmt: skip
+    assert main([command, *arguments.get(command, [])]) == 2
+    assert f"{variable}={value} says that this is one of several" in capsys.readouterr().err
+    monkeypatch.setenv(variable, "1" if variable == "WORLD_SIZE" else "0")
+    assert main(["decode", str(tmp_path / "absent"), str(tmp_path / "out.npy")]) == 2
+    assert "one of several" not in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default::RuntimeWarning")
+def test_an_unfinished_run_is_used_with_a_note(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastvq.training.trainer import Trainer
+
+    original = Trainer.train_step
+
+    def step_and_interrupt(trainer: Trainer) -> None:
+        original(trainer)
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step_and_interrupt)
+        assert main(["train", f"--out={run}", f"--data={images}", "--image-size=16", *TINY, "--steps=5"]) == 130
+    capsys.readouterr()
+    note = f"fastvq: warning: {run} is unfinished, 3 of 5 steps: fastvq train --out {run} --resume"
+    assert main(["reconstruct", str(run), f"--out={tmp_path / 'x.png'}"]) == 0
+    assert note in capsys.readouterr().err
+    assert main(["train", f"--out={run}", "--resume"]) == 0
+    assert main(["reconstruct", str(run), f"--out={tmp_path / 'x.png'}"]) == 0
+    assert "unfinished" not in capsys.readouterr().err
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
