@@ -6,13 +6,16 @@ python examples/compress.py [--steps 1000] [--prior-steps 500] [--run runs/examp
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
 from fastvq import coding
+from fastvq.errors import FastvqError
 from fastvq.runs.train_prior import train_prior
 from fastvq.training import PriorConfig, TrainConfig, Trainer, load_images
+from fastvq.training.checkpoint import checkpoint_folders
 
 
 def main() -> None:
@@ -23,14 +26,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("images.fvq"))
     options = parser.parse_args()
 
-    config = TrainConfig(steps=options.steps, evaluate_every=options.steps)
+    config = TrainConfig(steps=options.steps)
     images = load_images(config)
-    trainer = Trainer(config, images, options.run)
-    trainer.fit()
+    # A run or prior that is there already is continued: a finished one is only loaded.
+    trainer = Trainer(config, images, options.run, resume=bool(checkpoint_folders(options.run)))
+    if trainer.fit() is None:
+        sys.exit("stopped, saved; the same command continues")
     model = trainer.model.eval()
 
-    trained = train_prior(options.run, PriorConfig(steps=options.prior_steps))
-    assert trained is not None, "interrupted"
+    trained = train_prior(options.run, PriorConfig(steps=options.prior_steps), resume=True)
+    if trained is None:
+        sys.exit("stopped, saved; the same command continues")
     prior = trained.prior
 
     pixels = images.test / 255
@@ -56,4 +62,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FastvqError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
 
+from fastvq.errors import FastvqError
 from fastvq.runs.sample_pictures import picture_completions, picture_samples
 from fastvq.runs.train_prior import train_prior
 from fastvq.training import PriorConfig, TrainConfig, Trainer, load_images
+from fastvq.training.checkpoint import checkpoint_folders
 
 
 def main() -> None:
@@ -23,14 +26,17 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/example"))
     options = parser.parse_args()
 
-    config = TrainConfig(steps=options.steps, evaluate_every=options.steps)
+    config = TrainConfig(steps=options.steps)
     images = load_images(config)
-    trainer = Trainer(config, images, options.run)
-    trainer.fit()
+    # A run or prior that is there already is continued: a finished one is only loaded.
+    trainer = Trainer(config, images, options.run, resume=bool(checkpoint_folders(options.run)))
+    if trainer.fit() is None:
+        sys.exit("stopped, saved; the same command continues")
     model = trainer.model.eval()
 
-    trained = train_prior(options.run, PriorConfig(steps=options.prior_steps))
-    assert trained is not None, "interrupted"
+    trained = train_prior(options.run, PriorConfig(steps=options.prior_steps), resume=True)
+    if trained is None:
+        sys.exit("stopped, saved; the same command continues")
     prior, uniform = trained.prior, math.log2(config.codebook_size)
     print(f"held-out images: {trained.bits_per_index:.2f} bits per index; a uniform prior has {uniform:.2f}")
 
@@ -46,4 +52,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FastvqError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +107,27 @@ class BinaryMapper(LevelUse, Unsaved, nn.Module):
         logits = at_least_float32(torch.where(mask[..., None], logits, 0)).detach()
         bits = logits > 0 if deterministic else (logits / temperature).sigmoid().bernoulli()
         return (bits.long() * self.power_two).sum(-1).masked_fill(~mask, -1)
+
+    if TYPE_CHECKING:  # nn.Module declares that calls return Any
+
+        @overload
+        def __call__(
+            self,
+            logits: Tensor,
+            temperature: float = 1.0,
+            straight_through: bool | None = None,
+            calc_aux_loss: bool | None = None,
+            deterministic: bool | None = None,
+            return_indices: Literal[False] = False,
+            reduce_aux_kl_loss: bool = True,
+        ) -> tuple[Tensor, Tensor]: ...
+        @overload
+        def __call__(
+            self, logits: Tensor, *, return_indices: Literal[True], **options: Any
+        ) -> tuple[Tensor, Tensor, Tensor]: ...
+        @overload
+        def __call__(self, logits: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, ...]: ...
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def forward(
         self,

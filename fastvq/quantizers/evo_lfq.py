@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastvq.codebook.health import Health, Monitored
 from fastvq.parts.shapes import Layout
 
-from .lfq import LFQ
+from .lfq import LFQ, LFQLosses
 
 Fitness = Callable[[Any, Tensor], "Tensor | Sequence[float]"]
 
@@ -103,6 +103,16 @@ class EvoLFQ(Monitored, nn.Module):
     @property
     def device(self) -> torch.device:
         return self.lfq.mask.device
+
+    if TYPE_CHECKING:  # nn.Module declares that calls return Any
+
+        @overload
+        def __call__(
+            self, x: Any, *, return_loss_breakdown: Literal[True], **options: Any
+        ) -> tuple[EvoLFQOutput, LFQLosses]: ...
+        @overload
+        def __call__(self, x: Any, **options: Any) -> EvoLFQOutput: ...
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def forward(self, x: Any, **kwargs: Any) -> Any:
         """Return (reconstructed, indices, entropy_aux_loss) of x; kwargs are those of `LFQ`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -181,6 +181,9 @@ class FSP(LevelUse, Radix, nn.Module):
         levels, indices, codes = (t.unflatten(0, (layout.batch, layout.rows)) for t in (levels, indices, codes))
         details = {"level_indices": layout.indices(levels).contiguous(), "norm_info": norm_info, **details}
         return layout.from_rows(codes).to(z.dtype), layout.indices(indices), norm_loss, details
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _perturbed(self, p: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return `value`, with some coordinates replaced by their perturbed p at random, and the share accepted."""

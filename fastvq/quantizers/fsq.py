@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -201,7 +202,7 @@ class FSQ(LevelUse, KeepsBuffers, Radix, nn.Module):
 
     def forward(
         self, z: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | Any]:
         """Return (quantized, indices) of z.
 
         Args:
@@ -219,6 +220,9 @@ class FSQ(LevelUse, KeepsBuffers, Radix, nn.Module):
         counting = self.training or self._measures
         quantized, indices = self._forward(z, mask, lens, training=self.training, counting=counting)
         return quantized, indices if self.return_indices else None
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     @torch.no_grad()
     def encode(self, z: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:

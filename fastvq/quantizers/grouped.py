@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +141,31 @@ class GroupedResidualVQ(Grouped):
     def freeze_codebook(self, frozen: bool) -> None:
         for rvq in self._groups:
             rvq.freeze_codebook = frozen
+
+    if TYPE_CHECKING:  # nn.Module declares that calls return Any
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            indices: None = None,
+            return_all_codes: Literal[False] = False,
+            sample_codebook_temp: float | None = None,
+            freeze_codebook: bool | None = None,
+            mask: Tensor | None = None,
+            *,
+            lens: Tensor | None = None,
+            accum_ema_update: bool = False,
+        ) -> tuple[Tensor, Tensor, Tensor]: ...
+        @overload
+        def __call__(
+            self, x: Tensor, *, return_all_codes: Literal[True], **options: Any
+        ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]: ...
+        @overload
+        def __call__(self, x: Tensor, *, indices: Tensor, **options: Any) -> tuple[Tensor, Tensor]: ...
+        @overload
+        def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Any, ...]: ...
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def forward(
         self,

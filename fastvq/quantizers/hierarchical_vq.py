@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -204,6 +204,29 @@ class HierarchicalVQ(Monitored, nn.Module):
             return cast(Phi, self.phi_shared)
         place = level_index / max(self.num_levels - 1, 1)
         return cast(Phi, self.phi_levels[round(place * (len(self.phi_levels) - 1))])
+
+    if TYPE_CHECKING:  # nn.Module declares that calls return Any
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            indices: None = None,
+            mask: Tensor | None = None,
+            lens: Tensor | None = None,
+            sample_codebook_temp: float | None = None,
+            return_cutoff: Literal[False] = False,
+            *,
+            freeze_codebook: bool | None = None,
+            accum_ema_update: bool = False,
+        ) -> tuple[Tensor, list[Tensor], Tensor]: ...
+        @overload
+        def __call__(
+            self, x: Tensor, *, return_cutoff: Literal[True], **options: Any
+        ) -> tuple[Tensor, list[Tensor], Tensor, int | Tensor | None]: ...
+        @overload
+        def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Any, ...]: ...
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def forward(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -193,6 +193,9 @@ class LatentQuantize(LevelUse, Radix, nn.Module):
         quantized = layout.from_rows(project_codes_out(self.project_out, codes, rows_mask)).to(z.dtype)
         chosen = layout.indices(indices if self.keep_num_codebooks_dim else indices.squeeze(-1))
         return tie_parameters(self, (quantized, chosen, self._loss(latents, selected, rows_mask)))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _loss(self, latents: Tensor, selected: Tensor, mask: Tensor) -> Tensor:
         commitment, quantization = self._weights

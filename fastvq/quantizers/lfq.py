@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -228,6 +228,26 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
         images = indices.dim() >= 4  # with the axis of the codebooks
         channel_first = images if self.channel_first is None else self.channel_first
         return codes.movedim(-1, 1) if channel_first else codes
+
+    if TYPE_CHECKING:  # nn.Module declares that calls return Any
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            inv_temperature: float = 100.0,
+            return_loss_breakdown: Literal[False] = False,
+            mask: Tensor | None = None,
+            *,
+            lens: Tensor | None = None,
+        ) -> LFQOutput: ...
+        @overload
+        def __call__(
+            self, x: Tensor, *, return_loss_breakdown: Literal[True], **options: Any
+        ) -> tuple[LFQOutput, LFQLosses]: ...
+        @overload
+        def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> LFQOutput | tuple[LFQOutput, LFQLosses]: ...
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def forward(
         self,

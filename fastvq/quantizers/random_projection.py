@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -127,3 +127,6 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
         if self.training or self._measures:
             self._health.observe_(found.movedim(-1, 0) if self.num_codebooks > 1 else found)
         return layout.indices(found)
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,26 @@ class ResidualFSQ(Unsaved, ResidualStack):
     def codebooks(self) -> Tensor:
         """All codes of all stages before scaling, (Q, K, d), computed on access."""
         return torch.stack([stage.implicit_codebook for stage in self._stages])
+
+    if TYPE_CHECKING:  # nn.Module declares that calls return Any
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            return_all_codes: Literal[False] = False,
+            rand_quantize_dropout_fixed_seed: int | None = None,
+            *,
+            mask: Tensor | None = None,
+            lens: Tensor | None = None,
+        ) -> tuple[Tensor, Tensor]: ...
+        @overload
+        def __call__(
+            self, x: Tensor, *, return_all_codes: Literal[True], **options: Any
+        ) -> tuple[Tensor, Tensor, Tensor]: ...
+        @overload
+        def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, ...]: ...
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def forward(
         self,
@@ -245,6 +265,25 @@ class GroupedResidualFSQ(Grouped):
     def codebook_size(self) -> int:
         """Number of codes of each stage."""
         return self._groups[0].codebook_size
+
+    if TYPE_CHECKING:  # nn.Module declares that calls return Any
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            return_all_codes: Literal[False] = False,
+            *,
+            mask: Tensor | None = None,
+            lens: Tensor | None = None,
+        ) -> tuple[Tensor, Tensor]: ...
+        @overload
+        def __call__(
+            self, x: Tensor, *, return_all_codes: Literal[True], **options: Any
+        ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]: ...
+        @overload
+        def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Any, ...]: ...
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def forward(
         self, x: Tensor, return_all_codes: bool = False, *, mask: Tensor | None = None, lens: Tensor | None = None

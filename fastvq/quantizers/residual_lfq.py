@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,26 @@ class ResidualLFQ(ResidualStack):
         every = torch.arange(first.codebook_size, device=first.mask.device)
         return torch.stack([stage.codes(every) for stage in self._stages])
 
+    if TYPE_CHECKING:  # nn.Module declares that calls return Any
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            mask: Tensor | None = None,
+            return_all_codes: Literal[False] = False,
+            rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
+            *,
+            lens: Tensor | None = None,
+        ) -> tuple[Tensor, Tensor, Tensor]: ...
+        @overload
+        def __call__(
+            self, x: Tensor, *, return_all_codes: Literal[True], **options: Any
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+        @overload
+        def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, ...]: ...
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
+
     def forward(
         self,
         x: Tensor,
@@ -160,6 +180,25 @@ class GroupedResidualLFQ(Grouped):
 
     def group_settings(self, **settings: Any) -> dict[str, Any]:
         return {"channel_first": True, **settings} if self.accept_image_fmap else settings
+
+    if TYPE_CHECKING:  # nn.Module declares that calls return Any
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            mask: Tensor | None = None,
+            return_all_codes: Literal[False] = False,
+            *,
+            lens: Tensor | None = None,
+        ) -> tuple[Tensor, Tensor, Tensor]: ...
+        @overload
+        def __call__(
+            self, x: Tensor, *, return_all_codes: Literal[True], **options: Any
+        ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]: ...
+        @overload
+        def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Any, ...]: ...
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def forward(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,26 @@ class ResidualSimVQ(ResidualStack):
     def codebooks(self) -> Tensor:
         """The codes of all stages (Q, K, dim), differentiable in the transforms' parameters."""
         return torch.stack([stage.codebook for stage in self._stages])
+
+    if TYPE_CHECKING:  # nn.Module declares that calls return Any
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            return_all_codes: Literal[False] = False,
+            rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
+            *,
+            mask: Tensor | None = None,
+            lens: Tensor | None = None,
+        ) -> tuple[Tensor, Tensor, Tensor]: ...
+        @overload
+        def __call__(
+            self, x: Tensor, *, return_all_codes: Literal[True], **options: Any
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+        @overload
+        def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, ...]: ...
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def forward(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -180,6 +180,33 @@ class ResidualVQ(ResidualStack):
         """The codes of all stages, (Q, K, D), or a tuple of (K_q, D) if the sizes differ."""
         codes = tuple(stage.codebook for stage in self._stages)
         return torch.stack(codes) if self.uniform_codebook_size else codes
+
+    if TYPE_CHECKING:  # nn.Module declares that calls return Any
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            mask: Tensor | None = None,
+            indices: None = None,
+            return_all_codes: Literal[False] = False,
+            sample_codebook_temp: float | None = None,
+            freeze_codebook: bool | None = None,
+            beam_size: int | None = None,
+            rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
+            *,
+            lens: Tensor | None = None,
+            accum_ema_update: bool = False,
+        ) -> tuple[Tensor, Tensor, Tensor]: ...
+        @overload
+        def __call__(
+            self, x: Tensor, *, return_all_codes: Literal[True], **options: Any
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+        @overload
+        def __call__(self, x: Tensor, *, indices: Tensor | list[Tensor], **options: Any) -> tuple[Tensor, Tensor]: ...
+        @overload
+        def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, ...]: ...
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def forward(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -75,3 +75,6 @@ class Sequential(Monitored, nn.Module):
             else:
                 x = fn(x)
         return (x, *others)
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +134,9 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
         layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         quantized, indices, loss = self.quantize_rows(layout.to_rows(x), self.codebook, layout.rows_mask(mask, lens))
         return layout.from_rows(quantized), layout.indices(indices), loss
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def quantize_rows(self, x: Tensor, codebook: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return `forward` of rows (..., dim), given the `codebook` and the mask (...) of rows that take part."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -312,6 +312,34 @@ class VectorQuantize(Monitored, nn.Module):
     def in_place_codebook_optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer that the argument of this name has made."""
         return None if self._in_place is None else self._in_place.optimizer
+
+    if TYPE_CHECKING:  # nn.Module declares that calls return Any
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            indices: None = None,
+            mask: Tensor | None = None,
+            lens: Tensor | None = None,
+            topk: int | None = None,
+            sample_codebook_temp: float | None = None,
+            freeze_codebook: bool | None = None,
+            return_loss_breakdown: Literal[False] = False,
+            codebook_transform_fn: Callable[[Tensor], Tensor] | None = None,
+            ema_update_weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,
+            accum_ema_update: bool = False,
+            ema_update: bool | None = None,
+        ) -> tuple[Tensor, Tensor, Tensor]: ...
+        @overload
+        def __call__(
+            self, x: Tensor, *, return_loss_breakdown: Literal[True], **options: Any
+        ) -> tuple[Tensor, Tensor, Tensor, VectorQuantizeLosses]: ...
+        @overload
+        def __call__(self, x: Tensor, indices: Tensor, **options: Any) -> tuple[Tensor, Tensor]: ...
+        @overload
+        def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Any, ...]: ...
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def forward(
         self,
