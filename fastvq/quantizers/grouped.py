@@ -12,10 +12,11 @@ from fastvq.codebook.health import Monitored
 from fastvq.parts.dropout import common_seed
 from fastvq.parts.shapes import CHANNEL_LAST, IMAGES, VIDEO, Options, channel_first_options, propose_layout
 
+from .residual import SharedState
 from .residual_vq import ResidualVQ
 
 
-class Grouped(Monitored, nn.Module):
+class Grouped(SharedState, Monitored, nn.Module):
     """Base of quantizers that split the channels into groups with a residual quantizer each.
 
     A subclass names the class of the groups' quantizers as `quantizer`. It is constructed from `dim` and the result of

@@ -11,7 +11,41 @@ from fastvq.parts.dropout import QuantizeDropout
 from fastvq.parts.indices import checked_indices
 
 
-class ResidualStack(Monitored, nn.Module):
+class SharedState:
+    """Mixin, before nn.Module, of modules whose parts may share tensors: a codebook, a bridge, a transform.
+
+    As in vector_quantize_pytorch, the state has each shared tensor under the names of all parts. All but the first are
+    copies there, because safetensors saves no tensors that share memory. On loading, one of the names suffices.
+    """
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("keep_vars", args[2] if len(args) > 2 else False):
+            return state
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for names in self._shared_names(prefix):
+            for name in names[1:]:
+                if name in state:
+                    state[name] = state[name].clone()
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for names in self._shared_names(prefix):
+            given = next((state_dict[name] for name in names if name in state_dict), None)
+            for name in names if given is not None else ():
+                state_dict.setdefault(name, given)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+    def _shared_names(self, prefix: str) -> list[list[str]]:
+        """Return the names of each tensor that has more than one."""
+        names: dict[int, list[str]] = {}
+        for find in ("named_parameters", "named_buffers"):
+            for name, tensor in getattr(self, find)(remove_duplicate=False):
+                names.setdefault(id(tensor), []).append(prefix + name)
+        return [found for found in names.values() if len(found) > 1]
+
+
+class ResidualStack(SharedState, Monitored, nn.Module):
     """Base of quantizers whose stages each quantize the residual of the stages before.
 
     State: `layers`, the stages, which a subclass sets; its `_stages` returns them with their type.
