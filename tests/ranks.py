@@ -77,7 +77,9 @@ def batch(step: int, rows: int = 0, rank: int | None = None) -> torch.Tensor:
     return (centers[owner] + torch.randn(count, DIM, generator=g))[None]
 
 
-BUILT_BEFORE = fastvq.VectorQuantize(DIM, 24, kmeans_init=True, threshold_ema_dead_code=1, decay=0.9)
+BUILT_BEFORE = fastvq.VectorQuantize(
+    DIM, 24, kmeans_init=True, kmeans_seeding="random", threshold_ema_dead_code=1, decay=0.9
+)
 
 
 @scenario
@@ -183,6 +185,19 @@ def kmeans_on_all_rows() -> None:
     again, sums = fastvq.accumulate(joined, indices, 8)
     moved = (sums / again.clamp_min(1)[:, None] - means).norm(dim=1)
     assert moved.median() < 1.0  # six rounds are near rest
+
+
+@scenario
+def kmeans_of_rows_that_repeat() -> None:
+    """Nearly all rows are equal, on every rank; the others are seeds, whichever rank has them."""
+    others = torch.randn(30, DIM, generator=torch.Generator().manual_seed(dist.get_rank()))
+    x = torch.cat([torch.ones(300, DIM), others])
+    torch.manual_seed(dist.get_rank())
+    for seeding, least, most in (("k-means++", 30, 32), ("random", 2, 16)):
+        mask = torch.ones(len(x), dtype=torch.bool)
+        means, counts = kmeans(x, 32, iterations=4, mask=mask, seeding=seeding, together=True)
+        assert all(torch.equal(means, other) for other in gathered(means))
+        assert least <= int((counts > 0).sum()) <= most, seeding
 
 
 @scenario

@@ -89,7 +89,8 @@ def latents(shape: Shape) -> tuple[Tensor, Tensor]:
     sample = vectors[torch.randint(len(vectors), (64 * shape.k,), generator=g)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        codes, _ = kmeans(sample, shape.k, iterations=10, mask=torch.ones(len(sample), dtype=torch.bool))
+        mask = torch.ones(len(sample), dtype=torch.bool)
+        codes, _ = kmeans(sample, shape.k, iterations=10, mask=mask, seeding="random")
     return x, codes
 
 

@@ -59,6 +59,55 @@ def spread_rows(x: Tensor, mask: Tensor, codes: Tensor, count: int, metric: str)
     return _padded(x[torch.cat(chosen)], torch.cat(filled), count)
 
 
+SPARE_ROUNDS = 3
+"""Rounds of `spread_seeds` that take the place of rows drawn twice."""
+
+
+def spread_seeds(x: Tensor, mask: Tensor, size: int, *, together: bool) -> Candidates:
+    """Draw rows of x (N, D) in the mask (N,) that are far from each other, at least `size` if so many are distinct.
+
+    The first is random, the others are drawn with a probability proportional to the squared distance to the nearest row
+    drawn before, in rounds that double their number: 1, 1, 2, 4 ... A round is one search, so that all of them cost
+    about as much as two searches of `size` codes. With `together` each rank draws its share of a round from its own
+    rows, and all ranks get the same rows, from one all-reduce a round.
+
+    Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007; Bahmani et al., Scalable
+    K-Means++, 2012, section 3.3, for drawing several rows a round.
+    """
+    distances = torch.where(mask, torch.inf, 0.0)
+    rounds = [1]
+    while sum(rounds) < size:
+        rounds.append(min(sum(rounds), size - sum(rounds)))
+    rows, filled = [], []
+    for place, count in enumerate(rounds + [size] * SPARE_ROUNDS):
+        # This waits for the device, as k-means does once. A traced graph makes all rounds.
+        if place >= len(rounds) and not torch.compiler.is_compiling() and float(torch.cat(filled).sum()) >= size:
+            break
+        share = slots(count, together)
+        found = _drawn_rows(x, distances, share) if place else random_rows(x, mask, share)
+        if together:
+            found = spread_over_ranks(found)
+            distributed.sum_(*found)
+        drawn, taken = found
+        # The first of equal rows is the nearest to each of them; a code that is NaN is near to none.
+        first = search(drawn, torch.where(taken[:, None] > 0, drawn, torch.nan))
+        taken = taken * (first == torch.arange(len(first), device=first.device))
+        nearest = search(x, torch.where(taken[:, None] > 0, drawn, torch.nan))
+        square = (x.float() - lookup(drawn, nearest)).square().sum(1)
+        distances = torch.where(nearest < 0, distances, torch.minimum(distances, square))
+        rows.append(drawn)
+        filled.append(taken)
+    return torch.cat(rows), torch.cat(filled)
+
+
+def _drawn_rows(x: Tensor, distances: Tensor, count: int) -> Candidates:
+    """Draw up to `count` rows of x (N, D) with probabilities proportional to the distances (N,), none of them zero."""
+    taken = min(count, len(x))
+    noise = -torch.empty_like(distances).exponential_().log()
+    chosen = (distances.log() + noise).topk(taken).indices
+    return _padded(x[chosen], distances[chosen] > 0, count)
+
+
 def _padded(rows: Tensor, filled: Tensor, count: int) -> Candidates:
     rows = torch.where(filled[:, None], rows.float(), 0)
     missing = count - len(rows)

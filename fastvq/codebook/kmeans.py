@@ -9,13 +9,22 @@ from fastvq import distributed
 from fastvq.functional.quantize import unit_norm
 from fastvq.ops import accumulate, search
 
-from .candidates import compacted, random_rows, slots, spread_over_ranks
+from .candidates import compacted, random_rows, slots, spread_over_ranks, spread_seeds
+
+SEEDINGS = ("k-means++", "random")
 
 
 def kmeans(
-    x: Tensor, size: int, *, iterations: int, mask: Tensor, metric: str = "l2", together: bool = False
+    x: Tensor,
+    size: int,
+    *,
+    iterations: int,
+    mask: Tensor,
+    metric: str = "l2",
+    seeding: str = "k-means++",
+    together: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Run Lloyd's algorithm from random rows, with `search` and `accumulate`: no N x K matrix, no synchronization.
+    """Run Lloyd's algorithm, with `search` and `accumulate`: no N x K matrix.
 
     Args:
         x: vectors (N, D); unit vectors for metric "dot", whose means are normalized (spherical k-means).
@@ -23,8 +32,10 @@ def kmeans(
         iterations: number of rounds of assignment and averaging.
         mask: bool (N,), the rows that take part; False for every row that is not finite.
         metric: "l2" or "dot".
-        together: use the rows of all ranks, which must all call this: one all-reduce for the first means and one a
-            round. Every rank gets the same bits.
+        seeding: the first means: rows far from each other, "k-means++" (`candidates.spread_seeds`), or "random" rows.
+            With random rows, rows that occur often take many means, of which all but one never get a row.
+        together: use the rows of all ranks, which must all call this: one all-reduce a round, and one for random first
+            means, or some ln K for others. Every rank gets the same bits.
 
     Returns:
         means (K, D) and the number of rows of each in the last round (K,), float32. A mean without rows stays as it is.
@@ -32,12 +43,15 @@ def kmeans(
 
     Source: Lloyd, Least Squares Quantization in PCM, 1982; Dhillon and Modha, 2001, for the spherical form.
     """
-    seeds = random_rows(x, mask, slots(size, together))
-    if together:
-        seeds = spread_over_ranks(seeds)
-        distributed.sum_(*seeds)
+    if seeding == "k-means++":
+        seeds = spread_seeds(x, mask, size, together=together)
+    else:
+        seeds = random_rows(x, mask, slots(size, together))
+        if together:
+            seeds = spread_over_ranks(seeds)
+            distributed.sum_(*seeds)
     rows, available = compacted(seeds)
-    means = rows[torch.arange(size, device=x.device) % available.clamp(1, len(rows))]
+    means = rows[torch.arange(size, device=x.device) % available.clamp(1, min(size, len(rows)))]
     counts = means.new_zeros(size)
     for _ in range(iterations):
         indices = search(x, means, metric=metric).masked_fill(~mask, -1)

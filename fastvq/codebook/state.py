@@ -17,7 +17,7 @@ from fastvq.precision import KeepsPrecision, Unsaved
 
 from .affine import Affine
 from .candidates import Candidates
-from .kmeans import kmeans
+from .kmeans import SEEDINGS, kmeans
 from .replacement import Replacement, Replacer
 from .storage import WriteCheck, read, refuse_dtensor, write_
 from .update import batch_statistics, ema_step_
@@ -46,7 +46,7 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
         The others: see `fastvq.VectorQuantize`.
 
     Raises:
-        ValueError: decay, eps or kmeans_iters is out of range.
+        ValueError: decay, eps or kmeans_iters is out of range, or kmeans_seeding unknown.
     """
 
     _statistics = ("held_counts", "held_sums")
@@ -68,6 +68,7 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
         eps: float = 1e-5,
         kmeans_init: bool = False,
         kmeans_iters: int = 10,
+        kmeans_seeding: str = "k-means++",
         cosine: bool = False,
         learnable: bool = False,
         ema_update: bool = True,
@@ -86,9 +87,11 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
         rounds: Any = kmeans_iters
         if not (isinstance(rounds, Integral) and int(rounds) >= 0):
             raise ValueError(f"kmeans_iters: must be an integer that isn't negative, got {kmeans_iters!r}")
+        if kmeans_seeding not in SEEDINGS:
+            raise ValueError(f"kmeans_seeding: must be one of {', '.join(SEEDINGS)}, got {kmeans_seeding!r}")
         self.dim, self.size, self.heads = dim, size, heads
         self.decay, self.eps = decay, eps
-        self.kmeans_init, self.kmeans_iters = kmeans_init, kmeans_iters
+        self.kmeans_init, self.kmeans_iters, self.kmeans_seeding = kmeans_init, kmeans_iters, kmeans_seeding
         self.cosine = cosine
         self.metric = "dot" if cosine else "l2"
         self.ema_update, self.manual_ema_update = ema_update, manual_ema_update
@@ -186,7 +189,15 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
             if not bool(available):
                 return
         found = [
-            kmeans(head, self.size, iterations=self.kmeans_iters, mask=head_mask, metric=self.metric, together=together)
+            kmeans(
+                head,
+                self.size,
+                iterations=self.kmeans_iters,
+                mask=head_mask,
+                metric=self.metric,
+                seeding=self.kmeans_seeding,
+                together=together,
+            )
             for head, head_mask in zip(x, mask, strict=True)
         ]
         # A code without rows starts as if it had one: with none, the first update would send it to the origin.

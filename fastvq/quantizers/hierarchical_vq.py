@@ -72,7 +72,8 @@ class HierarchicalVQ(Monitored, nn.Module):
         accept_image_fmap, accept_3d_fmap: x has 2 or 3 spatial axes, else 1.
         sync_codebook, decay, commitment_weight, rotation_trick, kmeans_init, kmeans_iters, threshold_ema_dead_code,
         stochastic_sample_codes, sample_codebook_temp, orthogonal_reg_weight, orthogonal_reg_max_codes,
-        orthogonal_reg_active_codes_only, freeze_codebook: arguments of the `VectorQuantize` of each scale.
+        orthogonal_reg_active_codes_only, freeze_codebook, kmeans_seeding: arguments of the `VectorQuantize` of each
+        scale.
 
     State: vq, or vqs with one for each scale; phi_shared, or phi_levels.
 
@@ -111,6 +112,7 @@ class HierarchicalVQ(Monitored, nn.Module):
         accept_image_fmap: bool = False,
         accept_3d_fmap: bool = False,
         freeze_codebook: bool = False,
+        kmeans_seeding: str = "k-means++",
     ) -> None:
         super().__init__()
         if accept_image_fmap and accept_3d_fmap:
@@ -147,6 +149,7 @@ class HierarchicalVQ(Monitored, nn.Module):
             "orthogonal_reg_max_codes": orthogonal_reg_max_codes,
             "orthogonal_reg_active_codes_only": orthogonal_reg_active_codes_only,
             "sync_codebook": sync_codebook,
+            "kmeans_seeding": kmeans_seeding,
             "freeze_codebook": freeze_codebook,
         }
         self.vq: VectorQuantize | None = None

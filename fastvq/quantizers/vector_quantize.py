@@ -106,6 +106,7 @@ class VectorQuantize(Monitored, nn.Module):
         sync_update_v: share of the output's gradient for the codes, see `fastvq.parts.synchronous`.
         return_zeros_for_masked_padding: return zeros for masked vectors; if False, return them unchanged.
         route_gradients_to_input: if False, the output's gradient reaches the codes, if learnable, instead of x.
+        kmeans_seeding: the rows that k-means starts from: "k-means++", far from each other, or "random".
         replacement: policy for dead codes, instead of threshold_ema_dead_code (`fastvq.Replacement`).
 
     Raises:
@@ -168,6 +169,7 @@ class VectorQuantize(Monitored, nn.Module):
         route_gradients_to_input: bool = True,
         *,
         replacement: Replacement | None = None,
+        kmeans_seeding: str = "k-means++",
     ) -> None:
         super().__init__()
         by_gradient = directional_reparam or vq_bridge is not None
@@ -268,6 +270,7 @@ class VectorQuantize(Monitored, nn.Module):
             eps=eps,
             kmeans_init=kmeans_init,
             kmeans_iters=kmeans_iters,
+            kmeans_seeding=kmeans_seeding,
             sync=sync_codebook,
             sync_kmeans=sync_kmeans,
             replacement=replacement,

@@ -45,6 +45,8 @@ def build_model(config: TrainConfig) -> VQVAE:
             commitment_weight=config.commitment_weight,
             threshold_ema_dead_code=config.dead_code_threshold,
             kmeans_init=True,
+            # The runs that the documents show began so; codes that get no image are soon replaced.
+            kmeans_seeding="random",
             rotation_trick=config.rotation_trick,
         )
     return VQVAE(
