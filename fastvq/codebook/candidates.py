@@ -78,7 +78,8 @@ def spread_seeds(x: Tensor, mask: Tensor, size: int, *, together: bool) -> Candi
     rounds = [1]
     while sum(rounds) < size:
         rounds.append(min(sum(rounds), size - sum(rounds)))
-    rows, filled = [], []
+    rows: list[Tensor] = []
+    filled: list[Tensor] = []
     for place, count in enumerate(rounds + [size] * SPARE_ROUNDS):
         # This waits for the device, as k-means does once. A traced graph makes all rounds.
         if place >= len(rounds) and not torch.compiler.is_compiling() and float(torch.cat(filled).sum()) >= size:
