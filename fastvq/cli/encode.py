@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastvq.errors import CodingError
 
-from .options import add_skip_unreadable, check_sources
+from .options import add_data, add_skip_unreadable, check_sources
 
 SUMMARY = "write the indices of images, or of an array, to a small file"
 
@@ -41,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--codebook-size", type=int, help="K for an .npy file (default: the run's, or the largest index + 1)"
     )
+    add_data(parser)
     add_skip_unreadable(parser)
 
 
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     elif options.run_folder is None:
         raise CodingError("--run: needed to encode images, by the model of that run")
     elif options.held_out:
-        lines = encode_held_out(options.run_folder, options.out, model=model)
+        lines = encode_held_out(options.run_folder, options.out, model=model, data=options.data)
     else:
         lines = encode_images(options.run_folder, sources, options.out, model=model, skip_unreadable=skip)
     print("\n".join(lines))

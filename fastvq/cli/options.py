@@ -54,3 +54,12 @@ def check_sources(sources: Sequence[str], *, held_out: bool) -> None:
         raise DataError(f"held_out: takes no other images, got {', '.join(sources)}")
     if "held-out" in sources and not Path("held-out").exists():
         raise DataError("held-out does not exist: the run's held-out images are --held-out")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says where the images of a run are."""
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        help="where the images that the run was trained on are now, if they have moved; others are refused",
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 from fastvq.errors import ConfigError
 
 from . import INTERRUPTED
-from .options import add_settings, given_settings
+from .options import add_data, add_settings, given_settings
 
 SUMMARY = "train a prior over the indices of a run's images"
 
@@ -35,9 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="train a successor of the run's prior, which takes its place when it is finished; files that were coded"
         " with the earlier prior cannot be decoded then",
     )
-    parser.add_argument(
-        "--data", metavar="DATA", help="where the run's images are now (default: where they were; they must be equal)"
-    )
+    add_data(parser)
     parser.add_argument(
         "--compare",
         type=float,

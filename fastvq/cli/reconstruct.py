@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import add_skip_unreadable, check_sources
+from .options import add_data, add_skip_unreadable, check_sources
 
 SUMMARY = "draw images beside their reconstructions by a trained model"
 
@@ -18,6 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="OUT", help="picture to write: .png, .pdf, .svg, .jpg, .tif or .webp"
     )
+    add_data(parser)
     add_skip_unreadable(parser)
 
 
@@ -30,6 +31,6 @@ def run(options: argparse.Namespace) -> int:
         skip = options.skip_unreadable
         lines = reconstruct_files(options.run_folder, options.images, options.out, skip_unreadable=skip)
     else:
-        lines = reconstruct_held_out(options.run_folder, options.out)
+        lines = reconstruct_held_out(options.run_folder, options.out, data=options.data)
     print("\n".join([*lines, f"picture: {options.out}"]))
     return 0

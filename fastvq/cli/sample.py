@@ -7,6 +7,8 @@ from pathlib import Path
 
 from fastvq.errors import ConfigError
 
+from .options import add_data
+
 SUMMARY = "sample new images from a run's prior"
 
 
@@ -49,13 +51,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="equal seeds give equal samples, and a smaller N the first samples of a larger one (default: 0)",
     )
+    add_data(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Sample from the prior of a run, and write the samples."""
     from fastvq.runs.sample import sample_run
 
-    given = ("count", "label", "complete", "seed", "temperature", "top_k", "top_p", "guidance")
+    given = ("count", "label", "complete", "seed", "data", "temperature", "top_k", "top_p", "guidance")
     try:
         lines = sample_run(options.run_folder, options.out, **{name: getattr(options, name) for name in given})
     except ValueError as error:

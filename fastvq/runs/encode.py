@@ -61,14 +61,15 @@ def encode_images(
     return _encode(vqvae, images, path, config.codebook_size, model, prior, None)
 
 
-def encode_held_out(run: StrPath, path: StrPath, *, model: str = "adaptive") -> list[str]:
+def encode_held_out(run: StrPath, path: StrPath, *, model: str = "adaptive", data: StrPath | None = None) -> list[str]:
     """Write the indices of a run's held-out images to one file, like `encode_images`.
 
-    The prior is given the classes of the images if they have any.
+    The prior is given the classes of the images if they have any. `data` is where the data set of the run is now, see
+    `run_images`.
     """
     check_ending(path, [ENDING])
     vqvae, config, prior = _models(run, model)
-    images = run_images(run)
+    images = run_images(run, data)
     labels = images.test_labels if prior is not None and prior.classes else None
     return _encode(vqvae, images.test, path, config.codebook_size, model, prior, labels)
 

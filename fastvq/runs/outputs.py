@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from fastvq.errors import ConfigError
@@ -29,3 +29,11 @@ def check_ending(path: StrPath, endings: Collection[str], *, folder: str = "", a
     if is_folder(path) or Path(path).suffix.lower() not in endings:
         text = f" or be a new folder for {folder} (no ending, or / at its end)" if folder else ""
         raise ConfigError(f"out must end in {', '.join(endings)}{text}, got {os.fspath(path)}{also}")
+
+
+def check_no_source(path: StrPath, sources: Sequence[StrPath]) -> None:
+    """Raise a ConfigError if an output is one of the files that it is made of, or in a folder of them."""
+    output = Path(path).resolve()
+    for source in sources:
+        if output.exists() and (output == Path(source).resolve() or Path(source).resolve() in output.parents):
+            raise ConfigError(f"out would replace {os.fspath(path)}, one of the images: give another file")

@@ -14,21 +14,23 @@ from fastvq.training.evaluation import evaluate, psnr_db, reconstruct
 
 from . import plots
 from .load import load_model, run_images
+from .outputs import check_no_source
 from .pictures import RECONSTRUCTIONS_CAPTION, shown_rows, spread
 
 _SHOWN = 64
 
 
-def reconstruct_held_out(run: StrPath, path: StrPath) -> list[str]:
+def reconstruct_held_out(run: StrPath, path: StrPath, *, data: StrPath | None = None) -> list[str]:
     """Draw held-out images of a run's data set beside their reconstructions; return lines to print.
 
     Args:
         run: folder of the run.
         path: the picture to write; its ending is in `plots.FORMATS`.
+        data: where the data set of the run is now, see `run_images`.
     """
     plots.check_format(path)
     model, _ = load_model(run)
-    images = run_images(run)
+    images = run_images(run, data)
     evaluation = evaluate(model, images.test)
     rows = shown_rows(images)
     originals = to_float(images.test[rows])
@@ -58,9 +60,10 @@ def reconstruct_files(
     Raises:
         CheckpointError: the run has no complete checkpoint.
         DataError: a file is not a readable image.
-        ConfigError: a picture of this ending can't be written.
+        ConfigError: a picture of this ending can't be written, or it would replace one of the images.
     """
     plots.check_format(path)
+    check_no_source(path, sources)
     model, config = load_model(run)
     pixels, files = read_images(
         sources, image_size=config.image_size, grayscale=config.grayscale, skip_unreadable=skip_unreadable

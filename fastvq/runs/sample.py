@@ -38,6 +38,7 @@ def sample_run(
     label: int | None = None,
     complete: bool = False,
     seed: int = 0,
+    data: StrPath | None = None,
     **settings: Any,
 ) -> list[str]:
     """Sample from a run's prior and write files; return lines to print.
@@ -51,10 +52,12 @@ def sample_run(
         label: class of the samples, by default each class in turn; a picture shows all.
         complete: write a picture of completions of held-out images instead.
         seed: equal seeds give equal samples, and a smaller count gives the first samples of a larger one.
+        data: where the data set of the run is now, see `run_images`.
         settings: arguments of `Prior.sample`: temperature, top_k, top_p, guidance.
 
     Raises:
         CheckpointError: the run has no prior.
+        DataError: real images or names of classes are needed, and the data are missing or others.
         ConfigError: an invalid argument or combination of arguments, by name.
         ValueError: an invalid argument of `Prior.sample`.
         FileExistsError: the folder exists.
@@ -67,7 +70,7 @@ def sample_run(
             if value is not None:
                 raise ConfigError(f"{name}: a picture has its own samples; let out be a folder or an .npy, not {path}")
         prior, model = load_prior(run)
-        images = run_images(run)
+        images = run_images(run, data)
         picture = picture_completions if complete else picture_samples
         picture(path, prior, model, images, seed=seed, **settings)
         return [f"picture: {path}"]
@@ -85,7 +88,7 @@ def sample_run(
         return [f"{path}: indices of shape {(count, *prior.grid)}{order}"]
     names = None
     if prior.classes:
-        images = run_images(run)
+        images = run_images(run, data)
         names = _folder_names(images, prior.classes)
     _write_images(path, model, batches, names)
     return [f"{counted(count, 'image')}: {path}" + (", in a subfolder for each class" if names else "")]

@@ -372,9 +372,24 @@ def test_a_run_and_its_data_move(tmp_path: Path, images: Path, capsys: pytest.Ca
     images.rename(moved_images)
     assert main(["train", f"--out={moved_run}", "--resume", "--steps=6"]) == 2
     assert f"{images} doesn't exist" in capsys.readouterr().err
+    uses = (["reconstruct", str(moved_run), f"--out={tmp_path / 'x.png'}"],
+            ["encode", "--held-out", str(tmp_path / "x.fvq"), f"--run={moved_run}"])  # fmt: skip
+    for use in uses:
+        assert main(use) == 2
+        assert "--data says where they are" in capsys.readouterr().err
+        assert main([*use, f"--data={moved_images}"]) == 0
     assert main(["train", f"--out={moved_run}", "--resume", "--steps=6", f"--data={moved_images}"]) == 0
     capsys.readouterr()
     (moved_images / "00.png").unlink()
+    for use in uses:
+        assert main(use) == 2
+        assert f"the data differ from those that {moved_run} was trained on" in capsys.readouterr().err
+    photo = moved_images / "01.png"
+    before = photo.read_bytes()
+    for source in (photo, moved_images):
+        assert main(["reconstruct", str(moved_run), str(source), f"--out={photo}"]) == 2
+        assert "--out would replace" in capsys.readouterr().err
+    assert photo.read_bytes() == before
     assert main(["train", f"--out={moved_run}", "--resume", "--steps=8"]) == 2
     error = capsys.readouterr().err
     assert f"the data differ from those that the run in {moved_run} started with" in error
