@@ -7,7 +7,9 @@ import json
 
 import torch
 
+from fastvq.cli.main import main
 from fastvq.models.priors import PRIORS
+from fastvq.runs import compare_priors as comparison
 from fastvq.runs.compare_priors import compare_priors
 from fastvq.runs.load import load_prior
 from fastvq.runs.train_prior import train_prior
@@ -35,3 +37,14 @@ def test_priors_are_compared_after_equal_time(tmp_path):
     after = load_prior(run)[0].state_dict()
     assert after.keys() == kept.keys()
     assert all(torch.equal(value, kept[name]) for name, value in after.items())
+
+
+def test_an_interrupted_comparison_replaces_nothing(tmp_path, monkeypatch, capsys):
+    """Not even if one kind is complete."""
+    run, _ = tiny_run(tmp_path, count=40, grayscale=True)
+    (run / "priors.json").write_text("earlier")
+    results = iter([{"kind": "transformer"}, None])
+    monkeypatch.setattr(comparison, "_train_for", lambda *_, **__: next(results))
+    assert main(["prior", str(run), "--compare=1"]) == 130
+    assert "stopped; nothing is written" in capsys.readouterr().out
+    assert (run / "priors.json").read_text() == "earlier"

@@ -54,7 +54,7 @@ def test_indices_are_written_once_and_belong_to_the_model(run, monkeypatch):
     assert torch.equal(other.train, 23 - plain.train)
 
 
-@pytest.mark.parametrize("spoil", ["description", "truncated", "gone", "another shape"])
+@pytest.mark.parametrize("spoil", ["description", "truncated", "flipped", "empty", "gone", "another shape"])
 def test_damaged_indices_are_written_again(run, spoil):
     model, config = load_model(run)
     images = load_images(config)
@@ -64,6 +64,12 @@ def test_damaged_indices_are_written_again(run, spoil):
         described.write_text(described.read_text()[:-5])
     elif spoil == "truncated":
         train.write_bytes(train.read_bytes()[:-4])
+    elif spoil == "flipped":
+        content = bytearray(train.read_bytes())
+        content[-8] ^= 1
+        train.write_bytes(content)
+    elif spoil == "empty":
+        train.write_bytes(b"")
     elif spoil == "gone":
         train.unlink()
     else:
