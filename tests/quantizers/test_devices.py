@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastvq
 from fastvq import codebook, precision
-from fastvq.backends import reference
+from fastvq.backends import devices, reference
 from fastvq.backends.support import GRADIENTS
 from fastvq.backends.torch import search
 from fastvq.data import Images
@@ -151,8 +151,9 @@ def test_the_other_mode_sees_two_devices_and_what_waits():
                 mistake()
 
 
-def test_a_vqvaes_training_step(tmp_path):
+def test_a_vqvaes_training_step(tmp_path, monkeypatch):
     """K-means may wait once, nothing else."""
+    monkeypatch.setattr(devices, "usable_device", torch.device)  # as if it were a device with values
     pixels = torch.zeros(16, 1, 16, 16, dtype=torch.uint8)
     images = Images("gray", pixels, pixels, ("gray",) * 16)
     config = TrainConfig(data="gray", image_size=16, width=8, dim=8, codebook_size=24, batch_size=8, device="meta")
@@ -165,8 +166,9 @@ def test_a_vqvaes_training_step(tmp_path):
 
 @pytest.mark.parametrize("classes", [0, 3])
 @pytest.mark.parametrize("kind", PRIORS)
-def test_a_priors_training(kind, classes, tmp_path):
+def test_a_priors_training(kind, classes, tmp_path, monkeypatch):
     """Indices and labels on the CPU move to the model's device; a step reads nothing back, an evaluation its result."""
+    monkeypatch.setattr(devices, "usable_device", torch.device)  # as if it were a device with values
     train, test = (torch.randint(0, 24, (count, 4, 4), dtype=torch.int32) for count in (16, 300))
     labels = [torch.arange(len(codes)) % classes if classes else None for codes in (train, test)]
     codes = IndexData(train, test, *labels)
