@@ -114,9 +114,9 @@ def check_new(folder: StrPath) -> None:
         raise FileExistsError(f"{folder} exists: choose another folder")
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: StrPath) -> None:
     """Create a folder and its missing parents, and flush their names to disk."""
-    missing = []
+    folder, missing = Path(folder), []
     while not os.path.lexists(folder):
         missing.append(folder)
         folder = folder.parent
@@ -125,16 +125,16 @@ def make_folder(folder: Path) -> None:
         flush_folder(new.parent)
 
 
-def delete_folder(folder: Path) -> None:
+def delete_folder(folder: StrPath) -> None:
     """Delete a folder; rename it first, so that a half-deleted one is never found under its name."""
-    hidden = folder.with_name(_temporary_name())
+    hidden = Path(folder).with_name(_temporary_name())
     os.rename(folder, hidden)
     # Whoever writes beside it may delete it at the same time.
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(hidden)
 
 
-def flush_folder(folder: Path) -> None:
+def flush_folder(folder: StrPath) -> None:
     """Flush the names in a folder to disk, where the system can: Windows can't, nor some network file systems."""
     if os.name == "nt":
         return
@@ -278,7 +278,7 @@ def _own(path: Path, descriptor: int) -> bool:
     return False
 
 
-def delete_abandoned(folder: Path) -> None:
+def delete_abandoned(folder: StrPath) -> None:
     """Delete the temporaries that dead processes left in a folder; a living process has locked its own."""
     if fcntl is None:
         return

@@ -11,7 +11,6 @@ speed of elementwise operations, far slower than `fastvq.search`.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from fastvq.backends.support import METRICS
 from fastvq.extras import require
-from fastvq.files import whole
+from fastvq.files import StrPath, whole
 
 onnxscript = require("onnxscript", "onnx")
 from onnxscript import BOOL, DOUBLE, FLOAT, INT64  # noqa: E402
@@ -34,7 +33,7 @@ CODES_AT_ONCE = 256
 def export(
     module: nn.Module,
     example: Tensor | tuple[Tensor, ...],
-    path: str | os.PathLike[str],
+    path: StrPath,
     *,
     method: str = "forward",
     dynamic_shapes: Sequence[Any] | None = None,

@@ -52,6 +52,7 @@ SLOW = (
     "test_docs.py",
     "test_examples.py",
     "test_import.py",
+    "test_paths.py",
     "test_sequences.py",
     "test_onnx.py",
 )

@@ -66,12 +66,13 @@ def load_folder(
     )
 
 
-def image_files(root: Path) -> list[Path]:
+def image_files(root: StrPath) -> list[Path]:
     """Return the images in a folder and its subfolders, in the order of their paths; hidden files are left out.
 
     Raises:
         DataError: no such folder, or none with images.
     """
+    root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root} is not a folder" if root.exists() else f"{root} doesn't exist")
     paths = sorted(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fastvq.files import StrPath
+
     from .images import Images
 
 
@@ -63,6 +64,6 @@ def name_of(data: str) -> str:
     return DATA_SETS[data].name if data in DATA_SETS else folder_name(data)
 
 
-def folder_name(root: str | os.PathLike[str]) -> str:
+def folder_name(root: StrPath) -> str:
     """Return the last part of a folder's path, which "." has as well."""
     return Path(root).resolve().name or str(root)

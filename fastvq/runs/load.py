@@ -107,9 +107,9 @@ def load_prior_checkpoint(run: StrPath, model: VQVAE) -> Checkpoint:
     return checkpoint
 
 
-def successor_is_finished(prior: Path) -> bool:
+def successor_is_finished(prior: StrPath) -> bool:
     """Return whether the successor of a prior has done all its steps."""
-    successor = prior / SUCCESSOR_FOLDER
+    successor = Path(prior) / SUCCESSOR_FOLDER
     return bool(checkpoint_folders(successor)) and load_latest(successor, PriorConfig).finished
 
 
