@@ -59,6 +59,20 @@ def full_precision(like: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(like.device.type, enabled=False)
 
 
+def may_change(value: float | Tensor) -> bool:
+    """Return whether a number has to reach an op as a tensor.
+
+    A compiled graph takes a number that changes from call to call as an input, unless it is an option of an op: then
+    each value would be compiled anew.
+    """
+    return torch.compiler.is_compiling() or isinstance(value, Tensor)
+
+
+def as_scalar(value: float | Tensor) -> Tensor:
+    """Return a number as a tensor () float64, on the CPU unless it is a tensor."""
+    return value.double() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device="cpu")
+
+
 class Unsaved:
     """Mixin, before nn.Module, of modules with tensors that are neither parameters nor buffers.
 

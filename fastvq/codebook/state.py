@@ -325,7 +325,8 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
 
     def _expand_weight(self, weight: Weight, counts: Tensor, sums: Tensor) -> Tensor:
         """Return the weight as (H, K) float32."""
-        given = torch.as_tensor(weight(sums, counts) if callable(weight) else weight, device=counts.device)
+        found = weight(sums, counts) if callable(weight) else weight
+        given = found.to(counts.device) if isinstance(found, Tensor) else counts.new_full((), found)
         given = given[None] if given.dim() == 1 else given
         shape = (self.heads, self.size)
         if given.dim() and given.shape != shape:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvq import distributed
+from fastvq.precision import as_scalar
 
 
 def draw_seed() -> int:
@@ -131,7 +132,7 @@ class NestedDropout(NamedTuple):
         if not training or self.probability == 0 or self.least >= self.stages:
             return ActiveStages(self.stages)
         if torch.compiler.is_compiling():
-            return ActiveStages(_draw_nested_count_op(x, self.stages, self.probability, self.least))
+            return ActiveStages(_draw_nested_count_op(x, self.stages, as_scalar(self.probability), self.least))
         return ActiveStages(_draw_nested_count(self.stages, self.probability, self.least))
 
 
@@ -171,11 +172,11 @@ def _(x: Tensor, stages: int, cutoff_index: int, multiple_of: int, seed: Tensor 
 
 
 @torch.library.custom_op("fastvq::draw_nested_count", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _draw_nested_count_op(x: Tensor, stages: int, probability: float, least: int) -> Tensor:
-    """Return `_draw_nested_count` as a tensor () on x's device."""
-    return torch.tensor(_draw_nested_count(stages, probability, least), device=x.device)
+def _draw_nested_count_op(x: Tensor, stages: int, probability: Tensor, least: int) -> Tensor:
+    """Return `_draw_nested_count` as a tensor () on x's device; the probability () is on the CPU."""
+    return torch.tensor(_draw_nested_count(stages, float(probability), least), device=x.device)
 
 
 @_draw_nested_count_op.register_fake
-def _(x: Tensor, stages: int, probability: float, least: int) -> Tensor:
+def _(x: Tensor, stages: int, probability: Tensor, least: int) -> Tensor:
     return x.new_empty((), dtype=torch.int64)

@@ -16,7 +16,7 @@ from fastvq.ops import quantize_backward
 
 from .losses import mean_squared_errors
 from .shapes import offset_indices
-from .tables import Shared, Table
+from .tables import Shared, Table, scaled
 
 
 def straight_through(x: Tensor, q: Tensor, indices: Tensor | None = None) -> Tensor:
@@ -191,9 +191,13 @@ class Estimator(NamedTuple):
 
     def _soft(self, x: Tensor, table: Shared, indices: Tensor) -> Tensor:
         assert self.soft_temperature is not None
-        heads = zip(x, table.codes, indices, strict=True)
-        scale = 1 / self.soft_temperature
-        return torch.stack([soft_lookup(*head, metric=table.soft_metric, scale=scale) for head in heads])
+        factor = 1 / self.soft_temperature
+        found = []
+        for rows, own, chosen in zip(x, table.codes, indices, strict=True):
+            rows, codes, scale = scaled(rows, own, factor, table.soft_metric)
+            output = soft_lookup(rows, codes, chosen, metric=table.soft_metric, scale=scale)
+            found.append(output if codes is own else output / factor)
+        return torch.stack(found)
 
     def _fused(self, x: Tensor, table: Shared, indices: Tensor, learned: bool) -> EstimatorOutput:
         codes = table.codes.flatten(0, 1)

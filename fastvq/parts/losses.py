@@ -12,6 +12,7 @@ from fastvq.backends.arithmetic import compute_dtype
 from fastvq.functional.binary_assign import binary_assign
 from fastvq.functional.quantize import rows_of_mask, unit_norm
 from fastvq.functional.soft_assign import soft_assign
+from fastvq.precision import may_change
 
 
 def orthogonality(codes: Tensor, used: Tensor | None = None, *, most: int | None = None) -> Tensor:
@@ -90,7 +91,7 @@ class Entropies(NamedTuple):
     batch: Tensor  # entropy of the mean assignment
 
 
-def binary_entropies(x: Tensor, mask: Tensor, *, sharpness: float) -> Entropies:
+def binary_entropies(x: Tensor, mask: Tensor, *, sharpness: float | Tensor) -> Entropies:
     """Return the entropies of soft assignments to the corners of a cube, the codes of `LFQ`.
 
         p_n(s) = softmax_s(sharpness <x_n, s>),   s in {-1, 1}^D
@@ -106,6 +107,8 @@ def binary_entropies(x: Tensor, mask: Tensor, *, sharpness: float) -> Entropies:
 
     Source: Yu et al., Language Model Beats Diffusion: Tokenizer is Key to Visual Generation, 2023, equation 4.
     """
+    if isinstance(sharpness, Tensor) or may_change(sharpness):
+        x, sharpness = x * sharpness, 1.0
     codebooks = x.transpose(0, 1)
     each, mean = binary_assign(codebooks, scale=sharpness, floor=FLOOR, mask=mask.expand(codebooks.shape[:2]))
     count = mask.sum().to(mean.dtype)

@@ -24,7 +24,7 @@ from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask,
 from fastvq.parts.projection import project_codes_out, projections, rotate
 from fastvq.parts.scalar import Bound
 from fastvq.parts.shapes import Layout, Options, codes_in_layout
-from fastvq.precision import KeepsBuffers
+from fastvq.precision import KeepsBuffers, as_scalar, may_change
 
 
 def round_ste(z: Tensor) -> Tensor:
@@ -166,7 +166,10 @@ class FSQ(LevelUse, KeepsBuffers, Radix, nn.Module):
             return bounded_z
         # Drawn row by row and in float32, independent of the layout and dtype of the codes.
         rows = torch.empty_like(bounded_z, dtype=torch.float32, memory_format=torch.contiguous_format)
-        chosen = rows.bernoulli(self.noise_dropout).bool()
+        if may_change(self.noise_dropout):
+            chosen = _bernoulli(rows, as_scalar(self.noise_dropout))
+        else:
+            chosen = rows.bernoulli(self.noise_dropout).bool()
         noise = torch.rand_like(rows) - 0.5
         return torch.where(chosen, bounded_z + noise, bounded_z).clamp(-1, 1)
 
@@ -277,3 +280,14 @@ class FSQ(LevelUse, KeepsBuffers, Radix, nn.Module):
 
     def _rotate_back(self, codes: Tensor) -> Tensor:
         return rotate(codes, self.orthogonal_rot.T) if self.orthogonal_rotation else codes
+
+
+@torch.library.custom_op("fastvq::bernoulli", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _bernoulli(x: Tensor, p: Tensor) -> Tensor:
+    """Return a bool tensor shaped as x, True with a probability p () that a compiled graph has as a tensor."""
+    return x.bernoulli(float(p)).bool()
+
+
+@_bernoulli.register_fake
+def _(x: Tensor, p: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.bool)

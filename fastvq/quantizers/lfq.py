@@ -252,7 +252,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
     def forward(
         self,
         x: Tensor,
-        inv_temperature: float = 100.0,
+        inv_temperature: float | Tensor = 100.0,
         return_loss_breakdown: bool = False,
         mask: Tensor | None = None,
         *,
@@ -262,7 +262,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
 
         Args:
             x: (B, N, dim), images (B, dim, H, W), video (B, dim, T, H, W), single vectors (B, dim); see channel_first.
-            inv_temperature: inverse temperature of the assignments in the entropies.
+            inv_temperature: inverse temperature of the assignments in the entropies; a number or a tensor ().
             return_loss_breakdown: also return the terms of the loss.
             mask: bool, True for the vectors that take part: (B,), (B, N) or (B, spatial).
             lens: int (B,), a mask for sequences: the first lens[b] vectors take part.
@@ -284,7 +284,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
         return (result, parts) if return_loss_breakdown else result
 
     def quantize_rows(
-        self, y: Tensor, mask: Tensor, *, inv_temperature: float = 100.0, entropies: bool = False
+        self, y: Tensor, mask: Tensor, *, inv_temperature: float | Tensor = 100.0, entropies: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, LFQLosses]:
         """Return quantized (..., C D), indices (..., C), loss and its terms for y (..., C D).
 
@@ -313,7 +313,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
         return codes.flatten(-2), indices, loss, parts
 
     def _losses(
-        self, y: Tensor, codes: Tensor, mask: Tensor, inv_temperature: float, entropies: bool
+        self, y: Tensor, codes: Tensor, mask: Tensor, inv_temperature: float | Tensor, entropies: bool
     ) -> tuple[Tensor, LFQLosses]:
         zero = y.new_zeros(())
         found, entropy_loss, commitment = Entropies(zero, zero), zero, zero

@@ -483,7 +483,7 @@ class VectorQuantize(Monitored, nn.Module):
         if not self.training:
             return True
         passes_on = self.route_gradients_to_input and not self.directional_reparam
-        soft = self.stochastic_sample_codes or self._is_soft or self.orthogonal_reg_weight
+        soft = self.stochastic_sample_codes or self._is_soft or self.orthogonal_reg_weight > 0
         moves = learning and (self.learnable_codebook or self._codebook.affine is not None)
         return passes_on and not (soft or moves)
 
@@ -591,13 +591,13 @@ class VectorQuantize(Monitored, nn.Module):
     def choose(self, table: Table, x: Tensor, mask: Tensor | None, topk: int | None, temperature: float) -> Tensor:
         """Return the indices (C, R), or (C, R, k) for top-k, of x (C, R, D): of the nearest codes, or sampled ones."""
         x = x.detach()
-        if self.training and self.stochastic_sample_codes and temperature > 0:
+        if self.training and self.stochastic_sample_codes and _positive(temperature):
             return table.draw(x, temperature, topk, mask)
         return table.nearest(x, mask) if topk is None else table.nearest_k(x, topk, mask)
 
     def _estimator(self, temperature: float) -> Estimator:
         kind = "rotation" if self.rotation_trick else "directional" if self.directional_reparam else "ste"
-        soft = temperature if self.straight_through and self.training and temperature > 0 else None
+        soft = temperature if self.straight_through and self.training and _positive(temperature) else None
         return Estimator(
             kind, self.directional_reparam_variance, self.sync_update_v, self.route_gradients_to_input, soft
         )
@@ -733,3 +733,8 @@ class VectorQuantize(Monitored, nn.Module):
             image=self.accept_image_fmap,
             video=self.accept_3d_fmap,
         )
+
+
+def _positive(temperature: float | Tensor) -> bool:
+    """Return whether codes are sampled: a tensor must be positive, as reading it would wait for the device."""
+    return isinstance(temperature, Tensor) or temperature > 0

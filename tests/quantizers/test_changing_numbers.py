@@ -1,0 +1,123 @@
+"""Numbers that differ at each call of a compiled layer: two graphs serve all values, in one graph each."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import fastvq
+
+from ..cases import close, generator
+from ..every import tensors
+
+vq = partial(fastvq.VectorQuantize, 6, 12)
+rvq = partial(fastvq.ResidualVQ, dim=6, num_quantizers=2, codebook_size=12)
+sampled = {"stochastic_sample_codes": True}
+gumbel = sampled | {"straight_through": True, "learnable_codebook": False, "route_gradients_to_input": False}
+scales = partial(fastvq.HierarchicalVQ, dim=6, codebook_size=12, scales=(1, 8), channel_first=False, kmeans_init=False)
+
+ARGUMENTS = {
+    "inv_temperature": (partial(fastvq.LFQ, codebook_size=64), "inv_temperature"),
+    "temperature": (partial(fastvq.BinaryMapper, 6), "temperature"),
+    "sample_codebook_temp": (partial(vq, **sampled), "sample_codebook_temp"),
+    "sample_codebook_temp, cosine": (partial(vq, use_cosine_sim=True, **sampled), "sample_codebook_temp"),
+    "sample_codebook_temp, Gumbel": (partial(vq, **gumbel), "sample_codebook_temp"),
+    "sample_codebook_temp, residual": (partial(rvq, **sampled), "sample_codebook_temp"),
+    "sample_codebook_temp, scales": (partial(scales, **sampled), "sample_codebook_temp"),
+    "ema_update_weight": (vq, "ema_update_weight"),
+}
+ATTRIBUTES = {
+    "decay": (vq, "_codebook.decay"),
+    "decay, cosine": (partial(vq, use_cosine_sim=True), "_codebook.decay"),
+    "decay, residual": (rvq, "layers.1._codebook.decay"),
+    "batch_decay": (partial(vq, affine_param=True), "_codebook.affine.batch_decay"),
+    "commitment_weight": (vq, "commitment_weight"),
+    "commitment_weight, residual": (rvq, "layers.0.commitment_weight"),
+    "sample_codebook_temp": (partial(vq, **sampled), "sample_codebook_temp"),
+    "codebook_diversity_temperature": (
+        partial(vq, codebook_diversity_loss_weight=0.1), "codebook_diversity_temperature"
+    ),
+    "codebook_diversity_loss_weight": (
+        partial(vq, codebook_diversity_loss_weight=0.1), "codebook_diversity_loss_weight"
+    ),
+    "orthogonal_reg_weight": (partial(vq, orthogonal_reg_weight=0.1), "orthogonal_reg_weight"),
+    "directional_reparam_variance": (
+        partial(vq, directional_reparam=True, threshold_ema_dead_code=1), "directional_reparam_variance"
+    ),
+    "entropy_loss_weight": (partial(fastvq.LFQ, codebook_size=64), "entropy_loss_weight"),
+    "diversity_gamma": (partial(fastvq.LFQ, codebook_size=64), "diversity_gamma"),
+    "noise_dropout": (
+        partial(fastvq.FSQ, [5, 4, 3, 3, 3, 3], preserve_symmetry=True, noise_dropout=0.5), "noise_dropout"
+    ),
+    "quantize_rate": (partial(fastvq.FSP, [5, 4, 3, 3, 3, 3], quantize_rate=0.5), "quantize_rate"),
+    "nested_dropout": (partial(scales, nested_dropout=0.5), "nested_dropout"),
+}  # fmt: skip
+VALUES = (0.9, 0.8, 0.7, 0.6)
+
+
+def batch(seed=0):
+    return torch.randn(2, 8, 6, generator=generator(seed))
+
+
+def run(layer, x, seed, **forward):
+    torch.manual_seed(seed)
+    return [t.detach() for t in tensors(layer(x, **forward))]
+
+
+def assert_two_graphs(layer, call, backend="eager"):
+    twin = copy.deepcopy(layer)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(twin, fullgraph=True, backend=backend)
+    for seed, value in enumerate(VALUES):
+        ours, expected = call(compiled, twin, value, seed), call(layer, layer, value, seed)
+        for one, other in zip(ours, expected, strict=True):
+            close(one, other)
+    assert counters["stats"]["unique_graphs"] <= 2
+    for name, value in layer.state_dict().items():
+        close(twin.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_arguments(kind):
+    torch.manual_seed(0)
+    make, name = ARGUMENTS[kind]
+    assert_two_graphs(make(), lambda run_by, own, value, seed: run(run_by, batch(seed), seed, **{name: value}))
+
+
+@pytest.mark.parametrize("kind", ATTRIBUTES)
+def test_attributes(kind):
+    torch.manual_seed(0)
+    make, name = ATTRIBUTES[kind]
+
+    def call(run_by, own, value, seed):
+        place, _, attribute = name.rpartition(".")
+        for part in place.split(".") if place else ():
+            own = own[int(part)] if part.isdigit() else getattr(own, part)
+        setattr(own, attribute, value)
+        return run(run_by, batch(seed), seed)
+
+    assert_two_graphs(make(), call)
+
+
+@pytest.mark.parametrize("kind", ["inv_temperature", "sample_codebook_temp", "ema_update_weight"])
+def test_tensors_need_one_graph(kind):
+    """And give the results of the number."""
+    torch.manual_seed(0)
+    make, name = ARGUMENTS[kind]
+    layer = make()
+    for value in VALUES:
+        given = torch.tensor(value, dtype=torch.float64)
+        one, other = (run(copy.deepcopy(layer), batch(), 0, **{name: each}) for each in (given, value))
+        for mine, expected in zip(one, other, strict=True):
+            close(mine, expected)
+    counters.clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for value in VALUES:
+        run(compiled, batch(), 0, **{name: torch.tensor(value)})
+    assert counters["stats"]["unique_graphs"] == 1
