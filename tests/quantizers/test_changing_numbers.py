@@ -24,19 +24,15 @@ ARGUMENTS = {
     "inv_temperature": (partial(fastvq.LFQ, codebook_size=64), "inv_temperature"),
     "temperature": (partial(fastvq.BinaryMapper, 6), "temperature"),
     "sample_codebook_temp": (partial(vq, **sampled), "sample_codebook_temp"),
-    "sample_codebook_temp, cosine": (partial(vq, use_cosine_sim=True, **sampled), "sample_codebook_temp"),
     "sample_codebook_temp, Gumbel": (partial(vq, **gumbel), "sample_codebook_temp"),
     "sample_codebook_temp, residual": (partial(rvq, **sampled), "sample_codebook_temp"),
-    "sample_codebook_temp, scales": (partial(scales, **sampled), "sample_codebook_temp"),
     "ema_update_weight": (vq, "ema_update_weight"),
 }
 ATTRIBUTES = {
     "decay": (vq, "_codebook.decay"),
-    "decay, cosine": (partial(vq, use_cosine_sim=True), "_codebook.decay"),
     "decay, residual": (rvq, "layers.1._codebook.decay"),
     "batch_decay": (partial(vq, affine_param=True), "_codebook.affine.batch_decay"),
     "commitment_weight": (vq, "commitment_weight"),
-    "commitment_weight, residual": (rvq, "layers.0.commitment_weight"),
     "sample_codebook_temp": (partial(vq, **sampled), "sample_codebook_temp"),
     "codebook_diversity_temperature": (
         partial(vq, codebook_diversity_loss_weight=0.1), "codebook_diversity_temperature"
@@ -49,7 +45,6 @@ ATTRIBUTES = {
         partial(vq, directional_reparam=True, threshold_ema_dead_code=1), "directional_reparam_variance"
     ),
     "entropy_loss_weight": (partial(fastvq.LFQ, codebook_size=64), "entropy_loss_weight"),
-    "diversity_gamma": (partial(fastvq.LFQ, codebook_size=64), "diversity_gamma"),
     "noise_dropout": (
         partial(fastvq.FSQ, [5, 4, 3, 3, 3, 3], preserve_symmetry=True, noise_dropout=0.5), "noise_dropout"
     ),
