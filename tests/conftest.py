@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 # Before torch is imported: a graph cached by an earlier fastvq calls ops by schemas that they no longer have.
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 
-import hypothesis
 import pytest
 import torch
 
@@ -20,10 +20,14 @@ from fastvq.backends import native
 
 from .cases import BACKENDS
 
-# The same examples at every run; HYPOTHESIS_PROFILE=explore looks for new ones.
-hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)
-hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+# No test that runs on a GPU needs hypothesis, and a machine with one may lack it.
+if importlib.util.find_spec("hypothesis"):
+    import hypothesis
+
+    # The same examples at every run; HYPOTHESIS_PROFILE=explore looks for new ones.
+    hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)
+    hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 # Folders and files that `make check` leaves out: they compile, train, emulate GPUs, start processes or measure.
