@@ -62,3 +62,47 @@ def test_dynamically_quantized_projections(kind):
     assert quantized.isfinite().all()
     assert not channels_last(kind, quantized)[1, 2].any()
     assert (indices[1, 2] == -1).all()
+
+
+class Adapted(nn.Module):
+    """A frozen linear map with an added one of low rank, as LoRA has it: no nn.Linear, and no weight of its own."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def adapt(layer, name):
+    setattr(layer, name, Adapted(getattr(layer, name)))
+
+
+def parametrized(layer, name):
+    torch.nn.utils.parametrize.register_parametrization(getattr(layer, name), "weight", Doubled())
+
+
+@pytest.mark.parametrize("change", [adapt, parametrized])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_adapted_and_parametrized_projections(kind, change):
+    """They are applied, and learn."""
+    layer = LAYERS[kind]()
+    x = batch(kind).nan_to_num()
+    before = layer.eval()(x)[0]
+    for name in ("project_in", "project_out"):
+        change(layer, name)
+    after = layer(x)[0]
+    assert after.shape == x.shape
+    assert not torch.equal(after, before)
+    layer.train()(x)[0].square().sum().backward()
+    for name in ("project_in", "project_out"):
+        learned = [p for p in getattr(layer, name).parameters() if p.requires_grad]
+        assert learned
+        assert all(p.grad is not None for p in learned)
