@@ -27,6 +27,10 @@ class CheckpointError(FastvqError, RuntimeError):
     """Missing or damaged checkpoint, or one of another run; the message says what to do."""
 
 
+class CodebookError(FastvqError, ValueError):
+    """Codebook without a finite code, so that no vector has a nearest one; the message names it."""
+
+
 class CodingError(FastvqError, ValueError):
     """Indices that cannot be coded, or a file that cannot be decoded; the message says why."""
 

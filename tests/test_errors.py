@@ -15,6 +15,7 @@ BUILT_IN = {
     "ConfigError": ValueError,
     "DataError": ValueError,
     "CheckpointError": RuntimeError,
+    "CodebookError": ValueError,
     "CodingError": ValueError,
     "MissingExtraError": ImportError,
     "BackendError": RuntimeError,

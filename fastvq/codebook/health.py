@@ -57,6 +57,7 @@ class HealthReport(NamedTuple):
     perplexity: Tensor
     dead_share: Tensor
     quantization_error: Tensor
+    non_finite: Tensor  # the share of codes that hold a NaN or an infinity, in [0, 1]
 
 
 class Health(Unsaved, nn.Module):
@@ -177,9 +178,11 @@ class Monitored:
         return self.health().quantization_error
 
     def health(self, together: bool | None = None) -> HealthReport:
-        """Return usage, perplexity, dead_share and quantization_error: () float32, or (Q,) for several codebooks.
+        """Return usage, perplexity, dead_share, quantization_error and non_finite: () float32, or (Q,) for several.
 
-        A value is NaN if nothing has been counted: eval counts nothing outside `measuring`, and nothing is saved.
+        The first four are NaN if nothing has been counted: eval counts nothing outside `measuring`, and nothing is
+        saved. `non_finite` is the share of codes that are not finite as of now, and are never chosen; 1 means that the
+        codebook is lost.
 
         Args:
             together: report on the vectors of all ranks, which must all call this, as it is one all-reduce; by default
@@ -238,7 +241,13 @@ class Monitored:
         counts, error = totals[self._health]
         values = (usage(counts), perplexity(counts), dead_share(counts), error)
         counted = counts.sum(-1) > 0
-        return HealthReport(*(torch.where(counted.any() if v.dim() == 0 else counted, v, torch.nan) for v in values))
+        known = [torch.where(counted.any() if v.dim() == 0 else counted, v, torch.nan) for v in values]
+        known.append(self._non_finite().reshape(counted.shape).to(error.device))
+        return HealthReport(*known)
+
+    def _non_finite(self) -> Tensor:
+        """Return the share of codes that are not finite, with an element for each codebook counted in `_health`."""
+        return torch.zeros(self._health.code_counts.shape[:-1])
 
 
 def _sum_over_ranks(leaves: Sequence[Health]) -> Totals:

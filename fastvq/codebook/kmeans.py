@@ -61,5 +61,6 @@ def kmeans(
         new = sums / counts.clamp_min(1)[:, None]
         if metric == "dot":
             new = unit_norm(new)
-        means = torch.where(counts[:, None] > 0, new, means)
+        # A sum of giant rows may overflow float32: the code then stays at the row that it began with.
+        means = torch.where((counts > 0)[:, None] & new.isfinite().all(1, keepdim=True), new, means)
     return means, counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
@@ -388,6 +389,25 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
                     state.data = state.data.float()  # assign=True takes over the checkpoint's dtypes
         self._ready, self._seen = not self.initted.is_meta and bool(self.initted), None
         self._write_check = WriteCheck()
+        self._warn_of_loaded_codes(prefix)
+
+    @torch.no_grad()
+    def non_finite(self) -> Tensor:
+        """Return the share (H,) of codes that are not finite, or whose averages are not; they are never chosen."""
+        finite = self.embed.isfinite().all(-1) & self.embed_avg.isfinite().all(-1) & self.cluster_size.isfinite()
+        return 1 - finite.float().mean(-1)
+
+    def _warn_of_loaded_codes(self, prefix: str) -> None:
+        # Loading may wait for the device; a training step must not.
+        if type(self.embed.data) is not Tensor or self.embed.is_meta or torch.compiler.is_compiling():
+            return
+        count = round(float(self.non_finite().sum()) * self.size)
+        if count:
+            warnings.warn(
+                f"{prefix}embed: {count} of {self.heads * self.size} loaded codes are not finite, or have averages that"
+                " are not: they are never chosen, and reported by health().non_finite",
+                stacklevel=2,
+            )
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}, heads={self.heads}, metric={self.metric}"

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastvq.backends.arithmetic import SHORTEST, half_difference
 from fastvq.backends.support import GRADIENTS
+from fastvq.errors import CodebookError
 from fastvq.ops import accumulate, quantize_backward, quantize_forward, search
 
 
@@ -70,7 +71,7 @@ def quantize(
 
     Raises:
         TypeError, ValueError: as `search`; also for a mask of another dtype or shape, a negative weight or an unknown
-        gradient.
+        gradient. CodebookError: no code is finite, see `check_some_code`.
 
     Numerics: losses are computed in float64 if x or codebook is float64, else in float32.
     Memory is O(N D + K D), forward and backward.
@@ -88,6 +89,7 @@ def quantize(
         indices = indices if x.dim() == 2 else indices.reshape(-1)
         if row_mask is not None:
             indices = indices.masked_fill(~row_mask, -1)
+    check_some_code("codebook", indices, codebook)
     if differentiates(rows, codebook):
         quantized, loss = _Quantize.apply(rows, codebook, indices, gradient, commitment_weight, codebook_weight)
     else:
@@ -96,6 +98,38 @@ def quantize(
     if x.dim() != 2:
         quantized, indices = quantized.reshape(x.shape), indices.reshape(x.shape[:-1])
     return Quantized(quantized, indices, loss)
+
+
+def check_some_code(name: str, indices: Tensor, codebook: Tensor) -> None:
+    """Raise if no row of a batch has a code because no code of a codebook is finite.
+
+    Such a layer would return zeros and learn nothing. The check runs on the CPU, outside of compiled and traced
+    programs: elsewhere it would wait for the device at every step, and `health()` reports it. It reads the indices of
+    one row unless there is a -1 among them.
+
+    Args:
+        name: what the message calls the codebook.
+        indices: (N,) of codebook (K, D), or (N, Q) of the stages (Q, K, D).
+        codebook: the codes.
+
+    Raises:
+        CodebookError: a codebook has no finite code.
+    """
+    if indices.device.type != "cpu" or type(indices) is not Tensor or indices.numel() == 0:
+        return
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
+        return
+    stages = codebook.dim() == 3
+    if int((indices[0] if stages else indices.reshape(-1)[0]).min()) >= 0:
+        return
+    columns, codebooks = (indices.unbind(1), codebook.unbind()) if stages else ((indices,), (codebook,))
+    for stage, (chosen, codes) in enumerate(zip(columns, codebooks, strict=True)):
+        if not bool((chosen >= 0).any() or codes.isfinite().all(-1).any()):
+            raise CodebookError(
+                f"{name}{f'[{stage}]' if stages else ''}: none of its {len(codes)} codes is finite, so that no vector"
+                " has a nearest one: it was loaded from such a checkpoint, or the training diverged; load an earlier"
+                " one, or lower the learning rate"
+            )
 
 
 def differentiates(*tensors: Tensor) -> bool:

@@ -11,7 +11,15 @@ from torch.autograd.function import once_differentiable
 from fastvq.backends.arithmetic import compute_dtype
 from fastvq.ops import residual_quantize_backward, residual_quantize_forward, residual_search
 
-from .quantize import check_choices, check_shape, differentiates, flatten_rows, rows_of_mask, weighted
+from .quantize import (
+    check_choices,
+    check_shape,
+    check_some_code,
+    differentiates,
+    flatten_rows,
+    rows_of_mask,
+    weighted,
+)
 
 
 class ResidualQuantized(NamedTuple):
@@ -77,6 +85,7 @@ def residual_quantize(
         if row_mask is not None:
             indices = indices.masked_fill(~row_mask[:, None], -1)
     held = codebooks.detach()
+    check_some_code("codebooks", indices, held)
     if differentiates(rows):
         held = held.clone() if copy_codebooks else held
         quantized, losses, residuals = _ResidualQuantize.apply(

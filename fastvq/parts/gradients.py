@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastvq.backends.arithmetic import compute_dtype
-from fastvq.functional.quantize import quantize, unit_norm
+from fastvq.functional.quantize import check_some_code, quantize, unit_norm
 from fastvq.functional.soft_assign import soft_lookup
 from fastvq.ops import quantize_backward
 
@@ -177,6 +177,9 @@ class Estimator(NamedTuple):
                 not take its gradient.
         """
         routed = self.route and x.requires_grad
+        if isinstance(table, Shared):
+            for head, (codes, chosen) in enumerate(zip(table.codes.unbind(), indices.unbind(), strict=True)):
+                check_some_code("codebook" if len(indices) == 1 else f"codebook[{head}]", chosen, codes)
         if isinstance(table, Shared) and indices.dim() == 2 and self.kind != "directional":
             quantized, error = self._fused(x, table, indices, learned)
             if not routed and self.soft_temperature is not None:

@@ -115,6 +115,10 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
         with full_precision(self.frozen_codebook):
             return self.code_transform(self.frozen_codebook.to(weight.dtype))
 
+    @torch.no_grad()
+    def _non_finite(self) -> Tensor:
+        return 1 - self.codebook.isfinite().all(-1).float().mean()
+
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -306,6 +306,9 @@ class VectorQuantize(Monitored, nn.Module):
     def _synchronizes(self) -> bool:
         return self._codebook.sync is not False
 
+    def _non_finite(self) -> Tensor:
+        return self._codebook.non_finite()
+
     @property
     def ema_update(self) -> bool:
         """True if the codebook follows moving averages."""

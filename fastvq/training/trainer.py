@@ -8,7 +8,7 @@ from torch import Tensor
 import fastvq
 from fastvq.data import Images
 from fastvq.data.images import to_float
-from fastvq.errors import DataError
+from fastvq.errors import CodebookError, DataError
 from fastvq.files import StrPath
 from fastvq.models import VQVAE
 
@@ -84,8 +84,11 @@ class Trainer(Loop[Evaluation]):
             counts = self._quantizer.code_counts
             perplexity = float(fastvq.perplexity(counts))
             values |= {"perplexity": perplexity, "usage": float(fastvq.usage(counts))}
+            lost = float(self._quantizer.health(together=False).non_finite)
+            if lost == 1:
+                raise CodebookError(f"no code of the codebook is finite at step {self.step}: try a lower learning_rate")
             self._quantizer.reset_health()
-            text += f", perplexity {perplexity:.0f}"
+            text += f", perplexity {perplexity:.0f}" + (f", {lost:.0%} of the codes not finite" if lost else "")
         return values, text
 
     def evaluate(self) -> tuple[Evaluation, Measures]:

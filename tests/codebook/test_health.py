@@ -99,4 +99,4 @@ def test_stages_report_apart(sizes, shared):
     assert (layer.quantization_error() > 0).all()
     layer.reset_health()
     assert not layer.code_counts.any()
-    assert all(value.isnan().all() for value in layer.health())
+    assert all(value.isnan().all() for value in layer.health()[:4])

@@ -198,7 +198,7 @@ def test_health_of_training_and_of_an_evaluation(kind):
     torch.testing.assert_close(layer.health(), trained, equal_nan=True, rtol=0, atol=0)
     layer.reset_health()
     layer(batch_for(kind))
-    assert all(value.isnan().all() for value in layer.health())
+    assert all(value.isnan().all() for value in layer.health()[:4])
     with layer.measuring():
         layer(batch_for(kind))
     layer(batch_for(kind, seed=1))

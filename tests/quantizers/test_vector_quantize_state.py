@@ -152,7 +152,7 @@ def test_replacement_lifts_usage():
 
 def test_usage_and_perplexity():
     module = layer()
-    assert all(value.isnan() for value in module.health())  # nothing has been counted
+    assert all(value.isnan() for value in module.health()[:4])  # nothing has been counted
     counts = torch.zeros(SIZE, dtype=torch.int64)
     for seed in range(3):
         counts += torch.bincount(module(batch(seed=seed))[1].flatten(), minlength=SIZE)
