@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvq.ops import accumulate, ema_update_
-from fastvq.precision import may_change, widest_dtype
+from fastvq.precision import widest_dtype
 
 
 def batch_statistics(
@@ -69,7 +69,7 @@ def ema_step_(
     eps: float,
 ) -> None:
     """Apply `fastvq.ema_update_` to each head: codes, embed_avg and sums (H, K, D), the others (H, K)."""
-    if may_change(decay):  # the op's weight is a tensor, its decay is not
+    if torch.compiler.is_compiling() or isinstance(decay, Tensor):  # the op's weight is a tensor, its decay is not
         step = torch.ones_like(cluster_size) if weight is None else weight
         weight, decay = (step.to(widest_dtype(step.device)) * (1 - decay)).float(), 0.0
     for head in range(len(codes)):
