@@ -60,16 +60,17 @@ def spread_rows(x: Tensor, mask: Tensor, codes: Tensor, count: int, metric: str)
 
 
 SPARE_ROUNDS = 3
-"""Rounds of `spread_seeds` that take the place of rows drawn twice."""
+"""Rounds of `spread_seeds` that take the place of rows drawn twice; made even if none was, to read nothing back."""
 
 
 def spread_seeds(x: Tensor, mask: Tensor, size: int, *, together: bool) -> Candidates:
     """Draw rows of x (N, D) in the mask (N,) that are far from each other, at least `size` if so many are distinct.
 
     The first is random, the others are drawn with a probability proportional to the squared distance to the nearest row
-    drawn before, in rounds that double their number: 1, 1, 2, 4 ... A round is one search, so that all of them cost
-    about as much as two searches of `size` codes. With `together` each rank draws its share of a round from its own
-    rows, and all ranks get the same rows, from one all-reduce a round.
+    drawn before, in rounds that double their number: 1, 1, 2, 4 ... and then in `SPARE_ROUNDS` of `size` rows each. A
+    round is one search, so that all of them cost about as much as five searches of `size` codes. Nothing is read back:
+    no round waits for the device. With `together` each rank draws its share of a round from its own rows, and all ranks
+    get the same rows, from one all-reduce a round.
 
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007; Bahmani et al., Scalable
     K-Means++, 2012, section 3.3, for drawing several rows a round.
@@ -81,9 +82,6 @@ def spread_seeds(x: Tensor, mask: Tensor, size: int, *, together: bool) -> Candi
     rows: list[Tensor] = []
     filled: list[Tensor] = []
     for place, count in enumerate(rounds + [size] * SPARE_ROUNDS):
-        # This waits for the device, as k-means does once. A traced graph makes all rounds.
-        if place >= len(rounds) and not torch.compiler.is_compiling() and float(torch.cat(filled).sum()) >= size:
-            break
         share = slots(count, together)
         found = _drawn_rows(x, distances, share) if place else random_rows(x, mask, share)
         if together:

@@ -35,7 +35,7 @@ def kmeans(
         seeding: the first means: rows far from each other, "k-means++" (`candidates.spread_seeds`), or "random" rows.
             With random rows, rows that occur often take many means, of which all but one never get a row.
         together: use the rows of all ranks, which must all call this: one all-reduce a round, and one for random first
-            means, or some ln K for others. Every rank gets the same bits.
+            means, or log2 K + 4 for others. Every rank gets the same bits.
 
     Returns:
         means (K, D) and the number of rows of each in the last round (K,), float32. A mean without rows stays as it is.
