@@ -27,8 +27,8 @@ inline void take(DirectMinimum& minimum, int64_t code, float lower_end) {
   minimum.lower_ends[minimum.count++] = lower_end;
 }
 
-// Whether a code is bitwise equal to one that was taken before: the lower of their numbers then stands for both, or many
-// equal codes would fill the room. `known` is a code that another row has found to be equal.
+// Whether a code is bitwise equal to one that was taken before: the lower of their numbers then stands for both, or
+// many equal codes would fill the room. `known` is a code that another row has found to be equal.
 template <class T>
 inline bool is_copy(const DirectMinimum& minimum, const T* data, int64_t dim, int64_t code, float lower_end,
                     int64_t& known) {

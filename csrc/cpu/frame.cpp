@@ -167,4 +167,20 @@ Frame::Frame(const Isa& isa, const Matrix& codes, Metric metric, const Parallel&
   }
 }
 
+Frame::Frame(const Frame& base, const std::vector<int64_t>& order, double norm, double largest)
+    : metric(base.metric),
+      finite(order.size()),
+      near(order.size()),
+      far_norm(base.far_norm),
+      any_finite(base.any_finite),
+      usable(base.usable),
+      norm(norm),
+      largest(largest),
+      half(base.metric == Metric::l2 ? 0.5 * norm * norm : 0.0) {
+  for (size_t k = 0; k < order.size(); ++k) {
+    finite[k] = base.finite[order[k]];
+    near[k] = base.near[order[k]];
+  }
+}
+
 }  // namespace fastvq

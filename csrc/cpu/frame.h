@@ -14,6 +14,10 @@ enum class Metric { l2, dot };
 struct Frame {
   Frame(const Isa& isa, const Matrix& codes, Metric metric, const Parallel& parallel);
 
+  // The frame of vectors that stand for the codes of `base`, as they are in it: no shift, no scale, other lengths.
+  // Vector k stands for code order[k].
+  Frame(const Frame& base, const std::vector<int64_t>& order, double norm, double largest);
+
   // A code that the scan reads: finite, and not far from the others.
   bool scanned(int64_t k) const { return near[k] != 0; }
   const float* shift() const { return center.empty() ? nullptr : center.data(); }

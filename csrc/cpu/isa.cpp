@@ -55,6 +55,7 @@ const Isa& FASTVQ_NAME(FASTVQ_ISA, _isa)() {
       /*lower_distances=*/lower_distances,
       /*to_int16=*/to_int16,
       /*interleave=*/interleave,
+      /*project=*/project,
       /*hash=*/hash,
       /*subtract=*/subtract,
       /*error=*/error,

@@ -56,6 +56,16 @@ struct Tier {
   // steps, minima are those of this row.
   Candidates (*candidates)(const uint32_t* row, const PackedCodes& codes, float step, float slack,
                            const GroupMinima& minima, int64_t* out, int64_t capacity);
+  // The smallest scores of the groups [begin, end) in each lane, for a tile of rows: those of row r and group g are
+  // written to minima + (r * groups + g) * lanes.
+  void (*group_minima)(const uint32_t* rows, const PackedCodes& codes, float step, int64_t begin, int64_t end,
+                       uint32_t* minima);
+  // Of one row, its group minima and the groups [begin, end): the code with the smallest score, -1 if there is none;
+  // and the codes whose score is at most `limit`, in steps, as `candidates` does.
+  int64_t (*lowest)(const uint32_t* row, const PackedCodes& codes, float step, int64_t begin, int64_t end,
+                    const uint32_t* minima);
+  int64_t (*within)(const uint32_t* row, const PackedCodes& codes, float step, double limit, int64_t begin, int64_t end,
+                    const uint32_t* minima, int64_t* out, int64_t capacity);
 };
 
 // A row or a code in the frame of the scan: out = float((v - center) * scale).
@@ -145,6 +155,10 @@ struct Isa {
   float (*to_int16)(const float* y, float inverse, bool negate, int64_t dim, uint32_t* out);
   // out[j * stride + l] = rows[l * row_stride + j] for the lanes l < live, zero for the other lanes.
   void (*interleave)(const uint32_t* rows, int64_t row_stride, int live, int64_t count, uint32_t* out, int64_t stride);
+  // out[r] = rows[r] * matrix, [count, dim] times [dim, width], and norms2[r] = |rows[r]|^2, both in float64. width is
+  // a multiple of lanes.
+  void (*project)(const float* rows, int64_t count, int64_t dim, const double* matrix, int64_t width, double* out,
+                  double* norms2);
   // Hashes of the 2 lanes codes of a panel, [units, 2 lanes]: equal for equal codes.
   void (*hash)(const uint32_t* units, int64_t count, uint32_t* out);
   // out = x - e, in float32; out may be x.

@@ -27,7 +27,7 @@ constexpr int64_t MOST_PROBES = 32;  // codes whose hashes collide more often, b
 }  // namespace
 
 PackedTier::PackedTier(const Isa& isa, const Tier& tier, const Matrix& codes, const Frame& frame, Copies copies,
-                       const Parallel& parallel)
+                       const Matrix& originals, const int64_t* order, const Parallel& parallel)
     : tier(tier),
       unit_count_(divided_up(codes.dim, tier.per_unit)),
       panels_(divided_up(codes.rows, 2 * isa.lanes)),
@@ -58,20 +58,21 @@ PackedTier::PackedTier(const Isa& isa, const Tier& tier, const Matrix& codes, co
   };
   pack(nullptr, groups_);
   if (copies == Copies::kept) return;
-  const std::vector<int64_t> again = drop_copies(isa, codes, frame, hashes.get());
+  const std::vector<int64_t> again = drop_copies(isa, originals, order, frame, hashes.get());
   pack(again.data(), static_cast<int64_t>(again.size()));
 }
 
 // Looks each code up among the earlier ones by its hash, in ascending order, so that the first of equal codes stays. A
 // copy that is not found costs time and nothing else. Returns the groups that have lost codes.
-std::vector<int64_t> PackedTier::drop_copies(const Isa& isa, const Matrix& codes, const Frame& frame,
-                                             const uint32_t* hashes) {
-  const int64_t lanes = isa.lanes, bytes = codes.dim * size_of(codes.dtype);
+std::vector<int64_t> PackedTier::drop_copies(const Isa& isa, const Matrix& originals, const int64_t* order,
+                                             const Frame& frame, const uint32_t* hashes) {
+  const int64_t lanes = isa.lanes, bytes = originals.dim * size_of(originals.dtype);
+  const auto row_of = [&](int64_t k) { return originals.row(order ? order[k] : k); };
   int64_t slots = 4;
-  while (slots < SLOTS * codes.rows) slots *= 2;
+  while (slots < SLOTS * originals.rows) slots *= 2;
   std::vector<int32_t> table(slots, -1);
   std::vector<int64_t> changed;
-  for (int64_t k = 0; k < codes.rows; ++k) {
+  for (int64_t k = 0; k < originals.rows; ++k) {
     if (!frame.scanned(k)) continue;
     for (int64_t probe = 0; probe < MOST_PROBES; ++probe) {
       int32_t& slot = table[(hashes[k] + probe) & (slots - 1)];
@@ -79,7 +80,7 @@ std::vector<int64_t> PackedTier::drop_copies(const Isa& isa, const Matrix& codes
         slot = static_cast<int32_t>(k);
         break;
       }
-      if (hashes[slot] != hashes[k] || std::memcmp(codes.row(slot), codes.row(k), bytes) != 0) continue;
+      if (hashes[slot] != hashes[k] || std::memcmp(row_of(slot), row_of(k), bytes) != 0) continue;
       eligible_[k] = 0;
       if (const int64_t group = k / (lanes * lanes); changed.empty() || changed.back() != group)
         changed.push_back(group);

@@ -18,7 +18,11 @@ enum class Copies { dropped, kept };
 class PackedTier {
  public:
   PackedTier(const Isa& isa, const Tier& tier, const Matrix& codes, const Frame& frame, Copies copies,
-             const Parallel& parallel);
+             const Parallel& parallel)
+      : PackedTier(isa, tier, codes, frame, copies, codes, nullptr, parallel) {}
+  // Codes that stand for others, code k for originals[order[k]], which say what a copy is. `order` may be null.
+  PackedTier(const Isa& isa, const Tier& tier, const Matrix& codes, const Frame& frame, Copies copies,
+             const Matrix& originals, const int64_t* order, const Parallel& parallel);
 
   bool integer() const { return tier.per_unit == 2; }
   PackedCodes codes() const {
@@ -38,7 +42,8 @@ class PackedTier {
 
  private:
   double pack_group(const Isa& isa, const Matrix& codes, const Frame& frame, int64_t group, uint32_t* hashes) const;
-  std::vector<int64_t> drop_copies(const Isa& isa, const Matrix& codes, const Frame& frame, const uint32_t* hashes);
+  std::vector<int64_t> drop_copies(const Isa& isa, const Matrix& originals, const int64_t* order, const Frame& frame,
+                                   const uint32_t* hashes);
 
   const int64_t unit_count_, panels_, groups_;
   const double code_norm_, half_;

@@ -185,6 +185,53 @@ void interleave(const uint32_t* rows, int64_t row_stride, int live, int64_t coun
     for (int l = 0; l < LANES; ++l) out[j * stride + l] = row[l][step[l] * j];
 }
 
+template <int ROWS>
+inline void project_rows(const float* rows, int64_t dim, const double* matrix, int64_t width, double* out,
+                         double* norms2) {
+  constexpr int64_t PIECE = 64;
+  double values[ROWS][PIECE];
+  DoubleVec squares[ROWS] = {};
+  for (int64_t begin = 0; begin < dim; begin += PIECE) {
+    const int64_t count = dim - begin < PIECE ? dim - begin : PIECE;
+    for (int r = 0; r < ROWS; ++r)
+      for_wide(rows + r * dim + begin, count, [&](int64_t j, DoubleVec value) {
+        store(values[r] + j, value);
+        squares[r] += value * value;
+      });
+    for (int64_t w = 0; w < width; w += LANES) {
+      DoubleVec low[ROWS], high[ROWS];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        low[r] = begin ? load<DoubleVec>(out + r * width + w) : DoubleVec{};
+        high[r] = begin ? load<DoubleVec>(out + r * width + w + DOUBLES) : DoubleVec{};
+      }
+      const double* column = matrix + begin * width + w;
+#pragma GCC unroll 1
+      for (int64_t j = 0; j < count; ++j, column += width) {
+        const DoubleVec a = load<DoubleVec>(column), b = load<DoubleVec>(column + DOUBLES);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+          low[r] += values[r][j] * a;
+          high[r] += values[r][j] * b;
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        store(out + r * width + w, low[r]);
+        store(out + r * width + w + DOUBLES, high[r]);
+      }
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) norms2[r] = sum_pairwise(squares[r]);
+}
+
+void project(const float* rows, int64_t count, int64_t dim, const double* matrix, int64_t width, double* out,
+             double* norms2) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) project_rows<4>(rows + r * dim, dim, matrix, width, out + r * width, norms2 + r);
+  for (; r < count; ++r) project_rows<1>(rows + r * dim, dim, matrix, width, out + r * width, norms2 + r);
+}
+
 // Sums of units times pseudo-random odd numbers. The upper bits of a unit are folded into the lower ones first: times
 // an odd number, a sign bit would only change the highest bit of the sum.
 void hash(const uint32_t* units, int64_t count, uint32_t* out) {

@@ -31,6 +31,8 @@ struct Float32 {
     const float limit = smallest + slack;
     return limit < 0x1p126f ? limit + (limit < 0.0f ? -limit : limit) * 0x1p-22f : 0x1p127f;
   }
+  // The same, of a limit that is known.
+  static Score at_most(double limit_) { return limit(static_cast<float>(limit_ < 0x1p126 ? limit_ : 0x1p126), 0.0f); }
 };
 
 struct Int16 {
@@ -59,6 +61,9 @@ struct Int16 {
   static Score limit(Score smallest, float slack) {
     const int64_t limit = smallest + static_cast<int64_t>(slack < 0x1p31f ? slack : 0x1p31f) + 1;
     return limit < LARGEST - 1 ? static_cast<Score>(limit) : LARGEST - 1;
+  }
+  static Score at_most(double limit) {
+    return limit < -0x1p31 ? INT32_MIN : limit < 0x1p31 - 4 ? static_cast<Score>(limit) + 1 : LARGEST - 1;
   }
 };
 
@@ -208,7 +213,74 @@ Candidates candidates(const uint32_t* row, const PackedCodes& codes, float step,
 }
 
 template <class P>
-inline constexpr Tier TIER{P::PER_UNIT, clear<P>, scan<P>, certify<P>, candidates<P>};
+void group_minima(const uint32_t* rows, const PackedCodes& codes, float step, int64_t begin, int64_t end,
+                  uint32_t* minima) {
+  using Scores = typename P::Scores;
+  const int64_t units = codes.unit_count;
+  uint32_t halves[GROUP_PANELS * WIDTH];
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t start = group * GROUP_PANELS, rest = codes.panels - start;
+    const int64_t panels = rest < GROUP_PANELS ? rest : GROUP_PANELS;
+    for (int64_t i = 0; i < panels * WIDTH; i += LANES)
+      store(halves + i, P::halves(load<FloatVec>(codes.halves + start * WIDTH + i), step));
+    const uint32_t* units_of_panel = codes.units + start * units * WIDTH;
+    Scores minimum[TILE];
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE; ++i) minimum[i] = P::largest();
+#pragma GCC unroll 1
+    for (int64_t p = 0; p < panels; ++p, units_of_panel += units * WIDTH) {
+      Scores low[TILE], high[TILE];
+      panel<P>(rows, units_of_panel, halves + p * WIDTH, units, low, high);
+#pragma GCC unroll 16
+      for (int i = 0; i < TILE; ++i) minimum[i] = lower(minimum[i], lower(low[i], high[i]));
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE; ++i) store(minima + (i * codes.groups + group) * LANES, minimum[i]);
+  }
+}
+
+template <class P>
+int64_t lowest(const uint32_t* row, const PackedCodes& codes, float step, int64_t begin, int64_t end,
+               const uint32_t* minima) {
+  using Scores = typename P::Scores;
+  Scores best = P::largest();
+  IntVec owners{};
+  for (int64_t group = begin; group < end; ++group) {
+    const Scores minimum = load<Scores>(minima + group * LANES);
+    owners = minimum < best ? IntVec{} + static_cast<int32_t>(group) : owners;
+    best = lower(best, minimum);
+  }
+  const auto least = smallest_lane(best);
+  if (least == P::largest()[0]) return -1;
+  const int lane = __builtin_ctz(mask_of((IntVec)(best <= Scores{} + least)));
+  int32_t owner[LANES];
+  store(owner, owners);
+  const Scores scores = members<P>(row, codes, owner[lane], lane, step);
+  const int member = __builtin_ctz(mask_of((IntVec)(scores <= Scores{} + smallest_lane(scores))));
+  return (static_cast<int64_t>(owner[lane]) * LANES + member) * LANES + lane;
+}
+
+template <class P>
+int64_t within(const uint32_t* row, const PackedCodes& codes, float step, double limit, int64_t begin, int64_t end,
+               const uint32_t* minima, int64_t* out, int64_t capacity) {
+  using Scores = typename P::Scores;
+  const Scores most = Scores{} + P::at_most(limit);
+  int64_t found = 0;
+  for (int64_t group = begin; group < end; ++group)
+    for (uint32_t lanes = mask_of((IntVec)(load<Scores>(minima + group * LANES) <= most)); lanes; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
+      const Scores scores = members<P>(row, codes, group, lane, step);
+      for (uint32_t below = mask_of((IntVec)(scores <= most)); below; below &= below - 1) {
+        if (found < capacity) out[found] = (group * LANES + __builtin_ctz(below)) * LANES + lane;
+        ++found;
+      }
+    }
+  return found;
+}
+
+template <class P>
+inline constexpr Tier TIER{P::PER_UNIT,   clear<P>,        scan<P>,   certify<P>,
+                           candidates<P>, group_minima<P>, lowest<P>, within<P>};
 
 }  // namespace
 }  // namespace fastvq

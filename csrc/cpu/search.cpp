@@ -6,10 +6,13 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "direct_pass.h"
 #include "packed.h"
+#include "projected_pass.h"
+#include "projection.h"
 #include "tier_pass.h"
 
 namespace fastvq {
@@ -17,23 +20,43 @@ namespace {
 
 constexpr int64_t GRAIN = 1 << 18;  // multiply-adds that a thread should have
 
-// Searches `count` rows, those of the list if there is one, in one tier, and returns the deferred ones.
-std::vector<int64_t> run_tier(const Isa& isa, const Tier& tier, const Frame& frame, const Matrix& x,
-                              const Matrix& codes, const int64_t* list, int64_t count, bool may_defer, int64_t* indices,
-                              const Parallel& parallel) {
-  const PackedTier packed(isa, tier, codes, frame, Copies::dropped, parallel);
-  const TierPass pass(isa, frame, packed, x, codes);
+// Divides `count` rows, those of the list if there is one, among the threads, calls run(rows, deferred) on each, and
+// returns the deferred ones.
+template <class Run>
+std::vector<int64_t> run_rows(const Isa& isa, const Matrix& x, const Matrix& codes, const int64_t* list, int64_t count,
+                              const Parallel& parallel, const Run& run) {
   std::vector<int64_t> deferred;
   std::mutex merging;
   const int64_t tiles = (count + isa.tile_rows - 1) / isa.tile_rows;
   parallel(tiles, std::max<int64_t>(1, GRAIN / (isa.tile_rows * codes.rows * x.dim)), [&](int64_t begin, int64_t end) {
     std::vector<int64_t> own;
-    const RowRange rows{list, begin * isa.tile_rows, std::min(end * isa.tile_rows, count)};
-    pass.run(rows, indices, may_defer ? &own : nullptr, may_defer ? 2 * isa.tile_rows : rows.size());
+    run(RowRange{list, begin * isa.tile_rows, std::min(end * isa.tile_rows, count)}, own);
     const std::lock_guard<std::mutex> lock(merging);
     deferred.insert(deferred.end(), own.begin(), own.end());
   });
   return deferred;
+}
+
+// Searches rows in one tier, and returns the deferred ones.
+std::vector<int64_t> run_tier(const Isa& isa, const Tier& tier, const Frame& frame, const Matrix& x,
+                              const Matrix& codes, const int64_t* list, int64_t count, bool may_defer, int64_t* indices,
+                              const Parallel& parallel) {
+  const PackedTier packed(isa, tier, codes, frame, Copies::dropped, parallel);
+  const TierPass pass(isa, frame, packed, x, codes);
+  return run_rows(isa, x, codes, list, count, parallel, [&](const RowRange& rows, std::vector<int64_t>& deferred) {
+    pass.run(rows, indices, may_defer ? &deferred : nullptr, may_defer ? 2 * isa.tile_rows : rows.size());
+  });
+}
+
+// Searches all rows by short vectors, and returns the deferred ones.
+std::vector<int64_t> run_projected(const Isa& isa, const Frame& frame, const Projection& projection, const Matrix& x,
+                                   const Matrix& codes, int64_t* indices, const Parallel& parallel) {
+  const PackedTier packed(isa, isa.int16 ? *isa.int16 : *isa.float32, projection.codes(), projection.frame(),
+                          Copies::dropped, codes, projection.order().data(), parallel);
+  const ProjectedPass pass(isa, frame, projection, packed, x, codes);
+  return run_rows(isa, x, codes, nullptr, x.rows, parallel, [&](const RowRange& rows, std::vector<int64_t>& deferred) {
+    pass.run(rows, indices, deferred, 2 * isa.tile_rows);
+  });
 }
 
 }  // namespace
@@ -51,18 +74,26 @@ void search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& 
     return;
   }
   const Frame frame(isa, codes, metric, parallel);
-  if ((automatic || precision == Precision::int16) && isa.int16 && frame.usable && x.dim <= LARGEST_INTEGER_DIM) {
-    const std::vector<int64_t> deferred =
-        run_tier(isa, *isa.int16, frame, x, codes, nullptr, x.rows, true, indices, parallel);
-    if (deferred.empty()) return;
-    if (directly(static_cast<int64_t>(deferred.size())))
-      direct_pass(isa, x, codes, metric, deferred, indices, parallel);
-    else
-      run_tier(isa, *isa.float32, frame, x, codes, deferred.data(), static_cast<int64_t>(deferred.size()), false,
-               indices, parallel);
-    return;
-  }
-  run_tier(isa, *isa.float32, frame, x, codes, nullptr, x.rows, false, indices, parallel);
+  std::vector<int64_t> left;  // by the passes so far, if there were any
+  const int64_t* list = nullptr;
+  int64_t count = x.rows;
+  // True once all rows have their indices.
+  const auto passed = [&](std::vector<int64_t> deferred) {
+    left = std::move(deferred);
+    list = left.data();
+    count = static_cast<int64_t>(left.size());
+    const bool few = automatic && count > 0 && count <= FEW_ROWS && direct_serves(x, codes);
+    if (few) direct_pass(isa, x, codes, metric, left, indices, parallel);
+    return few || count == 0;
+  };
+  if (automatic || precision == Precision::projected)
+    if (const auto projection =
+            Projection::make(isa, frame, codes, x.rows, precision == Precision::projected, parallel))
+      if (passed(run_projected(isa, frame, *projection, x, codes, indices, parallel))) return;
+  if (precision != Precision::float32 && precision != Precision::direct && isa.int16 && frame.usable &&
+      x.dim <= LARGEST_INTEGER_DIM)
+    if (passed(run_tier(isa, *isa.int16, frame, x, codes, list, count, true, indices, parallel))) return;
+  run_tier(isa, *isa.float32, frame, x, codes, list, count, false, indices, parallel);
 }
 
 const Isa& active_isa() {
@@ -98,8 +129,10 @@ Precision active_precision() {
     if (name.empty()) return Precision::automatic;
     if (name == "direct") return Precision::direct;
     if (name == "float32") return Precision::float32;
+    if (name == "projected") return Precision::projected;
     if (name != "int16")
-      throw std::runtime_error("FASTVQ_TIER=" + name + ": unknown; direct, float32 or int16 may stand there");
+      throw std::runtime_error("FASTVQ_TIER=" + name +
+                               ": unknown; direct, float32, int16 or projected may stand there");
     if (!active_isa().int16)
       throw std::runtime_error("FASTVQ_TIER=int16: the instruction set " + std::string(active_isa().name) +
                                " has no int16 tier");

@@ -12,6 +12,7 @@
 //   deferred row     an uncertified row that this tier leaves to the next one, which is cheaper than its candidates
 //   far code         a code so much longer than the others that the scan leaves it out, to keep their precision
 //   unit             a 32-bit operand of the scan: one float or two int16
+//   short vector     a code or row in the leading directions alone, and the length of the rest as one more coordinate
 //   group            lanes x lanes codes; the group minima are the smallest scores of the best two groups in each lane
 //   panel            the codes of two members of a group in all lanes, which the scan reads together
 //   halves           |f|^2 / 2 of the codes; `across` holds the members of a group in one lane side by side
@@ -31,6 +32,7 @@ enum class Precision {
   direct,     // float32 distances to the unpacked codes
   float32,
   int16,
+  projected,  // int16, or float32 without it, of codes and rows in their leading directions
 };
 
 // Packing the codes costs about as much as searching this number of rows without it.

@@ -18,19 +18,13 @@ constexpr int64_t LARGEST_BLOCK = 256;
 constexpr int64_t MANY_CANDIDATES = 32;
 // Cost of an element of a candidate in the filter and in the definition, in elements of a float32 scan.
 constexpr int64_t CANDIDATE_COST = 6, CANDIDATE_OVERHEAD = 32, DEFINITION_COST = 80;
-// Rows of a block longer than this, in multiples of the others, would cost the others their precision.
-constexpr double LONG = 8.0;
 
 }  // namespace
 
 struct TierPass::Workspace {
   Workspace(const Isa& isa, const PackedTier& packed, const Matrix& x, const Matrix& e, Metric metric)
       : size(block_rows(isa, packed.codes().unit_count)),
-        values(packed.integer() ? size * x.dim : 0),
-        units(size * packed.codes().unit_count),
-        loaded(size),
-        norms(size),
-        errors(size),
+        block(packed, x.dim, size),
         bounds(size),
         slacks(size),
         smallest(size),
@@ -48,19 +42,15 @@ struct TierPass::Workspace {
             current.get() + slot * lanes};
   }
 
-  const int64_t size;             // rows of a block, a multiple of the tile
-  Scratch<float> values;          // [size, dim], rows of an integer tier before they are rounded
-  Scratch<uint32_t> units;        // [size, units]
-  Scratch<Loaded> loaded;         // [size]
-  Scratch<double> norms, errors;  // [size], |y^| and |y^ - y'|; infinite norm: not in this block
-  Scratch<double> bounds;         // [size]
-  Scratch<float> slacks;          // [size], twice the bounds, in steps
-  Scratch<float> smallest;        // [size], scores
-  Scratch<int64_t> indices;       // [size]
+  const int64_t size;  // rows of a block, a multiple of the tile
+  RowBlock block;
+  Scratch<double> bounds;    // [size]
+  Scratch<float> slacks;     // [size], twice the bounds, in steps
+  Scratch<float> smallest;   // [size], scores
+  Scratch<int64_t> indices;  // [size]
   Scratch<uint32_t> best, second;
   Scratch<int32_t> group;
   Scratch<uint32_t> current;
-  double step = 1.0;  // of the scores
   std::vector<int64_t> found, candidates;
   DirectFilter filter;
   Definition definition;
@@ -72,56 +62,6 @@ int64_t TierPass::block_rows(const Isa& isa, int64_t units) {
          isa.tile_rows;
 }
 
-// Reads the rows [first, first + count) of the range into the frame.
-void TierPass::load_block(const RowRange& rows, int64_t first, int64_t count, Workspace& work) const {
-  const double scale = std::ldexp(1.0, frame_.exponent);
-  const int64_t units = packed_.codes().unit_count, dim = x_.dim;
-  for (int64_t i = 0; i < count; ++i) {
-    float* out = packed_.integer() ? work.values.get() + i * dim : reinterpret_cast<float*>(&work.units[i * units]);
-    work.loaded[i] = isa_.load(x_.dtype, x_.row(rows[first + i]), frame_.shift(), scale, dim, out);
-    const double norm = bound_.norm(work.loaded[i].norm2);
-    work.norms[i] = work.loaded[i].finite && norm < 0x1p60 ? norm : INF;
-    work.errors[i] = 0.0;
-  }
-  if (packed_.integer()) choose_steps(count, work);
-  const int64_t padded = (count + isa_.tile_rows - 1) / isa_.tile_rows * isa_.tile_rows;
-  for (int64_t i = 0; i < padded; ++i)
-    if (i >= count || work.norms[i] == INF) std::fill_n(&work.units[i * units], units, 0u);
-}
-
-// One step for the rows of a block, the smallest for which no score overflows, and the rows rounded to it.
-void TierPass::choose_steps(int64_t count, Workspace& work) const {
-  double longest = 0.0, sum = 0.0;
-  int64_t present = 0;
-  for (int64_t i = 0; i < count; ++i)
-    if (work.norms[i] < INF) ++present, sum += work.norms[i], longest = std::max(longest, work.norms[i]);
-  if (longest > LONG * sum / static_cast<double>(std::max<int64_t>(1, present))) {
-    std::vector<double> sorted;
-    for (int64_t i = 0; i < count; ++i)
-      if (work.norms[i] < INF) sorted.push_back(work.norms[i]);
-    const auto middle = sorted.begin() + static_cast<int64_t>(sorted.size() / 2);
-    std::nth_element(sorted.begin(), middle, sorted.end());
-    const double limit = LONG * std::max(*middle, frame_.norm);
-    longest = 0.0;
-    for (int64_t i = 0; i < count; ++i) {
-      if (work.norms[i] > limit) work.norms[i] = INF;
-      if (work.norms[i] < INF) longest = std::max(longest, work.norms[i]);
-    }
-  }
-  float largest = 0.0f;
-  for (int64_t i = 0; i < count; ++i)
-    if (work.norms[i] < INF) largest = std::max(largest, work.loaded[i].largest);
-  const float inverse = static_cast<float>(1.0 / packed_.row_step(longest, largest));
-  const double integer_size = 1.0 / static_cast<double>(inverse);
-  const int64_t units = packed_.codes().unit_count;
-  for (int64_t i = 0; i < count; ++i) {
-    if (work.norms[i] == INF) continue;
-    const float error2 = isa_.to_int16(work.values.get() + i * x_.dim, inverse, true, x_.dim, &work.units[i * units]);
-    work.errors[i] = std::sqrt(error2) * (1 + 1e-3) * integer_size;
-  }
-  work.step = packed_.code_step * integer_size;
-}
-
 // For |f| >= 4 |y|,  |f|^2 / 2 - <y, f> >= |f|^2 / 4, and the definition rounds that by less than a millionth.
 bool TierPass::far_codes_lose(double norm, double limit) const {
   return frame_.far.empty() ||
@@ -130,27 +70,27 @@ bool TierPass::far_codes_lose(double norm, double limit) const {
 
 // Computes the bounds of all rows of a block and the indices of the certified rows; -1 for the others.
 void TierPass::certify_block(int64_t count, Workspace& work) const {
-  const double per_step = 2.0 * (1 + 1e-6) / work.step;
+  const double per_step = 2.0 * (1 + 1e-6) / work.block.step;
   for (int64_t i = 0; i < count; ++i) {
-    work.bounds[i] = bound_(work.norms[i], work.errors[i], work.step);
+    work.bounds[i] = bound_(work.block.norms[i], work.block.errors[i], work.block.step);
     work.slacks[i] = static_cast<float>(std::min(work.bounds[i] * per_step, 1e38));
   }
-  packed_.tier.certify(work.units.get(), count, packed_.codes(), static_cast<float>(work.step), work.slacks.get(),
-                       work.minima(0, isa_.lanes), work.indices.get(), work.smallest.get());
+  packed_.tier.certify(work.block.units.get(), count, packed_.codes(), static_cast<float>(work.block.step),
+                       work.slacks.get(), work.minima(0, isa_.lanes), work.indices.get(), work.smallest.get());
 }
 
 // Returns the index of an uncertified row; DEFERRED where that is allowed and cheaper.
 int64_t TierPass::decide(int64_t row, int64_t slot, Workspace& work, bool may_defer) const {
-  if (!work.loaded[slot].finite || !frame_.any_finite) return -1;
+  if (!work.block.loaded[slot].finite || !frame_.any_finite) return -1;
   const double error = work.bounds[slot];
-  if (may_defer && !(error < 0x1p29 * work.step)) return DEFERRED;
+  if (may_defer && !(error < 0x1p29 * work.block.step)) return DEFERRED;
   work.candidates.clear();
   if (error < INF) {
     const PackedCodes codes = packed_.codes();
     const auto find = [&] {
-      return packed_.tier.candidates(&work.units[slot * codes.unit_count], codes, static_cast<float>(work.step),
-                                     work.slacks[slot], work.minima(slot, isa_.lanes), work.found.data(),
-                                     static_cast<int64_t>(work.found.size()));
+      return packed_.tier.candidates(
+          &work.block.units[slot * codes.unit_count], codes, static_cast<float>(work.block.step), work.slacks[slot],
+          work.minima(slot, isa_.lanes), work.found.data(), static_cast<int64_t>(work.found.size()));
     };
     Candidates found = find();
     if (found.count > MANY_CANDIDATES) {
@@ -159,7 +99,7 @@ int64_t TierPass::decide(int64_t row, int64_t slot, Workspace& work, bool may_de
       found = find();
     }
     work.candidates.assign(work.found.begin(), work.found.begin() + found.count);
-    if (found.count == 0 || !far_codes_lose(work.norms[slot], work.smallest[slot] * work.step + 2 * error))
+    if (found.count == 0 || !far_codes_lose(work.block.norms[slot], work.smallest[slot] * work.block.step + 2 * error))
       work.candidates.insert(work.candidates.end(), frame_.far.begin(), frame_.far.end());
   } else {
     for (int64_t k = 0; k < codes_.rows; ++k)
@@ -180,15 +120,16 @@ void TierPass::run(const RowRange& rows, int64_t* indices, std::vector<int64_t>*
     block = std::min(block, work.size);
     const int64_t count = std::min(block, rows.size() - first);
     const int64_t padded = (count + isa_.tile_rows - 1) / isa_.tile_rows * isa_.tile_rows;
-    load_block(rows, first, count, work);
+    work.block.load(isa_, frame_, packed_, bound_, x_, rows, first, count);
     const GroupMinima minima = work.minima(0, isa_.lanes);
     packed_.tier.clear(padded, minima);
-    packed_.tier.scan(work.units.get(), padded, codes, static_cast<float>(work.step), minima);
+    packed_.tier.scan(work.block.units.get(), padded, codes, static_cast<float>(work.block.step), minima);
     certify_block(count, work);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = rows[first + i];
-      const bool certified = work.indices[i] >= 0 && work.loaded[i].finite && work.bounds[i] < INF &&
-                             far_codes_lose(work.norms[i], work.smallest[i] * work.step + 2 * work.bounds[i]);
+      const bool certified =
+          work.indices[i] >= 0 && work.block.loaded[i].finite && work.bounds[i] < INF &&
+          far_codes_lose(work.block.norms[i], work.smallest[i] * work.block.step + 2 * work.bounds[i]);
       const int64_t index = certified ? work.indices[i] : decide(row, i, work, deferred != nullptr);
       if (index == DEFERRED) {
         deferred->push_back(row);

@@ -8,17 +8,9 @@
 #include "definition.h"
 #include "frame.h"
 #include "packed.h"
+#include "row_block.h"
 
 namespace fastvq {
-
-// Positions [begin, end) of a list of rows; without a list, the rows themselves.
-struct RowRange {
-  const int64_t* list;
-  int64_t begin, end;
-
-  int64_t size() const { return end - begin; }
-  int64_t operator[](int64_t i) const { return list ? list[begin + i] : begin + i; }
-};
 
 class TierPass {
  public:
@@ -36,8 +28,6 @@ class TierPass {
  private:
   struct Workspace;
 
-  void load_block(const RowRange& rows, int64_t first, int64_t count, Workspace& work) const;
-  void choose_steps(int64_t count, Workspace& work) const;
   void certify_block(int64_t count, Workspace& work) const;
   int64_t decide(int64_t row, int64_t slot, Workspace& work, bool may_defer) const;
   bool far_codes_lose(double norm, double limit) const;

@@ -9,6 +9,7 @@
 #include "bound.h"
 #include "cases.h"
 #include "packed.h"
+#include "projection.h"
 
 namespace {
 
@@ -88,6 +89,84 @@ void check(const Isa& isa, const Tier& tier, const cases::Case& c, Metric metric
   }
 }
 
+// Leaves most of each vector in three directions, none of them an axis.
+void flatten(std::vector<float>& values, int64_t d, double rest) {
+  std::vector<double> mirror(d);
+  double square = 0.0;
+  for (int64_t j = 0; j < d; ++j) mirror[j] = 1.0 + 0.1 * static_cast<double>(j % 7), square += mirror[j] * mirror[j];
+  for (size_t first = 0; first < values.size(); first += d) {
+    double along = 0.0;
+    for (int64_t j = 3; j < d; ++j) values[first + j] = static_cast<float>(values[first + j] * rest);
+    for (int64_t j = 0; j < d; ++j) along += mirror[j] * static_cast<double>(values[first + j]);
+    for (int64_t j = 0; j < d; ++j) values[first + j] -= static_cast<float>(2 * along / square * mirror[j]);
+  }
+}
+
+// The short vectors: no code may score less than its short vector by more than the deficit, nor more than the ceiling.
+// `wrong_without` counts rows for which a deficit of zero would be wrong.
+void check_projection(const Isa& isa, const cases::Case& c, Metric metric, int64_t n, int64_t k, int64_t d, double rest,
+                      Tally& tally) {
+  std::vector<float> x(n * d), codes(k * d);
+  cases::fill(c, n, k, d, x, codes);
+  flatten(x, d, rest);
+  flatten(codes, d, rest);
+  const Matrix code_matrix{DType::f32, codes.data(), k, d};
+  const Frame frame(isa, code_matrix, metric, serially);
+  const auto projection = fastvq::Projection::make(isa, frame, code_matrix, n, true, serially);
+  if (!projection) return;
+  const int64_t columns = projection->columns();
+  const auto* short_codes = static_cast<const float*>(projection->codes().data);
+  const long double scale = std::ldexp(1.0L, frame.exponent);
+  std::vector<float> whole(d), short_row(columns);
+  for (int64_t i = 0; i < n; ++i) {
+    const fastvq::Loaded row =
+        isa.load(DType::f32, &x[i * d], frame.shift(), static_cast<double>(scale), d, whole.data());
+    double norm2;
+    projection->shorten(isa, whole.data(), 1, short_row.data(), &norm2);
+    const double norm = projection->norm(norm2), deficit = projection->deficit(norm);
+    if (!row.finite || !(deficit < 1e300)) continue;
+    ++tally.rows;
+    bool wrong_without = false;
+    for (int64_t position = 0; position < k; ++position) {
+      const int64_t e = projection->order()[position];
+      if (!frame.scanned(e)) continue;
+      long double of_short = 0.0L, score = 0.0L;
+      for (int64_t j = 0; j < columns; ++j) {
+        const long double f = short_codes[position * columns + j];
+        of_short += (metric == Metric::l2 ? f * f / 2 : 0.0L) - f * short_row[j];
+      }
+      double defined = 0.0;
+      for (int64_t j = 0; j < d; ++j) {
+        const long double shift = frame.shift() ? frame.shift()[j] : 0.0L, y = (x[i * d + j] - shift) * scale;
+        const double own = x[i * d + j], code = codes[e * d + j];
+        defined += metric == Metric::l2 ? (own - code) * (own - code) : -own * code;
+        score -= metric == Metric::l2 ? y * y / 2 : 0.0L;
+      }
+      score += defined * scale * scale / (metric == Metric::l2 ? 2 : 1);
+      const double above = static_cast<double>(of_short - score);
+      const float distance2 = isa.error(whole.data(), projection->whole(position), d);
+      tally.broken += !(above <= deficit) || !(score <= projection->ceiling(position, norm, norm2, distance2));
+      tally.largest_share = std::max(tally.largest_share, above / deficit);
+      wrong_without = wrong_without || above > 0.0;
+    }
+    tally.wrong_without += wrong_without;
+  }
+}
+
+// Directions are chosen where codes lie near few of them and there is enough to save, and nowhere else.
+int64_t check_choice(const Isa& isa) {
+  constexpr int64_t K = 1200, D = 40;
+  const auto chosen = [&](double rest, int64_t rows, int64_t d) {
+    std::vector<float> codes(K * d);
+    for (float& value : codes) value = static_cast<float>(cases::normal());
+    flatten(codes, d, rest);
+    const Matrix matrix{DType::f32, codes.data(), K, d};
+    const Frame frame(isa, matrix, Metric::l2, serially);
+    return fastvq::Projection::make(isa, frame, matrix, rows, false, serially) != nullptr;
+  };
+  return !chosen(0.01, 1000, D) + chosen(1.0, 1000, D) + chosen(0.01, 20, D) + chosen(0.01, 1000, 8);
+}
+
 }  // namespace
 
 int main() {
@@ -109,6 +188,19 @@ int main() {
                   static_cast<int>(tally.broken), tally.largest_share, static_cast<int>(tally.wrong_without));
       broken += tally.broken + (tally.rows == 0) + (tally.wrong_without == 0);
     }
+  }
+  for (const Isa* isa : cases::instruction_sets()) {
+    if (!isa->supported()) continue;
+    Tally tally;
+    for (const cases::Case& c : cases::CASES)
+      for (const auto& [n, k, d] : SHAPES)
+        for (double rest : {0.0, 1e-6, 0.05, 1.0})
+          for (Metric metric : {Metric::l2, Metric::dot}) check_projection(*isa, c, metric, n, k, d, rest, tally);
+    std::printf(
+        "%s, short vectors: %d rows, %d beyond the bound, at most %.3f of it reached, %d beyond a bound of zero\n",
+        isa->name, static_cast<int>(tally.rows), static_cast<int>(tally.broken), tally.largest_share,
+        static_cast<int>(tally.wrong_without));
+    broken += tally.broken + (tally.rows == 0) + (tally.wrong_without == 0) + check_choice(*isa);
   }
   std::printf("%d broken\n", static_cast<int>(broken));
   return broken != 0;

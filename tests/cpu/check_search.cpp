@@ -61,8 +61,10 @@ const char* name_of(Precision precision) {
       return "direct";
     case Precision::float32:
       return "float32";
-    default:
+    case Precision::int16:
       return "int16";
+    default:
+      return "projected";
   }
 }
 
@@ -152,7 +154,8 @@ int64_t check_copies(const Isa& isa, const fastvq::Tier& tier, int64_t k, int64_
 
 int main() {
   constexpr int64_t SHAPES[][3] = {{1, 1, 1}, {63, 100, 33}, {257, 300, 96}, {200, 31, 3}, {20, 33, 513}};
-  constexpr Precision PRECISIONS[] = {Precision::automatic, Precision::direct, Precision::float32, Precision::int16};
+  constexpr Precision PRECISIONS[] = {Precision::automatic, Precision::direct, Precision::float32, Precision::int16,
+                                      Precision::projected};
   int64_t wrong = 0, checked = 0;
   for (const Isa* isa : cases::instruction_sets()) {
     if (!isa->supported()) {

@@ -256,10 +256,10 @@ def processor_has(isa):
 
 
 TIERS = {
-    "portable": ["", "direct", "float32"],
-    "avx2": ["", "direct", "float32", "int16"],
-    "avx512": ["", "direct", "float32"],
-    "avx512_vnni": ["", "direct", "float32", "int16"],
+    "portable": ["", "direct", "float32", "projected"],
+    "avx2": ["", "direct", "float32", "int16", "projected"],
+    "avx512": ["", "direct", "float32", "projected"],
+    "avx512_vnni": ["", "direct", "float32", "int16", "projected"],
 }
 
 

@@ -1,0 +1,51 @@
+// The first pass of a search whose codes lie in few directions: a cheap tier on short vectors, and candidates by whole
+// ones.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "bound.h"
+#include "matrix.h"
+#include "packed.h"
+#include "projection.h"
+#include "row_block.h"
+
+namespace fastvq {
+
+class ProjectedPass {
+ public:
+  // `packed` holds the short vectors of the codes.
+  ProjectedPass(const Isa& isa, const Frame& frame, const Projection& projection, const PackedTier& packed,
+                const Matrix& x, const Matrix& codes)
+      : isa_(isa),
+        frame_(frame),
+        projection_(projection),
+        packed_(packed),
+        x_(x),
+        codes_(codes),
+        bound_(projection.frame(), packed, projection.columns()) {}
+
+  // Writes the indices of the rows. Rows that whole vectors serve better are appended to `deferred` instead, and all
+  // remaining rows once these are many. The first block has `first_block` rows.
+  void run(const RowRange& rows, int64_t* indices, std::vector<int64_t>& deferred, int64_t first_block) const;
+
+ private:
+  struct Workspace;
+
+  void load(const RowRange& rows, int64_t first, int64_t count, Workspace& work) const;
+  void search_tile(int64_t first, int64_t count, Workspace& work) const;
+  void lower_limits(int64_t begin, int64_t end, int64_t first, int64_t count, Workspace& work) const;
+  int64_t drop_distant(int64_t place, int64_t count, Workspace& work) const;
+  int64_t decide(int64_t row, int64_t slot, Workspace& work) const;
+  bool far_codes_lose(double norm, double limit) const;
+
+  const Isa& isa_;
+  const Frame& frame_;
+  const Projection& projection_;
+  const PackedTier& packed_;
+  const Matrix x_, codes_;
+  const Bound bound_;
+};
+
+}  // namespace fastvq
