@@ -14,7 +14,7 @@ import torch
 import fastvq
 from fastvq.backends import native
 
-from .data import DATA, LATENT_DIM, OTHER_SHAPES, SHAPES, Shape, clustered
+from .data import DATA, DIRECTED_DIM, LATENT_DIM, OTHER_SHAPES, SHAPES, Shape, clustered
 from .measure import in_fresh_process, measure_search
 from .peers import CONTESTANTS, NATIVE, PEERS, PRODUCT, instruction_set
 from .training import PEER, RESIDUAL_STEP, STAGES, STEPS, measure_step
@@ -46,7 +46,9 @@ def run_suite(*, command: str) -> dict[str, Any]:
         search_record(shape, data)
         for shape in SHAPES
         for data in DATA
-        if data != "latents" or (shape.d == LATENT_DIM and shape.n > 64)
+        if data in ("gaussian", "clustered")
+        or (data == "latents" and shape.d == LATENT_DIM and shape.n > 64)
+        or (data == "directed" and shape.d == DIRECTED_DIM and shape.n > 64)
     ]
     document["other"] = [search_record(shape, "clustered", budget=1.5) for shape in OTHER_SHAPES]
     document["forced"] = [forced_record(tier, shape) for tier, shapes in FORCED.items() for shape in shapes]

@@ -18,6 +18,7 @@ from fastvq.bench.data import Shape, from_file
 from fastvq.bench.gpu import report as gpu_report
 from fastvq.bench.peers import NATIVE, PRODUCT, Contestant
 from fastvq.cli.main import main
+from fastvq.errors import BenchError
 
 ROOT = Path(__file__).parents[2]
 TINY = Shape(48, 24, 8)
@@ -76,7 +77,7 @@ class TestOneShape:
             (["--dtype=int8"], "--dtype: must be one of float32, float16, bfloat16, got 'int8'"),
             (
                 ["--data=uniform"],
-                "gaussian, clustered, latents or the path of an .npy file, got 'uniform'",
+                "gaussian, clustered, directed, latents or the path of an .npy file, got 'uniform'",
             ),
             (["--data=absent.npy"], "--data: absent.npy doesn't exist"),
             (["--data=latents"], "--data: latents have D=64, got D=8"),
@@ -256,6 +257,15 @@ class TestMeasuring:
             spread[kind] = (two[:, 0] / two[:, 1]).mean().item()
         assert spread["clustered"] < 0.25
         assert spread["gaussian"] > 0.75
+
+    def test_directed_data_lie_near_few_directions(self):
+        x, codebook = data.directed(Shape(3000, 2000, 40))
+        for vectors in (x, codebook):
+            squares = torch.linalg.svdvals(vectors).square()
+            shares = squares.cumsum(0) / squares.sum()
+            assert [shares[d - 1].item() for d in (4, 8, 16)] == pytest.approx([0.87, 0.97, 0.995], abs=0.01)
+        with pytest.raises(BenchError, match="D above 16, got D=16"):
+            data.directed(Shape(10, 10, 16))
 
     def test_latents_are_trained_once(self, monkeypatch, tmp_path):
         calls = []
