@@ -83,7 +83,10 @@ class Checkpoint:
         """
         given = self.part("model")
         for name, own in model.state_dict().items():
-            if name in given and own.dtype.is_floating_point != given[name].dtype.is_floating_point:
+            # Flags such as `initted` were bool in earlier checkpoints, as in those of vector_quantize_pytorch.
+            if name not in given or given[name].dtype == torch.bool:
+                continue
+            if own.dtype.is_floating_point != given[name].dtype.is_floating_point:
                 raise ValueError(f"model.{name} is {given[name].dtype}, expected {own.dtype}")
         try:
             model.load_state_dict(given)

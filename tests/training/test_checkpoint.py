@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastvq
 from fastvq.errors import CheckpointError
 from fastvq.training import TrainConfig, checkpoint
 from fastvq.training.metrics import MetricsLog, read_metrics
@@ -133,6 +134,20 @@ def test_format_1_is_read(tmp_path: Path) -> None:
     as_format_1(folder, format=2)
     with pytest.raises(CheckpointError, match=r"checkpoint.json does not match its SHA-256"):
         checkpoint.load_latest(tmp_path)
+
+
+def test_flags_of_earlier_checkpoints_are_read() -> None:
+    """They were bool before they were float32."""
+    trained, fresh = (fastvq.VectorQuantize(4, 8, kmeans_init=True) for _ in range(2))
+    trained(torch.randn(1, 32, 4))
+    tensors = {f"model.{name}": value for name, value in trained.state_dict().items()}
+    name = "model._codebook.initted"
+    saved = dataclasses.replace(small_checkpoint(3), tensors=tensors | {name: tensors[name].bool()})
+    saved.load_model(fresh)
+    assert fresh._codebook.initted
+    assert torch.equal(fresh.codebook, trained.codebook)
+    with pytest.raises(ValueError, match=r"initted is torch.int64, expected torch.float32"):
+        dataclasses.replace(saved, tensors=tensors | {name: tensors[name].long()}).load_model(fresh)
 
 
 def test_a_checkpoint_of_another_version_is_not_called_damaged(tmp_path: Path) -> None:
