@@ -196,10 +196,15 @@ def exclusive(folder: StrPath) -> Iterator[None]:
                 os.close(held.descriptor)
 
 
+def lock_of(folder: StrPath) -> Path:
+    """Return the file that `exclusive` locks; it stays there."""
+    return Path(folder) / _LOCK
+
+
 def _open_lock(folder: Path) -> int:
     """Return the descriptor of the folder's lock file, locked."""
     flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(folder / _LOCK, flags, 0o666)
+    descriptor = os.open(lock_of(folder), flags, 0o666)
     try:
         locked = _lock(descriptor)
         if locked is None:

@@ -11,3 +11,5 @@ FAILED = 2
 """Exit status after an invalid request."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it."""
+UNREAD = 141
+"""Exit status when nobody reads the output any more, as shells report it."""

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
 
     given = {name: getattr(options, name) for name in Limits._fields if getattr(options, name) is not None}
     limits = Limits(**given)
-    if options.out.endswith(".npy"):
+    if Path(options.out).suffix.lower() == ".npy":
         lines = decode_array(options.source, options.out, run=options.run_folder, limits=limits)
     elif options.run_folder is None:
         raise CodingError("--run: needed to decode images, by the model of that run; for indices, OUT ends in .npy")

@@ -50,8 +50,8 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.runs.encode import encode_array, encode_held_out, encode_images
 
     sources, model, skip = options.sources, options.model, options.skip_unreadable
-    arrays = [source for source in sources if Path(source).suffix == ".npy"]
-    check_sources(sources, held_out=options.held_out)
+    arrays = [source for source in sources if Path(source).suffix.lower() == ".npy"]
+    check_sources(sources, held_out=options.held_out, data=options.data)
     if not options.held_out and not sources:
         raise CodingError("IN: give images, folders, an .npy file of indices, or --held-out")
     if arrays and len(sources) > 1:

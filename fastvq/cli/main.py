@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO
 import fastvq
 from fastvq.errors import ConfigError, FastvqError
 
-from . import FAILED, INTERRUPTED, bench, decode, demo, encode, info, prior, reconstruct, sample, train
+from . import FAILED, INTERRUPTED, UNREAD, bench, decode, demo, encode, info, prior, reconstruct, sample, train
 
 COMMANDS: dict[str, ModuleType] = {
     "info": info,
@@ -32,7 +32,7 @@ COMMANDS: dict[str, ModuleType] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 2 after an invalid request, 130 after Ctrl-C."""
+    """Run one command and return its exit status: 0, 2 after an invalid request, 130 after Ctrl-C, 141 unread."""
     options = _parser().parse_args(arguments)
     try:
         if options.run is not info.run:
@@ -40,13 +40,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _warnings_in_one_line():
             # The parser needs neither the ops nor torch.
             importlib.import_module("fastvq.functions")
-            return options.run(options)
+            status = options.run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader, such as `head`, has ended; nothing more can be said to it, also not at the interpreter's end.
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        return UNREAD
     except (FastvqError, OSError, FloatingPointError) as error:
         print(f"fastvq: {_with_options(_text(error), options.named)}", file=sys.stderr)
+        return FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print("fastvq: out of memory: try smaller settings, such as a smaller batch or model", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("\nfastvq: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory is used up; torch's CPU allocator raises a mere RuntimeError."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )
 
 
 def _refuse_ranks() -> None:
@@ -103,13 +125,14 @@ class _CommandParser(_Parser):
 def _with_options(message: str, named: dict[str, str]) -> str:
     """Return an error's message with options in place of the names of arguments.
 
-    A name of one word may be an ordinary word: it stands for the option only where the message begins with it.
+    A name of one word may be an ordinary word: it stands for the option only where the message begins with it, or with
+    another one "and" it.
     """
     for name, option in named.items():
         if "_" in name:
             message = re.sub(rf"(?<![\w./-]){name}(?![\w./-])", option, message)
         else:
-            message = re.sub(rf"^{name}(?=:? )", option, message)
+            message = re.sub(rf"^((?:--[\w-]+ and )?){name}(?=:? )", rf"\g<1>{option}", message)
     return message
 
 

@@ -48,11 +48,13 @@ def add_skip_unreadable(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_sources(sources: Sequence[str], *, held_out: bool) -> None:
-    """Raise a DataError if images are given beside `--held-out`, or its name is given as an image."""
+def check_sources(sources: Sequence[str], *, held_out: bool, data: str | None) -> None:
+    """Raise a DataError if images are given beside `--held-out` or `--data`, or the former's name as an image."""
     if held_out and sources:
         raise DataError(f"held_out: takes no other images, got {', '.join(sources)}")
-    if "held-out" in sources and not Path("held-out").exists():
+    if data is not None and sources:
+        raise DataError(f"data: only says where held-out images are, has no effect on {', '.join(sources)}")
+    if any(Path(source) == Path("held-out") for source in sources) and not Path("held-out").exists():
         raise DataError("held-out does not exist: the run's held-out images are --held-out")
 
 

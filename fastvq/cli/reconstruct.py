@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     """Draw the images beside their reconstructions, and print their PSNR."""
     from fastvq.runs.reconstruct import reconstruct_files, reconstruct_held_out
 
-    check_sources(options.images, held_out=options.held_out)
+    check_sources(options.images, held_out=options.held_out, data=options.data)
     if options.images:
         skip = options.skip_unreadable
         lines = reconstruct_files(options.run_folder, options.images, options.out, skip_unreadable=skip)

@@ -67,7 +67,9 @@ def load_folder(
 
 
 def image_files(root: StrPath) -> list[Path]:
-    """Return the images in a folder and its subfolders, in the order of their paths; hidden files are left out.
+    """Return the images in a folder and its subfolders, in the order of their paths.
+
+    Hidden files are left out, and all files in hidden folders, which hold thumbnails or files that are being written.
 
     Raises:
         DataError: no such folder, or none with images.
@@ -76,12 +78,17 @@ def image_files(root: StrPath) -> list[Path]:
     if not root.is_dir():
         raise DataError(f"{root} is not a folder" if root.exists() else f"{root} doesn't exist")
     paths = sorted(
-        (path for path in root.rglob("[!.]*") if path.suffix.lower() in SUFFIXES and path.is_file()),
+        (path for path in root.rglob("[!.]*") if is_image(path.relative_to(root)) and path.is_file()),
         key=lambda path: path.relative_to(root).as_posix(),
     )
     if not paths:
         raise DataError(f"{root} holds no images (files that end in {', '.join(sorted(SUFFIXES))})")
     return paths
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a path inside a folder of images is that of an image: by its ending, and not hidden."""
+    return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
 def read_images(

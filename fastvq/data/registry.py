@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastvq.errors import ConfigError
+
 if TYPE_CHECKING:
     from fastvq.files import StrPath
 
@@ -62,6 +64,27 @@ def describe_choices() -> str:
 def name_of(data: str) -> str:
     """Return the name in reports and pictures of the data set or folder that a setting `data` names."""
     return DATA_SETS[data].name if data in DATA_SETS else folder_name(data)
+
+
+def check_outside(output: StrPath, data: str, name: str) -> None:
+    """Raise a ConfigError if an output lies in the folder of images that a setting `data` names.
+
+    There it would be taken for an image, so that the data differ from those that a run was trained on, or replace one.
+    What is hidden in the folder is no image.
+
+    Args:
+        output: the file or folder to write.
+        data: a data set's name, which any output may be beside, or a folder.
+        name: the argument that the output was given as.
+    """
+    if data in DATA_SETS:
+        return
+    root, path = Path(data).resolve(), Path(output).resolve()
+    if path.is_relative_to(root) and not any(part.startswith(".") for part in path.relative_to(root).parts):
+        raise ConfigError(
+            f"{name}: {output} lies in {data}, whose images a run learns from: pictures there would change them; choose"
+            " a place outside"
+        )
 
 
 def folder_name(root: StrPath) -> str:

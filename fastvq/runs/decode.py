@@ -15,7 +15,7 @@ from fastvq.files import StrPath, check_new, whole, whole_folder
 from fastvq.messages import counted
 
 from .load import load_model, load_prior
-from .outputs import check_ending, is_folder
+from .outputs import check_ending, check_outside_data, is_folder
 
 _BATCH = 100
 _DEFAULT = coding.Limits()
@@ -40,6 +40,7 @@ def decode_images(run: StrPath, source: StrPath, path: StrPath, *, limits: codin
     check_ending(path, sorted(WRITTEN), folder="images", also=_FOR_INDICES)
     if is_folder(path):
         check_new(Path(path))
+    check_outside_data(path, run)
     vqvae, config = load_model(run)
     data = coding.load(source)
     side = config.image_size // 2**config.downsamples

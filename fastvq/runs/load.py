@@ -47,6 +47,8 @@ def load_model(run: StrPath) -> tuple[VQVAE, TrainConfig]:
 def run_images(run: StrPath, data: StrPath | None = None) -> Images:
     """Return the data set that a run was trained on.
 
+    Files that cannot be read are left out with a `SkippedFilesWarning`: the fingerprint tells whether one is missing.
+
     Args:
         run: folder of the run.
         data: where the data set is now: a name in `DATA_SETS` or a folder; by default where it was.
@@ -56,7 +58,7 @@ def run_images(run: StrPath, data: StrPath | None = None) -> Images:
         DataError: the data are missing, or differ from those that the run was trained on.
     """
     checkpoint = load_latest(run)
-    config = checkpoint.config
+    config = dataclasses.replace(checkpoint.config, skip_unreadable=True)
     if data is not None:
         config = dataclasses.replace(config, data=str(data) if str(data) in DATA_SETS else str(Path(data).resolve()))
     try:

@@ -6,8 +6,11 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from fastvq.data.folder import SUFFIXES
+from fastvq.data.registry import check_outside
 from fastvq.errors import ConfigError
 from fastvq.files import StrPath
+from fastvq.training.checkpoint import load_latest
 
 
 def is_folder(path: StrPath) -> bool:
@@ -37,3 +40,17 @@ def check_no_source(path: StrPath, sources: Sequence[StrPath]) -> None:
     for source in sources:
         if output.exists() and (output == Path(source).resolve() or Path(source).resolve() in output.parents):
             raise ConfigError(f"out would replace {os.fspath(path)}, one of the images: give another file")
+
+
+def check_outside_data(path: StrPath, run: StrPath, data: StrPath | None = None) -> None:
+    """Raise a ConfigError if an output would become, or replace, one of the images that a run was trained on.
+
+    Args:
+        path: the output.
+        run: folder of the run.
+        data: where its data set is now, see `run_images`.
+    """
+    if is_folder(path) or Path(path).suffix.lower() in SUFFIXES:
+        for place in (load_latest(run).config.data, data):
+            if place is not None:
+                check_outside(path, os.fspath(place), "out")

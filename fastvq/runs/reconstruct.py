@@ -14,7 +14,7 @@ from fastvq.training.evaluation import evaluate, psnr_db, reconstruct
 
 from . import plots
 from .load import load_model, run_images
-from .outputs import check_no_source
+from .outputs import check_no_source, check_outside_data
 from .pictures import RECONSTRUCTIONS_CAPTION, shown_rows, spread
 
 _SHOWN = 64
@@ -29,6 +29,7 @@ def reconstruct_held_out(run: StrPath, path: StrPath, *, data: StrPath | None = 
         data: where the data set of the run is now, see `run_images`.
     """
     plots.check_format(path)
+    check_outside_data(path, run, data)
     model, _ = load_model(run)
     images = run_images(run, data)
     evaluation = evaluate(model, images.test)
@@ -64,6 +65,7 @@ def reconstruct_files(
     """
     plots.check_format(path)
     check_no_source(path, sources)
+    check_outside_data(path, run)
     model, config = load_model(run)
     pixels, files = read_images(
         sources, image_size=config.image_size, grayscale=config.grayscale, skip_unreadable=skip_unreadable

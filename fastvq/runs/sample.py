@@ -22,7 +22,7 @@ from fastvq.training.config import check_range
 
 from . import plots
 from .load import load_prior, run_images
-from .outputs import check_ending, is_folder
+from .outputs import check_ending, check_outside_data, is_folder
 from .sample_pictures import class_name, picture_completions, picture_samples
 
 DEFAULT_COUNT = 100
@@ -64,6 +64,7 @@ def sample_run(
     """
     check_ending(path, (*plots.FORMATS, ".npy"), folder="images")
     check_range("seed", seed)
+    check_outside_data(path, run, data)
     folder, array = is_folder(path), Path(path).suffix.lower() == ".npy"
     if not folder and not array:
         for name, value in (("count", count), ("label", label)):

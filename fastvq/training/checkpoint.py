@@ -79,7 +79,7 @@ class Checkpoint:
         """Copy the weights into a model.
 
         Raises:
-            ValueError: a tensor is missing, unknown, or of another shape or kind.
+            ValueError: a tensor is missing, unknown, of another shape or kind, or has a NaN.
         """
         given = self.part("model")
         for name, own in model.state_dict().items():
@@ -88,6 +88,8 @@ class Checkpoint:
                 continue
             if own.dtype.is_floating_point != given[name].dtype.is_floating_point:
                 raise ValueError(f"model.{name} is {given[name].dtype}, expected {own.dtype}")
+            if name in given and bool(given[name].isnan().any()):
+                raise ValueError(f"model.{name} has a NaN")
         try:
             model.load_state_dict(given)
         except RuntimeError as error:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+import sys
 import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -192,15 +193,18 @@ class PriorConfig(Settings):
 
 _SMALLEST = 1e-30
 _BELOW_ONE = 1 - 1e-9
-_COUNTS = (
-    *("image_size", "codebook_size", "dim", "width", "residual_width", "depth", "heads"),
-    *("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"),
-)
+_FINITE = sys.float_info.max
+_SIDE, _DEPTH, _CODES, _COUNT = 2**16, 2**10, 2**24, 2**53
+"""Largest width, depth, K, and number that a float holds exactly: more would end in a failed allocation or a hang."""
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(_COUNTS, (1, math.inf)),
-    **dict.fromkeys(("encoder_blocks", "decoder_blocks", "warmup_steps"), (0, math.inf)),
-    **dict.fromkeys(("commitment_weight", "dead_code_threshold", "weight_decay"), (0, math.inf)),
-    **dict.fromkeys(("learning_rate", "reconstruction_variance"), (_SMALLEST, math.inf)),
+    **dict.fromkeys(("image_size", "dim", "width", "residual_width", "heads"), (1, _SIDE)),
+    **dict.fromkeys(("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"), (1, _COUNT)),
+    **dict.fromkeys(("encoder_blocks", "decoder_blocks"), (0, _DEPTH)),
+    **dict.fromkeys(("commitment_weight", "dead_code_threshold", "weight_decay"), (0, _FINITE)),
+    **dict.fromkeys(("learning_rate", "reconstruction_variance"), (_SMALLEST, _FINITE)),
+    "depth": (1, _DEPTH),
+    "codebook_size": (1, _CODES),
+    "warmup_steps": (0, _COUNT),
     **dict.fromkeys(("dropout", "label_dropout"), (0, _BELOW_ONE)),
     "test_fraction": (_SMALLEST, _BELOW_ONE),
     "downsamples": (1, 32),
@@ -237,12 +241,16 @@ def check_range(name: str, value: float) -> None:
     """Raise a ConfigError if `value` is out of the range of the setting `name`."""
     low, high = _RANGES[name]
     if not low <= value <= high:
-        raise ConfigError(f"{name} must be {_describe_range(low, high)}, got {value}")
+        raise ConfigError(f"{name} must be {_describe_range(low, high, value)}, got {value}")
 
 
-def _describe_range(low: float, high: float) -> str:
+def _describe_range(low: float, high: float, value: float) -> str:
     if high == _BELOW_ONE:
         return "between 0 and 1" if low == _SMALLEST else "at least 0 and below 1"
+    if high == _FINITE and value > high:
+        return "finite"
     if low == _SMALLEST:
         return "positive"
-    return f"at least {low}" if high == math.inf else f"between {low} and {high}"
+    if high in (_SIDE, _DEPTH, _CODES, _COUNT):
+        return f"at most {high}" if value > high else f"at least {low}"
+    return f"at least {low}" if high == _FINITE else f"between {low} and {high}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastvq.backends import devices
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.extras import require
-from fastvq.files import StrPath, delete_abandoned, delete_folder, exclusive
+from fastvq.files import StrPath, delete_abandoned, delete_folder, exclusive, lock_of
 
 from .checkpoint import Checkpoint, checkpoint_folders, damage_named, load_latest, save
 from .config import Settings
@@ -39,7 +39,7 @@ class Loop(Generic[EvaluationT]):
 
     A resumed run keeps its settings, but may have more steps: from there on the learning rate follows the schedule of
     the new number, and so rises again where the old number had brought it to zero. It may also have another path to
-    the same data.
+    the same data, and files beside them that cannot be read.
 
     A subclass defines a step (`learn`), the record of the steps since the last record (`recent`), the evaluation on
     held-out data (`evaluate`), and the state that a checkpoint holds besides model and optimizer (`more_state`).
@@ -99,9 +99,14 @@ class Loop(Generic[EvaluationT]):
 
         Raises:
             CheckpointError: `resume` and there is no checkpoint, it is damaged, or the data differ; not `resume` and
-                the folder already holds a run; another process or thread is writing there.
+                the folder already holds a run, or metrics of something else; another process or thread is writing
+                there.
             ConfigError: `resume` and the settings differ from the checkpoint's, other than by more steps.
         """
+        metrics = self.folder / "metrics.jsonl"
+        # Every training has begun by locking its folder.
+        if not resume and metrics.exists() and metrics.stat().st_size and not lock_of(self.folder).exists():
+            raise CheckpointError(f"{metrics} was not written by a training in this folder: choose another folder")
         with exclusive(self.folder) if self.folder.is_dir() else contextlib.nullcontext():
             if resume:
                 self._restore(load_latest(self.folder, type(self.config)))
@@ -224,8 +229,9 @@ class Loop(Generic[EvaluationT]):
     def _restore(self, checkpoint: Checkpoint) -> None:
         changes = checkpoint.config.differences(self.config)
         _, steps = changes.pop("steps", (0, None))
-        # The fingerprint tells whether the data at another path are the same.
+        # The fingerprint tells whether the data at another path, or without the unreadable files, are the same.
         old_data, data = changes.pop("data", 2 * (getattr(self.config, "data", "the model of these indices"),))
+        changes.pop("skip_unreadable", None)
         if changes:
             listed = ", ".join(f"{name} from {old!r} to {new!r}" for name, (old, new) in changes.items())
             raise ConfigError(f"a resumed run keeps its settings, but these changed: {listed}")

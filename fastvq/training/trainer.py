@@ -8,6 +8,7 @@ from torch import Tensor
 import fastvq
 from fastvq.data import Images
 from fastvq.data.images import to_float
+from fastvq.data.registry import check_outside
 from fastvq.errors import CodebookError, DataError
 from fastvq.files import StrPath
 from fastvq.models import VQVAE
@@ -36,7 +37,8 @@ class Trainer(Loop[Evaluation]):
         DataError: there are fewer images than a batch needs.
         CheckpointError: `resume` and there is no checkpoint, it is damaged, or the data differ; not `resume` and the
             folder already holds a run.
-        ConfigError: `resume` and the settings differ from the checkpoint's; the device does not exist.
+        ConfigError: `resume` and the settings differ from the checkpoint's; the device does not exist; the folder lies
+            among the images, which its pictures would become a part of.
     """
 
     config: TrainConfig
@@ -48,6 +50,7 @@ class Trainer(Loop[Evaluation]):
                 f"batch_size must be at most {len(images.train)}, the number of training images,"
                 f" got {config.batch_size}"
             )
+        check_outside(folder, config.data, "out")
         self.images = images
         self.device = usable_device(config.device)
         torch.manual_seed(config.seed)

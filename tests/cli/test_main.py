@@ -124,6 +124,104 @@ def test_train_without_a_bottleneck(tmp_path: Path, images: Path, capsys: pytest
     assert not (run / "indices.png").exists()
 
 
+def test_a_run_lies_outside_of_its_images(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--image-size=16", *TINY, "--steps=2"]
+    monkeypatch.chdir(images)
+    for out in (images / "run", images, Path("run"), Path()):
+        assert main(["train", f"--out={out}", "--data=.", *arguments]) == 2
+        assert f"--out: {out} lies in {images}, whose images" in capsys.readouterr().err
+    assert len(list(images.iterdir())) == 40
+    assert main(["train", "--out=.run", "--data=.", *arguments]) == 0
+    assert main(["train", "--out=.run", "--resume", "--steps=3"]) == 0
+
+
+def test_metrics_of_something_else_are_kept(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "mine"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 2.0}\n')
+    assert main(["train", f"--out={run}", f"--data={images}", "--image-size=16", *TINY, "--steps=2"]) == 2
+    assert "metrics.jsonl was not written by a training in this folder" in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
+
+
+def test_unreadable_files_that_come_later_change_nothing(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", f"--out={run}", f"--data={images}", "--image-size=16", *TINY, "--steps=2"]
+    assert main(arguments) == 0
+    (images / "torn.jpg").write_bytes(b"")
+    capsys.readouterr()
+    assert main(["reconstruct", str(run), "--out", str(tmp_path / "x.png")]) == 0
+    assert "skipped 1 file of 41" in capsys.readouterr().err
+    assert main(["train", f"--out={run}", "--resume", "--steps=3"]) == 2
+    assert "--skip-unreadable leaves such files out" in capsys.readouterr().err
+    assert main(["train", f"--out={run}", "--resume", "--steps=3", "--skip-unreadable"]) == 0
+    (images / "torn.jpg").unlink()
+    assert main(["train", f"--out={run}", "--resume", "--steps=4", "--no-skip-unreadable"]) == 0
+    (images / "00.png").write_bytes(b"")
+    assert main(["reconstruct", str(run), "--out", str(tmp_path / "x.png")]) == 2
+    assert "the data differ" in capsys.readouterr().err
+
+
+def test_nobody_reads_the_output_any_more(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(options: Any) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("fastvq.cli.encode.run", broken)
+    assert main(["encode", "a.npy", "a.fvq"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")]
+)
+def test_used_up_memory_is_an_error_in_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(options: Any) -> int:
+        raise error
+
+    monkeypatch.setattr("fastvq.cli.encode.run", fail)
+    assert main(["encode", "a.npy", "a.fvq"]) == 2
+    assert re.fullmatch(r"fastvq: out of memory: .*\n", capsys.readouterr().err)
+
+
+def test_endings_are_read_in_any_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, coded, back = tmp_path / "I.NPY", tmp_path / "i.FVQ", tmp_path / "BACK.NPY"
+    with source.open("wb") as file:
+        np.save(file, np.arange(6).reshape(2, 3))
+    assert main(["encode", str(source), str(coded)]) == 0
+    assert main(["decode", str(coded), str(back)]) == 0
+    with back.open("rb") as file:
+        assert np.array_equal(np.load(file), np.arange(6).reshape(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "a.png", "a.fvq", "--run=r", "--data=d"], "--data: only says where held-out images are"),
+        (["reconstruct", "r", "a.png", "--out=x.png", "--data=d"], "--data: only says where held-out images are"),
+        (["encode", "./held-out", "a.fvq", "--run=r"], "the run's held-out images are --held-out"),
+        (["reconstruct", "r", "held-out/", "--out=x.png"], "the run's held-out images are --held-out"),
+        (["prior", "r", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["demo", "--out=r", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+    ],
+)
+def test_what_has_no_effect_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_folder_is_color_by_default_and_resumes_from_anywhere(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

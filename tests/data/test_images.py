@@ -197,8 +197,11 @@ def test_sixteen_bit_and_transparent_images_keep_their_look(tmp_path: Path) -> N
         read_image(tmp_path / "float.tiff", image_size=8, grayscale=True)
 
 
-def test_hidden_files_are_ignored(folder: Path) -> None:
+def test_hidden_files_and_folders_are_ignored(folder: Path) -> None:
     (folder / "._hidden.png").write_bytes(b"not an image")
+    for hidden in (".thumbnails", "below/.fastvq-0123456789abcdef.tmp/deeper"):
+        (folder / hidden).mkdir(parents=True)
+        (folder / hidden / "000000.png").write_bytes(b"not an image")
     assert len(load_folder(folder, image_size=8, grayscale=True, test_fraction=0.5).train) > 0
 
 

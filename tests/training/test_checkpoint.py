@@ -244,6 +244,16 @@ def test_garbage_behind_a_right_digest_is_named(tmp_path: Path) -> None:
             checkpoint.load_latest(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.weight", "model.bias"])
+def test_weights_with_a_nan_are_named(tmp_path: Path, name: str) -> None:
+    model = torch.nn.Linear(3, 2)
+    tensors = {f"model.{key}": value.clone() for key, value in model.state_dict().items()}
+    checkpoint.Checkpoint(3, 1.5, SETTINGS, "data", tensors).load_model(model)
+    tensors[name].view(-1)[1] = float("nan")
+    with pytest.raises(ValueError, match=f"^{name} has a NaN$"):
+        checkpoint.Checkpoint(3, 1.5, SETTINGS, "data", tensors).load_model(model)
+
+
 def sealed(description: object) -> bytes:
     return checkpoint.seal(description) if isinstance(description, dict) else sealed_text(json.dumps(description))
 

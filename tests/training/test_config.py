@@ -49,6 +49,11 @@ def test_a_setting_out_of_range_is_named(name: str, value: object) -> None:
         ("learning_rate", 0.0, "positive, got 0.0"),
         ("warmup_steps", -1, "at least 0, got -1"),
         ("weight_decay", -0.05, "at least 0, got -0.05"),
+        ("learning_rate", math.inf, "finite, got inf"),
+        ("weight_decay", 10**400, f"finite, got {10**400}"),
+        ("depth", 10**9, "at most 1024, got 1000000000"),
+        ("dim", 10**9, "at most 65536, got 1000000000"),
+        ("steps", 10**30, f"at most {2**53}, got {10**30}"),
         ("seed", 2**63, f"between 0 and {2**63 - 1}, got {2**63}"),
     ],
 )
@@ -66,6 +71,16 @@ def test_every_number_has_a_range(settings: type[Settings]) -> None:
             with pytest.raises(ConfigError, match=f"^{name} must be "):
                 settings(**given, **{name: math.nan})
     assert PriorConfig(dropout=0, label_dropout=0, warmup_steps=0, weight_decay=0).dim is None
+
+
+@pytest.mark.parametrize("settings", [TrainConfig, PriorConfig])
+def test_every_number_is_finite_and_bounded(settings: type[Settings]) -> None:
+    given = {"data": "folder"} if settings is TrainConfig else {}
+    for name, kind in typing.get_type_hints(settings).items():
+        if kind not in (str, bool):
+            for value in (10**400, *([math.inf] if kind is float else [])):
+                with pytest.raises(ConfigError, match=f"^{name} must be "):
+                    settings(**given, **{name: value})
 
 
 def test_an_image_size_that_the_strides_do_not_divide_is_refused() -> None:
