@@ -41,7 +41,7 @@ def usable_device(name: str) -> torch.device:
         if len(reason) > LONGEST_REASON:
             reason = f"this torch or this machine has no {name}"
     else:
-        reason = without_float64(device)
+        reason = "it has no memory to compute in" if device.type == "meta" else without_float64(device)
         if not reason:
             return device
     raise ValueError(f"device: {name!r} cannot be used here: {reason}; cpu works everywhere")

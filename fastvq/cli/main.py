@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except BrokenPipeError:
         # The reader, such as `head`, has ended; nothing more can be said to it, also not at the interpreter's end.
-        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except (FastvqError, OSError, FloatingPointError) as error:
         print(f"fastvq: {_with_options(_text(error), options.named)}", file=sys.stderr)

@@ -78,7 +78,7 @@ def image_files(root: StrPath) -> list[Path]:
     if not root.is_dir():
         raise DataError(f"{root} is not a folder" if root.exists() else f"{root} doesn't exist")
     paths = sorted(
-        (path for path in root.rglob("[!.]*") if is_image(path.relative_to(root)) and path.is_file()),
+        (path for path in root.rglob("[!.]*") if _is_image(path.relative_to(root)) and path.is_file()),
         key=lambda path: path.relative_to(root).as_posix(),
     )
     if not paths:
@@ -86,7 +86,7 @@ def image_files(root: StrPath) -> list[Path]:
     return paths
 
 
-def is_image(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     """Return whether a path inside a folder of images is that of an image: by its ending, and not hidden."""
     return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
 

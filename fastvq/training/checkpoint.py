@@ -88,7 +88,7 @@ class Checkpoint:
                 continue
             if own.dtype.is_floating_point != given[name].dtype.is_floating_point:
                 raise ValueError(f"model.{name} is {given[name].dtype}, expected {own.dtype}")
-            if name in given and bool(given[name].isnan().any()):
+            if bool(given[name].isnan().any()):
                 raise ValueError(f"model.{name} has a NaN")
         try:
             model.load_state_dict(given)
