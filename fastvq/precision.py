@@ -70,7 +70,10 @@ def may_change(value: float | Tensor) -> bool:
 
 def as_scalar(value: float | Tensor) -> Tensor:
     """Return a number as a tensor () float64, on the CPU unless it is a tensor."""
-    return value.double() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device="cpu")
+    if isinstance(value, Tensor):
+        return value.double()
+    # A sum, because compilers turn a changing number into a tensor in arithmetic alone: `full` would be compiled anew.
+    return torch.zeros((), dtype=torch.float64, device="cpu") + value
 
 
 class Unsaved:

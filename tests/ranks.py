@@ -397,6 +397,23 @@ def codebooks_that_fully_shard_has_sharded() -> None:
     fully_shard(layer)
     with pytest.raises(RuntimeError, match=r"^embed: is sharded over ranks \(a DTensor\)"):
         layer.encode(batch(0, rows=3))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    rounded = fastvq.VectorQuantize(DIM, 7, learnable_codebook=True, threshold_ema_dead_code=1e-9)
+    fully_shard(rounded, mp_policy=policy)
+    for step in range(10):  # writes that change nothing, and steps of less than bfloat16 resolves
+        quantized, _, loss = rounded(batch(step, rows=20))
+        loss.backward()
+        with torch.no_grad():
+            rounded._codebook.embed -= 1e-6 * rounded._codebook.embed.grad
+    stepped = [
+        fastvq.VectorQuantize(DIM, 7, learnable_codebook=True, in_place_codebook_optimizer=torch.optim.Adam),
+        fastvq.LatentQuantize([4] * DIM, DIM, in_place_codebook_optimizer=torch.optim.Adam),
+    ]
+    for layer_of_its_own in stepped:
+        fully_shard(layer_of_its_own)
+        x = batch(0, rows=3)
+        with pytest.raises(RuntimeError, match=r"^in_place_codebook_optimizer: its steps would be lost"):
+            layer_of_its_own(x.mT if isinstance(layer_of_its_own, fastvq.LatentQuantize) else x)
     layer.reinitialize_()
     codes = torch.randn(7, DIM, generator=torch.Generator().manual_seed(1))
     layer._codebook.set_(codes[None])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastvq import distributed
 from fastvq.functional.quantize import lookup
 from fastvq.ops import min_distance_, search
-from fastvq.precision import Unsaved, zero_statistic
+from fastvq.precision import Unsaved, widest_dtype, zero_statistic
 
 Candidates = tuple[Tensor, Tensor]
 
@@ -75,7 +75,8 @@ def spread_seeds(x: Tensor, mask: Tensor, size: int, *, together: bool) -> Candi
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007; Bahmani et al., Scalable
     K-Means++, 2012, section 3.3, for drawing several rows a round.
     """
-    distances = torch.where(mask, torch.inf, 0.0)
+    wide = widest_dtype(x.device)  # holds the squares of all float32 numbers
+    distances = torch.where(mask, torch.inf, 0.0).to(wide)
     rounds = [1]
     while sum(rounds) < size:
         rounds.append(min(sum(rounds), size - sum(rounds)))
@@ -92,7 +93,7 @@ def spread_seeds(x: Tensor, mask: Tensor, size: int, *, together: bool) -> Candi
         first = search(drawn, torch.where(taken[:, None] > 0, drawn, torch.nan))
         taken = taken * (first == torch.arange(len(first), device=first.device))
         nearest = search(x, torch.where(taken[:, None] > 0, drawn, torch.nan))
-        square = (x.float() - lookup(drawn, nearest)).square().sum(1)
+        square = (x.to(wide) - lookup(drawn, nearest)).square().sum(1)
         distances = torch.where(nearest < 0, distances, torch.minimum(distances, square))
         rows.append(drawn)
         filled.append(taken)

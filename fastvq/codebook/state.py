@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastvq import distributed
 from fastvq.functional.quantize import unit_norm
 from fastvq.ops import search
-from fastvq.precision import KeepsPrecision, Unsaved
+from fastvq.precision import KeepsPrecision, Unsaved, as_scalar
 
 from .affine import Affine
 from .candidates import Candidates
@@ -166,7 +166,7 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
         """
         ready = self.ready()
         if self._write_check.written is not None:
-            self._write_check.check("embed", self.embed)
+            self._write_check.check("embed", read(self, "embed"))
         if (ready and self.affine is None) or distributed.recomputing():
             return
         with torch.no_grad():
@@ -225,7 +225,7 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
         if "embed" in self._buffers:
             self.embed.copy_(codes)
             return
-        before = self.embed.detach().clone() if self._write_check.left else None
+        before = read(self, "embed") if self._write_check.left else None
         write_(self, "embed", codes)
         if before is not None:
             self._write_check.record(before, codes)
@@ -327,7 +327,7 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
     def _expand_weight(self, weight: Weight, counts: Tensor, sums: Tensor) -> Tensor:
         """Return the weight as (H, K) float32."""
         found = weight(sums, counts) if callable(weight) else weight
-        given = found.to(counts.device) if isinstance(found, Tensor) else counts.new_full((), found)
+        given = found.to(counts.device) if isinstance(found, Tensor) else as_scalar(found).to(counts)
         given = given[None] if given.dim() == 1 else given
         shape = (self.heads, self.size)
         if given.dim() and given.shape != shape:

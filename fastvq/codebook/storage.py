@@ -66,6 +66,23 @@ def sharded_parameters(module: nn.Module, name: str) -> Iterator[Any]:
                     yield managed.sharded_param
 
 
+def refuse_sharded(module: nn.Module, option: str) -> None:
+    """Check that `fully_shard` manages no parameter of the module, which an optimizer of its own steps.
+
+    Raises:
+        RuntimeError: it does: a step would change gathered copies, which are dropped, or what no longer is a parameter.
+    """
+    if "torch.distributed._composable_state" not in sys.modules:
+        return
+    for part in module.modules():
+        for name in part._parameters:
+            if next(sharded_parameters(part, name), None) is not None:
+                raise RuntimeError(
+                    f"{option}: its steps would be lost, since fully_shard has sharded the parameter {name}: name it in"
+                    " fully_shard's ignored_params, or let the model's optimizer step it"
+                )
+
+
 def refuse_dtensor(name: str, tensor: Tensor) -> None:
     """Check that a tensor is a plain one.
 

@@ -8,6 +8,18 @@ from torch import Tensor, nn
 from fastvq.precision import widest_dtype
 
 
+class Projected:
+    """Mixin of modules whose children project_in and project_out surround a codebook, and may be any modules."""
+
+    _modules: dict[str, nn.Module | None]
+
+    @property
+    def has_projections(self) -> bool:
+        """True unless both are identities as of now."""
+        modules = self._modules
+        return not (type(modules["project_in"]) is type(modules["project_out"]) is nn.Identity)
+
+
 def projections(
     dim: int, codebook_dim: int, *, bias: bool = True, layernorm: bool = False
 ) -> tuple[nn.Module, nn.Module]:

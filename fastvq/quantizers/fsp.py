@@ -13,7 +13,7 @@ from fastvq.codebook.health import LevelUse
 from fastvq.parts.indices import Radix, checked_indices, checked_levels, join_levels
 from fastvq.parts.losses import VectorNorm
 from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask, masked_mean
-from fastvq.parts.projection import project_codes_out, projections
+from fastvq.parts.projection import Projected, project_codes_out, projections
 from fastvq.parts.scalar import CUMULATIVE, Thresholds, with_slope
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
 from fastvq.precision import at_least_float32
@@ -29,7 +29,7 @@ def build_cdf_act(act_name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[
     return CUMULATIVE[act_name].apply, CUMULATIVE[act_name].inverse
 
 
-class FSP(LevelUse, Radix, nn.Module):
+class FSP(Projected, LevelUse, Radix, nn.Module):
     """Finite scalar perturbation quantizer with the API of vector_quantize_pytorch.
 
     Each coordinate is mapped to its probability under a distribution, which is quantized to bins of equal probability.
@@ -80,7 +80,6 @@ class FSP(LevelUse, Radix, nn.Module):
         self.codebook_dim, self.codebook_size = len(sizes), math.prod(sizes)
         self.dim = self.codebook_dim if dim is None else dim
         self.channel_first = channel_first
-        self.has_projections = self.dim != self.codebook_dim
         self.project_in, self.project_out = projections(self.dim, self.codebook_dim, bias=projection_has_bias)
         self._set_radix(sizes)
         self.act_name = act_name

@@ -21,7 +21,7 @@ from fastvq.parts.indices import (
     join_levels,
 )
 from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask, masked_mean
-from fastvq.parts.projection import project_codes_out, projections, rotate
+from fastvq.parts.projection import Projected, project_codes_out, projections, rotate
 from fastvq.parts.scalar import Bound
 from fastvq.parts.shapes import Layout, Options, codes_in_layout
 from fastvq.precision import KeepsBuffers, as_scalar, may_change
@@ -41,7 +41,7 @@ SEQUENCES: Options = {(first, 1): f"channel_first={first}" for first in (True, F
 """Images and video have their channels first in any case."""
 
 
-class FSQ(LevelUse, KeepsBuffers, Radix, nn.Module):
+class FSQ(Projected, LevelUse, KeepsBuffers, Radix, nn.Module):
     """Finite scalar quantizer with the API of vector_quantize_pytorch.
 
         quantized = project_out(code),   code_i = the nearest level of bound(project_in(z)_i)
@@ -132,7 +132,6 @@ class FSQ(LevelUse, KeepsBuffers, Radix, nn.Module):
         self.preserve_symmetry, self.noise_dropout = preserve_symmetry, noise_dropout
         self.bound_hard_clamp, self.orthogonal_rotation = bound_hard_clamp, orthogonal_rotation
 
-        self.has_projections = self.dim != self.effective_codebook_dim
         self.project_in, self.project_out = projections(self.dim, self.effective_codebook_dim, bias=projection_has_bias)
         self._set_radix(levels)
         self._bound = Bound(levels, symmetric=preserve_symmetry, hard=bound_hard_clamp)

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastvq.codebook.health import LevelUse
+from fastvq.codebook.storage import refuse_sharded
 from fastvq.distributed import mean, recomputing, tie_parameters
 from fastvq.ops import search
 from fastvq.parts.gradients import straight_through
 from fastvq.parts.indices import Radix, checked_indices, checked_levels, join_levels
 from fastvq.parts.masking import exclude_non_finite, finite_mask, masked_mean
-from fastvq.parts.projection import project_codes_out, projections
+from fastvq.parts.projection import Projected, project_codes_out, projections
 from fastvq.parts.shapes import Layout, codes_in_layout
 from fastvq.precision import at_least_float32, constant
 
 
-class LatentQuantize(LevelUse, Radix, nn.Module):
+class LatentQuantize(Projected, LevelUse, Radix, nn.Module):
     """Latent quantizer with the API of vector_quantize_pytorch.
 
         quantized = project_out(v),   v_i = values_i[level_i],   level_i = argmin_k |project_in(z)_i - values_ik|
@@ -93,7 +94,6 @@ class LatentQuantize(LevelUse, Radix, nn.Module):
         self.num_codebooks = num_codebooks
         self.effective_codebook_dim = self.codebook_dim * num_codebooks
         self.keep_num_codebooks_dim = bool(keep_num_codebooks_dim) or num_codebooks > 1
-        self.has_projections = dim != self.effective_codebook_dim
         self.project_in, self.project_out = projections(dim, self.effective_codebook_dim)
         for name, weight in (
             ("commitment_loss_weight", commitment_loss_weight),
@@ -219,6 +219,7 @@ class LatentQuantize(LevelUse, Radix, nn.Module):
         """
         optimizer = self.in_place_codebook_optimizer
         assert optimizer is not None
+        refuse_sharded(self.values_per_latent, "in_place_codebook_optimizer")
         levels = self._nearest(latents).clamp_min(0)
         pull = torch.where(mask[..., None, None], self._values_of(levels) - latents, 0)
         elements = (mask.sum() * self.effective_codebook_dim).clamp_min(1)

@@ -12,7 +12,7 @@ from fastvq.parts.binary import soft_clamp
 from fastvq.parts.dropout import ActiveStages
 from fastvq.parts.indices import checked_indices, checked_levels
 from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask
-from fastvq.parts.projection import project_codes_out, projections
+from fastvq.parts.projection import Projected, project_codes_out, projections
 from fastvq.parts.shapes import Layout, channel_first_options, codes_in_layout
 from fastvq.precision import Unsaved, constant, widest_dtype
 
@@ -23,7 +23,7 @@ from .residual import ResidualStack
 IS_CHANNEL_FIRST = channel_first_options("is_channel_first")
 
 
-class ResidualFSQ(Unsaved, ResidualStack):
+class ResidualFSQ(Unsaved, Projected, ResidualStack):
     """Residual stack of `FSQ` with the API of vector_quantize_pytorch.
 
         r_0 = c tanh(project_in(x) / c),   code_q = s_q FSQ(r_q / s_q),   r_{q+1} = r_q - sg[code_q]
@@ -87,7 +87,6 @@ class ResidualFSQ(Unsaved, ResidualStack):
         self.is_channel_first = is_channel_first
         self._set_dropout(num_quantizers, quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
 
-        self.has_projections = self.dim != len(sizes)
         self.project_in, self.project_out = projections(self.dim, len(sizes))
         self.layers = nn.ModuleList(
             FSQ(sizes, dim=len(sizes), preserve_symmetry=True, bound_hard_clamp=bound_hard_clamp, **settings)

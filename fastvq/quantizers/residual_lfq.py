@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from fastvq.parts.projection import project_codes_out, projections
+from fastvq.parts.projection import Projected, project_codes_out, projections
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout
 from fastvq.precision import at_least_float32
 
@@ -16,7 +16,7 @@ from .lfq import LFQ, rows_and_mask
 from .residual import ResidualStack
 
 
-class ResidualLFQ(ResidualStack):
+class ResidualLFQ(Projected, ResidualStack):
     """Residual stack of `LFQ` with the API of vector_quantize_pytorch: D bits at each of Q stages.
 
         r_0 = project_in(x),   quantized = project_out(sum_q LFQ_q(r_q)),   r_{q+1} = r_q - sg[LFQ_q(r_q)]
@@ -61,7 +61,6 @@ class ResidualLFQ(ResidualStack):
         self.dim = dim
         self.channel_first = channel_first
         bits = max(codebook_size, 1).bit_length() - 1
-        self.has_projections = bits != dim
         self.project_in, self.project_out = projections(dim, bits)
         self.layers = nn.ModuleList()
         for place in range(num_quantizers):

@@ -20,7 +20,7 @@ from fastvq.parts.beam import Stage, beam_search
 from fastvq.parts.dropout import ActiveStages
 from fastvq.parts.gradients import directional_reparam, scale_gradient
 from fastvq.parts.masking import exclude_non_finite, nan_fill
-from fastvq.parts.projection import project_codes_out, projections
+from fastvq.parts.projection import Projected, project_codes_out, projections
 from fastvq.parts.shapes import Layout, codes_in_layout, layout_of
 from fastvq.parts.tables import Implicit, NeuralCodes, Shared, Table
 
@@ -28,7 +28,7 @@ from .residual import ResidualStack
 from .vector_quantize import VectorQuantize
 
 
-class ResidualVQ(ResidualStack):
+class ResidualVQ(Projected, ResidualStack):
     """Residual vector quantizer with one code for each stage, with the API of vector_quantize_pytorch.
 
         r_0 = project_in(x),   index_q = argmin_k |r_q - e_qk|^2,   r_{q+1} = r_q - sg[e_q,index_q]
@@ -142,7 +142,6 @@ class ResidualVQ(ResidualStack):
 
         self._history = History()
         self.project_in, self.project_out = projections(dim, codebook_dim)
-        self.has_projections = codebook_dim != dim
         self.layers = nn.ModuleList([VectorQuantize(dim=codebook_dim, codebook_size=k, **settings) for k in sizes])
         if any(stage.has_projections for stage in self._stages):
             raise ValueError("codebook_dim: must be given to ResidualVQ itself")
@@ -323,7 +322,10 @@ class ResidualVQ(ResidualStack):
     def _is_plain(self, stages: list[VectorQuantize], learning: bool) -> bool:
         """Return whether `_forward_plain` can replace the general forward pass, by the settings and state of now."""
         beams = self.beam_size if self.training else self.eval_beam_size
-        if self.has_projections or (beams or 1) > 1 or (self.training and self.quantize_dropout):
+        modules = self._modules
+        # has_projections, without a call
+        identities = type(modules["project_in"]) is type(modules["project_out"]) is nn.Identity
+        if not identities or (beams or 1) > 1 or (self.training and self.quantize_dropout):
             return False
         if "embed" not in stages[0]._codebook._buffers and DistributedDataParallel._active_ddp_module is not None:
             return False  # parameters that take no part, because they are frozen

@@ -13,6 +13,7 @@ from fastvq.codebook import Codebook, Replacement, learn_together
 from fastvq.codebook.health import Health, Monitored
 from fastvq.codebook.in_place import InPlaceStep
 from fastvq.codebook.recompute import History
+from fastvq.codebook.storage import refuse_sharded
 from fastvq.distributed import may_be_recomputed, recomputing, tie_parameters
 from fastvq.functional.quantize import lookup, quantize, unit_norm
 from fastvq.ops import search
@@ -21,7 +22,7 @@ from fastvq.parts.gradients import Estimator
 from fastvq.parts.indices import checked_indices
 from fastvq.parts.losses import orthogonality, used_codes
 from fastvq.parts.masking import exclude_non_finite, nan_fill
-from fastvq.parts.projection import project_codes_out, projections
+from fastvq.parts.projection import Projected, project_codes_out, projections
 from fastvq.parts.shapes import Heads, Layout, codes_in_layout, layout_of
 from fastvq.parts.tables import PerRow, Shared, Table
 from fastvq.precision import full_precision
@@ -49,7 +50,7 @@ class QuantizedRows(NamedTuple):
     learned: bool  # whether the codebook has learned from these rows already
 
 
-class VectorQuantize(Monitored, nn.Module):
+class VectorQuantize(Projected, Monitored, nn.Module):
     """Vector quantizer that replaces each vector by its nearest code, with the API of vector_quantize_pytorch.
 
         quantized = project_out(e_index),   index = argmin_k |project_in(x) - e_k|^2
@@ -256,7 +257,6 @@ class VectorQuantize(Monitored, nn.Module):
 
         self._heads = Heads(heads, separate_codebook_per_head)
         self.project_in, self.project_out = projections(dim, codebook_dim * heads, layernorm=layernorm_after_project_in)
-        self.has_projections = codebook_dim * heads != dim
         affine = {
             "batch_decay": affine_param_batch_decay,
             "codebook_decay": affine_param_codebook_decay,
@@ -448,8 +448,10 @@ class VectorQuantize(Monitored, nn.Module):
 
     def _is_plain(self, learning: bool) -> bool:
         """Return whether `_forward_plain` can replace the general forward pass, by the settings and state of now."""
-        codebook = self._codebook
-        if self.heads > 1 or self.has_projections or self.use_cosine_sim or codebook.vq_bridge is not None:
+        codebook, modules = self._codebook, self._modules
+        # has_projections, without a call
+        identities = type(modules["project_in"]) is type(modules["project_out"]) is nn.Identity
+        if self.heads > 1 or not identities or self.use_cosine_sim or codebook.vq_bridge is not None:
             return False
         if not self.training:
             return True
@@ -568,6 +570,7 @@ class VectorQuantize(Monitored, nn.Module):
             # The codes step on this batch first; the output then uses the new codes, as in vector_quantize_pytorch.
             before = indices
             codebook.learn_(x.detach(), before)
+            refuse_sharded(codebook, "in_place_codebook_optimizer")
             self._in_place.follow(codebook.parameters())
             in_place = self._in_place.backward(
                 lambda: estimator.output(x.detach(), current_table(), before, learned=True).error

@@ -102,6 +102,14 @@ def test_seeds_reach_far_clusters():
     assert sum(tuple(row) in chosen for row in x[2000:].tolist()) >= 36
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-23, 1e37])
+def test_seeds_of_any_magnitude(scale):
+    """Squares of their distances leave the range of float32."""
+    x = scale * torch.randn(500, 4, generator=generator())
+    rows, filled = spread_seeds(x, torch.ones(500, dtype=torch.bool), 64, together=False)
+    assert len(rows[filled > 0].unique(dim=0)) >= 64
+
+
 def test_unknown_seeding():
     with pytest.raises(ValueError, match=r"^kmeans_seeding: must be one of k-means\+\+, random, got 'first'"):
         fastvq.VectorQuantize(4, 8, kmeans_seeding="first")

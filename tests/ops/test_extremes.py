@@ -121,6 +121,19 @@ def test_what_the_reference_holds_is_held(data, backend):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_rotation_gradient_of_giant_codes(backend):
+    """The ratio of the lengths overflows float32, its product with the gradient does not."""
+    x, codes = torch.randn(20, 6, generator=generator(), requires_grad=True), torch.full((3, 6), 3e38)
+    with fastvq.use_backend(backend):
+        quantized = quantize(x, codes, gradient="rotation", commitment_weight=0.0)[0]
+        (1e-3 * quantized).sum().backward()
+    assert bool(x.grad.isfinite().all())
+    # The gradient, the same vector in each row, is turned and has the length of 1e-3 ones times the ratio.
+    lengths = 1e-3 * 6**0.5 * (3e38 * 6**0.5 / x.detach().double().norm(dim=1))
+    torch.testing.assert_close(x.grad.double().norm(dim=1), lengths, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (0.25, 0.0), (0.0, 1.0)])
 @pytest.mark.parametrize("gradient", ["ste", "rotation"])
 def test_gradients_of_opposite_extremes(gradient, weights, backend):

@@ -106,3 +106,32 @@ def test_adapted_and_parametrized_projections(kind, change):
         learned = [p for p in getattr(layer, name).parameters() if p.requires_grad]
         assert learned
         assert all(p.grad is not None for p in learned)
+
+
+IDENTITIES = {
+    "VectorQuantize": lambda: fastvq.VectorQuantize(dim=DIM, codebook_size=16),
+    "sampling": lambda: fastvq.VectorQuantize(dim=DIM, codebook_size=16, stochastic_sample_codes=True),
+    "ResidualVQ": lambda: fastvq.ResidualVQ(dim=DIM, codebook_size=16, num_quantizers=2),
+    "FSQ": lambda: fastvq.FSQ([5, 4, 3, 5, 4, 3]),
+    "ResidualFSQ": lambda: fastvq.ResidualFSQ(levels=[5, 5, 3, 5, 4, 3], num_quantizers=2),
+    "FSP": lambda: fastvq.FSP([5, 4, 3, 5, 4, 3]),
+    "LFQ": lambda: fastvq.LFQ(codebook_size=64),
+    "ResidualLFQ": lambda: fastvq.ResidualLFQ(codebook_size=64, num_quantizers=2, dim=DIM),
+    "LatentQuantize": lambda: fastvq.LatentQuantize(levels=[5, 4, 3, 5, 4, 3], dim=DIM),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", IDENTITIES)
+def test_modules_in_place_of_identities(kind, training):
+    """They are applied as in vector_quantize_pytorch, which calls whatever stands there."""
+    layer = IDENTITIES[kind]().train(training)
+    assert type(layer.project_in) is type(layer.project_out) is nn.Identity
+    called = []
+    for name in ("project_in", "project_out"):
+        setattr(layer, name, nn.Sequential(nn.Linear(DIM, DIM)))
+        getattr(layer, name).register_forward_hook(lambda module, args, out, name=name: called.append(name))
+    quantized, indices = layer(batch(kind).nan_to_num())[:2]
+    assert called == ["project_in", "project_out"]
+    if not training and hasattr(layer, "get_output_from_indices"):
+        torch.testing.assert_close(layer.get_output_from_indices(indices), quantized)

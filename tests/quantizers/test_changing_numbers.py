@@ -99,6 +99,15 @@ def test_attributes(kind):
     assert_two_graphs(make(), call)
 
 
+@pytest.mark.parametrize("kind", ["sample_codebook_temp", "ema_update_weight"])
+def test_arguments_of_traced_operations(kind):
+    """AOTAutograd, which the default backend builds on, looks into the operations and may specialize a number there."""
+    torch.manual_seed(0)
+    make, name = ARGUMENTS[kind]
+    call = lambda run_by, own, value, seed: run(run_by, batch(seed), seed, **{name: value})  # noqa: E731
+    assert_two_graphs(make(), call, backend="aot_eager")
+
+
 @pytest.mark.parametrize("kind", ["inv_temperature", "sample_codebook_temp", "ema_update_weight"])
 def test_tensors_need_one_graph(kind):
     """And give the results of the number."""

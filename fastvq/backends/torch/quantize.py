@@ -86,10 +86,10 @@ def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor, mask: Tensor) -> Tensor
     u, v = u.masked_fill_(~directed, 0), v.masked_fill_(~directed, 0)
     along_u, along_v = (u * grad).sum(1, keepdim=True), (v * grad).sum(1, keepdim=True)
     bisector = (along_u + along_v) / (u + v).square_().sum(1, keepdim=True).clamp_min(SHORTEST**2)
-    stretch = torch.where(directed, code_length / x_length * (x_shrink / code_shrink), 1)
-    rotated = grad * stretch
-    rotated.addcmul_(u, 2 * stretch * (along_v - bisector))
-    return rotated.addcmul_(v, -2 * stretch * bisector)
+    rotated = torch.addcmul(grad, u, 2 * (along_v - bisector)).addcmul_(v, -2 * bisector)
+    # lambda itself may overflow where its product with a small gradient does not.
+    rotated.mul_(torch.where(directed, code_length / x_length, 1))
+    return rotated.mul_(torch.where(directed, x_shrink / code_shrink, 1))
 
 
 def _direction(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
