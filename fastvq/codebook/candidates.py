@@ -36,15 +36,19 @@ def spread_rows(x: Tensor, mask: Tensor, codes: Tensor, count: int, metric: str)
     """Draw up to `count` rows of x (N, D) that are far from the codes (K, D) and from each other.
 
     Each is drawn with a probability proportional to its squared distance to the nearest code or row drawn before. Each
-    of several ranks draws its share from its own rows, so the rows of two ranks may be near each other. Distances whose
-    squares overflow float32 count as equal.
+    of several ranks draws its share from its own rows, so the rows of two ranks may be near each other.
 
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007, with given first centers.
     """
     taken = min(count, len(x))
     # A row with distance zero is never drawn, because ln 0 = -inf.
-    distances = (x.float() - lookup(codes.float(), search(x, codes, metric=metric))).square().sum(1)
-    distances = torch.where(mask, distances, 0)
+    wide = widest_dtype(x.device)  # holds the squares of all float32 numbers
+    exact = (x.to(wide) - lookup(codes.to(wide), search(x, codes, metric=metric))).square().sum(1)
+    exact = torch.where(mask, exact, 0)
+    # A power of two, so that nothing is rounded, brings the largest distance near 1: float32 then holds the others.
+    largest = exact.amax() if len(x) else exact.new_zeros(())
+    scale = torch.where(largest > 0, torch.exp2(-torch.floor(torch.log2(largest) / 2)), 1)
+    near, distances = (x.to(wide) * scale).float(), (exact * scale * scale).float()
     chosen, filled = [], []
     for _ in range(taken):
         # The argmax of ln w + Gumbel noise is each row with a probability proportional to w.
@@ -53,7 +57,7 @@ def spread_rows(x: Tensor, mask: Tensor, codes: Tensor, count: int, metric: str)
         pick = (distances.log() + noise).argmax(keepdim=True)
         chosen.append(pick)
         filled.append(distances[pick] > 0)
-        min_distance_(distances, x, x[pick])
+        min_distance_(distances, near, near[pick])
     if not taken:
         return _padded(x, mask, count)
     return _padded(x[torch.cat(chosen)], torch.cat(filled), count)

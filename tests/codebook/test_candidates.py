@@ -60,6 +60,16 @@ def test_spread_rows_are_drawn_by_squared_distance():
     assert abs((picks == 2).float().mean() - 0.8) < 0.03  # 4 in 5; the error of 2000 draws is 0.009
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1.0, 1e19, 1e37])
+def test_spread_rows_of_any_magnitude(scale):
+    """Distances whose squares leave the range of float32 are drawn from like others."""
+    x = torch.cat([torch.zeros(60, 4), 3 * torch.eye(4)]) + 0.01 * torch.randn(64, 4, generator=generator())
+    torch.manual_seed(0)
+    rows, filled = spread_rows(scale * x, torch.ones(64, dtype=torch.bool), scale * x[:1], 4, "l2")
+    assert filled.sum() == 4
+    assert reference.search(rows, scale * x[-4:]).sort().values.tolist() == [0, 1, 2, 3]
+
+
 def test_spread_rows_stop_where_all_are_codes():
     x = torch.randn(4, 3)
     rows, filled = spread_rows(x, torch.ones(4, dtype=torch.bool), x[:2], 4, "l2")
