@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 # Before torch is imported: a graph cached by an earlier fastvq calls ops by schemas that they no longer have.
@@ -19,6 +20,10 @@ if not torch.cuda.is_available():
 from fastvq.backends import native
 
 from .cases import BACKENDS
+
+# Ctrl-C is tested too. A shell starts a background process with SIGINT ignored, and Python then leaves it so.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test that runs on a GPU needs hypothesis, and a machine with one may lack it.
 if importlib.util.find_spec("hypothesis"):

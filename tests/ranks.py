@@ -304,7 +304,7 @@ def health_is_that_of_all_vectors() -> None:
         report = layer.health()
     assert called == ["all_reduce"]
     assert int(layer.code_counts.sum()) == 24
-    torch.testing.assert_close(torch.stack(report), torch.tensor([1.0, 4.0 * ranks, 0.0, 0.01]))
+    torch.testing.assert_close(torch.stack(report), torch.tensor([1.0, 4.0 * ranks, 0.0, 0.01, 0.0]))
     torch.testing.assert_close(layer.health(together=False).usage, torch.tensor(1.0 / ranks))
     apart = fastvq.VectorQuantize(DIM, 8, sync_codebook=False)
     apart(batch(1, rows=5))

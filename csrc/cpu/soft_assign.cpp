@@ -217,12 +217,12 @@ void soft_assign_forward(const Isa& isa, const SoftInput& input, float* logsumex
              }
            });
   const WideRows wide(input, problem.wide, problem.usable, problem.count);
-  std::vector<double> wide_sums(mean ? input.groups * input.codes.rows : 0);
+  std::vector<double> wide_sums(mean && !problem.wide.empty() ? input.groups * input.codes.rows : 0);
   wide.forward(logsumexp, entropy, mean ? wide_sums.data() : nullptr, parallel);
   if (!mean) return;
   for (int64_t group = 0; group < input.groups; ++group)
     for (int64_t k = 0; k < input.codes.rows; ++k) {
-      double sum = wide_sums[group * input.codes.rows + k];
+      double sum = wide_sums.empty() ? 0.0 : wide_sums[group * input.codes.rows + k];
       for (int64_t part = 0; part < steps; ++part) sum += sums[(group * steps + part) * input.codes.rows + k];
       const double rows_that_count = static_cast<double>(std::max<int64_t>(1, problem.count[group]));
       mean[group * input.codes.rows + k] = static_cast<float>(sum / rows_that_count);

@@ -68,7 +68,7 @@ SPARE_ROUNDS = 3
 
 
 def spread_seeds(x: Tensor, mask: Tensor, size: int, *, together: bool) -> Candidates:
-    """Draw rows of x (N, D) in the mask (N,) that are far from each other, at least `size` if so many are distinct.
+    """Draw `size` rows of x (N, D) in the mask (N,) that are far from each other, or all distinct rows if fewer.
 
     The first is random, the others are drawn with a probability proportional to the squared distance to the nearest row
     drawn before, in rounds that double their number: 1, 1, 2, 4 ... and then in `SPARE_ROUNDS` of `size` rows each. A
@@ -84,8 +84,7 @@ def spread_seeds(x: Tensor, mask: Tensor, size: int, *, together: bool) -> Candi
     rounds = [1]
     while sum(rounds) < size:
         rounds.append(min(sum(rounds), size - sum(rounds)))
-    rows: list[Tensor] = []
-    filled: list[Tensor] = []
+    rows, filled = _padded(x[:0], mask[:0], 0)
     for place, count in enumerate(rounds + [size] * SPARE_ROUNDS):
         share = slots(count, together)
         found = _drawn_rows(x, distances, share) if place else random_rows(x, mask, share)
@@ -97,11 +96,13 @@ def spread_seeds(x: Tensor, mask: Tensor, size: int, *, together: bool) -> Candi
         first = search(drawn, torch.where(taken[:, None] > 0, drawn, torch.nan))
         taken = taken * (first == torch.arange(len(first), device=first.device))
         nearest = search(x, torch.where(taken[:, None] > 0, drawn, torch.nan))
-        square = (x.to(wide) - lookup(drawn, nearest)).square().sum(1)
+        # In place: the float64 differences are the largest tensor here.
+        square = x.to(wide, copy=True).sub_(lookup(drawn, nearest)).square_().sum(1)
         distances = torch.where(nearest < 0, distances, torch.minimum(distances, square))
-        rows.append(drawn)
-        filled.append(taken)
-    return torch.cat(rows), torch.cat(filled)
+        rows, filled = torch.cat([rows, drawn]), torch.cat([filled, taken])
+        kept = torch.argsort(filled, descending=True, stable=True)[:size]
+        rows, filled = rows[kept], filled[kept]
+    return rows, filled
 
 
 def _drawn_rows(x: Tensor, distances: Tensor, count: int) -> Candidates:

@@ -44,7 +44,7 @@ def step(module, x, **forward):
     return [t.detach() for t in flat], x.grad
 
 
-def assert_compiles(module, **forward):
+def assert_compiles(module, gradients=None, **forward):
     twin = copy.deepcopy(module)
     torch._dynamo.reset()
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
@@ -56,7 +56,7 @@ def assert_compiles(module, **forward):
         others, other_grad = step(compiled, x, **forward)
         for a, b in zip(results, others, strict=True):
             close(a, b)
-        close(grad, other_grad)
+        close(grad, other_grad, tolerance=gradients)
         for (name, a), b in zip(module.state_dict().items(), twin.state_dict().values(), strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6, msg=name)
 
@@ -65,7 +65,10 @@ def assert_compiles(module, **forward):
 def test_vector_quantize(kind):
     torch.manual_seed(0)
     options, forward = LAYERS[kind]
-    assert_compiles(fastvq.VectorQuantize(DIM, SIZE, **options), **forward)
+    # A compiled layer scales the vectors by the temperature of the diversity loss, 100, before the op does: the logits
+    # are hundreds, and their rounding in float32 is up to 1e-4 of a probability.
+    gradients = {"rtol": 1e-3, "atol": 3e-5} if "codebook_diversity_loss_weight" in options else None
+    assert_compiles(fastvq.VectorQuantize(DIM, SIZE, **options), gradients, **forward)
 
 
 @pytest.mark.parametrize("kind", STACKS)

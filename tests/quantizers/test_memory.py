@@ -65,7 +65,9 @@ def peak_mb(backend, layer, *, dim="d", forward="", also=""):
     "options", ["", "use_cosine_sim=True", "learnable_codebook=True", "kmeans_init=True, kmeans_iters=1"]
 )
 def test_training_step(backend, options):
-    assert peak_mb(backend, f"fastvq.VectorQuantize(d, k, threshold_ema_dead_code=2, {options})") < LIMIT_MB
+    # k-means++ also holds the rows drawn so far and those of a round, (K, D) each.
+    limit = 1.25 * LIMIT_MB if "kmeans" in options else LIMIT_MB
+    assert peak_mb(backend, f"fastvq.VectorQuantize(d, k, threshold_ema_dead_code=2, {options})") < limit
 
 
 # Left out: BinaryMapper, whose output is a vector of K for each row, and implicit neural codebooks, which take a net
