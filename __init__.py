@@ -1,4 +1,6 @@
-"""What a clone named fastvq is, imported from the folder around it: the installed package, or the one in the clone.
+"""Stand-in for the package where a clone named fastvq is imported from the folder around it.
+
+It returns the installed package, or else the one in the clone.
 
 Without this file Python would take the clone for an empty namespace package.
 """

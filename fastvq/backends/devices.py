@@ -1,4 +1,4 @@
-"""What torch can do with a device: whether it is there, and whether it has the float64 that defines exact indices."""
+"""Checks of devices: presence, and support of float64, which defines the exact indices."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Outcome(NamedTuple):
     measured: str
     met: bool | None
     why: str = ""
-    """What the same run measured that explains a target that is not met."""
+    """Measurement of the same run that explains a missed target."""
 
     @property
     def verdict(self) -> str:

@@ -19,7 +19,7 @@ SHAPES = {
 
 
 Options = Mapping[tuple[bool, int], str]
-"""What to set for an input, by (whether the channels come first, the number of spatial axes)."""
+"""The option that accepts a layout, by (channels first, number of spatial axes)."""
 
 CHANNEL_LAST: Options = {
     (True, 1): "channel_last=False",

@@ -135,7 +135,7 @@ class GroupedResidualVQ(Grouped):
 
     @property
     def freeze_codebook(self) -> bool:
-        """Whether all groups keep their codebooks as they are. Assigning sets it for each of them."""
+        """True if the codebooks of all groups are frozen; assigning sets it for each of them."""
         return all(rvq.freeze_codebook for rvq in self._groups)
 
     @freeze_codebook.setter

@@ -182,7 +182,7 @@ class HierarchicalVQ(Monitored, nn.Module):
 
     @property
     def freeze_codebook(self) -> bool:
-        """Whether all scales keep their codebooks as they are. Assigning sets it for each of them."""
+        """True if the codebooks of all scales are frozen; assigning sets it for each of them."""
         return all(self.get_vq(level).freeze_codebook for level in range(self.num_levels))
 
     @freeze_codebook.setter

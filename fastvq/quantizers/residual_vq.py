@@ -161,7 +161,7 @@ class ResidualVQ(Projected, ResidualStack):
 
     @property
     def freeze_codebook(self) -> bool:
-        """Whether all stages keep their codebooks as they are. Assigning sets it for each of them."""
+        """True if the codebooks of all stages are frozen; assigning sets it for each of them."""
         return all(stage.freeze_codebook for stage in self._stages)
 
     @freeze_codebook.setter

@@ -8,7 +8,7 @@ from fastvq.bench.data import Shape
 
 
 class Sizes(NamedTuple):
-    """What the steps of a run take."""
+    """Sizes of the steps of a run."""
 
     adversarial: tuple[Shape, ...]
     """Shapes of the adversarial set, which is searched by the definition too."""

@@ -27,7 +27,7 @@ NO_TIME = "no time left in this step"
 
 @dataclasses.dataclass
 class Context:
-    """What a step works with, and its results so far."""
+    """Inputs of a step, and its results so far."""
 
     device: torch.device
     sizes: Sizes

@@ -42,7 +42,7 @@ LONG_SECONDS = 0.02
 Call = Callable[..., Any]
 Inputs = Sequence[tuple[Tensor, ...]]
 Factories = dict[str, Callable[[], Call] | str]
-"""How a contestant is made, or why it doesn't run."""
+"""Builder of a contestant, or the reason why it does not run."""
 
 
 def measure(context: Context) -> None:
@@ -280,7 +280,7 @@ def _expected(device: torch.device, shape: Shape, kind: str) -> Tensor:
 
 
 def rotated(x: Tensor) -> list[Tensor]:
-    """Return x and permutations of its rows, so many that they don't fit the device's cache together."""
+    """Return x and permutations of its rows that together exceed the device's cache."""
     cache = torch.cuda.get_device_properties(x.device).L2_cache_size if x.device.type == "cuda" else 0
     count = max(2, min(MOST_INPUTS, math.ceil(CACHES * cache / (x.numel() * x.element_size()))))
     return [x, *(x[torch.randperm(len(x), device=x.device)] for _ in range(count - 1))]

@@ -29,7 +29,7 @@ TABLE = "the table's"
 PATHS = ("automatic", "few", "cores", "matrix", "three_products")
 """Values of FASTVQ_CUDA_PATH that are timed; `define` is for tests."""
 CORES_DIM, FEW_ROWS = 16, 4096
-"""What `cores` and `few` take at most."""
+"""Largest dimension of `cores`, and largest number of rows of `few`."""
 
 
 def autotune(context: Context) -> None:
