@@ -11,7 +11,7 @@ The CUDA kernels are a library of their own, built by csrc/cuda/build.py.
     FASTVQ_CUDA=0     leave it out          FASTVQ_CUDA=1     fail where it can't be built
     (unset)           build it where nvcc is and torch is a CUDA build
 
-fastvq/environment.py reads these variables.
+fastvq/backends/environment.py reads these variables.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent
 CUDA = ROOT / "csrc" / "cuda"
 LIBRARY = "_native.so"
 BUILD_RECORD = "native_build.json"
-ENVIRONMENT = runpy.run_path(str(ROOT / "fastvq" / "environment.py"))
+ENVIRONMENT = runpy.run_path(str(ROOT / "fastvq" / "backends" / "environment.py"))
 NINJA = runpy.run_path(str(ROOT / "csrc" / "ninja_build.py"))
 BuildError = NINJA["BuildError"]
 try:

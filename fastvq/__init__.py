@@ -74,32 +74,20 @@ aliases.install()
 # command line, which loads them when it runs a command: its help needs no torch. Type checkers see everything at its
 # home, and no `__getattr__` that would hide typos.
 if TYPE_CHECKING:
-    from .functions import (
-        BinaryAssignment,
-        HealthReport,
-        Quantized,
-        Replacement,
-        ResidualQuantized,
-        SoftAssignment,
-        accumulate,
-        binary_assign,
-        cross_entropy,
-        dead_share,
-        ema_update_,
-        mean_assignment_entropy,
-        min_distance_,
-        perplexity,
-        quantize,
-        residual_quantize,
-        residual_search,
-        sample,
-        search,
-        soft_assign,
-        soft_lookup,
-        topk_search,
-        usage,
-        use_backend,
-    )
+    from .backends.select import use_backend
+    from .codebook import Replacement
+    from .codebook.health import HealthReport, dead_share, perplexity, usage
+    from .functional.binary_assign import BinaryAssignment, binary_assign
+    from .functional.quantize import Quantized, quantize
+    from .functional.residual_quantize import ResidualQuantized, residual_quantize
+    from .functional.soft_assign import SoftAssignment, cross_entropy, mean_assignment_entropy, soft_assign, soft_lookup
+    from .ops.accumulate import accumulate
+    from .ops.ema_update import ema_update_
+    from .ops.min_distance import min_distance_
+    from .ops.residual_search import residual_search
+    from .ops.sample import sample
+    from .ops.search import search
+    from .ops.topk_search import topk_search
     from .quantizers import (
         FSP,
         FSQ,
@@ -122,13 +110,26 @@ if TYPE_CHECKING:
     )
 else:
     _MODULES = {
-        *("backends", "codebook", "distributed", "errors", "functional", "functions", "ops", "parts", "precision"),
-        *("quantizers", *aliases.MODULES),
+        *("backends", "codebook", "distributed", "errors", "functional", "ops", "parts", "precision", "quantizers"),
+        *aliases.MODULES,
+    }
+    _FUNCTIONS = {
+        "backends.select": ("use_backend",),
+        "codebook": ("Replacement",),
+        "codebook.health": ("HealthReport", "dead_share", "perplexity", "usage"),
+        "functional.binary_assign": ("BinaryAssignment", "binary_assign"),
+        "functional.quantize": ("Quantized", "quantize"),
+        "functional.residual_quantize": ("ResidualQuantized", "residual_quantize"),
+        "functional.soft_assign": (
+            *("SoftAssignment", "cross_entropy", "mean_assignment_entropy", "soft_assign", "soft_lookup"),
+        ),
+        "ops": (*("accumulate", "ema_update_", "min_distance_", "residual_search", "sample", "search", "topk_search"),),
     }
 
     def _load_functions() -> None:
-        functions = importlib.import_module(f"{__name__}.functions")
-        globals().update({name: getattr(functions, name) for name in functions.__all__})
+        for home, names in _FUNCTIONS.items():
+            module = importlib.import_module(f"{__name__}.{home}")
+            globals().update({name: getattr(module, name) for name in names})
 
     def __getattr__(name: str) -> Any:
         if name in _MODULES:

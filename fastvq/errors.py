@@ -1,10 +1,15 @@
-"""Exceptions that fastvq raises for bad requests, files and data; all derive from `FastvqError`.
+"""Exceptions that fastvq raises for bad requests, files and data, and the wording of its messages.
 
-They stand in one module without other imports, so that any module may raise and catch them. Each keeps the built-in
-exception it specializes as a second base. Arguments of layers and functions raise plain ValueError and TypeError.
+All exceptions derive from `FastvqError`. They stand in one module without imports of fastvq, so that any module may
+raise and catch them. Each keeps the built-in exception it specializes as a second base. Arguments of layers and
+functions raise plain ValueError and TypeError.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+_LISTED = 20
 
 
 class FastvqError(Exception):
@@ -49,3 +54,14 @@ class BenchError(FastvqError, ValueError):
 
 class WrongResultError(FastvqError, RuntimeError):
     """Index returned by fastvq that differs from the specification's."""
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return "1 image" or "3 images"."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Return lines below each other, indented; all but the first twenty as a number."""
+    rest = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+    return "".join(f"\n  {line}" for line in [*lines[:_LISTED], *rest])

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastvq import environment
+from fastvq.backends import environment
 from fastvq.files import write_whole
 
 

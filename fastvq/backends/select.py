@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 
-from fastvq import environment
 from fastvq.errors import BackendError
 
-from . import native, triton
+from . import environment, native, triton
 from .devices import without_float64
 from .support import DTYPES, OPS, Backend, Support, call_dtype
 

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _refuse_ranks()
         with _warnings_in_one_line():
             # The parser needs neither the ops nor torch.
-            importlib.import_module("fastvq.functions")
+            importlib.import_module("fastvq.ops")
             status = options.run(options)
         sys.stdout.flush()
         return status

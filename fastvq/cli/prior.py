@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train the prior of a run, or compare the kinds of priors."""
-    from fastvq.messages import counted
+    from fastvq.errors import counted
     from fastvq.runs.pictures import failures_as_warnings, picture_prior
     from fastvq.runs.train_prior import resumed_settings, train_prior
     from fastvq.training.config import PriorConfig

@@ -35,8 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, and draw the pictures of the run."""
+    from fastvq.errors import counted
     from fastvq.files import exclusive
-    from fastvq.messages import counted
     from fastvq.runs.pictures import failures_as_warnings, picture_reconstructions, picture_run
     from fastvq.training import Evaluation, Trainer, load_images
 

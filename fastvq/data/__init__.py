@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastvq import lazy
 from fastvq.errors import DataError
+from fastvq.extras import lazy_attributes
 
 from .registry import DATA_SETS, DataSet
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .folder import load_folder
     from .images import Images
 else:
-    __getattr__, __dir__ = lazy.attributes(
+    __getattr__, __dir__ = lazy_attributes(
         __name__,
         {
             "fashion_mnist": ("load_fashion_mnist", "load_full_fashion_mnist"),

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvq.errors import DataError, SkippedFilesWarning
+from fastvq.errors import DataError, SkippedFilesWarning, counted, listed
 from fastvq.extras import require
 from fastvq.files import StrPath
-from fastvq.messages import counted, listed
 
 from .images import Images
 from .registry import folder_name

@@ -19,9 +19,8 @@ import torch
 
 import fastvq
 from fastvq.data import Images
-from fastvq.errors import CheckpointError, ConfigError
+from fastvq.errors import CheckpointError, ConfigError, counted
 from fastvq.files import StrPath, delete_folder, exclusive, make_folder, write_whole
-from fastvq.messages import counted
 from fastvq.runs.encode import encode_held_out
 from fastvq.runs.load import PRIOR_FOLDER
 from fastvq.runs.pictures import failures_as_warnings, picture_prior, picture_reconstructions, picture_run

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from fastvq import coding
 from fastvq.data.folder import WRITTEN, write_image, write_images
-from fastvq.errors import CodingError, ConfigError
+from fastvq.errors import CodingError, ConfigError, counted
 from fastvq.files import StrPath, check_new, whole, whole_folder
-from fastvq.messages import counted
 
 from .load import load_model, load_prior
 from .outputs import check_ending, check_outside_data, is_folder

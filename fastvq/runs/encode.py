@@ -14,9 +14,8 @@ from fastvq import coding
 from fastvq.data.arrays import read_array
 from fastvq.data.folder import read_images
 from fastvq.data.images import to_float
-from fastvq.errors import CodingError
+from fastvq.errors import CodingError, counted
 from fastvq.files import StrPath
-from fastvq.messages import counted
 from fastvq.models import VQVAE, Prior
 from fastvq.training.config import TrainConfig
 

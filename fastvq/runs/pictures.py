@@ -15,8 +15,8 @@ import fastvq
 from fastvq.data import Images
 from fastvq.data.images import to_float
 from fastvq.data.registry import name_of
+from fastvq.errors import counted
 from fastvq.files import StrPath
-from fastvq.messages import counted
 from fastvq.models import VQVAE
 from fastvq.training.checkpoint import load_latest
 from fastvq.training.evaluation import Evaluation, reconstruct

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq.errors import ConfigError
+from fastvq.errors import ConfigError, counted
 from fastvq.extras import require
 from fastvq.files import StrPath, whole
-from fastvq.messages import counted
 
 _BLUE, _ORANGE, _GRAY = "#2166ac", "#d6604d", "#777777"
 SERIES = (_BLUE, _ORANGE, "#4d9221", _GRAY, "#762a83")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fastvq.data.folder import read_images
 from fastvq.data.images import to_float
+from fastvq.errors import counted
 from fastvq.files import StrPath
-from fastvq.messages import counted
 from fastvq.training.evaluation import evaluate, psnr_db, reconstruct
 
 from . import plots

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from fastvq.data import Images
 from fastvq.data.folder import write_images
-from fastvq.errors import ConfigError
+from fastvq.errors import ConfigError, counted
 from fastvq.extras import require
 from fastvq.files import StrPath, check_new, whole, whole_folder
-from fastvq.messages import counted
 from fastvq.models import VQVAE, Prior
 from fastvq.training.config import check_range
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastvq import lazy
 from fastvq.errors import CheckpointError, ConfigError
+from fastvq.extras import lazy_attributes
 
 from .config import PriorConfig, TrainConfig
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .prior import IndexData, PriorTrainer, bits_per_index
     from .trainer import Trainer
 else:
-    __getattr__, __dir__ = lazy.attributes(
+    __getattr__, __dir__ = lazy_attributes(
         __name__,
         {
             "build": ("build_model", "load_images"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastvq
-from fastvq import environment
+from fastvq.backends import environment
 from fastvq.kernels import launch
 
 from ..cases import around, generator

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from fastvq import environment
+from fastvq.backends import environment
 from fastvq.kernels import launch
 from fastvq.kernels.frame import columns_of
 

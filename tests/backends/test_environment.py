@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fastvq import environment
+from fastvq.backends import environment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -53,7 +53,7 @@ def test_unknown_names():
 
 
 def test_nothing_else_reads_them():
-    """Python code asks `fastvq.environment`; the compiled libraries read what that has accepted."""
+    """Python code asks `fastvq.backends.environment`; the compiled libraries read what that has accepted."""
     readers = [ROOT / "setup.py", *(ROOT / "fastvq").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     asked = re.compile(r"(environ\[|environ\.get\(|getenv\()[^\n]*FASTVQ_")
     assert not [str(path) for path in readers if asked.search(path.read_text())]
