@@ -404,3 +404,25 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def large_rows(n, d, dtype=torch.float32):
+    """Return rows for sums that float32 arithmetic would round."""
+    return (1e3 * torch.randn(n, d, generator=generator())).to(dtype)
+
+
+def uniform(n, k):
+    """Return indices of all codes, some of them -1; this and the next three are distributions of indices."""
+    return torch.randint(-1, k, (n,), generator=generator(1))
+
+
+def one_code(n, k):
+    return torch.full((n,), k // 2)
+
+
+def skipped(n, k):
+    return torch.full((n,), -1)
+
+
+def skewed(n, k):
+    return (k * torch.rand(n, generator=generator(1)) ** 8).long().clamp_max(k - 1)

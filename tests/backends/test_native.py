@@ -88,6 +88,7 @@ def loaded():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_the_call_is_right(name):
+    """Control of the tests below: the arguments that they spoil are accepted as they are."""
     call(f"native_{name}", *CALLS[name])
 
 

@@ -115,6 +115,7 @@ def test_master_copies_that_are_made_after_kmeans():
 @pytest.mark.parametrize("kind", WRITES)
 @pytest.mark.parametrize("lr", [1e-3, 1.0])
 def test_ordinary_optimizers_and_copies(kind, lr):
+    """Nothing is called lost where the optimizer steps the parameters themselves, by however much."""
     module = layer(kind)
     for scale in (1e-4, 1.0):
         optimizer = torch.optim.Adam(module.parameters(), lr=lr)
@@ -123,5 +124,6 @@ def test_ordinary_optimizers_and_copies(kind, lr):
             quantized, _, loss = module(scale * batch(seed))
             (quantized.square().mean() + loss).backward()
             optimizer.step()
+            assert module.codebook.isfinite().all()
         module = copy.deepcopy(module)
         module._codebook.reinitialize_()

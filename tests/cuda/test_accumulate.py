@@ -7,31 +7,11 @@ import torch
 
 from fastvq.backends import reference
 
-from ..cases import DTYPES, generator
+from ..cases import DTYPES, large_rows, one_code, skewed, skipped, uniform
 from . import emulation
 from .emulation import ORDERS, Failed, run
 
 PIECE = 256
-
-
-def rows(n, d, dtype=torch.float32):
-    return (1e3 * torch.randn(n, d, generator=generator())).to(dtype)
-
-
-def uniform(n, k):
-    return torch.randint(-1, k, (n,), generator=generator(1))
-
-
-def one_code(n, k):
-    return torch.full((n,), k // 2)
-
-
-def skipped(n, k):
-    return torch.full((n,), -1)
-
-
-def skewed(n, k):
-    return (k * torch.rand(n, generator=generator(1)) ** 8).long().clamp_max(k - 1)
 
 
 def borders():
@@ -46,13 +26,13 @@ def accumulations():
     for dtype in DTYPES:
         for kind in (uniform, one_code, skipped, skewed):
             for n, k, d in [(1, 1, 1), (17, 31, 3), (300, 7, 70), (2 * PIECE + 5, 3, 5), (0, 5, 3)]:
-                yield rows(n, d, dtype), kind(n, k), k
+                yield large_rows(n, d, dtype), kind(n, k), k
     for indices, size in borders():
-        yield rows(len(indices), 2), indices, size
+        yield large_rows(len(indices), 2), indices, size
     # More than one segment a block and several blocks; one digit of the key and more.
-    yield rows(5000, 1), uniform(5000, 300), 300
-    yield rows(3 * PIECE, 129), skewed(3 * PIECE, 255), 255
-    yield rows(3 * PIECE, 4), skewed(3 * PIECE, 256), 256
+    yield large_rows(5000, 1), uniform(5000, 300), 300
+    yield large_rows(3 * PIECE, 129), skewed(3 * PIECE, 255), 255
+    yield large_rows(3 * PIECE, 4), skewed(3 * PIECE, 256), 256
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -76,4 +56,4 @@ def test_sums_are_rounded_once():
 @pytest.mark.parametrize("bad", [-2, 4, 2**40])
 def test_an_index_out_of_range_is_an_assertion(bad):
     with pytest.raises(Failed, match=r"assertion: indices: must lie in \[-1, K\)"):
-        run([emulation.accumulate(rows(3, 2), torch.tensor([0, bad, 1]), 4)])
+        run([emulation.accumulate(large_rows(3, 2), torch.tensor([0, bad, 1]), 4)])

@@ -9,7 +9,7 @@ from fastvq.backends import reference
 from fastvq.kernels import accumulate as kernels
 from fastvq.kernels.accumulate import PIECE, accumulate
 
-from ..cases import DTYPES, generator, layouts
+from ..cases import DTYPES, generator, large_rows, layouts, one_code, skewed, skipped, uniform
 
 MARGIN = 512
 
@@ -41,26 +41,6 @@ def poison(monkeypatch):
     yield from guard(monkeypatch)
 
 
-def rows(n, d, dtype=torch.float32):
-    return (1e3 * torch.randn(n, d, generator=generator())).to(dtype)
-
-
-def uniform(n, k):
-    return torch.randint(-1, k, (n,), generator=generator(1))
-
-
-def one_code(n, k):
-    return torch.full((n,), k // 2)
-
-
-def skipped(n, k):
-    return torch.full((n,), -1)
-
-
-def skewed(n, k):
-    return (k * torch.rand(n, generator=generator(1)) ** 8).long().clamp_max(k - 1)
-
-
 def check(x, indices, size, device):
     actual = accumulate(x.to(device), indices.to(device), size)
     for a, b in zip(actual, reference.accumulate(x, indices, size), strict=True):
@@ -73,7 +53,7 @@ def check(x, indices, size, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_reference(dtype, kind, device, poison):
     for n, k, d in [(1, 1, 1), (17, 31, 3), (300, 7, 70), (2 * PIECE + 5, 3, 5), (0, 5, 3)]:
-        check(rows(n, d, dtype), kind(n, k), k, device)
+        check(large_rows(n, d, dtype), kind(n, k), k, device)
 
 
 @pytest.mark.parametrize("dim", [1, 8, 129])
@@ -81,7 +61,7 @@ def test_many_pieces_in_blocks_of_rows_and_columns(dim, device, poison):
     """More pieces of one code than `_merge` adds at once, and codes before, between and after without a row."""
     n = (kernels.tile(dim)[0] + 2) * PIECE
     indices = torch.where(torch.arange(n) % 50 == 0, 5, 2)
-    check(rows(n, dim), indices, 7, device)
+    check(large_rows(n, dim), indices, 7, device)
 
 
 ENDS = (-1, 0, 1)
@@ -93,14 +73,14 @@ def test_codes_that_end_at_a_border(first, second, device, poison):
     """`first` rows of code 0, then `second` of code 2: with none or one skipped before, and a code of one row after."""
     for before in (0, 1):
         counts = torch.tensor([before, first, second, 1])
-        check(rows(int(counts.sum()), 2), torch.tensor([-1, 0, 2, 3]).repeat_interleave(counts), 5, device)
+        check(large_rows(int(counts.sum()), 2), torch.tensor([-1, 0, 2, 3]).repeat_interleave(counts), 5, device)
 
 
 @pytest.mark.parametrize("count", [PIECE, PIECE + 1, 3 * PIECE])
 def test_skipped_rows_over_borders(count, device, poison):
     indices = torch.full((count + PIECE,), -1)
     indices[count:] = 1
-    check(rows(len(indices), 3), indices, 2, device)
+    check(large_rows(len(indices), 3), indices, 2, device)
 
 
 def test_a_code_depends_on_nothing_but_its_rows(device):
@@ -110,7 +90,7 @@ def test_a_code_depends_on_nothing_but_its_rows(device):
     """
     large = 1e12 * torch.randn(3 * PIECE + 7, 4, generator=generator()).double()
     order = torch.randperm(2 * len(large), generator=generator())
-    x, more = torch.cat([large, -large])[order].to(device), rows(PIECE + 100, 4).double().to(device)
+    x, more = torch.cat([large, -large])[order].to(device), large_rows(PIECE + 100, 4).double().to(device)
     alone = accumulate(x, torch.ones(len(x), dtype=torch.int64, device=device), 2)[1][1]
     assert (alone != 0).all()
     assert (alone.abs() < 1).all()
@@ -119,7 +99,7 @@ def test_a_code_depends_on_nothing_but_its_rows(device):
 
 
 def test_the_same_at_every_run(device):
-    x, indices = rows(1500, 6).to(device), skewed(1500, 5).to(device)
+    x, indices = large_rows(1500, 6).to(device), skewed(1500, 5).to(device)
     first, second = accumulate(x, indices, 5), accumulate(x, indices, 5)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -133,7 +113,7 @@ def test_sums_are_rounded_once(device):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_bad_row_touches_its_code_alone(bad, device):
-    x, indices = rows(PIECE + 40, 4), uniform(PIECE + 40, 4)
+    x, indices = large_rows(PIECE + 40, 4), uniform(PIECE + 40, 4)
     indices[5], indices[6] = -1, 2
     x[5] = bad
     check(x, indices, 4, device)
@@ -142,7 +122,7 @@ def test_a_bad_row_touches_its_code_alone(bad, device):
 
 
 def test_layouts(device):
-    x, indices = rows(50, 6), uniform(50, 8)
+    x, indices = large_rows(50, 6), uniform(50, 8)
     for _, other in layouts(x):
         check(other, indices, 8, device)
     check(x, torch.stack([indices, indices], 1)[:, 1], 8, device)
@@ -161,7 +141,7 @@ def test_narrow_and_wide_keys(size, device, monkeypatch):
             return lambda x, order, keys, *arguments, **options: dtypes.append(keys.dtype)
 
     monkeypatch.setattr(kernels, "_pieces", Recorder())
-    counts, _ = accumulate(rows(200, 1).to(device), indices.to(device), size)
+    counts, _ = accumulate(large_rows(200, 1).to(device), indices.to(device), size)
     assert dtypes == [torch.int16 if size < 2**15 else torch.int32]
     assert torch.equal(counts.long().cpu(), torch.bincount(indices[indices >= 0], minlength=size))
 
@@ -169,7 +149,7 @@ def test_narrow_and_wide_keys(size, device, monkeypatch):
 @pytest.mark.parametrize("bad", [-2, 4, 2**40, -(2**40), 2**16])
 def test_an_index_out_of_range_is_named(bad):
     with pytest.raises(IndexError, match=rf"indices: must lie in \[-1, 4\), got {bad}"):
-        accumulate(rows(3, 2), torch.tensor([0, bad, 1]), 4)
+        accumulate(large_rows(3, 2), torch.tensor([0, bad, 1]), 4)
 
 
 @pytest.mark.parametrize("bad", [-2, 4, 2**40])
@@ -178,7 +158,7 @@ def test_an_index_out_of_range_writes_nothing_elsewhere(bad, device, monkeypatch
     if device.type != "cpu":
         pytest.skip("the device asserts")
     monkeypatch.setattr(kernels, "check_index_range", lambda *_: None)
-    x, indices = rows(3 * PIECE, 2), torch.zeros(3 * PIECE, dtype=torch.int64)
+    x, indices = large_rows(3 * PIECE, 2), torch.zeros(3 * PIECE, dtype=torch.int64)
     expected = reference.accumulate(x[:-PIECE], indices[:-PIECE], 4)
     indices[-PIECE:] = bad
     for a, b in zip(accumulate(x, indices, 4), expected, strict=True):
