@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _refuse_ranks()
         with _warnings_in_one_line():
             # The parser needs neither the ops nor torch.
-            importlib.import_module("fastvq.ops")
+            _load_ops()
             status = options.run(options)
         sys.stdout.flush()
         return status
@@ -83,6 +83,18 @@ def _refuse_ranks() -> None:
                 f"one process runs a command, but {variable}={value} says that this is one of several: start it without"
                 f" torchrun, or unset {variable}"
             )
+
+
+def _load_ops() -> None:
+    """Import the ops, which reads the environment variables.
+
+    Raises:
+        ConfigError: a variable has a value that it may not have.
+    """
+    try:
+        importlib.import_module("fastvq.ops")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 class _Parser(argparse.ArgumentParser):

@@ -68,7 +68,7 @@ def sample_run(
     if not folder and not array:
         for name, value in (("count", count), ("label", label)):
             if value is not None:
-                raise ConfigError(f"{name}: a picture has its own samples; let out be a folder or an .npy, not {path}")
+                raise ConfigError(f"{name}: a picture has its own samples: {path} must be a folder or an .npy")
         prior, model = load_prior(run)
         images = run_images(run, data)
         picture = picture_completions if complete else picture_samples
