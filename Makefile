@@ -73,16 +73,16 @@ gpu-check: $(VENV)/test.stamp
 
 gpu:
 	@test -n "$(OUT)" || { echo "OUT: must name the folder of the results, as in make gpu OUT=results"; exit 1; }
-	$(PYTHON) -m fastvq.bench.gpu $(OUT)$(if $(BUDGET), --seconds $(BUDGET))$(if $(WORK), --work $(WORK))
+	"$(PYTHON)" -m fastvq.bench.gpu "$(OUT)"$(if $(BUDGET), --seconds $(BUDGET))$(if $(WORK), --work "$(WORK)")
 
 clean:
 	rm -rf build $(VENV) fastvq/_native.* fastvq/_native_cuda.so fastvq/native_build.json
 
 # The package is installed in place; a change in csrc/ or in the metadata installs it again.
 $(VENV)/build.stamp:
-	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "fastvq needs Python 3.10 or newer"'
-	@$(PYTHON) -c 'import ensurepip' || { echo "Python has no venv: apt install python3-venv"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@"$(PYTHON)" -c 'import sys; assert sys.version_info >= (3, 10), "fastvq needs Python 3.10 or newer"'
+	@"$(PYTHON)" -c 'import ensurepip' || { echo "Python has no venv: apt install python3-venv"; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
 	$(PIP) install "$(TORCH)" numpy "setuptools>=77" wheel ninja
 	@touch $@
 

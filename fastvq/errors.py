@@ -61,6 +61,11 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's message, or its class's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def listed(lines: Sequence[str]) -> str:
     """Return lines below each other, indented; all but the first twenty as a number."""
     rest = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastvq.backends import native
-from fastvq.errors import WrongResultError
+from fastvq.errors import WrongResultError, first_line
 
 from .data import DATA, Shape
 from .exact import nearest
@@ -115,8 +115,14 @@ def measure_search(
         if reason := entrant.why_not(shape, x.dtype, x.device):
             record["not_run"] = reason
             continue
-        call = entrant.prepare(x, codebook)
-        result = call()
+        try:
+            call = entrant.prepare(x, codebook)
+            result = call()
+        except Exception as error:
+            if entrant.name.startswith("fastvq"):
+                raise
+            record["not_run"] = f"fails: {first_line(error)}"
+            continue
         if result is not None:
             record["wrong"] = int((result.to(x.device)[rows] != expected).sum())
             record["checked"] = len(rows)

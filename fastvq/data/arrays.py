@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvq.errors import DataError
+from fastvq.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,4 +55,4 @@ def _reason(path: Path, error: Exception) -> str:
         return "it has another format"
     if "pickle" in str(error) or "Python objects" in str(error):
         return "it holds Python objects, not numbers"
-    return str(error).splitlines()[0]
+    return first_line(error)

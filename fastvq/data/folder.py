@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvq.errors import DataError, SkippedFilesWarning, counted, listed
+from fastvq.errors import DataError, SkippedFilesWarning, counted, first_line, listed
 from fastvq.extras import require
 from fastvq.files import StrPath
 
@@ -198,7 +198,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return "unknown format" if path.stat().st_size else "the file is empty"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def write_images(root: StrPath, images: Tensor, first: int, subfolders: Sequence[str] | None = None) -> None:

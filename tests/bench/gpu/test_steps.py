@@ -443,10 +443,10 @@ class TestCommand:
 
     def test_make_hands_on_its_settings(self):
         made = subprocess.run(
-            ["make", "-n", "gpu", "OUT=there", "BUDGET=240", f"PYTHON={sys.executable}"],
+            ["make", "-n", "--no-print-directory", "gpu", "OUT=over there", "BUDGET=240", f"PYTHON={sys.executable}"],
             cwd=ROOT,
             text=True,
             capture_output=True,
             check=True,
         ).stdout
-        assert made.splitlines()[-1] == f"{sys.executable} -m fastvq.bench.gpu there --seconds 240"
+        assert made.splitlines()[-1] == f'"{sys.executable}" -m fastvq.bench.gpu "over there" --seconds 240'
