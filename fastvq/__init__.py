@@ -9,7 +9,7 @@ in docs/quantizers.md; `fastvq.parts` has what they are composed from. As functi
 `search`, `topk_search`, `sample`, `residual_search`, `accumulate`, `ema_update_`, `min_distance_`; soft assignments:
 `soft_assign`, `binary_assign`, `cross_entropy`, `soft_lookup`.
 Health of a codebook: `usage`, `perplexity`, `dead_share`, and each quantizer's `health()`. Which code runs:
-`use_backend`, and `fastvq info` on the command line.
+`use_backend`, and `fastvq info` on the command line. `load` returns the trained model of a run.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ __all__ = [
     "cross_entropy",
     "dead_share",
     "ema_update_",
+    "load",
     "mean_assignment_entropy",
     "min_distance_",
     "perplexity",
@@ -69,10 +70,10 @@ __all__ = [
 
 aliases.install()
 
-# Layers, and the modules of vector_quantize_pytorch, are imported when they are first used: about half the time that
-# `import fastvq` would take. The functions, and with them the ops, are loaded at once, except in the process of the
-# command line, which loads them when it runs a command: its help needs no torch. Type checkers see everything at its
-# home, and no `__getattr__` that would hide typos.
+# Layers, `load`, and the modules of vector_quantize_pytorch are imported when first used: the layers take about half
+# of the time that `import fastvq` would take with them. The functions, and with them the ops, are loaded at once,
+# except in the process of the command line, which loads them when it runs a command: its help needs no torch. Type
+# checkers see everything at its home, and no `__getattr__` that would hide typos.
 if TYPE_CHECKING:
     from .backends.select import use_backend
     from .codebook import Replacement
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
         SimVQ,
         VectorQuantize,
     )
+    from .runs.trained import load
 else:
     _MODULES = {
         *("backends", "codebook", "distributed", "errors", "functional", "ops", "parts", "precision", "quantizers"),
@@ -125,6 +127,7 @@ else:
         ),
         "ops": (*("accumulate", "ema_update_", "min_distance_", "residual_search", "sample", "search", "topk_search"),),
     }
+    _LATER = {"load": "runs.trained"}
 
     def _load_functions() -> None:
         for home, names in _FUNCTIONS.items():
@@ -136,9 +139,11 @@ else:
             return importlib.import_module(f"{__name__}.{name}")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        _load_functions()
+        if name not in _LATER:
+            _load_functions()
         if name not in globals():
-            globals()[name] = getattr(importlib.import_module(f"{__name__}.quantizers"), name)
+            home = _LATER.get(name, "quantizers")
+            globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
         return globals()[name]
 
     def __dir__() -> list[str]:

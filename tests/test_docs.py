@@ -12,6 +12,10 @@ import pytest
 
 import fastvq
 import fastvq.cli.main as cli
+from fastvq.runs.train_prior import train_prior
+from fastvq.training.config import PriorConfig
+
+from .tiny_runs import tiny_run
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -27,7 +31,14 @@ def python_blocks(document):
 @pytest.mark.parametrize(
     "document", [d for d in DOCUMENTS if d != MIGRATION and python_blocks(d)], ids=lambda path: path.name
 )
-def test_code_runs(capsys, document):
+def test_code_runs(capsys, tmp_path, monkeypatch, document):
+    """Pages that load runs/mine find a run of this name, with a prior."""
+    if any('"runs/mine"' in block for block in python_blocks(document)):
+        run, _ = tiny_run(tmp_path, count=30, grayscale=False)
+        train_prior(run, PriorConfig(steps=1, batch_size=4, dim=8, depth=1), progress=False)
+        (tmp_path / "runs").mkdir()
+        run.rename(tmp_path / "runs" / "mine")
+        monkeypatch.chdir(tmp_path)
     for block in python_blocks(document):
         exec(compile(block, str(document), "exec"), {})
     assert capsys.readouterr().out

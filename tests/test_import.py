@@ -70,4 +70,4 @@ def test_every_public_name_is_there() -> None:
 
 def test_functions_and_layers_are_all_that_is_public() -> None:
     functions = {name for names in fastvq._FUNCTIONS.values() for name in names}
-    assert functions | set(quantizers.__all__) == set(fastvq.__all__)
+    assert functions | set(fastvq._LATER) | set(quantizers.__all__) == set(fastvq.__all__)

@@ -1,5 +1,6 @@
 """Uses of a trained run: load, encode, decode, sample, reconstruct, learn a prior, compare priors, plot.
 
+trained.py        `fastvq.load`: the models of a run as one object
 load.py           model and prior of a run      train_prior.py      a run's prior, trained on its indices
 indices.py        a run's images as indices     compare_priors.py   the kinds of priors after equal time
 encode.py         images or arrays to a file    sample.py           samples in files

@@ -39,9 +39,17 @@ def load_model(run: StrPath) -> tuple[VQVAE, TrainConfig]:
     """
     checkpoint = load_latest(run)
     _warn_of_unfinished(run, checkpoint, f"fastvq train --out {run} --resume")
+    return checkpoint_model(checkpoint), checkpoint.config
+
+
+def checkpoint_model(checkpoint: Checkpoint) -> VQVAE:
+    """Return the model of a checkpoint, in eval mode.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
     with damage_named(checkpoint.folder):
-        model = _build(lambda: build_model(checkpoint.config), checkpoint)
-    return model.eval(), checkpoint.config
+        return _build(lambda: build_model(checkpoint.config), checkpoint).eval()
 
 
 def run_images(run: StrPath, data: StrPath | None = None) -> Images:
@@ -83,12 +91,16 @@ def load_prior(run: StrPath) -> tuple[Prior, VQVAE]:
         CheckpointError: the run has no prior, the prior is damaged, or it belongs to another model.
     """
     model, _ = load_model(run)
+    return load_prior_of(run, model), model
+
+
+def load_prior_of(run: StrPath, model: VQVAE) -> Prior:
+    """Return the trained prior of a run whose model is loaded, like `load_prior`."""
     checkpoint = load_prior_checkpoint(run, model)
     _warn_of_unfinished(Path(run) / PRIOR_FOLDER, checkpoint, f"fastvq prior {run} --resume")
     with damage_named(checkpoint.folder):
         built_from = checkpoint.built_from
-        prior = _build(lambda: build_prior(built_from["kind"], **built_from["settings"]), checkpoint)
-    return prior.eval(), model
+        return _build(lambda: build_prior(built_from["kind"], **built_from["settings"]), checkpoint).eval()
 
 
 def load_prior_checkpoint(run: StrPath, model: VQVAE) -> Checkpoint:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvq.errors import CheckpointError, ConfigError
+from fastvq.errors import CheckpointError, ConfigError, listed
 from fastvq.extras import require
 from fastvq.files import StrPath, delete_folder, make_folder, whole_folder
 
@@ -184,9 +184,33 @@ def load_latest(run: StrPath, settings: type[Settings] = TrainConfig) -> Checkpo
     """
     folders = checkpoint_folders(run)
     if not folders:
-        raise CheckpointError(f"{run} holds no checkpoint")
+        raise CheckpointError(_why_none(Path(run)))
     with damage_named(folders[-1]):
         return _read(folders[-1], settings)
+
+
+def load_checkpoint(folder: StrPath, settings: type[Settings] = TrainConfig) -> Checkpoint:
+    """Read the checkpoint in a folder of any name, such as a copy, with settings of type `settings`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another version.
+    """
+    folder = Path(folder)
+    with damage_named(folder):
+        return _read(folder, settings)
+
+
+def is_checkpoint(folder: StrPath) -> bool:
+    """Return whether a folder is a checkpoint, perhaps a damaged one, by the names of its files."""
+    return any((Path(folder) / name).is_file() for name in (_DESCRIPTION, _STATE))
+
+
+def _why_none(run: Path) -> str:
+    """Return the message of a run without a checkpoint; it names the runs that are in this folder."""
+    if not run.is_dir():
+        return f"{run} holds no checkpoint: it {'is not a folder' if run.exists() else 'does not exist'}"
+    within = sorted(str(path) for path in run.iterdir() if checkpoint_folders(path))
+    return f"{run} holds no checkpoint" + (f", but these runs:{listed(within)}" if within else "")
 
 
 @contextlib.contextmanager
@@ -210,7 +234,8 @@ def _read(folder: Path, settings: type[Settings]) -> Checkpoint:
     if hashlib.sha256(state).hexdigest() != description.get("state_sha256"):
         raise ValueError(f"{_STATE} does not match its SHA-256")
     step, seconds = description.get("step"), description.get("seconds")
-    if type(step) is not int or step != _step_of(folder):
+    named = _step_of(folder) if _NAME.fullmatch(folder.name) else step
+    if type(step) is not int or step < 0 or step != named:
         raise ValueError(f"{_DESCRIPTION} is of step {step!r}")
     if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
         raise ValueError(f"{_DESCRIPTION} has {seconds!r} seconds")
