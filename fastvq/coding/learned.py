@@ -105,6 +105,7 @@ def _code_symbols(
 
     Unless the symbols are `known`, they are filled with those that the coder decodes.
     """
+    prior.check_modules()
     fixed, size = Fixed(), prior.codebook_size
     rows = prior.label_rows(labels, len(symbols), torch.device("cpu"))
     for first in range(0, len(symbols) if tree.depths(size) else 0, LANES):

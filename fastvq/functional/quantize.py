@@ -141,8 +141,10 @@ def differentiates(*tensors: Tensor) -> bool:
     return False
 
 
-def weighted(error: Tensor, weight: float) -> Tensor:
-    """Return error * weight, without an operation for the weights 0 and 1."""
+def weighted(error: Tensor, weight: float | Tensor) -> Tensor:
+    """Return error * weight, without an operation for the weights 0 and 1, unless the weight is a tensor."""
+    if isinstance(weight, Tensor):
+        return error * weight  # reading it would wait for the device
     if weight == 1:
         return error
     return error * weight if weight else torch.zeros_like(error)

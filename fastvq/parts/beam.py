@@ -12,8 +12,8 @@ from .tables import CHUNK_ELEMENTS
 Stage = Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor, Tensor]]
 """A stage of `beam_search`, which proposes up to k codes for each residual.
 
-(residuals (n, D), totals (n, D), mask (n,) or None, k) -> (indices (n, k), codes (n, k, D), targets (n, D)); the errors
-of the codes are measured against the targets.
+(residuals (n, D), totals (n, D), mask (n,) or None, k) -> (indices (n, k), outputs (n, k, D), errors (n, k) float64).
+The outputs are subtracted from the residuals.
 """
 
 
@@ -67,8 +67,7 @@ def _search(
     for place, (stage, weight) in enumerate(zip(stages, weights, strict=True)):
         width = scores.shape[1]
         beam_mask = None if mask is None else mask.repeat_interleave(width)
-        indices, codes, targets = stage(residuals.flatten(0, 1), totals.flatten(0, 1), beam_mask, beams)
-        errors = (targets[:, None].double() - codes.double()).square().mean(-1)
+        indices, codes, errors = stage(residuals.flatten(0, 1), totals.flatten(0, 1), beam_mask, beams)
         # An absent proposal, where there are fewer finite codes than asked for, never wins.
         errors = torch.where(indices < 0, torch.inf, weight * errors).view(rows, width, -1)
         proposals = errors.shape[2]

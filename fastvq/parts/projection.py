@@ -48,6 +48,13 @@ def project_codes_out(project_out: nn.Module, codes: Tensor, mask: Tensor) -> Te
     return codes.masked_fill(~mask.unsqueeze(-1), 0)
 
 
+def project_rows_in(project_in: nn.Module, rows: Tensor) -> Tensor:
+    """Return project_in(rows (..., D)) in the dtype of the rows, computed in that of the projection."""
+    if type(project_in) is nn.Identity:
+        return rows
+    return project_in(rows.to(parameter_dtype(project_in, default=rows.dtype))).to(rows.dtype)
+
+
 def parameter_dtype(module: nn.Module, *, default: torch.dtype) -> torch.dtype:
     """Return the dtype of the module's first floating-point parameter, or `default` if it has none."""
     return next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), default)

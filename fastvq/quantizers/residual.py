@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.health import Monitored
 from fastvq.parts.dropout import QuantizeDropout
 from fastvq.parts.indices import checked_indices
+from fastvq.parts.projection import project_codes_out
 
 
 class SharedState:
@@ -84,6 +87,23 @@ class ResidualStack(SharedState, Monitored, nn.Module):
     def _monitored(self) -> list[Monitored]:
         return list(self._stages)
 
+    def _warn_of_hooks(self) -> None:
+        """Warn if something waits for calls of a stage, which never come: the stack runs the parts of its stages."""
+        for place, stage in enumerate(self.layers):
+            if stage._forward_hooks or stage._forward_pre_hooks or "forward" in vars(stage):
+                _warn(
+                    f"layers.{place}: has hooks or a forward of its own, which {type(self).__name__} never calls: it"
+                    " runs its stages together; register hooks on the whole quantizer, or put modules in place of the"
+                    " stage's project_in and project_out"
+                )
+
+    @staticmethod
+    def _output_of(stage: Any, codes: Tensor, indices: Tensor) -> Tensor:
+        """Return the output of a stage for its codes (..., D) with indices (...), projected if it has a projection."""
+        if type(stage.project_out) is nn.Identity:
+            return codes
+        return project_codes_out(stage.project_out, codes, indices >= 0).to(codes.dtype)
+
     def _checked_stages(self, indices: Tensor) -> Tensor:
         """Return indices (..., 1 to Q) for decoding, as `checked_indices` of `fastvq.parts.indices` returns them."""
         if not 1 <= indices.shape[-1] <= self.num_quantizers:
@@ -91,3 +111,9 @@ class ResidualStack(SharedState, Monitored, nn.Module):
                 f"indices: must have shape (..., 1 to {self.num_quantizers} stages), got {tuple(indices.shape)}"
             )
         return checked_indices(indices, [stage.codebook_size for stage in self._stages])
+
+
+@torch.compiler.assume_constant_result
+def _warn(message: str) -> None:
+    """Warn, in a compiled program while it is traced."""
+    warnings.warn(message, stacklevel=4)

@@ -12,7 +12,7 @@ from fastvq.parts.binary import soft_clamp
 from fastvq.parts.dropout import ActiveStages
 from fastvq.parts.indices import checked_indices, checked_levels
 from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask
-from fastvq.parts.projection import Projected, project_codes_out, projections
+from fastvq.parts.projection import Projected, project_codes_out, project_rows_in, projections
 from fastvq.parts.shapes import Layout, channel_first_options, codes_in_layout
 from fastvq.precision import Unsaved, constant, widest_dtype
 
@@ -153,6 +153,7 @@ class ResidualFSQ(Unsaved, Projected, ResidualStack):
         Raises:
             ValueError, TypeError: x, mask or lens of another shape or dtype.
         """
+        self._warn_of_hooks()
         active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
         counting = self.training or self._measures
         result = self._forward(x, mask, lens, active, training=self.training, counting=counting)
@@ -198,8 +199,9 @@ class ResidualFSQ(Unsaved, Projected, ResidualStack):
                 indices.append(torch.full_like(indices[0], -1))
                 continue
             stage_mask = active.fill(place, mask, False)
-            codes, chosen = stage.round_rows(residual / scale, stage_mask, training=training, counting=counting)
-            codes = codes * scale
+            scaled = project_rows_in(stage.project_in, residual / scale)
+            codes, chosen = stage.round_rows(scaled, stage_mask, training=training, counting=counting)
+            codes = self._output_of(stage, codes, chosen) * scale
             residual = residual - codes.detach()
             total = total + codes
             indices.append(chosen)
@@ -231,7 +233,7 @@ class ResidualFSQ(Unsaved, Projected, ResidualStack):
         given = list(checked_indices(indices, self._stages[0].codebook_size).unbind(-1))
         given += [torch.full_like(given[0], -1)] * (self.num_quantizers - len(given))
         return [
-            stage.codes_of(chosen, dtype) * scale
+            self._output_of(stage, stage.codes_of(chosen, dtype), chosen) * scale
             for stage, scale, chosen in zip(self._stages, self.scales.to(dtype), given, strict=True)
         ]
 

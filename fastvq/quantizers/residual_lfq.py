@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from fastvq.parts.projection import Projected, project_codes_out, projections
+from fastvq.parts.projection import Projected, project_codes_out, project_rows_in, projections
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout
 from fastvq.precision import at_least_float32
 
@@ -124,6 +124,7 @@ class ResidualLFQ(Projected, ResidualStack):
         Raises:
             ValueError, TypeError: x or mask of another shape or dtype.
         """
+        self._warn_of_hooks()
         layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         rows, rows_mask = rows_and_mask(layout, x, mask, lens)
         residual = at_least_float32(self.project_in(rows))
@@ -135,10 +136,13 @@ class ResidualLFQ(Projected, ResidualStack):
                 found.append(absent)
                 losses.append(residual.new_zeros(()))
                 continue
-            quantized, indices, loss, _ = stage.quantize_rows(residual, active.fill(place, rows_mask, False))
+            stage_mask = active.fill(place, rows_mask, False)
+            quantized, indices, loss, _ = stage.quantize_rows(project_rows_in(stage.project_in, residual), stage_mask)
+            indices = indices.squeeze(-1)
+            quantized = self._output_of(stage, quantized, indices)
             residual = residual - quantized.detach()
             total = total + quantized
-            found.append(indices.squeeze(-1))
+            found.append(indices)
             losses.append(active.fill(place, loss, 0.0))
         indices = torch.stack(found, -1)
         quantized = layout.from_rows(project_codes_out(self.project_out, total, (indices >= 0).any(-1)).to(x.dtype))
@@ -153,7 +157,10 @@ class ResidualLFQ(Projected, ResidualStack):
         Indices of the first stages alone are accepted.
         """
         indices = self._checked_stages(indices)
-        codes = [stage.codes(chosen) for stage, chosen in zip(self._stages, indices.unbind(-1), strict=False)]
+        codes = [
+            self._output_of(stage, stage.codes(chosen), chosen)
+            for stage, chosen in zip(self._stages, indices.unbind(-1), strict=False)
+        ]
         codes += [torch.zeros_like(codes[0])] * (self.num_quantizers - len(codes))
         return torch.stack(codes)
 

@@ -121,6 +121,7 @@ class ResidualSimVQ(ResidualStack):
             ValueError, TypeError: x of another shape or dtype.
         """
         layout = Layout.of(x, self.codebook_dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
+        self._warn_of_hooks()
         active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
         residual = layout.to_rows(x)
         residual = residual.float() if x.dtype in (torch.float16, torch.bfloat16) else residual

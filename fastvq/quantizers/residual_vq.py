@@ -13,6 +13,7 @@ from fastvq.codebook import Codebook, learn_together
 from fastvq.codebook.health import observe_stages_
 from fastvq.codebook.recompute import History
 from fastvq.distributed import may_be_recomputed, tie_parameters
+from fastvq.functional.quantize import weighted
 from fastvq.functional.residual_quantize import residual_quantize
 from fastvq.ops import residual_search
 from fastvq.parts.arguments import check_fractions
@@ -20,7 +21,12 @@ from fastvq.parts.beam import Stage, beam_search
 from fastvq.parts.dropout import ActiveStages
 from fastvq.parts.gradients import directional_reparam, scale_gradient
 from fastvq.parts.masking import exclude_non_finite, nan_fill
-from fastvq.parts.projection import Projected, project_codes_out, projections
+from fastvq.parts.projection import (
+    Projected,
+    parameter_dtype,
+    project_codes_out,
+    projections,
+)
 from fastvq.parts.shapes import Layout, codes_in_layout, layout_of
 from fastvq.parts.tables import Implicit, NeuralCodes, Shared, Table
 
@@ -245,6 +251,8 @@ class ResidualVQ(Projected, ResidualStack):
         """
         stages, frozen = self._stages, 0
         for stage in stages:
+            if stage._forward_hooks or stage._forward_pre_hooks or "forward" in vars(stage):
+                self._warn_of_hooks()
             frozen += stage.freeze_codebook if freeze_codebook is None else freeze_codebook
         learning = self.training and frozen < self.num_quantizers
         partly = learning and frozen > 0
@@ -272,7 +280,7 @@ class ResidualVQ(Projected, ResidualStack):
         if learning:
             self._initialize_stages(projected.detach(), flat_mask, learns)
         known = self._beam_search(projected, flat_mask, beam_size, active, sample_codebook_temp)
-        if targets is None and not partly and self._fits_one_pass(learning):
+        if targets is None and not partly and self._fits_one_pass(stages, learning):
             total, found, losses = self._quantize_in_one_pass(
                 projected.flatten(0, 1),
                 None if flat_mask is None else flat_mask[0],
@@ -299,8 +307,8 @@ class ResidualVQ(Projected, ResidualStack):
         if repeatable:
             self._history.finish(self._unique_codebooks)
         if targets is None and known is not None and not self.training:
-            weight = self._stages[0].commitment_weight
-            losses = losses * weight if weight else losses
+            stages = self._stages[: len(losses)]
+            losses = _weighted(losses, [s.commitment_weight if s.has_commitment_loss else 1 for s in stages])
         elif targets is None and not self.training:
             losses = torch.zeros_like(losses)
         if dropped := self.num_quantizers - found.shape[-1]:
@@ -332,7 +340,7 @@ class ResidualVQ(Projected, ResidualStack):
         for stage in stages if learning else ():
             if not stage._codebook.ready():
                 return False
-        return self._fits_one_pass(learning)
+        return self._fits_one_pass(stages, learning)
 
     def _forward_plain(self, x: Tensor, stages: list[VectorQuantize], learning: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Run the common case of `forward`, with the same results: layout, then all stages in one pass."""
@@ -348,19 +356,32 @@ class ResidualVQ(Projected, ResidualStack):
             losses,
         )
 
-    def _fits_one_pass(self, learning: bool) -> bool:
+    def _fits_one_pass(self, stages: list[VectorQuantize], learning: bool) -> bool:
         """Return whether one pass can quantize all stages: each searches the residuals themselves, and no more."""
-        return (
-            self._shares_space
-            and self.quant_grad_frac == 0
-            and cast(VectorQuantize, self.layers[0]).only_searches(learning)
-        )
+        if not self._shares_space or self.quant_grad_frac != 0:
+            return False
+        if not stages[0].only_searches(learning):
+            return False
+        for name in _SETTINGS_OF_ONE_PASS if self.training else ():
+            setting = getattr(stages[0], name)
+            for stage in stages:  # an attribute of one stage may have been assigned
+                own = getattr(stage, name)
+                if own is not setting and (isinstance(own, Tensor) or own != setting):
+                    return False
+        return True
 
     @property
     def _shares_space(self) -> bool:
         """True if every stage compares the residuals themselves with codes of one number."""
         first = cast(VectorQuantize, self.layers[0])
-        return self.uniform_codebook_size and not (first.use_cosine_sim or self.implicit_neural_codebook)
+        if first.use_cosine_sim or self.implicit_neural_codebook:
+            return False
+        for stage in self.layers:
+            modules = stage._modules
+            # has_projections, without a call
+            if not (type(modules["project_in"]) is type(modules["project_out"]) is nn.Identity):
+                return False
+        return self.uniform_codebook_size
 
     def _quantize_in_one_pass(
         self,
@@ -412,10 +433,9 @@ class ResidualVQ(Projected, ResidualStack):
             self._history.record(x, self._unique_codebooks)
         if learning:
             self._learn(stages, residuals[:, None], indices, active, accumulate_only)
-        if self.training and not first.has_commitment_loss:
-            losses = torch.zeros_like(losses)
-        elif self.training and first.commitment_weight != 1:
-            losses = losses * first.commitment_weight
+        weight = first.commitment_weight if self.training else 1
+        if isinstance(weight, Tensor) or weight != 1:
+            losses = weighted(losses, weight)
         return quantized, found, losses
 
     def _quantize_by_stage(
@@ -444,7 +464,7 @@ class ResidualVQ(Projected, ResidualStack):
             if active.skips(place):
                 break
             step = stage.quantize_rows(
-                stage.split_rows(residual),
+                self._rows_of(stage, residual),
                 active.row_mask(place, mask, residual),
                 shape=shape,
                 learning=learns[place],
@@ -453,8 +473,9 @@ class ResidualVQ(Projected, ResidualStack):
                 temperature=temperature,
                 table=self._table(place, total),
             )
-            residual = residual - scale_gradient(step.quantized, self.quant_grad_frac)
-            total = total + step.quantized
+            output = self._output_of(stage, step.quantized, step.indices)
+            residual = residual - scale_gradient(output, self.quant_grad_frac)
+            total = total + output
             stages.append(stage)
             steps.append(step)
         found = torch.stack([step.indices for step in steps], -1)
@@ -516,12 +537,20 @@ class ResidualVQ(Projected, ResidualStack):
         residual = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         total = torch.zeros_like(residual)
         for place, stage in enumerate(self._stages):
-            rows = stage.split_rows(residual)
+            rows = self._rows_of(stage, residual).detach()
             if learns[place] and not stage._codebook.ready():
                 stage._codebook.initialize_(rows, mask)
             table = self._table_of(place, total)
-            chosen = table.lookup(table.nearest(rows, mask)).detach()
-            residual, total = residual - chosen, total + chosen
+            indices = table.nearest(rows, mask)
+            output = self._output_of(stage, table.lookup(indices), indices).detach()
+            residual, total = residual - output, total + output
+
+    def _rows_of(self, stage: VectorQuantize, residual: Tensor) -> Tensor:
+        """Return the residuals (1, R, D) as a stage compares them with its codes."""
+        if not stage.has_projections:
+            return stage.split_rows(residual)
+        dtype = parameter_dtype(stage.project_in, default=residual.dtype)
+        return stage.split_rows(residual.to(dtype)).to(residual.dtype)
 
     def _table(self, place: int, total: Tensor) -> Callable[[Tensor], Table] | None:
         """Return a function that makes the table of a stage from its codes, given the sum (1, R, D) of those before.
@@ -566,9 +595,11 @@ class ResidualVQ(Projected, ResidualStack):
 
         def propose(residuals: Tensor, totals: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
             table = self._table_of(place, totals[None])
-            rows, own_mask = stage.split_rows(residuals[None]), None if mask is None else mask[None]
+            rows, own_mask = self._rows_of(stage, residuals[None]), None if mask is None else mask[None]
             indices = stage.choose(table, rows, own_mask, min(k, table.size), temperature)
-            return indices[0], table.lookup(indices)[0], rows[0]
+            codes = table.lookup(indices)
+            errors = (rows[0, :, None].double() - codes[0].double()).square().mean(-1)
+            return indices[0], self._output_of(stage, codes, indices)[0], errors
 
         return propose
 
@@ -609,9 +640,11 @@ class ResidualVQ(Projected, ResidualStack):
         if self.implicit_neural_codebook:
             codes = self._implicit_codes(indices)
         else:
-            pairs = zip(self._stages, indices.clamp_min(0).unbind(-1), strict=False)
-            codes = torch.stack([nn.functional.embedding(one, stage._codebook.codes[0]) for stage, one in pairs])
-            codes = codes.masked_fill((indices < 0).movedim(-1, 0).unsqueeze(-1), 0)
+            found = [
+                self._output_of(stage, nn.functional.embedding(one.clamp_min(0), stage._codebook.codes[0]), one)
+                for stage, one in zip(self._stages, indices.unbind(-1), strict=False)
+            ]
+            codes = torch.stack(found).masked_fill((indices < 0).movedim(-1, 0).unsqueeze(-1), 0)
         missing = self.num_quantizers - len(codes)
         return torch.cat([codes, codes.new_zeros(missing, *codes.shape[1:])]) if missing else codes
 
@@ -620,7 +653,9 @@ class ResidualVQ(Projected, ResidualStack):
         total = self._stages[0]._codebook.embed.new_zeros(1, indices[..., 0].numel(), self.codebook_dim)
         codes: list[Tensor] = []
         for place, one in enumerate(indices.unbind(-1)):
-            codes.append(self._table_of(place, total, detached=False).lookup(one.flatten()[None]))
+            chosen = one.flatten()[None]
+            found = self._table_of(place, total, detached=False).lookup(chosen)
+            codes.append(self._output_of(self._stages[place], found, chosen))
             total = total + codes[-1]
         return torch.stack(codes).view(len(codes), *indices.shape[:-1], self.codebook_dim)
 
@@ -663,3 +698,26 @@ class ResidualVQ(Projected, ResidualStack):
     @property
     def _channel_first(self) -> bool:
         return self.accept_image_fmap or self.accept_3d_fmap or not self.channel_last
+
+
+_SETTINGS_OF_ONE_PASS = (
+    "rotation_trick",
+    "route_gradients_to_input",
+    "directional_reparam",
+    "stochastic_sample_codes",
+    "commitment_use_cross_entropy_loss",
+    "codebook_diversity_loss_weight",
+    "orthogonal_reg_weight",
+    "learnable_codebook",
+    "commitment_weight",
+)
+"""The settings that all stages must have in common, in training, where one pass quantizes all of them."""
+
+
+def _weighted(losses: Tensor, weights: Sequence[float | Tensor]) -> Tensor:
+    """Return losses (Q,) times the weight of each."""
+    first = weights[0]
+    for weight in weights:
+        if weight is not first and (isinstance(weight, Tensor) or weight != first):
+            return torch.stack([weighted(loss, own) for loss, own in zip(losses, weights, strict=True)])
+    return weighted(losses, first)

@@ -15,7 +15,7 @@ from fastvq.codebook.in_place import InPlaceStep
 from fastvq.codebook.recompute import History
 from fastvq.codebook.storage import refuse_sharded
 from fastvq.distributed import may_be_recomputed, recomputing, tie_parameters
-from fastvq.functional.quantize import lookup, quantize, unit_norm
+from fastvq.functional.quantize import lookup, quantize, unit_norm, weighted
 from fastvq.ops import search
 from fastvq.parts.arguments import check_fractions, check_not_negative, check_sizes
 from fastvq.parts.gradients import Estimator
@@ -238,7 +238,6 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         self.accept_image_fmap, self.accept_3d_fmap = accept_image_fmap, accept_3d_fmap
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.commitment_weight = commitment_weight
-        self.has_commitment_loss = commitment_weight > 0 and not directional_reparam
         self.commitment_use_cross_entropy_loss = commitment_use_cross_entropy_loss
         self.orthogonal_reg_weight = orthogonal_reg_weight
         self.orthogonal_reg_active_codes_only = orthogonal_reg_active_codes_only
@@ -471,15 +470,11 @@ class VectorQuantize(Projected, Monitored, nn.Module):
             gradient="rotation" if self.rotation_trick else "ste",
             indices=indices,
         )
-        loss = error
         if self.training or self._measures:
             self._health.observe_(indices, error)
         if learning:
             learn_together([self._codebook], [rows.detach()[None]], [indices[None]])
-        if not (self.training and self.has_commitment_loss):
-            loss = error.new_zeros(())
-        elif self.commitment_weight != 1:
-            loss = error * self.commitment_weight
+        loss = weighted(error, self.commitment_weight if self.training else 0)
         shape = (layout.batch, layout.rows)
         return layout.from_rows(quantized.view(*shape, self.dim)), layout.indices(indices.view(shape)), loss
 
@@ -491,6 +486,11 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         soft = self.stochastic_sample_codes or self._is_soft or self.orthogonal_reg_weight > 0
         moves = learning and (self.learnable_codebook or self._codebook.affine is not None)
         return passes_on and not (soft or moves)
+
+    @property
+    def has_commitment_loss(self) -> bool:
+        """True if training uses a commitment loss, by the attributes as of now."""
+        return _positive(self.commitment_weight) and not self.directional_reparam
 
     @property
     def _is_soft(self) -> bool:
@@ -618,7 +618,7 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         by_code = step.indices.dim() == 3  # top-k, which returns the loss in eval too
         if self.has_commitment_loss and (self.training or by_code):
             commitment = step.commitment
-            loss = commitment if self.commitment_weight == 1 else commitment * self.commitment_weight
+            loss = weighted(commitment, self.commitment_weight)
         elif by_code and not self.training:
             loss = commitment = step.commitment
         if step.diversity is not None:
@@ -741,6 +741,6 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         )
 
 
-def _positive(temperature: float | Tensor) -> bool:
-    """Return whether codes are sampled: a tensor must be positive, as reading it would wait for the device."""
-    return isinstance(temperature, Tensor) or temperature > 0
+def _positive(value: float | Tensor) -> bool:
+    """Return whether a temperature or weight is positive: a tensor counts as such, as reading it would wait."""
+    return isinstance(value, Tensor) or value > 0

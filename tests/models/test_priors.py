@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastvq.coding import encode
 from fastvq.models import LSTMPrior, PixelCNNPrior, TransformerPrior
 from fastvq.models.priors import PRIORS
 from fastvq.models.priors.draw import draw
@@ -292,3 +293,34 @@ def test_refuses_by_name(options, message):
 def test_invalid_calls_are_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call(make(classes=2))
+
+
+class Adapter(torch.nn.Linear):
+    """A linear map of low rank added to one that is there, with its weight, as LoRA's modules have it."""
+
+    def __init__(self, base):
+        super().__init__(base.in_features, base.out_features)
+        self.load_state_dict(base.state_dict())
+        self.added = torch.nn.Linear(base.in_features, base.out_features)
+
+    def forward(self, x):
+        return super().forward(x) + self.added(x)
+
+
+@every_kind
+def test_adapters_that_sampling_and_coding_would_pass_over(kind):
+    prior = make(kind)
+    prior.head = Adapter(prior.head)
+    indices = indices_for(prior)
+    assert prior(indices).shape == (6, 12, 7)
+    with pytest.raises(ValueError, match="head: must be the module that the prior was built with, got a Adapter"):
+        prior.sample(2)
+    with pytest.raises(ValueError, match="head: must be"):
+        encode(indices, 7, model="prior", prior=prior)
+
+
+@every_kind
+def test_parametrizations_take_part_in_sampling(kind):
+    prior = make(kind)
+    torch.nn.utils.parametrizations.weight_norm(prior.head)
+    assert prior.sample(2).shape == (2, 3, 4)

@@ -19,7 +19,8 @@ def stages_of(codebooks):
     def of(codes):
         def propose(residuals, totals, mask, k):
             indices = topk_search(residuals, codes, min(k, len(codes)), mask=mask)
-            return indices, codes[indices.clamp_min(0)], residuals
+            found = codes[indices.clamp_min(0)]
+            return indices, found, (residuals[:, None].double() - found.double()).square().mean(-1)
 
         return propose
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -135,3 +136,114 @@ def test_modules_in_place_of_identities(kind, training):
     assert called == ["project_in", "project_out"]
     if not training and hasattr(layer, "get_output_from_indices"):
         torch.testing.assert_close(layer.get_output_from_indices(indices), quantized)
+
+
+STACKS = {
+    "ResidualVQ": lambda: fastvq.ResidualVQ(dim=DIM, codebook_size=16, num_quantizers=3),
+    "cosine": lambda: fastvq.ResidualVQ(dim=DIM, codebook_size=16, num_quantizers=3, use_cosine_sim=True),
+    "learnable": lambda: fastvq.ResidualVQ(dim=DIM, codebook_size=16, num_quantizers=3, learnable_codebook=True),
+    "k-means": lambda: fastvq.ResidualVQ(dim=DIM, codebook_size=8, num_quantizers=3, kmeans_init=True),
+    "beams": lambda: fastvq.ResidualVQ(dim=DIM, codebook_size=16, num_quantizers=3, beam_size=4),
+    "implicit": lambda: fastvq.ResidualVQ(dim=DIM, codebook_size=8, num_quantizers=3, implicit_neural_codebook=True),
+    "ResidualFSQ": lambda: fastvq.ResidualFSQ(levels=[5, 5, 3, 5, 4, 3], num_quantizers=3),
+    "ResidualLFQ": lambda: fastvq.ResidualLFQ(codebook_size=64, num_quantizers=3, dim=DIM),
+    "GroupedResidualVQ": lambda: fastvq.GroupedResidualVQ(dim=2 * DIM, groups=2, codebook_size=16, num_quantizers=3),
+}
+
+
+def project_last_stage(layer):
+    """Put linear maps into the last stages, beside identities in the others, and return the list of their calls."""
+    called = []
+    for stack in getattr(layer, "rvqs", [layer]):
+        stage = stack.layers[-1]
+        for name in ("project_in", "project_out"):
+            assert type(getattr(stage, name)) is nn.Identity
+            setattr(stage, name, nn.Sequential(nn.Linear(DIM, DIM)))
+            getattr(stage, name).register_forward_hook(lambda module, args, out, name=name: called.append(name))
+    return called
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", STACKS)
+def test_modules_in_place_of_the_identities_of_a_stage(kind, training, dtype):
+    torch.manual_seed(0)
+    layer = STACKS[kind]().train(training)
+    called = project_last_stage(layer)
+    layer.to(dtype)
+    x = torch.randn(2, 9, getattr(layer, "dim", DIM), generator=generator()).to(dtype)
+    x[1, 2] = torch.nan
+    quantized, indices = layer(x)[:2]
+    assert {"project_in", "project_out"} == set(called)
+    assert quantized.isfinite().all()
+    assert not quantized[1, 2].any()
+    if training:
+        quantized.float().square().sum().backward()
+        last = getattr(layer, "rvqs", [layer])[0].layers[-1]
+        assert last.project_out[0].weight.grad.isfinite().all()
+        return
+    codes = layer(x, return_all_codes=True)[-1]
+    total = torch.cat([each.sum(0) for each in codes], -1) if isinstance(codes, tuple) else codes.sum(0)
+    for found in (total, layer.get_output_from_indices(indices)):
+        torch.testing.assert_close(found.to(dtype), quantized, rtol=0.02, atol=0.02)
+    if hasattr(layer, "encode"):
+        assert torch.equal(layer.encode(x), indices)
+
+
+@pytest.mark.parametrize("kind", ["ResidualVQ", "cosine", "learnable", "ResidualLFQ"])
+def test_projected_stages_are_those_that_are_called_one_by_one(kind):
+    torch.manual_seed(0)
+    layer = STACKS[kind]().eval()
+    project_last_stage(layer)
+    residual = x = torch.randn(2, 9, DIM, generator=generator())
+    total, found = torch.zeros_like(x), []
+    for stage in layer.layers:
+        quantized, chosen = stage(residual)[:2]
+        residual, total = residual - quantized, total + quantized
+        found.append(chosen)
+    quantized, indices = layer(x)[:2]
+    assert torch.equal(indices, torch.stack(found, -1))
+    torch.testing.assert_close(quantized, total)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("setting", ["rotation_trick", "commitment_weight", "stochastic_sample_codes"])
+def test_attributes_of_one_stage(setting, training):
+    """A stage with other settings than the first one has them, as if it were called by itself."""
+    torch.manual_seed(0)
+    layer = fastvq.ResidualVQ(dim=DIM, codebook_size=16, num_quantizers=2).train(training)
+    value = {"rotation_trick": False, "commitment_weight": 0.25, "stochastic_sample_codes": True}[setting]
+    setattr(layer.layers[1], setting, value)
+    results = []
+    for by_stage in (False, True):
+        twin = copy.deepcopy(layer)
+        x = torch.randn(2, 9, DIM, generator=generator()).requires_grad_(training)
+        torch.manual_seed(1)
+        if by_stage:
+            first, one, first_loss = twin.layers[0](x)
+            second, two, second_loss = twin.layers[1](x - first.detach())
+            quantized, indices, losses = first + second, [one, two], torch.stack([first_loss, second_loss])
+        else:
+            quantized, indices, losses = twin(x)
+            indices = list(indices.unbind(-1))
+        if training:
+            (quantized.square().sum() + losses.sum()).backward()
+        results.append([quantized, *indices, losses, *([x.grad] if training else [])])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("change", ["hook", "pre-hook", "forward"])
+@pytest.mark.parametrize("kind", ["ResidualVQ", "ResidualFSQ", "ResidualLFQ", "GroupedResidualVQ", "ResidualSimVQ"])
+def test_hooks_of_a_stage_are_named(kind, change):
+    make = lambda: fastvq.ResidualSimVQ(dim=DIM, codebook_size=16, num_quantizers=2)  # noqa: E731
+    layer = STACKS.get(kind, make)()
+    stage = getattr(layer, "rvqs", [layer])[0].layers[1]
+    if change == "hook":
+        stage.register_forward_hook(lambda *args: None)
+    elif change == "pre-hook":
+        stage.register_forward_pre_hook(lambda *args: None)
+    else:
+        stage.forward = lambda x: (x, x, x)
+    with pytest.warns(UserWarning, match="layers.1: has hooks or a forward of its own"):
+        layer(torch.randn(2, 9, getattr(layer, "dim", DIM)))

@@ -84,6 +84,23 @@ class Prior(nn.Module):
         """Return logits (B, K) of the index at `place`, given the indices (B, places) before. Places come in order."""
         raise NotImplementedError
 
+    def check_modules(self) -> None:
+        """Refuse adapters and other modules in place of parts: `forward` calls them, `step` reads weights alone.
+
+        Raises:
+            ValueError: there is one; the message names it.
+        """
+        own = type(self).__module__.partition(".")[0]
+        for name, module in self.named_modules():
+            source = type(module).forward.__module__
+            if ".parametrizations" in name:  # are part of the weight
+                continue
+            if "forward" in vars(module) or not source.startswith(("torch.nn.modules.", "fastvq.", f"{own}.")):
+                raise ValueError(
+                    f"{name}: must be the module that the prior was built with, got a {type(module).__name__} with a"
+                    " forward of its own, which sampling and coding would pass over; merge adapters first"
+                )
+
     def loss(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the mean negative log-likelihood () of an index, in nats."""
         logits = self(indices, labels)
@@ -136,6 +153,7 @@ class Prior(nn.Module):
         rows = self.label_rows(labels, count, device)
         if guided:
             rows = torch.cat([rows, self.label_rows(None, count, device)])
+        self.check_modules()
         state = self.begin(floats, rows)
         given = None if given is None else given.flatten(1).to(device)
         indices = torch.zeros(len(rows), self.places, dtype=torch.int64, device=device)
