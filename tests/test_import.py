@@ -10,6 +10,7 @@ import pytest
 
 import fastvq
 from fastvq import quantizers
+from fastvq.cli.main import COMMANDS
 from fastvq.compat import aliases
 
 PATIENCE_S = 120
@@ -39,7 +40,7 @@ def command(*arguments: str) -> str:
     "arguments",
     [
         *(["--help"], ["--version"], ["wrong"], ["train"]),
-        *([name, "--help"] for name in ("train", "prior", "sample", "encode", "decode", "demo", "bench", "info")),
+        *([name, "--help"] for name in COMMANDS),
     ],
     ids=" ".join,
 )

@@ -16,7 +16,21 @@ from typing import Any, NoReturn, TextIO
 import fastvq
 from fastvq.errors import ConfigError, FastvqError
 
-from . import FAILED, INTERRUPTED, UNREAD, bench, decode, demo, encode, info, prior, reconstruct, sample, train
+from . import (
+    FAILED,
+    INTERRUPTED,
+    UNREAD,
+    bench,
+    decode,
+    demo,
+    encode,
+    evaluate,
+    info,
+    prior,
+    reconstruct,
+    sample,
+    train,
+)
 
 COMMANDS: dict[str, ModuleType] = {
     "info": info,
@@ -24,6 +38,7 @@ COMMANDS: dict[str, ModuleType] = {
     "reconstruct": reconstruct,
     "prior": prior,
     "sample": sample,
+    "evaluate": evaluate,
     "encode": encode,
     "decode": decode,
     "demo": demo,

@@ -1,4 +1,4 @@
-"""Uses of a trained run: load, encode, decode, sample, reconstruct, learn a prior, compare priors, plot.
+"""Uses of a trained run: load, encode, decode, sample, reconstruct, evaluate, learn a prior, compare priors, plot.
 
 trained.py        `fastvq.load`: the models of a run as one object
 load.py           model and prior of a run      train_prior.py      a run's prior, trained on its indices
@@ -6,6 +6,8 @@ indices.py        a run's images as indices     compare_priors.py   the kinds of
 encode.py         images or arrays to a file    sample.py           samples in files
 decode.py         a file to images or arrays    sample_pictures.py  samples, completions and neighbors drawn
 reconstruct.py    images beside their reconstructions
+evaluate.py       a run measured on images: quality, bits, use of the codebook, with intervals
+measures.py       the measures of images, or why they cannot be taken
 pictures.py       a run's curves, usage and reconstructions
 plots.py          the figures themselves
 """

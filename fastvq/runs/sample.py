@@ -14,7 +14,7 @@ from torch import Tensor
 from fastvq.data import Images
 from fastvq.data.folder import write_images
 from fastvq.errors import ConfigError, counted
-from fastvq.extras import require
+from fastvq.extras import Progress
 from fastvq.files import StrPath, check_new, whole, whole_folder
 from fastvq.models import VQVAE, Prior
 from fastvq.training.config import check_range
@@ -105,7 +105,7 @@ def _check_count_and_label(prior: Prior, count: int, label: int | None) -> None:
 
 def _sample_batches(prior: Prior, count: int, label: int | None, seed: int, settings: dict[str, Any]) -> _Batches:
     generator = torch.Generator().manual_seed(seed)
-    with require("tqdm").tqdm(total=count, unit="sample", disable=count <= _BATCH, dynamic_ncols=True) as bar:
+    with Progress(count, "sample") as bar:
         for first in range(0, count, _BATCH):
             labels = None
             if prior.classes:

@@ -37,7 +37,7 @@ class TrainedModel(nn.Module):
         no_prior: why there is none.
 
     Attributes:
-        vqvae, config, prior: see Args.
+        vqvae, config, prior, no_prior: see Args.
         channels: 1 for gray images, 3 for images in color.
         stride: heights and widths of images are multiples of it.
     """
@@ -49,7 +49,7 @@ class TrainedModel(nn.Module):
         self.vqvae, self.config, self.prior = vqvae, config, prior
         self.channels = 1 if config.grayscale else 3
         self.stride: int = getattr(vqvae.encoder, "stride", 1)
-        self._no_prior = no_prior
+        self.no_prior = no_prior
         self.eval()
 
     @property
@@ -133,7 +133,7 @@ class TrainedModel(nn.Module):
         """
         prior = self.prior
         if prior is None:
-            raise CheckpointError(self._no_prior)
+            raise CheckpointError(self.no_prior)
         if count < 1:
             raise ValueError(f"count: must be at least 1, got {count}")
         if label is not None and not 0 <= label < prior.classes:

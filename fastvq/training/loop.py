@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvq.backends import devices
 from fastvq.errors import CheckpointError, ConfigError
-from fastvq.extras import require
+from fastvq.extras import Progress, require
 from fastvq.files import StrPath, delete_abandoned, delete_folder, exclusive, lock_of
 
 from .checkpoint import Checkpoint, checkpoint_folders, damage_named, load_latest, save
@@ -126,13 +126,14 @@ class Loop(Generic[EvaluationT]):
             on_evaluation: called with this object and the evaluation after each evaluation, the last one included,
                 when the state is saved. A run that is resumed at a step that is evaluated evaluates it again for this
                 call, since the earlier one may not have come to its end.
-            progress: show a progress bar on stderr.
+            progress: show the progress on stderr, see `fastvq.extras.Progress`.
 
         Raises:
             CheckpointError: another process or thread is writing to the folder, or has saved a checkpoint there since
                 this object was made.
             FloatingPointError: the loss is not finite.
         """
+        require("safetensors.torch")  # before hours of training whose checkpoints need it
         with exclusive(self.folder):
             if self._latest() != self._continues_from:
                 raise CheckpointError(
@@ -146,9 +147,7 @@ class Loop(Generic[EvaluationT]):
     def _fit(self, on_evaluation: Callable[[Any, EvaluationT], object] | None, *, progress: bool) -> EvaluationT | None:
         config = self.config
         evaluation: EvaluationT | None = None
-        bar = require("tqdm").tqdm(
-            total=config.steps, initial=self.step, unit="step", disable=not progress, dynamic_ncols=True
-        )
+        bar = Progress(config.steps, "step", initial=self.step, shown=progress)
         self.model.train()
         with bar, MetricsLog(self.folder, step=self.step) as log, Interrupt() as interrupt:
             if self.step and self._evaluation_is_due() and on_evaluation is not None:
@@ -165,7 +164,7 @@ class Loop(Generic[EvaluationT]):
                     self._window.zero_()
                     learning_rate = config.learning_rate_at(self.step - 1)
                     log.write(self.step, "train", **values, learning_rate=learning_rate)
-                    bar.set_postfix_str(text)
+                    bar.say(text)
                 due = self._evaluation_is_due()
                 if due:
                     self._check_finite()

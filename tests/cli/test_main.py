@@ -679,10 +679,10 @@ def test_an_image_that_is_none_is_named(tmp_path: Path, images: Path, capsys: py
 
 def test_a_missing_extra_is_named(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str],
                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     run = tmp_path / "run"
     assert main(["train", f"--out={run}", f"--data={images}", "--image-size=16", *TINY, "--steps=1"]) == 2
-    assert 'tqdm is missing: pip install "fastvq-torch[train]"' in capsys.readouterr().err
+    assert 'safetensors is missing: pip install "fastvq-torch[train]"' in capsys.readouterr().err
 
 
 def test_the_core_needs_no_extra(tmp_path: Path) -> None:

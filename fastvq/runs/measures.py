@@ -1,0 +1,195 @@
+"""Measures of reconstructed images beside their originals, each with the reason where it cannot be taken.
+
+PSNR needs nothing; SSIM and MS-SSIM need torchmetrics; LPIPS and rFID need torchmetrics, the package with their network
+and the network's weights, which are downloaded only on request. The protocol is in docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvq.errors import MissingExtraError, first_line
+from fastvq.extras import require
+
+SSIM_LEAST, MS_SSIM_LEAST, LPIPS_LEAST = 11, 176, 31
+"""Least side of an image in pixels: the window of SSIM, what torchmetrics asks for five scales of such windows, and
+what AlexNet's strides leave a pixel of."""
+_FID_LEAST = 2
+
+PerImage = Callable[[Tensor, Tensor], Tensor]
+"""(reconstructions, originals), both (B, C, H, W) in [0, 1], to one number for each image, (B,)."""
+
+
+class Measures(NamedTuple):
+    """Measures that can be taken, and the reasons why others cannot.
+
+    Attributes:
+        per_image: functions by name.
+        rfid: Fréchet distance between originals and reconstructions, or None.
+        refused: for each name that is missing, why.
+    """
+
+    per_image: dict[str, PerImage]
+    rfid: FrechetDistance | None
+    refused: dict[str, str]
+
+
+class _RefusedError(Exception):
+    """Reason why a measure cannot be taken."""
+
+
+class FrechetDistance:
+    """Fréchet distance between the Inception features of originals and reconstructions (rFID)."""
+
+    def __init__(self, metric: Any) -> None:
+        self._metric = metric
+
+    def update(self, restored: Tensor, originals: Tensor) -> None:
+        """Add images (B, C, H, W) in [0, 1] and their reconstructions."""
+        for images, real in ((originals, True), (restored, False)):
+            self._metric.update(_rgb(images), real=real)
+
+    def result(self) -> float:
+        """Return the distance."""
+        return float(self._metric.compute())
+
+
+def psnr(restored: Tensor, originals: Tensor) -> Tensor:
+    """Return the PSNR in dB of each image, at most 120, which is that of an error below all rounding."""
+    error = (restored - originals).square().flatten(1).mean(1, dtype=torch.float64)
+    return -10 * error.clamp_min(1e-12).log10()
+
+
+def image_measures(size: tuple[int, int], count: int, device: torch.device, *, download: bool = False) -> Measures:
+    """Return the measures for `count` images of a size (height, width).
+
+    Args:
+        size, count: of the images.
+        device: where the images are.
+        download: download the weights of networks that are not here yet.
+    """
+    available: dict[str, PerImage] = {"psnr_db_mean": psnr}
+    refused: dict[str, str] = {}
+    makers: dict[str, Callable[[], PerImage]] = {
+        "ssim": lambda: _ssim(size),
+        "ms_ssim": lambda: _ms_ssim(size),
+        "lpips": lambda: _lpips(size, device, download=download),
+    }
+    for name, make in makers.items():
+        try:
+            available[name] = make()
+        except (_RefusedError, MissingExtraError) as error:
+            refused[name] = str(error)
+    rfid = None
+    try:
+        rfid = _rfid(count, device, download=download)
+    except (_RefusedError, MissingExtraError) as error:
+        refused["rfid"] = str(error)
+    return Measures(available, rfid, refused)
+
+
+def _ssim(size: tuple[int, int]) -> PerImage:
+    if min(size) < SSIM_LEAST:
+        raise _RefusedError(f"images of {size[0]} x {size[1]} are smaller than its window of 11 x 11")
+    image = _torchmetrics("functional.image")
+
+    def ssim(restored: Tensor, originals: Tensor) -> Tensor:
+        return image.structural_similarity_index_measure(restored, originals, data_range=1.0, reduction="none")
+
+    return ssim
+
+
+def _ms_ssim(size: tuple[int, int]) -> PerImage:
+    if min(size) < MS_SSIM_LEAST:
+        least = f"{MS_SSIM_LEAST} x {MS_SSIM_LEAST}"
+        raise _RefusedError(f"images of {size[0]} x {size[1]} are smaller than {least}, which its 5 scales need")
+    image = _torchmetrics("functional.image")
+
+    def ms_ssim(restored: Tensor, originals: Tensor) -> Tensor:
+        return image.multiscale_structural_similarity_index_measure(
+            restored, originals, data_range=1.0, reduction="none", normalize="relu"
+        )
+
+    return ms_ssim
+
+
+def _lpips(size: tuple[int, int], device: torch.device, *, download: bool) -> PerImage:
+    if min(size) < LPIPS_LEAST:
+        least = f"{LPIPS_LEAST} x {LPIPS_LEAST}"
+        raise _RefusedError(f"images of {size[0]} x {size[1]} are smaller than {least}, which AlexNet needs")
+    image = _torchmetrics("image")
+    _need("torchvision", "AlexNet")
+    torchvision = importlib.import_module("torchvision.models")
+    _need_weights(torchvision.AlexNet_Weights.DEFAULT.url, download=download)
+    metric = _built(lambda: image.LearnedPerceptualImagePatchSimilarity(net_type="alex")).to(device)
+
+    def distance(restored: Tensor, originals: Tensor) -> Tensor:
+        with torch.no_grad():
+            return metric.net(_rgb(restored), _rgb(originals), normalize=True).flatten()
+
+    return distance
+
+
+def _rfid(count: int, device: torch.device, *, download: bool) -> FrechetDistance:
+    if count < _FID_LEAST:
+        raise _RefusedError("a covariance needs two images")
+    image = _torchmetrics("image")
+    _need("torch_fidelity", "Inception")
+    source = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    _need_weights(source.URL_INCEPTION_V3, download=download)
+    return FrechetDistance(_built(lambda: image.FrechetInceptionDistance(feature=2048, normalize=True)).to(device))
+
+
+def _torchmetrics(module: str) -> Any:
+    """Import and return a module of torchmetrics, which imports torchvision where that is installed."""
+    try:
+        return require(f"torchmetrics.{module}", "evaluate")
+    except MissingExtraError:
+        raise
+    except Exception as error:  # such as a torchvision for another version of torch
+        raise _RefusedError(f"torchmetrics cannot be imported: {first_line(error)}") from error
+
+
+def _need(package: str, network: str) -> None:
+    """Raise unless a package that has a network can be imported."""
+    if importlib.util.find_spec(package) is None:
+        name = package.replace("_", "-")
+        raise _RefusedError(f"{name}, which has the network {network}, is missing: pip install {name}")
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # such as a build for another version of torch
+        raise _RefusedError(f"{package} cannot be imported: {first_line(error)}") from error
+
+
+def _need_weights(url: str, *, download: bool) -> None:
+    """Raise unless the weights at a URL have been downloaded, or may be."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not download and not file.is_file():
+        raise _RefusedError(f"its weights, {file}, are not here: --download fetches them from {url}")
+
+
+def _built(build: Callable[[], Any]) -> Any:
+    """Return a network with its weights; what fails is the reason."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return build().eval()
+    except Exception as error:  # of the network, of the file, of the package
+        raise _RefusedError(f"its weights cannot be had: {first_line(error)}") from error
+
+
+def _rgb(images: Tensor) -> Tensor:
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that the measures come from, of those that are imported."""
+    names = ("torch", "torchmetrics", "torchvision", "torch_fidelity")
+    return {name: str(sys.modules[name].__version__) for name in names if name in sys.modules}
