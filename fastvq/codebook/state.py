@@ -18,6 +18,7 @@ from fastvq.precision import KeepsPrecision, Unsaved, as_scalar
 
 from .affine import Affine
 from .candidates import Candidates
+from .guards import guard_ready
 from .kmeans import SEEDINGS, kmeans
 from .replacement import Replacement, Replacer
 from .storage import WriteCheck, read, refuse_dtensor, write_
@@ -130,11 +131,19 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
 
         Anybody may write to that tensor. On the CPU it is read at each call. Elsewhere this would wait for the device:
         it is read when it is another tensor than before or has been written to, which a write to `initted.data`
-        conceals. A compiled graph knows what was last read.
+        conceals. A compiled graph is for one answer, and checks at each call that it is still the one.
         """
+        if torch.compiler.is_compiling():
+            from torch._dynamo.comptime import comptime  # which takes long to import
+
+            comptime(guard_ready)
+            return self._ready
+        return self.read_ready()
+
+    def read_ready(self) -> bool:
+        """Return `ready()` of now, also while a graph is compiled."""
         initted = self.initted
-        # As a fake tensor, or on "meta", it has no value.
-        if torch.compiler.is_compiling() or type(initted) is not Tensor or initted.is_meta:
+        if type(initted) is not Tensor or initted.is_meta:  # as a fake tensor, or on "meta", it has no value
             return self._ready
         if initted.device.type == "cpu" or initted.is_inference():
             self._ready = bool(initted)

@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastvq
+from fastvq.codebook.guards import guard_ready
 
 from ..cases import generator
 from ..every import QUANTIZERS, batch_for, make, tensors
@@ -142,6 +144,41 @@ def test_kmeans_runs_again_when_initted_is_false(kind, how):
         assert bool(codebook.initted)
         assert (codebook.embed != 7).all()
         assert codebook.embed.any()
+
+
+@pytest.mark.parametrize(("kind", "how"), [("VectorQuantize", "fill_"), ("ResidualVQ", "data")])
+def test_a_compiled_layer_sees_what_is_written_to_initted(kind, how):
+    """At the same step as an eager one, in both directions, without a graph more than one for each answer."""
+    torch._dynamo.reset()
+    counters.clear()
+    eager = KMEANS[kind]()
+    for codebook in codebooks(eager):
+        codebook.kmeans_iters = 1  # which are unrolled
+        codebook.initted.fill_(True)
+        assert codebook.ready()  # before the first graph is compiled, which is for False again
+    layer = copy.deepcopy(eager)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for step in range(6):
+        if step in (0, 2, 4):
+            for one in (eager, layer):
+                write(how, codebooks(one)[-1].initted)
+        if step == 4:  # before k-means runs, somebody puts codes into place
+            for one in (eager, layer):
+                codebooks(one)[-1].embed.fill_(0.5)
+                codebooks(one)[-1].initted.fill_(True)
+        for one, own in ((eager, eager), (compiled, layer)):
+            torch.manual_seed(step)
+            before = codebooks(own)[-1].embed.clone()
+            one(10**step * batch(step))
+            assert step != 2 or not torch.allclose(codebooks(own)[-1].embed, before, rtol=1)
+        for name, t in eager.state_dict().items():
+            torch.testing.assert_close(layer.state_dict()[name], t, rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_torch_with_other_guards_is_told_of():
+    with pytest.warns(UserWarning, match="initted: torch .* has other guards than expected"):
+        guard_ready(object())
 
 
 WITH_CODEBOOK = {
