@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 # Before torch is imported: a graph cached by an earlier fastvq calls ops by schemas that they no longer have.
@@ -20,6 +21,10 @@ if not torch.cuda.is_available():
 from fastvq.backends import native
 
 from .cases import BACKENDS
+
+# Decoded images go to a folder of this run, also those of processes that tests start.
+_CACHE = tempfile.TemporaryDirectory(prefix="fastvq-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 # Ctrl-C is tested too. A shell starts a background process with SIGINT ignored, and Python then leaves it so.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

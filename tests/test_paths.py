@@ -16,7 +16,8 @@ from fastvq import coding
 from fastvq.bench.data import from_file
 from fastvq.data import load_folder
 from fastvq.data.arrays import read_array
-from fastvq.data.folder import read_image, write_image, write_images
+from fastvq.data.image_format import ImageFormat
+from fastvq.data.image_io import read_image, write_image, write_images
 from fastvq.runs import plots
 from fastvq.runs.decode import decode_array, decode_images
 from fastvq.runs.encode import encode_array, encode_held_out, encode_images
@@ -74,7 +75,7 @@ def test_what_one_does_with_a_run(tmp_path: Path, kind: type[str | os.PathLike[s
     (tmp_path / "images").mkdir()
     write_images(at("images"), torch.rand(20, 3, 8, 8), 0)
     write_image(at("one.bin"), torch.rand(3, 8, 8), "png")
-    assert read_image(at("one.bin"), image_size=8, grayscale=False).shape == (3, 8, 8)
+    assert read_image(at("one.bin"), ImageFormat(8)).shape == (3, 8, 8)
     images = load_folder(at("images"), image_size=8)
     config = TrainConfig(data=at("images"), image_size=8, grayscale=False, steps=2, batch_size=8, **TINY)
     assert load_images(config).fingerprint() == images.fingerprint()

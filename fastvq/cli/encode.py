@@ -15,7 +15,7 @@ SUMMARY = "write the indices of images, or of an array, to a small file"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.description = (
-        "Writes the indices of images, or of an array, to a small file. Images are scaled and cropped to the square"
+        "Writes the indices of images, or of an array, to a small file. Images are brought to the size"
         " that the run's model was trained on; the file keeps their order, not their names."
     )
     parser.add_argument(

@@ -21,6 +21,7 @@ from . import (
     INTERRUPTED,
     UNREAD,
     bench,
+    data,
     decode,
     demo,
     encode,
@@ -34,6 +35,7 @@ from . import (
 
 COMMANDS: dict[str, ModuleType] = {
     "info": info,
+    "data": data,
     "train": train,
     "reconstruct": reconstruct,
     "prior": prior,

@@ -27,9 +27,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--label",
-        type=int,
         metavar="L",
-        help="class of the samples in an .npy or a folder, from 0 (default: each class in turn)",
+        help="class of the samples in an .npy or a folder, by name or by number from 0 (default: each class in turn)",
     )
     parser.add_argument(
         "--complete", action="store_true", help="draw completions of held-out images from their upper halves"

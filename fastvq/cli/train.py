@@ -35,15 +35,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, and draw the pictures of the run."""
+    from fastvq.data.images import describe
     from fastvq.errors import counted
     from fastvq.files import exclusive
     from fastvq.runs.pictures import failures_as_warnings, picture_reconstructions, picture_run
     from fastvq.training import Evaluation, Trainer, load_images
 
     config = _settings(options)
-    images = load_images(config)
+    images = load_images(config, progress=True)
     trainer = Trainer(config, images, options.out, resume=options.resume)
-    print(f"{images.name}: {counted(len(images.train), 'training image')}, {len(images.test)} held out")
+    print(describe(images))
     pictures: list[Path] = []
 
     def draw(trainer: Trainer, evaluation: Evaluation) -> None:

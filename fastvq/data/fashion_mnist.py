@@ -24,7 +24,7 @@ from fastvq.errors import DataError
 from fastvq.files import StrPath, write_whole
 
 from .images import Images
-from .registry import FULL, SUBSET
+from .registry import FULL, FULL_FOLDER, SUBSET
 
 CLASSES = (
     "T-shirt",
@@ -39,7 +39,7 @@ CLASSES = (
     "ankle boot",
 )
 SHIPPED = Path(__file__).with_name("fashion_mnist.npz.xz")
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+DEBIAN = FULL_FOLDER
 TRAIN_PER_CLASS = 570
 TEST_PER_CLASS = 100
 _GRAY_STEP = 4
@@ -58,6 +58,7 @@ def _as_images(name: str, train: Array, train_labels: Array, test: Array, test_l
         test_names=tuple(CLASSES[label] for label in test_labels),
         train_labels=torch.from_numpy(train_labels).long(),
         test_labels=torch.from_numpy(test_labels).long(),
+        class_names=CLASSES,
     )
 
 

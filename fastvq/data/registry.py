@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastvq.errors import ConfigError
 
@@ -26,6 +27,9 @@ class DataSet:
         note: what the help text adds to the name.
         image_size: side of the square images, in pixels.
         grayscale: one channel instead of three.
+        count: images to learn from and images held out.
+        license: license of the images.
+        missing: returns what has to be installed before it can be used; empty if nothing.
     """
 
     load: Callable[[], Images]
@@ -33,6 +37,9 @@ class DataSet:
     note: str
     image_size: int
     grayscale: bool
+    count: tuple[int, int] = (0, 0)
+    license: str = "unknown"
+    missing: Callable[[], str] = lambda: ""
 
 
 def _shipped() -> Images:
@@ -47,18 +54,46 @@ def _full() -> Images:
     return load_full_fashion_mnist()
 
 
-SUBSET, FULL = "Fashion-MNIST subset", "Fashion-MNIST"
-"""Names of the two in reports and pictures."""
+def _digits() -> Images:
+    from .digits import load_digits
+
+    return load_digits()
+
+
+def _full_is_missing() -> str:
+    return "" if FULL_FOLDER.is_dir() else "Debian's package dataset-fashion-mnist"
+
+
+def _digits_are_missing() -> str:
+    return "" if importlib.util.find_spec("sklearn") else "scikit-learn: pip install scikit-learn"
+
+
+SUBSET, FULL, DIGITS = "Fashion-MNIST subset", "Fashion-MNIST", "handwritten digits"
+"""Names in reports and pictures."""
+FULL_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+"""Folder of Debian's package of Fashion-MNIST."""
+_FASHION: dict[str, Any] = {"image_size": 28, "grayscale": True, "license": "MIT"}
 DATA_SETS = {
-    "fashion-mnist": DataSet(_shipped, SUBSET, "shipped subset", image_size=28, grayscale=True),
-    "fashion-mnist-full": DataSet(_full, FULL, "Debian's", image_size=28, grayscale=True),
+    "fashion-mnist": DataSet(_shipped, SUBSET, "shipped subset", count=(5700, 1000), **_FASHION),
+    "fashion-mnist-full": DataSet(_full, FULL, "Debian's", count=(60000, 10000), missing=_full_is_missing, **_FASHION),
+    "digits": DataSet(
+        _digits,
+        DIGITS,
+        "scikit-learn's, 8x8",
+        image_size=8,
+        grayscale=True,
+        count=(1500, 297),
+        license="CC BY 4.0",
+        missing=_digits_are_missing,
+    ),
 }
 """Every data set by name, the default first; settings, command line and trainer take any other name for a folder."""
 
 
 def describe_choices() -> str:
     """Return the names with their notes, and the folder, as a message or help text lists them."""
-    return ", ".join(f"'{name}' ({data.note})" for name, data in DATA_SETS.items()) + " or a folder of images"
+    named = ", ".join(f"'{name}' ({data.note})" for name, data in DATA_SETS.items())
+    return f"{named} or a folder of images or tar shards"
 
 
 def name_of(data: str) -> str:

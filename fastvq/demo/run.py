@@ -19,7 +19,8 @@ import torch
 
 import fastvq
 from fastvq.data import Images
-from fastvq.errors import CheckpointError, ConfigError, counted
+from fastvq.data.images import describe
+from fastvq.errors import CheckpointError, ConfigError
 from fastvq.files import StrPath, delete_folder, exclusive, make_folder, write_whole
 from fastvq.runs.encode import encode_held_out
 from fastvq.runs.load import PRIOR_FOLDER
@@ -153,7 +154,7 @@ def _run(
     """Run the five parts in a folder without a demo, or continue the one that is there."""
     started = time.monotonic()
     ceiling_config = dataclasses.replace(config, bottleneck="none", steps=ceiling_steps)
-    print(f"{images.name}: {counted(len(images.train), 'training image')}, {len(images.test)} held out", flush=True)
+    print(describe(images), flush=True)
 
     _announce(1)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvq import coding
-from fastvq.data.folder import WRITTEN, write_image, write_images
+from fastvq.data.image_io import WRITTEN, write_image, write_images
 from fastvq.errors import CodingError, ConfigError, counted
 from fastvq.files import StrPath, check_new, whole, whole_folder
 
@@ -42,13 +42,14 @@ def decode_images(run: StrPath, source: StrPath, path: StrPath, *, limits: codin
     check_outside_data(path, run)
     vqvae, config = load_model(run)
     data = coding.load(source)
-    side = config.image_size // 2**config.downsamples
-    header, expected = coding.read_header(data), (config.codebook_size, (side, side), False)
+    stride, size = 2**config.downsamples, config.image_format()
+    grid = size.height // stride, size.width // stride
+    header, expected = coding.read_header(data), (config.codebook_size, grid, False)
     if (header.codebook_size, header.shape[1:], header.missing) != expected:
         missing = ", some of them missing" if header.missing else ""
         raise CodingError(
             f"{source} holds indices of shape {header.shape} in [0, {header.codebook_size}){missing}; an image of {run}"
-            f" is {side} x {side} indices in [0, {config.codebook_size})"
+            f" is {grid[0]} x {grid[1]} indices in [0, {config.codebook_size})"
         )
     if not is_folder(path) and header.shape[0] != 1:
         raise ConfigError(f"out: {path} would hold one image, but {source} holds {header.shape[0]}: give a new folder")

@@ -53,8 +53,7 @@ def encode_images(
     vqvae, config, prior = _models(run, model)
     images, _ = read_images(
         [sources] if isinstance(sources, (str, os.PathLike)) else sources,
-        image_size=config.image_size,
-        grayscale=config.grayscale,
+        config.image_format(),
         skip_unreadable=skip_unreadable,
     )
     return _encode(vqvae, images, path, config.codebook_size, model, prior, None)

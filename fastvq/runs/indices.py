@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +64,11 @@ def index_images(run: StrPath, model: VQVAE, images: Images, *, flip: bool) -> I
     arrays = _read(description_path, description, paths)
     if arrays is None:
         description_path.unlink(missing_ok=True)
-        train = torch.cat([images.train, images.train.flip(-1)]) if flip else images.train
-        for split, pixels in (("train", train), ("test", images.test)):
-            indices = torch.cat([model.encode(to_float(part)) for part in pixels.split(_BATCH)])
+        for split, pixels in (("train", images.train), ("test", images.test)):
+            parts: Iterator[Tensor] = iter(pixels.split(_BATCH))  # views: the pixels may be mapped from a large file
+            if flip and split == "train":
+                parts = chain(parts, (part.flip(-1) for part in pixels.split(_BATCH)))
+            indices = torch.cat([model.encode(to_float(part)) for part in parts])
             with whole(paths[split]) as file:
                 np.save(file, indices.numpy().astype(np.int32))
         write_whole(description_path, json.dumps(description | {"sha256": _digests(paths)}) + "\n")
@@ -72,7 +76,7 @@ def index_images(run: StrPath, model: VQVAE, images: Images, *, flip: bool) -> I
     labels = images.train_labels
     if labels is not None and flip:
         labels = labels.repeat(2)
-    return IndexData(arrays["train"], arrays["test"], labels, images.test_labels)
+    return IndexData(arrays["train"], arrays["test"], labels, images.test_labels, images.class_names)
 
 
 def delete_indices(run: StrPath) -> None:

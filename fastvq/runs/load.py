@@ -100,7 +100,9 @@ def load_prior_of(run: StrPath, model: VQVAE) -> Prior:
     _warn_of_unfinished(Path(run) / PRIOR_FOLDER, checkpoint, f"fastvq prior {run} --resume")
     with damage_named(checkpoint.folder):
         built_from = checkpoint.built_from
-        return _build(lambda: build_prior(built_from["kind"], **built_from["settings"]), checkpoint).eval()
+        prior = _build(lambda: build_prior(built_from["kind"], **built_from["settings"]), checkpoint)
+        prior.class_names = tuple(built_from.get("class_names", ()))
+    return prior.eval()
 
 
 def load_prior_checkpoint(run: StrPath, model: VQVAE) -> Checkpoint:

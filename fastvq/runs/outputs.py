@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from fastvq.data.folder import SUFFIXES
+from fastvq.data.image_io import SUFFIXES
 from fastvq.data.registry import check_outside
 from fastvq.errors import ConfigError
 from fastvq.files import StrPath

@@ -67,9 +67,7 @@ def reconstruct_files(
     check_no_source(path, sources)
     check_outside_data(path, run)
     model, config = load_model(run)
-    pixels, files = read_images(
-        sources, image_size=config.image_size, grayscale=config.grayscale, skip_unreadable=skip_unreadable
-    )
+    pixels, files = read_images(sources, config.image_format(), skip_unreadable=skip_unreadable)
     errors: list[float] = []
     for part in pixels.split(_SHOWN):
         originals = to_float(part)

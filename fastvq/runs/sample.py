@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvq.data import Images
-from fastvq.data.folder import write_images
+from fastvq.data.image_io import write_images
 from fastvq.errors import ConfigError, counted
 from fastvq.extras import Progress
 from fastvq.files import StrPath, check_new, whole, whole_folder
@@ -22,7 +21,7 @@ from fastvq.training.config import check_range
 from . import plots
 from .load import load_prior, run_images
 from .outputs import check_ending, check_outside_data, is_folder
-from .sample_pictures import class_name, picture_completions, picture_samples
+from .sample_pictures import picture_completions, picture_samples
 
 DEFAULT_COUNT = 100
 _BATCH = 100
@@ -34,7 +33,7 @@ def sample_run(
     path: StrPath,
     *,
     count: int | None = None,
-    label: int | None = None,
+    label: int | str | None = None,
     complete: bool = False,
     seed: int = 0,
     data: StrPath | None = None,
@@ -48,7 +47,7 @@ def sample_run(
             are classes, beside real images. ".npy": the indices alone, (count, *grid) int64. None, or a slash at its
             end: a new folder of PNG files, with a subfolder for each class if there are classes.
         count: number of samples, `DEFAULT_COUNT` by default; a picture has its own.
-        label: class of the samples, by default each class in turn; a picture shows all.
+        label: class of the samples, by number or by name, by default each class in turn; a picture shows all.
         complete: write a picture of completions of held-out images instead.
         seed: equal seeds give equal samples, and a smaller count gives the first samples of a larger one.
         data: where the data set of the run is now, see `run_images`.
@@ -80,27 +79,39 @@ def sample_run(
         check_new(Path(path))
     prior, model = load_prior(run)
     count = DEFAULT_COUNT if count is None else count
-    _check_count_and_label(prior, count, label)
-    batches = _sample_batches(prior, count, label, seed, settings)
+    if count < 1:
+        raise ConfigError(f"count must be at least 1, got {count}")
+    number = _label_number(prior, label)
+    batches = _sample_batches(prior, count, number, seed, settings)
     if array:
         _write_array(path, (count, *prior.grid), batches)
         order = f", row n of class n mod {prior.classes}" if prior.classes and label is None else ""
         return [f"{path}: indices of shape {(count, *prior.grid)}{order}"]
     names = None
     if prior.classes:
-        images = run_images(run, data)
-        names = _folder_names(images, prior.classes)
+        # Earlier priors do not name their classes.
+        names = _folder_names(prior.class_names or run_images(run, data).class_names or (), prior.classes)
     _write_images(path, model, batches, names)
     return [f"{counted(count, 'image')}: {path}" + (", in a subfolder for each class" if names else "")]
 
 
-def _check_count_and_label(prior: Prior, count: int, label: int | None) -> None:
-    if count < 1:
-        raise ConfigError(f"count must be at least 1, got {count}")
-    if label is not None and not prior.classes:
+def _label_number(prior: Prior, label: int | str | None) -> int | None:
+    """Return the number of a class that is given by number or by name.
+
+    Raises:
+        ConfigError: the prior has no such class.
+    """
+    if label is None:
+        return None
+    if not prior.classes:
         raise ConfigError(f"label: this prior was trained without classes, got {label}")
-    if label is not None and not 0 <= label < prior.classes:
-        raise ConfigError(f"label must be between 0 and {prior.classes - 1}, got {label}")
+    if label in prior.class_names:
+        return prior.class_names.index(str(label))
+    number = int(label) if not isinstance(label, str) or label.lstrip("-").isdecimal() else -1
+    if not 0 <= number < prior.classes:
+        names = f" or one of {', '.join(prior.class_names)}" if prior.class_names else ""
+        raise ConfigError(f"label must be between 0 and {prior.classes - 1}{names}, got {label}")
+    return number
 
 
 def _sample_batches(prior: Prior, count: int, label: int | None, seed: int, settings: dict[str, Any]) -> _Batches:
@@ -135,7 +146,8 @@ def _write_images(folder: StrPath, model: VQVAE, batches: _Batches, names: list[
             number += len(indices)
 
 
-def _folder_names(images: Images, classes: int) -> list[str]:
+def _folder_names(names: Sequence[str], classes: int) -> list[str]:
     """Return a name for each class that sorts by label and is valid in every file system."""
     digits = len(str(classes - 1))
-    return [f"{label:0{digits}d}-" + re.sub(r"[^\w.]+", "-", class_name(images, label)) for label in range(classes)]
+    names = [*names, *(f"class {label}" for label in range(len(names), classes))]
+    return [f"{label:0{digits}d}-" + re.sub(r"[^\w.]+", "-", name) for label, name in enumerate(names)]

@@ -22,6 +22,8 @@ from .pictures import shown_rows, spread
 _REAL, _SAMPLED = 3, 7
 _COMPLETED = 8
 _NEIGHBORS = 5
+_SEARCHED = 1 << 12
+"""Training images among which neighbors are looked for at a time."""
 _CLASSES = 20
 """Largest number of classes in a picture."""
 
@@ -133,9 +135,8 @@ def picture_neighbors(
     labels = torch.tensor(classes) if classes else None
     indices = prior.sample(count, labels, generator=torch.Generator().manual_seed(seed), **settings)
     sampled = model.decode(indices).clamp(0, 1)
-    training = to_float(torch.cat([images.train, images.train.flip(-1)]))
-    nearest = fastvq.topk_search(sampled.flatten(1), training.flatten(1), _NEIGHBORS)
-    rows = [torch.cat([image[None], training[found]]) for image, found in zip(sampled, nearest, strict=True)]
+    nearest = nearest_images(sampled, images.train, _NEIGHBORS)
+    rows = [torch.cat([image[None], found]) for image, found in zip(sampled, nearest, strict=True)]
     plots.save_grid(
         path,
         rows,
@@ -148,6 +149,25 @@ def picture_neighbors(
     )
 
 
+def nearest_images(queries: Tensor, images: Tensor, count: int) -> Tensor:
+    """Return the images nearest to each query by squared difference, (B, count, C, H, W), mirrored ones included.
+
+    Args:
+        queries: (B, C, H, W), float in [0, 1].
+        images: (N, C, H, W), uint8; read a part at a time, for they may be mapped from a large file.
+        count: number of neighbors, at most 2 N.
+    """
+    found = queries.new_empty(0, *images.shape[1:])
+    for mirrored in (False, True):
+        for part in images.split(_SEARCHED):
+            found = torch.cat([found, to_float(part.flip(-1) if mirrored else part)])
+            nearest = fastvq.topk_search(queries.flatten(1), found.flatten(1), min(count, len(found)))
+            # Those of any query, in the order that they came in: equal distances go to the earlier image.
+            used = nearest.unique()
+            found = found[used]
+    return found[torch.searchsorted(used, nearest)]
+
+
 def _real_images(images: Tensor, start: int, *, like: Tensor) -> Tensor:
     """Return `_REAL` images from `start` on, cyclically; gray ones if there are none."""
     if len(images) == 0:
@@ -156,7 +176,5 @@ def _real_images(images: Tensor, start: int, *, like: Tensor) -> Tensor:
 
 
 def class_name(images: Images, label: int) -> str:
-    """Return the name of a class, taken from a held-out image of it."""
-    assert images.test_labels is not None
-    rows = (images.test_labels == label).nonzero()
-    return images.test_names[int(rows[0])] if len(rows) else f"class {label}"
+    """Return the name of a class."""
+    return images.class_names[label] if images.class_names else f"class {label}"

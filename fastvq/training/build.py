@@ -12,8 +12,12 @@ from fastvq.models import VQVAE, Bottleneck, Decoder, Encoder, NoBottleneck
 from .config import TrainConfig
 
 
-def load_images(config: TrainConfig) -> Images:
-    """Return the data set that `config.data` names: one of `DATA_SETS`, or the images of a folder.
+def load_images(config: TrainConfig, *, progress: bool = False) -> Images:
+    """Return the data set that `config.data` names: one of `DATA_SETS`, or the images of a folder or of tar shards.
+
+    Args:
+        config: the settings.
+        progress: show a progress bar on stderr while the images of a folder are decoded.
 
     Raises:
         DataError: there is neither a data set nor a folder of this name, files are missing, or one is not an image.
@@ -26,9 +30,14 @@ def load_images(config: TrainConfig) -> Images:
     return load_folder(
         root,
         image_size=config.image_size,
+        image_width=config.image_width,
         grayscale=config.grayscale,
+        fit=config.fit,
+        crop_from=config.crop_from,
         test_fraction=config.test_fraction,
         skip_unreadable=config.skip_unreadable,
+        workers=config.workers,
+        progress=progress,
     )
 
 

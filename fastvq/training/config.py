@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastvq.data import DATA_SETS
+from fastvq.data.image_format import FITS, ImageFormat
 from fastvq.data.registry import describe_choices
 from fastvq.errors import ConfigError
 
@@ -97,8 +98,13 @@ class TrainConfig(Settings):
     """Settings of a VQ-VAE and of its training: equal settings and equal data give equal weights."""
 
     data: str = _setting(next(iter(DATA_SETS)), describe_choices())
-    image_size: int = _setting(28, "side of the square images in pixels, a multiple of 2**downsamples; 64 for a folder")
+    image_size: int = _setting(28, "height of the images in pixels, a multiple of 2**downsamples; 64 for a folder")
+    image_width: int | None = _setting(None, "width of the images in pixels (default: as the height)")
     grayscale: bool = _setting(True, "one channel instead of three; off for a folder")
+    fit: str = _setting("crop", f"what becomes of an image of another aspect: {', '.join(FITS)}")
+    crop_from: int | None = _setting(
+        None, "height that images are scaled to, before random crops of image_size (default: no crops)"
+    )
     test_fraction: float = _setting(0.1, "share of a folder's files to hold out")
     skip_unreadable: bool = _setting(False, "leave out files of a folder that cannot be read, and name them")
 
@@ -125,6 +131,7 @@ class TrainConfig(Settings):
     flip: bool = _setting(True, "mirror each training image with probability 1/2")
     seed: int = _setting(0, "seed of weights, data order and replacement of dead codes")
     device: str = _setting("cpu", "torch device to train on")
+    workers: int | None = _setting(None, "processes that decode and read images (default: cores to decode, 0 to read)")
 
     log_every: int = _setting(20, "steps between training records in metrics.jsonl")
     evaluate_every: int = _setting(500, "steps between evaluations on the held-out images")
@@ -135,13 +142,22 @@ class TrainConfig(Settings):
         if self.bottleneck not in ("vq", "none"):
             raise ConfigError(f"bottleneck must be 'vq' or 'none', got {self.bottleneck!r}")
         known = DATA_SETS.get(self.data)
-        if known and (self.image_size, self.grayscale) != (known.image_size, known.grayscale):
+        own = self.image_format()
+        if known and (own, self.crop_from) != (ImageFormat(known.image_size, grayscale=known.grayscale), None):
             size, color = known.image_size, "grayscale" if known.grayscale else "color"
-            raise ConfigError(f"{self.data} is {size}x{size} {color}: image_size and grayscale cannot be changed")
-        if self.image_size % 2**self.downsamples:
             raise ConfigError(
-                f"image_size {self.image_size} is not a multiple of 2**downsamples = {2**self.downsamples}"
+                f"{self.data} is {size}x{size} {color}: image_size, image_width, grayscale, fit and crop_from cannot be"
+                " changed"
             )
+        for name, value in (("image_size", own.height), ("image_width", own.width)):
+            if value % 2**self.downsamples:
+                raise ConfigError(f"{name} {value} is not a multiple of 2**downsamples = {2**self.downsamples}")
+        if self.crop_from is not None and self.crop_from < self.image_size:
+            raise ConfigError(f"crop_from must be at least image_size = {self.image_size}, got {self.crop_from}")
+
+    def image_format(self) -> ImageFormat:
+        """Return the size and color of the images."""
+        return ImageFormat(self.image_size, self.image_width or self.image_size, self.grayscale, self.fit)
 
     def learning_rate_at(self, step: int) -> float:
         """Return `peak * min(1, (step + 1) / warmup) * (1 + cos(pi step / steps)) / 2` for step 0, 1, ..."""
@@ -197,12 +213,13 @@ _FINITE = sys.float_info.max
 _SIDE, _DEPTH, _CODES, _COUNT = 2**16, 2**10, 2**24, 2**53
 """Largest width, depth, K, and number that a float holds exactly: more would end in a failed allocation or a hang."""
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("image_size", "dim", "width", "residual_width", "heads"), (1, _SIDE)),
+    **dict.fromkeys(("image_size", "image_width", "crop_from", "dim", "width", "residual_width", "heads"), (1, _SIDE)),
     **dict.fromkeys(("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"), (1, _COUNT)),
     **dict.fromkeys(("encoder_blocks", "decoder_blocks"), (0, _DEPTH)),
     **dict.fromkeys(("commitment_weight", "dead_code_threshold", "weight_decay"), (0, _FINITE)),
     **dict.fromkeys(("learning_rate", "reconstruction_variance"), (_SMALLEST, _FINITE)),
     "depth": (1, _DEPTH),
+    "workers": (0, _DEPTH),
     "codebook_size": (1, _CODES),
     "warmup_steps": (0, _COUNT),
     **dict.fromkeys(("dropout", "label_dropout"), (0, _BELOW_ONE)),

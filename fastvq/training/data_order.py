@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+import itertools
+from collections.abc import Iterator
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 
 def _generator(seed: int, purpose: str, number: int) -> torch.Generator:
@@ -34,6 +37,53 @@ def batch_rows(step: int, *, count: int, batch_size: int, seed: int) -> Tensor:
     return _epoch_order(seed, epoch, count)[position * batch_size : (position + 1) * batch_size]
 
 
+class Batches:
+    """Batches of images in the order of `batch_rows`, read ahead by worker processes on request.
+
+    Args:
+        images: (N, C, H, W), in memory or mapped from a file; only what a batch needs is read.
+        batch_size, seed: see `batch_rows`.
+        workers: number of processes.
+    """
+
+    def __init__(self, images: Tensor, *, batch_size: int, seed: int, workers: int = 0) -> None:
+        self._images, self._workers = images, workers
+        self._order = partial(batch_rows, count=len(images), batch_size=batch_size, seed=seed)
+        self._next = -1
+        self._ahead: Iterator[Tensor] = iter(())
+
+    def __call__(self, step: int) -> Tensor:
+        """Return the batch (batch_size, C, H, W) of step 0, 1, ..."""
+        if not self._workers:
+            return self._images[self._order(step)]
+        if step != self._next:
+            loader = DataLoader(
+                _Rows(self._images),
+                batch_sampler=map(self._order, itertools.count(step)),  # type: ignore[arg-type]
+                collate_fn=_unchanged,  # type: ignore[arg-type]
+                num_workers=self._workers,
+                # Torch's global random state is the training's.
+                generator=torch.Generator(),
+            )
+            self._ahead = iter(loader)
+        self._next = step + 1
+        return next(self._ahead)
+
+
+class _Rows(Dataset[Tensor]):
+    """Images by their rows, a batch at a time."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __getitems__(self, rows: Tensor) -> Tensor:
+        return self.images[rows]
+
+
+def _unchanged(batch: Tensor) -> Tensor:
+    return batch
+
+
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
     """Return a batch on a device; a copy from the CPU does not wait for the work queued there."""
     # A non-blocking copy to the CPU would be read before it has arrived.
@@ -44,3 +94,12 @@ def flip_randomly(images: Tensor, step: int, *, seed: int) -> Tensor:
     """Return images (B, C, H, W), each mirrored left to right with probability 1/2."""
     coins = torch.rand(len(images), generator=_generator(seed, "flip", step)) < 0.5
     return torch.where(to_device(coins, images.device)[:, None, None, None], images.flip(-1), images)
+
+
+def crop_randomly(images: Tensor, step: int, *, height: int, width: int, seed: int) -> Tensor:
+    """Return images (B, C, H, W), each cropped at random to (height, width), every place being equally likely."""
+    generator = _generator(seed, "crop", step)
+    tops = torch.randint(images.shape[-2] - height + 1, (len(images),), generator=generator).tolist()
+    lefts = torch.randint(images.shape[-1] - width + 1, (len(images),), generator=generator).tolist()
+    places = zip(images, tops, lefts, strict=True)
+    return torch.stack([image[:, top : top + height, left : left + width] for image, top, left in places])

@@ -39,7 +39,8 @@ class Loop(Generic[EvaluationT]):
 
     A resumed run keeps its settings, but may have more steps: from there on the learning rate follows the schedule of
     the new number, and so rises again where the old number had brought it to zero. It may also have another path to
-    the same data, and files beside them that cannot be read.
+    the same data, files beside them that cannot be read, and another number of
+    workers.
 
     A subclass defines a step (`learn`), the record of the steps since the last record (`recent`), the evaluation on
     held-out data (`evaluate`), and the state that a checkpoint holds besides model and optimizer (`more_state`).
@@ -230,7 +231,8 @@ class Loop(Generic[EvaluationT]):
         _, steps = changes.pop("steps", (0, None))
         # The fingerprint tells whether the data at another path, or without the unreadable files, are the same.
         old_data, data = changes.pop("data", 2 * (getattr(self.config, "data", "the model of these indices"),))
-        changes.pop("skip_unreadable", None)
+        for name in ("skip_unreadable", "workers"):
+            changes.pop(name, None)
         if changes:
             listed = ", ".join(f"{name} from {old!r} to {new!r}" for name, (old, new) in changes.items())
             raise ConfigError(f"a resumed run keeps its settings, but these changed: {listed}")

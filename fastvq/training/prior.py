@@ -30,12 +30,14 @@ class IndexData:
     Attributes:
         train, test: (N, *grid), any integer type; those to learn from and those held out.
         train_labels, test_labels: (N,), int64, or None for samples without classes.
+        class_names: the name of each label, or None.
     """
 
     train: Tensor
     test: Tensor
     train_labels: Tensor | None
     test_labels: Tensor | None
+    class_names: tuple[str, ...] | None = None
 
     @property
     def classes(self) -> int:
@@ -98,7 +100,10 @@ class PriorTrainer(Loop[float]):
         # Built on the CPU, so that it starts from the same weights on every device.
         model = build_prior(config.kind, codebook_size=codebook_size, vectors=vectors, **settings).to(self.device)
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=config.weight_decay)
+        model.class_names = data.class_names or ()
         built_from = {"kind": config.kind, "settings": model.settings, "data": data.fingerprint()}
+        if data.class_names:
+            built_from["class_names"] = list(data.class_names)
         super().__init__(config, model, optimizer, folder, identity=identity, built_from=built_from)
         if replace:
             delete_run(folder)

@@ -15,7 +15,7 @@ from fastvq.models import VQVAE
 
 from .build import build_model
 from .config import TrainConfig
-from .data_order import batch_rows, flip_randomly, to_device
+from .data_order import Batches, crop_randomly, flip_randomly, to_device
 from .evaluation import Evaluation, evaluate, psnr_db
 from .loop import Loop, Measures, usable_device
 
@@ -60,14 +60,18 @@ class Trainer(Loop[Evaluation]):
         self._quantizer = model.bottleneck if isinstance(model.bottleneck, fastvq.VectorQuantize) else None
         optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
         super().__init__(config, model, optimizer, folder, identity=images.fingerprint())
-        self._train_images = images.train.to(self.device)
+        source = images.train if images.uncropped is None else images.uncropped
+        self._batches = Batches(source, batch_size=config.batch_size, seed=config.seed, workers=config.workers or 0)
         self.begin(resume=resume)
 
     def learn(self) -> None:
         """Minimize the reconstruction and bottleneck losses of one batch."""
         config = self.config
-        rows = batch_rows(self.step, count=len(self._train_images), batch_size=config.batch_size, seed=config.seed)
-        x = to_float(self._train_images[to_device(rows, self.device)])
+        pixels = self._batches(self.step)
+        if self.images.uncropped is not None:
+            height, width = self.images.train.shape[-2:]
+            pixels = crop_randomly(pixels, self.step, height=height, width=width, seed=config.seed)
+        x = to_float(to_device(pixels, self.device))
         if config.flip:
             x = flip_randomly(x, self.step, seed=config.seed)
         output = self.model(x)

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastvq.data import fashion_mnist, load_fashion_mnist, load_folder, load_full_fashion_mnist
-from fastvq.data.folder import read_image, split_by_file, write_images
+from fastvq.data.image_format import ImageFormat
+from fastvq.data.image_io import read_image, write_images
 from fastvq.data.images import to_float
+from fastvq.data.split import split_by_file
 from fastvq.errors import DataError, SkippedFilesWarning
 
 
@@ -188,13 +190,13 @@ def test_a_file_cut_short_is_named(folder: Path) -> None:
 def test_sixteen_bit_and_transparent_images_keep_their_look(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(64, 0)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
-    pixels = read_image(tmp_path / "deep.png", image_size=64, grayscale=True)[0, 0]
+    pixels = read_image(tmp_path / "deep.png", ImageFormat(64, grayscale=True))[0, 0]
     assert torch.equal(pixels, (torch.from_numpy(ramp[0].astype(np.float64)) / 257).round().to(torch.uint8))
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert int(read_image(tmp_path / "clear.png", image_size=8, grayscale=False).min()) == 255
+    assert int(read_image(tmp_path / "clear.png", ImageFormat(8, grayscale=False)).min()) == 255
     Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(DataError, match=r"float\.tiff.*mode 'F'"):
-        read_image(tmp_path / "float.tiff", image_size=8, grayscale=True)
+        read_image(tmp_path / "float.tiff", ImageFormat(8, grayscale=True))
 
 
 def test_hidden_files_and_folders_are_ignored(folder: Path) -> None:
@@ -211,7 +213,7 @@ def test_images_are_written_as_they_are_read(tmp_path: Path, channels: int) -> N
     write_images(tmp_path, to_float(pixels), 7, ["b", "a", "b"])
     names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
     assert names == ["a/000008.png", "b/000007.png", "b/000009.png"]
-    again = [read_image(tmp_path / name, image_size=8, grayscale=channels == 1) for name in names]
+    again = [read_image(tmp_path / name, ImageFormat(8, grayscale=channels == 1)) for name in names]
     assert torch.equal(torch.stack(again), pixels[[1, 0, 2]])
     write_images(tmp_path, to_float(pixels[:1]), 10)
     assert (tmp_path / "000010.png").exists()
@@ -262,8 +264,8 @@ def test_large_images_are_read_and_too_large_ones_named(
 ) -> None:
     Image.new("L", (15, 10)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert read_image(tmp_path / "large.png", image_size=8, grayscale=True).shape == (1, 8, 8)
+    assert read_image(tmp_path / "large.png", ImageFormat(8, grayscale=True)).shape == (1, 8, 8)
     assert not recwarn.list
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     with pytest.raises(DataError, match=r"large\.png is not a readable image: it has more than 100 pixels, scale it"):
-        read_image(tmp_path / "large.png", image_size=8, grayscale=True)
+        read_image(tmp_path / "large.png", ImageFormat(8, grayscale=True))

@@ -32,16 +32,35 @@ def test_an_entry_of_the_table_is_all_that_a_data_set_needs(dots: None) -> None:
     config = settings("--data=dots")
     assert (config.data, config.image_size, config.grayscale) == ("dots", 16, False)
     assert load_images(config) is DOTS
-    with pytest.raises(ConfigError, match="dots is 16x16 color: image_size and grayscale cannot be changed"):
+    with pytest.raises(
+        ConfigError, match="dots is 16x16 color: image_size, image_width, grayscale, fit and crop_from cannot"
+    ):
         settings("--data=dots", "--image-size=28")
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_each_data_set_has_its_settings(name: str) -> None:
-    config = settings(f"--data={name}")
-    assert (config.data, config.image_size, config.grayscale) == (name, 28, True)
-    with pytest.raises(ConfigError, match=f"{name} is 28x28 grayscale: image_size and grayscale cannot be changed"):
-        settings(f"--data={name}", "--no-grayscale")
+    config, side = settings(f"--data={name}"), DATA_SETS[name].image_size
+    assert (config.data, config.image_size, config.grayscale) == (name, side, True)
+    for changed in ("--no-grayscale", "--fit=pad", f"--image-width={2 * side}", f"--crop-from={2 * side}"):
+        with pytest.raises(ConfigError, match=f"{name} is {side}x{side} grayscale: image_size, image_width"):
+            settings(f"--data={name}", changed)
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_the_table_says_what_a_data_set_holds(name: str) -> None:
+    known = DATA_SETS[name]
+    if known.missing():
+        pytest.skip(f"missing: {known.missing()}")
+    images = known.load()
+    assert (len(images.train), len(images.test)) == known.count
+    assert images.train.shape[1:] == (1 if known.grayscale else 3, known.image_size, known.image_size)
+    assert images.name == known.name
+    assert images.train_labels is not None
+    assert images.class_names is not None
+    assert set(images.train_labels.tolist()) == set(range(len(images.class_names)))
+    assert len(images.train.unique()) > 10
+    assert int(images.train.max()) > 200
 
 
 def test_images_have_the_name_of_their_data_set() -> None:
@@ -61,6 +80,6 @@ def test_the_default_is_the_first() -> None:
 def test_any_other_name_is_a_folder(tmp_path: Path, dots: None) -> None:
     config = settings(f"--data={tmp_path}")
     assert (config.data, config.image_size, config.grayscale) == (str(tmp_path.resolve()), 64, False)
-    listed = r"'fashion-mnist' \(.*\), 'fashion-mnist-full' \(.*\), 'dots' \(in memory\) or a folder of images"
+    listed = r"'fashion-mnist' \(.*\), 'fashion-mnist-full' \(.*\), .*'dots' \(in memory\) or a folder of images"
     with pytest.raises(DataError, match=f"typo doesn't exist: data must be {listed}"):
         load_images(settings("--data=typo"))

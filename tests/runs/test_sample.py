@@ -14,7 +14,7 @@ from fastvq.cli.main import main
 from fastvq.data import load_folder
 from fastvq.models import TransformerPrior
 from fastvq.runs import load
-from fastvq.runs.load import load_prior, run_images
+from fastvq.runs.load import load_prior
 from fastvq.runs.sample import _folder_names
 from fastvq.runs.train_prior import train_prior
 from fastvq.training.config import PriorConfig
@@ -45,8 +45,7 @@ def classed(tmp_path_factory):
         if config.data != str(folder):
             return images
         train, test = (torch.arange(len(pixels)) % 3 for pixels in (images.train, images.test))
-        names = tuple(CLASSES[label] for label in test)
-        return dataclasses.replace(images, train_labels=train, test_labels=test, test_names=names)
+        return dataclasses.replace(images, train_labels=train, test_labels=test, class_names=CLASSES)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load, "load_images", with_labels)
@@ -122,12 +121,19 @@ def test_images_stand_in_a_folder_for_each_class(classed, tmp_path, capsys):
     assert files(tmp_path / "bags") == [f"2-bag-purse/{n:06d}.png" for n in range(3)]
 
 
-def test_more_than_ten_classes_are_in_order(classed):
-    images = run_images(classed)
-    names = _folder_names(images, 12)
+def test_more_than_ten_classes_are_in_order():
+    names = _folder_names(CLASSES, 12)
     assert names == sorted(names)
     assert names[:3] == ["00-T-shirt", "01-ankle-boot", "02-bag-purse"]
     assert names[11] == "11-class-11"
+
+
+@pytest.mark.parametrize("label", ["ankle boot", "1"])
+def test_a_class_has_a_name_and_a_number(classed, tmp_path, label):
+    by_name = sample(classed, tmp_path / "named.npy", "--count=3", f"--label={label}")
+    sample(classed, tmp_path / "drawn", "--count=3", "--label=1")
+    assert files(tmp_path / "drawn") == [f"1-ankle-boot/{n:06d}.png" for n in range(3)]
+    assert np.array_equal(by_name, sample(classed, tmp_path / "numbered.npy", "--count=3", "--label=1"))
 
 
 def test_images_without_classes_are_a_data_set(plain, tmp_path):
@@ -163,8 +169,9 @@ def test_sampled_indices_go_through_files(plain, tmp_path, how):
     [
         (["--out=x.npy", "--count=0"], "--count must be at least 1, got 0"),
         (["--out=x", "--count=-3"], "--count must be at least 1, got -3"),
-        (["--out=x", "--label=3"], "--label must be between 0 and 2, got 3"),
-        (["--out=x.npy", "--label=-1"], "--label must be between 0 and 2, got -1"),
+        (["--out=x", "--label=3"], "--label must be between 0 and 2 or one of T-shirt, ankle boot, bag/purse, got 3"),
+        (["--out=x.npy", "--label=-1"], "bag/purse, got -1"),
+        (["--out=x", "--label=shoe"], "bag/purse, got shoe"),
         (["--out=x.png", "--count=5"], "--count: a picture has its own samples"),
         (["--out=x.PNG", "--label=1"], "--label: a picture has its own samples"),
         (["--out=x.npy", "--complete"], "--complete: draws a picture, whose ending is .png, "),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvq.training.data_order import batch_rows, flip_randomly
+from fastvq.training.data_order import Batches, batch_rows, crop_randomly, flip_randomly
 
 
 @given(st.integers(1, 50), st.integers(1, 50), st.integers(0, 9))
@@ -41,3 +41,27 @@ def test_order_and_flips_depend_on_seed_and_step_alone() -> None:
     mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
     assert torch.equal(flipped[~mirrored], images[~mirrored])
     assert 140 < mirrored.sum() < 260
+
+
+def test_batches_read_ahead_are_the_same() -> None:
+    images = torch.randint(0, 256, (30, 1, 4, 4), dtype=torch.uint8)
+    alone, ahead = (Batches(images, batch_size=7, seed=3, workers=workers) for workers in (0, 2))
+    state = torch.get_rng_state()
+    for step in (0, 1, 2, 9, 10, 3):  # a resumed run begins anywhere
+        assert torch.equal(ahead(step), alone(step))
+        assert torch.equal(alone(step), images[batch_rows(step, count=30, batch_size=7, seed=3)])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_crops_lie_anywhere_and_depend_on_seed_and_step_alone() -> None:
+    rows, columns = torch.meshgrid(torch.arange(10), torch.arange(7), indexing="ij")
+    images = (10 * rows + columns).expand(600, 3, 10, 7)
+    crops = crop_randomly(images, 5, height=8, width=4, seed=1)
+    assert crops.shape == (600, 3, 8, 4)
+    torch.manual_seed(99)
+    assert torch.equal(crop_randomly(images, 5, height=8, width=4, seed=1), crops)
+    assert not torch.equal(crop_randomly(images, 6, height=8, width=4, seed=1), crops)
+    tops, lefts = crops[:, 0, 0, 0] // 10, crops[:, 0, 0, 0] % 10
+    assert torch.equal(crops[:, 1], images[0, 0, :8, :4] + (10 * tops + lefts)[:, None, None])
+    places = torch.bincount(4 * tops + lefts, minlength=12)
+    assert places.min() > 25  # 50 are expected in each of 3 x 4 places

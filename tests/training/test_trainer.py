@@ -19,10 +19,11 @@ import fastvq
 from fastvq.data import Images
 from fastvq.errors import CheckpointError, ConfigError, DataError
 from fastvq.runs.load import load_model
-from fastvq.training import Evaluation, Trainer, checkpoint, evaluate
+from fastvq.training import Evaluation, Trainer, checkpoint, evaluate, load_images
 from fastvq.training.loop import delete_run
 from fastvq.training.metrics import read_metrics
 
+from ..data.test_source import folder_of
 from .tiny import TINY, tiny_images
 
 
@@ -70,6 +71,22 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, bottleneck: st
 
     assert_same_state(whole, resumed)
     assert read_metrics(tmp_path / "parts" / "metrics.jsonl") == read_metrics(tmp_path / "whole" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_of_random_crops_resumes_bit_for_bit(tmp_path: Path, workers: int) -> None:
+    """Wide images, cropped at random; the second half of the run has another number of workers."""
+    folder_of(tmp_path / "images", [f"{n}.png" for n in range(30)])
+    size = {"image_size": 8, "image_width": 16, "crop_from": 12, "grayscale": False}
+    config = dataclasses.replace(TINY, data=str(tmp_path / "images"), **size)
+    images = load_images(config)
+    whole = Trainer(config, images, tmp_path / "whole")
+    assert whole.fit(progress=False)
+    stop_after(Trainer(config, images, tmp_path / "parts"), 7)
+    resumed = Trainer(dataclasses.replace(config, workers=workers), images, tmp_path / "parts", resume=True)
+    assert resumed.fit(progress=False)
+    assert_same_state(whole, resumed)
+    assert whole.model.encode(torch.rand(1, 3, 8, 16)).shape == (1, 2, 4)
 
 
 def test_a_run_is_reproduced_by_its_seed(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ class Prior(nn.Module):
     Attributes:
         places: number of indices of a sample.
         settings: the constructor's arguments other than parameters.
+        class_names: the name of each label; empty where they have none.
 
     Shapes: indices (B, *grid) int64 in [0, K); labels (B,) int64 in [0, classes), or None.
 
@@ -43,6 +44,8 @@ class Prior(nn.Module):
     Source: van den Oord et al., Neural Discrete Representation Learning, 2017, section 3.3: a learned prior in place of
     the uniform one. Ho and Salimans, Classifier-Free Diffusion Guidance, 2022, equation 6.
     """
+
+    class_names: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -1,0 +1,119 @@
+"""Images in files: reading, in one format, and writing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvq.errors import DataError, first_line
+from fastvq.extras import require
+from fastvq.files import StrPath
+
+from .image_format import ImageFormat
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+"""Endings of the files that are images."""
+WRITTEN = SUFFIXES - {".gif"}
+"""Endings of the images that `write_image` writes."""
+
+
+def read_image(path: StrPath, format: ImageFormat, content: bytes | None = None) -> Tensor:
+    """Return an image as uint8 (C, height, width).
+
+    16-bit gray is scaled to 8 bits; transparent pixels become white.
+
+    Args:
+        path: the image file.
+        format: size and color.
+        content: the file's bytes where it stands in an archive; `path` then only names it.
+
+    Raises:
+        DataError: the file is not a readable image; the message names it.
+    """
+    pillow = require("PIL.Image")
+    path = Path(path)
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns about large images and about odd metadata, and reads both.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            with pillow.open(path if content is None else BytesIO(content)) as file:
+                # Cameras store the sensor's orientation beside the pixels.
+                upright = _eight_bit(require("PIL.ImageOps").exif_transpose(file))
+            fitted = _fitted(upright.convert("L" if format.grayscale else "RGB"), format)
+    except Exception as error:  # decoders raise errors of all kinds for damaged files
+        raise DataError(f"{path} is not a readable image: {_why_unreadable(path, error, content)}") from error
+    pixels = np.atleast_3d(np.array(fitted, dtype=np.uint8))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _fitted(image: Any, format: ImageFormat) -> Any:
+    size, ops = (format.width, format.height), require("PIL.ImageOps")
+    bicubic = require("PIL.Image").Resampling.BICUBIC
+    if format.fit == "pad":
+        return ops.pad(image, size, method=bicubic)
+    return image.resize(size, bicubic) if format.fit == "stretch" else ops.fit(image, size, method=bicubic)
+
+
+def _why_unreadable(path: Path, error: Exception, content: bytes | None) -> str:
+    pillow = require("PIL.Image")
+    if isinstance(error, pillow.DecompressionBombError):
+        return f"it has more than {2 * pillow.MAX_IMAGE_PIXELS} pixels, scale it down first"
+    if path.is_dir():
+        return "it is a folder"
+    if isinstance(error, pillow.UnidentifiedImageError):
+        return "unknown format" if (path.stat().st_size if content is None else content) else "the file is empty"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error)
+
+
+def write_images(root: StrPath, images: Tensor, first: int, subfolders: Sequence[str] | None = None) -> None:
+    """Write images (N, C, H, W), float in [0, 1], with one or three channels, as PNG files numbered from `first`.
+
+    Args:
+        root: an existing folder.
+        subfolders: for each image, the folder in `root` that it is written to.
+    """
+    root = Path(root)
+    for row, image in enumerate(images):
+        folder = root / subfolders[row] if subfolders else root
+        folder.mkdir(exist_ok=True)
+        write_image(folder / f"{first + row:06d}.png", image, "png")
+
+
+def write_image(path: StrPath | BinaryIO, image: Tensor, ending: str) -> None:
+    """Write an image (C, H, W), float in [0, 1], with one or three channels, in the format of an `ending`.
+
+    Args:
+        path: file to write, which need not have that ending, or a file that is open for writing.
+        image: the image.
+        ending: one of `WRITTEN`.
+    """
+    pillow = require("PIL.Image")
+    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).cpu().numpy()
+    kind = pillow.registered_extensions()["." + ending.lower().lstrip(".")]
+    pillow.fromarray(pixels).save(path, kind, **({"lossless": True} if kind == "WEBP" else {}))
+
+
+def _eight_bit(image: Any) -> Any:
+    """Return the image in a mode that Pillow converts to gray or color without clipping.
+
+    Raises:
+        ValueError: the range of its pixels is unknown.
+    """
+    pillow = require("PIL.Image")
+    if image.mode.startswith("I;16"):
+        return pillow.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode!r} have no known range: convert it to 8 or 16 bits")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)
+    return image
