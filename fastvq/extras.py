@@ -123,13 +123,13 @@ class Progress:
         spent, self._line = now - self._began, now
         left = ""
         if self._initial < self._done < self._total:
-            left = f", {_clock(spent / (self._done - self._initial) * (self._total - self._done))} left"
+            left = f", {clock(spent / (self._done - self._initial) * (self._total - self._done))} left"
         text = f": {self._text}" if self._text else ""
-        print(f"{self._unit} {self._done} of {self._total} after {_clock(spent)}{left}{text}", file=sys.stderr)
+        print(f"{self._unit} {self._done} of {self._total} after {clock(spent)}{left}{text}", file=sys.stderr)
         sys.stderr.flush()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Return a time as minutes:seconds, or hours:minutes:seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -83,4 +83,4 @@ def test_there_is_none_where_none_is_wanted(stderr: type[io.StringIO], monkeypat
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (61, "1:01"), (3599.6, "1:00:00"), (7384, "2:03:04")])
 def test_times_are_read_at_a_glance(seconds: float, text: str) -> None:
-    assert extras._clock(seconds) == text
+    assert extras.clock(seconds) == text

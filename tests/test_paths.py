@@ -105,7 +105,7 @@ def test_what_one_does_with_a_run(tmp_path: Path, kind: type[str | os.PathLike[s
     assert np.array_equal(read_array(at("drawn.npy")), coding.decode(coding.load(at("d.fvq"))).numpy())
     reconstruct_files(run, [at("images/000000.png")], at("one.png"))
     reconstruct_held_out(run, at("held_out.png"))
-    assert plots.caption_of(at("one.png"))
+    assert all(plots.texts_of(at("one.png")))
     np.save(tmp_path / "vectors.npy", np.zeros((4, 2)))
     assert from_file(at("vectors.npy"), None, None, None)[0].shape == (4, 2)
     delete_prior(run)

@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
     """Train the prior of a run, or compare the kinds of priors."""
     from fastvq.errors import counted
     from fastvq.runs.pictures import failures_as_warnings, picture_prior
+    from fastvq.runs.sample import sample_run
     from fastvq.runs.train_prior import resumed_settings, train_prior
     from fastvq.training.config import PriorConfig
 
@@ -77,6 +78,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"stopped, saved; continue with: fastvq prior {shlex.quote(str(options.run_folder))} --resume")
         return INTERRUPTED
     print(f"{counted(len(trained.data.test), 'held-out image')}: {trained.bits_per_index:.2f} bits per index")
-    with failures_as_warnings("curves of the prior"):
-        print(f"picture: {picture_prior(options.run_folder)}")
+    with failures_as_warnings("picture of curves of the prior"):
+        picture_prior(options.run_folder, captioned=False)
+    with failures_as_warnings("picture of samples"):
+        print("\n".join(sample_run(options.run_folder, data=options.data)))
     return 0

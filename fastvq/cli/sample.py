@@ -15,13 +15,14 @@ SUMMARY = "sample new images from a run's prior"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.description = (
-        "Samples new images from a run's prior. The ending of OUT decides what is written: a picture (.png, .pdf, .svg,"
-        " .jpg, .tif, .webp) of some samples beside real images, of each class if there are classes; .npy, the indices"
-        " alone, which `fastvq encode` accepts; no ending, or a / at its end, a new folder of PNG files, with a"
+        "Samples new images from a run's prior. Without --out, samples, completions and neighbors are drawn for the"
+        " page of the run, DIR/index.html. Otherwise the ending of OUT decides what is written: a picture (.png, .pdf,"
+        " .svg, .jpg, .tif, .webp) of some samples beside real images, of each class if there are classes; .npy, the"
+        " indices alone, which `fastvq encode` accepts; no ending, or a / at its end, a new folder of PNG files, with a"
         " subfolder for each class if there are classes."
     )
     parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
-    parser.add_argument("--out", required=True, metavar="OUT", help="a picture, an .npy or a new folder")
+    parser.add_argument("--out", metavar="OUT", help="a picture, an .npy or a new folder")
     parser.add_argument(
         "--count", type=int, metavar="N", help="number of samples in an .npy or a folder (default: 100)"
     )

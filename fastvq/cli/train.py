@@ -38,20 +38,22 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.data.images import describe
     from fastvq.errors import counted
     from fastvq.files import exclusive
+    from fastvq.runs.page import PAGE
     from fastvq.runs.pictures import failures_as_warnings, picture_reconstructions, picture_run
+    from fastvq.runs.run_page import write_run_page
     from fastvq.training import Evaluation, Trainer, load_images
 
     config = _settings(options)
     images = load_images(config, progress=True)
     trainer = Trainer(config, images, options.out, resume=options.resume)
     print(describe(images))
-    pictures: list[Path] = []
 
     def draw(trainer: Trainer, evaluation: Evaluation) -> None:
-        pictures.clear()
-        with failures_as_warnings("reconstructions"):
+        with failures_as_warnings("picture of reconstructions"):
             step = trainer.step
-            pictures.append(picture_reconstructions(options.out, trainer.model, images, evaluation, step=step))
+            picture_reconstructions(options.out, trainer.model, images, evaluation, step=step, captioned=False)
+        with failures_as_warnings("page of the run"):
+            write_run_page(options.out)
 
     with exclusive(options.out):
         evaluation = trainer.fit(on_evaluation=draw)
@@ -59,11 +61,13 @@ def run(options: argparse.Namespace) -> int:
             again = f"fastvq train --out {shlex.quote(str(options.out))} --resume"
             print(f"stopped at step {trainer.step}, saved; continue with: {again}")
             return INTERRUPTED
-        pictures += picture_run(trainer, evaluation)
+        picture_run(trainer, evaluation, captioned=False)
+        with failures_as_warnings("page of the run"):
+            write_run_page(options.out)
     perplexity = "" if evaluation.perplexity is None else f", perplexity {evaluation.perplexity:.0f}"
     print(f"{counted(len(images.test), 'held-out image')}: {evaluation.psnr_db:.2f} dB{perplexity}")
-    if pictures:
-        print("pictures: " + ", ".join(str(path) for path in pictures))
+    if (options.out / PAGE).exists():
+        print(f"pictures and settings: {options.out / PAGE}")
     return 0
 
 

@@ -25,7 +25,7 @@ from fastvq.files import StrPath, delete_folder, exclusive, make_folder, write_w
 from fastvq.runs.encode import encode_held_out
 from fastvq.runs.load import PRIOR_FOLDER
 from fastvq.runs.pictures import failures_as_warnings, picture_prior, picture_reconstructions, picture_run
-from fastvq.runs.sample_pictures import picture_completions, picture_neighbors, picture_samples
+from fastvq.runs.sample_pictures import picture_prior_samples
 from fastvq.runs.train_prior import delete_prior, train_prior
 from fastvq.training.build import load_images
 from fastvq.training.checkpoint import checkpoint_folders, load_latest
@@ -35,7 +35,7 @@ from fastvq.training.loop import delete_run
 from fastvq.training.trainer import Trainer
 
 from .classifier import STEPS, judge_samples
-from .page import write_page
+from .page import write_demo_page
 from .sizes import measure_sizes
 
 DEMO = TrainConfig(evaluate_every=400)
@@ -159,7 +159,7 @@ def _run(
     _announce(1)
 
     def draw(trainer: Trainer, evaluation: Evaluation) -> None:
-        with failures_as_warnings("reconstructions"):
+        with failures_as_warnings("picture of reconstructions"):
             path = picture_reconstructions(
                 trainer.folder, trainer.model, images, evaluation, step=trainer.step, captioned=False
             )
@@ -186,18 +186,12 @@ def _run(
         return None
     prior, indices = trained.prior, trained.data.test
     prior_seconds = time.monotonic() - prior_started
-    with failures_as_warnings("curves of the prior"):
+    with failures_as_warnings("picture of curves of the prior"):
         picture_prior(folder, captioned=False)
 
     _announce(4)
     sampling = SAMPLING if prior.classes else {name: SAMPLING[name] for name in SAMPLING if name != "guidance"}
-    for name, picture in (
-        ("samples", picture_samples),
-        ("completions", picture_completions),
-        ("neighbors", picture_neighbors),
-    ):
-        with failures_as_warnings(name):
-            picture(folder / f"{name}.png", prior, trainer.model, images, captioned=False, **sampling)
+    picture_prior_samples(folder, prior, trainer.model, images, **sampling)
     judged = judge_samples(prior, trainer.model, images, sampling, steps=classifier_steps)
 
     _announce(5)
@@ -240,7 +234,7 @@ def _run(
         **_circumstances(trainer, images),
     }
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    page = write_page(folder, metrics)
+    page = write_demo_page(folder, metrics)
     print(_table(metrics))
     print(f"all pictures and tables: {page}")
     return metrics

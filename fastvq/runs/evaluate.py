@@ -141,18 +141,23 @@ def _images(
         images = run_images(run)
         return _held_out(images)
     other = str(data) if str(data) in DATA_SETS else str(Path(data).resolve())
-    config = model.config
-    if other in DATA_SETS and (DATA_SETS[other].image_size, DATA_SETS[other].grayscale) != (
-        config.image_size,
-        config.grayscale,
-    ):
-        size, color = DATA_SETS[other].image_size, "gray" if DATA_SETS[other].grayscale else "in color"
-        own = f"{config.image_size} x {config.image_size}, {'gray' if config.grayscale else 'in color'}"
-        raise DataError(f"data: {other} has images of {size} x {size}, {color}; the run learned from {own}")
-    images = load_images(dataclasses.replace(config, data=other, skip_unreadable=True))
+    config, own = model.config, model.config.image_format()
+    known = DATA_SETS.get(other)
+    if known and (known.image_size, known.image_size, known.grayscale) != (own.height, own.width, own.grayscale):
+        theirs = f"{known.image_size} x {known.image_size}, {_color(known.grayscale)}"
+        ours = f"{own.height} x {own.width}, {_color(own.grayscale)}"
+        raise DataError(f"data: {other} has images of {theirs}; the run learned from {ours}")
+    replaced = dataclasses.replace(
+        config, data=other, skip_unreadable=True, crop_from=None if known else config.crop_from
+    )
+    images = load_images(replaced, progress=True)
     if other in DATA_SETS or images.fingerprint() == load_latest(run).data_fingerprint:
         return _held_out(images)
     return f"{images.name}, all images", [images.train, images.test], None, images.fingerprint()
+
+
+def _color(grayscale: bool) -> str:
+    return "gray" if grayscale else "in color"
 
 
 def _held_out(images: Images) -> tuple[str, list[Tensor], list[Tensor] | None, str]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastvq.coding import fingerprint
 from fastvq.data import DATA_SETS, Images
-from fastvq.errors import CheckpointError, DataError
+from fastvq.errors import CheckpointError, ConfigError, DataError
 from fastvq.files import StrPath
 from fastvq.models import VQVAE, Prior
 from fastvq.training.build import build_model, load_images
@@ -121,6 +121,25 @@ def load_prior_checkpoint(run: StrPath, model: VQVAE) -> Checkpoint:
     if checkpoint.data_fingerprint != fingerprint(model).hex():
         raise CheckpointError(f"{folder} holds the prior of another model: train it again with --overwrite")
     return checkpoint
+
+
+def label_number(prior: Prior, label: int | str | None) -> int | None:
+    """Return the number of a class that is given by number or by name.
+
+    Raises:
+        ConfigError: the prior has no such class.
+    """
+    if label is None:
+        return None
+    if not prior.classes:
+        raise ConfigError(f"label: this prior was trained without classes, got {label}")
+    if label in prior.class_names:
+        return prior.class_names.index(str(label))
+    number = int(label) if not isinstance(label, str) or label.lstrip("-").isdecimal() else -1
+    if not 0 <= number < prior.classes:
+        names = f" or one of {', '.join(prior.class_names)}" if prior.class_names else ""
+        raise ConfigError(f"label must be between 0 and {prior.classes - 1}{names}, got {label}")
+    return number
 
 
 def successor_is_finished(prior: StrPath) -> bool:

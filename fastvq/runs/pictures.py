@@ -35,15 +35,15 @@ RECONSTRUCTIONS_CAPTION = (
 
 
 @contextlib.contextmanager
-def failures_as_warnings(picture: str) -> Iterator[None]:
-    """Warn if a picture cannot be drawn or written, for whatever reason: what has been trained is saved all the same.
+def failures_as_warnings(what: str) -> Iterator[None]:
+    """Warn if a picture or a page cannot be made, for whatever reason: what has been trained is saved all the same.
 
     A full disk is such a reason: the next checkpoint will fail of it with an error.
     """
     try:
         yield
     except Exception as error:
-        warnings.warn(f"picture of {picture} failed: {error}", stacklevel=1)
+        warnings.warn(f"{what} failed: {error}", stacklevel=1)
 
 
 def shown_rows(images: Images, shown: int = _SHOWN) -> list[int]:
@@ -105,7 +105,7 @@ def picture_run(trainer: Trainer, evaluation: Evaluation, *, captioned: bool = T
     folder, model, images = trainer.folder, trainer.model, trainer.images
     codebook_size = trainer.config.codebook_size
     paths = []
-    with failures_as_warnings("curves"):
+    with failures_as_warnings("picture of curves"):
         path = folder / "curves.png"
         records = read_metrics(folder / "metrics.jsonl")
         title = f"{images.name}: training"
@@ -113,7 +113,7 @@ def picture_run(trainer: Trainer, evaluation: Evaluation, *, captioned: bool = T
         paths.append(path)
     if evaluation.perplexity is None or not isinstance(model.bottleneck, fastvq.VectorQuantize):
         return paths
-    with failures_as_warnings("usage"):
+    with failures_as_warnings("picture of usage"):
         path = folder / "usage.png"
         plots.save_usage(
             path,
@@ -123,7 +123,7 @@ def picture_run(trainer: Trainer, evaluation: Evaluation, *, captioned: bool = T
             captioned=captioned,
         )
         paths.append(path)
-    with failures_as_warnings("indices"):
+    with failures_as_warnings("picture of indices"):
         path = folder / "indices.png"
         rows = shown_rows(images, _SHOWN_AS_INDICES)
         originals = to_float(images.test[rows].to(trainer.device))

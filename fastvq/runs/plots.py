@@ -2,9 +2,9 @@
 
 All drawing with matplotlib is here; `pictures` and `sample_pictures` compute what is drawn.
 
-Figures are made without pyplot and so touch neither a display nor matplotlib's global state. A caption stands below its
-figure unless `captioned` is False, as on a web page that has the captions as text; it is also in the metadata of PNG,
-PDF and SVG files, where `caption_of` finds it.
+Figures are made without pyplot and so touch neither a display nor matplotlib's global state. Title and caption stand
+above and below a figure unless `captioned` is False, as on a web page that has them as text; they are also in the
+metadata of PNG, PDF and SVG files, where `texts_of` finds them.
 """
 
 from __future__ import annotations
@@ -46,16 +46,19 @@ def check_format(path: StrPath) -> None:
 
 
 def _figure(width: float, height: float, title: str, caption: str = "") -> Any:
-    """Return an empty figure with a wrapped title above and a wrapped caption below.
+    """Return an empty figure with a wrapped title above and a wrapped caption below, of those that are given.
 
     Width and height, in inches, are those of the panels with their labels; the texts add to the height.
     """
     title = _wrapped(title, width, _TITLE_SIZE * _BOLD_LETTER)
     caption = _wrapped(caption, width, _CAPTION_SIZE * _LETTER)
-    lines = _TITLE_SIZE * (title.count("\n") + 1) + _CAPTION_SIZE * (caption.count("\n") + 1 if caption else 0)
+    lines = sum(
+        size * (text.count("\n") + 1) for size, text in ((_TITLE_SIZE, title), (_CAPTION_SIZE, caption)) if text
+    )
     size = (width, height + 0.15 + lines * _LINE / _POINTS)
     figure = require("matplotlib.figure").Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, fontsize=_TITLE_SIZE, fontweight="bold", **_LITERAL)
+    if title:
+        figure.suptitle(title, fontsize=_TITLE_SIZE, fontweight="bold", **_LITERAL)
     if caption:
         figure.supxlabel(caption, fontsize=_CAPTION_SIZE, color="#444444", **_LITERAL)
     return figure
@@ -93,8 +96,8 @@ def figure_with(width: float, height: float, title: str, caption: str, *, column
     return figure, figure.subplots(1, columns)
 
 
-def save_figure(figure: Any, path: StrPath, caption: str = "") -> None:
-    """Write a figure in the format of the path's ending, with its caption as metadata; the file is replaced as a whole.
+def save_figure(figure: Any, path: StrPath, caption: str = "", title: str = "") -> None:
+    """Write a figure in the format of the path's ending, with its texts as metadata; the file is replaced as a whole.
 
     Raises:
         ConfigError: an ending that is not in `FORMATS`.
@@ -102,15 +105,16 @@ def save_figure(figure: Any, path: StrPath, caption: str = "") -> None:
     check_format(path)
     kind = Path(path).suffix.lower().lstrip(".")
     names = {"png": "Description", "svg": "Description", "pdf": "Subject"}
-    metadata = {names[kind]: _printable(caption)} if caption and kind in names else None
+    texts = {names[kind]: _printable(caption), "Title": _printable(title)} if kind in names else {}
+    metadata = {name: text for name, text in texts.items() if text} or None
     with whole(path) as file:
         figure.savefig(file, dpi=_DPI, format=kind, metadata=metadata)
 
 
-def caption_of(path: StrPath) -> str:
-    """Return the caption in the metadata of a PNG file, or an empty string."""
+def texts_of(path: StrPath) -> tuple[str, str]:
+    """Return title and caption in the metadata of a PNG file, empty where there are none."""
     with require("PIL.Image").open(path) as picture:
-        return picture.info.get("Description", "")
+        return picture.info.get("Title", ""), picture.info.get("Description", "")
 
 
 def _show(axes: Any, image: Tensor) -> None:
@@ -137,7 +141,7 @@ def save_reconstructions(
         originals, restored: (N, C, H, W), float in [0, 1].
         names: one for each image; paths have their folder above their file.
         title, caption: texts above and below the figure.
-        captioned: whether the caption stands below the figure.
+        captioned: whether title and caption stand in the figure.
     """
     columns = min(8, len(originals))
     rows = math.ceil(len(originals) / columns)
@@ -146,7 +150,7 @@ def save_reconstructions(
     lines = 1 + max(text.count("\n") for text in labels)
     height, width = originals.shape[2:]
     tall = panel * 2 * height / width + (lines + 2.5) * _LABEL_SIZE * _LINE / _POINTS
-    figure = _figure(max(6.0, panel * columns + 0.6), tall * rows, title, caption if captioned else "")
+    figure = _figure(max(6.0, panel * columns + 0.6), tall * rows, *((title, caption) if captioned else ("", "")))
     panels = figure.subplots(rows, columns, squeeze=False)
     for spare in panels.flat[len(originals) :]:
         spare.set_axis_off()
@@ -159,7 +163,7 @@ def save_reconstructions(
     for axes in panels[:, 0]:
         axes.set_yticks([0.5 * height, 1.5 * height], ["original", "decoded"], rotation=90, va="center", fontsize=9)
         axes.tick_params(length=0)
-    save_figure(figure, path, caption)
+    save_figure(figure, path, caption, title)
 
 
 def save_grid(
@@ -179,21 +183,21 @@ def save_grid(
         rows: (columns, C, H, W) each, float in [0, 1].
         row_names, column_names: one for each row and column; names of rows may be paths.
         title, caption: texts above and below the figure.
-        captioned: whether the caption stands below the figure.
+        captioned: whether title and caption stand in the figure.
     """
     columns = len(column_names)
     labels = [label(name, 18) for name in row_names]
     letters = max(len(line) for text in labels for line in (text.split("\n") or [""]))
     beside = 0.2 + letters * _CAPTION_SIZE * _LETTER / _POINTS
     height = 1.05 * len(rows) + 0.3
-    figure = _figure(1.0 * columns + beside, height, title, caption if captioned else "")
+    figure = _figure(1.0 * columns + beside, height, *((title, caption) if captioned else ("", "")))
     for row, panels in enumerate(figure.subplots(len(rows), columns, squeeze=False)):
         for column, panel in enumerate(panels):
             _show(panel, rows[row][column])
             if row == 0:
                 panel.set_title(column_names[column], fontsize=9, **_LITERAL)
         panels[0].set_ylabel(labels[row], fontsize=9, rotation=0, ha="right", va="center", **_LITERAL)
-    save_figure(figure, path, caption)
+    save_figure(figure, path, caption, title)
 
 
 def _points(records: Sequence[dict[str, Any]], split: str, key: str) -> list[tuple[int, float]]:
@@ -213,7 +217,7 @@ def save_curves(
         records: the lines of metrics.jsonl, at least one; those of split "test" are drawn as dots.
         codebook_size: K, the highest possible perplexity.
         title: text above the figure.
-        captioned: whether the caption stands below the figure.
+        captioned: whether title and caption stand in the figure.
     """
     panels = [
         (name, key, lines)
@@ -226,7 +230,7 @@ def save_curves(
     )
     if any(key == "perplexity" for _, key, _ in panels):
         caption += f" Perplexity is the number of codes in effective use, at most {codebook_size}."
-    figure = _figure(max(6.0, 3.7 * len(panels)), 3.6, title, caption if captioned else "")
+    figure = _figure(max(6.0, 3.7 * len(panels)), 3.6, *((title, caption) if captioned else ("", "")))
     for axes, (name, key, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
         _draw_splits(axes, lines)
         if key == "loss":
@@ -240,7 +244,7 @@ def save_curves(
             axes.set_ylim(0, codebook_size * 1.08)
         axes.set_ylabel(name)
         _legend_above(axes, columns=2)
-    save_figure(figure, path, caption)
+    save_figure(figure, path, caption, title)
 
 
 def save_bits(
@@ -253,7 +257,7 @@ def save_bits(
         records: the lines of metrics.jsonl; those of split "test" are drawn as dots.
         codebook_size: K; an index takes log2 K bits under the uniform distribution.
         title: text above the figure.
-        captioned: whether the caption stands below the figure.
+        captioned: whether title and caption stand in the figure.
     """
     uniform = math.log2(codebook_size)
     lines = {split: _points(records, split, "bits_per_index") for split in ("train", "test")}
@@ -263,13 +267,13 @@ def save_bits(
         " that rise again mean overfitting. The line is measured during training, with dropout, which costs bits: at"
         " first the dots may lie below it."
     )
-    figure = _figure(8, 3.6, title, caption if captioned else "")
+    figure = _figure(8, 3.6, *((title, caption) if captioned else ("", "")))
     axes = figure.subplots()
     axes.axhline(uniform, color=_GRAY, linestyle=":", label=f"uniform over {codebook_size} codes: {uniform:.2f} bits")
     _draw_splits(axes, lines)
     axes.set_ylabel("bits per index")
     _legend_above(axes, columns=3)
-    save_figure(figure, path, caption)
+    save_figure(figure, path, caption, title)
 
 
 def _draw_splits(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
@@ -303,7 +307,7 @@ def save_usage(path: StrPath, counts: Tensor, *, perplexity: float, title: str, 
         counts: (K,), int64.
         perplexity: exp of the entropy of `counts`.
         title: text above the figure.
-        captioned: whether the caption stands below the figure.
+        captioned: whether title and caption stand in the figure.
     """
     ordered = counts.sort(descending=True).values.tolist()
     unused = sum(count == 0 for count in ordered)
@@ -312,7 +316,7 @@ def save_usage(path: StrPath, counts: Tensor, *, perplexity: float, title: str, 
         f" has collapsed onto few codes. Here {unused} of {counted(len(ordered), 'code')}"
         f" {'is' if unused == 1 else 'are'} unused; the perplexity is {perplexity:.0f}."
     )
-    figure = _figure(9, 3.4, title, caption if captioned else "")
+    figure = _figure(9, 3.4, *((title, caption) if captioned else ("", "")))
     axes = figure.subplots()
     axes.bar(range(len(ordered)), ordered, width=1.0, color=_BLUE)
     mean = sum(ordered) / max(1, len(ordered))
@@ -323,7 +327,7 @@ def save_usage(path: StrPath, counts: Tensor, *, perplexity: float, title: str, 
     axes.set_xlabel("code, by rank")
     axes.set_ylabel("times chosen")
     _legend_above(axes, columns=1)
-    save_figure(figure, path, caption)
+    save_figure(figure, path, caption, title)
 
 
 def code_colors(codebook: Tensor) -> Tensor:
@@ -359,7 +363,7 @@ def save_indices(
         indices: (N, h, w), int64.
         codebook: (K, D), for the colors.
         title: text above the figure.
-        captioned: whether the caption stands below the figure.
+        captioned: whether title and caption stand in the figure.
     """
     colors = code_colors(codebook)
     count, height, width = indices.shape
@@ -371,7 +375,7 @@ def save_indices(
     digits = len(str(len(codebook) - 1))
     cell = panel * _POINTS / max(height, width)
     size = min(8.0, 0.8 * cell, 0.85 * cell / (digits * _DIGIT))
-    figure = _figure(3 * panel + 0.4, (panel + 0.1) * count + 0.25, title, caption if captioned else "")
+    figure = _figure(3 * panel + 0.4, (panel + 0.1) * count + 0.25, *((title, caption) if captioned else ("", "")))
     for row, panels in enumerate(figure.subplots(count, 3, squeeze=False)):
         _show(panels[0], originals[row])
         panels[1].imshow(colors[indices[row].cpu()].numpy())
@@ -385,4 +389,4 @@ def save_indices(
         if row == 0:
             for panel_axes, text in zip(panels, ("original", "indices", "decoded from the indices"), strict=True):
                 panel_axes.set_title(text, fontsize=10)
-    save_figure(figure, path, caption)
+    save_figure(figure, path, caption, title)

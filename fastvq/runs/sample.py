@@ -19,9 +19,10 @@ from fastvq.models import VQVAE, Prior
 from fastvq.training.config import check_range
 
 from . import plots
-from .load import load_prior, run_images
+from .load import label_number, load_prior, run_images
 from .outputs import check_ending, check_outside_data, is_folder
-from .sample_pictures import picture_completions, picture_samples
+from .run_page import write_run_page
+from .sample_pictures import picture_completions, picture_prior_samples, picture_samples
 
 DEFAULT_COUNT = 100
 _BATCH = 100
@@ -30,7 +31,7 @@ _Batches = Iterator[tuple[Tensor, list[int] | None]]  # indices (B, *grid) and t
 
 def sample_run(
     run: StrPath,
-    path: StrPath,
+    path: StrPath | None = None,
     *,
     count: int | None = None,
     label: int | str | None = None,
@@ -43,9 +44,10 @@ def sample_run(
 
     Args:
         run: folder of a run with a prior.
-        path: its ending decides what is written. One of `plots.FORMATS`: a picture of samples, of each class if there
-            are classes, beside real images. ".npy": the indices alone, (count, *grid) int64. None, or a slash at its
-            end: a new folder of PNG files, with a subfolder for each class if there are classes.
+        path: without it, samples, completions and neighbors are drawn for the page of the run, which is written again.
+            Else its ending decides what is written. One of `plots.FORMATS`: a picture of samples, of each class if
+            there are classes, beside real images. ".npy": the indices alone, (count, *grid) int64. None, or a slash at
+            its end: a new folder of PNG files, with a subfolder for each class if there are classes.
         count: number of samples, `DEFAULT_COUNT` by default; a picture has its own.
         label: class of the samples, by number or by name, by default each class in turn; a picture shows all.
         complete: write a picture of completions of held-out images instead.
@@ -60,8 +62,10 @@ def sample_run(
         ValueError: an invalid argument of `Prior.sample`.
         FileExistsError: the folder exists.
     """
-    check_ending(path, (*plots.FORMATS, ".npy"), folder="images")
     check_range("seed", seed)
+    if path is None:
+        return _sample_for_page(run, count=count, label=label, complete=complete, seed=seed, data=data, **settings)
+    check_ending(path, (*plots.FORMATS, ".npy"), folder="images")
     check_outside_data(path, run, data)
     folder, array = is_folder(path), Path(path).suffix.lower() == ".npy"
     if not folder and not array:
@@ -81,7 +85,7 @@ def sample_run(
     count = DEFAULT_COUNT if count is None else count
     if count < 1:
         raise ConfigError(f"count must be at least 1, got {count}")
-    number = _label_number(prior, label)
+    number = label_number(prior, label)
     batches = _sample_batches(prior, count, number, seed, settings)
     if array:
         _write_array(path, (count, *prior.grid), batches)
@@ -95,23 +99,15 @@ def sample_run(
     return [f"{counted(count, 'image')}: {path}" + (", in a subfolder for each class" if names else "")]
 
 
-def _label_number(prior: Prior, label: int | str | None) -> int | None:
-    """Return the number of a class that is given by number or by name.
-
-    Raises:
-        ConfigError: the prior has no such class.
-    """
-    if label is None:
-        return None
-    if not prior.classes:
-        raise ConfigError(f"label: this prior was trained without classes, got {label}")
-    if label in prior.class_names:
-        return prior.class_names.index(str(label))
-    number = int(label) if not isinstance(label, str) or label.lstrip("-").isdecimal() else -1
-    if not 0 <= number < prior.classes:
-        names = f" or one of {', '.join(prior.class_names)}" if prior.class_names else ""
-        raise ConfigError(f"label must be between 0 and {prior.classes - 1}{names}, got {label}")
-    return number
+def _sample_for_page(run: StrPath, *, seed: int, data: StrPath | None, **arguments: Any) -> list[str]:
+    """Draw the samples of a run's page, and write it."""
+    for name in ("count", "label", "complete"):
+        value = arguments.pop(name)
+        if value is not None and value is not False:
+            raise ConfigError(f"{name}: the page of the run has its own samples: give an output")
+    prior, model = load_prior(run)
+    paths = picture_prior_samples(run, prior, model, run_images(run, data), seed=seed, **arguments)
+    return [f"pictures: {', '.join(map(str, paths))}", f"page: {write_run_page(run)}"]
 
 
 def _sample_batches(prior: Prior, count: int, label: int | None, seed: int, settings: dict[str, Any]) -> _Batches:

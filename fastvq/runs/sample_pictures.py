@@ -5,6 +5,7 @@ This module samples and searches; `plots` draws the result. Pictures that need n
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from fastvq.files import StrPath
 from fastvq.models import VQVAE, Prior
 
 from . import plots
-from .pictures import shown_rows, spread
+from .pictures import failures_as_warnings, shown_rows, spread
 
 _REAL, _SAMPLED = 3, 7
 _COMPLETED = 8
@@ -26,6 +27,26 @@ _SEARCHED = 1 << 12
 """Training images among which neighbors are looked for at a time."""
 _CLASSES = 20
 """Largest number of classes in a picture."""
+
+
+def picture_prior_samples(
+    folder: StrPath, prior: Prior, model: VQVAE, images: Images, *, seed: int = 0, **settings: Any
+) -> list[Path]:
+    """Draw samples, completions and neighbors for the page of a run in its folder, and return the paths.
+
+    A picture that fails is a warning. Arguments are those of `picture_samples`.
+    """
+    paths = []
+    for name, picture in (
+        ("samples", picture_samples),
+        ("completions", picture_completions),
+        ("neighbors", picture_neighbors),
+    ):
+        path = Path(folder) / f"{name}.png"
+        with failures_as_warnings(f"picture of {name}"):
+            picture(path, prior, model, images, seed=seed, captioned=False, **settings)
+            paths.append(path)
+    return paths
 
 
 @torch.no_grad()
@@ -46,7 +67,7 @@ def picture_samples(
         prior, model: the prior, and the model that decodes its indices.
         images: the data set of the run.
         seed: seed of the samples.
-        captioned: whether the caption stands below the figure.
+        captioned: whether title and caption stand in the figure.
         settings: arguments of `Prior.sample`: temperature, top_k, top_p, guidance.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -74,7 +95,8 @@ def picture_samples(
         ["real"] * _REAL + ["sampled"] * _SAMPLED,
         title=f"{images.name}: samples of the prior",
         caption="Indices sampled one after the other from the prior and decoded to pixels, beside held-out images"
-        f"{beside}. Samples should {quality}differ from each other, and be coherent from top to bottom.",
+        f"{beside}. Samples should {quality}differ from each other, and be coherent from top to bottom."
+        f"{_sampled_with(settings)}",
         captioned=captioned,
     )
 
@@ -166,6 +188,13 @@ def nearest_images(queries: Tensor, images: Tensor, count: int) -> Tensor:
             used = nearest.unique()
             found = found[used]
     return found[torch.searchsorted(used, nearest)]
+
+
+def _sampled_with(settings: dict[str, Any]) -> str:
+    """Return a sentence that names the settings of the sampling other than the defaults, or an empty text."""
+    defaults = {"temperature": 1.0, "guidance": 1.0}
+    given = [f"{name} {value}" for name, value in settings.items() if value not in (None, defaults.get(name))]
+    return f" Sampled with {', '.join(given)}." if given else ""
 
 
 def _real_images(images: Tensor, start: int, *, like: Tensor) -> Tensor:

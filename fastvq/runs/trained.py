@@ -16,7 +16,7 @@ from fastvq.training.checkpoint import checkpoint_folders, is_checkpoint, load_c
 from fastvq.training.config import TrainConfig
 from fastvq.training.loop import usable_device
 
-from .load import PRIOR_FOLDER, checkpoint_model, load_model, load_prior_of
+from .load import PRIOR_FOLDER, checkpoint_model, label_number, load_model, load_prior_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -112,7 +112,7 @@ class TrainedModel(nn.Module):
         self,
         count: int = 1,
         *,
-        label: int | None = None,
+        label: int | str | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -123,7 +123,7 @@ class TrainedModel(nn.Module):
 
         Args:
             count: number of images.
-            label: their class; by default each class in turn, if the prior has classes.
+            label: their class, by number or by name; by default each class in turn, if the prior has classes.
             temperature, top_k, top_p, guidance: see `fastvq.models.Prior.sample`.
             seed: equal seeds give equal samples, on equal devices; by default torch's random state decides.
 
@@ -136,9 +136,7 @@ class TrainedModel(nn.Module):
             raise CheckpointError(self.no_prior)
         if count < 1:
             raise ValueError(f"count: must be at least 1, got {count}")
-        if label is not None and not 0 <= label < prior.classes:
-            limit = f"between 0 and {prior.classes - 1}" if prior.classes else "None: this prior has no classes"
-            raise ValueError(f"label: must be {limit}, got {label}")
+        label = label_number(prior, label)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
         labels: Tensor | None = None
@@ -167,10 +165,10 @@ class TrainedModel(nn.Module):
             ValueError: see `encode`.
         """
         _check_tensor("images", images)
-        size = self.config.image_size
+        size = self.config.image_format()
         expected = (
             f"images: must be uint8, or floats in [0, 1], of shape (B, {self.channels}, H, W) with H and W multiples of"
-            f" {self.stride}, such as the {size} x {size} that the model learned from"
+            f" {self.stride}, such as the {size.height} x {size.width} that the model learned from"
         )
         given = f"{tuple(images.shape)} {images.dtype}"
         shape = images.shape

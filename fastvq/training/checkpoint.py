@@ -176,8 +176,8 @@ def seal(description: dict[str, Any]) -> bytes:
     return b'{\n  "sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
 
 
-def load_latest(run: StrPath, settings: type[Settings] = TrainConfig) -> Checkpoint:
-    """Read the run's latest checkpoint, with settings of type `settings`.
+def load_latest(run: StrPath, settings: type[Settings] = TrainConfig, *, tensors: bool = True) -> Checkpoint:
+    """Read the run's latest checkpoint, with settings of type `settings`; without `tensors`, only what describes it.
 
     Raises:
         CheckpointError: the run has no checkpoint, or the latest one is damaged or of another version.
@@ -186,7 +186,7 @@ def load_latest(run: StrPath, settings: type[Settings] = TrainConfig) -> Checkpo
     if not folders:
         raise CheckpointError(_why_none(Path(run)))
     with damage_named(folders[-1]):
-        return _read(folders[-1], settings)
+        return _read(folders[-1], settings, tensors=tensors)
 
 
 def load_checkpoint(folder: StrPath, settings: type[Settings] = TrainConfig) -> Checkpoint:
@@ -228,10 +228,10 @@ def damage_named(folder: Path | None) -> Iterator[None]:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
 
 
-def _read(folder: Path, settings: type[Settings]) -> Checkpoint:
+def _read(folder: Path, settings: type[Settings], *, tensors: bool = True) -> Checkpoint:
     description = _description((folder / _DESCRIPTION).read_bytes())
-    state = (folder / _STATE).read_bytes()
-    if hashlib.sha256(state).hexdigest() != description.get("state_sha256"):
+    state = (folder / _STATE).read_bytes() if tensors else None
+    if state is not None and hashlib.sha256(state).hexdigest() != description.get("state_sha256"):
         raise ValueError(f"{_STATE} does not match its SHA-256")
     step, seconds = description.get("step"), description.get("seconds")
     named = _step_of(folder) if _NAME.fullmatch(folder.name) else step
@@ -247,7 +247,7 @@ def _read(folder: Path, settings: type[Settings]) -> Checkpoint:
         seconds=seconds,
         config=settings.from_json(description.get("config")),
         data_fingerprint=fingerprint,
-        tensors=_tensors(state),
+        tensors={} if state is None else _tensors(state),
         built_from=built_from,
         folder=folder,
     )

@@ -362,7 +362,7 @@ def test_a_demo_is_replaced_only_on_request_and_when_its_successor_is_finished(
     run = tmp_path / "demo"
     monkeypatch.setattr(demo, "judge_samples", lambda *_, **__: dict.fromkeys(JUDGED))
     monkeypatch.setattr(demo, "measure_sizes", lambda *_, **__: (dict.fromkeys(MODELS, 1.0), []))
-    for name in ("picture_samples", "picture_completions", "picture_neighbors", "picture_run"):
+    for name in ("picture_prior_samples", "picture_run"):
         monkeypatch.setattr(demo, name, lambda *_, **__: None)
     arguments = ["demo", f"--out={run}", *SHORT_DEMO, "--steps=2"]
     assert main(arguments) == 0
@@ -391,8 +391,8 @@ def test_a_demo_is_replaced_only_on_request_and_when_its_successor_is_finished(
 
 JUDGED = ("sample_agreement", "plain_sample_agreement", "real_agreement", "reconstruction_agreement")
 MODELS = ("uniform", "huffman", "static", "adaptive", "prior")
-STAGES = ("picture_reconstructions", "picture_run", "picture_prior", "picture_samples", "judge_samples",
-          "encode_held_out", "measure_sizes", "write_page")  # fmt: skip
+STAGES = ("picture_reconstructions", "picture_run", "picture_prior", "picture_prior_samples",
+          "judge_samples", "encode_held_out", "measure_sizes", "write_demo_page")  # fmt: skip
 
 
 @pytest.mark.usefixtures("small_demo")
@@ -413,7 +413,7 @@ def test_ctrl_c_ends_the_demo_at_every_stage(tmp_path: Path, monkeypatch: pytest
 
     results = {"judge_samples": dict.fromkeys(JUDGED), "measure_sizes": (dict.fromkeys(MODELS, 1.0), []),
                "encode_held_out": ["coded"]}  # fmt: skip
-    for name in ("picture_completions", "picture_neighbors", *STAGES):
+    for name in STAGES:
         monkeypatch.setattr(demo, name, stub(name, results.get(name)))
     (tmp_path / "images.fvq").touch()
     assert main(["demo", f"--out={tmp_path}", *SHORT_DEMO, "--steps=2"]) == 130

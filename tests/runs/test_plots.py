@@ -268,7 +268,9 @@ def test_a_caption_is_metadata_where_it_is_not_drawn(tmp_path: Path, figures: li
     counts = torch.tensor([3, 0, 1])
     for captioned in (True, False):
         plots.save_usage(tmp_path / "a.png", counts, perplexity=2.0, title="T", captioned=captioned)
-        assert "1 of 3 codes is unused" in plots.caption_of(tmp_path / "a.png")
+        title, caption = plots.texts_of(tmp_path / "a.png")
+        assert title == "T"
+        assert "1 of 3 codes is unused" in caption
     assert ["1 of 3 codes is unused" in texts(figure) for figure in figures] == [True, False]
 
 

@@ -1,0 +1,159 @@
+"""Page of a run, index.html in its folder: what it has learned, in pictures, figures and settings."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from fastvq.data.registry import name_of
+from fastvq.errors import counted
+from fastvq.extras import clock
+from fastvq.files import StrPath
+from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, load_latest
+from fastvq.training.config import PriorConfig, Settings
+from fastvq.training.metrics import Record, read_metrics
+
+from .evaluate import FILE, LABELS, rows_of
+from .load import PRIOR_FOLDER
+from .page import PAGE, Part, Picture, Section, Table, write_page
+
+_KIND = "fastvq, page of a run"
+SAMPLES = {
+    "samples": "Samples of the prior beside held-out images",
+    "completions": "Held-out images, completed from their upper halves",
+    "neighbors": "Samples beside their nearest training images",
+}
+"""Pictures of a run's prior by the names of their files, and what they show."""
+
+
+def write_run_page(run: StrPath) -> Path:
+    """Write the page of a run from what is in its folder, and return its path.
+
+    It is written again whenever a command adds something: a picture, an evaluation, a prior. A page of something else,
+    such as that of the demo, is left as it is.
+
+    Raises:
+        CheckpointError: the run has no checkpoint, or its records are damaged.
+    """
+    folder = Path(run)
+    if (folder / PAGE).exists() and _KIND not in (folder / PAGE).read_text(errors="replace"):
+        return folder / PAGE
+    checkpoint = load_latest(folder, tensors=False)
+    latest = latest_record(folder)
+    step, steps = checkpoint.step, checkpoint.config.steps
+    state = counted(step, "step") if checkpoint.finished else f"step {step} of {steps}"
+    introduction = f"A VQ-VAE, trained on {name_of(checkpoint.config.data)}: {state} in {clock(checkpoint.seconds)}."
+    if latest.get("psnr_db") is not None:
+        introduction += f" Held-out images are decoded with {latest['psnr_db']:.2f} dB."
+    sections = [
+        *_training(folder, latest),
+        *_evaluation(folder, step),
+        *_prior(folder),
+        _settings(folder, checkpoint),
+    ]
+    return write_page(folder, folder.resolve().name, introduction, sections, kind=_KIND)
+
+
+def latest_record(folder: StrPath) -> Record:
+    """Return the latest evaluation in the records of a training, or an empty record."""
+    path = Path(folder) / "metrics.jsonl"
+    tests = [record for record in read_metrics(path) if record["split"] == "test"] if path.exists() else []
+    return tests[-1] if tests else {}
+
+
+def _training(folder: Path, latest: Record) -> list[Section]:
+    explained = (
+        "The encoder turns an image into a grid of vectors, each of which is replaced by the nearest code. The decoder"
+        " receives nothing but the indices of these codes."
+    )
+    pictures = {
+        "reconstructions": "Held-out images above their reconstructions",
+        "indices": "Images, their indices as colored grids, and the reconstructions from them",
+        "usage": "Number of times that each code is chosen",
+        "curves": "Loss, PSNR and perplexity over the steps of the training",
+    }
+    shown = {name: Picture(f"{name}.png", description) for name, description in pictures.items()}
+    candidates = [
+        Section("Images and their reconstructions", [shown["reconstructions"]]),
+        Section("Images as indices", [explained, shown["indices"]]),
+        Section("Use of the codebook", [*_use(latest), shown["usage"]]),
+        Section("Training", [shown["curves"]]),
+    ]
+    return [section for section in candidates if _has_picture(folder, section)]
+
+
+def _use(latest: Record) -> list[str]:
+    if latest.get("perplexity") is None or latest.get("usage") is None:
+        return []
+    return [
+        f"The held-out images use {latest['usage']:.0%} of the codes. The perplexity is {latest['perplexity']:.0f}: the"
+        " indices carry as much information as that many equally likely ones."
+    ]
+
+
+def _has_picture(folder: Path, section: Section) -> bool:
+    return any((folder / part.name).exists() for part in section.parts if isinstance(part, Picture))
+
+
+def _evaluation(folder: Path, step: int) -> list[Section]:
+    """Return the section of the latest `fastvq evaluate`, if its file is there and of this form."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        record = json.loads((folder / FILE).read_text())
+        earlier = "" if record["step"] == step else f" after step {record['step']}, before the training went on"
+        parts: list[Part] = [
+            f"{record['data']}: {counted(record['images'], 'image')}, measured by `fastvq evaluate`{earlier}."
+        ]
+        parts.append(Table(["measure", "value", f"{record['confidence']:.0%} interval"], rows_of(record)))
+        refused = [[LABELS[name], reason] for name, reason in record["refused"].items()]
+        if refused:
+            parts.append(Table(["measure", "why it is not measured"], refused, folded="What is not measured"))
+        return [Section("Evaluation", parts)]
+    return []
+
+
+def _prior(folder: Path) -> list[Section]:
+    place = folder / PRIOR_FOLDER
+    if not checkpoint_folders(place):
+        return []
+    parts: list[Part] = []
+    checkpoint = load_latest(place, PriorConfig, tensors=False)
+    bits = latest_record(place).get("bits_per_index")
+    kind, steps = checkpoint.config.kind, counted(checkpoint.step, "step")
+    trained = f"A {kind} has learned the distribution of the indices in {steps}."
+    parts.append(trained + ("" if bits is None else f" An index of a held-out image takes {bits:.2f} bits under it."))
+    parts.append(Picture(f"{PRIOR_FOLDER}/curves.png", "Bits per index over the steps of the prior's training"))
+    parts += [Picture(f"{name}.png", description) for name, description in SAMPLES.items()]
+    parts.append(_all_settings("All settings of the prior", checkpoint.config))
+    return [Section("The prior", parts)]
+
+
+def _settings(folder: Path, checkpoint: Checkpoint) -> Section:
+    config, run = checkpoint.config, shlex.quote(str(folder))
+    parts: list[Part] = []
+    changed = {name: here for name, (here, _) in config.differences(type(config)()).items()}
+    if changed:
+        rows = [[f"`{name}`", str(value)] for name, value in changed.items()]
+        parts.append(Table(["setting", "value, where it is not the default"], rows))
+    parts.append(_all_settings("All settings", config))
+    commands = [
+        ["measure it", f"`fastvq evaluate {run}`"],
+        ["decode images of your own", f"`fastvq reconstruct {run} photo.png --out picture.png`"],
+        ["learn a prior", f"`fastvq prior {run}`"],
+        ["draw new samples", f"`fastvq sample {run}`"],
+        ["continue to more steps", f"`fastvq train --out {run} --resume --steps {2 * checkpoint.config.steps}`"],
+        ["use it in Python", f"`fastvq.load({str(folder)!r})`"],
+    ]
+    parts.append(Table(["what next", "command"], commands))
+    return Section("Settings", parts)
+
+
+def _all_settings(title: str, config: Settings) -> Table:
+    rows: list[list[str]] = [[f"`{name}`", _value(value)] for name, value in config.to_json().items()]
+    return Table(["setting", "value"], rows, folded=title)
+
+
+def _value(value: Any) -> str:
+    return "" if value is None else str(value)
