@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvq.files import StrPath
-from fastvq.runs.page import Part, Picture, Section, Table, write_page
+from fastvq.runs.page import Part, Picture, Section, TextTable, write_page
 
 
 def write_demo_page(folder: StrPath, metrics: dict[str, Any]) -> Path:
@@ -50,7 +50,7 @@ def _prior(metrics: dict[str, Any]) -> Section:
         " transformer learns the distribution of the indices. Under this prior a held-out image takes"
         f" {metrics['prior_bits_per_image']:.0f} bits, {kl - metrics['prior_bits_per_image']:.0f} fewer than under the"
         " uniform one.",
-        Table(
+        TextTable(
             ["model of the indices", "bits per index"],
             [
                 ["uniform (log2 K)", f"{bits['uniform']:.2f}"],
@@ -96,7 +96,7 @@ def _compression(metrics: dict[str, Any]) -> Section:
         "Given a model's probability p of an index, a range coder writes the index in about -log2 p bits. The"
         " decoder computes the same probabilities and recovers the same indices. All"
         f" {metrics['test_images']} held-out images in one file:",
-        Table(["held-out images as", "bytes", "bits per pixel", "PSNR"], rows),
+        TextTable(["held-out images as", "bytes", "bits per pixel", "PSNR"], rows),
         "The lines from log2 K on hold the same indices, and so the same pictures. A file coded with the prior can"
         " be read only with that prior; its probabilities are computed in integers and are therefore equal on every"
         f" machine{labels}. PNG and WebP hold all images on one sheet, which saves headers.",

@@ -25,6 +25,7 @@ from fastvq.files import StrPath, write_whole
 from fastvq.models import NoBottleneck
 from fastvq.training.build import load_images
 from fastvq.training.checkpoint import load_latest
+from fastvq.training.config import TrainConfig
 from fastvq.training.evaluation import psnr_db
 
 from .load import run_images
@@ -147,10 +148,8 @@ def _images(
         theirs = f"{known.image_size} x {known.image_size}, {_color(known.grayscale)}"
         ours = f"{own.height} x {own.width}, {_color(own.grayscale)}"
         raise DataError(f"data: {other} has images of {theirs}; the run learned from {ours}")
-    replaced = dataclasses.replace(
-        config, data=other, skip_unreadable=True, crop_from=None if known else config.crop_from
-    )
-    images = load_images(replaced, progress=True)
+    as_they_are: dict[str, Any] = {"fit": TrainConfig.fit, "crop_from": None} if known else {}
+    images = load_images(dataclasses.replace(config, data=other, skip_unreadable=True, **as_they_are), progress=True)
     if other in DATA_SETS or images.fingerprint() == load_latest(run).data_fingerprint:
         return _held_out(images)
     return f"{images.name}, all images", [images.train, images.test], None, images.fingerprint()

@@ -41,7 +41,7 @@ class Picture(NamedTuple):
     description: str
 
 
-class Table(NamedTuple):
+class TextTable(NamedTuple):
     """A table: texts above the columns, rows of texts, and, where it is folded away, the text that unfolds it."""
 
     heads: Sequence[str]
@@ -49,7 +49,7 @@ class Table(NamedTuple):
     folded: str = ""
 
 
-Part: TypeAlias = "str | Picture | Table"
+Part: TypeAlias = "str | Picture | TextTable"
 """Part of a section; a text is a paragraph, in which words between backticks are code."""
 
 
@@ -84,7 +84,7 @@ def _shown(folder: Path, part: Part) -> str:
     """Return a part as HTML, or an empty text for a picture without a file."""
     if isinstance(part, str):
         return f"<p>{_text(part)}</p>"
-    if isinstance(part, Table):
+    if isinstance(part, TextTable):
         return _table(part)
     if not (folder / part.name).exists():
         return ""
@@ -94,7 +94,7 @@ def _shown(folder: Path, part: Part) -> str:
     return f'<figure><img src="{quote(part.name)}" alt="{html.escape(part.description)}">{below}</figure>'
 
 
-def _table(table: Table) -> str:
+def _table(table: TextTable) -> str:
     def line(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in cells) + "</tr>"
 

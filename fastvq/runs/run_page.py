@@ -18,7 +18,7 @@ from fastvq.training.metrics import Record, read_metrics
 
 from .evaluate import FILE, LABELS, rows_of
 from .load import PRIOR_FOLDER
-from .page import PAGE, Part, Picture, Section, Table, write_page
+from .page import PAGE, Part, Picture, Section, TextTable, write_page
 
 _KIND = "fastvq, page of a run"
 SAMPLES = {
@@ -106,10 +106,10 @@ def _evaluation(folder: Path, step: int) -> list[Section]:
         parts: list[Part] = [
             f"{record['data']}: {counted(record['images'], 'image')}, measured by `fastvq evaluate`{earlier}."
         ]
-        parts.append(Table(["measure", "value", f"{record['confidence']:.0%} interval"], rows_of(record)))
+        parts.append(TextTable(["measure", "value", f"{record['confidence']:.0%} interval"], rows_of(record)))
         refused = [[LABELS[name], reason] for name, reason in record["refused"].items()]
         if refused:
-            parts.append(Table(["measure", "why it is not measured"], refused, folded="What is not measured"))
+            parts.append(TextTable(["measure", "why it is not measured"], refused, folded="What is not measured"))
         return [Section("Evaluation", parts)]
     return []
 
@@ -136,7 +136,7 @@ def _settings(folder: Path, checkpoint: Checkpoint) -> Section:
     changed = {name: here for name, (here, _) in config.differences(type(config)()).items()}
     if changed:
         rows = [[f"`{name}`", str(value)] for name, value in changed.items()]
-        parts.append(Table(["setting", "value, where it is not the default"], rows))
+        parts.append(TextTable(["setting", "value, where it is not the default"], rows))
     parts.append(_all_settings("All settings", config))
     commands = [
         ["measure it", f"`fastvq evaluate {run}`"],
@@ -146,13 +146,13 @@ def _settings(folder: Path, checkpoint: Checkpoint) -> Section:
         ["continue to more steps", f"`fastvq train --out {run} --resume --steps {2 * checkpoint.config.steps}`"],
         ["use it in Python", f"`fastvq.load({str(folder)!r})`"],
     ]
-    parts.append(Table(["what next", "command"], commands))
+    parts.append(TextTable(["what next", "command"], commands))
     return Section("Settings", parts)
 
 
-def _all_settings(title: str, config: Settings) -> Table:
+def _all_settings(title: str, config: Settings) -> TextTable:
     rows: list[list[str]] = [[f"`{name}`", _value(value)] for name, value in config.to_json().items()]
-    return Table(["setting", "value"], rows, folded=title)
+    return TextTable(["setting", "value"], rows, folded=title)
 
 
 def _value(value: Any) -> str:

@@ -14,7 +14,7 @@ from fastvq.cli.main import main
 from fastvq.errors import CheckpointError
 from fastvq.runs import plots
 from fastvq.runs.evaluate import evaluate_run
-from fastvq.runs.page import Picture, Section, Table, write_page
+from fastvq.runs.page import Picture, Section, TextTable, write_page
 from fastvq.runs.run_page import write_run_page
 from fastvq.runs.sample import sample_run
 from fastvq.runs.train_prior import train_prior
@@ -24,7 +24,7 @@ from ..tiny_runs import tiny_run
 
 
 def test_texts_are_escaped_and_backticks_are_code(tmp_path: Path) -> None:
-    table = Table(["a < b"], [["`x` & y"]], folded="<more>")
+    table = TextTable(["a < b"], [["`x` & y"]], folded="<more>")
     page = write_page(tmp_path, "A & B", "1 < 2", [Section("<One>", ["use `a < b`", table])]).read_text()
     assert "<title>A &amp; B</title>" in page
     assert "<h1>A &amp; B</h1>\n<p>1 &lt; 2</p>\n<h2>&lt;One&gt;</h2>\n<p>use <code>a &lt; b</code></p>" in page

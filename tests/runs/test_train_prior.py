@@ -140,7 +140,7 @@ def test_commands(run, tmp_path, capsys):
     assert main(["prior", str(run), *options(dataclasses.replace(TINY, steps=3))]) == 0
     said = capsys.readouterr().out
     assert "bits per index" in said
-    assert f"picture: {run / 'prior' / 'curves.png'}" in said
+    assert f"page: {run / 'index.html'}" in said
     with Image.open(run / "prior" / "curves.png") as image:
         assert min(image.size) > 300
     learned = load_latest(run / "prior", PriorConfig)

@@ -97,7 +97,7 @@ def test_other_arguments_are_refused_by_name(model: TrainedModel) -> None:
         model.decode(torch.zeros(4, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="count: must be at least 1, got 0"):
         model.sample(0)
-    with pytest.raises(ValueError, match="label: must be None: this prior has no classes, got 1"):
+    with pytest.raises(ValueError, match="label: this prior was trained without classes, got 1"):
         model.sample(label=1)
 
 
