@@ -50,6 +50,7 @@ STABLE_ABI = "0x020a000000000000"  # torch 2.10
 COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 SOURCES = [
     "search.cpp",
+    "code_forms.cpp",
     "residual_search.cpp",
     "topk_search.cpp",
     "sample.cpp",

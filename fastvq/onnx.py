@@ -11,7 +11,7 @@ speed of elementwise operations, far slower than `fastvq.search`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -166,19 +166,28 @@ def search(x, codebook, metric=METRICS["l2"], mask=None):  # type: ignore[no-unt
     return index if mask is None else op.Where(mask, index, _integer(-1))
 
 
-def residual_search(x, codebooks, mask=None):  # type: ignore[no-untyped-def]
+def residual_search(x, codebooks, metric=0, mask=None):  # type: ignore[no-untyped-def]
     """Translate `fastvq::residual_search`."""
-    dtype = _compute_dtype(x, codebooks)
+    dtype = _compute_dtype(x, codebooks[0])
     residual, stages = x, []
-    for stage in range(codebooks.shape[0]):
-        codebook = op.Gather(codebooks, _integer(stage), axis=0)
-        index = _indices(op.Unsqueeze(residual, [0]), op.Unsqueeze(codebook, [0]), codebooks.shape[1], METRICS["l2"])
+    for codebook, size in _stages(codebooks):
+        index = _indices(op.Unsqueeze(residual, [0]), op.Unsqueeze(codebook, [0]), size, metric)
         index = op.Squeeze(index, [0])
         stages.append(op.Unsqueeze(index, [-1]))
         residual = op.Cast(op.Cast(residual, to=dtype) - _lookup(codebook, index, dtype), to=FLOAT.dtype)
-        dtype = codebooks.dtype if codebooks.dtype == DOUBLE.dtype else FLOAT.dtype
+        dtype = codebooks[0].dtype if codebooks[0].dtype == DOUBLE.dtype else FLOAT.dtype
     indices = op.Concat(*stages, axis=-1)
     return indices if mask is None else op.Where(op.Unsqueeze(mask, [-1]), indices, _integer(-1))
+
+
+def _stages(codebooks: Any) -> Iterator[tuple[Any, int]]:
+    """Yield the codes (K, D) of each stage, and K."""
+    for part in codebooks:
+        if len(part.shape) == 2:
+            yield part, part.shape[0]
+            continue
+        for stage in range(part.shape[0]):
+            yield op.Gather(part, _integer(stage), axis=0), part.shape[1]
 
 
 def _lookup(codebook: Any, index: Any, dtype: int) -> Any:
@@ -197,13 +206,13 @@ def quantize_forward(x, codebook, indices, keep_codes):  # type: ignore[no-untyp
 
 def residual_quantize_forward(x, codebooks, indices, keep_residuals):  # type: ignore[no-untyped-def]
     """Translate `fastvq::residual_quantize_forward`."""
-    dtype = _compute_dtype(x, codebooks)
+    dtype = _compute_dtype(x, codebooks[0])
     residual = op.Cast(x, to=dtype)
     total = None
     errors, residuals = [], []
-    for stage in range(codebooks.shape[0]):
+    for stage, (codebook, _) in enumerate(_stages(codebooks)):
         index = op.Gather(indices, _integer(stage), axis=1)
-        codes = _lookup(op.Gather(codebooks, _integer(stage), axis=0), index, dtype)
+        codes = _lookup(codebook, index, dtype)
         errors.append(op.Unsqueeze(_error(residual, codes, index, x.shape[-1], dtype), [0]))
         residuals.append(op.Unsqueeze(residual, [0]))
         residual = residual - codes

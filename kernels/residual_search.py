@@ -7,11 +7,14 @@ certify all rows of a block; the program searches its uncertified rows by the de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvq.backends.arithmetic import joined
 from fastvq.backends.torch.residual_search import search_stages
 
 from . import launch
@@ -94,17 +97,25 @@ def _residual_search(
         half += padded
 
 
-def residual_search(x: Tensor, codebooks: Tensor) -> Tensor:
-    """`fastvq.residual_search`. Nothing here waits for the device."""
-    if torch.float64 in (x.dtype, codebooks.dtype):
-        # The first stage searches float64 vectors, the others their residuals in float32.
-        return search_stages(search, x, codebooks)
+def residual_search(x: Tensor, codebooks: Sequence[Tensor], *, metric: str = "l2") -> Tensor:
+    """`fastvq.residual_search`. Nothing here waits for the device.
+
+    The kernel serves stages of one size by their distance; others, and metric "dot", take one `search` a stage.
+    """
+    stack = joined(codebooks)
+    # Of float64 vectors, the first stage searches them, the others their residuals in float32.
+    if metric != "l2" or stack is None or torch.float64 in (x.dtype, stack.dtype):
+        return search_stages(search, x, codebooks, metric=metric)
+    return _search_stack(x, stack)
+
+
+def _search_stack(x: Tensor, codebooks: Tensor) -> Tensor:
     n, dim = x.shape
     stages, size, _ = codebooks.shape
     columns = columns_of(dim)
     most = max(LEAST_ROWS, SCRATCH // (4 * columns + 4 * dim))
     if n > most:
-        return torch.cat([residual_search(part, codebooks) for part in x.split(most)])
+        return torch.cat([_search_stack(part, codebooks) for part in x.split(most)])
     indices = x.new_empty(n, stages, dtype=torch.int64)
     if n == 0:
         return indices

@@ -25,7 +25,8 @@ def sample_inputs():
     mask = torch.tensor([True, False, True, True, False, True, True])
     yield "search", (normal(7, 5), normal(4, 5)), {"mask": mask}
     yield "search", (normal(2, 7, 5), normal(2, 4, 5)), {"mask": torch.stack([mask, ~mask])}
-    yield "residual_search", (normal(7, 5), normal(3, 4, 5)), {"mask": mask}
+    yield "residual_search", (normal(7, 5), [normal(3, 4, 5)]), {"mask": mask}
+    yield "residual_search", (normal(7, 5), [normal(4, 5), normal(2, 3, 5)]), {"metric": "dot", "mask": mask}
     for dtype in DTYPES:
         yield "topk_search", (normal(7, 5, dtype=dtype), normal(4, 5), 3), {"mask": mask}
     yield "topk_search", (normal(2, 7, 5), normal(2, 4, 5), 4), {"metric": "dot", "mask": torch.stack([mask, ~mask])}
@@ -34,8 +35,8 @@ def sample_inputs():
         yield "sample", (normal(7, 5, dtype=dtype), normal(4, 5)), {"temperature": 0.5, "seed": torch.tensor(1 << 40)}
     options = {"temperature": 2.0, "seed": torch.tensor(-3), "metric": "dot"}
     yield "sample", (normal(2, 7, 5), normal(2, 4, 5)), options
-    yield "residual_search", (normal(7, 5), normal(3, 4, 5)), {}
-    yield "residual_search", (normal(7, 5, dtype=torch.bfloat16), normal(1, 1, 5)), {}
+    yield "residual_search", (normal(7, 5), [normal(3, 4, 5)]), {}
+    yield "residual_search", (normal(7, 5, dtype=torch.bfloat16), [normal(1, 1, 5)]), {}
     indices = torch.tensor([0, 1, -1, 3, 3, 3, 0])
     for dtype in DTYPES:
         x, codebook = normal(7, 5, dtype=dtype), normal(4, 5)
@@ -45,7 +46,8 @@ def sample_inputs():
         options = {"gradient": "rotation", "commitment_weight": 0.25}
         yield "quantize_backward", (x, codes, indices, *grads), options
     for dtype in DTYPES:
-        x, codebooks, chosen = normal(7, 5, dtype=dtype), normal(2, 4, 5), torch.stack([indices, indices.flip(0)], 1)
+        x, chosen = normal(7, 5, dtype=dtype), torch.stack([indices, indices.flip(0)], 1)
+        codebooks = [normal(4, 5), normal(6, 5)] if dtype is torch.float32 else [normal(2, 4, 5)]
         yield "residual_quantize_forward", (x, codebooks, chosen, True), {}
         grads = (normal(7, 5, dtype=dtype), torch.ones(2, dtype=torch.promote_types(dtype, torch.float32)))
         options = {"gradient": "rotation", "commitment_weight": 0.25}

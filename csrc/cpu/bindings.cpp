@@ -222,20 +222,44 @@ Tensor sample(const Tensor& x, const Tensor& codebook, double temperature, const
   return result;
 }
 
-Tensor residual_search(const Tensor& x, const Tensor& codebooks, const std::optional<Tensor>& mask) {
-  const Tensor vectors = values("x", x, 2), books = codes("codebooks", codebooks, 3, x);
-  const int64_t stages = books.size(0), size = books.size(1), dim = books.size(2);
-  require(stages > 0, "codebooks", "must hold at least one stage");
+// The codebooks of a residual quantizer: tensors [size, dim], or [stages, size, dim] with several of one size.
+struct Stack {
+  Stack(const std::vector<Tensor>& codebooks, const Tensor& x) {
+    for (const Tensor& codebook : codebooks) {
+      given.push_back(codes("codebooks", codebook, codebook.dim() == 3 ? 3 : 2, x));
+      require(codebook.scalar_type() == codebooks[0].scalar_type(), "codebooks", "must have one dtype");
+      for (int64_t i = 0; i < (codebook.dim() == 3 ? codebook.size(0) : 1); ++i)
+        matrices.push_back(matrix_of(given.back(), i));
+    }
+    require(!matrices.empty(), "codebooks", "must hold at least one stage");
+  }
+
+  int64_t stages() const { return static_cast<int64_t>(matrices.size()); }
+
+  std::vector<Tensor> given;  // contiguous
+  std::vector<Matrix> matrices;
+};
+
+// Calls run(rows, their indices) on the rows of x [rows, dim] that the mask includes, and returns the indices of all
+// stages.
+template <class Run>
+Tensor search_stages(const Tensor& x, int64_t stages, const std::optional<Tensor>& mask, const Run& run) {
+  const Tensor vectors = values("x", x, 2);
   const auto included = exactly("mask", mask, ScalarType::Bool, {x.size(0)});
   Tensor result = empty({x.size(0), stages}, ScalarType::Long);
-  const Matrix all_codes{matrix_of(books).dtype, books.const_data_ptr(), stages * size, dim};
   const IeeeArithmetic arithmetic;
-  run_masked(matrix_of(vectors), booleans(included), stages, mutable_integers(result),
-             [&](const Matrix& rows, int64_t* indices) {
-               fastvq::residual_search(fastvq::active_isa(), fastvq::active_precision(), rows, all_codes, stages,
-                                       indices, PARALLEL);
-             });
+  run_masked(matrix_of(vectors), booleans(included), stages, mutable_integers(result), run);
   return result;
+}
+
+Tensor residual_search(const Tensor& x, const std::vector<Tensor>& codebooks, int64_t metric,
+                       const std::optional<Tensor>& mask) {
+  const Stack stack(codebooks, x);
+  const fastvq::Metric kind = metric_of(metric);
+  return search_stages(x, stack.stages(), mask, [&](const Matrix& rows, int64_t* indices) {
+    fastvq::residual_search(fastvq::active_isa(), fastvq::active_precision(), rows, stack.matrices, kind, indices,
+                            PARALLEL);
+  });
 }
 
 // A float32 or float64 tensor of a few numbers, from and to double.
@@ -294,47 +318,44 @@ Tensor quantize_backward(const Tensor& x, const Tensor& codes, const Tensor& ind
 
 // The arguments that both directions of the residual quantize step have.
 struct StackArguments {
-  StackArguments(const Tensor& x, const Tensor& codebooks, const Tensor& indices)
-      : x(values("x", x, 2)), codebooks(codes("codebooks", codebooks, 3, x)), stages(codebooks.size(0)) {
-    require(stages > 0, "codebooks", "must hold at least one stage");
-    this->indices = exactly("indices", indices, ScalarType::Long, {x.size(0), stages});
-  }
+  StackArguments(const Tensor& x, const std::vector<Tensor>& codebooks, const Tensor& indices)
+      : x(values("x", x, 2)),
+        stack(codebooks, x),
+        dtype(compute_dtype(x, codebooks[0])),
+        indices(exactly("indices", indices, ScalarType::Long, {x.size(0), stack.stages()})) {}
 
-  fastvq::Stages stages_of() const {
-    const int64_t size = codebooks.size(1), dim = codebooks.size(2);
-    return {
-        {matrix_of(codebooks).dtype, codebooks.const_data_ptr(), stages * size, dim}, integers(*indices), stages, size};
-  }
+  fastvq::Stages stages_of() const { return {stack.matrices, integers(indices)}; }
 
-  Tensor x, codebooks;
-  int64_t stages;
-  std::optional<Tensor> indices;
+  const Tensor x;
+  const Stack stack;
+  const ScalarType dtype;
+  const Tensor indices;
 };
 
-std::tuple<Tensor, Tensor, Tensor> residual_quantize_forward(const Tensor& x, const Tensor& codebooks,
+std::tuple<Tensor, Tensor, Tensor> residual_quantize_forward(const Tensor& x, const std::vector<Tensor>& codebooks,
                                                              const Tensor& indices, bool keep_residuals) {
-  const StackArguments stack(x, codebooks, indices);
-  const Matrix rows = matrix_of(stack.x);
-  const ScalarType dtype = compute_dtype(x, codebooks);
+  const StackArguments given(x, codebooks, indices);
+  const Matrix rows = matrix_of(given.x);
+  const int64_t stages = given.stack.stages();
   Tensor quantized = empty({rows.rows, rows.dim}, x.scalar_type());
-  Tensor residuals = empty({keep_residuals ? stack.stages : 0, rows.rows, rows.dim}, dtype);
-  std::vector<double> errors(stack.stages);
-  fastvq::residual_quantize_forward(fastvq::active_isa(), rows, stack.stages_of(), quantized.mutable_data_ptr(),
+  Tensor residuals = empty({keep_residuals ? stages : 0, rows.rows, rows.dim}, given.dtype);
+  std::vector<double> errors(stages);
+  fastvq::residual_quantize_forward(fastvq::active_isa(), rows, given.stages_of(), quantized.mutable_data_ptr(),
                                     errors.data(), keep_residuals ? residuals.mutable_data_ptr() : nullptr, PARALLEL);
-  return {quantized, tensor_of(dtype, {stack.stages}, errors.data()), residuals};
+  return {quantized, tensor_of(given.dtype, {stages}, errors.data()), residuals};
 }
 
-Tensor residual_quantize_backward(const Tensor& x, const Tensor& codebooks, const Tensor& indices,
+Tensor residual_quantize_backward(const Tensor& x, const std::vector<Tensor>& codebooks, const Tensor& indices,
                                   const Tensor& quantized_grad, const Tensor& error_grads, int64_t gradient,
                                   double commitment_weight) {
-  const StackArguments stack(x, codebooks, indices);
-  const Matrix rows = matrix_of(stack.x);
+  const StackArguments given(x, codebooks, indices);
+  const Matrix rows = matrix_of(given.x);
   const Tensor grad = exactly("quantized_grad", quantized_grad, x.scalar_type(), {rows.rows, rows.dim});
-  const Tensor error = exactly("error_grads", error_grads, compute_dtype(x, codebooks), {stack.stages});
+  const Tensor error = exactly("error_grads", error_grads, given.dtype, {given.stack.stages()});
   std::vector<double> pulls = numbers_of(error);
   for (double& pull : pulls) pull *= 2.0 * commitment_weight;
   Tensor x_grad = empty({rows.rows, rows.dim}, x.scalar_type());
-  fastvq::residual_quantize_backward(fastvq::active_isa(), rows, stack.stages_of(), matrix_of(grad),
+  fastvq::residual_quantize_backward(fastvq::active_isa(), rows, given.stages_of(), matrix_of(grad),
                                      gradient_of(gradient), pulls.data(), x_grad.mutable_data_ptr(), PARALLEL);
   return x_grad;
 }

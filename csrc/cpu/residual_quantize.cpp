@@ -14,16 +14,17 @@ namespace {
 
 // How many elements have a code at each stage, at least 1. Throws for an index that can't be.
 std::vector<double> counted_elements(const Matrix& x, const Stages& stages) {
-  std::vector<int64_t> rows(stages.count);
-  for (int64_t i = 0; i < x.rows * stages.count; ++i) {
-    const int64_t k = stages.indices[i];
-    if (k < -1 || k >= stages.size)
-      throw std::out_of_range("indices: must lie in [-1, " + std::to_string(stages.size) + "), got " +
-                              std::to_string(k));
-    rows[i % stages.count] += k >= 0;
-  }
-  std::vector<double> elements(stages.count);
-  for (int64_t q = 0; q < stages.count; ++q) elements[q] = static_cast<double>(std::max<int64_t>(1, rows[q] * x.dim));
+  const int64_t count = stages.count();
+  std::vector<int64_t> rows(count);
+  for (int64_t i = 0; i < x.rows; ++i)
+    for (int64_t q = 0; q < count; ++q) {
+      const int64_t k = stages.indices[i * count + q], size = stages.codebooks[q].rows;
+      if (k < -1 || k >= size)
+        throw std::out_of_range("indices: must lie in [-1, " + std::to_string(size) + "), got " + std::to_string(k));
+      rows[q] += k >= 0;
+    }
+  std::vector<double> elements(count);
+  for (int64_t q = 0; q < count; ++q) elements[q] = static_cast<double>(std::max<int64_t>(1, rows[q] * x.dim));
   return elements;
 }
 
@@ -34,53 +35,53 @@ void start_row(const T* x, int64_t i, int64_t dim, C* residual) {
   if (row != residual) std::copy_n(row, dim, residual);
 }
 
-// The code of row i at stage q, or null.
-template <class C, class E>
-const C* code_of(const E* codebooks, const Stages& stages, int64_t i, int64_t q, int64_t dim, C* buffer) {
-  const int64_t k = stages.indices[i * stages.count + q];
-  return k < 0 ? nullptr : row_as(codebooks, q * stages.size + k, dim, buffer);
+// The code of row i at stage q, or null. E is the type of the codebooks' elements.
+template <class E, class C>
+const C* code_of(const Stages& stages, int64_t i, int64_t q, int64_t dim, C* buffer) {
+  const int64_t k = stages.indices[i * stages.count() + q];
+  return k < 0 ? nullptr : row_as(static_cast<const E*>(stages.codebooks[q].data), k, dim, buffer);
 }
 
-template <class C, class T, class E>
-void forward(const Isa& isa, const T* x, const E* codebooks, const Matrix& shape, const Stages& stages, T* quantized,
-             double* errors, C* residuals, const Parallel& parallel) {
+template <class E, class C, class T>
+void forward(const Isa& isa, const T* x, const Matrix& shape, const Stages& stages, T* quantized, double* errors,
+             C* residuals, const Parallel& parallel) {
   const int64_t rows = shape.rows, dim = shape.dim, blocks = (rows + LOSS_BLOCK - 1) / LOSS_BLOCK;
   const std::vector<double> elements = counted_elements(shape, stages);
-  std::vector<double> squares(blocks * stages.count);
+  std::vector<double> squares(blocks * stages.count());
   parallel(blocks, std::max<int64_t>(1, QUANTIZE_GRAIN / (LOSS_BLOCK * dim)), [&](int64_t begin, int64_t end) {
     const Scratch<C> residual(dim), code_row(dim), sum(dim);
     for (int64_t i = begin * LOSS_BLOCK; i < std::min(end * LOSS_BLOCK, rows); ++i) {
       start_row(x, i, dim, residual.get());
       std::fill_n(sum.get(), dim, C{});
-      for (int64_t q = 0; q < stages.count; ++q) {
+      for (int64_t q = 0; q < stages.count(); ++q) {
         if (residuals) std::copy_n(residual.get(), dim, residuals + (q * rows + i) * dim);
-        if (const C* code = code_of(codebooks, stages, i, q, dim, code_row.get()))
-          squares[i / LOSS_BLOCK * stages.count + q] += take_code(isa, residual.get(), code, dim, sum.get());
+        if (const C* code = code_of<E>(stages, i, q, dim, code_row.get()))
+          squares[i / LOSS_BLOCK * stages.count() + q] += take_code(isa, residual.get(), code, dim, sum.get());
       }
       write_row(sum.get(), dim, quantized + i * dim);
     }
   });
-  for (int64_t q = 0; q < stages.count; ++q) {
+  for (int64_t q = 0; q < stages.count(); ++q) {
     double total = 0.0;
-    for (int64_t block = 0; block < blocks; ++block) total += squares[block * stages.count + q];
+    for (int64_t block = 0; block < blocks; ++block) total += squares[block * stages.count() + q];
     errors[q] = total / elements[q];
   }
 }
 
-template <class C, class T, class E>
-void backward(const Isa& isa, const T* x, const E* codebooks, const T* grad, const Matrix& shape, const Stages& stages,
-              Gradient gradient, const double* pulls, T* x_grad, const Parallel& parallel) {
+template <class E, class C, class T>
+void backward(const Isa& isa, const T* x, const T* grad, const Matrix& shape, const Stages& stages, Gradient gradient,
+              const double* pulls, T* x_grad, const Parallel& parallel) {
   const int64_t rows = shape.rows, dim = shape.dim;
   std::vector<double> factors = counted_elements(shape, stages);
-  for (int64_t q = 0; q < stages.count; ++q) factors[q] = pulls[q] / factors[q];
+  for (int64_t q = 0; q < stages.count(); ++q) factors[q] = pulls[q] / factors[q];
   parallel(rows, std::max<int64_t>(1, QUANTIZE_GRAIN / dim), [&](int64_t begin, int64_t end) {
     const Scratch<C> residual(dim), code_row(dim), grad_row(dim), codes(dim), sum(dim);
     // Calls f(the code, its factor, the residual) for the stages of row i that have a code, until it returns false.
     const auto for_stages = [&](int64_t i, const auto& f) {
       start_row(x, i, dim, residual.get());
       std::fill_n(codes.get(), dim, C{});
-      for (int64_t q = 0; q < stages.count; ++q) {
-        const C* code = code_of(codebooks, stages, i, q, dim, code_row.get());
+      for (int64_t q = 0; q < stages.count(); ++q) {
+        const C* code = code_of<E>(stages, i, q, dim, code_row.get());
         if (!code) continue;
         if (!f(code, factors[q])) return false;
         take_code(isa, residual.get(), code, dim, codes.get());
@@ -128,19 +129,19 @@ void with_types(const Matrix& x, const Matrix& codebooks, const F& f) {
 
 void residual_quantize_forward(const Isa& isa, const Matrix& x, const Stages& stages, void* quantized, double* errors,
                                void* residuals, const Parallel& parallel) {
-  with_types(x, stages.codebooks, [&](const auto* elements, const auto* codes, auto zero) {
+  with_types(x, stages.codebooks[0], [&](const auto* elements, const auto* codes, auto zero) {
     using T = Plain<decltype(elements)>;
-    forward(isa, elements, codes, x, stages, static_cast<T*>(quantized), errors,
-            static_cast<decltype(zero)*>(residuals), parallel);
+    forward<Plain<decltype(codes)>>(isa, elements, x, stages, static_cast<T*>(quantized), errors,
+                                    static_cast<decltype(zero)*>(residuals), parallel);
   });
 }
 
 void residual_quantize_backward(const Isa& isa, const Matrix& x, const Stages& stages, const Matrix& grad,
                                 Gradient gradient, const double* pulls, void* x_grad, const Parallel& parallel) {
-  with_types(x, stages.codebooks, [&](const auto* elements, const auto* codes, auto zero) {
+  with_types(x, stages.codebooks[0], [&](const auto* elements, const auto* codes, auto zero) {
     using T = Plain<decltype(elements)>;
-    backward<decltype(zero)>(isa, elements, codes, static_cast<const T*>(grad.data), x, stages, gradient, pulls,
-                             static_cast<T*>(x_grad), parallel);
+    backward<Plain<decltype(codes)>, decltype(zero)>(isa, elements, static_cast<const T*>(grad.data), x, stages,
+                                                     gradient, pulls, static_cast<T*>(x_grad), parallel);
   });
 }
 

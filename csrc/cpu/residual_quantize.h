@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "isa.h"
 #include "matrix.h"
@@ -11,16 +12,19 @@
 
 namespace fastvq {
 
-// Codebooks are [stages * size, dim], indices [rows, stages]; index -1 leaves the residual of its row as it is.
+// Codebooks of one element type and one dimension, whose sizes may differ; indices [rows, stages], of which -1 leaves
+// the residual of its row as it is.
 struct Stages {
-  Matrix codebooks;
+  std::vector<Matrix> codebooks;
   const int64_t* indices;
-  int64_t count, size;
+
+  int64_t count() const { return static_cast<int64_t>(codebooks.size()); }
 };
 
 // Writes quantized, the sum of the codes in the dtype of x, and errors[q], the mean of (r_q - e_q)^2 over the elements
 // of the rows that have a code at stage q, 0 if none has. Unless null, residuals [stages, rows, dim], in float32 or,
-// where x or the codebooks are, float64, get the r_q. Throws std::out_of_range for an index outside [-1, size).
+// where x or the codebooks are, float64, get the r_q. Throws std::out_of_range for an index outside [-1, codes of
+// the stage).
 void residual_quantize_forward(const Isa& isa, const Matrix& x, const Stages& stages, void* quantized, double* errors,
                                void* residuals, const Parallel& parallel);
 

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "direct_pass.h"
-#include "packed.h"
 #include "scratch.h"
 #include "tier_pass.h"
 
@@ -16,11 +15,9 @@ namespace {
 constexpr int64_t GRAIN = 1 << 18;  // multiply-adds that a thread should have
 // A block is given up once a stage defers more than one row in this number.
 constexpr int64_t RARE = 4;
-
-Matrix stage_of(const Matrix& codebooks, int64_t stages, int64_t stage) {
-  const int64_t size = codebooks.rows / stages;
-  return {codebooks.dtype, codebooks.row(stage * size), size, codebooks.dim};
-}
+// Residuals of fewer elements stay in a cache from stage to stage, and one stage is packed after the other, into the
+// same memory.
+constexpr int64_t FEW_ELEMENTS = 1 << 17;
 
 // out = rows - their codes, rounded to float32 once; rows without a code stay what they are. `out` may be what `rows`
 // reads. float16 and bfloat16 are read as the float32 numbers that they are; float64 is subtracted in float64.
@@ -50,30 +47,32 @@ void subtract_codes(const Isa& isa, const Matrix& rows, const Matrix& codes, con
   }
 }
 
-// Without keeping rows together: every stage searches all rows.
-void stage_by_stage(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codebooks, int64_t stages,
+// Without keeping rows together: every stage searches all rows. forms_of(stage) returns the forms of its codes.
+template <class FormsOf>
+void stage_by_stage(const Isa& isa, Precision precision, const Matrix& x, int64_t stages, const FormsOf& forms_of,
                     int64_t* indices, const Parallel& parallel) {
   const Scratch<float> residual(x.rows * x.dim);
   std::vector<int64_t> found(x.rows);
   Matrix rows = x;
   for (int64_t stage = 0; stage < stages; ++stage) {
-    const Matrix codes = stage_of(codebooks, stages, stage);
-    search(isa, precision, rows, codes, Metric::l2, found.data(), parallel);
+    auto&& forms = forms_of(stage);
+    search(isa, precision, rows, forms, found.data(), parallel);
     for (int64_t n = 0; n < x.rows; ++n) indices[n * stages + stage] = found[n];
-    subtract_codes(isa, rows, codes, found.data(), residual.get());
+    if (stage + 1 == stages) break;
+    subtract_codes(isa, rows, forms.codes, found.data(), residual.get());
     rows = {DType::f32, residual.get(), x.rows, x.dim};
   }
 }
 
 struct Stage {
-  Stage(const Isa& isa, const Tier& tier, const Matrix& codes, const Parallel& parallel)
-      : codes(codes),
-        frame(isa, codes, Metric::l2, parallel),
-        packed(isa, tier, codes, frame, Copies::dropped, parallel) {}
+  Stage(CodeForms& forms, bool integer, const Parallel& parallel)
+      : codes(forms.codes),
+        frame(forms.frame(parallel)),
+        packed(integer ? forms.int16(parallel) : forms.float32(parallel)) {}
 
   const Matrix codes;
-  const Frame frame;
-  const PackedTier packed;
+  const Frame& frame;
+  const PackedTier& packed;
 };
 
 void serially(int64_t count, int64_t, const std::function<void(int64_t, int64_t)>& f) {
@@ -93,7 +92,7 @@ bool search_block(const Isa& isa, const std::vector<std::unique_ptr<Stage>>& sta
     pass.run({nullptr, 0, rows.rows}, found.data(), may_defer ? &deferred : nullptr, rows.rows);
     if (!deferred.empty()) {
       if (static_cast<int64_t>(deferred.size()) * RARE > rows.rows || !direct_serves(rows, own.codes)) return false;
-      direct_pass(isa, rows, own.codes, Metric::l2, deferred, found.data(), serially);
+      direct_pass(isa, rows, own.codes, own.frame.metric, deferred, found.data(), serially);
     }
     for (int64_t i = 0; i < rows.rows; ++i) indices[i * count + stage] = found[i];
     if (stage + 1 == count) break;
@@ -105,26 +104,38 @@ bool search_block(const Isa& isa, const std::vector<std::unique_ptr<Stage>>& sta
 
 }  // namespace
 
-void residual_search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codebooks, int64_t stages,
+void residual_search(const Isa& isa, Precision precision, const Matrix& x, const std::vector<CodeForms*>& stages,
                      int64_t* indices, const Parallel& parallel) {
-  const int64_t dim = x.dim;
-  if (precision == Precision::direct || (precision == Precision::automatic && x.rows <= FEW_ROWS)) {
-    stage_by_stage(isa, precision, x, codebooks, stages, indices, parallel);
+  const int64_t dim = x.dim, stage_count = static_cast<int64_t>(stages.size());
+  const auto all_rows = [&](const Matrix& rows, int64_t* out) {
+    if (stages[0]->kept) {
+      const auto forms_of = [&](int64_t stage) -> CodeForms& { return *stages[stage]; };
+      stage_by_stage(isa, precision, rows, stage_count, forms_of, out, parallel);
+      return;
+    }
+    const auto forms_of = [&](int64_t stage) {
+      return CodeForms(isa, stages[stage]->codes, stages[stage]->metric, Lifetime::one_search);
+    };
+    stage_by_stage(isa, precision, rows, stage_count, forms_of, out, parallel);
+  };
+  if (precision == Precision::direct || (precision == Precision::automatic && x.rows * dim <= FEW_ELEMENTS)) {
+    all_rows(x, indices);
     return;
   }
   const bool integer = precision != Precision::float32 && isa.int16 && dim <= LARGEST_INTEGER_DIM;
-  std::vector<std::unique_ptr<Stage>> packed(stages);
-  parallel(stages, 1, [&](int64_t begin, int64_t end) {
+  std::vector<std::unique_ptr<Stage>> packed(stage_count);
+  parallel(stage_count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t stage = begin; stage < end; ++stage)
-      packed[stage] = std::make_unique<Stage>(isa, integer ? *isa.int16 : *isa.float32,
-                                              stage_of(codebooks, stages, stage), serially);
+      packed[stage] = std::make_unique<Stage>(*stages[stage], integer, serially);
   });
   const bool fits =
       !integer || std::all_of(packed.begin(), packed.end(), [](const auto& stage) { return stage->frame.usable; });
+  int64_t codes = 0;
+  for (const auto& stage : packed) codes += stage->codes.rows;
   std::vector<int64_t> again;  // rows of the blocks that were given up
   std::mutex merging;
   const int64_t tiles = (x.rows + isa.tile_rows - 1) / isa.tile_rows;
-  const int64_t grain = std::max<int64_t>(1, GRAIN / (isa.tile_rows * codebooks.rows * dim));
+  const int64_t grain = std::max<int64_t>(1, GRAIN / (isa.tile_rows * codes * dim));
   parallel(tiles, grain, [&](int64_t first, int64_t last) {
     const int64_t begin = first * isa.tile_rows, end = std::min(last * isa.tile_rows, x.rows);
     const int64_t block = TierPass::block_rows(isa, packed[0]->packed.codes().unit_count);
@@ -132,7 +143,7 @@ void residual_search(const Isa& isa, Precision precision, const Matrix& x, const
     int64_t row = begin;
     for (bool going = fits; going && row < end; row += going ? block : 0) {
       const Matrix rows{x.dtype, x.row(row), std::min(block, end - row), dim};
-      going = search_block(isa, packed, rows, integer, residual.get(), indices + row * stages);
+      going = search_block(isa, packed, rows, integer, residual.get(), indices + row * stage_count);
     }
     const std::lock_guard<std::mutex> lock(merging);
     for (; row < end; ++row) again.push_back(row);
@@ -142,9 +153,21 @@ void residual_search(const Isa& isa, Precision precision, const Matrix& x, const
   const Scratch<char> gathered(count * row_bytes);
   for (int64_t i = 0; i < count; ++i)
     std::copy_n(static_cast<const char*>(x.row(again[i])), row_bytes, gathered.get() + i * row_bytes);
-  std::vector<int64_t> found(count * stages);
-  stage_by_stage(isa, precision, {x.dtype, gathered.get(), count, dim}, codebooks, stages, found.data(), parallel);
-  for (int64_t i = 0; i < count; ++i) std::copy_n(found.begin() + i * stages, stages, indices + again[i] * stages);
+  std::vector<int64_t> found(count * stage_count);
+  all_rows({x.dtype, gathered.get(), count, dim}, found.data());
+  for (int64_t i = 0; i < count; ++i)
+    std::copy_n(found.begin() + i * stage_count, stage_count, indices + again[i] * stage_count);
+}
+
+void residual_search(const Isa& isa, Precision precision, const Matrix& x, const std::vector<Matrix>& codebooks,
+                     Metric metric, int64_t* indices, const Parallel& parallel) {
+  std::vector<std::unique_ptr<CodeForms>> forms;
+  std::vector<CodeForms*> stages;
+  for (const Matrix& codes : codebooks) {
+    forms.push_back(std::make_unique<CodeForms>(isa, codes, metric, Lifetime::one_search));
+    stages.push_back(forms.back().get());
+  }
+  residual_search(isa, precision, x, stages, indices, parallel);
 }
 
 }  // namespace fastvq

@@ -18,6 +18,19 @@ class ScratchPool {
     size_t bytes;
   };
 
+  // While one lives that is on, this thread takes fresh memory of the very size that is asked for: what is kept for
+  // long must not be a larger block that happened to be free.
+  class Exact {
+   public:
+    explicit Exact(bool on) : before_(std::exchange(of_this_thread().exact_, on)) {}
+    ~Exact() { of_this_thread().exact_ = before_; }
+    Exact(const Exact&) = delete;
+    Exact& operator=(const Exact&) = delete;
+
+   private:
+    const bool before_;
+  };
+
   static ScratchPool& of_this_thread() {
     static thread_local ScratchPool pool;
     return pool;
@@ -27,7 +40,7 @@ class ScratchPool {
     size_t best = free_.size();
     for (size_t i = 0; i < free_.size(); ++i)
       if (free_[i].bytes >= bytes && (best == free_.size() || free_[i].bytes < free_[best].bytes)) best = i;
-    if (best < free_.size() && free_[best].bytes <= 4 * bytes + 65536) {
+    if (!exact_ && best < free_.size() && free_[best].bytes <= 4 * bytes + 65536) {
       const Block block = free_[best];
       free_.erase(free_.begin() + static_cast<std::ptrdiff_t>(best));
       kept_ -= block.bytes;
@@ -60,6 +73,7 @@ class ScratchPool {
 
   std::vector<Block> free_;
   size_t kept_ = 0;
+  bool exact_ = false;
 };
 
 // An array of `count` values of a trivial type, given back on the thread that took it.

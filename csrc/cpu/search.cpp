@@ -10,15 +10,14 @@
 #include <vector>
 
 #include "direct_pass.h"
-#include "packed.h"
 #include "projected_pass.h"
-#include "projection.h"
 #include "tier_pass.h"
 
 namespace fastvq {
 namespace {
 
-constexpr int64_t GRAIN = 1 << 18;  // multiply-adds that a thread should have
+constexpr int64_t GRAIN = 1 << 18;      // multiply-adds that a thread should have
+constexpr int64_t SHORTENED_ROWS = 64;  // with fewer, short vectors save less than their pass costs
 
 // Divides `count` rows, those of the list if there is one, among the threads, calls run(rows, deferred) on each, and
 // returns the deferred ones.
@@ -38,10 +37,9 @@ std::vector<int64_t> run_rows(const Isa& isa, const Matrix& x, const Matrix& cod
 }
 
 // Searches rows in one tier, and returns the deferred ones.
-std::vector<int64_t> run_tier(const Isa& isa, const Tier& tier, const Frame& frame, const Matrix& x,
+std::vector<int64_t> run_tier(const Isa& isa, const PackedTier& packed, const Frame& frame, const Matrix& x,
                               const Matrix& codes, const int64_t* list, int64_t count, bool may_defer, int64_t* indices,
                               const Parallel& parallel) {
-  const PackedTier packed(isa, tier, codes, frame, Copies::dropped, parallel);
   const TierPass pass(isa, frame, packed, x, codes);
   return run_rows(isa, x, codes, list, count, parallel, [&](const RowRange& rows, std::vector<int64_t>& deferred) {
     pass.run(rows, indices, may_defer ? &deferred : nullptr, may_defer ? 2 * isa.tile_rows : rows.size());
@@ -49,11 +47,9 @@ std::vector<int64_t> run_tier(const Isa& isa, const Tier& tier, const Frame& fra
 }
 
 // Searches all rows by short vectors, and returns the deferred ones.
-std::vector<int64_t> run_projected(const Isa& isa, const Frame& frame, const Projection& projection, const Matrix& x,
-                                   const Matrix& codes, int64_t* indices, const Parallel& parallel) {
-  const PackedTier packed(isa, isa.int16 ? *isa.int16 : *isa.float32, projection.codes(), projection.frame(),
-                          Copies::dropped, codes, projection.order().data(), parallel);
-  const ProjectedPass pass(isa, frame, projection, packed, x, codes);
+std::vector<int64_t> run_shortened(const Isa& isa, const Frame& frame, const CodeForms::Shortened& shortened,
+                                   const Matrix& x, const Matrix& codes, int64_t* indices, const Parallel& parallel) {
+  const ProjectedPass pass(isa, frame, *shortened.projection, shortened.packed, x, codes);
   return run_rows(isa, x, codes, nullptr, x.rows, parallel, [&](const RowRange& rows, std::vector<int64_t>& deferred) {
     pass.run(rows, indices, deferred, 2 * isa.tile_rows);
   });
@@ -61,19 +57,21 @@ std::vector<int64_t> run_projected(const Isa& isa, const Frame& frame, const Pro
 
 }  // namespace
 
-void search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codes, Metric metric, int64_t* indices,
+void search(const Isa& isa, Precision precision, const Matrix& x, CodeForms& forms, int64_t* indices,
             const Parallel& parallel) {
+  const Matrix& codes = forms.codes;
   const bool automatic = precision == Precision::automatic;
   const auto directly = [&](int64_t count) {
-    return direct_serves(x, codes) && (precision == Precision::direct || (automatic && count <= FEW_ROWS));
+    return direct_serves(x, codes) &&
+           (precision == Precision::direct || (automatic && !forms.kept && count <= FEW_ROWS));
   };
   if (directly(x.rows)) {
     std::vector<int64_t> all(x.rows);
     std::iota(all.begin(), all.end(), 0);
-    direct_pass(isa, x, codes, metric, all, indices, parallel);
+    direct_pass(isa, x, codes, forms.metric, all, indices, parallel);
     return;
   }
-  const Frame frame(isa, codes, metric, parallel);
+  const Frame& frame = forms.frame(parallel);
   std::vector<int64_t> left;  // by the passes so far, if there were any
   const int64_t* list = nullptr;
   int64_t count = x.rows;
@@ -83,17 +81,23 @@ void search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& 
     list = left.data();
     count = static_cast<int64_t>(left.size());
     const bool few = automatic && count > 0 && count <= FEW_ROWS && direct_serves(x, codes);
-    if (few) direct_pass(isa, x, codes, metric, left, indices, parallel);
+    if (few) direct_pass(isa, x, codes, forms.metric, left, indices, parallel);
     return few || count == 0;
   };
-  if (automatic || precision == Precision::projected)
-    if (const auto projection =
-            Projection::make(isa, frame, codes, x.rows, precision == Precision::projected, parallel))
-      if (passed(run_projected(isa, frame, *projection, x, codes, indices, parallel))) return;
+  const bool shorten = automatic ? !forms.kept || x.rows >= SHORTENED_ROWS : precision == Precision::projected;
+  if (shorten)
+    if (const auto* shortened = forms.shortened(x.rows, precision == Precision::projected, parallel))
+      if (passed(run_shortened(isa, frame, *shortened, x, codes, indices, parallel))) return;
   if (precision != Precision::float32 && precision != Precision::direct && isa.int16 && frame.usable &&
       x.dim <= LARGEST_INTEGER_DIM)
-    if (passed(run_tier(isa, *isa.int16, frame, x, codes, list, count, true, indices, parallel))) return;
-  run_tier(isa, *isa.float32, frame, x, codes, list, count, false, indices, parallel);
+    if (passed(run_tier(isa, forms.int16(parallel), frame, x, codes, list, count, true, indices, parallel))) return;
+  run_tier(isa, forms.float32(parallel), frame, x, codes, list, count, false, indices, parallel);
+}
+
+void search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codes, Metric metric, int64_t* indices,
+            const Parallel& parallel) {
+  CodeForms forms(isa, codes, metric, Lifetime::one_search);
+  search(isa, precision, x, forms, indices, parallel);
 }
 
 const Isa& active_isa() {

@@ -14,12 +14,14 @@
 //   unit             a 32-bit operand of the scan: one float or two int16
 //   short vector     a code or row in the leading directions alone, and the length of the rest as one more coordinate
 //   group            lanes x lanes codes; the group minima are the smallest scores of the best two groups in each lane
+//   form             the codes of a frame, packed for one tier
 //   panel            the codes of two members of a group in all lanes, which the scan reads together
 //   halves           |f|^2 / 2 of the codes; `across` holds the members of a group in one lane side by side
 #pragma once
 
 #include <cstdint>
 
+#include "code_forms.h"
 #include "frame.h"
 #include "isa.h"
 #include "matrix.h"
@@ -40,7 +42,9 @@ constexpr int64_t FEW_ROWS = 16;
 // The measured rounding errors of a longer row of integers are less precise than the bound assumes.
 constexpr int64_t LARGEST_INTEGER_DIM = 4096;
 
-// Writes the index of each row of x.
+// Writes the index of each row of x. Forms of the codes that are kept serve any number of rows.
+void search(const Isa& isa, Precision precision, const Matrix& x, CodeForms& forms, int64_t* indices,
+            const Parallel& parallel);
 void search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codes, Metric metric, int64_t* indices,
             const Parallel& parallel);
 

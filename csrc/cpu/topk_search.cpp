@@ -38,10 +38,12 @@ struct Nearest {
 
 }  // namespace
 
-void topk_search(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, int64_t k, int64_t* indices,
+void topk_search(const Isa& isa, const Matrix& x, CodeForms& forms, int64_t k, int64_t* indices,
                  const Parallel& parallel) {
-  const Frame frame(isa, codes, metric, parallel);
-  const PackedTier packed(isa, *isa.float32, codes, frame, Copies::kept, parallel);
+  const Matrix& codes = forms.codes;
+  const Metric metric = forms.metric;
+  const Frame& frame = forms.frame(parallel);
+  const PackedTier& packed = forms.ranked(parallel);
   const ScorePass pass(isa, frame, packed, x, codes);
   std::vector<int64_t> finite;
   for (int64_t i = 0; i < codes.rows; ++i)
@@ -85,6 +87,12 @@ void topk_search(const Isa& isa, const Matrix& x, const Matrix& codes, Metric me
     };
     pass.run(begin, end, start, see, finish);
   });
+}
+
+void topk_search(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, int64_t k, int64_t* indices,
+                 const Parallel& parallel) {
+  CodeForms forms(isa, codes, metric, Lifetime::one_search);
+  topk_search(isa, x, forms, k, indices, parallel);
 }
 
 }  // namespace fastvq

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "code_forms.h"
 #include "frame.h"
 #include "isa.h"
 #include "matrix.h"
@@ -12,6 +13,8 @@ namespace fastvq {
 
 // Writes the k nearest codes of row n, nearest first, to indices[n * k ...]; -1 where there are fewer finite codes, and
 // in a row that isn't finite.
+void topk_search(const Isa& isa, const Matrix& x, CodeForms& forms, int64_t k, int64_t* indices,
+                 const Parallel& parallel);
 void topk_search(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, int64_t k, int64_t* indices,
                  const Parallel& parallel);
 

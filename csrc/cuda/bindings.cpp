@@ -94,8 +94,13 @@ Tensor search(const Tensor& x, const Tensor& codebook, int64_t metric, const std
   return indices;
 }
 
-Tensor residual_search(const Tensor& x, const Tensor& codebooks, const std::optional<Tensor>& mask) {
+// Stages of one size, as one tensor: fastvq/backends/native.py searches others one by one.
+Tensor residual_search(const Tensor& x, const std::vector<Tensor>& stack, int64_t metric,
+                       const std::optional<Tensor>& mask) {
   require(!mask, "mask", "the CUDA kernels have none");
+  require(stack.size() == 1, "codebooks", "must be one tensor of all stages");
+  require(enumerator("metric", metric, Metric::l2, Metric::dot) == Metric::l2, "metric", "must be l2 here");
+  const Tensor& codebooks = stack[0];
   const Tensor vectors = values("x", x, 2), books = codes("codebooks", codebooks, 3, x);
   const int64_t stages = codebooks.size(0);
   require(stages > 0, "codebooks", "must hold at least one stage");

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,19 @@ def power_of_two_below(largest: Tensor) -> Tensor:
     """Return 1, or for numbers beyond the square root of the largest one a power of two that makes them squarable."""
     bits = 48 if largest.dtype == torch.float32 else 496
     return torch.where(largest > 2.0**bits, 2.0 ** (-2 * bits), 1.0).to(largest)
+
+
+def stages_of(codebooks: Iterable[Tensor]) -> list[Tensor]:
+    """Return the codes (K, D) of each stage of a stack, as ops take it: parts (K, D), or (n, K, D) of n stages."""
+    return [codes for part in codebooks for codes in ([part] if part.dim() == 2 else part.unbind(0))]
+
+
+def joined(codebooks: Sequence[Tensor]) -> Tensor | None:
+    """Return a stack as one tensor (Q, K, D), or None if the stages differ in size."""
+    parts = [part if part.dim() == 3 else part[None] for part in codebooks]
+    if len({part.shape[1] for part in parts}) > 1:
+        return None
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def check_index_range(indices: Tensor, codebook_size: int) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .arithmetic import joined
 from .support import GRADIENTS, METRICS, SOFT_METRICS, WITHOUT_FLOAT64, Support
 
 _PACKAGE = Path(__file__).parent.parent
@@ -195,11 +196,30 @@ def reasons(device: torch.device) -> tuple[str, ...]:
 def implementation(op: str, device: str) -> Callable[..., Any]:
     """Return the function that calls the kernel of an op; like every implementation it takes options by name."""
     kernel = getattr(torch.ops.fastvq, f"native_{op}").default
-    numbers = {"soft_assign": SOFT_METRICS, "search": METRICS, "topk_search": METRICS, "sample": METRICS}.get(
-        op.removesuffix("_forward").removesuffix("_backward")
-    )
+    numbers = {
+        "soft_assign": SOFT_METRICS,
+        "search": METRICS,
+        "residual_search": METRICS,
+        "topk_search": METRICS,
+        "sample": METRICS,
+    }.get(op.removesuffix("_forward").removesuffix("_backward"))
     if op in ("quantize_backward", "residual_quantize_backward"):
         return lambda *tensors, gradient, **options: kernel(*tensors, gradient=GRADIENTS[gradient], **options)
+    if op == "residual_search" and device == "cuda":
+        return functools.partial(_search_stack_on_cuda, kernel)
     if numbers is None:
         return kernel
     return lambda *arguments, metric="l2", **options: kernel(*arguments, metric=numbers[metric], **options)
+
+
+def _search_stack_on_cuda(
+    kernel: Callable[..., Any], x: torch.Tensor, codebooks: Sequence[torch.Tensor], *, metric: str = "l2"
+) -> torch.Tensor:
+    """Search stages of one size by their distance in one launch; others, and metric "dot", by one search a stage."""
+    stack = joined(codebooks)
+    if metric != "l2" or stack is None:
+        from .torch.residual_search import search_stages
+
+        return search_stages(implementation("search", "cuda"), x, codebooks, metric=metric)
+    found: torch.Tensor = kernel(x, [stack])
+    return found

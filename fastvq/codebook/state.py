@@ -154,7 +154,9 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
     @property
     def codes(self) -> Tensor:
         """The codes that vectors are compared with, (H, K, D): embed, or its image under bridge and affine map."""
-        codes = self.embed
+        codes = self._buffers.get("embed")  # nn.Module's lookup by name takes longer than a search of one vector
+        if codes is None:
+            codes = self.embed
         if type(codes) is not Tensor:
             refuse_dtensor("embed", codes)
         codes = codes if self.vq_bridge is None else self.vq_bridge(codes)

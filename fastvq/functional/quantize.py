@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastvq.backends.arithmetic import SHORTEST, half_difference
+from fastvq.backends.arithmetic import SHORTEST, half_difference, stages_of
 from fastvq.backends.support import GRADIENTS
 from fastvq.errors import CodebookError
 from fastvq.ops import accumulate, quantize_backward, quantize_forward, search
@@ -100,7 +101,7 @@ def quantize(
     return Quantized(quantized, indices, loss)
 
 
-def check_some_code(name: str, indices: Tensor, codebook: Tensor) -> None:
+def check_some_code(name: str, indices: Tensor, codebook: Tensor | Sequence[Tensor]) -> None:
     """Raise if no row of a batch has a code because no code of a codebook is finite.
 
     Such a layer would return zeros and learn nothing. The check runs on the CPU, outside of compiled and traced
@@ -109,7 +110,7 @@ def check_some_code(name: str, indices: Tensor, codebook: Tensor) -> None:
 
     Args:
         name: what the message calls the codebook.
-        indices: (N,) of codebook (K, D), or (N, Q) of the stages (Q, K, D).
+        indices: (N,) of codebook (K, D), or (N, Q) of a sequence of stages, as `residual_search` takes it.
         codebook: the codes.
 
     Raises:
@@ -119,10 +120,11 @@ def check_some_code(name: str, indices: Tensor, codebook: Tensor) -> None:
         return
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
         return
-    stages = codebook.dim() == 3
+    stages = not isinstance(codebook, Tensor)
     if int((indices[0] if stages else indices.reshape(-1)[0]).min()) >= 0:
         return
-    columns, codebooks = (indices.unbind(1), codebook.unbind()) if stages else ((indices,), (codebook,))
+    columns = indices.unbind(1) if stages else (indices,)
+    codebooks = [codebook] if isinstance(codebook, Tensor) else stages_of(codebook)
     for stage, (chosen, codes) in enumerate(zip(columns, codebooks, strict=True)):
         if not bool((chosen >= 0).any() or codes.isfinite().all(-1).any()):
             raise CodebookError(

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastvq.backends.arithmetic import compute_dtype
 from fastvq.ops import residual_quantize_backward, residual_quantize_forward, residual_search
+from fastvq.ops.residual_search import Codebooks, as_list, stage_count
 
 from .quantize import (
     check_choices,
@@ -33,7 +34,7 @@ class ResidualQuantized(NamedTuple):
 
 def residual_quantize(
     x: Tensor,
-    codebooks: Tensor,
+    codebooks: Codebooks,
     *,
     gradient: str = "ste",
     commitment_weight: float = 1.0,
@@ -51,7 +52,7 @@ def residual_quantize(
 
     Args:
         x: vectors (..., D), any floating dtype.
-        codebooks: codes (Q, K, D). They get no gradient.
+        codebooks: codes (Q, K, D), or a sequence of them, as for `residual_search`. They get no gradient.
         gradient: "ste" or "rotation", as in `quantize`, at every stage. x gets the sum over the stages, as if the
             quantizers were stacked by hand: for "ste", Q times the gradient of quantized.
         commitment_weight: factor of the losses.
@@ -77,25 +78,25 @@ def residual_quantize(
     check_choices(gradient, commitment_weight=commitment_weight)
     rows = flatten_rows(x)
     row_mask = None if mask is None else rows_of_mask(mask, x.shape[:-1])
+    held = list(map(Tensor.detach, codebooks if type(codebooks) is list else as_list(codebooks)))
     if indices is None:
-        indices = residual_search(rows.detach(), codebooks.detach(), mask=row_mask)
+        indices = residual_search(rows.detach(), held, mask=row_mask)
     else:
-        check_shape(indices, torch.Size([*x.shape[:-1], len(codebooks)]))
-        indices = indices if x.dim() == 2 else indices.reshape(-1, len(codebooks))
+        check_shape(indices, torch.Size([*x.shape[:-1], stage_count(held)]))
+        indices = indices if x.dim() == 2 else indices.reshape(-1, indices.shape[-1])
         if row_mask is not None:
             indices = indices.masked_fill(~row_mask[:, None], -1)
-    held = codebooks.detach()
     check_some_code("codebooks", indices, held)
     if differentiates(rows):
-        held = held.clone() if copy_codebooks else held
+        held = [codes.clone() for codes in held] if copy_codebooks else held
         quantized, losses, residuals = _ResidualQuantize.apply(
-            rows, held, indices, gradient, commitment_weight, keep_residuals
+            rows, indices, gradient, commitment_weight, keep_residuals, *held
         )
     else:
         quantized, errors, residuals = residual_quantize_forward(rows, held, indices, keep_residuals)
         losses = weighted(errors, commitment_weight)
     if x.dim() != 2:
-        quantized, indices = quantized.reshape(x.shape), indices.reshape(*x.shape[:-1], len(codebooks))
+        quantized, indices = quantized.reshape(x.shape), indices.reshape(*x.shape[:-1], indices.shape[-1])
         residuals = residuals.reshape(len(residuals), *x.shape)
     return ResidualQuantized(quantized, indices, losses, residuals)
 
@@ -110,14 +111,14 @@ class _ResidualQuantize(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        codebooks: Tensor,
         indices: Tensor,
         gradient: str,
         commitment_weight: float,
         keep_residuals: bool,
+        *codebooks: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        quantized, errors, residuals = residual_quantize_forward(x, codebooks, indices, keep_residuals)
-        ctx.save_for_backward(x, codebooks, indices)
+        quantized, errors, residuals = residual_quantize_forward(x, list(codebooks), indices, keep_residuals)
+        ctx.save_for_backward(x, indices, *codebooks)
         ctx.mark_non_differentiable(residuals)
         ctx.set_materialize_grads(False)  # zeros for the residuals would be the largest tensor here
         ctx.gradient, ctx.commitment_weight = gradient, commitment_weight
@@ -126,11 +127,11 @@ class _ResidualQuantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, quantized_grad: Tensor | None, loss_grads: Tensor | None, _: None) -> tuple[Any, ...]:
-        x, codebooks, indices = ctx.saved_tensors
+        x, indices, *codebooks = ctx.saved_tensors
         if quantized_grad is None:
             quantized_grad = torch.zeros_like(x)
         if loss_grads is None:
-            loss_grads = codebooks.new_zeros(len(codebooks), dtype=compute_dtype(x, codebooks))
+            loss_grads = x.new_zeros(indices.shape[1], dtype=compute_dtype(x, codebooks[0]))
         x_grad = residual_quantize_backward(
             x,
             codebooks,
@@ -140,4 +141,4 @@ class _ResidualQuantize(torch.autograd.Function):
             gradient=ctx.gradient,
             commitment_weight=float(ctx.commitment_weight),
         )
-        return x_grad, None, None, None, None, None
+        return (x_grad, *[None] * (4 + len(codebooks)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.backends.support import DTYPES, GRADIENTS
+from fastvq.backends.support import DTYPES, GRADIENTS, METRICS
 
 
 def check_values(name: str, tensor: Tensor, dims: tuple[int, ...], like: str) -> None:
@@ -31,6 +31,12 @@ def check_codes(name: str, codebook: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: must hold at least one code, got shape {tuple(codebook.shape)}")
     if x.shape[-1] == 0:
         raise ValueError(f"x: must have at least one dimension D, got shape {tuple(x.shape)}")
+
+
+def check_metric(metric: str) -> None:
+    """Check the name of a metric."""
+    if metric not in tuple(METRICS):  # which an argument that has no hash can be compared with
+        raise ValueError(f"metric: must be 'l2' or 'dot', got {metric!r}")
 
 
 def check_indices(indices: Tensor, x: Tensor) -> None:

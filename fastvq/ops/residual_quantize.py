@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fastvq.backends import select as backends
@@ -10,38 +12,38 @@ from fastvq.backends.support import GRADIENTS
 
 from .checks import check_gradients, check_int64, check_same_device
 from .registry import explain, op, option
-from .residual_search import check_residual_search
+from .residual_search import Codebooks, as_list, check_stages, stage_count
 
 
-def _check_stage_indices(indices: Tensor, x: Tensor, codebooks: Tensor) -> None:
-    check_int64(indices, x, (x.shape[0], codebooks.shape[0]), "(N, Q)", "x and codebooks")
+def _check_stage_indices(indices: Tensor, x: Tensor, codebooks: Sequence[Tensor]) -> None:
+    check_int64(indices, x, (x.shape[0], stage_count(codebooks)), "(N, Q)", "x and codebooks")
 
 
 def _residual_quantize_forward_fake(
-    x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
+    x: Tensor, codebooks: list[Tensor], indices: Tensor, keep_residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_residual_search(x, codebooks)
+    check_stages(x, codebooks)
     _check_stage_indices(indices, x, codebooks)
-    stages, dtype = codebooks.shape[0], compute_dtype(x, codebooks)
+    stages, dtype = stage_count(codebooks), compute_dtype(x, codebooks[0])
     residuals = x.new_empty((stages if keep_residuals else 0, *x.shape), dtype=dtype)
     return x.new_empty(x.shape), x.new_empty((stages,), dtype=dtype), residuals
 
 
-def _check_residual_quantize_forward(x: Tensor, codebooks: Tensor, indices: Tensor) -> None:
-    check_residual_search(x, codebooks)
+def _check_residual_quantize_forward(x: Tensor, codebooks: Sequence[Tensor], indices: Tensor) -> None:
+    check_stages(x, codebooks)
     _check_stage_indices(indices, x, codebooks)
 
 
 @op(fake=_residual_quantize_forward_fake)
 def _residual_quantize_forward(
-    x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
+    x: Tensor, codebooks: list[Tensor], indices: Tensor, keep_residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_residual_quantize_forward(x, codebooks, indices)
-    return backends.select("residual_quantize_forward", x, codebooks)(x, codebooks, indices, keep_residuals)
+    return backends.select("residual_quantize_forward", x, codebooks[0])(x, codebooks, indices, keep_residuals)
 
 
 def residual_quantize_forward(
-    x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
+    x: Tensor, codebooks: Codebooks, indices: Tensor, keep_residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run `quantize_forward` for all stages of a residual quantizer, in one pass.
 
@@ -50,8 +52,8 @@ def residual_quantize_forward(
 
     Args:
         x: vectors (N, D); float32, float16, bfloat16 or float64.
-        codebooks: codes (Q, K, D), any of these dtypes.
-        indices: int64 (N, Q) in [-1, K), as from `residual_search`; a stage with -1 changes neither output nor
+        codebooks: codes (Q, K, D), any of these dtypes; or a sequence, as for `residual_search`.
+        indices: int64 (N, Q) in [-1, K_q), as from `residual_search`; a stage with -1 changes neither output nor
             residual.
         keep_residuals: whether to return the residuals.
 
@@ -64,30 +66,31 @@ def residual_quantize_forward(
 
     Source: Zeghidour et al., SoundStream, 2021, algorithm 1.
     """
+    books = codebooks if type(codebooks) is list else as_list(codebooks)
     try:
-        return _residual_quantize_forward(x, codebooks, indices, keep_residuals)
+        return _residual_quantize_forward(x, books, indices, keep_residuals)
     except RuntimeError as error:
-        raise explain(error, _check_residual_quantize_forward, x, codebooks, indices) from None
+        raise explain(error, _check_residual_quantize_forward, x, books, indices) from None
 
 
 def _check_residual_quantize_backward(
-    x: Tensor, codebooks: Tensor, indices: Tensor, quantized_grad: Tensor, error_grads: Tensor, gradient: str
+    x: Tensor, codebooks: Sequence[Tensor], indices: Tensor, quantized_grad: Tensor, error_grads: Tensor, gradient: str
 ) -> None:
-    check_residual_search(x, codebooks)
+    check_stages(x, codebooks)
     _check_stage_indices(indices, x, codebooks)
     check_gradients(x, quantized_grad, gradient)
-    dtype = compute_dtype(x, codebooks)
+    dtype = compute_dtype(x, codebooks[0])
     check_same_device("error_grads", error_grads, x)
-    if error_grads.shape != codebooks.shape[:1] or error_grads.dtype != dtype:
+    if error_grads.shape != (stage_count(codebooks),) or error_grads.dtype != dtype:
         raise ValueError(
-            f"error_grads: must be ({codebooks.shape[0]},) of {dtype}, got {error_grads.dtype}"
+            f"error_grads: must be ({stage_count(codebooks)},) of {dtype}, got {error_grads.dtype}"
             f" {tuple(error_grads.shape)}"
         )
 
 
 def _residual_quantize_backward_fake(
     x: Tensor,
-    codebooks: Tensor,
+    codebooks: list[Tensor],
     indices: Tensor,
     quantized_grad: Tensor,
     error_grads: Tensor,
@@ -102,7 +105,7 @@ def _residual_quantize_backward_fake(
 @op(fake=_residual_quantize_backward_fake)
 def _residual_quantize_backward(
     x: Tensor,
-    codebooks: Tensor,
+    codebooks: list[Tensor],
     indices: Tensor,
     quantized_grad: Tensor,
     error_grads: Tensor,
@@ -112,13 +115,13 @@ def _residual_quantize_backward(
 ) -> Tensor:
     name = option(GRADIENTS, gradient)
     _check_residual_quantize_backward(x, codebooks, indices, quantized_grad, error_grads, name)
-    run = backends.select("residual_quantize_backward", x, codebooks)
+    run = backends.select("residual_quantize_backward", x, codebooks[0])
     return run(x, codebooks, indices, quantized_grad, error_grads, gradient=name, commitment_weight=commitment_weight)
 
 
 def residual_quantize_backward(
     x: Tensor,
-    codebooks: Tensor,
+    codebooks: Codebooks,
     indices: Tensor,
     quantized_grad: Tensor,
     error_grads: Tensor,
@@ -147,7 +150,8 @@ def residual_quantize_backward(
 
     Source: as `quantize_backward`.
     """
-    tensors = (x, codebooks, indices, quantized_grad, error_grads)
+    books = codebooks if type(codebooks) is list else as_list(codebooks)
+    tensors = (x, books, indices, quantized_grad, error_grads)
     try:
         return _residual_quantize_backward(*tensors, gradient=GRADIENTS[gradient], commitment_weight=commitment_weight)
     except (RuntimeError, KeyError, TypeError) as error:

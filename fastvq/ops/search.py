@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from fastvq.backends import select as backends
 from fastvq.backends.support import METRICS
 
-from .checks import check_codes, check_mask, check_values
+from .checks import check_codes, check_mask, check_metric, check_values
 from .registry import explain, op, option
 
 
@@ -22,13 +23,12 @@ def check_search(x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None) 
     check_codes("codebook", codebook, x)
     if x.dim() == 3 and x.shape[0] != codebook.shape[0]:
         raise ValueError(f"codebook: must have the heads of x, H={x.shape[0]}, got shape {tuple(codebook.shape)}")
-    if metric not in ("l2", "dot"):
-        raise ValueError(f"metric: must be 'l2' or 'dot', got {metric!r}")
+    check_metric(metric)
     if mask is not None:
         check_mask(mask, x, x.shape[:-1])
 
 
-def search_masked(search: Callable[[Tensor, Tensor], Tensor], x: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
+def search_masked(search: Callable[[Tensor, Any], Tensor], x: Tensor, codes: Any, mask: Tensor) -> Tensor:
     """Return search(x, codes) with -1 in the rows of x that `mask` excludes.
 
     The CPU searches only the other rows. Other devices search all, since to count rows would wait for the device.

@@ -15,7 +15,7 @@ from fastvq.codebook.recompute import History
 from fastvq.distributed import may_be_recomputed, tie_parameters
 from fastvq.functional.quantize import weighted
 from fastvq.functional.residual_quantize import residual_quantize
-from fastvq.ops import residual_search
+from fastvq.ops import residual_quantize_forward, residual_search
 from fastvq.parts.arguments import check_fractions
 from fastvq.parts.beam import Stage, beam_search
 from fastvq.parts.dropout import ActiveStages
@@ -358,7 +358,7 @@ class ResidualVQ(Projected, ResidualStack):
 
     def _fits_one_pass(self, stages: list[VectorQuantize], learning: bool) -> bool:
         """Return whether one pass can quantize all stages: each searches the residuals themselves, and no more."""
-        if not self._shares_space or self.quant_grad_frac != 0:
+        if not self.uniform_codebook_size or not self._shares_space or self.quant_grad_frac != 0:
             return False
         if not stages[0].only_searches(learning):
             return False
@@ -372,7 +372,7 @@ class ResidualVQ(Projected, ResidualStack):
 
     @property
     def _shares_space(self) -> bool:
-        """True if every stage compares the residuals themselves with codes of one number."""
+        """True if every stage compares the residuals themselves with its codes."""
         first = cast(VectorQuantize, self.layers[0])
         if first.use_cosine_sim or self.implicit_neural_codebook:
             return False
@@ -381,7 +381,7 @@ class ResidualVQ(Projected, ResidualStack):
             # has_projections, without a call
             if not (type(modules["project_in"]) is type(modules["project_out"]) is nn.Identity):
                 return False
-        return self.uniform_codebook_size
+        return True
 
     def _quantize_in_one_pass(
         self,
@@ -410,7 +410,7 @@ class ResidualVQ(Projected, ResidualStack):
         first = stages[0]
         if active is not None and isinstance(active.number, int):
             stages = stages[: active.number]
-        codebooks = torch.cat([stage._codebook.codes for stage in stages]).detach()
+        codebooks = self._stack(stages, copied=self.training)
         if known is not None:
             found = known[:, : len(stages)]
         else:
@@ -424,7 +424,7 @@ class ResidualVQ(Projected, ResidualStack):
             commitment_weight=1.0,
             indices=found,
             keep_residuals=learning,
-            copy_codebooks=False,
+            copy_codebooks=False,  # they are one already, where a backward may follow
         )
         indices = found.T[:, None]  # [Q, 1, R]
         if self.training or self._measures:
@@ -520,6 +520,29 @@ class ResidualVQ(Projected, ResidualStack):
             weights = [(active.number > self._stages.index(stage)).float() for stage in stages]
         codebooks = [stage._codebook for stage in stages]
         learn_together(codebooks, x, indices, weight=weights, accumulate_only=accumulate_only)
+
+    def _stack(self, stages: list[VectorQuantize], *, copied: bool = False) -> list[Tensor]:
+        """Return the codes of the stages as ops take them, without their gradient.
+
+        A backward pass needs a copy, since stages may learn before it. Otherwise the kernels of the CPU read the codes
+        where they are; those of other devices read one tensor.
+        """
+        codes = self._codes_of(stages)
+        if copied or (self.uniform_codebook_size and not codes[0].is_cpu):
+            return [torch.cat(codes).detach()]
+        for place, one in enumerate(codes):
+            if one.requires_grad:
+                codes[place] = one.detach()
+        return codes
+
+    @staticmethod
+    def _codes_of(stages: list[VectorQuantize]) -> list[Tensor]:
+        """Return the codes (1, K, D) of each stage."""
+        codes = []
+        for stage in stages:
+            codebook: Any = stage._modules["_codebook"]  # as in `Codebook.codes`, without a lookup by name
+            codes.append(codebook.codes)
+        return codes
 
     @property
     def _unique_codebooks(self) -> list[Codebook]:
@@ -618,8 +641,7 @@ class ResidualVQ(Projected, ResidualStack):
         """Return the indices (1, R, Q) of x (1, R, D)."""
         only_mask = None if mask is None else mask[0]
         if self._shares_space:
-            codebooks = torch.cat([stage._codebook.codes for stage in self._stages]).detach()
-            return residual_search(x[0], codebooks, mask=only_mask)[None]
+            return residual_search(x[0], self._stack(self._stages), mask=only_mask)[None]
         stages = [self._beam_stage(place, 0.0) for place in range(self.num_quantizers)]
         return beam_search(x[0].float() if x.dtype != torch.float64 else x[0], stages, 1, mask=only_mask)[None]
 
@@ -629,11 +651,36 @@ class ResidualVQ(Projected, ResidualStack):
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """Return the quantized output of `forward` for these indices, in its layout."""
-        indices = self._checked_stages(indices)
-        total = self._codes(indices).sum(0)
+        total = self._sum_of_codes(indices)
+        if total is None:
+            indices = self._checked_stages(indices)
+            total = self._codes(indices).sum(0)
         if self.has_projections:
             total = project_codes_out(self.project_out, total, (indices >= 0).any(-1))
         return codes_in_layout(total, self._channel_first)
+
+    def _sum_of_codes(self, indices: Tensor) -> Tensor | None:
+        """Return the sum (..., D) of the codes of indices (..., 1 to Q) by the op that `forward` computes it by.
+
+        None stands for indices or codes that it does not take, or takes no faster: codes that get a gradient, or that
+        it would have to stack.
+        """
+        if self.implicit_neural_codebook or torch.compiler.is_compiling() or type(indices) is not Tensor:
+            return None
+        if indices.dtype != torch.int64 or not indices.is_cpu or not 1 <= indices.shape[-1] <= self.num_quantizers:
+            return None
+        codes = self._codes_of(self._stages[: indices.shape[-1]])
+        first = codes[0]
+        if not first.is_cpu or (torch.is_grad_enabled() and any(one.requires_grad for one in codes)):
+            return None
+        rows = indices.reshape(-1, len(codes))
+        start = first.new_zeros(len(rows), self.codebook_dim)
+        try:
+            total, _, _ = residual_quantize_forward(start, codes, rows, False)
+        except IndexError:
+            self._checked_stages(indices)  # names the stage
+            raise
+        return total.view(*indices.shape[:-1], self.codebook_dim)
 
     def _codes(self, indices: Tensor) -> Tensor:
         """Return the codes (Q, ..., D) of indices (..., 1 to Q), zeros for the missing stages."""

@@ -63,7 +63,10 @@ def changed(value: object, choose: random.Random) -> object:
         return choose.choice(NUMBERS)
     if isinstance(value, float):
         return choose.choice(REALS)
-    if value is None or choose.random() < 0.5:
+    if isinstance(value, list) and value:
+        place = choose.randrange(len(value))
+        return [*value[:place], changed(value[place], choose), *value[place + 1 :]][choose.randrange(2) :]
+    if value is None or isinstance(value, list) or choose.random() < 0.5:
         return tensor(choose)
     assert isinstance(value, torch.Tensor)
     if value.dtype is torch.int64 and choose.random() < 0.5:

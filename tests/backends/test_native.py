@@ -24,13 +24,13 @@ SOFT = {"metric": 0, "scale": 1.0, "floor": 0.0}
 CALLS = {
     "search": ((X, CODES), {"metric": 0, "mask": torch.ones(N, dtype=torch.bool)}),
     "topk_search": ((X, CODES, 2), {"metric": 0, "mask": torch.ones(N, dtype=torch.bool)}),
-    "residual_search": ((X, STACK), {"mask": torch.ones(N, dtype=torch.bool)}),
+    "residual_search": ((X, [STACK, CODES]), {"metric": 0, "mask": torch.ones(N, dtype=torch.bool)}),
     "sample": ((X, CODES), {"temperature": 1.0, "seed": SEED, "metric": 0}),
     "quantize_forward": ((X, CODES, INDICES, True), {}),
     "quantize_backward": ((X, X, INDICES, X, torch.ones(())), {"gradient": 0, "commitment_weight": 1.0}),
-    "residual_quantize_forward": ((X, STACK, INDICES[:, None].repeat(1, Q), True), {}),
+    "residual_quantize_forward": ((X, [STACK], INDICES[:, None].repeat(1, Q), True), {}),
     "residual_quantize_backward": (
-        (X, STACK, INDICES[:, None].repeat(1, Q), X, torch.ones(Q)),
+        (X, [STACK], INDICES[:, None].repeat(1, Q), X, torch.ones(Q)),
         {"gradient": 1, "commitment_weight": 1.0},
     ),
     "soft_assign_forward": ((GROUPS, CODES, torch.ones(2, 3, dtype=torch.bool)), {**SOFT, "statistics": True}),
@@ -71,14 +71,23 @@ def variants(name):
 def replacements(value):
     if isinstance(value, torch.Tensor):
         return wrong(value)
+    if isinstance(value, list):
+        places = [[*value[:i], other, *value[i + 1 :]] for i, one in enumerate(value) for other in wrong(one)]
+        return ([], *places)
     if isinstance(value, bool) or value is None:
         return ()
     return (-1, 0, 7, 2**40) if isinstance(value, int) else (-1.0, 0.0, float("nan"), float("inf"))
 
 
 def call(name, arguments, options):
-    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-    return getattr(torch.ops.fastvq, name)(*copies, **options)
+    return getattr(torch.ops.fastvq, name)(*each_tensor(torch.clone, arguments), **options)
+
+
+def each_tensor(function, arguments):
+    """Return the arguments with function(tensor) in place of each tensor, those of lists too."""
+    if isinstance(arguments, (tuple, list)):
+        return type(arguments)(each_tensor(function, a) for a in arguments)
+    return function(arguments) if isinstance(arguments, torch.Tensor) else arguments
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,11 +135,10 @@ def strided(tensor):
 @pytest.mark.parametrize("name", CALLS)
 def test_strides_change_nothing(name):
     arguments, options = CALLS[name]
-    state = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-    views = [strided(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    state, views = each_tensor(torch.clone, arguments), each_tensor(strided, arguments)
     expected = getattr(torch.ops.fastvq, f"native_{name}")(*state, **options)
     actual = getattr(torch.ops.fastvq, f"native_{name}")(
-        *views, **{k: strided(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        *views, **{k: each_tensor(strided, v) for k, v in options.items()}
     )
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     for a, b in zip(views, state, strict=True):
@@ -145,7 +153,7 @@ def test_masked_rows_are_not_searched(name, heads):
     g = torch.Generator().manual_seed(0)
     shape = (3, 40, D) if heads else (40, D)
     x, codes = torch.randn(shape, generator=g), torch.randn((3, K, D) if heads else (K, D), generator=g)
-    codes = torch.randn(Q, K, D, generator=g) if name == "residual_search" else codes
+    codes = [torch.randn(Q, K, D, generator=g)] if name == "residual_search" else codes
     more = (2,) if name == "topk_search" else ()
     run = getattr(torch.ops.fastvq, f"native_{name}")
     for mask in (torch.rand(shape[:-1], generator=g) < 0.4, *(torch.full(shape[:-1], yes) for yes in (False, True))):

@@ -54,7 +54,8 @@ int64_t check(const Isa& isa, int64_t n, int64_t k, int64_t d, int64_t stages, G
   for (float& value : grad) value = static_cast<float>(cases::normal());
   for (int64_t& index : indices) index = static_cast<int64_t>(cases::generator() % (k + 1)) - 1;
   const Matrix rows{DType::f32, x.data(), n, d}, own_grad{DType::f32, grad.data(), n, d};
-  const Stages all{{DType::f32, codes.data(), stages * k, d}, indices.data(), stages, k};
+  Stages all{{}, indices.data()};
+  for (int64_t q = 0; q < stages; ++q) all.codebooks.push_back({DType::f32, codes.data() + q * k * d, k, d});
   std::vector<double> errors(stages), pulls(stages, 0.5);
   if (stages > 1) {
     fastvq::residual_quantize_forward(isa, rows, all, quantized.data(), errors.data(), residuals.data(), in_pieces);
@@ -62,7 +63,7 @@ int64_t check(const Isa& isa, int64_t n, int64_t k, int64_t d, int64_t stages, G
   } else {
     std::vector<float> kept(n * d);
     const Matrix out{DType::f32, kept.data(), n, d};
-    errors[0] = fastvq::quantize_forward(isa, rows, all.codebooks, indices.data(), quantized.data(), out, in_pieces);
+    errors[0] = fastvq::quantize_forward(isa, rows, all.codebooks[0], indices.data(), quantized.data(), out, in_pieces);
     fastvq::quantize_backward(isa, rows, out, indices.data(), own_grad, gradient, 0.5, x_grad.data(), in_pieces);
     residuals = x;
   }

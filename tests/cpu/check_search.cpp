@@ -83,7 +83,8 @@ int64_t check(const Isa& isa, Precision precision, const Case& c, DType dtype, M
     const int64_t half = k / 2;
     const std::vector<T> first(codes.begin(), codes.begin() + half * d), second(codes.begin() + half * d, codes.end());
     std::vector<int64_t> both(2 * n, -7);
-    fastvq::residual_search(isa, precision, rows, {dtype, codes.data(), k, d}, 2, both.data(), in_pieces);
+    const std::vector<Matrix> stages{{dtype, first.data(), half, d}, {dtype, second.data(), half, d}};
+    fastvq::residual_search(isa, precision, rows, stages, metric, both.data(), in_pieces);
     std::vector<float> rest(d);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t chosen = definition(x.data() + i * d, first, half, d, metric);

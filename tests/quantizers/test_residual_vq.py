@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import vector_quantize_pytorch
+from torch import nn
 
 import fastvq
 from fastvq.backends import reference
@@ -256,3 +257,59 @@ def test_arguments_of_a_call_that_cannot_be():
     for shape in ((2, 5), (2, 5, 3)):
         with pytest.raises(ValueError, match=r"^indices: must have shape \(\.\.\., Q=2\)"):
             layer(x, indices=torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("settings", [{}, {"codebook_size": (32, 16, 7)}, {"num_quantizers": 20}, {"codebook_dim": 5}])
+def test_decoding_has_the_bits_of_the_output(settings):
+    torch.manual_seed(0)
+    layer = fastvq.ResidualVQ(**{"dim": 12, "num_quantizers": 3, "codebook_size": 32, **settings}).eval()
+    x = vectors(2, 9, 12)
+    x[0, 3, 0] = torch.nan
+    quantized, indices, _ = layer(x)
+    assert torch.equal(layer.get_output_from_indices(indices), quantized)
+    coarse = layer.get_output_from_indices(indices[..., :2].int())
+    close(
+        coarse, layer.get_output_from_indices(nn.functional.pad(indices[..., :2], (0, indices.shape[-1] - 2), value=-1))
+    )
+    indices[1, 4, 1] = 99
+    with pytest.raises(IndexError, match=r"^indices: must lie in \[-1, \d+\) at stage 1, got 99"):
+        layer.get_output_from_indices(indices)
+
+
+def test_decoding_is_differentiable_in_the_codes():
+    torch.manual_seed(0)
+    layer = fastvq.ResidualVQ(dim=6, num_quantizers=3, codebook_size=8, learnable_codebook=True, ema_update=False)
+    layer.layers[0]._codebook.embed.requires_grad_(False)
+    indices = torch.tensor([[1, 2, 3], [1, -1, 0]])
+    layer.get_output_from_indices(indices).sum().backward()
+    grads = [stage._codebook.embed.grad for stage in layer.layers]
+    assert grads[0] is None
+    assert torch.equal(grads[1].nonzero()[:, 1].unique(), torch.tensor([2]))
+    assert torch.equal(grads[2].nonzero()[:, 1].unique(), torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize("sizes", [(32, 32, 32), (32, 16, 7)])
+def test_any_write_to_a_codebook_is_seen(sizes):
+    """No form of the codes outlives a call, whatever writes to one stage."""
+    torch.manual_seed(0)
+    layer = fastvq.ResidualVQ(dim=6, codebook_size=sizes).eval()
+    x = vectors(1, 40, 6)
+
+    def check():
+        expected = reference.residual_search(x[0], [stage.codebook for stage in layer.layers])
+        assert torch.equal(layer.encode(x)[0], expected)
+        assert torch.equal(layer(x)[1][0], expected)
+
+    check()
+    embed = layer.layers[1]._codebook.embed
+    embed.data.mul_(-1)
+    check()
+    embed.numpy()[:] += 1
+    check()
+    layer.layers[1]._codebook.embed = torch.randn_like(embed)
+    check()
+    layer.load_state_dict({name: value * 2 for name, value in layer.state_dict().items()}, assign=True)
+    check()
+    layer = copy.deepcopy(layer).half().float()
+    layer.layers[0]._codebook.embed.data = torch.randn(1, 6, sizes[0]).mT
+    check()

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fastvq.backends.arithmetic import compute_dtype
+from fastvq.backends.arithmetic import compute_dtype, stages_of
 
 from .quantize import quantize_backward, quantize_forward
 
 
 def residual_quantize_forward(
-    x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
+    x: Tensor, codebooks: Sequence[Tensor], indices: Tensor, keep_residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implement `fastvq.ops.residual_quantize_forward`."""
-    residual = x.to(compute_dtype(x, codebooks))
+    residual = x.to(compute_dtype(x, codebooks[0]))
     quantized = torch.zeros_like(residual)
     errors, residuals = [], []
-    for codebook, stage in zip(codebooks, indices.unbind(1), strict=True):
+    for codebook, stage in zip(stages_of(codebooks), indices.unbind(1), strict=True):
         codes, _, error = quantize_forward(residual, codebook, stage, False)
         errors.append(error)
         residuals.append(residual)
@@ -29,7 +31,7 @@ def residual_quantize_forward(
 
 def residual_quantize_backward(
     x: Tensor,
-    codebooks: Tensor,
+    codebooks: Sequence[Tensor],
     indices: Tensor,
     quantized_grad: Tensor,
     error_grads: Tensor,
@@ -40,7 +42,7 @@ def residual_quantize_backward(
     """Implement `fastvq.ops.residual_quantize_backward`."""
     residual, grad = x.to(error_grads.dtype), quantized_grad.to(error_grads.dtype)
     x_grad = torch.zeros_like(residual)
-    for codebook, stage, error_grad in zip(codebooks, indices.unbind(1), error_grads, strict=True):
+    for codebook, stage, error_grad in zip(stages_of(codebooks), indices.unbind(1), error_grads, strict=True):
         codes, _, _ = quantize_forward(residual, codebook, stage, False)
         x_grad += quantize_backward(
             residual, codes, stage, grad, error_grad, gradient=gradient, commitment_weight=commitment_weight

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fastvq.backends.arithmetic import check_index_range, compute_dtype
+from fastvq.backends.arithmetic import check_index_range, compute_dtype, stages_of
 
 from .quantize import lookup, mean_square, row_gradients
 
 
 def residual_quantize_forward(
-    x: Tensor, codebooks: Tensor, indices: Tensor, keep_residuals: bool
+    x: Tensor, codebooks: Sequence[Tensor], indices: Tensor, keep_residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implement `fastvq.ops.residual_quantize_forward`."""
-    check_index_range(indices, codebooks.shape[1])
-    codebooks = codebooks.to(compute_dtype(x, codebooks))
-    residual = x.to(codebooks.dtype)
+    stages, dtype = stages_of(codebooks), compute_dtype(x, codebooks[0])
+    for codebook, stage in zip(stages, indices.unbind(1), strict=True):
+        check_index_range(stage, len(codebook))
+    residual = x.to(dtype)
     total = torch.zeros_like(residual)
     errors, residuals = [], []
-    for codebook, stage in zip(codebooks, indices.unbind(1), strict=True):
+    for codebook, stage in zip(stages, indices.unbind(1), strict=True):
         mask = (stage >= 0)[:, None]
-        codes = lookup(codebook, stage, mask)
+        codes = lookup(codebook.to(dtype), stage, mask)
         if keep_residuals:
             residuals.append(residual)
         residual = residual - codes
@@ -33,7 +36,7 @@ def residual_quantize_forward(
 
 def residual_quantize_backward(
     x: Tensor,
-    codebooks: Tensor,
+    codebooks: Sequence[Tensor],
     indices: Tensor,
     quantized_grad: Tensor,
     error_grads: Tensor,
@@ -42,12 +45,11 @@ def residual_quantize_backward(
     commitment_weight: float,
 ) -> Tensor:
     """Implement `fastvq.ops.residual_quantize_backward`."""
-    codebooks = codebooks.to(error_grads.dtype)
     residual = x.to(error_grads.dtype)
     total = torch.zeros_like(residual)
-    for codebook, stage, error_grad in zip(codebooks, indices.unbind(1), error_grads, strict=True):
+    for codebook, stage, error_grad in zip(stages_of(codebooks), indices.unbind(1), error_grads, strict=True):
         mask = (stage >= 0)[:, None]
-        codes = lookup(codebook, stage, mask)
+        codes = lookup(codebook.to(error_grads.dtype), stage, mask)
         total += row_gradients(residual, codes, mask, quantized_grad, error_grad, gradient, commitment_weight)
         residual = residual - codes
     return total.to(x.dtype)

@@ -1,0 +1,66 @@
+#include "code_forms.h"
+
+#include <utility>
+
+#include "scratch.h"
+
+namespace fastvq {
+namespace {
+
+constexpr int64_t MANY_ROWS = 1 << 20;  // that kept forms will serve, in all of their searches
+
+}  // namespace
+
+CodeForms::Shortened::Shortened(const Isa& isa, std::unique_ptr<const Projection> made, const Matrix& codes,
+                                const Parallel& parallel)
+    : projection(std::move(made)),
+      packed(isa, isa.int16 ? *isa.int16 : *isa.float32, projection->codes(), projection->frame(), Copies::dropped,
+             codes, projection->order().data(), parallel) {}
+
+const Frame& CodeForms::own_frame(const Parallel& parallel) {
+  if (!frame_) frame_ = std::make_unique<const Frame>(isa_, codes, metric, parallel);
+  return *frame_;
+}
+
+const Frame& CodeForms::frame(const Parallel& parallel) {
+  const std::lock_guard<std::mutex> lock(making_);
+  return own_frame(parallel);
+}
+
+const CodeForms::Shortened* CodeForms::shortened(int64_t rows, bool forced, const Parallel& parallel) {
+  const std::lock_guard<std::mutex> lock(making_);
+  if (tried_shortening_) return shortened_.get();
+  const ScratchPool::Exact exact(kept);
+  tried_shortening_ = true;
+  if (auto made = Projection::make(isa_, own_frame(parallel), codes, kept ? MANY_ROWS : rows, forced, parallel))
+    shortened_ = std::make_unique<const Shortened>(isa_, std::move(made), codes, parallel);
+  return shortened_.get();
+}
+
+const PackedTier& CodeForms::make(std::unique_ptr<const PackedTier>& form, const Tier& tier, Copies copies,
+                                  const Parallel& parallel) {
+  const std::lock_guard<std::mutex> lock(making_);
+  if (form) return *form;
+  if (!kept) {
+    shortened_.reset();
+    int16_.reset();
+    float32_.reset();
+  }
+  const ScratchPool::Exact exact(kept);
+  form = std::make_unique<const PackedTier>(isa_, tier, codes, own_frame(parallel), copies, parallel);
+  return *form;
+}
+
+const PackedTier& CodeForms::int16(const Parallel& parallel) {
+  return make(int16_, *isa_.int16, Copies::dropped, parallel);
+}
+
+const PackedTier& CodeForms::float32(const Parallel& parallel) {
+  return make(float32_, *isa_.float32, Copies::dropped, parallel);
+}
+
+const PackedTier& CodeForms::ranked(const Parallel& parallel) {
+  return make(ranked_, *isa_.float32, Copies::kept, parallel);
+}
+
+}  // namespace fastvq
