@@ -1,4 +1,4 @@
-"""Exceptions that fastvq raises for bad requests, files and data, and the wording of its messages.
+"""Exceptions that fastvq raises for bad requests, files and data, and the wording of its messages and tables.
 
 All exceptions derive from `FastvqError`. They stand in one module without imports of fastvq, so that any module may
 raise and catch them. Each keeps the built-in exception it specializes as a second base. Arguments of layers and
@@ -7,7 +7,7 @@ functions raise plain ValueError and TypeError.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 _LISTED = 20
 
@@ -70,3 +70,16 @@ def listed(lines: Sequence[str]) -> str:
     """Return lines below each other, indented; all but the first twenty as a number."""
     rest = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
     return "".join(f"\n  {line}" for line in [*lines[:_LISTED], *rest])
+
+
+def aligned(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> list[str]:
+    """Return rows of texts as lines in columns, those numbered in `right` aligned at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            f"{cell:>{width}}" if column in right else f"{cell:<{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

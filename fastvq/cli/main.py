@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TextIO
 
 import fastvq
 from fastvq.errors import ConfigError, FastvqError
+from fastvq.extras import without_progress
 
 from . import (
     FAILED,
@@ -29,6 +30,7 @@ from . import (
     info,
     prior,
     reconstruct,
+    runs,
     sample,
     train,
 )
@@ -41,6 +43,7 @@ COMMANDS: dict[str, ModuleType] = {
     "prior": prior,
     "sample": sample,
     "evaluate": evaluate,
+    "runs": runs,
     "encode": encode,
     "decode": decode,
     "demo": demo,
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.run is not info.run:
             _refuse_ranks()
-        with _warnings_in_one_line():
+        with _warnings_in_one_line(), without_progress(options.quiet):
             # The parser needs neither the ops nor torch.
             _load_ops()
             status = options.run(options)
@@ -135,6 +138,9 @@ class _CommandParser(_Parser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._command is not None:
             self._command.add_options(self)
+            self.add_argument(
+                "--quiet", action="store_true", help="show no progress; results, warnings and errors remain"
+            )
             self.set_defaults(run=self._command.run, named=self._named())
             self._command = None
         if self._within:

@@ -51,12 +51,13 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.errors import counted
     from fastvq.runs.pictures import failures_as_warnings, picture_prior
     from fastvq.runs.sample import sample_run
-    from fastvq.runs.train_prior import resumed_settings, train_prior
+    from fastvq.runs.train_prior import resumed_prior, train_prior
     from fastvq.training.config import PriorConfig
+    from fastvq.training.loop import describe_resumed
 
     given = given_settings(options, PriorConfig)
-    own = resumed_settings(options.run_folder) if options.resume else None
-    config = PriorConfig(**given) if own is None else dataclasses.replace(own, **given)
+    resumed = resumed_prior(options.run_folder) if options.resume else None
+    config = PriorConfig(**given) if resumed is None else dataclasses.replace(resumed.config, **given)
     if options.seconds is not None:
         from fastvq.runs.compare_priors import FIXED_SETTINGS, compare_priors
 
@@ -71,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
             return INTERRUPTED
         print("\n".join(lines))
         return 0
+    if resumed is not None:
+        print(describe_resumed(resumed, config), flush=True)
     trained = train_prior(
         options.run_folder, config, resume=options.resume, overwrite=options.overwrite, data=options.data
     )

@@ -17,19 +17,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Samples new images from a run's prior. Without --out, samples, completions and neighbors are drawn for the"
         " page of the run, DIR/index.html. Otherwise the ending of OUT decides what is written: a picture (.png, .pdf,"
-        " .svg, .jpg, .tif, .webp) of some samples beside real images, of each class if there are classes; .npy, the"
+        " .svg, .jpg, .tif, .webp) of some samples beside real images, of each class if there are classes, or of N"
+        " samples in rows and columns with --count; .npy, the"
         " indices alone, which `fastvq encode` accepts; no ending, or a / at its end, a new folder of PNG files, with a"
         " subfolder for each class if there are classes."
     )
     parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
     parser.add_argument("--out", metavar="OUT", help="a picture, an .npy or a new folder")
     parser.add_argument(
-        "--count", type=int, metavar="N", help="number of samples in an .npy or a folder (default: 100)"
+        "--count",
+        type=int,
+        metavar="N",
+        help="number of samples (default: 100 in an .npy or a folder, 16 of one --label)",
     )
     parser.add_argument(
-        "--label",
-        metavar="L",
-        help="class of the samples in an .npy or a folder, by name or by number from 0 (default: each class in turn)",
+        "--label", metavar="L", help="class of the samples, by name or by number from 0 (default: each class in turn)"
     )
     parser.add_argument(
         "--complete", action="store_true", help="draw completions of held-out images from their upper halves"

@@ -42,8 +42,12 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.runs.pictures import failures_as_warnings, picture_reconstructions, picture_run
     from fastvq.runs.run_page import write_run_page
     from fastvq.training import Evaluation, Trainer, load_images
+    from fastvq.training.checkpoint import load_latest
+    from fastvq.training.loop import describe_resumed
 
     config = _settings(options)
+    if options.resume:
+        print(describe_resumed(load_latest(options.out, tensors=False), config), flush=True)
     images = load_images(config, progress=True)
     trainer = Trainer(config, images, options.out, resume=options.resume)
     print(describe(images))

@@ -19,7 +19,7 @@ from torch import Tensor
 import fastvq
 from fastvq.data import DATA_SETS, Images
 from fastvq.data.images import to_float
-from fastvq.errors import DataError, counted
+from fastvq.errors import DataError, aligned, counted
 from fastvq.extras import Progress
 from fastvq.files import StrPath, write_whole
 from fastvq.models import NoBottleneck
@@ -112,9 +112,8 @@ def evaluate_run(
 def table(record: dict[str, Any]) -> list[str]:
     """Return the measures of an evaluation as lines in columns; refused ones with the reason."""
     rows = [("measure", "value", f"{record['confidence']:.0%} interval"), *rows_of(record)]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
     refused = [f"{LABELS[name]}: not measured, {reason}" for name, reason in record["refused"].items()]
-    lines = [f"{first:<{widths[0]}}  {value:>{widths[1]}}  {interval}".rstrip() for first, value, interval in rows]
+    lines = aligned(rows, right=[1])
     return [*lines, *([""] if refused else []), *refused]
 
 

@@ -200,6 +200,34 @@ def save_grid(
     save_figure(figure, path, caption, title)
 
 
+def save_samples(path: StrPath, images: Tensor, names: Sequence[str], *, title: str, caption: str) -> None:
+    """Draw images in as many rows as columns, each with its name above if there are names.
+
+    Args:
+        path: file to write, whose ending is in `FORMATS`.
+        images: (N, C, H, W), float in [0, 1].
+        names: one for each image, or none.
+        title, caption: texts above and below the figure.
+    """
+    height, width = images.shape[2:]
+    columns = math.ceil(math.sqrt(len(images) * height / width))
+    columns = min(max(1, columns), len(images))
+    rows = math.ceil(len(images) / columns)
+    panel = max(0.9, 4.2 / columns)
+    labels = [label(name, int(panel * _POINTS / (_LABEL_SIZE * _LETTER)) - 1) for name in names]
+    lines = 0.5 + max((text.count("\n") + 1 for text in labels), default=0)
+    tall = panel * height / width + lines * _LABEL_SIZE * _LINE / _POINTS
+    figure = _figure(panel * columns + 0.3, tall * rows, title, caption)
+    for number, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        if number >= len(images):
+            axes.set_axis_off()
+            continue
+        _show(axes, images[number])
+        if labels:
+            axes.set_title(labels[number], fontsize=_LABEL_SIZE, **_LITERAL)
+    save_figure(figure, path, caption, title)
+
+
 def _points(records: Sequence[dict[str, Any]], split: str, key: str) -> list[tuple[int, float]]:
     """Return (step, value) of the records that have a finite value."""
     return [

@@ -22,9 +22,10 @@ from . import plots
 from .load import label_number, load_prior, run_images
 from .outputs import check_ending, check_outside_data, is_folder
 from .run_page import write_run_page
-from .sample_pictures import picture_completions, picture_prior_samples, picture_samples
+from .sample_pictures import picture_completions, picture_prior_samples, picture_samples, sampled_with
 
-DEFAULT_COUNT = 100
+DEFAULT_COUNT, GRID_COUNT = 100, 16
+_MOST_IN_GRID = 1024
 _BATCH = 100
 _Batches = Iterator[tuple[Tensor, list[int] | None]]  # indices (B, *grid) and their labels
 
@@ -46,10 +47,11 @@ def sample_run(
         run: folder of a run with a prior.
         path: without it, samples, completions and neighbors are drawn for the page of the run, which is written again.
             Else its ending decides what is written. One of `plots.FORMATS`: a picture of samples, of each class if
-            there are classes, beside real images. ".npy": the indices alone, (count, *grid) int64. None, or a slash at
-            its end: a new folder of PNG files, with a subfolder for each class if there are classes.
-        count: number of samples, `DEFAULT_COUNT` by default; a picture has its own.
-        label: class of the samples, by number or by name, by default each class in turn; a picture shows all.
+            there are classes, beside real images; or, with a count or a label, of that many samples. ".npy": the
+            indices alone, (count, *grid) int64. None, or a slash at its end: a new folder of PNG files, with a
+            subfolder for each class if there are classes.
+        count: number of samples, `DEFAULT_COUNT` by default, and `GRID_COUNT` of one label in a picture.
+        label: class of the samples, by number or by name, by default each class in turn.
         complete: write a picture of completions of held-out images instead.
         seed: equal seeds give equal samples, and a smaller count gives the first samples of a larger one.
         data: where the data set of the run is now, see `run_images`.
@@ -69,9 +71,10 @@ def sample_run(
     check_outside_data(path, run, data)
     folder, array = is_folder(path), Path(path).suffix.lower() == ".npy"
     if not folder and not array:
-        for name, value in (("count", count), ("label", label)):
-            if value is not None:
-                raise ConfigError(f"{name}: a picture has its own samples: {path} must be a folder or an .npy")
+        if count is not None or label is not None:
+            if complete:
+                raise ConfigError("complete: a picture of completions takes neither count nor label")
+            return _write_grid(run, path, GRID_COUNT if count is None else count, label, seed, settings)
         prior, model = load_prior(run)
         images = run_images(run, data)
         picture = picture_completions if complete else picture_samples
@@ -97,6 +100,30 @@ def sample_run(
         names = _folder_names(prior.class_names or run_images(run, data).class_names or (), prior.classes)
     _write_images(path, model, batches, names)
     return [f"{counted(count, 'image')}: {path}" + (", in a subfolder for each class" if names else "")]
+
+
+def _write_grid(
+    run: StrPath, path: StrPath, count: int, label: int | str | None, seed: int, settings: dict[str, Any]
+) -> list[str]:
+    """Draw a number of samples in rows and columns."""
+    if not 1 <= count <= _MOST_IN_GRID:
+        more = "; a folder or an .npy holds more" if count > _MOST_IN_GRID else ""
+        raise ConfigError(f"count must be between 1 and {_MOST_IN_GRID} in a picture, got {count}{more}")
+    prior, model = load_prior(run)
+    number = label_number(prior, label)
+    images, names = [], []
+    with torch.no_grad():
+        for indices, labels in _sample_batches(prior, count, number, seed, settings):
+            images.append(model.decode(indices).clamp(0, 1))
+            names += [prior.class_names[row] if prior.class_names else f"class {row}" for row in labels or []]
+    plots.save_samples(
+        path,
+        torch.cat(images),
+        names,
+        title=f"{Path(run).resolve().name}: {counted(count, 'sample')}",
+        caption="Indices sampled one after the other from the prior and decoded to pixels." + sampled_with(settings),
+    )
+    return [f"picture of {counted(count, 'sample')}: {path}"]
 
 
 def _sample_for_page(run: StrPath, *, seed: int, data: StrPath | None, **arguments: Any) -> list[str]:

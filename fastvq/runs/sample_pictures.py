@@ -96,7 +96,7 @@ def picture_samples(
         title=f"{images.name}: samples of the prior",
         caption="Indices sampled one after the other from the prior and decoded to pixels, beside held-out images"
         f"{beside}. Samples should {quality}differ from each other, and be coherent from top to bottom."
-        f"{_sampled_with(settings)}",
+        f"{sampled_with(settings)}",
         captioned=captioned,
     )
 
@@ -190,7 +190,7 @@ def nearest_images(queries: Tensor, images: Tensor, count: int) -> Tensor:
     return found[torch.searchsorted(used, nearest)]
 
 
-def _sampled_with(settings: dict[str, Any]) -> str:
+def sampled_with(settings: dict[str, Any]) -> str:
     """Return a sentence that names the settings of the sampling other than the defaults, or an empty text."""
     defaults = {"temperature": 1.0, "guidance": 1.0}
     given = [f"{name} {value}" for name, value in settings.items() if value not in (None, defaults.get(name))]

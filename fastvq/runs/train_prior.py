@@ -14,7 +14,7 @@ from fastvq.coding import fingerprint
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.files import StrPath, delete_folder, exclusive, flush_folder
 from fastvq.models import VQVAE, Prior
-from fastvq.training.checkpoint import checkpoint_folders, load_latest
+from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, load_latest
 from fastvq.training.config import PriorConfig
 from fastvq.training.loop import delete_run, usable_device
 from fastvq.training.prior import IndexData, PriorTrainer
@@ -136,12 +136,12 @@ def _adopt_successor(folder: Path) -> None:
     delete_folder(successor)
 
 
-def resumed_settings(run: StrPath) -> PriorConfig | None:
-    """Return the settings of the prior that `train_prior` would resume, or None if there is none."""
+def resumed_prior(run: StrPath) -> Checkpoint | None:
+    """Return the checkpoint, without its tensors, that `train_prior` would resume, or None if there is none."""
     folder = Path(run) / PRIOR_FOLDER
     for place in (folder / SUCCESSOR_FOLDER, folder):
         if checkpoint_folders(place):
-            return load_latest(place, PriorConfig).config
+            return load_latest(place, PriorConfig, tensors=False)
     return None
 
 

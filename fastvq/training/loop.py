@@ -296,6 +296,20 @@ def usable_device(name: str) -> torch.device:
         raise ConfigError(str(error)) from None
 
 
+def describe_resumed(checkpoint: Checkpoint, config: Settings) -> str:
+    """Return a line about the step that a run is resumed at, and what its schedule does where it gets more steps."""
+    step, steps = checkpoint.step, config.steps
+    if checkpoint.config.steps == steps:
+        if step < steps:
+            return f"resuming at step {step} of {steps}"
+        return f"step {step} of {steps}: the training is finished; --steps {2 * steps} would continue it"
+    before, after = checkpoint.config.learning_rate_at(max(0, step - 1)), config.learning_rate_at(step)
+    return (
+        f"resuming at step {step} of {checkpoint.config.steps}, to {steps}: the learning rate goes on as in a training"
+        f" of {steps} steps, from {before:.2g} to {after:.2g} at once"
+    )
+
+
 def delete_run(folder: StrPath) -> None:
     """Delete the checkpoints and metrics of an earlier run in `folder`, and nothing else."""
     for checkpoint in checkpoint_folders(folder):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from fastvq.cli.main import main
+from fastvq.runs import plots
 from fastvq.runs.train_prior import train_prior
 from fastvq.training.config import PriorConfig
+from fastvq.training.metrics import read_metrics
 
 from ..tiny_runs import tiny_run
 
@@ -33,3 +36,62 @@ def test_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "fastvq: --out must end in .json, got numbers.txt\n"
     assert main(["evaluate", str(run), "--device", "nowhere"]) == 2
     assert "fastvq: --device: 'nowhere' cannot be used here" in capsys.readouterr().err
+
+
+def test_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, tmp_path / "deep" / "b")
+    shutil.copytree(run, tmp_path / "a")
+    shutil.copytree(run / "checkpoints", tmp_path / "broken" / "checkpoints")
+    for file in (tmp_path / "broken" / "checkpoints").rglob("checkpoint.json"):
+        file.write_text("{}")
+    assert main(["runs", str(tmp_path)]) == 0
+    head, *lines, blank, broken = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "data", "bottleneck", "steps", "dB", "perplexity", "prior", "bits", "size", "date"]
+    assert [line.split()[:4] for line in lines] == [[name, "images", "vq", "3/3"] for name in ("a", "deep/b")]
+    assert blank == ""
+    assert broken.startswith("broken: ")
+    assert "is damaged" in broken
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    test = read_metrics(run / "metrics.jsonl")[-1]
+    assert [record["run"] for record in records] == ["a", "broken", "deep/b"]
+    assert records[0]["psnr_db"] == test["psnr_db"]
+    assert records[0]["prior_bits"] == read_metrics(run / "prior" / "metrics.jsonl")[-1]["bits_per_index"]
+    assert records[0]["bytes"] == sum(path.stat().st_size for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert main(["runs", str(run)]) == 0  # a run itself
+    assert capsys.readouterr().out.splitlines()[1].startswith("run ")
+
+
+def test_runs_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds no run: fastvq train --out {tmp_path / 'mine'} makes one" in capsys.readouterr().err
+    assert main(["runs", str(tmp_path / "absent")]) == 2
+    assert "absent does not exist: give a folder of runs" in capsys.readouterr().err
+
+
+def test_a_grid_of_samples(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", str(run), "--count=5", "--out", str(tmp_path / "grid.png")]) == 0
+    assert capsys.readouterr().out == f"picture of 5 samples: {tmp_path / 'grid.png'}\n"
+    title, caption = plots.texts_of(tmp_path / "grid.png")
+    assert title == "run: 5 samples"
+    assert caption.startswith("Indices sampled")
+
+
+def test_more_steps_say_what_the_schedule_does(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    assert main(["train", "--out", str(copy), "--resume", "--steps", "6", "--quiet"]) == 0
+    printed = capsys.readouterr()
+    # 3e-3 (1 + cos(2 pi / 3)) / 2 at step 2 of 3, 3e-3 / 2 at step 3 of 6.
+    assert printed.out.splitlines()[0] == (
+        "resuming at step 3 of 3, to 6: the learning rate goes on as in a training of 6 steps, from 0.00075 to 0.0015"
+        " at once"
+    )
+    assert printed.err == ""
+    assert main(["train", "--out", str(copy), "--resume"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "step 6 of 6: the training is finished; --steps 12 would continue it"
+    )
+    assert main(["prior", str(run), "--resume", "--steps", "2", "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("resuming at step 1 of 1, to 2: the learning rate goes on")
+    assert printed.err == ""

@@ -172,8 +172,9 @@ def test_sampled_indices_go_through_files(plain, tmp_path, how):
         (["--out=x", "--label=3"], "--label must be between 0 and 2 or one of T-shirt, ankle boot, bag/purse, got 3"),
         (["--out=x.npy", "--label=-1"], "bag/purse, got -1"),
         (["--out=x", "--label=shoe"], "bag/purse, got shoe"),
-        (["--out=x.png", "--count=5"], "--count: a picture has its own samples"),
-        (["--out=x.PNG", "--label=1"], "--label: a picture has its own samples"),
+        (["--out=x.png", "--count=0"], "--count must be between 1 and 1024 in a picture, got 0"),
+        (["--out=x.png", "--count=1025"], "in a picture, got 1025; a folder or an .npy holds more"),
+        (["--out=x.PNG", "--complete", "--label=1"], "--complete: a picture of completions takes neither count nor"),
         (["--out=x.npy", "--complete"], "--complete: draws a picture, whose ending is .png, "),
         (["--out=x", "--complete"], "--complete: draws a picture"),
         (

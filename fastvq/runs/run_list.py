@@ -1,0 +1,95 @@
+"""The runs in a folder, each with its figures."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fastvq.data.registry import name_of
+from fastvq.errors import CheckpointError, FastvqError, aligned, first_line
+from fastvq.files import StrPath
+from fastvq.training.checkpoint import checkpoint_folders, load_latest
+
+from .load import PRIOR_FOLDER
+from .run_page import latest_record
+
+_COLUMNS = ("run", "data", "bottleneck", "steps", "dB", "perplexity", "prior bits", "size", "date")
+
+
+def list_runs(root: StrPath) -> list[dict[str, Any]]:
+    """Return a record for each run in a folder and its subfolders, by name; runs within runs are left out.
+
+    Each has the keys run, path, data, bottleneck, step, steps, seconds, psnr_db, perplexity, prior_bits, bytes and
+    date; what is not known is None. A run that cannot be read has only run, path and error.
+
+    Raises:
+        CheckpointError: there is no such folder, or no run in it.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        fault = "is not a folder" if root.exists() else "does not exist"
+        raise CheckpointError(f"{root} {fault}: give a folder of runs")
+    found = []
+    for folder, subfolders, _ in os.walk(root):
+        if checkpoint_folders(folder):
+            found.append(Path(folder))
+            subfolders.clear()
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+    if not found:
+        raise CheckpointError(f"{root} holds no run: fastvq train --out {root / 'mine'} makes one")
+    return [_record(folder, root) for folder in found]
+
+
+def table(records: list[dict[str, Any]]) -> list[str]:
+    """Return the records of runs as lines in columns; those that cannot be read below, with the reason."""
+    rows = [_row(record) for record in records if "error" not in record]
+    lines = aligned([_COLUMNS, *rows], right=range(3, 8)) if rows else []
+    failed = [f"{record['run']}: {record['error']}" for record in records if "error" in record]
+    return [*lines, *([""] if lines and failed else []), *failed]
+
+
+def _record(folder: Path, root: Path) -> dict[str, Any]:
+    name = folder.name if folder == root else folder.relative_to(root).as_posix()
+    about = {"run": name or str(folder), "path": str(folder)}
+    try:
+        checkpoint = load_latest(folder, tensors=False)
+        latest = latest_record(folder)
+        prior = folder / PRIOR_FOLDER
+        bits = latest_record(prior).get("bits_per_index") if checkpoint_folders(prior) else None
+    except (FastvqError, OSError) as error:
+        return about | {"error": first_line(error)}
+    config = checkpoint.config
+    assert checkpoint.folder is not None
+    saved = datetime.fromtimestamp((checkpoint.folder / "checkpoint.json").stat().st_mtime)
+    return about | {
+        "data": name_of(config.data),
+        "bottleneck": config.bottleneck,
+        "step": checkpoint.step,
+        "steps": config.steps,
+        "seconds": checkpoint.seconds,
+        "psnr_db": latest.get("psnr_db"),
+        "perplexity": latest.get("perplexity"),
+        "prior_bits": bits,
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "date": saved.isoformat(timespec="seconds"),
+    }
+
+
+def _row(record: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        record["run"],
+        record["data"],
+        record["bottleneck"],
+        f"{record['step']}/{record['steps']}",
+        _decimals(record["psnr_db"], 2),
+        _decimals(record["perplexity"], 0),
+        _decimals(record["prior_bits"], 2),
+        f"{record['bytes'] / 1e6:.1f} MB",
+        record["date"].replace("T", " ")[:16],
+    )
+
+
+def _decimals(value: float | None, decimals: int) -> str:
+    return "" if value is None else f"{value:.{decimals}f}"
