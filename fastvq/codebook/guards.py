@@ -21,7 +21,7 @@ def guard_ready(context: Any) -> None:
     """
     try:
         codebook = context.get_local("self")._ComptimeVar__variable
-        codebook.value.read_ready()  # the answer that the graph will be for
+        codebook.value.ready(to_guard=True)  # the answer that the graph will be for
         torch._dynamo.guards.install_guard(codebook.source.make_guard(_add_guard))
     except (AttributeError, TypeError) as error:
         _warn(error)
@@ -33,9 +33,12 @@ def _add_guard(builder: Any, guard: Any) -> None:
         if guard.name in guarded:
             return
         guarded.add(guard.name)
-        ready = builder.get(guard).read_ready()
-        add = builder.get_guard_manager(guard).add_lambda_guard
-        check, text = lambda codebook: codebook.read_ready() == ready, [f"{guard.name}.read_ready() is {ready}"]
+        ready = builder.get(guard).ready(to_guard=True)
+        add, text = builder.get_guard_manager(guard).add_lambda_guard, [f"{guard.name}.ready() is {ready}"]
+
+        def check(codebook: Any) -> bool:
+            return codebook.ready(to_guard=True) == ready
+
         try:
             add(check, text, None)
         except TypeError:  # before torch 2.10, without the third argument

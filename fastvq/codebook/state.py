@@ -126,22 +126,18 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
         embed.uniform_(-limit, limit, generator=generator)
         return unit_norm(embed) if self.cosine else embed
 
-    def ready(self) -> bool:
+    def ready(self, *, to_guard: bool = False) -> bool:
         """Return whether `initted` says that the codes are in place, so that k-means need not run.
 
         Anybody may write to that tensor. On the CPU it is read at each call. Elsewhere this would wait for the device:
         it is read when it is another tensor than before or has been written to, which a write to `initted.data`
-        conceals. A compiled graph is for one answer, and checks at each call that it is still the one.
+        conceals. A compiled graph is for one answer, and asks at each call, `to_guard`, whether it is still the one.
         """
-        if torch.compiler.is_compiling():
+        if not to_guard and torch.compiler.is_compiling():
             from torch._dynamo.comptime import comptime  # which takes long to import
 
             comptime(guard_ready)
             return self._ready
-        return self.read_ready()
-
-    def read_ready(self) -> bool:
-        """Return `ready()` of now, also while a graph is compiled."""
         initted = self.initted
         if type(initted) is not Tensor or initted.is_meta:  # as a fake tensor, or on "meta", it has no value
             return self._ready

@@ -41,8 +41,8 @@ def quantize(
     *,
     metric: str = "l2",
     gradient: str = "ste",
-    commitment_weight: float = 1.0,
-    codebook_weight: float = 0.0,
+    commitment_weight: float | Tensor = 1.0,
+    codebook_weight: float | Tensor = 0.0,
     mask: Tensor | None = None,
     indices: Tensor | None = None,
 ) -> Quantized:
@@ -62,8 +62,8 @@ def quantize(
         gradient: how the gradient g of `quantized` reaches x. "ste", straight-through estimator: g itself. "rotation":
             lambda R^T g, as if `quantized` were lambda R x, where R is the rotation that takes x's direction to e's and
             lambda = |e| / |x|, both held constant; if x or e is shorter than 1e-6, g itself.
-        commitment_weight, codebook_weight: factors of the two losses. The paper's beta is commitment_weight, with
-            codebook_weight = 1.
+        commitment_weight, codebook_weight: factors of the two losses, numbers or tensors (). The paper's beta is
+            commitment_weight, with codebook_weight = 1.
         mask: bool (...), True for the rows that take part.
         indices: int64 (...), the result of `search` for x if it is known already.
 
@@ -92,10 +92,13 @@ def quantize(
             indices = indices.masked_fill(~row_mask, -1)
     check_some_code("codebook", indices, codebook)
     if differentiates(rows, codebook):
-        quantized, loss = _Quantize.apply(rows, codebook, indices, gradient, commitment_weight, codebook_weight)
+        quantized, loss, codebook_loss = _Quantize.apply(rows, codebook, indices, gradient)
     else:
-        quantized, _, error = quantize_forward(rows, codebook, indices, False)
-        loss = weighted(error, commitment_weight + codebook_weight)
+        quantized, _, loss = quantize_forward(rows, codebook, indices, False)
+        codebook_loss = None
+    error, loss = loss, weighted(loss, commitment_weight)
+    if isinstance(codebook_weight, Tensor) or codebook_weight:
+        loss = loss + weighted(error.detach() if codebook_loss is None else codebook_loss, codebook_weight)
     if x.dim() != 2:
         quantized, indices = quantized.reshape(x.shape), indices.reshape(x.shape[:-1])
     return Quantized(quantized, indices, loss)
@@ -161,12 +164,12 @@ def rows_of_mask(mask: Tensor, shape: torch.Size) -> Tensor:
     return mask.reshape(-1)
 
 
-def check_choices(gradient: str, **weights: float) -> None:
+def check_choices(gradient: str, **weights: float | Tensor) -> None:
     """Check the name of the gradient estimator and the weights of the losses."""
     if gradient not in tuple(GRADIENTS):
         raise ValueError(f"gradient: must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
     for name, weight in weights.items():
-        if not weight >= 0:
+        if not isinstance(weight, Tensor) and not weight >= 0:  # reading a tensor would wait for the device
             raise ValueError(f"{name}: must not be negative, got {weight}")
 
 
@@ -184,30 +187,28 @@ def check_shape(indices: Tensor, shape: torch.Size) -> None:
 
 
 class _Quantize(torch.autograd.Function):
-    """(quantized, loss) of rows with known indices.
+    """(quantized, commitment loss, codebook loss) of rows with known indices; the losses have one value.
+
+    The second one is None if the codebook takes no gradient.
 
     The backward is written out: it keeps no graph of the forward, and neither pass holds more than N x D.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        codebook: Tensor,
-        indices: Tensor,
-        gradient: str,
-        commitment_weight: float,
-        codebook_weight: float,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, x: Tensor, codebook: Tensor, indices: Tensor, gradient: str
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         quantized, codes, error = quantize_forward(x, codebook, indices, any(ctx.needs_input_grad[:2]))
         ctx.save_for_backward(x, codes, indices)
+        ctx.set_materialize_grads(False)  # a loss that is not used has no gradient, rather than zero times infinity
         ctx.gradient, ctx.codebook_shape, ctx.codebook_dtype = gradient, codebook.shape, codebook.dtype
-        ctx.commitment_weight, ctx.codebook_weight = commitment_weight, codebook_weight
-        return quantized, weighted(error, commitment_weight + codebook_weight)
+        return quantized, error, error.clone() if ctx.needs_input_grad[1] else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, quantized_grad: Tensor, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, quantized_grad: Tensor | None, commitment_grad: Tensor | None, codebook_loss_grad: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, codes, indices = ctx.saved_tensors
         need_x, need_codebook = ctx.needs_input_grad[:2]
         x_grad = codebook_grad = None
@@ -216,17 +217,17 @@ class _Quantize(torch.autograd.Function):
                 x,
                 codes,
                 indices,
-                quantized_grad,
-                loss_grad,
+                torch.zeros_like(x) if quantized_grad is None else quantized_grad,
+                codes.new_zeros(()) if commitment_grad is None else commitment_grad,
                 gradient=ctx.gradient,
-                commitment_weight=float(ctx.commitment_weight),
+                commitment_weight=0.0 if commitment_grad is None else 1.0,
             )
         if need_codebook:
             codebook_grad = codes.new_zeros(ctx.codebook_shape, dtype=ctx.codebook_dtype)
-            if ctx.codebook_weight:
+            if codebook_loss_grad is not None:
                 row_mask = (indices >= 0)[:, None]
                 elements = (row_mask.sum() * x.shape[1]).clamp_min(1)
-                pull = half_difference(x, codes, row_mask) * (4 * loss_grad / elements)
+                pull = half_difference(x, codes, row_mask) * (4 * codebook_loss_grad / elements)
                 _, sums = accumulate(pull, indices, len(codebook_grad))
-                codebook_grad = (-ctx.codebook_weight * sums).to(ctx.codebook_dtype)
-        return x_grad, codebook_grad, None, None, None, None
+                codebook_grad = (-sums).to(ctx.codebook_dtype)
+        return x_grad, codebook_grad, None, None

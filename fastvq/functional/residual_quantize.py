@@ -37,7 +37,7 @@ def residual_quantize(
     codebooks: Codebooks,
     *,
     gradient: str = "ste",
-    commitment_weight: float = 1.0,
+    commitment_weight: float | Tensor = 1.0,
     mask: Tensor | None = None,
     indices: Tensor | None = None,
     keep_residuals: bool = False,
@@ -55,7 +55,7 @@ def residual_quantize(
         codebooks: codes (Q, K, D), or a sequence of them, as for `residual_search`. They get no gradient.
         gradient: "ste" or "rotation", as in `quantize`, at every stage. x gets the sum over the stages, as if the
             quantizers were stacked by hand: for "ste", Q times the gradient of quantized.
-        commitment_weight: factor of the losses.
+        commitment_weight: factor of the losses, a number or a tensor, () or (Q,).
         mask: bool (...), True for the rows that take part.
         indices: int64 (..., Q), the result of `residual_search` for x if it is known already, with -1 also for a stage
             that is left out.
@@ -89,12 +89,10 @@ def residual_quantize(
     check_some_code("codebooks", indices, held)
     if differentiates(rows):
         held = [codes.clone() for codes in held] if copy_codebooks else held
-        quantized, losses, residuals = _ResidualQuantize.apply(
-            rows, indices, gradient, commitment_weight, keep_residuals, *held
-        )
+        quantized, errors, residuals = _ResidualQuantize.apply(rows, indices, gradient, keep_residuals, *held)
     else:
         quantized, errors, residuals = residual_quantize_forward(rows, held, indices, keep_residuals)
-        losses = weighted(errors, commitment_weight)
+    losses = weighted(errors, commitment_weight)
     if x.dim() != 2:
         quantized, indices = quantized.reshape(x.shape), indices.reshape(*x.shape[:-1], indices.shape[-1])
         residuals = residuals.reshape(len(residuals), *x.shape)
@@ -102,7 +100,7 @@ def residual_quantize(
 
 
 class _ResidualQuantize(torch.autograd.Function):
-    """(quantized, losses, residuals) of rows with known indices.
+    """(quantized, errors, residuals) of rows with known indices.
 
     The backward runs through the stages again, so that no residual is kept for it.
     """
@@ -113,7 +111,6 @@ class _ResidualQuantize(torch.autograd.Function):
         x: Tensor,
         indices: Tensor,
         gradient: str,
-        commitment_weight: float,
         keep_residuals: bool,
         *codebooks: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,8 +118,8 @@ class _ResidualQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, indices, *codebooks)
         ctx.mark_non_differentiable(residuals)
         ctx.set_materialize_grads(False)  # zeros for the residuals would be the largest tensor here
-        ctx.gradient, ctx.commitment_weight = gradient, commitment_weight
-        return quantized, weighted(errors, commitment_weight), residuals
+        ctx.gradient = gradient
+        return quantized, errors, residuals
 
     @staticmethod
     @once_differentiable
@@ -130,6 +127,7 @@ class _ResidualQuantize(torch.autograd.Function):
         x, indices, *codebooks = ctx.saved_tensors
         if quantized_grad is None:
             quantized_grad = torch.zeros_like(x)
+        weight = 0.0 if loss_grads is None else 1.0
         if loss_grads is None:
             loss_grads = x.new_zeros(indices.shape[1], dtype=compute_dtype(x, codebooks[0]))
         x_grad = residual_quantize_backward(
@@ -139,6 +137,6 @@ class _ResidualQuantize(torch.autograd.Function):
             quantized_grad,
             loss_grads,
             gradient=ctx.gradient,
-            commitment_weight=float(ctx.commitment_weight),
+            commitment_weight=weight,
         )
-        return (x_grad, *[None] * (4 + len(codebooks)))
+        return (x_grad, *[None] * (3 + len(codebooks)))
