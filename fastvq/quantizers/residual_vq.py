@@ -149,7 +149,7 @@ class ResidualVQ(Projected, ResidualStack):
         self._history = History()
         self.project_in, self.project_out = projections(dim, codebook_dim)
         self.layers = nn.ModuleList([VectorQuantize(dim=codebook_dim, codebook_size=k, **settings) for k in sizes])
-        if any(stage.has_projections for stage in self._stages):
+        if self._stages_project:
             raise ValueError("codebook_dim: must be given to ResidualVQ itself")
         self.mlps: nn.ModuleList | tuple[None, ...] = (
             nn.ModuleList([NeuralCodes(codebook_dim, **(mlp_kwargs or {})) for _ in sizes[1:]])
@@ -374,14 +374,17 @@ class ResidualVQ(Projected, ResidualStack):
     def _shares_space(self) -> bool:
         """True if every stage compares the residuals themselves with its codes."""
         first = cast(VectorQuantize, self.layers[0])
-        if first.use_cosine_sim or self.implicit_neural_codebook:
-            return False
+        return not (first.use_cosine_sim or self.implicit_neural_codebook or self._stages_project)
+
+    @property
+    def _stages_project(self) -> bool:
+        """True if a module stands in place of an identity of a stage."""
         for stage in self.layers:
             modules = stage._modules
             # has_projections, without a call
             if not (type(modules["project_in"]) is type(modules["project_out"]) is nn.Identity):
-                return False
-        return True
+                return True
+        return False
 
     def _quantize_in_one_pass(
         self,
@@ -665,7 +668,9 @@ class ResidualVQ(Projected, ResidualStack):
         None stands for indices or codes that it does not take, or takes no faster: codes that get a gradient, or that
         it would have to stack.
         """
-        if self.implicit_neural_codebook or torch.compiler.is_compiling() or type(indices) is not Tensor:
+        if self.implicit_neural_codebook or self._stages_project:
+            return None
+        if torch.compiler.is_compiling() or type(indices) is not Tensor:
             return None
         if indices.dtype != torch.int64 or not indices.is_cpu or not 1 <= indices.shape[-1] <= self.num_quantizers:
             return None
