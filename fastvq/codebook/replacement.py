@@ -104,7 +104,8 @@ class Replacer(Unsaved, nn.Module):
     @torch.no_grad()
     def replace_(self, codes: Tensor, cluster_size: Tensor, embed_avg: Tensor, found: Candidates) -> None:
         """Replace dead codes of (K, D) by the rows found, in ascending order, until the rows are used up."""
-        limit = torch.full_like(cluster_size[0], self.policy.threshold)
+        # A sum, because `full_like` would be compiled anew for a changing threshold.
+        limit = torch.zeros_like(cluster_size[0]) + self.policy.threshold
         if self.policy.relative:
             limit = limit * cluster_size.mean()
         dead = cluster_size < limit
@@ -114,7 +115,7 @@ class Replacer(Unsaved, nn.Module):
         rank = dead.cumsum(0) - 1
         dead = dead & (rank < available)
         new = rows[rank.clamp(0, len(rows) - 1)]
-        size = limit if self.policy.size is None else torch.full_like(limit, self.policy.size)
+        size = limit if self.policy.size is None else torch.zeros_like(limit) + self.policy.size
         codes.copy_(torch.where(dead[:, None], new, codes))
         cluster_size.copy_(torch.where(dead, size, cluster_size))
         embed_avg.copy_(torch.where(dead[:, None], new * size, embed_avg))

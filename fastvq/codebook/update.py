@@ -65,11 +65,11 @@ def ema_step_(
     sums: Tensor,
     weight: Tensor | None = None,
     *,
-    decay: float,
-    eps: float,
+    decay: float | Tensor,
+    eps: float | Tensor,
 ) -> None:
     """Apply `fastvq.ema_update_` to each head: codes, embed_avg and sums (H, K, D), the others (H, K)."""
-    if torch.compiler.is_compiling() or isinstance(decay, Tensor):  # the op's weight is a tensor, its decay is not
+    if isinstance(decay, Tensor):  # the op would read it, and wait for the device
         step = torch.ones_like(cluster_size) if weight is None else weight
         weight, decay = (step.to(widest_dtype(step.device)) * (1 - decay)).float(), 0.0
     for head in range(len(codes)):

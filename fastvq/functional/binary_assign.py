@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastvq.ops import binary_assign_backward, binary_assign_forward
+from fastvq.precision import at_least_float32, may_change
 
 
 class BinaryAssignment(NamedTuple):
@@ -18,7 +19,9 @@ class BinaryAssignment(NamedTuple):
     mean: Tensor  # (K,) or (G, K), K = 2^D
 
 
-def binary_assign(x: Tensor, *, scale: float = 1.0, floor: float = 0.0, mask: Tensor | None = None) -> BinaryAssignment:
+def binary_assign(
+    x: Tensor, *, scale: float | Tensor = 1.0, floor: float = 0.0, mask: Tensor | None = None
+) -> BinaryAssignment:
     """Return the entropy of each vector's distribution over the 2^D vectors of signs, and the mean distribution.
 
         p_nk = softmax_k(scale <x_n, b_k>),   b_k in {-1, 1}^D,   bit D-1-j of k is set where b_kj = 1
@@ -28,8 +31,8 @@ def binary_assign(x: Tensor, *, scale: float = 1.0, floor: float = 0.0, mask: Te
 
     Args:
         x: (R, D), or (G, R, D) for means within each group; any floating dtype, D up to 30.
-        scale: factor of the products, not negative. LFQ's is 2 inv_temperature codebook_scale: its codes are
-            +-codebook_scale, its distance -2 <x, code>.
+        scale: factor of the products, not negative, a number or a tensor (). LFQ's is 2 inv_temperature
+            codebook_scale: its codes are +-codebook_scale, its distance -2 <x, code>.
         floor: smallest probability whose logarithm is taken, in [0, 1); LFQ's is 1e-5, 0 gives the exact entropy.
         mask: bool (R,) or (G, R), True for the rows that take part.
 
@@ -46,6 +49,8 @@ def binary_assign(x: Tensor, *, scale: float = 1.0, floor: float = 0.0, mask: Te
     Source: Yu et al., Language Model Beats Diffusion (MAGVIT-v2), 2023, equation 5; Zhao et al., Image and Video
     Tokenization with Binary Spherical Quantization, 2024, for the product.
     """
+    if may_change(scale):  # a tensor would be read, and a changing number be compiled anew
+        x, scale = at_least_float32(x) * scale, 1.0
     if x.dim() == 2:
         entropy, mean = _BinaryAssign.apply(x[None], None if mask is None else mask[None], scale, floor)
         return BinaryAssignment(entropy[0], mean[0])

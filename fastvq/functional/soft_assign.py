@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from fastvq.backends.arithmetic import compute_dtype, row_mask
 from fastvq.ops import soft_assign_backward, soft_assign_forward
+from fastvq.precision import may_change
 
 LARGEST_MEAN = 1 << 20
 """Elements of the (positions, K) means that `mean_assignment_entropy` holds at once."""
@@ -38,7 +39,7 @@ def soft_assign(
     codebook: Tensor,
     *,
     metric: str = "distance",
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     floor: float = 0.0,
     mask: Tensor | None = None,
 ) -> SoftAssignment:
@@ -49,7 +50,8 @@ def soft_assign(
     Args:
         x: (R, D), or (G, R, D) for means within each group; any floating dtype.
         codebook: (K, D). It and x get gradients from all three results.
-        metric: "distance", "l2" or "dot": s, as above. scale: its factor, positive; 1 / temperature.
+        metric: "distance", "l2" or "dot": s, as above. scale: its factor, positive, a number or a tensor ();
+            1 / temperature.
         floor: smallest probability whose logarithm is taken, in [0, 1); 0 gives the exact entropy.
         mask: bool (R,) or (G, R), True for the rows that take part.
 
@@ -62,7 +64,7 @@ def soft_assign(
 
     Memory is O(R D + K D + G K) and a tile, forward and backward.
     """
-    codebook = _held(codebook)
+    x, codebook, scale = _scaled(x, _held(codebook), metric, scale)
     if x.dim() == 2:
         own_mask = None if mask is None else mask[None]
         results = _SoftAssign.apply(x[None], codebook, own_mask, metric, scale, floor, True)
@@ -76,7 +78,7 @@ def cross_entropy(
     indices: Tensor,
     *,
     metric: str = "distance",
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Return the mean cross-entropy of the soft assignment to given indices: F.cross_entropy(scale s, indices).
@@ -102,7 +104,7 @@ def cross_entropy(
         raise ValueError(f"indices: must have shape {tuple(x.shape[:-1])} beside x, got {tuple(indices.shape)}")
     targets = indices.reshape(-1)
     target_mask = row_mask(rows, None if mask is None else mask.reshape(-1)) & (targets >= 0)
-    codebook = _held(codebook)
+    rows, codebook, scale = _scaled(rows, _held(codebook), metric, scale)
     logsumexp, _, _ = _SoftAssign.apply(rows[None], codebook, target_mask[None], metric, scale, 0.0, False)
     dtype = compute_dtype(x, codebook)
     own = rows.to(dtype).masked_fill(~target_mask[:, None], 0)
@@ -120,7 +122,7 @@ def mean_assignment_entropy(
     codebook: Tensor,
     *,
     metric: str = "distance",
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     floor: float = 1e-5,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -146,10 +148,13 @@ def mean_assignment_entropy(
     if x.dim() != 3:
         raise ValueError(f"x: must have shape (B, n, D), got {tuple(x.shape)}")
     by_position = None if mask is None else mask.transpose(0, 1)
-    return _MeanAssignmentEntropy.apply(x.transpose(0, 1), _held(codebook), by_position, metric, scale, floor)
+    x, codebook, scale = _scaled(x, _held(codebook), metric, scale)
+    return _MeanAssignmentEntropy.apply(x.transpose(0, 1), codebook, by_position, metric, scale, floor)
 
 
-def soft_lookup(x: Tensor, codebook: Tensor, indices: Tensor, *, metric: str = "dot", scale: float = 1.0) -> Tensor:
+def soft_lookup(
+    x: Tensor, codebook: Tensor, indices: Tensor, *, metric: str = "dot", scale: float | Tensor = 1.0
+) -> Tensor:
     """Look up codes by index, with the gradient of the soft assignment to all codes.
 
         quantized_n = e_{index_n},   gradient as if it were  sum_k (onehot_nk + p_nk - sg[p_nk]) e_k
@@ -172,13 +177,34 @@ def soft_lookup(x: Tensor, codebook: Tensor, indices: Tensor, *, metric: str = "
     """
     if indices.shape != x.shape[:-1]:
         raise ValueError(f"indices: must have shape {tuple(x.shape[:-1])} beside x, got {tuple(indices.shape)}")
-    rows = x.reshape(-1, x.shape[-1])
-    return _SoftLookup.apply(rows, _held(codebook), indices.reshape(-1), metric, scale).reshape(x.shape)
+    chosen = indices.reshape(-1)
+    rows, codes, factor = _scaled(x.reshape(-1, x.shape[-1]), _held(codebook), metric, scale)
+    found = _SoftLookup.apply(rows, codes, chosen, metric, factor).reshape(x.shape)
+    if factor is scale:
+        return found
+    return (found if metric == "dot" else found / _of_vectors(metric, scale)).to(x.dtype)
 
 
 def _held(codebook: Tensor) -> Tensor:
     """Return the codebook for the backward: a copy if it may learn by moving averages before that."""
     return codebook if codebook.requires_grad or not torch.is_grad_enabled() else codebook.detach().clone()
+
+
+def _scaled(x: Tensor, codebook: Tensor, metric: str, scale: float | Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Return x, codebook and scale for the ops, whose scale is 1 if it is a tensor or may change in a compiled graph.
+
+    It multiplies the vectors then: the ops would read a tensor, and be compiled anew for each number.
+    """
+    if not may_change(scale):
+        return x, codebook, scale
+    dtype = compute_dtype(x, codebook)
+    factor = _of_vectors(metric, scale)
+    return x.to(dtype) * factor, codebook if metric == "dot" else codebook.to(dtype) * factor, 1.0
+
+
+def _of_vectors(metric: str, scale: float | Tensor) -> float | Tensor:
+    """Return the factor of the vectors by which s is multiplied by `scale`."""
+    return scale**0.5 if metric == "l2" else scale
 
 
 class _SoftAssign(torch.autograd.Function):

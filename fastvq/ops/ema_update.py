@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvq.backends import select as backends
+from fastvq.precision import as_scalar
 
 from .checks import check_same_device
 from .registry import op
@@ -145,8 +146,8 @@ def ema_update_(
     counts: Tensor,
     sums: Tensor,
     *,
-    decay: float,
-    eps: float,
+    decay: float | Tensor,
+    eps: float | Tensor,
     weight: Tensor | None = None,
 ) -> None:
     """Update the exponential moving averages of a codebook by one step, in place.
@@ -161,7 +162,8 @@ def ema_update_(
         codebook: e, (K, D). cluster_size: N, (K,). embed_avg: m, (K, D). All are written.
         counts, sums: of this step, (K,) and (K, D), from `accumulate`.
         decay: share of the old average that is kept, in [0, 1].
-        eps: Laplace smoothing of the cluster sizes, not negative.
+        eps: Laplace smoothing of the cluster sizes, not negative. Both are numbers or tensors (); reading one of a GPU
+            waits for it.
         weight: w, (K,), the factor of a code's step; None for ones.
 
     All tensors are float32 and on one device. The written tensors overlap no other in memory. Deterministic for any
@@ -174,4 +176,36 @@ def ema_update_(
 
     Source: van den Oord et al. 2017, appendix A.1, equations 6 to 8; smoothing as in Sonnet's VectorQuantizerEMA.
     """
-    _ema_update_(codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps, weight=weight)
+    if torch.compiler.is_compiling() or isinstance(decay, Tensor) or isinstance(eps, Tensor):
+        _ema_update_at_(codebook, cluster_size, embed_avg, counts, sums, as_scalar(decay), as_scalar(eps), weight)
+    else:
+        _ema_update_(codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps, weight=weight)
+
+
+@torch.library.custom_op("fastvq::ema_update_at_", mutates_args=("codebook", "cluster_size", "embed_avg"))
+def _ema_update_at_(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_avg: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    decay: Tensor,
+    eps: Tensor,
+    weight: Tensor | None,
+) -> None:
+    """Apply `ema_update_` with numbers () that a compiled graph has as tensors."""
+    _ema_update_(codebook, cluster_size, embed_avg, counts, sums, decay=float(decay), eps=float(eps), weight=weight)
+
+
+@_ema_update_at_.register_fake
+def _(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_avg: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    decay: Tensor,
+    eps: Tensor,
+    weight: Tensor | None,
+) -> None:
+    _check_ema_update(codebook, cluster_size, embed_avg, counts, sums, decay=0.0, eps=0.0, weight=weight)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastvq.backends import select as backends
 from fastvq.backends.support import METRICS
+from fastvq.precision import as_scalar
 
 from .registry import explain, op, option
 from .search import check_search
@@ -35,7 +36,7 @@ def _sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, me
     return run(x, codebook, temperature=temperature, seed=seed, metric=name)
 
 
-def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, metric: str = "l2") -> Tensor:
+def sample(x: Tensor, codebook: Tensor, *, temperature: float | Tensor, seed: Tensor, metric: str = "l2") -> Tensor:
     """Draw a random code for each vector, with the probabilities of its soft assignment.
 
         P(index_n = k) = softmax_k(l_nk / temperature),   l_nk = -|x_n - e_k| ("l2") or <x_n, e_k> ("dot")
@@ -49,7 +50,8 @@ def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, met
 
     Args:
         x, codebook: as for `search`, also with heads.
-        temperature: positive. The smaller, the more probable the nearest code.
+        temperature: positive, a number or a tensor (), which is read and therefore best on the CPU. The smaller, the
+            more probable the nearest code.
         seed: int64 (), on the CPU or the device of x: torch.randint(2**63 - 1, ()) takes one from torch's generator.
         metric: "l2" or "dot".
 
@@ -65,6 +67,19 @@ def sample(x: Tensor, codebook: Tensor, *, temperature: float, seed: Tensor, met
     Numbers: As Easy as 1, 2, 3, 2011 (Philox).
     """
     try:
+        if torch.compiler.is_compiling() or isinstance(temperature, Tensor):
+            return _sample_at(x, codebook, as_scalar(temperature), seed, METRICS[metric])
         return _sample(x, codebook, temperature=temperature, seed=seed, metric=METRICS[metric])
     except (RuntimeError, KeyError, TypeError) as error:
         raise explain(error, _check_sample, x, codebook, temperature, seed, metric) from None
+
+
+@torch.library.custom_op("fastvq::sample_at", mutates_args=())
+def _sample_at(x: Tensor, codebook: Tensor, temperature: Tensor, seed: Tensor, metric: int) -> Tensor:
+    """Return `sample` at a temperature () that a compiled graph has as a tensor."""
+    return _sample(x, codebook, temperature=float(temperature), seed=seed, metric=metric)
+
+
+@_sample_at.register_fake
+def _(x: Tensor, codebook: Tensor, temperature: Tensor, seed: Tensor, metric: int) -> Tensor:
+    return _sample_fake(x, codebook, temperature=1.0, seed=seed, metric=metric)

@@ -16,7 +16,7 @@ from fastvq.ops import quantize_backward
 
 from .losses import mean_squared_errors
 from .shapes import offset_indices
-from .tables import Shared, Table, scaled
+from .tables import Shared, Table
 
 
 def straight_through(x: Tensor, q: Tensor, indices: Tensor | None = None) -> Tensor:
@@ -197,9 +197,7 @@ class Estimator(NamedTuple):
         factor = 1 / self.soft_temperature
         found = []
         for rows, own, chosen in zip(x, table.codes, indices, strict=True):
-            rows, codes, scale = scaled(rows, own, factor, table.soft_metric)
-            output = soft_lookup(rows, codes, chosen, metric=table.soft_metric, scale=scale)
-            found.append(output if codes is own else output / factor)
+            found.append(soft_lookup(rows, own, chosen, metric=table.soft_metric, scale=factor))
         return torch.stack(found)
 
     def _fused(self, x: Tensor, table: Shared, indices: Tensor, learned: bool) -> EstimatorOutput:

@@ -12,7 +12,6 @@ from fastvq.backends.arithmetic import compute_dtype
 from fastvq.functional.binary_assign import binary_assign
 from fastvq.functional.quantize import rows_of_mask, unit_norm
 from fastvq.functional.soft_assign import soft_assign
-from fastvq.precision import may_change
 
 
 def orthogonality(codes: Tensor, used: Tensor | None = None, *, most: int | None = None) -> Tensor:
@@ -107,8 +106,6 @@ def binary_entropies(x: Tensor, mask: Tensor, *, sharpness: float | Tensor) -> E
 
     Source: Yu et al., Language Model Beats Diffusion: Tokenizer is Key to Visual Generation, 2023, equation 4.
     """
-    if isinstance(sharpness, Tensor) or may_change(sharpness):
-        x, sharpness = x * sharpness, 1.0
     codebooks = x.transpose(0, 1)
     each, mean = binary_assign(codebooks, scale=sharpness, floor=FLOOR, mask=mask.expand(codebooks.shape[:2]))
     count = mask.sum().to(mean.dtype)
@@ -117,7 +114,7 @@ def binary_entropies(x: Tensor, mask: Tensor, *, sharpness: float | Tensor) -> E
 
 
 def assignment_entropies(
-    x: Tensor, codebook: Tensor, *, metric: str = "l2", temperature: float = 0.01, mask: Tensor | None = None
+    x: Tensor, codebook: Tensor, *, metric: str = "l2", temperature: float | Tensor = 0.01, mask: Tensor | None = None
 ) -> Entropies:
     """Return the entropies of soft assignments to the codes of a codebook.
 
@@ -139,7 +136,7 @@ def assignment_entropies(
     Source: Yu et al., Language Model Beats Diffusion, 2023, equation 4, with distances to learned codes as in Chang et
     al., MaskGIT, 2022, and LlamaGen (Sun et al. 2024).
     """
-    if not temperature > 0:
+    if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature: must be positive, got {temperature}")
     rows = x.reshape(-1, x.shape[-1])
     rows_mask = rows.isfinite().all(1)
@@ -155,9 +152,9 @@ def entropy_loss(
     x: Tensor,
     codebook: Tensor,
     *,
-    gamma: float = 1.0,
+    gamma: float | Tensor = 1.0,
     metric: str = "l2",
-    temperature: float = 0.01,
+    temperature: float | Tensor = 0.01,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Return mean_n H(p_n) - gamma H(mean_n p_n), in nats: low for confident assignments that use all codes equally.

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastvq.backends.support import METRICS
 from fastvq.functional.quantize import lookup, rows_of_mask
 from fastvq.functional.soft_assign import cross_entropy, mean_assignment_entropy, soft_lookup
 from fastvq.ops import sample, search, topk_search
-from fastvq.ops.registry import option
-from fastvq.precision import as_scalar, full_precision, may_change
+from fastvq.precision import full_precision
 
 from .shapes import offset_indices
 
@@ -84,10 +82,7 @@ class Shared(Table):
         codes = self.codes.detach()
         if k is None:
             seed = torch.randint(2**63 - 1, ())
-            if may_change(temperature):
-                indices = _sample_at(x, codes, as_scalar(temperature), seed, METRICS[self.metric])
-            else:
-                indices = sample(x, codes, temperature=temperature, seed=seed, metric=self.metric)
+            indices = sample(x, codes, temperature=temperature, seed=seed, metric=self.metric)
             return indices if mask is None else indices.masked_fill(~mask, -1)
         step = max(1, CHUNK_ELEMENTS // self.size)
         heads = [
@@ -103,8 +98,9 @@ class Shared(Table):
         for place, (rows, codes) in enumerate(zip(x, self.codes, strict=True)):
             rows_mask = None if mask is None else mask[place].view(-1, shape[1])
             rows = rows.reshape(-1, *shape[1:], rows.shape[-1])
-            rows, codes, scale = scaled(rows, codes, temperature, self.soft_metric)
-            values.append(mean_assignment_entropy(rows, codes, metric=self.soft_metric, scale=scale, mask=rows_mask))
+            values.append(
+                mean_assignment_entropy(rows, codes, metric=self.soft_metric, scale=temperature, mask=rows_mask)
+            )
         return torch.stack(values).mean()
 
     def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -120,28 +116,6 @@ class Shared(Table):
     def soft_metric(self) -> str:
         """The metric name that `fastvq.soft_assign` takes."""
         return "dot" if self.metric == "dot" else "distance"
-
-
-def scaled(x: Tensor, codes: Tensor, scale: float | Tensor, metric: str) -> tuple[Tensor, Tensor, float]:
-    """Return x, codes and a scale of s = <x, e> ("dot") or -|x - e| for a soft assignment: 1 for a scale that changes.
-
-    A changing one multiplies the vectors.
-    """
-    if not may_change(scale):
-        assert not isinstance(scale, Tensor)
-        return x, codes, scale
-    return x * scale, codes if metric == "dot" else codes * scale, 1.0
-
-
-@torch.library.custom_op("fastvq::sample_at", mutates_args=())
-def _sample_at(x: Tensor, codes: Tensor, temperature: Tensor, seed: Tensor, metric: int) -> Tensor:
-    """Return `sample` at a temperature () that a compiled graph has as a tensor."""
-    return sample(x, codes, temperature=float(temperature), seed=seed, metric=option(METRICS, metric))
-
-
-@_sample_at.register_fake
-def _(x: Tensor, codes: Tensor, temperature: Tensor, seed: Tensor, metric: int) -> Tensor:
-    return x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
 class PerRow(Table):

@@ -31,6 +31,8 @@ ARGUMENTS = {
 ATTRIBUTES = {
     "decay": (vq, "_codebook.decay"),
     "decay, residual": (rvq, "layers.1._codebook.decay"),
+    "eps": (vq, "_codebook.eps"),
+    "commitment_weight from zero": (partial(vq, commitment_weight=0.0), "commitment_weight"),
     "batch_decay": (partial(vq, affine_param=True), "_codebook.affine.batch_decay"),
     "commitment_weight": (vq, "commitment_weight"),
     "sample_codebook_temp": (partial(vq, **sampled), "sample_codebook_temp"),
@@ -97,6 +99,56 @@ def test_attributes(kind):
         return run(run_by, batch(seed), seed)
 
     assert_two_graphs(make(), call)
+
+
+def test_the_threshold_of_dead_codes():
+    torch.manual_seed(0)
+
+    def call(run_by, own, value, seed):
+        own._codebook.replacer.policy = fastvq.Replacement(value, size=2 * value)
+        return run(run_by, batch(seed), seed)
+
+    assert_two_graphs(vq(threshold_ema_dead_code=1.0), call)
+
+
+def ema(**numbers):
+    codes, sizes, averages = CODES.clone(), torch.ones(12), CODES.clone()
+    fastvq.ema_update_(codes, sizes, averages, SIZES, CODES, **{"decay": 0.9, "eps": 1e-5} | numbers)
+    return codes
+
+
+X, CODES, CHOSEN = batch()[0].requires_grad_(), torch.randn(12, 6, generator=generator(1)), torch.arange(8)
+SIZES = torch.arange(12.0)
+FUNCTIONS = {
+    "quantize": lambda v: fastvq.quantize(X, CODES, commitment_weight=v, codebook_weight=2 * v).loss,
+    "ema_update_": lambda v: ema(decay=v, eps=v / 10),
+    "sample": lambda v: fastvq.sample(X, CODES, temperature=v, seed=torch.tensor(3)),
+    "soft_assign": lambda v: fastvq.soft_assign(X, CODES, metric="l2", scale=v).entropy,
+    "cross_entropy": lambda v: fastvq.cross_entropy(X, CODES, CHOSEN, scale=v),
+    "soft_lookup": lambda v: fastvq.soft_lookup(X, CODES, CHOSEN, metric="l2", scale=v),
+    "binary_assign": lambda v: fastvq.binary_assign(X, scale=v).mean,
+    "entropy_loss": lambda v: fastvq.parts.entropy_loss(X, CODES, temperature=v, gamma=2 * v),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name):
+    """Values and gradients of changing numbers, in two graphs, and of tensors."""
+    torch._dynamo.reset()
+    counters.clear()
+
+    def results(function, value):
+        found = function(value)
+        grads = torch.autograd.grad(found.sum(), X) if found.requires_grad else ()
+        return [found.detach().float(), *grads]
+
+    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="eager")
+    for value in VALUES[:3]:
+        expected = results(FUNCTIONS[name], value)
+        for given in (results(compiled, value), results(FUNCTIONS[name], torch.tensor(value))):
+            for one, other in zip(given, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] <= 2
 
 
 @pytest.mark.parametrize("kind", ["sample_codebook_temp", "ema_update_weight"])
