@@ -35,10 +35,36 @@ def add_settings(parser: argparse.ArgumentParser, settings: type[Settings]) -> N
         )
 
 
-def given_settings(options: argparse.Namespace, settings: type[Settings]) -> dict[str, Any]:
-    """Return {name: value} of the fields whose option is given."""
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add `--config`."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE.toml",
+        help="read settings from a file, such as the config.toml of a run; options on the command line come first",
+    )
+
+
+def add_logger(parser: argparse.ArgumentParser) -> None:
+    """Add `--logger`."""
+    parser.add_argument(
+        "--logger",
+        metavar="NAME",
+        help="write the records to tensorboard, wandb or csv besides metrics.jsonl, or to none of them (default:"
+        " tensorboard where it is installed)",
+    )
+
+
+def given_settings(options: argparse.Namespace, settings: type[Settings], section: str) -> dict[str, Any]:
+    """Return {name: value} of the fields that `--config` has, and over them of those whose option is given.
+
+    Raises:
+        ConfigError: see `fastvq.training.config_file.read_settings`.
+    """
+    from fastvq.training.config_file import read_settings
+
+    given = {} if options.config is None else read_settings(options.config, settings, section)
     names = (field.name for field in dataclasses.fields(settings))
-    return {name: getattr(options, name) for name in names if hasattr(options, name)}
+    return given | {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 def add_skip_unreadable(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from fastvq.errors import ConfigError
 
 from . import INTERRUPTED
-from .options import add_data, add_settings, given_settings
+from .options import add_config, add_data, add_logger, add_settings, given_settings
 
 SUMMARY = "train a prior over the indices of a run's images"
 
@@ -43,6 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         dest="seconds",
         help="only train each kind of prior for SECONDS of processor time, and compare them",
     )
+    add_config(parser)
+    add_logger(parser)
     add_settings(parser, PriorConfig)
 
 
@@ -53,9 +55,11 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.runs.sample import sample_run
     from fastvq.runs.train_prior import resumed_prior, train_prior
     from fastvq.training.config import PriorConfig
+    from fastvq.training.loggers import check_logger
     from fastvq.training.loop import describe_resumed
 
-    given = given_settings(options, PriorConfig)
+    check_logger(options.logger)
+    given = given_settings(options, PriorConfig, "prior")
     resumed = resumed_prior(options.run_folder) if options.resume else None
     config = PriorConfig(**given) if resumed is None else dataclasses.replace(resumed.config, **given)
     if options.seconds is not None:
@@ -75,7 +79,12 @@ def run(options: argparse.Namespace) -> int:
     if resumed is not None:
         print(describe_resumed(resumed, config), flush=True)
     trained = train_prior(
-        options.run_folder, config, resume=options.resume, overwrite=options.overwrite, data=options.data
+        options.run_folder,
+        config,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        data=options.data,
+        logger=options.logger,
     )
     if trained is None:
         print(f"stopped, saved; continue with: fastvq prior {shlex.quote(str(options.run_folder))} --resume")

@@ -8,8 +8,10 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastvq.errors import ConfigError
+
 from . import INTERRUPTED
-from .options import add_settings, given_settings
+from .options import add_config, add_logger, add_settings, given_settings
 
 if TYPE_CHECKING:
     from fastvq.training import TrainConfig
@@ -30,6 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="continue from the latest checkpoint in --out, with its settings; --steps may be more, and --data where"
         " the same images are now",
     )
+    add_config(parser)
+    add_logger(parser)
     add_settings(parser, TrainConfig)
 
 
@@ -43,8 +47,10 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.runs.run_page import write_run_page
     from fastvq.training import Evaluation, Trainer, load_images
     from fastvq.training.checkpoint import load_latest
+    from fastvq.training.loggers import check_logger
     from fastvq.training.loop import describe_resumed
 
+    check_logger(options.logger)
     config = _settings(options)
     if options.resume:
         print(describe_resumed(load_latest(options.out, tensors=False), config), flush=True)
@@ -60,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
             write_run_page(options.out)
 
     with exclusive(options.out):
-        evaluation = trainer.fit(on_evaluation=draw)
+        evaluation = trainer.fit(on_evaluation=draw, logger=options.logger)
         if evaluation is None:
             again = f"fastvq train --out {shlex.quote(str(options.out))} --resume"
             print(f"stopped at step {trainer.step}, saved; continue with: {again}")
@@ -81,8 +87,10 @@ def _settings(options: argparse.Namespace) -> TrainConfig:
     from fastvq.training.checkpoint import load_latest
     from fastvq.training.config import TrainConfig
 
-    given = given_settings(options, TrainConfig)
+    given = given_settings(options, TrainConfig, "train")
     data = given.get("data", TrainConfig.data)
+    if not isinstance(data, str):
+        raise ConfigError(f"data must be a text, got {data!r}")
     defaults = _FOLDER_SETTINGS
     if data in DATA_SETS:
         defaults = {"image_size": DATA_SETS[data].image_size, "grayscale": DATA_SETS[data].grayscale}

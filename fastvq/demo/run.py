@@ -53,7 +53,11 @@ _MARKER = ".demo"
 _EARLIER = "earlier"
 """Subfolder that keeps a finished demo until the one that replaces it is finished."""
 _PICTURES = ("reconstructions", "curves", "usage", "indices", "samples", "completions", "neighbors")
-_FILES = ("index.html", *(f"{name}.png" for name in _PICTURES), "images.fvq", "metrics.jsonl", "metrics.json")
+_FILES = (
+    *("index.html", "images.fvq", "config.toml", "evaluation.json", "metrics.jsonl"),
+    *(f"{name}.png" for name in _PICTURES),
+    "metrics.json",
+)
 _FOLDERS = ("checkpoints", "tensorboard", "ceiling", "prior")
 CEILING_STEPS = 600
 

@@ -14,8 +14,10 @@ from fastvq.coding import fingerprint
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.files import StrPath, delete_folder, exclusive, flush_folder
 from fastvq.models import VQVAE, Prior
+from fastvq.training import config_file
 from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, load_latest
 from fastvq.training.config import PriorConfig
+from fastvq.training.loggers import CSV_FILE
 from fastvq.training.loop import delete_run, usable_device
 from fastvq.training.prior import IndexData, PriorTrainer
 
@@ -44,6 +46,7 @@ def train_prior(
     resume: bool = False,
     overwrite: bool = False,
     data: StrPath | None = None,
+    logger: str | None = None,
     progress: bool = True,
 ) -> TrainedPrior | None:
     """Train a prior on the indices of a run's images; return None, with the state saved, if interrupted.
@@ -56,6 +59,7 @@ def train_prior(
         overwrite: replace the prior that the run has. Its successor is trained in RUN/prior/successor/ and takes its
             place when it is finished; until then the run keeps its prior.
         data: where the data set of the run is now, see `run_images`.
+        logger: see `Loop.fit`.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -99,7 +103,7 @@ def train_prior(
                 resume=resume,
                 replace=overwrite,
             )
-            bits = trainer.fit(progress=progress)
+            bits = trainer.fit(logger=logger, progress=progress)
         if bits is None:
             return None
         if replaces:
@@ -127,8 +131,9 @@ def _adopt_successor(folder: Path) -> None:
         if (folder / "tensorboard").exists():
             delete_folder(folder / "tensorboard")
         os.rename(successor / "tensorboard", folder / "tensorboard")
-    if (successor / "metrics.jsonl").exists():
-        os.replace(successor / "metrics.jsonl", folder / "metrics.jsonl")
+    for name in ("metrics.jsonl", CSV_FILE, config_file.NAME):
+        if (successor / name).exists():
+            os.replace(successor / name, folder / name)
     if (folder / "checkpoints").exists():
         delete_folder(folder / "checkpoints")
     os.rename(successor / "checkpoints", folder / "checkpoints")

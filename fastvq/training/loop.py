@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from fastvq.backends import devices
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.extras import Progress, require
-from fastvq.files import StrPath, delete_abandoned, delete_folder, exclusive, lock_of
+from fastvq.files import StrPath, delete_abandoned, delete_folder, exclusive, lock_of, write_whole
 
+from . import config_file
 from .checkpoint import Checkpoint, checkpoint_folders, damage_named, load_latest, save
 from .config import Settings
 from .interrupt import Interrupt
+from .loggers import CSV_FILE
 from .metrics import MetricsLog
 
 EvaluationT = TypeVar("EvaluationT")
@@ -27,7 +29,7 @@ Measures = dict[str, float | None]
 
 
 class Loop(Generic[EvaluationT]):
-    """Training of one model in one folder, which gets `checkpoints/` and `metrics.jsonl`.
+    """Training of one model in one folder, which gets `checkpoints/`, `metrics.jsonl` and `config.toml`.
 
     The weights after n steps are a function of the settings and the data: however often the run is interrupted and
     resumed, they are equal to the last bit (on one machine, on the CPU, with one number of threads). The order of the
@@ -116,7 +118,11 @@ class Loop(Generic[EvaluationT]):
             self._continues_from = self._latest()
 
     def fit(
-        self, *, on_evaluation: Callable[[Any, EvaluationT], object] | None = None, progress: bool = True
+        self,
+        *,
+        on_evaluation: Callable[[Any, EvaluationT], object] | None = None,
+        logger: str | None = None,
+        progress: bool = True,
     ) -> EvaluationT | None:
         """Train to the last step and return the evaluation after it.
 
@@ -127,6 +133,8 @@ class Loop(Generic[EvaluationT]):
             on_evaluation: called with this object and the evaluation after each evaluation, the last one included,
                 when the state is saved. A run that is resumed at a step that is evaluated evaluates it again for this
                 call, since the earlier one may not have come to its end.
+            logger: what the records are written to besides metrics.jsonl: "tensorboard", "wandb", "csv" or "none"; by
+                default TensorBoard where it is installed.
             progress: show the progress on stderr, see `fastvq.extras.Progress`.
 
         Raises:
@@ -143,14 +151,18 @@ class Loop(Generic[EvaluationT]):
                 )
             for folder in (self.folder, self.folder / "checkpoints"):
                 delete_abandoned(folder)
-            return self._fit(on_evaluation, progress=progress)
+            return self._fit(on_evaluation, logger, progress=progress)
 
-    def _fit(self, on_evaluation: Callable[[Any, EvaluationT], object] | None, *, progress: bool) -> EvaluationT | None:
+    def _fit(
+        self, on_evaluation: Callable[[Any, EvaluationT], object] | None, logger: str | None, *, progress: bool
+    ) -> EvaluationT | None:
         config = self.config
         evaluation: EvaluationT | None = None
         bar = Progress(config.steps, "step", initial=self.step, shown=progress)
         self.model.train()
-        with bar, MetricsLog(self.folder, step=self.step) as log, Interrupt() as interrupt:
+        write_whole(self.folder / config_file.NAME, config_file.to_toml(config).encode(errors="replace"))
+        log = MetricsLog(self.folder, step=self.step, logger=logger, settings=config.to_json())
+        with bar, log, Interrupt() as interrupt:
             if self.step and self._evaluation_is_due() and on_evaluation is not None:
                 evaluation = self._evaluate_again(on_evaluation)
             started = time.monotonic() - self.seconds
@@ -311,7 +323,8 @@ def describe_resumed(checkpoint: Checkpoint, config: Settings) -> str:
 
 
 def delete_run(folder: StrPath) -> None:
-    """Delete the checkpoints and metrics of an earlier run in `folder`, and nothing else."""
+    """Delete the checkpoints, records and config.toml of an earlier run in `folder`, and nothing else."""
     for checkpoint in checkpoint_folders(folder):
         delete_folder(checkpoint)
-    (Path(folder) / "metrics.jsonl").unlink(missing_ok=True)
+    for name in ("metrics.jsonl", CSV_FILE, config_file.NAME):
+        (Path(folder) / name).unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from typing import Any
 
 from fastvq.errors import CheckpointError
 from fastvq.files import StrPath, make_folder
+
+from .loggers import check_logger, open_logger
 
 Record = dict[str, Any]
 
@@ -58,39 +59,40 @@ def _fault(record: Any, earlier: int) -> str | None:
 
 
 class MetricsLog:
-    """Writer of metrics.jsonl, and of TensorBoard scalars if TensorBoard is installed.
+    """Writer of metrics.jsonl, and of a logger beside it.
 
     Args:
-        folder: gets `metrics.jsonl` and, with TensorBoard, `tensorboard/`.
+        folder: gets `metrics.jsonl`, and what the logger writes there.
         step: records of later steps are dropped first, as these steps will be repeated.
+        logger: one of `LOGGER_NAMES`; by default TensorBoard where it is installed.
+        settings: those of the training, for loggers that show them.
 
     Raises:
         CheckpointError: metrics.jsonl is damaged.
+        ConfigError, MissingExtraError: see `check_logger`.
     """
 
-    def __init__(self, folder: StrPath, *, step: int) -> None:
+    def __init__(
+        self, folder: StrPath, *, step: int, logger: str | None = None, settings: dict[str, Any] | None = None
+    ) -> None:
+        check_logger(logger)
         folder = Path(folder)
         make_folder(folder)
         path = folder / "metrics.jsonl"
         path.touch()
-        keep = max((position for record, position in _records(path) if record["step"] <= step), default=0)
-        os.truncate(path, keep)
+        kept = [(record, position) for record, position in _records(path) if record["step"] <= step]
+        os.truncate(path, max((position for _, position in kept), default=0))
         self._file = path.open("a", encoding="utf-8")
-        self._tensorboard: Any = None
-        if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        records = [record for record, _ in kept]
+        self._logger = open_logger(logger, folder, records, step, settings or {})
 
     def write(self, step: int, split: str, **values: float | None) -> None:
         """Append `{"step": step, "split": split, **values}`."""
         # Flushed to the operating system at once, so that a killed process loses no record.
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+        if self._logger is not None:
+            self._logger.write(step, split, {name: value for name, value in values.items() if value is not None})
 
     def flush_to_disk(self) -> None:
         """Wait until all records are on disk."""
@@ -103,5 +105,5 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._logger is not None:
+            self._logger.close()

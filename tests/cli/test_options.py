@@ -29,7 +29,7 @@ def test_every_field_is_an_option(command):
         else:
             expected[field.name] = {str: "text", float: 0.25}.get(types[field.name], 7)
             given.append(f"--{option}={expected[field.name]}")
-    found = given_settings(_parser().parse_args([*arguments, *given]), settings)
+    found = given_settings(_parser().parse_args([*arguments, *given]), settings, arguments[0])
     assert found == expected
     assert {name: type(value) for name, value in found.items()} == {n: type(v) for n, v in expected.items()}
 
@@ -37,7 +37,7 @@ def test_every_field_is_an_option(command):
 @every_command
 def test_what_is_not_given_is_left_to_the_record(command):
     arguments, settings = COMMANDS[command]
-    assert given_settings(_parser().parse_args(arguments), settings) == {}
+    assert given_settings(_parser().parse_args(arguments), settings, arguments[0]) == {}
 
 
 @every_command
