@@ -149,5 +149,11 @@ else:
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__, *_MODULES})
 
-    if "fastvq_command" not in sys.modules:
+    def _is_command() -> bool:
+        """Return whether this process is the command line: its console script, or `python -m fastvq`."""
+        # Python imports the package before __main__ can say so; until then it leaves "-m" in place of the program.
+        started = sys.argv[:1] == ["-m"] and any(part == "fastvq" or part.endswith("mfastvq") for part in sys.orig_argv)
+        return started or "fastvq_command" in sys.modules
+
+    if not _is_command():
         _load_functions()

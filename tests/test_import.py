@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,34 @@ def command(*arguments: str) -> str:
 )
 def test_help_imports_no_torch(arguments: list[str]) -> None:
     assert not {"torch", "numpy"} & set(modules(command(*arguments)))
+
+
+@pytest.mark.parametrize("how", [["-m", "fastvq"], ["-mfastvq"], ["-I", "-m", "fastvq"]], ids=" ".join)
+def test_help_of_the_module_imports_no_torch(how: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *how, "--help"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
+    )
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "fastvq.cli.main" in loaded
+    assert not {"torch", "numpy"} & loaded
+
+
+@pytest.mark.parametrize("name", ["other", "fastvq.errors"])
+def test_other_modules_that_are_run_find_the_ops(name: str, tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text("import fastvq")
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", name],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert "fastvq.ops" in {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
 
 
 @pytest.mark.parametrize("code", ["import fastvq", command("info")], ids=["import", "info"])
