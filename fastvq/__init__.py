@@ -7,7 +7,7 @@
 Layers: `VectorQuantize`, `ResidualVQ`, `SimVQ`, `FSQ`, `LFQ` and the others of vector_quantize_pytorch, each by example
 in docs/quantizers.md; `fastvq.parts` has what they are composed from. As functions: `quantize`, `residual_quantize`,
 `search`, `topk_search`, `sample`, `residual_search`, `accumulate`, `ema_update_`, `min_distance_`; soft assignments:
-`soft_assign`, `binary_assign`, `cross_entropy`, `soft_lookup`.
+`soft_assign`, `binary_assign`, `cross_entropy`, `soft_lookup`. `PackedCodebook` is a codebook for many small searches.
 Health of a codebook: `usage`, `perplexity`, `dead_share`, and each quantizer's `health()`. Which code runs:
 `use_backend`, and `fastvq info` on the command line. `load` returns the trained model of a run.
 """
@@ -35,6 +35,7 @@ __all__ = [
     "HealthReport",
     "HierarchicalVQ",
     "LatentQuantize",
+    "PackedCodebook",
     "Quantized",
     "RandomProjectionQuantizer",
     "Replacement",
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from .ops.accumulate import accumulate
     from .ops.ema_update import ema_update_
     from .ops.min_distance import min_distance_
+    from .ops.packed import PackedCodebook
     from .ops.residual_search import residual_search
     from .ops.sample import sample
     from .ops.search import search
@@ -125,7 +127,10 @@ else:
         "functional.soft_assign": (
             *("SoftAssignment", "cross_entropy", "mean_assignment_entropy", "soft_assign", "soft_lookup"),
         ),
-        "ops": (*("accumulate", "ema_update_", "min_distance_", "residual_search", "sample", "search", "topk_search"),),
+        "ops": (
+            *("PackedCodebook", "accumulate", "ema_update_", "min_distance_", "residual_search", "sample", "search"),
+            "topk_search",
+        ),
     }
     _LATER = {"load": "runs.trained"}
 

@@ -33,7 +33,7 @@ DIFFERENTIABLE = {file_of(op) for op in OPS if op.endswith("_backward")}
 
 # The files beside those of the ops.
 SHARED = {
-    "fastvq/ops": {"registry", "checks"},
+    "fastvq/ops": {"registry", "checks", "packed"},
     "fastvq/backends/reference": set(),
     "fastvq/backends/torch": set(),
     "fastvq/functional": set(),

@@ -55,7 +55,16 @@ std::vector<int64_t> run_shortened(const Isa& isa, const Frame& frame, const Cod
   });
 }
 
+bool takes_int16(const Isa& isa, Precision precision, CodeForms& forms, const Parallel& parallel) {
+  return precision != Precision::float32 && precision != Precision::direct && isa.int16 &&
+         forms.codes.dim <= LARGEST_INTEGER_DIM && forms.frame(parallel).usable;
+}
+
 }  // namespace
+
+void prepare(const Isa& isa, Precision precision, CodeForms& forms, const Parallel& parallel) {
+  takes_int16(isa, precision, forms, parallel) ? forms.int16(parallel) : forms.float32(parallel);
+}
 
 void search(const Isa& isa, Precision precision, const Matrix& x, CodeForms& forms, int64_t* indices,
             const Parallel& parallel) {
@@ -88,8 +97,7 @@ void search(const Isa& isa, Precision precision, const Matrix& x, CodeForms& for
   if (shorten)
     if (const auto* shortened = forms.shortened(x.rows, precision == Precision::projected, parallel))
       if (passed(run_shortened(isa, frame, *shortened, x, codes, indices, parallel))) return;
-  if (precision != Precision::float32 && precision != Precision::direct && isa.int16 && frame.usable &&
-      x.dim <= LARGEST_INTEGER_DIM)
+  if (takes_int16(isa, precision, forms, parallel))
     if (passed(run_tier(isa, forms.int16(parallel), frame, x, codes, list, count, true, indices, parallel))) return;
   run_tier(isa, forms.float32(parallel), frame, x, codes, list, count, false, indices, parallel);
 }

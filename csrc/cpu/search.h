@@ -48,6 +48,9 @@ void search(const Isa& isa, Precision precision, const Matrix& x, CodeForms& for
 void search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codes, Metric metric, int64_t* indices,
             const Parallel& parallel);
 
+// Makes the forms that a search begins with.
+void prepare(const Isa& isa, Precision precision, CodeForms& forms, const Parallel& parallel);
+
 // The widest instruction set that this processor has, or the one that FASTVQ_ISA in the environment names; throws
 // std::runtime_error when that one is unknown or the processor lacks it.
 const Isa& active_isa();

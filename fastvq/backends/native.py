@@ -34,6 +34,8 @@ KERNELS = (
     "min_distance_",
 )
 """The kernels of the CPU library; a library older than this module may lack some."""
+PACKED = ("pack", "packed_search", "packed_topk_search", "packed_residual_search")
+"""The ops of the CPU library on codebooks that a caller keeps packed."""
 CUDA_KERNELS = ("search", "residual_search", "accumulate", "ema_update_", "min_distance_")
 """The kernels of the CUDA library."""
 
@@ -78,7 +80,7 @@ def _load() -> tuple[str, str]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return "", f"{path} doesn't load: {error}"
-    if other := _other_version(path, KERNELS, "CPU"):
+    if other := _other_version(path, (*(f"native_{name}" for name in KERNELS), *PACKED), "CPU"):
         return "", f"{other}: {_REBUILD}"
     library.fastvq_native_isa.restype = ctypes.c_char_p
     error_text = ctypes.c_char_p()
@@ -108,6 +110,12 @@ def serve_directly(yes: bool) -> None:
     _serving.wanted = yes
     if _serving.library is not None:
         _serving.library.fastvq_native_serve(yes and not _load()[1])
+
+
+def free_packed(number: int) -> None:
+    """Free a packed codebook of the CPU library once no search uses it."""
+    if _serving.library is not None:
+        _serving.library.fastvq_native_free_packed(ctypes.c_int64(number))
 
 
 def instruction_set() -> str:
@@ -155,7 +163,7 @@ def _load_cuda() -> str:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path} doesn't load: {error}"
-    if other := _other_version(path, CUDA_KERNELS, "CUDA"):
+    if other := _other_version(path, tuple(f"native_{name}" for name in CUDA_KERNELS), "CUDA"):
         return f"{other}: set FASTVQ_CUDA=1 and {_REBUILD}"
     library.fastvq_cuda_unfit.restype = ctypes.c_char_p
     if unfit := library.fastvq_cuda_unfit().decode():
@@ -163,10 +171,10 @@ def _load_cuda() -> str:
     return ""
 
 
-def _other_version(path: Path, kernels: tuple[str, ...], key: str) -> str:
-    """Return which kernels a loaded library lacks, or an empty string."""
+def _other_version(path: Path, ops: tuple[str, ...], key: str) -> str:
+    """Return which ops a loaded library lacks, or an empty string."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    missing = [name for name in kernels if not has(f"fastvq::native_{name}", key)]
+    missing = [name.removeprefix("native_") for name in ops if not has(f"fastvq::{name}", key)]
     return f"{path} is of another version, without {', '.join(missing)}" if missing else ""
 
 

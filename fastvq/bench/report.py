@@ -77,8 +77,8 @@ SEARCH_HEADERS = ["", "median", "GFLOP/s", "time / fastvq", "wrong indices"]
 
 def page(document: dict[str, Any]) -> str:
     """Return the page in Markdown."""
-    sections = [_head(document), _targets(document), _searches(document), _steps(document), _memory(document)]
-    return "\n".join([*sections, _roofline(document), _scaling(document), _gpu(document)])
+    sections = [_head(document), _targets(document), _searches(document), _steps(document), _small(document)]
+    return "\n".join([*sections, _memory(document), _roofline(document), _scaling(document), _gpu(document)])
 
 
 def _head(document: dict[str, Any]) -> str:
@@ -155,6 +155,32 @@ Forward, backward and codebook update of `VectorQuantize` and `ResidualVQ`, with
 
 {table(rows, ["", "fastvq", "vector_quantize_pytorch", "faster"])}
 """
+
+
+def _small(document: dict[str, Any]) -> str:
+    records = document.get("small", [])  # which documents of earlier versions lack
+    parts, reasons = [], dict[str, None]()
+    for what, k, d, stages in dict.fromkeys((r["what"], r["k"], r["d"], r["stages"]) for r in records):
+        found = {r["n"]: r for r in records if (r["what"], r["k"], r["d"], r["stages"]) == (what, k, d, stages)}
+        by_name: dict[str, list[str]] = {}
+        for c in (c for r in found.values() for c in r["contestants"]):
+            wrong = f", {c['wrong']} wrong" if c.get("wrong") else ""
+            by_name.setdefault(c["name"], []).append(duration(c["seconds"]) + wrong if "seconds" in c else "-")
+            reasons |= {f"{c['name']}: {c['not_run']}": None} if "not_run" in c else {}
+        title = f"{what}, K={k} D={d} Q={stages}"
+        parts.append(table([[name, *cells] for name, cells in by_name.items()], [title, *(f"N={n}" for n in found)]))
+    left_out = f"\nNot run: {'; '.join(reasons)}.\n" if reasons else ""
+    tables = "\n\n".join(parts) or "Not measured."
+    return f"""## Small batches
+
+Encoding and decoding of N vectors by Q residual stages of K codes: the op on a stack, with a `PackedCodebook` that is
+packed before, and the layer in eval; beside a loop of `addmm` and `argmin` with squared norms that are computed once,
+`embedding_bag` on one table, and the quantizers of transformers with the same codebooks. "wrong" counts rows with an
+index, or an output, that the definition doesn't have; fastvq must have none. DAC searches for unit vectors, so that its
+indices are not compared.
+
+{tables}
+{left_out}"""
 
 
 def _memory(document: dict[str, Any]) -> str:

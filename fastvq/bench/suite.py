@@ -17,6 +17,7 @@ from fastvq.backends import native
 from .data import DATA, DIRECTED_DIM, LATENT_DIM, OTHER_SHAPES, SHAPES, Shape, clustered
 from .measure import in_fresh_process, measure_search
 from .peers import CONTESTANTS, NATIVE, PEERS, PRODUCT, instruction_set
+from .small import ROWS, STACKS, measure_small
 from .training import PEER, RESIDUAL_STEP, STAGES, STEPS, measure_step
 
 THREADS = 2
@@ -55,6 +56,12 @@ def run_suite(*, command: str) -> dict[str, Any]:
     document["steps"] = [
         _announced(f"training step {shape}", measure_step, shape, stages)
         for shape, stages in [*((s, 0) for s in STEPS), (RESIDUAL_STEP, STAGES)]
+    ]
+    document["small"] = [
+        record
+        for stack in STACKS
+        for rows in ROWS
+        for record in _announced(f"small batch N={rows} {stack}", measure_small, stack, rows)
     ]
     document["memory"] = memory_records()
     document["scaling"] = {
@@ -166,7 +173,7 @@ def machine(command: str) -> dict[str, Any]:
     }
 
 
-_PACKAGES = ("torch", "numpy", "faiss-cpu", "scikit-learn", "vector-quantize-pytorch")
+_PACKAGES = ("torch", "numpy", "faiss-cpu", "scikit-learn", "vector-quantize-pytorch", "transformers")
 
 
 def _version(package: str) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from .peers import NATIVE, PRODUCT
+from .small import LAYER, OP, PACKED
 from .training import PEER
 
 NOT_APPLICABLE = "not applicable"
@@ -57,7 +58,7 @@ def outcomes(document: dict[str, Any]) -> list[Outcome]:
     rows = [_mean_lead(document, peers, "clustered", 2.5), _mean_lead(document, peers, "gaussian", 2.0)]
     rows += [_worst_lead(document, peers), _over_product(document), *_latents(document)]
     rows += [_share_of_peak(document, "float32", 64, 0.88), _share_of_peak(document, "int16", 128, 0.80)]
-    return rows + _steps(document)
+    return rows + _steps(document) + _small(document)
 
 
 def _mean_lead(document: dict[str, Any], peers: list[str], data: str, wanted: float) -> Outcome:
@@ -171,4 +172,24 @@ def _steps(document: dict[str, Any]) -> list[Outcome]:
         if "search_seconds" in r:
             why = f"the search alone took {r['search_seconds'] / r['seconds']['fastvq']:.0%} of fastvq's step"
         rows.append(Outcome(f"ResidualVQ of {PEER}, training step", on, "12 x", measured, met, why))
+    return rows
+
+
+def _small(document: dict[str, Any]) -> list[Outcome]:
+    """Return how the ways to encode a small batch compare with the fastest peer, in the worst case of each."""
+    records = [r for r in document.get("small", []) if r["what"] == "encode"]
+    rows = []
+    for name, wanted in ((OP, 1.0), (LAYER, 1.0), (PACKED, 1.0), (PACKED, 3.0)):
+        ratios = []
+        for r in (r for r in records if wanted <= 1 or r["stages"] > 1):
+            seconds = seconds_by_name(r)
+            peers = [taken for who, taken in seconds.items() if not who.startswith("fastvq")]
+            if name in seconds and peers:
+                where = f"N={r['n']} K={r['k']} D={r['d']} Q={r['stages']}"
+                ratios.append((min(peers) / seconds[name], where))
+        on = f"small batches, {name.removeprefix('fastvq ')}, {'worst' if wanted <= 1 else 'worst residual stack'}"
+        if ratios:
+            ratio, where = min(ratios)
+            measured = f"{ratio:.2f} x ({where})"
+            rows.append(Outcome("the fastest other encoder", on, f"{wanted} x", measured, ratio >= wanted))
     return rows

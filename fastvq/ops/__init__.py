@@ -6,6 +6,7 @@ from .accumulate import accumulate
 from .binary_assign import binary_assign_backward, binary_assign_forward
 from .ema_update import ema_update_
 from .min_distance import min_distance_
+from .packed import PackedCodebook
 from .quantize import quantize_backward, quantize_forward
 from .residual_quantize import residual_quantize_backward, residual_quantize_forward
 from .residual_search import residual_search
@@ -15,6 +16,7 @@ from .soft_assign import soft_assign_backward, soft_assign_forward
 from .topk_search import topk_search
 
 __all__ = [
+    "PackedCodebook",
     "accumulate",
     "binary_assign_backward",
     "binary_assign_forward",

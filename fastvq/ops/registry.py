@@ -59,6 +59,12 @@ def op(*, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[
     return register
 
 
+def define(schema: str) -> None:
+    """Define an op that only a compiled library has; as those of `op`, it has no gradient."""
+    name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
 def option(numbers: dict[str, int], number: int) -> str:
     """Return the name of an option.
 

@@ -12,6 +12,7 @@ from fastvq.backends import select as backends
 from fastvq.backends.support import METRICS
 
 from .checks import check_codes, check_mask, check_metric, check_values
+from .packed import PackedCodebook, packed_residual_search
 from .registry import explain, op, option
 from .search import search_masked
 
@@ -71,7 +72,9 @@ def _residual_search(x: Tensor, codebooks: list[Tensor], *, metric: int = 0, mas
     return run(x, codebooks) if mask is None else search_masked(run, x, codebooks, mask)
 
 
-def residual_search(x: Tensor, codebooks: Codebooks, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
+def residual_search(
+    x: Tensor, codebooks: Codebooks | PackedCodebook, *, metric: str = "l2", mask: Tensor | None = None
+) -> Tensor:
     """Return the indices of each vector in a stack of codebooks, each of which codes the residual of the one before.
 
         r_0 = x,   index_nq = argmin_k |r_q,n - e_qk|^2,   r_{q+1} = float32(r_q - e_q,index)
@@ -83,7 +86,7 @@ def residual_search(x: Tensor, codebooks: Codebooks, *, metric: str = "l2", mask
         x: vectors (N, D), as for `search`.
         codebooks: codes (Q, K, D), stage by stage, on the same device; or a sequence of codes (K_q, D) of one dtype,
             whose numbers may differ. A sequence is read where it is, so that codebooks of modules need not be stacked.
-            Its entries may also be (n, K, D), the codes of n stages.
+            Its entries may also be (n, K, D), the codes of n stages. Or a `PackedCodebook` of one of these.
         metric: "l2" or "dot".
         mask: bool (N,), as for `search`.
 
@@ -96,8 +99,14 @@ def residual_search(x: Tensor, codebooks: Codebooks, *, metric: str = "l2", mask
 
     Source: Zeghidour et al., SoundStream, 2021, algorithm 1.
     """
+    packed = None
+    if isinstance(codebooks, PackedCodebook):
+        packed, codebooks = codebooks.number_for(x), codebooks.codebook
     books = codebooks if type(codebooks) is list else as_list(codebooks)
     try:
+        if packed is not None:
+            found: Tensor = packed_residual_search(x, packed[0], METRICS[metric], mask)
+            return found
         return _residual_search(x, books, metric=METRICS[metric], mask=mask)
     except (RuntimeError, KeyError, TypeError) as error:
         raise explain(error, _check_residual_search, x, books, metric, mask) from None

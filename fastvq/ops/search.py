@@ -13,6 +13,7 @@ from fastvq.backends import select as backends
 from fastvq.backends.support import METRICS
 
 from .checks import check_codes, check_mask, check_metric, check_values
+from .packed import PackedCodebook, packed_search
 from .registry import explain, op, option
 
 
@@ -60,7 +61,7 @@ def _search(x: Tensor, codebook: Tensor, *, metric: int = 0, mask: Tensor | None
     return run(x, codebook) if mask is None else search_masked(run, x, codebook, mask)
 
 
-def search(x: Tensor, codebook: Tensor, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
+def search(x: Tensor, codebook: Tensor | PackedCodebook, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
     """Return the index of the exact nearest code of each vector.
 
         metric="l2"    index_n = argmin_k sum_j (x_nj - e_kj)^2
@@ -72,7 +73,8 @@ def search(x: Tensor, codebook: Tensor, *, metric: str = "l2", mask: Tensor | No
 
     Args:
         x: vectors (N, D) or (H, N, D); float32, float16, bfloat16 or float64, any strides.
-        codebook: codes (K, D) or (H, K, D) on the same device; any of these dtypes, not necessarily that of x.
+        codebook: codes (K, D) or (H, K, D) on the same device; any of these dtypes, not necessarily that of x. Or a
+            `PackedCodebook` of them.
         metric: "l2" or "dot".
         mask: bool (N,) or (H, N); a row with False gets -1. The CPU doesn't search it; other devices do, since to
             leave it out would wait for the device.
@@ -90,6 +92,11 @@ def search(x: Tensor, codebook: Tensor, *, metric: str = "l2", mask: Tensor | No
     Source: van den Oord et al., Neural Discrete Representation Learning, 2017, equation 1.
     """
     try:
+        if isinstance(codebook, PackedCodebook):
+            packed, codebook = codebook.number_for(x), codebook.tensor
+            if packed is not None and codebook.dim() == x.dim():
+                found: Tensor = packed_search(x, packed[0], METRICS[metric], mask)
+                return found
         return _search(x, codebook, metric=METRICS[metric], mask=mask)
     except (RuntimeError, KeyError, TypeError) as error:
         raise explain(error, check_search, x, codebook, metric, mask) from None

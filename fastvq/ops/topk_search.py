@@ -10,6 +10,7 @@ from torch import Tensor
 from fastvq.backends import select as backends
 from fastvq.backends.support import METRICS
 
+from .packed import PackedCodebook, packed_topk_search
 from .registry import explain, op, option
 from .search import check_search, search_masked
 
@@ -34,7 +35,9 @@ def _topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: int = 0, mask: 
     return run(x, codebook) if mask is None else search_masked(run, x, codebook, mask)
 
 
-def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
+def topk_search(
+    x: Tensor, codebook: Tensor | PackedCodebook, k: int, *, metric: str = "l2", mask: Tensor | None = None
+) -> Tensor:
     """Return the indices of the k nearest codes of each vector, nearest first.
 
     Codes are ordered by the float64 sums that define `search`, ties by index, so that the first of them is the one that
@@ -54,6 +57,11 @@ def topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: str = "l2", mask
     Numerics: docs/exactness.md. Not differentiable.
     """
     try:
+        if isinstance(codebook, PackedCodebook):
+            packed, codebook = codebook.number_for(x), codebook.tensor
+            if packed is not None and codebook.dim() == x.dim():
+                found: Tensor = packed_topk_search(x, packed[0], k, METRICS[metric], mask)
+                return found
         return _topk_search(x, codebook, k, metric=METRICS[metric], mask=mask)
     except (RuntimeError, KeyError, TypeError) as error:
         raise explain(error, _check_topk_search, x, codebook, k, metric, mask) from None

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import fastvq
-from fastvq.bench import data, measure, peers, report, suite, targets, training
+from fastvq.bench import data, measure, peers, report, small, suite, targets, training
 from fastvq.bench.data import Shape, from_file
 from fastvq.bench.gpu import report as gpu_report
 from fastvq.bench.peers import NATIVE, PRODUCT, Contestant
 from fastvq.cli.main import main
-from fastvq.errors import BenchError
+from fastvq.errors import BenchError, WrongResultError
 
 ROOT = Path(__file__).parents[2]
 TINY = Shape(48, 24, 8)
@@ -320,6 +320,8 @@ class TestSuite:
         monkeypatch.setattr(suite, "FORCED", {"float32": [TINY]})
         monkeypatch.setattr(suite, "STEPS", [TINY])
         monkeypatch.setattr(suite, "RESIDUAL_STEP", TINY)
+        monkeypatch.setattr(suite, "STACKS", [small.Stack(8, 4, 2)])
+        monkeypatch.setattr(suite, "ROWS", (3,))
         monkeypatch.setattr(suite, "SCALING", {axis: [TINY] for axis in "NKD"})
         monkeypatch.setattr(suite, "thread_counts", lambda: [1])
         readme = tmp_path / "README.md"
@@ -442,3 +444,43 @@ class TestTargets:
         rows = self.outcomes(ceilings={"float32": 100.0, "bfloat16": None, "int16": None})
         row = next(o for o in rows if o.on.startswith("int16"))
         assert (row.met, row.verdict, row.measured) == (None, "not applicable", "no such instructions")
+
+
+class TestSmallBatches:
+    STACK = small.Stack(32, 6, 3)
+
+    def records(self):
+        return small.measure_small(self.STACK, 5, budget=0.0)
+
+    def test_each_way_to_encode_and_decode_is_checked_and_timed(self, document):
+        encode, decode = self.records()
+        assert (encode["what"], decode["what"], encode["n"], encode["stages"]) == ("encode", "decode", 5, 3)
+        for record, least in ((encode, 4), (decode, 2)):
+            timed = [c for c in record["contestants"] if "seconds" in c]
+            assert len(timed) >= least
+            assert all(c["wrong"] == 0 for c in timed if c["name"].startswith("fastvq"))
+        document["small"] = [encode, decode]
+        page = report.page(document)
+        assert "| encode, K=32 D=6 Q=3" in page
+        assert re.search(r"\| fastvq PackedCodebook +\| [\d.]+ (us|ms)", page)
+        found = [o for o in targets.outcomes(document) if "PackedCodebook" in o.on]
+        assert [o.wanted for o in found] == ["1.0 x", "3.0 x"]
+
+    def test_absent_codecs_are_named(self, monkeypatch, document):
+        monkeypatch.setattr(small, "_absent", lambda: "transformers isn't installed")
+        document["small"] = records = self.records()
+        for record in records:
+            reasons = [c["not_run"] for c in record["contestants"] if "transformers" in c["name"]]
+            assert reasons == ["transformers isn't installed"] * 3
+        assert "Not run: Mimi of transformers: transformers isn't installed; EnCodec" in report.page(document)
+
+    @pytest.mark.parametrize("name", ["residual_search", "PackedCodebook"])
+    def test_a_wrong_index_ends_the_run(self, monkeypatch, name):
+        real = fastvq.residual_search
+        monkeypatch.setattr(
+            fastvq,
+            "residual_search",
+            lambda x, codes: real(x, codes) + (isinstance(codes, fastvq.PackedCodebook) == (name == "PackedCodebook")),
+        )
+        with pytest.raises(WrongResultError, match=f"fastvq {name} is wrong in 5 of 5 rows: N=5 K=32 D=6 Q=3 encode"):
+            self.records()
