@@ -133,6 +133,7 @@ class _CommandParser(_Parser):
     def __init__(self, *, command: ModuleType, **settings: Any) -> None:
         super().__init__(**settings)
         self._command: ModuleType | None = command
+        self._take_more = getattr(command, "take_more_options", None)
         self._within = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -147,9 +148,10 @@ class _CommandParser(_Parser):
             return super().parse_known_args(args, namespace)
         self._within = True
         try:
-            return self.parse_known_intermixed_args(args, namespace)
+            options, more = self.parse_known_intermixed_args(args, namespace)
         finally:
             self._within = False
+        return options, self._take_more(options, more) if self._take_more and more else more
 
     def _named(self) -> dict[str, str]:
         """Return {name of an argument of a function: its option} of all options."""

@@ -16,13 +16,18 @@ if TYPE_CHECKING:
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
-    """Add one option for each field, with its description as help; an option that is not given sets no attribute."""
+    """Add one option for each field, with its description as help; an option that is not given sets no attribute.
+
+    A table of further options has none of its own: see `take_named`.
+    """
     group = parser.add_argument_group("settings")
     types = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):
         # An optional number is parsed as a number; None stands for an option that is not given.
         parts = [part for part in typing.get_args(types[field.name]) if part is not type(None)]
         value_type = parts[0] if parts else types[field.name]
+        if typing.get_origin(types[field.name]) is dict:
+            continue
         kind: dict[str, Any] = (
             {"action": argparse.BooleanOptionalAction} if value_type is bool else {"type": value_type}
         )
@@ -65,6 +70,32 @@ def given_settings(options: argparse.Namespace, settings: type[Settings], sectio
     given = {} if options.config is None else read_settings(options.config, settings, section)
     names = (field.name for field in dataclasses.fields(settings))
     return given | {name: getattr(options, name) for name in names if hasattr(options, name)}
+
+
+def take_named(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the options among arguments that no parser knows, {name: text}, and the other arguments.
+
+    `--name value`, `--name=value`; `--name` and `--no-name` alone are "true" and "false".
+    """
+    taken: dict[str, str] = {}
+    others: list[str] = []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        option, equals, value = argument.partition("=")
+        if not option.startswith("--") or not option[2:].replace("-", "_").isidentifier():
+            others.append(argument)
+            continue
+        name = option[2:].replace("-", "_")
+        if equals:
+            taken[name] = value
+        elif left and not left[0].startswith("--"):
+            taken[name] = left.pop(0)
+        elif name.startswith("no_"):
+            taken[name.removeprefix("no_")] = "false"
+        else:
+            taken[name] = "true"
+    return taken, others
 
 
 def add_skip_unreadable(parser: argparse.ArgumentParser) -> None:

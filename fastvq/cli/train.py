@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastvq.errors import ConfigError
 
 from . import INTERRUPTED
-from .options import add_config, add_logger, add_settings, given_settings
+from .options import add_config, add_logger, add_settings, given_settings, take_named
 
 if TYPE_CHECKING:
     from fastvq.training import TrainConfig
@@ -35,6 +35,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     add_logger(parser)
     add_settings(parser, TrainConfig)
+    parser.epilog = (
+        "Further options are those of the bottleneck, such as --num-quantizers 8 beside --bottleneck rvq, or --levels"
+        " 8,5,5,5 beside --bottleneck fsq. An unknown one is answered with the list of those that there are."
+    )
+
+
+def take_more_options(options: argparse.Namespace, arguments: list[str]) -> list[str]:
+    """Keep the options of the bottleneck, which no parser knows, and return the other arguments."""
+    options.bottleneck_arguments, others = take_named(arguments)
+    return others
 
 
 def run(options: argparse.Namespace) -> int:
@@ -88,6 +98,12 @@ def _settings(options: argparse.Namespace) -> TrainConfig:
     from fastvq.training.config import TrainConfig
 
     given = given_settings(options, TrainConfig, "train")
+    own = load_latest(options.out).config if options.resume else None
+    arguments = getattr(options, "bottleneck_arguments", {})
+    if arguments:
+        earlier = TrainConfig() if own is None else own
+        chosen = _bottleneck_options(given.get("bottleneck", earlier.bottleneck), arguments)
+        given["bottleneck_options"] = given.get("bottleneck_options", earlier.bottleneck_options) | chosen
     data = given.get("data", TrainConfig.data)
     if not isinstance(data, str):
         raise ConfigError(f"data must be a text, got {data!r}")
@@ -97,6 +113,26 @@ def _settings(options: argparse.Namespace) -> TrainConfig:
     else:
         # A run that is resumed from another working directory must find the same folder.
         given["data"] = str(Path(data).resolve())
-    if options.resume:
-        return dataclasses.replace(load_latest(options.out).config, **given)
+    if own is not None:
+        return dataclasses.replace(own, **given)
     return TrainConfig(**(defaults | given))
+
+
+def _bottleneck_options(name: str, given: dict[str, str]) -> dict[str, Any]:
+    """Return the options of a bottleneck that is chosen by name, from texts.
+
+    Raises:
+        ConfigError: there is no such bottleneck, or it has no such option.
+    """
+    from fastvq.models.bottlenecks import KINDS, parse_options
+    from fastvq.training.config import TrainConfig
+
+    TrainConfig(bottleneck=name)
+    known = KINDS[name].options()
+    for option in given:
+        if option not in known:
+            has = "which has " + ", ".join("--" + one.replace("_", "-") for one in known) if known else "which has none"
+            raise ConfigError(
+                f"--{option.replace('_', '-')} is no option of fastvq train, nor one of --bottleneck {name}, {has}"
+            )
+    return parse_options(name, given)

@@ -188,11 +188,15 @@ class Monitored:
             together: report on the vectors of all ranks, which must all call this, as it is one all-reduce; by default
                 if there are several ranks, unless the layer has sync_codebook=False.
         """
-        leaves = list(dict.fromkeys(self._leaves()))
+        leaves = self.healths()
         totals = {leaf: (leaf.code_counts, leaf.error.clone()) for leaf in leaves}  # a copy: the error changes in place
         if distributed.active() and (self._synchronizes if together is None else together):
             totals = _sum_over_ranks(leaves)
         return self._report(totals)
+
+    def healths(self) -> list[Health]:
+        """Return the statistics of every codebook, each once."""
+        return list(dict.fromkeys(self._leaves()))
 
     def reset_health(self) -> None:
         """Set all statistics to zero."""

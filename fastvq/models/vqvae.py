@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from .adapters import Adapter, adapter_of
+
 
 class VQVAEOutput(NamedTuple):
     """Result of a forward pass: the reconstruction of x, the indices (B, *grid) and the bottleneck's loss ()."""
@@ -20,8 +22,9 @@ class Bottleneck(Protocol):
     """Module between encoder and decoder that maps vectors to indices and back.
 
     Called with (B, N, D), one vector for each grid position, it returns `(codes (B, N, D), indices (B, N) or (B, N, Q),
-    loss ())`; `get_output_from_indices(indices)` returns the codes. All quantizers of fastvq with `channel_last=True`,
-    their default, are bottlenecks.
+    loss ())`; `get_output_from_indices(indices)` returns the codes. The quantizers of fastvq in their default layout
+    are bottlenecks as well, whatever they return (`fastvq.models.adapters`), but for those that `UNSUITABLE` lists
+    there; `HierarchicalVQ` needs the number of spatial axes of the grid.
     """
 
     training: bool
@@ -71,32 +74,40 @@ class VQVAE(nn.Module):
         self.bottleneck = bottleneck
         self.decoder = decoder
 
+    @property
+    def adapter(self) -> Adapter:
+        """The form in which the bottleneck is called."""
+        return adapter_of(self.bottleneck)
+
+    @property
+    def codebook_size(self) -> int | tuple[int, ...]:
+        """K, or the sizes of the codebooks along the last axis of the indices.
+
+        Raises:
+            TypeError: the bottleneck has no indices, or does not say how many codes it has.
+        """
+        return self.adapter.codebook_size
+
     def forward(self, x: Tensor) -> VQVAEOutput:
         """Reconstruct x (B, C, *size); in training mode the bottleneck also learns its codebook."""
-        z = self.encoder(x)
-        grid = z.shape[2:]
-        codes, indices, loss = self.bottleneck(z.flatten(2).transpose(1, 2))
-        codes = codes.transpose(1, 2).unflatten(2, grid)
-        return VQVAEOutput(self.decoder(codes), indices.unflatten(1, grid), loss)
+        codes, indices, loss = self.adapter.quantize(self.encoder(x))
+        return VQVAEOutput(self.decoder(codes), indices, loss)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Return the indices (B, *grid), int64, of x (B, C, *size). Nothing learns, whatever the mode."""
+        """Return the indices of x (B, C, *size), int64. Nothing learns, whatever the mode.
+
+        They are (B, *grid), or (B, *grid, Q) for a bottleneck with several indices for each vector: stages, heads or
+        groups; those of all scales of a `HierarchicalVQ` are (B, T).
+        """
         training = self.bottleneck.training
         self.bottleneck.train(False)
         try:
-            z = self.encoder(x)
-            _, indices, _ = self.bottleneck(z.flatten(2).transpose(1, 2))
+            _, indices, _ = self.adapter.quantize(self.encoder(x))
         finally:
             self.bottleneck.train(training)
-        return indices.unflatten(1, z.shape[2:])
+        return indices.long()
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Return the signal (B, C, *size) of indices (B, *grid), as `encode` returns them.
-
-        Indices (B, *grid, Q) of a residual quantizer with Q stages decode the same way.
-        """
-        ndim = getattr(self.encoder, "ndim", 2)
-        grid = indices.shape[1 : 1 + ndim]
-        codes = self.bottleneck.get_output_from_indices(indices.flatten(1, ndim))
-        return self.decoder(codes.transpose(1, 2).unflatten(2, grid))
+        """Return the signal (B, C, *size) of indices as `encode` returns them."""
+        return self.decoder(self.adapter.codes(indices, getattr(self.encoder, "ndim", 2)))

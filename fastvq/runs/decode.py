@@ -42,14 +42,15 @@ def decode_images(run: StrPath, source: StrPath, path: StrPath, *, limits: codin
     check_outside_data(path, run)
     vqvae, config = load_model(run)
     data = coding.load(source)
-    stride, size = 2**config.downsamples, config.image_format()
-    grid = size.height // stride, size.width // stride
-    header, expected = coding.read_header(data), (config.codebook_size, grid, False)
-    if (header.codebook_size, header.shape[1:], header.missing) != expected:
+    if config.bottleneck == "none":
+        raise CodingError(f"{run} was trained without a bottleneck: it has no indices")
+    shape, size = vqvae.adapter.index_shape(config.feature_grid), vqvae.codebook_size
+    header = coding.read_header(data)
+    if (header.codebook_size, header.shape[1:], header.missing) != (size, shape, False):
         missing = ", some of them missing" if header.missing else ""
         raise CodingError(
-            f"{source} holds indices of shape {header.shape} in [0, {header.codebook_size}){missing}; an image of {run}"
-            f" is {grid[0]} x {grid[1]} indices in [0, {config.codebook_size})"
+            f"{source} holds indices of shape {header.shape} in {_range(header.codebook_size)}{missing}; an image of"
+            f" {run} is {' x '.join(map(str, shape))} indices in {_range(size)}"
         )
     if not is_folder(path) and header.shape[0] != 1:
         raise ConfigError(f"out: {path} would hold one image, but {source} holds {header.shape[0]}: give a new folder")
@@ -63,6 +64,12 @@ def decode_images(run: StrPath, source: StrPath, path: StrPath, *, limits: codin
                 for first in range(0, len(indices), _BATCH):
                     write_images(partial, vqvae.decode(indices[first : first + _BATCH]).clamp(0, 1), first)
     return [f"{counted(len(indices), 'image')}: {path}"]
+
+
+def _range(size: int | tuple[int, ...]) -> str:
+    if isinstance(size, int):
+        return f"[0, {size})"
+    return f"[0, {size[0]})" if len(set(size)) == 1 else f"[0, {', '.join(map(str, size))}) by stage"
 
 
 def decode_array(

@@ -56,7 +56,7 @@ def encode_images(
         config.image_format(),
         skip_unreadable=skip_unreadable,
     )
-    return _encode(vqvae, images, path, config.codebook_size, model, prior, None)
+    return _encode(vqvae, images, path, model, prior, None)
 
 
 def encode_held_out(run: StrPath, path: StrPath, *, model: str = "adaptive", data: StrPath | None = None) -> list[str]:
@@ -69,7 +69,7 @@ def encode_held_out(run: StrPath, path: StrPath, *, model: str = "adaptive", dat
     vqvae, config, prior = _models(run, model)
     images = run_images(run, data)
     labels = images.test_labels if prior is not None and prior.classes else None
-    return _encode(vqvae, images.test, path, config.codebook_size, model, prior, labels)
+    return _encode(vqvae, images.test, path, model, prior, labels)
 
 
 def _models(run: StrPath, model: str) -> tuple[VQVAE, TrainConfig, Prior | None]:
@@ -85,13 +85,12 @@ def _encode(
     vqvae: VQVAE,
     images: Tensor,
     path: StrPath,
-    codebook_size: int,
     model: str,
     prior: Prior | None,
     labels: Tensor | None,
 ) -> list[str]:
     indices = torch.cat([vqvae.encode(to_float(batch)) for batch in images.split(_BATCH)])
-    fingerprint = coding.fingerprint(vqvae)
+    fingerprint, codebook_size = coding.fingerprint(vqvae), vqvae.codebook_size
     data = coding.encode(indices, codebook_size, model=model, fingerprint=fingerprint, prior=prior, labels=labels)
     if not torch.equal(coding.decode(data, prior=prior, **_UNLIMITED), indices):
         raise CodingError(f"{path}: the indices do not survive coding; nothing was written")

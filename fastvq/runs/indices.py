@@ -28,8 +28,8 @@ _NAME = "indices"
 _BATCH = 250
 
 
-def run_indices(run: StrPath, data: StrPath | None = None) -> tuple[VQVAE, IndexData, int]:
-    """Return a run's model, its images as indices, and K.
+def run_indices(run: StrPath, data: StrPath | None = None) -> tuple[VQVAE, IndexData, int | tuple[int, ...]]:
+    """Return a run's model, its images as indices, and the size of its codebook, or of each of them.
 
     Args:
         run: folder of the run.
@@ -43,7 +43,7 @@ def run_indices(run: StrPath, data: StrPath | None = None) -> tuple[VQVAE, Index
     model, config = load_model(run)
     if config.bottleneck == "none":
         raise ConfigError(f"{run} was trained without a bottleneck: it has no indices to learn a prior from")
-    return model, index_images(run, model, run_images(run, data), flip=config.flip), config.codebook_size
+    return model, index_images(run, model, run_images(run, data), flip=config.flip), model.codebook_size
 
 
 def index_images(run: StrPath, model: VQVAE, images: Images, *, flip: bool) -> IndexData:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fastvq
 from fastvq.data import DATA_SETS, DataError, Images, load_folder
 from fastvq.data.registry import describe_choices
-from fastvq.models import VQVAE, Bottleneck, Decoder, Encoder, NoBottleneck
+from fastvq.models import VQVAE, Decoder, Encoder
+from fastvq.models.bottlenecks import SHARED, build_bottleneck
 
 from .config import TrainConfig
 
@@ -42,22 +42,20 @@ def load_images(config: TrainConfig, *, progress: bool = False) -> Images:
 
 
 def build_model(config: TrainConfig) -> VQVAE:
-    """Return the untrained VQ-VAE of these settings, its weights drawn from torch's current random state."""
+    """Return the untrained VQ-VAE of these settings, its weights drawn from torch's current random state.
+
+    Raises:
+        ConfigError: the bottleneck has no such option, or an option has an invalid value.
+    """
     channels = 1 if config.grayscale else 3
     sizes = {"width": config.width, "residual_width": config.residual_width}
-    bottleneck: Bottleneck = NoBottleneck()
-    if config.bottleneck == "vq":
-        bottleneck = fastvq.VectorQuantize(
-            config.dim,
-            config.codebook_size,
-            decay=config.decay,
-            commitment_weight=config.commitment_weight,
-            threshold_ema_dead_code=config.dead_code_threshold,
-            kmeans_init=True,
-            # The runs that the documents show began so; codes that get no image are soon replaced.
-            kmeans_seeding="random",
-            rotation_trick=config.rotation_trick,
-        )
+    bottleneck = build_bottleneck(
+        config.bottleneck,
+        config.dim,
+        config.feature_grid,
+        {name: getattr(config, name) for name in SHARED},
+        config.bottleneck_options,
+    )
     return VQVAE(
         Encoder(channels, config.dim, residual_blocks=config.encoder_blocks, downsamples=config.downsamples, **sizes),
         bottleneck,

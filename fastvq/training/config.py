@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import os
 import sys
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 
 # The keys of `fastvq.models.priors.PRIORS`, repeated so that reading settings imports no model.
 PRIOR_KINDS = ("transformer", "pixelcnn", "lstm")
+# The keys of `fastvq.models.bottlenecks.KINDS`.
+BOTTLENECKS = (
+    *("vq", "rvq", "grouped-rvq", "sim-vq", "residual-sim-vq", "fsq", "residual-fsq", "grouped-residual-fsq"),
+    *("lfq", "residual-lfq", "grouped-residual-lfq", "fsp", "latent", "hierarchical", "none"),
+)
+_NO_BOTTLENECKS = {
+    "random-projection": "it only returns indices, the targets of self-supervised learning: no codes to decode",
+    "binary-mapper": "it samples bits from logits and returns one-hot vectors, not codes",
+    "evo-lfq": "it contains an encoder and a decoder of its own",
+    "sequential": "it is a sequence of modules around another quantizer",
+}
+"""Quantizers of the package that cannot stand between encoder and decoder, with the reason."""
 
 
 def _setting(default: Any, description: str) -> Any:
@@ -56,6 +69,8 @@ class Settings:
                 object.__setattr__(self, name, os.fspath(value))
             elif not _is_one_of(value, kinds):
                 raise ConfigError(f"{name} must be {_describe_types(kinds)}, got {value!r}")
+            if kinds == (dict,):
+                object.__setattr__(self, name, _json_table(name, value))
         for name in _RANGES:
             value = getattr(self, name, None)
             if value is not None:
@@ -108,7 +123,10 @@ class TrainConfig(Settings):
     test_fraction: float = _setting(0.1, "share of a folder's files to hold out")
     skip_unreadable: bool = _setting(False, "leave out files of a folder that cannot be read, and name them")
 
-    bottleneck: str = _setting("vq", "'vq', or 'none' for the same network without quantization")
+    bottleneck: str = _setting("vq", f"quantizer: {', '.join(BOTTLENECKS)}, the last for no quantization")
+    bottleneck_options: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata={"help": "further arguments of the quantizer, by name"}
+    )
     codebook_size: int = _setting(512, "number of codes K")
     dim: int = _setting(64, "length of a code vector D")
     decay: float = _setting(0.99, "decay of the codebook's moving averages")
@@ -139,8 +157,10 @@ class TrainConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bottleneck not in ("vq", "none"):
-            raise ConfigError(f"bottleneck must be 'vq' or 'none', got {self.bottleneck!r}")
+        if self.bottleneck in _NO_BOTTLENECKS:
+            raise ConfigError(f"bottleneck cannot be {self.bottleneck}: {_NO_BOTTLENECKS[self.bottleneck]}")
+        if self.bottleneck not in BOTTLENECKS:
+            raise ConfigError(f"bottleneck must be one of {', '.join(BOTTLENECKS)}, got {self.bottleneck!r}")
         known = DATA_SETS.get(self.data)
         own = self.image_format()
         if known and (own, self.crop_from) != (ImageFormat(known.image_size, grayscale=known.grayscale), None):
@@ -158,6 +178,12 @@ class TrainConfig(Settings):
     def image_format(self) -> ImageFormat:
         """Return the size and color of the images."""
         return ImageFormat(self.image_size, self.image_width or self.image_size, self.grayscale, self.fit)
+
+    @property
+    def feature_grid(self) -> tuple[int, int]:
+        """Shape of the grid of features of an image."""
+        size, stride = self.image_format(), 2**self.downsamples
+        return size.height // stride, size.width // stride
 
     def learning_rate_at(self, step: int) -> float:
         """Return `peak * min(1, (step + 1) / warmup) * (1 + cos(pi step / steps)) / 2` for step 0, 1, ..."""
@@ -235,9 +261,24 @@ _RANGES: dict[str, tuple[float, float]] = {
 def _types(settings: type[Settings]) -> dict[str, tuple[type, ...]]:
     """Return the types that each field of a record of settings may have."""
     hints = typing.get_type_hints(settings)
+    kinds = {field.name: hints[field.name] for field in dataclasses.fields(settings)}
     return {
-        field.name: typing.get_args(hints[field.name]) or (hints[field.name],) for field in dataclasses.fields(settings)
+        name: (typing.get_origin(kind),) if typing.get_origin(kind) is dict else typing.get_args(kind) or (kind,)
+        for name, kind in kinds.items()
     }
+
+
+def _json_table(name: str, table: dict[Any, Any]) -> dict[str, Any]:
+    """Return a copy of a table with the types that JSON has, so that it equals itself after reading.
+
+    Raises:
+        ConfigError: JSON has no such value.
+    """
+    try:
+        copy = json.loads(json.dumps(table, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} must hold numbers, texts and lists of them: {error}") from error
+    return copy
 
 
 def _is_one_of(value: Any, kinds: tuple[type, ...]) -> bool:
@@ -247,7 +288,7 @@ def _is_one_of(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
 
 
-_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text", dict: "a table"}
 
 
 def _describe_types(kinds: tuple[type, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +20,46 @@ class Evaluation:
 
     Attributes:
         psnr_db: peak signal-to-noise ratio in dB of the mean squared error over all pixels of all images in [0, 1].
-        perplexity: exp of the entropy of the indices over all images; None without a bottleneck.
-        usage: share of codes that are chosen at least once; None without a bottleneck.
-        counts: (K,), int64, number of times each code is chosen; (0,) without a bottleneck.
+        stage_counts: for each codebook (stage, head, group or scale), the number of times each code is chosen, (K,)
+            int64; empty without a bottleneck.
     """
 
     psnr_db: float
-    perplexity: float | None
-    usage: float | None
-    counts: Tensor
+    stage_counts: tuple[Tensor, ...]
+
+    @property
+    def counts(self) -> Tensor:
+        """The counts of the only codebook, or those of all, one after the other; (0,) without a bottleneck."""
+        return torch.cat(self.stage_counts) if self.stage_counts else torch.zeros(0, dtype=torch.int64)
+
+    @property
+    def perplexity(self) -> float | None:
+        """Exp of the entropy of the indices over all images, averaged over codebooks; None without a bottleneck."""
+        return _mean([float(fastvq.perplexity(counts)) for counts in self.stage_counts])
+
+    @property
+    def usage(self) -> float | None:
+        """Share of codes chosen at least once, averaged over codebooks; None without a bottleneck."""
+        return _mean([float(fastvq.usage(counts)) for counts in self.stage_counts])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def usage_record(stage_counts: Sequence[Tensor]) -> dict[str, float | None]:
+    """Return perplexity and usage for a record of metrics.jsonl, from the counts (K,) of each codebook.
+
+    Several codebooks have their averages, and their own as `perplexity_1`, `usage_1` ...
+    """
+    measures = {
+        "perplexity": [float(fastvq.perplexity(counts)) for counts in stage_counts],
+        "usage": [float(fastvq.usage(counts)) for counts in stage_counts],
+    }
+    record = {name: _mean(values) for name, values in measures.items()}
+    if len(stage_counts) > 1:
+        record |= {f"{name}_{n}": value for name, values in measures.items() for n, value in enumerate(values, 1)}
+    return record
 
 
 def psnr_db(mean_squared_error: float) -> float:
@@ -59,18 +91,14 @@ def reconstruct(model: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
 def evaluate(model: VQVAE, images: Tensor, *, batch_size: int = 250) -> Evaluation:
     """Measure a model on uint8 images (N, C, H, W); its mode and its codebook stay unchanged."""
     device = next(model.parameters()).device
-    quantizer = model.bottleneck if isinstance(model.bottleneck, fastvq.VectorQuantize) else None
-    codebook_size = 0 if quantizer is None else len(quantizer.codebook)
-    counts = torch.zeros(codebook_size, dtype=torch.int64)
+    adapter = model.adapter
+    sizes = () if isinstance(model.bottleneck, NoBottleneck) else adapter.stage_sizes()
+    counts = tuple(torch.zeros(size, dtype=torch.int64) for size in sizes)
     squared_error = 0.0
     for part in images.split(batch_size):
         originals = to_float(part.to(device))
         restored, indices = reconstruct(model, originals)
-        counts += torch.bincount(indices.flatten().cpu(), minlength=codebook_size)
+        for stage_counts, chosen in zip(counts, adapter.stages(indices.cpu()) if sizes else (), strict=True):
+            stage_counts += torch.bincount(chosen.flatten(), minlength=len(stage_counts))
         squared_error += float((restored - originals).square().sum(dtype=torch.float64))
-    return Evaluation(
-        psnr_db=psnr_db(squared_error / images.numel()),
-        perplexity=None if quantizer is None else float(fastvq.perplexity(counts)),
-        usage=None if quantizer is None else float(fastvq.usage(counts)),
-        counts=counts,
-    )
+    return Evaluation(psnr_db(squared_error / images.numel()), counts)

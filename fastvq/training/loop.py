@@ -272,8 +272,11 @@ class Loop(Generic[EvaluationT]):
             ValueError: a tensor is missing, or of another shape or type.
         """
         checkpoint.load_model(self.model)
+        stepped = {name.rpartition(".")[0] for name in checkpoint.part("optimizer")}
         for name, parameter in self.model.named_parameters():
-            if checkpoint.step and parameter.requires_grad:
+            # A parameter that no loss depends on, as some of a quantizer's, has no state; not all can be like that.
+            idle = bool(stepped) and name not in stepped
+            if checkpoint.step and parameter.requires_grad and not idle:
                 self.optimizer.state[parameter] = {
                     # The step count stays on the CPU, where reading it never waits for the device.
                     "step": checkpoint.tensor_like(f"optimizer.{name}.step", torch.zeros(())),

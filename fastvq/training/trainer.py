@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import fastvq
+from fastvq.codebook.health import Monitored
 from fastvq.data import Images
 from fastvq.data.images import to_float
 from fastvq.data.registry import check_outside
@@ -16,7 +16,7 @@ from fastvq.models import VQVAE
 from .build import build_model
 from .config import TrainConfig
 from .data_order import Batches, crop_randomly, flip_randomly, to_device
-from .evaluation import Evaluation, evaluate, psnr_db
+from .evaluation import Evaluation, evaluate, psnr_db, usage_record
 from .loop import Loop, Measures, usable_device
 
 
@@ -57,7 +57,7 @@ class Trainer(Loop[Evaluation]):
         # In channels-last format the features reach the quantizer without a copy: a quarter of a CPU step's time.
         model = build_model(config).to(self.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._quantizer = model.bottleneck if isinstance(model.bottleneck, fastvq.VectorQuantize) else None
+        self._quantizer = model.bottleneck if isinstance(model.bottleneck, Monitored) else None
         optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
         super().__init__(config, model, optimizer, folder, identity=images.fingerprint())
         source = images.train if images.uncropped is None else images.uncropped
@@ -88,21 +88,34 @@ class Trainer(Loop[Evaluation]):
         values: Measures = {"loss": loss, "psnr_db": psnr_db(squared_error)}
         text = f"loss {loss:.3f}, PSNR {psnr_db(squared_error):.2f} dB"
         if self._quantizer is not None:
-            counts = self._quantizer.code_counts
-            perplexity = float(fastvq.perplexity(counts))
-            values |= {"perplexity": perplexity, "usage": float(fastvq.usage(counts))}
-            lost = float(self._quantizer.health(together=False).non_finite)
+            used = usage_record(self._code_counts())
+            lost = float(self._quantizer.health(together=False).non_finite.max())
             if lost == 1:
                 raise CodebookError(f"no code of the codebook is finite at step {self.step}: try a lower learning_rate")
             self._quantizer.reset_health()
-            text += f", perplexity {perplexity:.0f}" + (f", {lost:.0%} of the codes not finite" if lost else "")
+            if used["perplexity"] is not None:
+                text += f", perplexity {used['perplexity']:.0f}"
+            text += f", {lost:.0%} of the codes not finite" if lost else ""
+            values |= used
         return values, text
 
     def evaluate(self) -> tuple[Evaluation, Measures]:
         """Return the evaluation on the held-out images, and its measures."""
         result = evaluate(self.model, self.images.test)
-        return result, {"psnr_db": result.psnr_db, "perplexity": result.perplexity, "usage": result.usage}
+        return result, {"psnr_db": result.psnr_db, **usage_record(result.stage_counts)}
 
     def more_state(self) -> dict[str, Tensor]:
         """Return the counts of chosen codes since the last record."""
-        return {} if self._quantizer is None else {"window.code_counts": self._quantizer.code_counts}
+        if self._quantizer is None:
+            return {}
+        counts = [health.code_counts for health in self._quantizer.healths()]
+        if len(counts) == 1:
+            return {"window.code_counts": counts[0]}
+        return {f"window.code_counts.{number}": values for number, values in enumerate(counts)}
+
+    def _code_counts(self) -> list[Tensor]:
+        """Return the counts (K,) of each codebook since the last record; none where levels are counted, not codes."""
+        assert self._quantizer is not None
+        tables = [health.code_counts for health in self._quantizer.healths()]
+        counts = [row for table in tables for row in table.view(-1, table.shape[-1])]
+        return counts if all(len(row) in self.model.adapter.stage_sizes() for row in counts) else []

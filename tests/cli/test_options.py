@@ -9,6 +9,7 @@ import pytest
 
 from fastvq.cli.main import _parser, main
 from fastvq.cli.options import given_settings
+from fastvq.models.bottlenecks import KINDS
 from fastvq.training.config import PriorConfig, TrainConfig
 
 COMMANDS = {"train": (["train", "--out=run"], TrainConfig), "prior": (["prior", "run"], PriorConfig)}
@@ -22,6 +23,8 @@ def test_every_field_is_an_option(command):
     given = []
     expected = {}
     for field in dataclasses.fields(settings):
+        if typing.get_origin(types[field.name]) is dict:  # has options of its own
+            continue
         option = field.name.replace("_", "-")
         if types[field.name] is bool:
             given.append(f"--no-{option}" if field.default else f"--{option}")
@@ -48,6 +51,8 @@ def test_help_says_what_each_field_is(command, capsys, monkeypatch):
     assert exit_.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(COMMANDS[command][1]):
+        if field.default is dataclasses.MISSING:
+            continue
         described = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
         assert described in text
         assert "default" in described
@@ -60,3 +65,45 @@ def test_an_optional_number_is_a_number(value, capsys):
         main(["prior", "run", f"--dim={value}"])
     assert exit_.value.code == 2
     assert f"argument --dim: invalid int value: '{value}'" in capsys.readouterr().err
+
+
+def test_options_of_the_bottleneck_are_taken_in_every_form():
+    arguments = ["--num-quantizers", "8", "--levels=8,5", "--shared-codebook", "--no-kmeans-init", "--steps=3"]
+    options = _parser().parse_args(["train", "--quantize-dropout", "--out=run", *arguments, "--eps", "-1"])
+    assert options.bottleneck_arguments == {
+        "quantize_dropout": "true", "num_quantizers": "8", "levels": "8,5", "shared_codebook": "true",
+        "kmeans_init": "false", "eps": "-1",
+    }  # fmt: skip
+    assert options.steps == 3
+
+
+def test_no_option_of_a_bottleneck_is_taken_for_an_abbreviation_of_another():
+    own = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrainConfig)} | {"--out", "--resume"}
+    for name, kind in KINDS.items():
+        for option in kind.options():
+            option = "--" + option.replace("_", "-")
+            assert not [other for other in own if other.startswith(option)], (name, option)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stps=3"], "--stps is no option of fastvq train, nor one of --bottleneck vq, which has --codebook-dim, "),
+        (
+            ["--bottleneck=fsq", "--num-quantizers=2"],
+            "nor one of --bottleneck fsq, which has --levels, --num",
+        ),
+        (["--bottleneck=none", "--levels=8"], "nor one of --bottleneck none, which has none"),
+        (["--bottleneck=rqv", "--levels=8"], "--bottleneck must be one of vq, rvq, grouped-rvq, "),
+        (["--bottleneck=random-projection"], "--bottleneck cannot be random-projection: it only returns indices"),
+        (["--bottleneck=rvq", "--num-quantizers=two"], "num_quantizers must be an integer or none, got 'two'"),
+        (["levels"], "unrecognized arguments: levels"),
+    ],
+)
+def test_an_unknown_option_is_answered_with_those_that_there_are(arguments, message, capsys, tmp_path):
+    try:
+        status = main(["train", f"--out={tmp_path / 'run'}", f"--data={tmp_path}", *arguments])
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == 2
+    assert message in capsys.readouterr().err

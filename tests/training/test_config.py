@@ -29,7 +29,7 @@ def test_settings_survive_json() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("codebook_size", 0), ("dim", 0), ("steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("decay", 1.5),
-     ("seed", -1), ("test_fraction", 1.0), ("bottleneck", "fsq"), ("image_size", 30), ("learning_rate", math.nan)],
+     ("seed", -1), ("test_fraction", 1.0), ("bottleneck", "fsk"), ("image_size", 30), ("learning_rate", math.nan)],
 )  # fmt: skip
 def test_a_setting_out_of_range_is_named(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name):

@@ -20,6 +20,7 @@ from fastvq.data import Images
 from fastvq.errors import CheckpointError, ConfigError, DataError
 from fastvq.runs.load import load_model
 from fastvq.training import Evaluation, Trainer, checkpoint, evaluate, load_images
+from fastvq.training.checkpoint import load_latest
 from fastvq.training.loop import delete_run
 from fastvq.training.metrics import read_metrics
 
@@ -87,6 +88,56 @@ def test_a_run_of_random_crops_resumes_bit_for_bit(tmp_path: Path, workers: int)
     assert resumed.fit(progress=False)
     assert_same_state(whole, resumed)
     assert whole.model.encode(torch.rand(1, 3, 8, 16)).shape == (1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bottleneck": "vq", "bottleneck_options": {"heads": 2}},
+        {"bottleneck": "rvq", "bottleneck_options": {"codebook_sizes": [8, 4], "quantize_dropout": True}},
+        {"bottleneck": "rvq", "bottleneck_options": {"num_quantizers": 2, "shared_codebook": True}},
+        {"bottleneck": "grouped-rvq"},
+        {"bottleneck": "sim-vq"},
+        {"bottleneck": "residual-sim-vq", "bottleneck_options": {"num_quantizers": 2}},
+        {
+            "bottleneck": "fsq",
+            "bottleneck_options": {"levels": [4, 3], "preserve_symmetry": True, "noise_dropout": 0.5},
+        },
+        {"bottleneck": "residual-fsq", "bottleneck_options": {"levels": [4, 3], "quantize_dropout": True}},
+        {"bottleneck": "lfq"},
+        {"bottleneck": "residual-lfq", "bottleneck_options": {"num_quantizers": 2}},
+        {"bottleneck": "fsp", "bottleneck_options": {"levels": [4, 3]}},
+        {"bottleneck": "latent", "bottleneck_options": {"levels": [4, 3]}},
+        {"bottleneck": "hierarchical", "bottleneck_options": {"quant_resi": 0.0, "nested_dropout": 0.5}},
+    ],
+    ids=lambda options: options["bottleneck"],
+)
+def test_a_run_with_any_bottleneck_resumes_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+    small = {"image_size": 8, "data": "noise", "steps": 5, "log_every": 2, "evaluate_every": 5, "checkpoint_every": 3}
+    config = dataclasses.replace(TINY, **small, **options, codebook_size=512, dead_code_threshold=1.0)
+    if "lfq" in config.bottleneck or "vq" in config.bottleneck or config.bottleneck == "hierarchical":
+        config = dataclasses.replace(config, codebook_size=16)
+    images = tiny_images()
+    images = dataclasses.replace(images, train=images.train[..., :8, :8], test=images.test[..., :8, :8])
+    whole = Trainer(config, images, tmp_path / "whole")
+    evaluation = whole.fit(progress=False)
+    assert evaluation
+
+    stop_after(Trainer(config, images, tmp_path / "parts"), 3)
+    resumed = Trainer(config, images, tmp_path / "parts", resume=True)
+    assert resumed.fit(progress=False)
+    assert_same_state(whole, resumed)
+    records = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert read_metrics(tmp_path / "parts" / "metrics.jsonl") == records
+
+    sizes = whole.model.adapter.stage_sizes()
+    assert [len(counts) for counts in evaluation.stage_counts] == [*sizes]
+    assert records[-1]["usage"] == evaluation.usage
+    if len(sizes) > 1:
+        each = [records[-1][f"usage_{n}"] for n in range(1, len(sizes) + 1)]
+        assert sum(each) / len(each) == pytest.approx(evaluation.usage)
+    # Weights without a gradient, such as those of a convolution of share 0, have no state in the optimizer.
+    assert load_latest(tmp_path / "parts").config == config
 
 
 def test_a_run_is_reproduced_by_its_seed(tmp_path: Path) -> None:
