@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -10,27 +11,28 @@ from PIL import Image
 from fastvq.training import TrainConfig, Trainer, load_images
 
 
-def tiny_run(root: Path, *, count: int, grayscale: bool) -> tuple[Path, Path]:
-    """(run, images): folders in root; images become grids of 4 x 4 codes of 24."""
+def tiny_run(root: Path, *, count: int, grayscale: bool, **settings: Any) -> tuple[Path, Path]:
+    """(run, images): folders in root; images become grids of 4 x 4 codes of 24, unless the settings say otherwise."""
     images = root / "images"
     images.mkdir()
     random = np.random.default_rng(0)
     shape = (20, 24) if grayscale else (20, 24, 3)
     for n in range(count):
         Image.fromarray(random.integers(0, 256, shape, np.uint8)).save(images / f"{n:02d}.png")
-    config = TrainConfig(
-        data=str(images),
-        image_size=16,
-        grayscale=grayscale,
-        steps=3,
-        codebook_size=24,
-        dim=8,
-        width=8,
-        residual_width=4,
-        encoder_blocks=1,
-        decoder_blocks=1,
-        batch_size=8,
-        warmup_steps=1,
-    )
+    defaults: dict[str, Any] = {
+        "data": str(images),
+        "image_size": 16,
+        "grayscale": grayscale,
+        "steps": 3,
+        "codebook_size": 24,
+        "dim": 8,
+        "width": 8,
+        "residual_width": 4,
+        "encoder_blocks": 1,
+        "decoder_blocks": 1,
+        "batch_size": 8,
+        "warmup_steps": 1,
+    }
+    config = TrainConfig(**defaults | settings)
     Trainer(config, load_images(config), root / "run").fit(progress=False)
     return root / "run", images

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from fastvq.errors import CodingError
 from fastvq.files import StrPath, write_whole
 
 from . import learned, tree
-from .container import LARGEST_CODEBOOK, MODELS, Header, pack, unpack
+from .container import LARGEST_CODEBOOK, MODELS, MOST_CODEBOOKS, Header, pack, unpack
 from .huffman import huffman_bits
 from .models import Adaptive, Model, Static
 from .stream import Coder, SymbolDecoder, SymbolEncoder
@@ -51,7 +51,7 @@ FEW_SAMPLES = 12
 
 def encode(
     indices: Tensor,
-    codebook_size: int,
+    codebook_size: int | Sequence[int],
     *,
     model: str = "adaptive",
     fingerprint: bytes = bytes(8),
@@ -64,7 +64,8 @@ def encode(
         indices: integers in [0, codebook_size), or -1 for excluded vectors. The first axis runs over samples, the
             others over the grid of each: (B, H, W), (B, T), (B, T, Q) for a residual quantizer. A single axis is one
             sequence.
-        codebook_size: K.
+        codebook_size: K; or K of each element of the last axis, whose indices are then predicted by models of their
+            own: the stages of a residual quantizer, heads or groups.
         model: "static", a frequency for each index, stored in the data; "adaptive", learned from the indices to the
             left and above during coding, which is nearly always smaller; "prior", a learned prior.
         fingerprint: 8 bytes of `fastvq.coding.fingerprint(model)`, which `decode` can check.
@@ -117,7 +118,7 @@ def decode(
             f"indices of another model: they were encoded with {header.fingerprint.hex()}, this one is"
             f" {fingerprint.hex()}"
         )
-    decisions = header.number * tree.depths(header.alphabet)
+    decisions = header.decisions
     if header.number > max_indices:
         raise CodingError(f"{header.number} indices, more than max_indices={max_indices}")
     if decisions > max_decisions:
@@ -132,7 +133,7 @@ def decode(
     try:
         if header.prior is not None and prior is not None:
             return torch.from_numpy(learned.decode(decoder, header, header.prior, prior).reshape(header.shape))
-        model = _read_table(decoder, header) if header.model == "static" else Adaptive(header.alphabet)
+        model = _read_table(decoder, header) if header.model == "static" else _adaptive(header)
         symbols = np.full(_lanes(header.shape), -1, np.int64)
         _code_symbols(symbols, header, model, decoder)
     except (AssertionError, ValueError) as error:
@@ -141,7 +142,7 @@ def decode(
 
 
 def measure(
-    indices: Tensor, codebook_size: int, *, prior: Prior | None = None, labels: Tensor | None = None
+    indices: Tensor, codebook_size: int | Sequence[int], *, prior: Prior | None = None, labels: Tensor | None = None
 ) -> dict[str, dict[str, float]]:
     """Measure the size of encoded indices under each model.
 
@@ -151,9 +152,11 @@ def measure(
         frequency.
     """
     count = max(1, indices.numel())
-    uniform = math.log2(codebook_size) if codebook_size > 1 else 0.0
+    sizes = [*codebook_size] if isinstance(codebook_size, Sequence) else [codebook_size]
+    uniform = sum(math.log2(size) for size in sizes if size > 1) / len(sizes)
     results = {"uniform": {"bits_per_index": uniform, "bytes": float(math.ceil(uniform * indices.numel() / 8))}}
-    huffman = huffman_bits(indices.detach().cpu().long().numpy().ravel())
+    values = indices.detach().cpu().long().numpy()
+    huffman = sum(huffman_bits(part.ravel()) for part in (np.moveaxis(values, -1, 0) if len(sizes) > 1 else [values]))
     results["huffman"] = {"bits_per_index": huffman / count, "bytes": float(math.ceil(huffman / 8))}
     for model in MODELS if prior is not None else MODELS[:2]:
         data, bits = _encode(indices, codebook_size, model, bytes(8), prior, labels)
@@ -182,7 +185,12 @@ def load(path: StrPath) -> bytes:
 
 
 def _encode(
-    indices: Tensor, codebook_size: int, model: str, fingerprint: bytes, prior: Prior | None, labels: Tensor | None
+    indices: Tensor,
+    codebook_size: int | Sequence[int],
+    model: str,
+    fingerprint: bytes,
+    prior: Prior | None,
+    labels: Tensor | None,
 ) -> tuple[bytes, float]:
     header, symbols = _validated(indices, codebook_size, model, fingerprint)
     encoder = SymbolEncoder()
@@ -192,7 +200,7 @@ def _encode(
     if model == "static":
         predictor: Model = _write_table(encoder, header, symbols)
     else:
-        predictor = Adaptive(header.alphabet)
+        predictor = _adaptive(header)
     _code_symbols(symbols, header, predictor, encoder, known=True)
     return _packed(header, encoder.words()), encoder.bits
 
@@ -209,17 +217,19 @@ def _packed(header: Header, words: bytes) -> bytes:
     return pack(header, words + bytes(4 * missing)) if missing else data
 
 
-def _validated(indices: Tensor, codebook_size: int, model: str, fingerprint: bytes) -> tuple[Header, Ints]:
+def _adaptive(header: Header) -> Adaptive:
+    alphabets = header.alphabets
+    return Adaptive(max(alphabets), sum(1 << tree.depths(alphabet) for alphabet in alphabets))
+
+
+def _validated(
+    indices: Tensor, codebook_size: int | Sequence[int], model: str, fingerprint: bytes
+) -> tuple[Header, Ints]:
     if model not in MODELS:
         raise CodingError(f"model: must be one of {', '.join(MODELS)}, got {model!r}")
     if len(fingerprint) != 8:
         raise CodingError(f"fingerprint: must be 8 bytes, got {len(fingerprint)}")
-    try:
-        codebook_size = operator.index(codebook_size)
-    except TypeError:
-        raise CodingError(f"codebook_size: must be an integer, got {codebook_size!r}") from None
-    if not 1 <= codebook_size <= LARGEST_CODEBOOK:
-        raise CodingError(f"codebook_size: must lie in [1, {LARGEST_CODEBOOK}], got {codebook_size}")
+    sizes = _checked_sizes(indices, codebook_size)
     if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
         raise CodingError(f"indices: must be integers, got {indices.dtype}")
     if not 1 <= indices.dim() <= 8:
@@ -227,12 +237,41 @@ def _validated(indices: Tensor, codebook_size: int, model: str, fingerprint: byt
     if max(indices.shape) >= 1 << 32:
         raise CodingError(f"indices: an axis may be up to 2^32 - 1 long, got shape {tuple(indices.shape)}")
     values = indices.detach().cpu().numpy()
-    if values.size and not (values.min() >= -1 and values.max() < codebook_size):
-        raise CodingError(f"indices: must lie in [-1, {codebook_size}), got {values.min()} to {values.max()}")
+    staged = not isinstance(sizes, int)
+    for stage, size in enumerate((sizes,) if isinstance(sizes, int) else sizes):
+        part = values[..., stage] if staged else values
+        if part.size and not (part.min() >= -1 and part.max() < size):
+            place = f" at {stage} of the last axis" if staged else ""
+            raise CodingError(f"indices: must lie in [-1, {size}){place}, got {part.min()} to {part.max()}")
     values = values.astype(np.int64)
     missing = bool(values.size and values.min() < 0)
-    header = Header(model, missing, codebook_size, tuple(indices.shape), fingerprint)
+    header = Header(model, missing, sizes, tuple(indices.shape), fingerprint)
     return header, values.reshape(_lanes(header.shape)) + missing
+
+
+def _checked_sizes(indices: Tensor, codebook_size: int | Sequence[int]) -> int | tuple[int, ...]:
+    """Return the size of the codebook, or those of all, as integers.
+
+    Raises:
+        CodingError: a size is no integer or out of range, or the last axis of the indices has another length.
+    """
+    several = isinstance(codebook_size, Sequence) and not isinstance(codebook_size, str)
+    given: Any = codebook_size if several else (codebook_size,)
+    try:
+        sizes = tuple(operator.index(size) for size in given)
+    except TypeError:
+        raise CodingError(f"codebook_size: must be an integer, or several, got {codebook_size!r}") from None
+    if not sizes or min(sizes) < 1 or sum(sizes) > LARGEST_CODEBOOK:
+        together = ", all together as well" if several else ""
+        raise CodingError(f"codebook_size: must lie in [1, {LARGEST_CODEBOOK}]{together}, got {codebook_size}")
+    if not several:
+        return sizes[0]
+    if indices.dim() < 2 or indices.shape[-1] != len(sizes) or len(sizes) > MOST_CODEBOOKS:
+        raise CodingError(
+            f"codebook_size: must be one for each of the last axis of indices {tuple(indices.shape)}, at most"
+            f" {MOST_CODEBOOKS}, got {len(sizes)}"
+        )
+    return sizes
 
 
 def _lanes(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -240,12 +279,49 @@ def _lanes(shape: tuple[int, ...]) -> tuple[int, int]:
     return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
 
 
-def _neighbors(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Yield the places to the left and above of each place of a sample's grid, -1 where there is none.
+class _Place(NamedTuple):
+    """A place of a sample's grid.
+
+    Attributes:
+        left, above: the places whose symbols are its context, -1 for none.
+        alphabet: number of symbols.
+        first_node: number added to its nodes, so that those of each codebook differ.
+    """
+
+    left: int
+    above: int
+    alphabet: int
+    first_node: int
+
+
+def _places(header: Header) -> Iterator[_Place]:
+    """Yield the places of a sample in the order of the format.
 
     "Above" is one step back along the second-to-last axis or, at its beginning, along the nearest axis before it; in a
-    sequence, the place two to the left.
+    sequence, the place two to the left. With several codebooks along the last axis, that is so for the first of them;
+    to the left of the others is the codebook before, above them the same codebook at the cell before.
     """
+    alphabets = header.alphabets
+    stages = len(alphabets)
+    first_nodes = [0]
+    for alphabet in alphabets:
+        first_nodes.append(first_nodes[-1] + (1 << tree.depths(alphabet)))
+    if isinstance(header.codebook_size, int):
+        for left, above in _neighbors(header.shape):
+            yield _Place(left, above, alphabets[0], 0)
+        return
+    for cell, (left, above) in enumerate(_neighbors(header.shape[:-1]) if len(header.shape) > 2 else [(-1, -1)]):
+        for stage, alphabet in enumerate(alphabets):
+            if stage == 0:
+                contexts = [stages * at if at >= 0 else -1 for at in (left, above)]
+            else:
+                before = left if left >= 0 else above
+                contexts = [stages * cell + stage - 1, stages * before + stage if before >= 0 else -1]
+            yield _Place(contexts[0], contexts[1], alphabet, first_nodes[stage])
+
+
+def _neighbors(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Yield the places to the left and above of each place of a sample's grid, -1 where there is none."""
     grid = shape[-1:] if len(shape) == 1 else shape[1:]
     strides = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
     for place in range(math.prod(grid)):
@@ -272,8 +348,7 @@ def _code_symbols(symbols: Ints, header: Header, model: Model, coder: Coder, *, 
 
     Unless the symbols are `known`, they are filled with those that the coder decodes.
     """
-    alphabet = header.alphabet
-    if symbols.size == 0 or tree.depths(alphabet) == 0:
+    if symbols.size == 0 or not any(map(tree.depths, header.alphabets)):
         symbols[:] = 0
         return
     for batch in _batches(len(symbols)):
@@ -283,12 +358,18 @@ def _code_symbols(symbols: Ints, header: Header, model: Model, coder: Coder, *, 
             _code_symbols_in_lists(few, header, model, coder, known=known)
             block[:] = np.array(few).T
             continue
-        outside = np.full(len(block), alphabet, np.int64)
-        for place, (left, above) in enumerate(_neighbors(header.shape)):
+        outside = np.full(len(block), max(header.alphabets), np.int64)
+        for place, (left, above, alphabet, first_node) in enumerate(_places(header)):
             contexts = [block[:, at] if at >= 0 else outside for at in (left, above)]
 
-            def decide(nodes: Ints, branching: Mask, truth: Ints | None, contexts: list[Ints] = contexts) -> Ints:
-                by_left, by_above = contexts[0][branching], contexts[1][branching]
+            def decide(
+                nodes: Ints,
+                branching: Mask,
+                truth: Ints | None,
+                contexts: list[Ints] = contexts,
+                first_node: int = first_node,
+            ) -> Ints:
+                nodes, by_left, by_above = nodes + first_node, contexts[0][branching], contexts[1][branching]
                 bits = coder.decide(model.predict(nodes, by_left, by_above), truth)
                 model.learn(nodes, by_left, by_above, bits)
                 return bits
@@ -301,8 +382,8 @@ def _code_symbols_in_lists(
 ) -> None:
     """Code the symbols (places, samples) of a few samples like `_code_symbols`, in lists instead of slower arrays."""
     count = len(symbols[0])
-    outside = [header.alphabet] * count
-    for place, (left_at, above_at) in enumerate(_neighbors(header.shape)):
+    outside = [max(header.alphabets)] * count
+    for place, (left_at, above_at, alphabet, first_node) in enumerate(_places(header)):
         left = symbols[left_at] if left_at >= 0 else outside
         above = symbols[above_at] if above_at >= 0 else outside
 
@@ -312,8 +393,9 @@ def _code_symbols_in_lists(
             truth: list[int] | None,
             left: list[int] = left,
             above: list[int] = above,
+            first_node: int = first_node,
         ) -> list[int]:
-            contexts = [(node, left[at], above[at]) for node, at in zip(nodes, branching, strict=True)]
+            contexts = [(node + first_node, left[at], above[at]) for node, at in zip(nodes, branching, strict=True)]
             rights = [
                 coder.decide_one(model.predict_one(*context), None if truth is None else truth[i])
                 for i, context in enumerate(contexts)
@@ -321,23 +403,29 @@ def _code_symbols_in_lists(
             model.learn_few(contexts, rights)
             return rights
 
-        symbols[place] = tree.walk_few(count, header.alphabet, decide, symbols[place] if known else None)
+        symbols[place] = tree.walk_few(count, alphabet, decide, symbols[place] if known else None)
 
 
 def _write_table(encoder: SymbolEncoder, header: Header, symbols: Ints) -> Static:
     """Encode the counts that a static model's probabilities follow from, each as a number up to its node's total."""
-    passing, right = tree.node_counts(symbols.ravel(), header.alphabet)
 
     def write(value: int, limit: int) -> int:
         encoder.number(value, limit)
         return value
 
-    tree.visit_nodes(passing, right, header.alphabet, write)
-    return Static(passing, right)
+    tables = []
+    for stage, alphabet in enumerate(header.alphabets):
+        passing, right = tree.node_counts(symbols[:, stage :: len(header.alphabets)].ravel(), alphabet)
+        tree.visit_nodes(passing, right, alphabet, write)
+        tables.append((passing, right))
+    return Static(*map(np.concatenate, zip(*tables, strict=True)))
 
 
 def _read_table(decoder: SymbolDecoder, header: Header) -> Static:
-    passing, right = np.zeros((2, 1 << tree.depths(header.alphabet)), np.int64)
-    passing[1:2] = header.number
-    tree.visit_nodes(passing, right, header.alphabet, lambda _, limit: decoder.number(limit))
-    return Static(passing, right)
+    tables = []
+    for alphabet in header.alphabets:
+        passing, right = np.zeros((2, 1 << tree.depths(alphabet)), np.int64)
+        passing[1:2] = header.number // len(header.alphabets)
+        tree.visit_nodes(passing, right, alphabet, lambda _, limit: decoder.number(limit))
+        tables.append((passing, right))
+    return Static(*map(np.concatenate, zip(*tables, strict=True)))

@@ -1,9 +1,10 @@
 """The file format around the coded decisions.
 
     4 bytes   "FVQ" and 0x1a         1  number of axes, 1 to 8
-    1         version, 1             8  fingerprint of the model, or zeros
-    1         index of the coder     4  codebook size
+    1         version, 1 or 2        8  fingerprint of the model, or zeros
+    1         index of the coder     4  codebook size, the largest one in version 2
     1         1 if there is a -1     4  for each axis, its length
+    4         in version 2, for each element of the last axis, a codebook's size
     17        with a prior only: 1 if samples have labels, 8 fingerprint of the prior, 8 BLAKE2b of the indices
     ...       the range coder's 32-bit words
     8         BLAKE2b of all bytes before
@@ -27,8 +28,10 @@ from . import tree
 from .models import LEAST_BITS
 
 MODELS = ("static", "adaptive", "prior")
-MAGIC, VERSION = b"FVQ\x1a", 1
+MAGIC, VERSION, STAGED = b"FVQ\x1a", 1, 2
 LARGEST_CODEBOOK = 1 << 24
+"""Largest number of codes of a codebook, or of several together."""
+MOST_CODEBOOKS = 1 << 10
 _HEAD = struct.Struct("<4sBBBB8sI")
 _PRIOR = struct.Struct("<B8s8s")
 _DIGEST = 8
@@ -48,7 +51,7 @@ class Header(NamedTuple):
 
     model: str
     missing: bool  # whether -1 may occur
-    codebook_size: int
+    codebook_size: int | tuple[int, ...]  # a tuple: one for each element of the last axis
     shape: tuple[int, ...]
     fingerprint: bytes  # 8 bytes, zeros for none
     prior: PriorHeader | None = None
@@ -59,23 +62,34 @@ class Header(NamedTuple):
         return math.prod(self.shape)
 
     @property
-    def alphabet(self) -> int:
-        """Number of symbols: the indices in [0, K), preceded by -1 where it may occur."""
-        return self.codebook_size + self.missing
+    def alphabets(self) -> tuple[int, ...]:
+        """Numbers of symbols of each codebook: the indices in [0, K), preceded by -1 where it may occur.
+
+        Places of a sample have the codebooks in turn.
+        """
+        sizes = (self.codebook_size,) if isinstance(self.codebook_size, int) else self.codebook_size
+        return tuple(size + self.missing for size in sizes)
+
+    @property
+    def decisions(self) -> int:
+        """Largest number of binary decisions of all indices."""
+        alphabets = self.alphabets
+        return self.number // len(alphabets) * sum(map(tree.depths, alphabets))
 
 
 def pack(header: Header, words: bytes) -> bytes:
     """Return the bytes of a file with this header and these coded words."""
+    sizes = () if isinstance(header.codebook_size, int) else header.codebook_size
     head = _HEAD.pack(
         MAGIC,
-        VERSION,
+        STAGED if sizes else VERSION,
         MODELS.index(header.model),
         header.missing,
         len(header.shape),
         header.fingerprint,
-        header.codebook_size,
+        max(sizes) if sizes else header.codebook_size,
     )
-    body = head + struct.pack(f"<{len(header.shape)}I", *header.shape)
+    body = head + struct.pack(f"<{len(header.shape) + len(sizes)}I", *header.shape, *sizes)
     if header.prior is not None:
         body += _PRIOR.pack(*header.prior)
     body += words
@@ -103,8 +117,8 @@ def unpack(data: bytes) -> tuple[Header, bytes]:
     if len(data) < _HEAD.size + _DIGEST:
         raise CodingError(f"truncated: {len(data)} bytes are less than a header")
     _, version, model, missing, axes, fingerprint, codebook_size = _HEAD.unpack_from(data)
-    if version != VERSION:
-        raise CodingError(f"written in version {version} of the format; this fastvq reads version {VERSION}")
+    if version not in (VERSION, STAGED):
+        raise CodingError(f"written in version {version} of the format; this fastvq reads versions 1 and 2")
     body, expected = data[:-_DIGEST], data[-_DIGEST:]
     if digest(body) != expected:
         raise CodingError("damaged or truncated: the digest at the end doesn't match the bytes before it")
@@ -113,20 +127,28 @@ def unpack(data: bytes) -> tuple[Header, bytes]:
     if model >= len(MODELS) or missing + learned > 1 or not 1 <= axes <= _AXES or start > len(body):
         raise CodingError(f"invalid header: model {model}, flag {missing}, {axes} axes")
     shape = struct.unpack_from(f"<{axes}I", body, _HEAD.size)
-    prior = None
+    largest, prior = codebook_size, None
+    if version == STAGED:
+        start += 4 * shape[-1]
+        if not (axes > 1 and 1 <= shape[-1] <= MOST_CODEBOOKS and start <= len(body)):
+            raise CodingError(f"invalid header: {shape[-1]} codebooks, at most {MOST_CODEBOOKS}, in {len(body)} bytes")
+        codebook_size = struct.unpack_from(f"<{shape[-1]}I", body, _HEAD.size + 4 * axes)
+        if largest != max(codebook_size) or min(codebook_size) < 1:
+            raise CodingError(f"invalid header: codebooks of {codebook_size} codes, the largest of {largest}")
+        largest = sum(codebook_size)
     if learned:
         labeled, prior_fingerprint, symbols_digest = _PRIOR.unpack_from(body, start - _PRIOR.size)
         prior = PriorHeader(bool(labeled), prior_fingerprint, symbols_digest)
     header = Header(MODELS[model], bool(missing), codebook_size, shape, fingerprint, prior)
-    if not 1 <= codebook_size <= LARGEST_CODEBOOK:
-        raise CodingError(f"a codebook of {codebook_size} codes; it may have 1 to {LARGEST_CODEBOOK}")
+    if not 1 <= largest <= LARGEST_CODEBOOK:
+        raise CodingError(f"a codebook of {largest} codes; it may have 1 to {LARGEST_CODEBOOK}")
     if math.prod(max(1, length) for length in shape) >= 1 << 60:
         raise CodingError(f"invalid shape: {shape}")
     words = body[start:]
     if len(words) % 4:
         raise CodingError(f"{len(words)} bytes of coded data are not whole 32-bit words")
     # A decision costs at least LEAST_BITS; the coder may omit up to two trailing words.
-    if header.number * tree.depths(header.alphabet) * LEAST_BITS > 8 * (len(words) + 8):
+    if header.decisions * LEAST_BITS > 8 * (len(words) + 8):
         raise CodingError(f"{header.number} indices are more than {len(words)} bytes of coded data can hold")
     return header, words
 

@@ -79,7 +79,7 @@ def _symbols_digest(symbols: Ints) -> bytes:
     return digest(symbols.astype("<i8").tobytes())
 
 
-def _check_fit(prior: Prior, codebook_size: int, shape: tuple[int, ...]) -> None:
+def _check_fit(prior: Prior, codebook_size: int | tuple[int, ...], shape: tuple[int, ...]) -> None:
     """Check that a prior was built for this codebook size and shape of indices.
 
     Raises:
@@ -106,18 +106,19 @@ def _code_symbols(
     Unless the symbols are `known`, they are filled with those that the coder decodes.
     """
     prior.check_modules()
-    fixed, size = Fixed(), prior.codebook_size
+    fixed, sizes = Fixed(), prior.sizes
     rows = prior.label_rows(labels, len(symbols), torch.device("cpu"))
-    for first in range(0, len(symbols) if tree.depths(size) else 0, LANES):
+    for first in range(0, len(symbols) if any(map(tree.depths, sizes)) else 0, LANES):
         block = symbols[first : first + LANES]
         indices = torch.zeros(block.shape, dtype=torch.int64)
         state = prior.begin(fixed, rows[first : first + LANES])
-        for place in range(prior.places):
+        for place in prior.order:
             probabilities = _right_probabilities(prior.step(fixed, state, indices, place))
 
             def decide(nodes: Ints, branching: Mask, truth: Ints | None, probabilities: Ints = probabilities) -> Ints:
                 return coder.decide(probabilities[np.flatnonzero(branching), nodes], truth)
 
+            size = sizes[place % len(sizes)]
             block[:, place] = tree.walk(len(block), size, decide, block[:, place] if known else None)
             indices[:, place] = torch.from_numpy(block[:, place])
 

@@ -128,8 +128,8 @@ class Adaptive:
     Source: hierarchical smoothing as in MacKay and Peto, A hierarchical Dirichlet language model, 1995.
     """
 
-    def __init__(self, alphabet: int) -> None:
-        self._nodes = 1 << tree.depths(alphabet)
+    def __init__(self, alphabet: int, nodes: int | None = None) -> None:
+        self._nodes = 1 << tree.depths(alphabet) if nodes is None else nodes
         self._symbols = alphabet + 1  # the last one stands for "outside the grid"
         self._none = _Counts(self._nodes)
         size = min(_TABLE, self._nodes * self._symbols)

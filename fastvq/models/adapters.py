@@ -114,7 +114,8 @@ class Adapter:
             if quantizer.codebook_size > _MOST_VECTORS:
                 return None
             if isinstance(quantizer, FSP):
-                vectors = quantizer.indices_to_act_value(torch.arange(quantizer.codebook_size))
+                device = next((parameter.device for parameter in quantizer.parameters()), None)
+                vectors = quantizer.indices_to_act_value(torch.arange(quantizer.codebook_size, device=device))
             else:
                 vectors = quantizer.codebook if isinstance(quantizer, LFQ) else quantizer.implicit_codebook
         elif isinstance(found := getattr(quantizer, "codebook", None), Tensor):

@@ -21,7 +21,6 @@ from fastvq.training.loop import usable_device
 from fastvq.training.prior import IndexData, PriorTrainer
 
 from .indices import run_indices
-from .train_prior import codebook_of
 
 FIXED_SETTINGS = ("kind", "steps", "evaluate_every", "checkpoint_every")
 """Settings that a comparison chooses itself."""
@@ -61,11 +60,18 @@ def compare_priors(
     if config is not None and usable_device(config.device).type != "cpu":
         raise ConfigError(f"device must be 'cpu' where kinds are compared by processor time, got '{config.device}'")
     model, indices, codebook_size = run_indices(run, data)
-    identity, vectors = fingerprint(model).hex(), codebook_of(model)
+    identity, vectors = fingerprint(model).hex(), model.adapter.code_vectors()
     records: list[dict[str, Any]] = []
-    for kind in PRIOR_KINDS:
+    # A PixelCNN takes one index at each position.
+    kinds = PRIOR_KINDS if isinstance(codebook_size, int) else [kind for kind in PRIOR_KINDS if kind != "pixelcnn"]
+    for kind in kinds:
         settings = dataclasses.replace(
-            config or PriorConfig(), kind=kind, evaluate_every=_NEVER, checkpoint_every=_NEVER, steps=_WARM_UP + _TIMED
+            config or PriorConfig(),
+            kind=kind,
+            pattern=config.pattern if config is not None and kind == "transformer" else "flat",
+            evaluate_every=_NEVER,
+            checkpoint_every=_NEVER,
+            steps=_WARM_UP + _TIMED,
         )
         record = _train_for(seconds, settings, indices, codebook_size, identity, vectors, progress=progress)
         if record is None:
@@ -90,9 +96,9 @@ def _train_for(
     seconds: float,
     config: PriorConfig,
     data: IndexData,
-    codebook_size: int,
+    codebook_size: int | tuple[int, ...],
     identity: str,
-    vectors: Tensor | None,
+    vectors: Tensor | tuple[Tensor, ...] | None,
     *,
     progress: bool,
 ) -> dict[str, Any] | None:

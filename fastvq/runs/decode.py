@@ -13,6 +13,7 @@ from fastvq.data.image_io import WRITTEN, write_image, write_images
 from fastvq.errors import CodingError, ConfigError, counted
 from fastvq.files import StrPath, check_new, whole, whole_folder
 
+from .encode import range_of
 from .load import load_model, load_prior
 from .outputs import check_ending, check_outside_data, is_folder
 
@@ -49,8 +50,8 @@ def decode_images(run: StrPath, source: StrPath, path: StrPath, *, limits: codin
     if (header.codebook_size, header.shape[1:], header.missing) != (size, shape, False):
         missing = ", some of them missing" if header.missing else ""
         raise CodingError(
-            f"{source} holds indices of shape {header.shape} in {_range(header.codebook_size)}{missing}; an image of"
-            f" {run} is {' x '.join(map(str, shape))} indices in {_range(size)}"
+            f"{source} holds indices of shape {header.shape} in {range_of(header.codebook_size)}{missing}; an image of"
+            f" {run} is {' x '.join(map(str, shape))} indices in {range_of(size)}"
         )
     if not is_folder(path) and header.shape[0] != 1:
         raise ConfigError(f"out: {path} would hold one image, but {source} holds {header.shape[0]}: give a new folder")
@@ -64,12 +65,6 @@ def decode_images(run: StrPath, source: StrPath, path: StrPath, *, limits: codin
                 for first in range(0, len(indices), _BATCH):
                     write_images(partial, vqvae.decode(indices[first : first + _BATCH]).clamp(0, 1), first)
     return [f"{counted(len(indices), 'image')}: {path}"]
-
-
-def _range(size: int | tuple[int, ...]) -> str:
-    if isinstance(size, int):
-        return f"[0, {size})"
-    return f"[0, {size[0]})" if len(set(size)) == 1 else f"[0, {', '.join(map(str, size))}) by stage"
 
 
 def decode_array(

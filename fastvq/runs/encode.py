@@ -66,7 +66,7 @@ def encode_held_out(run: StrPath, path: StrPath, *, model: str = "adaptive", dat
     `run_images`.
     """
     check_ending(path, [ENDING])
-    vqvae, config, prior = _models(run, model)
+    vqvae, _, prior = _models(run, model)
     images = run_images(run, data)
     labels = images.test_labels if prior is not None and prior.classes else None
     return _encode(vqvae, images.test, path, model, prior, labels)
@@ -130,23 +130,38 @@ def encode_array(
         raise CodingError(f"{source}: indices must lie in [-1, 2^24), got {values.max()}")
     indices = torch.from_numpy(values.astype(np.int64))
     prior, fingerprint = None, bytes(8)
+    size: int | tuple[int, ...]
     if model == "prior":
         if run is None:
             raise CodingError("--run: needed to code with a run's prior")
         prior = load_prior(run)[0]
     if run is not None:
         vqvae, config = load_model(run)
-        if codebook_size not in (None, config.codebook_size):
-            raise CodingError(f"--codebook-size: {run} has indices in [0, {config.codebook_size}), got {codebook_size}")
-        codebook_size = config.codebook_size
-        fingerprint = coding.fingerprint(vqvae)
-    if codebook_size is None:
-        codebook_size = max(1, int(indices.max()) + 1) if indices.numel() else 1
-    data = coding.encode(indices, codebook_size, model=model, fingerprint=fingerprint, prior=prior)
+        if config.bottleneck == "none":
+            raise CodingError(f"{run} was trained without a bottleneck: it has no indices")
+        own = vqvae.codebook_size
+        if codebook_size not in (None, own):
+            raise CodingError(f"--codebook-size: {run} has indices in {range_of(own)}, got {codebook_size}")
+        size, fingerprint = own, coding.fingerprint(vqvae)
+    elif codebook_size is not None:
+        size = codebook_size
+    else:
+        size = max(1, int(indices.max()) + 1) if indices.numel() else 1
+    data = coding.encode(indices, size, model=model, fingerprint=fingerprint, prior=prior)
     coding.save(path, data)
-    return [_summary(path, data, indices.numel(), codebook_size)]
+    return [_summary(path, data, indices.numel(), size)]
 
 
-def _summary(path: StrPath, data: bytes, count: int, codebook_size: int) -> str:
+def range_of(size: int | tuple[int, ...]) -> str:
+    """Return the range of indices as text, for one codebook or several."""
+    if isinstance(size, int):
+        return f"[0, {size})"
+    each = f"[0, {size[0]})" if len(set(size)) == 1 else f"below {', '.join(map(str, size))}"
+    return f"{each} of {len(size)} codebooks"
+
+
+def _summary(path: StrPath, data: bytes, count: int, codebook_size: int | tuple[int, ...]) -> str:
     bits = 8 * len(data) / max(1, count)
-    return f"{path}: {len(data)} bytes, {bits:.2f} bits per index (log2 K: {math.log2(codebook_size):.2f})"
+    sizes = (codebook_size,) if isinstance(codebook_size, int) else codebook_size
+    uniform = sum(map(math.log2, sizes)) / len(sizes)
+    return f"{path}: {len(data)} bytes, {bits:.2f} bits per index (log2 K: {uniform:.2f})"

@@ -71,8 +71,12 @@ class _Sums:
     per_image: dict[str, Tensor]  # (N,) float64 each; squared_error is the mean over the pixels of an image
     counts: tuple[Tensor, ...]  # (K,) int64 for each codebook
     sizes: tuple[int, ...]  # K of each codebook
-    indices_per_image: int
+    stage_indices: tuple[int, ...]  # number of indices of an image in each codebook
     rfid: float | None
+
+    @property
+    def indices_per_image(self) -> int:
+        return sum(self.stage_indices)
 
 
 def evaluate_run(
@@ -126,6 +130,10 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str, str]]:
             low, high = measured.get("low"), measured.get("high")
             interval = "" if low is None else f"{_number(name, low)} to {_number(name, high)}"
             rows.append((label, _number(name, measured["value"]), interval))
+            rows += [
+                (f"  of codebook {number}", _number(name, value), "")
+                for number, value in enumerate(measured.get("codebooks", ()), start=1)
+            ]
     return rows
 
 
@@ -169,7 +177,7 @@ def _evaluate(
     """Return the measures of a model on images, and how they were taken."""
     count, shape = sum(map(len, parts)), tuple(parts[0].shape[1:])
     sums, refused = _pass_over(model, parts, labels, count, download=download)
-    measures: dict[str, dict[str, float]] = {}
+    measures: dict[str, dict[str, Any]] = {}
     for name, values in sums.per_image.items():
         if name != "squared_error":
             measures[name] = _with_interval(values)
@@ -180,13 +188,16 @@ def _evaluate(
     }
     dimensions = math.prod(shape)
     if sums.indices_per_image:
-        stored = sum(sums.indices_per_image / len(sums.sizes) * math.log2(size) for size in sums.sizes)
+        stored = sum(n * math.log2(size) for n, size in zip(sums.stage_indices, sums.sizes, strict=True))
         measures["bits_per_index"] = {"value": stored / sums.indices_per_image}
         measures["bits_per_dimension"] = {"value": stored / dimensions}
         usages = [float(fastvq.usage(counts)) for counts in sums.counts]
         perplexities = [float(fastvq.perplexity(counts)) for counts in sums.counts]
         measures["usage"] = {"value": sum(usages) / len(usages)}
         measures["perplexity"] = {"value": sum(perplexities) / len(perplexities)}
+        if len(sums.sizes) > 1:
+            measures["usage"]["codebooks"] = usages
+            measures["perplexity"]["codebooks"] = perplexities
     if "prior_bits" in measures:
         bits = measures.pop("prior_bits")
         for name, divisor in (("index", sums.indices_per_image), ("dimension", dimensions)):
@@ -216,7 +227,8 @@ def _pass_over(
     taken = image_measures((height, width), count, model.device, download=download)
     refused = dict(taken.refused)
     without = isinstance(model.vqvae.bottleneck, NoBottleneck)
-    sizes = () if without else (model.config.codebook_size,)
+    adapter = model.vqvae.adapter
+    sizes = () if without else adapter.stage_sizes()
     prior = model.prior
     if without:
         refused |= dict.fromkeys(("bits_per_index", "usage", "perplexity"), "the run was trained without a bottleneck")
@@ -224,7 +236,7 @@ def _pass_over(
         refused["prior_bits_per_index"] = model.no_prior
     values: dict[str, list[Tensor]] = {}
     counts = [torch.zeros(size, dtype=torch.int64) for size in sizes]
-    indices_per_image = 0
+    stage_indices: tuple[int, ...] = ()
     with Progress(count, "image") as progress:
         for pixels, classes in _batches(parts, labels if prior is not None and prior.classes else None):
             originals = to_float(pixels.to(model.device))
@@ -233,9 +245,10 @@ def _pass_over(
             else:
                 indices = model.encode(originals)
                 restored = model.decode(indices)
-                indices_per_image = indices[0].numel()
-                for stage, chosen in enumerate(indices.reshape(-1, len(sizes)).cpu().unbind(1)):
-                    counts[stage] += torch.bincount(chosen[chosen >= 0], minlength=sizes[stage])
+                stages = [chosen.flatten(1) for chosen in adapter.stages(indices.cpu())]
+                stage_indices = tuple(chosen.shape[1] for chosen in stages)
+                for own, chosen in zip(counts, stages, strict=True):
+                    own += torch.bincount(chosen[chosen >= 0], minlength=len(own))
                 if prior is not None:
                     given = None if classes is None else classes.to(model.device)
                     values.setdefault("prior_bits", []).append(prior.bits(indices, given).cpu())
@@ -248,7 +261,7 @@ def _pass_over(
             progress.update(len(pixels))
     rfid = None if taken.rfid is None else taken.rfid.result()
     per_image = {name: torch.cat(own) for name, own in values.items()}
-    return _Sums(per_image, tuple(counts), sizes, indices_per_image, rfid), refused
+    return _Sums(per_image, tuple(counts), sizes, stage_indices, rfid), refused
 
 
 def _batches(parts: Sequence[Tensor], labels: Sequence[Tensor] | None) -> Iterator[tuple[Tensor, Tensor | None]]:

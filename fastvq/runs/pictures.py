@@ -11,14 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fastvq
+import torch
+from torch import Tensor
+
 from fastvq.data import Images
 from fastvq.data.images import to_float
 from fastvq.data.registry import name_of
 from fastvq.errors import counted
 from fastvq.files import StrPath
 from fastvq.models import VQVAE
+from fastvq.models.adapters import Adapter
 from fastvq.training.checkpoint import load_latest
+from fastvq.training.config import PriorConfig
 from fastvq.training.evaluation import Evaluation, reconstruct
 from fastvq.training.metrics import read_metrics
 from fastvq.training.trainer import Trainer
@@ -103,21 +107,23 @@ def picture_run(trainer: Trainer, evaluation: Evaluation, *, captioned: bool = T
     fails is a warning.
     """
     folder, model, images = trainer.folder, trainer.model, trainer.images
-    codebook_size = trainer.config.codebook_size
+    adapter = model.adapter
+    sizes = adapter.stage_sizes() if evaluation.stage_counts else (1,)
     paths = []
     with failures_as_warnings("picture of curves"):
         path = folder / "curves.png"
         records = read_metrics(folder / "metrics.jsonl")
         title = f"{images.name}: training"
-        plots.save_curves(path, records, codebook_size=codebook_size, title=title, captioned=captioned)
+        highest = sum(sizes) / len(sizes)
+        plots.save_curves(path, records, codebook_size=highest, title=title, captioned=captioned)
         paths.append(path)
-    if evaluation.perplexity is None or not isinstance(model.bottleneck, fastvq.VectorQuantize):
+    if evaluation.perplexity is None:
         return paths
     with failures_as_warnings("picture of usage"):
         path = folder / "usage.png"
         plots.save_usage(
             path,
-            evaluation.counts,
+            evaluation.stage_counts,
             perplexity=evaluation.perplexity,
             title=f"{images.name}: codebook usage on {counted(len(images.test), 'held-out image')}",
             captioned=captioned,
@@ -131,9 +137,9 @@ def picture_run(trainer: Trainer, evaluation: Evaluation, *, captioned: bool = T
         plots.save_indices(
             path,
             originals,
-            indices,
+            adapter.stages(indices),
             restored,
-            model.bottleneck.codebook,
+            _vectors_to_color(adapter),
             title=f"{images.name}: images as indices",
             captioned=captioned,
         )
@@ -141,14 +147,23 @@ def picture_run(trainer: Trainer, evaluation: Evaluation, *, captioned: bool = T
     return paths
 
 
+def _vectors_to_color(adapter: Adapter) -> list[Tensor]:
+    """Return vectors (K, D) for each codebook; the numbers of the codes where there are no vectors."""
+    sizes, vectors = adapter.stage_sizes(), adapter.code_vectors()
+    if vectors is None:
+        return [torch.arange(size, dtype=torch.float32)[:, None] for size in sizes]
+    return list(vectors) if isinstance(vectors, tuple) else [vectors] * len(sizes)
+
+
 def picture_prior(run: StrPath, *, captioned: bool = True) -> Path:
     """Draw the training curve of a run's prior from its records, and return the picture's path."""
     config = load_latest(run).config
     folder = Path(run) / PRIOR_FOLDER
+    learned = load_latest(folder, PriorConfig).built_from["settings"]
     plots.save_bits(
         folder / "curves.png",
         read_metrics(folder / "metrics.jsonl"),
-        codebook_size=config.codebook_size,
+        codebook_size=learned["codebook_size"],
         title=f"{name_of(config.data)}: training of the prior",
         captioned=captioned,
     )

@@ -37,6 +37,8 @@ _LINE = 1.35  # height of a line, in units of the font's size
 _TITLE_SIZE, _CAPTION_SIZE, _LABEL_SIZE = 12, 9, 8
 _SMALLEST_NUMBER = 5.0  # points, below which digits cannot be read
 _FEW_POINTS = 30
+_IN_LEGEND, _DRAWN_CODEBOOKS = 8, 4
+"""Largest numbers of codebooks with a line in the legend, and with a grid in the picture of indices."""
 
 
 def check_format(path: StrPath) -> None:
@@ -236,14 +238,14 @@ def _points(records: Sequence[dict[str, Any]], split: str, key: str) -> list[tup
 
 
 def save_curves(
-    path: StrPath, records: Sequence[dict[str, Any]], *, codebook_size: int, title: str, captioned: bool = True
+    path: StrPath, records: Sequence[dict[str, Any]], *, codebook_size: float, title: str, captioned: bool = True
 ) -> None:
     """Draw loss, PSNR and perplexity over the steps; a measure without records is left out.
 
     Args:
         path: file to write, whose ending is in `FORMATS`.
         records: the lines of metrics.jsonl, at least one; those of split "test" are drawn as dots.
-        codebook_size: K, the highest possible perplexity.
+        codebook_size: K, the highest possible perplexity; of several codebooks, the mean.
         title: text above the figure.
         captioned: whether title and caption stand in the figure.
     """
@@ -257,7 +259,7 @@ def save_curves(
         " line mean overfitting."
     )
     if any(key == "perplexity" for _, key, _ in panels):
-        caption += f" Perplexity is the number of codes in effective use, at most {codebook_size}."
+        caption += f" Perplexity is the number of codes in effective use, at most {codebook_size:g}."
     figure = _figure(max(6.0, 3.7 * len(panels)), 3.6, *((title, caption) if captioned else ("", "")))
     for axes, (name, key, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
         _draw_splits(axes, lines)
@@ -268,7 +270,7 @@ def save_curves(
             low, high = axes.get_ylim()
             axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
         if key == "perplexity":
-            axes.axhline(codebook_size, color=_GRAY, linestyle=":", label=f"uniform over {codebook_size}")
+            axes.axhline(codebook_size, color=_GRAY, linestyle=":", label=f"uniform over {codebook_size:g}")
             axes.set_ylim(0, codebook_size * 1.08)
         axes.set_ylabel(name)
         _legend_above(axes, columns=2)
@@ -276,18 +278,25 @@ def save_curves(
 
 
 def save_bits(
-    path: StrPath, records: Sequence[dict[str, Any]], *, codebook_size: int, title: str, captioned: bool = True
+    path: StrPath,
+    records: Sequence[dict[str, Any]],
+    *,
+    codebook_size: int | Sequence[int],
+    title: str,
+    captioned: bool = True,
 ) -> None:
     """Draw the bits per index of a prior over the steps of its training.
 
     Args:
         path: file to write, whose ending is in `FORMATS`.
         records: the lines of metrics.jsonl; those of split "test" are drawn as dots.
-        codebook_size: K; an index takes log2 K bits under the uniform distribution.
+        codebook_size: K, or K of each codebook; an index takes log2 K bits under the uniform distribution.
         title: text above the figure.
         captioned: whether title and caption stand in the figure.
     """
-    uniform = math.log2(codebook_size)
+    sizes = [*codebook_size] if isinstance(codebook_size, Sequence) else [codebook_size]
+    uniform = sum(map(math.log2, sizes)) / len(sizes)
+    over = f"{sizes[0]}" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
     lines = {split: _points(records, split, "bits_per_index") for split in ("train", "test")}
     reached = f", {lines['test'][-1][1]:.2f} at the end" if lines["test"] else ""
     caption = (
@@ -297,7 +306,7 @@ def save_bits(
     )
     figure = _figure(8, 3.6, *((title, caption) if captioned else ("", "")))
     axes = figure.subplots()
-    axes.axhline(uniform, color=_GRAY, linestyle=":", label=f"uniform over {codebook_size} codes: {uniform:.2f} bits")
+    axes.axhline(uniform, color=_GRAY, linestyle=":", label=f"uniform over {over} codes: {uniform:.2f} bits")
     _draw_splits(axes, lines)
     axes.set_ylabel("bits per index")
     _legend_above(axes, columns=3)
@@ -327,34 +336,44 @@ def _legend_above(axes: Any, *, columns: int) -> None:
     axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False)
 
 
-def save_usage(path: StrPath, counts: Tensor, *, perplexity: float, title: str, captioned: bool = True) -> None:
+def save_usage(
+    path: StrPath, counts: Sequence[Tensor], *, perplexity: float, title: str, captioned: bool = True
+) -> None:
     """Draw the number of times that each code is chosen, most used first.
 
     Args:
         path: file to write, whose ending is in `FORMATS`.
-        counts: (K,), int64.
-        perplexity: exp of the entropy of `counts`.
+        counts: for each codebook, (K,) int64.
+        perplexity: exp of the entropy of `counts`, averaged over codebooks.
         title: text above the figure.
         captioned: whether title and caption stand in the figure.
     """
-    ordered = counts.sort(descending=True).values.tolist()
-    unused = sum(count == 0 for count in ordered)
+    ordered = [own.sort(descending=True).values.tolist() for own in counts]
+    codes = sum(map(len, ordered))
+    unused = sum(count == 0 for own in ordered for count in own)
+    one = len(ordered) == 1
     caption = (
-        "One bar per code. A flat profile near the dotted line means that the whole codebook is used; a cliff, that it"
-        f" has collapsed onto few codes. Here {unused} of {counted(len(ordered), 'code')}"
-        f" {'is' if unused == 1 else 'are'} unused; the perplexity is {perplexity:.0f}."
+        f"One {'bar per code' if one else 'line per codebook'}. A flat profile"
+        f"{' near the dotted line' if one else ''} means that the whole codebook is used; a cliff, that it"
+        f" has collapsed onto few codes. Here {unused} of {counted(codes, 'code')}"
+        f" {'is' if unused == 1 else 'are'} unused; the {'' if one else 'mean '}perplexity is {perplexity:.0f}."
     )
     figure = _figure(9, 3.4, *((title, caption) if captioned else ("", "")))
     axes = figure.subplots()
-    axes.bar(range(len(ordered)), ordered, width=1.0, color=_BLUE)
-    mean = sum(ordered) / max(1, len(ordered))
-    # Small means have decimals: "0 times each" would contradict the bars.
-    text = f"{mean:.0f}" if mean >= 10 else f"{mean:.2g}"
-    axes.axhline(mean, color=_ORANGE, linestyle=":", label=f"uniform usage: {text} times each")
-    axes.set_xlim(-0.5, len(ordered) - 0.5)
+    if one:
+        axes.bar(range(codes), ordered[0], width=1.0, color=_BLUE)
+        mean = sum(ordered[0]) / max(1, codes)
+        # Small means have decimals: "0 times each" would contradict the bars.
+        text = f"{mean:.0f}" if mean >= 10 else f"{mean:.2g}"
+        axes.axhline(mean, color=_ORANGE, linestyle=":", label=f"uniform usage: {text} times each")
+    for number, own in enumerate(ordered if not one else (), start=1):
+        style = {"color": SERIES[(number - 1) % len(SERIES)], "alpha": 1 - 0.6 * (number - 1) / len(ordered)}
+        label = f"codebook {number}" if number <= _IN_LEGEND else None
+        axes.step(range(len(own)), own, where="mid", label=label, **style)
+    axes.set_xlim(-0.5, max(map(len, ordered)) - 0.5)
     axes.set_xlabel("code, by rank")
     axes.set_ylabel("times chosen")
-    _legend_above(axes, columns=1)
+    _legend_above(axes, columns=1 if one else min(len(ordered), _IN_LEGEND))
     save_figure(figure, path, caption, title)
 
 
@@ -374,47 +393,66 @@ def code_colors(codebook: Tensor) -> Tensor:
 def save_indices(
     path: StrPath,
     originals: Tensor,
-    indices: Tensor,
+    indices: Sequence[Tensor],
     restored: Tensor,
-    codebook: Tensor,
+    codebooks: Sequence[Tensor],
     *,
     title: str,
     captioned: bool = True,
 ) -> None:
     """Draw images, their indices as colored grids, and the reconstructions from these indices.
 
-    The indices stand in their cells where these are large enough to read them.
+    The indices stand in their cells where these are large enough to read them. Of many codebooks, the first are drawn.
 
     Args:
         path: file to write, whose ending is in `FORMATS`.
         originals, restored: (N, C, H, W), float in [0, 1].
-        indices: (N, h, w), int64.
-        codebook: (K, D), for the colors.
+        indices: for each codebook, (N, h, w) int64.
+        codebooks: for each, (K, D), for the colors.
         title: text above the figure.
         captioned: whether title and caption stand in the figure.
     """
-    colors = code_colors(codebook)
-    count, height, width = indices.shape
+    shown = list(zip(indices, map(code_colors, codebooks), strict=False))[:_DRAWN_CODEBOOKS]
+    count, height, width = indices[0].shape
+    grids = f"{height} x {width} indices below {len(codebooks[0])}"
+    names = ["indices"]
+    if len(indices) > 1:
+        names = [f"indices, codebook {number}" for number in range(1, len(shown) + 1)]
+        sizes = {(*own.shape[1:], len(codes)) for own, codes in zip(indices, codebooks, strict=True)}
+        grids = f"{len(indices)} grids of indices"
+        if len(sizes) == 1:
+            grids = f"{len(indices)} grids of {height} x {width} indices below {len(codebooks[0])}"
+        grids += f", the first {len(shown)} of which are shown" if len(shown) < len(indices) else ""
     caption = (
-        f"Each image becomes {height} x {width} indices below {len(codebook)}, and the right picture is decoded from"
-        " these alone. Similar colors stand for similar codes."
+        f"Each image becomes {grids}, and the right picture is decoded from"
+        f" these{'' if len(shown) < len(indices) else ' alone'}. Similar colors stand for similar codes."
     )
     panel = 2.3
-    digits = len(str(len(codebook) - 1))
-    cell = panel * _POINTS / max(height, width)
-    size = min(8.0, 0.8 * cell, 0.85 * cell / (digits * _DIGIT))
-    figure = _figure(3 * panel + 0.4, (panel + 0.1) * count + 0.25, *((title, caption) if captioned else ("", "")))
-    for row, panels in enumerate(figure.subplots(count, 3, squeeze=False)):
+    columns = 2 + len(shown)
+    figure = _figure(
+        columns * panel + 0.4, (panel + 0.1) * count + 0.25, *((title, caption) if captioned else ("", ""))
+    )
+    for row, panels in enumerate(figure.subplots(count, columns, squeeze=False)):
         _show(panels[0], originals[row])
-        panels[1].imshow(colors[indices[row].cpu()].numpy())
-        panels[1].set_xticks([])
-        panels[1].set_yticks([])
-        if size >= _SMALLEST_NUMBER:
-            for y in range(height):
-                for x in range(width):
-                    panels[1].text(x, y, str(int(indices[row, y, x])), ha="center", va="center", fontsize=size)
-        _show(panels[2], restored[row])
+        for axes, (own, colors) in zip(panels[1:-1], shown, strict=True):
+            _show_indices(axes, own[row], colors, panel)
+        _show(panels[-1], restored[row])
         if row == 0:
-            for panel_axes, text in zip(panels, ("original", "indices", "decoded from the indices"), strict=True):
-                panel_axes.set_title(text, fontsize=10)
+            for axes, text in zip(panels, ("original", *names, "decoded from the indices"), strict=True):
+                axes.set_title(text, fontsize=10)
     save_figure(figure, path, caption, title)
+
+
+def _show_indices(axes: Any, indices: Tensor, colors: Tensor, panel: float) -> None:
+    """Draw indices (h, w) as colored cells in a panel of a width in inches, with the numbers where they can be read."""
+    height, width = indices.shape
+    cell = panel * _POINTS / max(height, width)
+    digits = len(str(len(colors) - 1))
+    size = min(8.0, 0.8 * cell, 0.85 * cell / (digits * _DIGIT))
+    axes.imshow(colors[indices.cpu()].numpy())
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if size >= _SMALLEST_NUMBER:
+        for y in range(height):
+            for x in range(width):
+                axes.text(x, y, str(int(indices[y, x])), ha="center", va="center", fontsize=size)

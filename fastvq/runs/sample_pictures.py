@@ -14,6 +14,7 @@ from torch import Tensor
 import fastvq
 from fastvq.data import Images
 from fastvq.data.images import to_float
+from fastvq.errors import ConfigError
 from fastvq.files import StrPath
 from fastvq.models import VQVAE, Prior
 
@@ -117,6 +118,8 @@ def picture_completions(
     rows = shown_rows(images, _COMPLETED)
     originals = to_float(images.test[rows])
     indices = model.encode(originals)
+    if indices.dim() < 3:
+        raise ConfigError("complete: the indices of this run are scales of whole images, which have no upper half")
     half = indices.shape[1] // 2
     given = indices.clone()
     given[:, half:] = -1

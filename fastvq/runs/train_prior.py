@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from fastvq import VectorQuantize
 from fastvq.coding import fingerprint
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.files import StrPath, delete_folder, exclusive, flush_folder
-from fastvq.models import VQVAE, Prior
+from fastvq.models import Prior
 from fastvq.training import config_file
 from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, load_latest
 from fastvq.training.config import PriorConfig
@@ -99,7 +97,7 @@ def train_prior(
                 codebook_size,
                 target,
                 identity=identity,
-                vectors=codebook_of(model),
+                vectors=model.adapter.code_vectors(),
                 resume=resume,
                 replace=overwrite,
             )
@@ -148,11 +146,6 @@ def resumed_prior(run: StrPath) -> Checkpoint | None:
         if checkpoint_folders(place):
             return load_latest(place, PriorConfig, tensors=False)
     return None
-
-
-def codebook_of(model: VQVAE) -> Tensor | None:
-    """Return the codebook (K, D) of a model, or None unless it has exactly one."""
-    return model.bottleneck.codebook if isinstance(model.bottleneck, VectorQuantize) else None
 
 
 def delete_prior(run: StrPath) -> None:

@@ -69,7 +69,9 @@ class TrainedModel(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return the indices of images, int64: (B, h, w), or (B, h, w, Q) with Q stages.
+        """Return the indices of images, int64: (B, h, w), or (B, h, w, Q) with Q stages, heads or groups.
+
+        Those of a hierarchical quantizer are (B, T), all scales in a row.
 
         Args:
             images: (B, C, H, W), uint8, or floats in [0, 1]. H and W are multiples of `stride`; the model knows best
@@ -92,8 +94,11 @@ class TrainedModel(nn.Module):
         """
         self._check_indices()
         _check_tensor("indices", indices)
-        if indices.dim() not in (3, 4):
-            raise ValueError(f"indices: must be (B, h, w), or (B, h, w, Q) with Q stages, got {tuple(indices.shape)}")
+        own = self.vqvae.adapter.index_shape(self.config.feature_grid)
+        fixed = own if len(own) == 1 else own[2:]
+        if indices.dim() != 1 + len(own) or indices.shape[indices.dim() - len(fixed) :] != fixed:
+            expected = f"(B, {own[0]})" if len(own) == 1 else f"(B, h, w{''.join(f', {n}' for n in fixed)})"
+            raise ValueError(f"indices: must be {expected}, got {tuple(indices.shape)}")
         return self.vqvae.decode(indices.to(self.device)).float().clamp(0, 1)
 
     @torch.no_grad()

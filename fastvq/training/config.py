@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # The keys of `fastvq.models.priors.PRIORS`, repeated so that reading settings imports no model.
 PRIOR_KINDS = ("transformer", "pixelcnn", "lstm")
+# Those of `fastvq.models.priors.transformer`.
+PATTERNS = ("flat", "delay")
 # The keys of `fastvq.models.bottlenecks.KINDS`.
 BOTTLENECKS = (
     *("vq", "rvq", "grouped-rvq", "sim-vq", "residual-sim-vq", "fsq", "residual-fsq", "grouped-residual-fsq"),
@@ -199,6 +201,7 @@ class PriorConfig(Settings):
     dim: int | None = _setting(None, "width (default: the kind's own)")
     depth: int | None = _setting(None, "blocks or layers (default: the kind's own)")
     heads: int = _setting(4, "attention heads of the transformer, which divide its width")
+    pattern: str = _setting("flat", "order of several indices at a position: flat, or delay for the transformer")
     dropout: float = _setting(0.1, "dropout rate of the layers")
     label_dropout: float = _setting(0.1, "share of training samples without their label, which guidance needs")
 
@@ -218,6 +221,10 @@ class PriorConfig(Settings):
         super().__post_init__()
         if self.kind not in PRIOR_KINDS:
             raise ConfigError(f"kind must be one of {', '.join(PRIOR_KINDS)}, got {self.kind!r}")
+        if self.pattern not in PATTERNS:
+            raise ConfigError(f"pattern must be one of {', '.join(PATTERNS)}, got {self.pattern!r}")
+        if self.pattern != "flat" and self.kind != "transformer":
+            raise ConfigError(f"pattern must be flat for a prior of kind {self.kind}, got {self.pattern!r}")
 
     def learning_rate_at(self, step: int) -> float:
         """Return `peak * (step + 1) / warmup` during warm-up, then half a cosine down to zero."""
@@ -230,7 +237,7 @@ class PriorConfig(Settings):
         """Return the arguments of a prior of this kind that do not depend on the data."""
         settings: dict[str, Any] = {"dropout": self.dropout, "label_dropout": self.label_dropout}
         settings |= {name: getattr(self, name) for name in ("dim", "depth") if getattr(self, name) is not None}
-        return settings | ({"heads": self.heads} if self.kind == "transformer" else {})
+        return settings | ({"heads": self.heads, "pattern": self.pattern} if self.kind == "transformer" else {})
 
 
 _SMALLEST = 1e-30

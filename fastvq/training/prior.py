@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +63,10 @@ class PriorTrainer(Loop[float]):
     Args:
         config: the settings.
         data: the indices to learn from and to evaluate on.
-        codebook_size: K.
+        codebook_size: K; for several indices at each position, K of each.
         folder: gets `checkpoints/` and `metrics.jsonl`.
         identity: fingerprint of the model that made the indices, `fingerprint(model).hex()`.
-        vectors: (K, D), the codebook, see `TransformerPrior`.
+        vectors: (K, D), the codebook, or all of them, see `TransformerPrior`.
         resume: continue from the latest checkpoint.
         replace: delete a training that is in the folder, after the settings have been validated.
 
@@ -81,11 +82,11 @@ class PriorTrainer(Loop[float]):
         self,
         config: PriorConfig,
         data: IndexData,
-        codebook_size: int,
+        codebook_size: int | tuple[int, ...],
         folder: StrPath,
         *,
         identity: str,
-        vectors: Tensor | None = None,
+        vectors: Tensor | Sequence[Tensor] | None = None,
         resume: bool = False,
         replace: bool = False,
     ) -> None:
@@ -135,7 +136,7 @@ class PriorTrainer(Loop[float]):
         return bits, {"bits_per_index": bits}
 
 
-def build_prior(kind: str, *, codebook_size: int, grid: Any, **settings: Any) -> Prior:
+def build_prior(kind: str, *, codebook_size: int | Sequence[int], grid: Any, **settings: Any) -> Prior:
     """Return the untrained prior of a kind, its weights drawn from torch's current random state.
 
     Raises:
@@ -151,7 +152,7 @@ def build_prior(kind: str, *, codebook_size: int, grid: Any, **settings: Any) ->
 def bits_per_index(prior: Prior, indices: Tensor, labels: Tensor | None) -> float:
     """Return the mean of -log2 p over indices (N, *grid), computed on the prior's device."""
     device = next(prior.parameters()).device
-    batch = max(1, min(_BATCH, _LOGITS // (prior.places * prior.codebook_size)))
+    batch = max(1, min(_BATCH, _LOGITS // (prior.places * max(prior.sizes))))
     parts = labels.split(batch) if labels is not None else [None] * math.ceil(len(indices) / batch)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for part, part_labels in zip(indices.split(batch), parts, strict=True):

@@ -212,7 +212,10 @@ def test_hostile_files_are_bounded(model):
         (lambda d: b"", "not a file of fastvq indices"),
         (lambda d: d[:20], "truncated: 20 bytes"),
         (lambda d: d[:-1], "damaged or truncated"),
-        (lambda d: resealed(d[:4] + b"\x02" + d[5:]), "written in version 2"),
+        (
+            lambda d: resealed(d[:4] + b"\x03" + d[5:]),
+            "written in version 3 of the format; this fastvq reads",
+        ),
         (lambda d: resealed(d[:5] + b"\x07" + d[6:]), "invalid header: model 7"),
         (lambda d: resealed(d[:7] + b"\x00" + d[8:]), "0 axes"),
         (lambda d: resealed(d[:16] + struct.pack("<I", 0) + d[20:]), "a codebook of 0 codes"),
@@ -414,3 +417,128 @@ def test_limits_are_raised_by_options():
         assert torch.equal(coding.decode(data, **{limit: least}), indices)
         with pytest.raises(CodingError, match=f"more than {limit}={least - 1}"):
             coding.decode(data, **{limit: least - 1})
+
+
+STAGES = [(4,), (1,), (3, 5), (16, 1, 7), (40,) * 4]
+"""Sizes of several codebooks along the last axis."""
+
+
+def staged(sizes, *shape, least=0):
+    """Return indices (*shape, Q) of several codebooks."""
+    return torch.stack([torch.randint(least, size, shape, generator=generator(size)) for size in sizes], -1)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("sizes", STAGES, ids=str)
+def test_several_codebooks_are_restored(sizes, model):
+    for shape in ((0, 3), (1,), (30,), (70, 4), (3, 2, 3)):
+        for least in (0, -1):
+            indices = staged(sizes, *shape, least=least)
+            data = coding.encode(indices, sizes, model=model)
+            assert torch.equal(coding.decode(data), indices)
+            header = coding.read_header(data)
+            assert (header.codebook_size, header.shape, data[4]) == (sizes, (*shape, len(sizes)), 2)
+            assert data == coding.encode(indices, [*sizes], model=model)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_each_codebook_has_probabilities_of_its_own(model):
+    """As one codebook, indices of four stages with a few codes each look like sixteen codes."""
+    indices = torch.stack([torch.randint(4 * q, 4 * q + 4, (60, 8), generator=generator(q)) for q in range(4)], -1)
+    apart, together = (len(coding.encode(indices, sizes, model=model)) for sizes in ((16,) * 4, 16))
+    assert apart < 1.15 * indices.numel() * 2 / 8
+    assert together > (1.5 if model == "static" else 1.02) * apart
+
+
+def test_the_adaptive_model_sees_the_codebook_before():
+    first = torch.randint(0, 32, (100, 6), generator=generator())
+    indices = torch.stack([first, (first * 5 + 3) % 32], -1)
+    assert len(coding.encode(indices, (32, 32))) < 0.8 * len(coding.encode(indices, (32, 32), model="static"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_sizes_of_several_codebooks_are_measured(model):
+    indices = staged((3, 40), 50, 4)
+    measured = coding.measure(indices, (3, 40))
+    assert measured["uniform"]["bits_per_index"] == pytest.approx((np.log2(3) + np.log2(40)) / 2)
+    assert measured[model]["bytes"] == len(coding.encode(indices, (3, 40), model=model))
+    assert measured["huffman"]["bits_per_index"] < measured["uniform"]["bits_per_index"] + 1
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("shape", [(7, 9), (40, 3)], ids=str)
+def test_a_few_of_several_codebooks_equal_many(model, shape, monkeypatch):
+    indices = staged((5, 1, 9), *shape, least=-1)
+    expected = []
+    for few in (0, 64):
+        monkeypatch.setattr(codec, "FEW_SAMPLES", few)
+        expected.append(coding.encode(indices, (5, 1, 9), model=model))
+        assert torch.equal(coding.decode(expected[-1]), indices)
+    assert expected[0] == expected[1]
+
+
+FILES_OF_VERSION_2 = {
+    "static": "4656511a020001033132333435363738050000000200000002000000020000000500000002000000"
+    "57615e86852467e74f9f6ed7",
+    "adaptive": "4656511a020101033132333435363738050000000200000002000000020000000500000002000000"
+    "8cbbf13b19d4818c42f633b0",
+}
+
+
+def test_the_format_of_several_codebooks_stays_readable():
+    indices = torch.tensor([[[0, 1], [2, 0]], [[3, 1], [4, -1]]])
+    for model, data in FILES_OF_VERSION_2.items():
+        assert coding.encode(indices, (5, 2), model=model, fingerprint=b"12345678").hex() == data
+        assert torch.equal(coding.decode(bytes.fromhex(data)), indices)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_mutated_files_of_several_codebooks_are_refused(model):
+    indices = staged((40, 3), 20, 5)
+    data = coding.encode(indices, (40, 3), model=model)
+    choose = random.Random(0)
+    for number in range(400):
+        spoilt = mutated(data, choose)
+        with contextlib.suppress(CodingError):
+            decoded = coding.decode(spoilt if number % 2 else resealed(spoilt), max_indices=10_000)
+            assert number % 2 == 0 or torch.equal(decoded, indices)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d[:28] + struct.pack("<I", 1 << 20) + d[32:], "invalid header: 1048576 codebooks, at most 1024"),
+        (lambda d: d[:28] + struct.pack("<I", 0) + d[32:], "invalid header: 0 codebooks"),
+        (lambda d: d[:32] + struct.pack("<I", 0) + d[36:], r"invalid header: codebooks of \(0, 3\) codes"),
+        (lambda d: d[:32] + struct.pack("<I", 41) + d[36:], r"codebooks of \(41, 3\) codes, the largest of 40"),
+        (
+            lambda d: d[:16] + struct.pack("<I", 1 << 25) + d[20:32] + struct.pack("<I", 1 << 25) + d[36:],
+            "a codebook of",
+        ),
+        (lambda d: d[:7] + b"\x01" + d[8:], "invalid header"),
+    ],
+)
+def test_errors_of_damaged_files_of_several_codebooks(change, message):
+    with pytest.raises(CodingError, match=message):
+        coding.decode(resealed(change(coding.encode(staged((40, 3), 20, 5), (40, 3)))))
+
+
+@pytest.mark.parametrize(
+    ("indices", "sizes", "message"),
+    [
+        (torch.zeros(3, 2), (4, 4), "indices: must be integers"),
+        (
+            torch.zeros(3, 2).long(),
+            (4, 4, 4),
+            r"codebook_size: must be one for each of the last .*\(3, 2\).* got 3",
+        ),
+        (torch.zeros(2).long(), (4, 4), "codebook_size: must be one for each of the last axis"),
+        (torch.zeros(3, 2).long(), (4, 0), r"codebook_size: must lie in \[1, 16777216\], all together as well"),
+        (torch.zeros(3, 2).long(), (1 << 24, 1), r"codebook_size: must lie in \[1, 16777216\], all together as well"),
+        (torch.zeros(3, 2).long(), (4, "x"), "codebook_size: must be an integer, or several"),
+        (torch.full((3, 2), 5), (8, 4), r"indices: must lie in \[-1, 4\) at 1 of the last axis, got 5 to 5"),
+    ],
+)
+def test_several_codebooks_are_validated(indices, sizes, message):
+    with pytest.raises(CodingError, match=message):
+        coding.encode(indices, sizes)

@@ -161,3 +161,23 @@ def test_mutated_and_hostile_files():
     for shape in [(1 << 31, 3, 4), (1 << 20, 3, 4), (3, 1 << 20, 4)]:
         with pytest.raises(CodingError, match="indices"):
             coding.decode(container.pack(header._replace(shape=shape), b"\xff" * 64), prior=prior)
+
+
+@pytest.mark.parametrize("options", [{"kind": "transformer"}, {"kind": "lstm"}, {"pattern": "delay"}], ids=str)
+@pytest.mark.parametrize("grid", [(3, 4, 3), (5, 3), (1, 3)], ids=str)
+def test_several_codebooks_are_restored(options, grid):
+    torch.manual_seed(0)
+    kind, sizes = options.get("kind", "transformer"), (9, 1, 4)
+    settings = {"pattern": options["pattern"]} if "pattern" in options else {}
+    prior = KINDS[kind](sizes, grid, **OPTIONS[kind], **settings, classes=2).eval()
+    for head in prior.head.layers:
+        torch.nn.init.normal_(head.weight, std=0.6, generator=generator())
+    labels = torch.arange(40) % 2
+    indices = prior.sample(40, labels, generator=generator())
+    data = coding.encode(indices, sizes, model="prior", prior=prior, labels=labels)
+    assert torch.equal(coding.decode(data, prior=prior), indices)
+    ideal = float(prior.bits(indices, labels).sum()) / 8
+    assert abs(len(data) - ideal) <= 0.005 * ideal + 100
+    for wrong in (9, (9, 2, 4)):
+        with pytest.raises(CodingError, match=r"prior: was built for grids .* and \(9, 1, 4\) codes; these are"):
+            coding.encode(indices, wrong, model="prior", prior=prior)

@@ -324,3 +324,143 @@ def test_parametrizations_take_part_in_sampling(kind):
     prior = make(kind)
     torch.nn.utils.parametrizations.weight_norm(prior.head)
     assert prior.sample(2).shape == (2, 3, 4)
+
+
+STAGED = {
+    "flat": (TransformerPrior, {}), "delay": (TransformerPrior, {"pattern": "delay"}), "lstm": (LSTMPrior, {}),
+}  # fmt: skip
+every_order = pytest.mark.parametrize("order", STAGED)
+STAGED_GRIDS = [(3, 4, 3), (5, 3), (1, 3), (2, 1, 3), (2, 2, 2, 3)]
+
+
+def make_staged(order, sizes=(7, 2, 5), grid=(3, 4, 3), **options):
+    """Return a prior of several indices at each position, with random heads."""
+    kind, own = STAGED[order]
+    prior = kind(sizes, grid, **SIZES[kind] | own | options).eval()
+    for head in prior.head.layers:
+        torch.nn.init.normal_(head.weight, generator=generator())
+    for module in prior.modules():
+        if isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, generator=generator(1))
+    return prior
+
+
+def staged_indices(prior, count=6):
+    cells = (count, *prior.grid[:-1])
+    return torch.stack(
+        [torch.randint(0, size, cells, generator=generator(q)) for q, size in enumerate(prior.sizes)], -1
+    )
+
+
+@every_order
+@pytest.mark.parametrize("grid", STAGED_GRIDS, ids=str)
+def test_a_place_of_a_stage_sees_what_comes_before_it_alone(order, grid):
+    prior = make_staged(order, (7, 5, 6), grid)
+    indices = staged_indices(prior)
+    logits = prior(indices)
+    assert logits.shape == (6, prior.places, 7)
+    assert sorted(prior.order) == list(range(prior.places))
+    steps = {place: sum(divmod(place, 3)) if order == "delay" else place for place in range(prior.places)}
+    for place in prior.order:
+        other = indices.clone()
+        flat = other.view(6, -1)
+        flat[:, place] = (flat[:, place] + 1) % prior.sizes[place % 3]
+        changed = ((prior(other) - logits).nan_to_num(0).abs().amax((0, 2)) > 1e-6).tolist()
+        assert changed == [steps[later] > steps[place] for later in range(prior.places)]
+
+
+@every_order
+def test_probabilities_of_all_stacks_add_up_to_one(order):
+    prior = make_staged(order, (3, 2), (2, 2))
+    everything = torch.tensor(list(itertools.product(range(3), range(2), range(3), range(2)))).reshape(-1, 2, 2)
+    bits = prior.bits(everything)
+    assert (-bits * math.log(2)).exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+    close(prior.loss(everything), (bits.mean() * math.log(2) / 4).float())
+
+
+@every_order
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("grid", STAGED_GRIDS, ids=str)
+def test_sampling_of_stages_has_the_logits_of_the_full_forward(order, grid, guidance, monkeypatch):
+    prior = make_staged(order, grid=grid, classes=3)
+    labels = torch.tensor([0, 2])
+    seen = []
+    monkeypatch.setattr(
+        "fastvq.models.priors.base.draw", lambda logits, *rest: (seen.append(logits), draw(logits, *rest))[1]
+    )
+    indices = prior.sample(2, labels, guidance=guidance, generator=generator())
+    assert indices.shape == (2, *grid)
+    conditional, free = prior(indices, labels), prior(indices)
+    for place, logits in zip(prior.order, seen, strict=True):
+        size = prior.sizes[place % 3]
+        assert logits.shape == (2, size)
+        full = guidance * conditional[:, place, :size] + (1 - guidance) * free[:, place, :size]
+        torch.testing.assert_close(logits, full, rtol=1e-4, atol=1e-4)
+        assert bool((conditional[:, place, size:] == -math.inf).all())
+
+
+@every_order
+def test_an_untrained_prior_of_stages_is_uniform_and_learns(order):
+    kind, own = STAGED[order]
+    prior = kind((8, 4), (2, 3, 2), **SIZES[kind], **own).eval()
+    indices = torch.tensor([7, 1]).expand(4, 2, 3, 2).contiguous()
+    close(prior.bits(indices), torch.full((4,), 6 * 5.0, dtype=torch.float64))
+    fit(prior, indices, steps=30)
+    assert prior.bits(indices).max() < 6
+    assert all(parameter.grad is not None for parameter in prior.parameters())
+
+
+@every_order
+def test_similar_codes_of_each_codebook_start_alike(order):
+    kind, own = STAGED[order]
+    vectors = [torch.randn(2, 6, generator=generator(q)).repeat(2, 1) for q in range(2)]
+    prior = kind((4, 4), (2, 3, 2), **SIZES[kind], **own, vectors=vectors).eval()
+    indices = torch.randint(0, 2, (3, 2, 3, 2), generator=generator())
+    logits = prior(indices)
+    close(logits[..., :2], logits[..., 2:])
+    close(prior(indices + 2), logits)
+    assert logits[:, 0].std() != logits[:, 1].std()
+    with pytest.raises(ValueError, match="vectors: must be 2 codebooks, got 1"):
+        kind((4, 4), (2, 2), vectors=vectors[0])
+
+
+def test_the_delay_pattern_takes_a_step_for_each_position():
+    flat, delayed = (make_staged(order, (8,) * 4, (4, 4, 4)) for order in ("flat", "delay"))
+    assert operations(lambda: delayed.sample(2)) < 0.5 * operations(lambda: flat.sample(2))
+
+
+@every_order
+def test_given_indices_of_stages_are_kept(order):
+    prior = make_staged(order)
+    given = staged_indices(prior)
+    given[:, 2:] = -1
+    sampled = prior.sample(6, given=given, generator=generator())
+    assert torch.equal(sampled[:, :2], given[:, :2])
+    assert all(int(sampled[..., q].max()) < size for q, size in enumerate(prior.sizes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (TransformerPrior, {"codebook_size": (4, 4), "grid": (3,)}, "grid: must end with the number of codebooks, 2"),
+        (TransformerPrior, {"codebook_size": (4, 4), "grid": (3, 3)}, "grid: must end with the number of codebooks, 2"),
+        (TransformerPrior, {"codebook_size": (4, 0), "grid": (3, 2)}, "codebook_size: must be at least 1"),
+        (TransformerPrior, {"codebook_size": (), "grid": (3, 0)}, "codebook_size: must be at least 1"),
+        (TransformerPrior, {"codebook_size": 4, "grid": (3,), "pattern": "delay"}, "pattern: 'delay' is for several"),
+        (
+            TransformerPrior,
+            {"codebook_size": 4, "grid": (3,), "pattern": "late"},
+            "pattern: must be one of flat, delay",
+        ),
+        (PixelCNNPrior, {"codebook_size": (4, 4), "grid": (3, 2)}, "kind: a pixelcnn takes one index at each position"),
+    ],
+)
+def test_priors_of_stages_refuse_by_name(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**arguments)
+
+
+def test_indices_of_a_stage_beyond_its_codebook_are_refused():
+    prior = make_staged("flat")
+    with pytest.raises(ValueError, match=r"indices: must lie in \[0, 2\), got 2 to 2"):
+        prior(torch.full((1, *prior.grid), 2))

@@ -38,7 +38,7 @@ def test_a_name_that_is_not_utf8_is_shown(tmp_path: Path) -> None:
 
 def test_titles_and_captions_are_text_below_the_pictures(tmp_path: Path) -> None:
     """On a phone the text of a picture that is scaled down could not be read."""
-    plots.save_usage(tmp_path / "a b.png", torch.tensor([3, 1]), perplexity=1.5, title="T < U", captioned=False)
+    plots.save_usage(tmp_path / "a b.png", [torch.tensor([3, 1])], perplexity=1.5, title="T < U", captioned=False)
     pictures = [Picture("a b.png", 'bars "of" codes'), Picture("absent.png", "nothing")]
     page = write_page(tmp_path, "", "", [Section("", pictures)]).read_text()
     assert re.search(

@@ -122,7 +122,7 @@ def test_bits_of_a_prior_without_records_are_no_error(tmp_path: Path, figures: l
 
 def test_usage(tmp_path: Path, figures: list[Figure]) -> None:
     path = tmp_path / "usage.png"
-    plots.save_usage(path, torch.tensor([5, 0, 9, 2]), perplexity=2.6, title="Usage")
+    plots.save_usage(path, [torch.tensor([5, 0, 9, 2])], perplexity=2.6, title="Usage")
     (figure,) = figures
     (axes,) = figure.axes
     assert [bar.get_height() for bar in axes.patches] == [9, 5, 2, 0]
@@ -134,7 +134,9 @@ def test_usage(tmp_path: Path, figures: list[Figure]) -> None:
 def test_indices(tmp_path: Path, figures: list[Figure]) -> None:
     path = tmp_path / "indices.png"
     indices = torch.arange(18).reshape(2, 3, 3)
-    plots.save_indices(path, torch.rand(2, 1, 12, 12), indices, torch.rand(2, 1, 12, 12), torch.randn(32, 5), title="T")
+    plots.save_indices(
+        path, torch.rand(2, 1, 12, 12), [indices], torch.rand(2, 1, 12, 12), [torch.randn(32, 5)], title="T"
+    )
     (figure,) = figures
     assert len(figure.axes) == 6
     assert [text.get_text() for text in figure.axes[4].texts] == [str(n) for n in range(9, 18)]
@@ -252,7 +254,7 @@ def test_indices_are_written_where_they_can_be_read(
 ) -> None:
     indices = torch.full((1, side, side), size - 1)
     images = torch.rand(1, 1, side * 4, side * 4)
-    plots.save_indices(tmp_path / "a.png", images, indices, images, torch.randn(size, 4), title="T")
+    plots.save_indices(tmp_path / "a.png", images, [indices], images, [torch.randn(size, 4)], title="T")
     (figure,) = figures
     numbers = figure.axes[1].texts
     assert bool(numbers) == shown
@@ -267,7 +269,7 @@ def test_indices_are_written_where_they_can_be_read(
 def test_a_caption_is_metadata_where_it_is_not_drawn(tmp_path: Path, figures: list[Figure]) -> None:
     counts = torch.tensor([3, 0, 1])
     for captioned in (True, False):
-        plots.save_usage(tmp_path / "a.png", counts, perplexity=2.0, title="T", captioned=captioned)
+        plots.save_usage(tmp_path / "a.png", [counts], perplexity=2.0, title="T", captioned=captioned)
         title, caption = plots.texts_of(tmp_path / "a.png")
         assert title == "T"
         assert "1 of 3 codes is unused" in caption
@@ -276,7 +278,9 @@ def test_a_caption_is_metadata_where_it_is_not_drawn(tmp_path: Path, figures: li
 
 def test_no_caption_speaks_of_classes_or_one_data_set(tmp_path: Path, figures: list[Figure]) -> None:
     images = torch.rand(1, 1, 8, 8)
-    plots.save_indices(tmp_path / "a.png", images, torch.zeros(1, 2, 2).long(), images, torch.randn(4, 4), title="T")
+    plots.save_indices(
+        tmp_path / "a.png", images, [torch.zeros(1, 2, 2).long()], images, [torch.randn(4, 4)], title="T"
+    )
     plots.save_bits(tmp_path / "b.png", [], codebook_size=8, title="T")
     assert not [word for word in ("cloth", "label", "class") for figure in figures if word in texts(figure)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,22 +22,27 @@ class Prior(nn.Module):
 
         p(indices | label) = prod_i p(index_i | index_0 ... index_{i-1}, label)
 
+    With several indices at each position, from the stages of a residual quantizer or the like, these are the last axis
+    of the grid, and a position's indices follow each other, unless the prior has another `order`.
+
     A prior defines its prediction twice: `forward` for all places of known indices at once, for training and
     likelihoods, and `step` for one place, from the state that `begin` and earlier steps left, for sampling and coding.
     Both give the same logits up to rounding.
 
     Args:
-        codebook_size: K.
-        grid: shape of one sample's indices: (T,), (H, W) or (T, H, W).
+        codebook_size: K; for several indices at each position, a tuple with K of each.
+        grid: shape of one sample's indices: (T,), (H, W) or (T, H, W), and with a tuple its length as the last axis.
         classes: number of labels; 0 for none.
         label_dropout: in training, the share of samples whose label is left out, which guidance needs.
 
     Attributes:
+        sizes: K of the places in turn: (K,), or the tuple.
         places: number of indices of a sample.
+        order: the places in the order of the steps.
         settings: the constructor's arguments other than parameters.
         class_names: the name of each label; empty where they have none.
 
-    Shapes: indices (B, *grid) int64 in [0, K); labels (B,) int64 in [0, classes), or None.
+    Shapes: indices (B, *grid) int64 in [0, K), by place for several; labels (B,) int64 in [0, classes), or None.
 
     Raises:
         ValueError: an invalid argument, by name; indices or labels of another shape, dtype or range.
@@ -49,7 +55,7 @@ class Prior(nn.Module):
 
     def __init__(
         self,
-        codebook_size: int,
+        codebook_size: int | Sequence[int],
         grid: tuple[int, ...],
         *,
         classes: int = 0,
@@ -57,26 +63,39 @@ class Prior(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        if codebook_size < 1:
+        self.sizes = tuple(codebook_size) if isinstance(codebook_size, Sequence) else (codebook_size,)
+        self.codebook_size = self.sizes if isinstance(codebook_size, Sequence) else codebook_size
+        if not self.sizes or min(self.sizes) < 1:
             raise ValueError(f"codebook_size: must be at least 1, got {codebook_size}")
         if not grid or min(grid) < 1:
             raise ValueError(f"grid: must be one or more lengths of at least 1, got {grid}")
+        if self.staged and (len(grid) < 2 or grid[-1] != len(self.sizes)):
+            raise ValueError(f"grid: must end with the number of codebooks, {len(self.sizes)}, got {grid}")
         for name, share in (("dropout", settings.get("dropout", 0.0)), ("label_dropout", label_dropout)):
             if not 0 <= share < 1:
                 raise ValueError(f"{name}: must lie in [0, 1), got {share}")
-        self.codebook_size, self.grid, self.classes = codebook_size, tuple(grid), classes
+        self.grid, self.classes = tuple(grid), classes
         self.label_dropout = label_dropout
         self.places = math.prod(grid)
+        self.order: Sequence[int] = range(self.places)
         self.settings: dict[str, Any] = {
-            "codebook_size": codebook_size,
+            "codebook_size": list(self.sizes) if self.staged else codebook_size,
             "grid": list(grid),
             "classes": classes,
             "label_dropout": label_dropout,
             **settings,
         }
 
+    @property
+    def staged(self) -> bool:
+        """Whether there are several indices at each position, or one along an axis of its own."""
+        return not isinstance(self.codebook_size, int)
+
     def forward(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return logits (B, places, K): at place i those of index i, given the indices before it."""
+        """Return logits (B, places, K): at place i those of index i, given the indices before it.
+
+        K is that of the largest codebook; logits of codes that a place does not have are -inf.
+        """
         raise NotImplementedError
 
     def begin(self, arithmetic: Arithmetic, labels: Tensor) -> Any:
@@ -84,7 +103,10 @@ class Prior(nn.Module):
         raise NotImplementedError
 
     def step(self, arithmetic: Arithmetic, state: Any, indices: Tensor, place: int) -> Tensor:
-        """Return logits (B, K) of the index at `place`, given the indices (B, places) before. Places come in order."""
+        """Return logits (B, K of the place) of the index at `place`, given the indices (B, places) before it.
+
+        Places come in `order`.
+        """
         raise NotImplementedError
 
     def check_modules(self) -> None:
@@ -113,7 +135,7 @@ class Prior(nn.Module):
     def bits(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return -log2 p(indices | label) of each sample, (B,) float64: the length of an ideal code.
 
-        Call it in eval mode. Under the uniform prior that the VQ-VAE is trained with it is (places) log2 K.
+        Call it in eval mode. Under the uniform prior that the VQ-VAE is trained with it is log2 K for each place.
         """
         logits = self(indices, labels)
         rows = max(1, _IN_FLOAT64 // max(1, logits[:1].numel()))
@@ -144,7 +166,7 @@ class Prior(nn.Module):
             top_p: sample from the smallest set of indices that has this total probability.
             guidance: g in  logits = g logits(label) + (1 - g) logits(no label);  1 is the model itself.
             given: (count, *grid), indices to keep, with -1 at the places to sample, for example to complete the upper
-                half of an image. Places are sampled in raster order, conditioned on the indices before them alone.
+                half of an image. Places are sampled in `order`, conditioned on the indices before them alone.
             generator: random generator on the device of the model.
 
         Raises:
@@ -160,7 +182,7 @@ class Prior(nn.Module):
         state = self.begin(floats, rows)
         given = None if given is None else given.flatten(1).to(device)
         indices = torch.zeros(len(rows), self.places, dtype=torch.int64, device=device)
-        for place in range(self.places):
+        for place in self.order:
             logits = self.step(floats, state, indices, place).float()
             if guided:
                 logits = guidance * logits[:count] + (1 - guidance) * logits[count:]
@@ -196,8 +218,13 @@ class Prior(nn.Module):
                 f"indices: must be int64 of shape (B, {', '.join(map(str, self.grid))}), got {indices.dtype}"
                 f" {tuple(indices.shape)}"
             )
-        _check_range("indices", indices, self.codebook_size)
+        self._check_range("indices", indices)
         return indices.flatten(1)
+
+    def _check_range(self, name: str, indices: Tensor, *, least: int = 0) -> None:
+        """Check the range of indices (B, *grid)."""
+        for stage, size in enumerate(self.sizes):
+            _check_range(name, indices[..., stage] if self.staged else indices, size, least=least)
 
     def _check_sampling(
         self,
@@ -226,7 +253,7 @@ class Prior(nn.Module):
                 f"given: must be int64 of shape {(count, *self.grid)}, got {given.dtype} {tuple(given.shape)}"
             )
         if given is not None:
-            _check_range("given", given, self.codebook_size, least=-1)
+            self._check_range("given", given, least=-1)
         if self.training:
             raise ValueError("sample: call eval() first, since dropout would disturb it")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,26 +19,39 @@ class Inputs(nn.Module):
     """Sum of learned vectors (B, places, dim), one for each input of a place.
 
     The inputs are the index before the place and, in grids of two or three axes, the indices above it and above to the
-    right; its position along each axis; and the label.
+    right; its position along each axis; and the label. With several indices at each position, they are the index before
+    and, of the same codebook, those of the position before, above and above to the right; indices of each codebook have
+    vectors of their own, and the position along the last axis is that of the codebook.
 
     Args:
-        codebook_size, grid, classes: as in the prior. dim: width.
+        sizes: K of the places in turn.
+        grid, classes: as in the prior. dim: width.
+        staged: whether the last axis of the grid runs over the codebooks.
     """
 
-    def __init__(self, codebook_size: int, grid: tuple[int, ...], classes: int, dim: int) -> None:
+    def __init__(self, sizes: Sequence[int], grid: tuple[int, ...], classes: int, dim: int, *, staged: bool) -> None:
         super().__init__()
         self.grid, self.places = grid, math.prod(grid)
+        self.steps = self.places
         # Distances back in raster order of the indices that a place sees.
-        self.offsets = (1, *(o for o in (grid[-1], grid[-1] - 1) if len(grid) > 1 and 0 < o < self.places))
-        self.codes: Any = nn.ModuleList([nn.Embedding(codebook_size, dim) for _ in self.offsets])
+        cells = grid[:-1] if staged else grid
+        above = [o for o in (cells[-1], cells[-1] - 1) if len(cells) > 1 and 0 < o < math.prod(cells)]
+        self.offsets = (1, *above)
+        if staged:
+            self.offsets = tuple(dict.fromkeys([1, *(len(sizes) * o for o in self.offsets)]))
+        self.codes: Any = nn.ModuleList([nn.Embedding(sum(sizes), dim) for _ in self.offsets])
         self.start = nn.Parameter(torch.zeros(dim))
         self.labels = nn.Embedding(classes + 1, dim)
         self.axes: Any = nn.ModuleList([nn.Embedding(length, dim) for length in grid])
+        self.first_codes = first_codes(sizes)
         for embedding in (*self.codes, self.labels, *self.axes):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, indices: Tensor, labels: Tensor) -> Tensor:
         """Return the inputs of indices (B, places) and rows of labels (B,)."""
+        if len(self.first_codes) > 1:
+            firsts = torch.tensor(self.first_codes, device=indices.device)
+            indices = indices + firsts.repeat(self.places // len(firsts))
         x = F.pad(self.start[None], (0, 0, 0, self.places - 1)) + self.positions(Floats())
         for offset, vectors in zip(self.offsets, self.codes, strict=True):
             x = x + F.pad(vectors(indices[:, : self.places - offset]), (0, 0, offset, 0))
@@ -55,7 +69,8 @@ class Inputs(nn.Module):
             x = x + arithmetic.constant(self.start)
         for offset, vectors in zip(self.offsets, self.codes, strict=True):
             if offset <= place:
-                x = x + arithmetic.constant(vectors.weight)[indices[:, place - offset]]
+                rows = indices[:, place - offset] + self.first_codes[(place - offset) % len(self.first_codes)]
+                x = x + arithmetic.constant(vectors.weight)[rows]
         return x
 
     def positions(self, arithmetic: Arithmetic) -> Tensor:
@@ -66,6 +81,116 @@ class Inputs(nn.Module):
             shape[axis] = self.grid[axis]
             total = total + arithmetic.constant(embedding.weight).reshape(*shape, -1)
         return total.expand(*self.grid, -1).flatten(0, -2)
+
+
+class DelayedInputs(nn.Module):
+    """Sum of learned vectors (B, steps, dim) for each step of the delay pattern.
+
+    Step s takes the indices of codebooks q at positions s - q of the raster order. Its inputs are, for each of these,
+    the index of the same codebook at the position before and, in grids of two or three axes of positions, above and
+    above to the right; the number of the step; and the label.
+
+    Args:
+        sizes: K of each codebook.
+        grid: shape of a sample's indices, with the codebooks along the last axis.
+        classes: as in the prior. dim: width.
+
+    Attributes:
+        order: the places, position after position with its codebooks, in the order of the steps.
+    """
+
+    def __init__(self, sizes: Sequence[int], grid: tuple[int, ...], classes: int, dim: int) -> None:
+        super().__init__()
+        cells, self.stages = grid[:-1], len(sizes)
+        self.cells = math.prod(cells)
+        self.steps = self.cells + self.stages - 1
+        above = [o for o in (cells[-1], cells[-1] - 1) if len(cells) > 1 and 0 < o < self.cells]
+        self.offsets = tuple(dict.fromkeys([1, *above]))
+        self.codes: Any = nn.ModuleList([nn.Embedding(sum(sizes), dim) for _ in self.offsets])
+        self.start = nn.Parameter(torch.zeros(dim))
+        self.labels = nn.Embedding(classes + 1, dim)
+        self.number = nn.Embedding(self.steps, dim)
+        self.first_codes = first_codes(sizes)
+        self.order = sorted(range(self.cells * self.stages), key=lambda place: sum(divmod(place, self.stages)))
+        for embedding in (*self.codes, self.labels, self.number):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, indices: Tensor, labels: Tensor) -> Tensor:
+        """Return the inputs of indices (B, places) and rows of labels (B,)."""
+        indices = indices.unflatten(1, (self.cells, self.stages))
+        indices = indices + torch.tensor(self.first_codes, device=indices.device)
+        x = F.pad(self.start[None], (0, 0, 0, self.steps - 1)) + self.number.weight
+        for offset, vectors in zip(self.offsets, self.codes, strict=True):
+            known = vectors(indices)  # [B, cells, Q, dim]
+            for stage in range(self.stages):
+                left = self.steps - offset - stage
+                x = x + F.pad(known[:, :left, stage], (0, 0, offset + stage, max(0, left - self.cells)))
+        return x + self.labels(labels)[:, None]
+
+    def begin(self, arithmetic: Arithmetic, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (vectors of the steps, vectors of the labels), the state that `at` takes."""
+        return arithmetic.constant(self.number.weight), arithmetic.constant(self.labels.weight)[labels]
+
+    def at(self, arithmetic: Arithmetic, begun: tuple[Tensor, Tensor], indices: Tensor, step: int) -> Tensor:
+        """Return the inputs (B, dim) of one step."""
+        numbers, labels = begun
+        x = labels + numbers[step]
+        if step == 0:
+            x = x + arithmetic.constant(self.start)
+        for offset, vectors in zip(self.offsets, self.codes, strict=True):
+            for stage, first in enumerate(self.first_codes):
+                # The cell that lies so far before the one which the step predicts for this stage.
+                cell = step - stage - offset
+                if 0 <= cell < self.cells:
+                    rows = indices[:, cell * self.stages + stage] + first
+                    x = x + arithmetic.constant(vectors.weight)[rows]
+        return x
+
+
+def first_codes(sizes: Sequence[int]) -> list[int]:
+    """Return, for each codebook, the row at which its vectors begin in a table of those of all."""
+    return [sum(sizes[:stage]) for stage in range(len(sizes))]
+
+
+class StageHeads(nn.Module):
+    """Last layers of a prior, one for each codebook, that begin at zero: an untrained prior is uniform."""
+
+    def __init__(self, width: int, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes = tuple(sizes)
+        self.layers: Any = nn.ModuleList([zero_head(width, size) for size in sizes])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits (B, cells Q, K) of hidden features (B, cells, Q, width); -inf beyond the codes of a place."""
+        largest = max(self.sizes)
+        logits = [
+            F.pad(layer(hidden[:, :, stage]), (0, largest - size), value=-math.inf)
+            for stage, (layer, size) in enumerate(zip(self.layers, self.sizes, strict=True))
+        ]
+        return torch.stack(logits, 2).flatten(1, 2)
+
+    def at(self, arithmetic: Arithmetic, hidden: Tensor, stage: int) -> Tensor:
+        """Return the logits (B, K of the stage) of hidden features (B, width)."""
+        layer = self.layers[stage]
+        return arithmetic.linear(hidden, layer.weight, layer.bias)
+
+
+def start_weights(
+    vectors: Tensor | Sequence[Tensor], sizes: Sequence[int], inputs: list[Tensor], head: nn.Linear | StageHeads
+) -> None:
+    """Apply `start_from` to the input weights (sum of sizes, width) and to the head, codebook by codebook.
+
+    Raises:
+        ValueError: the vectors have another shape, or belong to another number of codebooks.
+    """
+    own = [vectors] if isinstance(vectors, Tensor) else list(vectors)
+    heads = list(head.layers) if isinstance(head, StageHeads) else [head]
+    if len(own) != len(sizes):
+        raise ValueError(f"vectors: must be {len(sizes)} codebooks, got {len(own)}")
+    first = 0
+    for codes, size, layer in zip(own, sizes, heads, strict=True):
+        start_from(codes, size, [weight[first : first + size] for weight in inputs], [layer.weight])
+        first += size
 
 
 @torch.no_grad()

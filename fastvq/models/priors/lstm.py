@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from .arithmetic import Arithmetic
 from .base import Prior
-from .inputs import Inputs, start_from, zero_head
+from .inputs import Inputs, StageHeads, start_weights, zero_head
 
 _State = tuple[tuple[Tensor, Tensor], list[list[Tensor]]]  # the state of `Inputs`, and (h, c) of each layer
 
@@ -20,7 +22,8 @@ class LSTMPrior(Prior):
         codebook_size, grid, classes, label_dropout: see `Prior`.
         dim: width. depth: layers.
         dropout: in training, dropout on the input and on the output of each layer.
-        vectors: (K, D), the code vectors, from which the weights are initialized so that similar codes start alike.
+        vectors: (K, D), the code vectors, or those of each codebook, from which the weights are initialized so that
+            similar codes start alike.
 
     Shapes: indices (B, *grid) int64 in [0, K); labels (B,) int64 in [0, classes), or None.
 
@@ -32,7 +35,7 @@ class LSTMPrior(Prior):
 
     def __init__(
         self,
-        codebook_size: int,
+        codebook_size: int | Sequence[int],
         grid: tuple[int, ...],
         *,
         dim: int = 256,
@@ -40,23 +43,24 @@ class LSTMPrior(Prior):
         classes: int = 0,
         dropout: float = 0.1,
         label_dropout: float = 0.1,
-        vectors: Tensor | None = None,
+        vectors: Tensor | Sequence[Tensor] | None = None,
     ) -> None:
         sizes = {"dim": dim, "depth": depth, "dropout": dropout}
         super().__init__(codebook_size, grid, classes=classes, label_dropout=label_dropout, **sizes)
-        self.inputs = Inputs(codebook_size, self.grid, classes, dim)
+        self.inputs = Inputs(self.sizes, self.grid, classes, dim, staged=self.staged)
         self.dropout = nn.Dropout(dropout)
         self.lstm = nn.LSTM(dim, dim, depth, batch_first=True, dropout=dropout if depth > 1 else 0.0)
         self.norm = nn.LayerNorm(dim)
-        self.head = zero_head(dim, codebook_size)
+        self.head = StageHeads(dim, self.sizes) if self.staged else zero_head(dim, self.sizes[0])
         if vectors is not None:
-            start_from(vectors, codebook_size, [e.weight for e in self.inputs.codes], [self.head.weight])
+            start_weights(vectors, self.sizes, [e.weight for e in self.inputs.codes], self.head)
 
     def forward(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
         flat = self.flattened(indices)
         x = self.inputs(flat, self.rows_to_learn(labels, len(flat), flat.device))
         x, _ = self.lstm(self.dropout(x))
-        return self.head(self.norm(self.dropout(x)))
+        hidden = self.norm(self.dropout(x))
+        return self.head(hidden.unflatten(1, (-1, len(self.sizes))) if self.staged else hidden)
 
     def begin(self, arithmetic: Arithmetic, labels: Tensor) -> _State:
         begun = self.inputs.begin(arithmetic, labels)
@@ -74,4 +78,7 @@ class LSTMPrior(Prior):
             new = arithmetic.multiply(arithmetic.sigmoid(i), arithmetic.tanh(g))
             kept[1] = arithmetic.multiply(arithmetic.sigmoid(f), kept[1]) + new
             x = kept[0] = arithmetic.multiply(arithmetic.sigmoid(o), arithmetic.tanh(kept[1]))
-        return arithmetic.linear(arithmetic.norm(x, self.norm), self.head.weight, self.head.bias)
+        hidden = arithmetic.norm(x, self.norm)
+        if isinstance(self.head, StageHeads):
+            return self.head.at(arithmetic, hidden, place % len(self.sizes))
+        return arithmetic.linear(hidden, self.head.weight, self.head.bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ class PixelCNNPrior(Prior):
 
     def __init__(
         self,
-        codebook_size: int,
+        codebook_size: int | Sequence[int],
         grid: tuple[int, ...],
         *,
         dim: int = 128,
@@ -59,16 +60,20 @@ class PixelCNNPrior(Prior):
     ) -> None:
         sizes = {"dim": dim, "depth": depth, "dropout": dropout}
         super().__init__(codebook_size, grid, classes=classes, label_dropout=label_dropout, **sizes)
+        if not isinstance(self.codebook_size, int):
+            raise ValueError(
+                f"kind: a pixelcnn takes one index at each position, not {len(self.sizes)}: transformer and lstm do"
+            )
         if len(grid) > 2:
             raise ValueError(f"grid: must have one or two axes for a PixelCNN, got {grid}")
         self.height, self.width = self.places // self.grid[-1], self.grid[-1]
-        self.codes = nn.Embedding(codebook_size, dim)
+        self.codes = nn.Embedding(self.codebook_size, dim)
         self.layers: Any = nn.ModuleList([_Layer(dim, classes, dropout, first=i == 0) for i in range(depth)])
         self.last = nn.Linear(dim, dim)
-        self.head = zero_head(dim, codebook_size)
+        self.head = zero_head(dim, self.codebook_size)
         nn.init.normal_(self.codes.weight, std=0.02)
         if vectors is not None:
-            start_from(vectors, codebook_size, [self.codes.weight], [self.head.weight])
+            start_from(vectors, self.codebook_size, [self.codes.weight], [self.head.weight])
 
     def forward(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
         flat = self.flattened(indices)

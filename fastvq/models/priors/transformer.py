@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arithmetic import Arithmetic
 from .base import Prior
-from .inputs import Inputs, start_from, zero_head
+from .inputs import DelayedInputs, Inputs, StageHeads, start_weights, zero_head
 
+PATTERNS = ("flat", "delay")
 _Cache = list[Tensor]  # keys and values (B, heads, places, D) of a block, filled up to the known places
 
 
@@ -21,24 +25,31 @@ class TransformerPrior(Prior):
     (`Inputs`): attention could find these neighbors by itself, but takes longer to learn it. Blocks are
     pre-normalized: causal attention, then a perceptron four times as wide.
 
+    Several indices at each position are flattened, or follow in the delay pattern: step s takes the indices of all
+    codebooks q at positions s - q, from those of the steps before. A step predicts them independently of each other,
+    and a sample takes positions + Q - 1 steps instead of positions times Q.
+
     Args:
         codebook_size, grid, classes, label_dropout: see `Prior`.
         dim: width. depth: blocks. heads: of each attention; they divide dim.
         dropout: in training, dropout on what each attention and perceptron adds.
-        vectors: (K, D), the code vectors: if given, the input and output weights are initialized from them, so that
-            similar codes start alike and less must be learned. Otherwise an untrained prior is uniform.
+        vectors: (K, D), the code vectors, or those of each codebook: if given, the input and output weights are
+            initialized from them, so that similar codes start alike and less must be learned. Otherwise an untrained
+            prior is uniform.
+        pattern: order of several indices at a position, "flat" or "delay".
 
-    Shapes: indices (B, *grid) int64 in [0, K); labels (B,) int64 in [0, classes), or None.
+    Shapes: indices (B, *grid) int64 in [0, K), by place for several; labels (B,) int64 in [0, classes), or None.
 
     Raises:
         ValueError: an invalid argument, by name; indices or labels of another shape, dtype or range.
 
-    Source: Vaswani et al., Attention Is All You Need, 2017; see `Prior` for the others.
+    Source: Vaswani et al., Attention Is All You Need, 2017; the delay pattern: Copet et al., Simple and Controllable
+    Music Generation (MusicGen), 2023, section 2.2; see `Prior` for the others.
     """
 
     def __init__(
         self,
-        codebook_size: int,
+        codebook_size: int | Sequence[int],
         grid: tuple[int, ...],
         *,
         dim: int = 128,
@@ -47,38 +58,71 @@ class TransformerPrior(Prior):
         classes: int = 0,
         dropout: float = 0.1,
         label_dropout: float = 0.1,
-        vectors: Tensor | None = None,
+        vectors: Tensor | Sequence[Tensor] | None = None,
+        pattern: str = "flat",
     ) -> None:
-        sizes = {"dim": dim, "depth": depth, "heads": heads, "dropout": dropout}
+        sizes: dict[str, Any] = {"dim": dim, "depth": depth, "heads": heads, "dropout": dropout}
+        # Fingerprints of priors cover their settings: those of earlier ones have no pattern.
+        sizes |= {} if pattern == "flat" else {"pattern": pattern}
         super().__init__(codebook_size, grid, classes=classes, label_dropout=label_dropout, **sizes)
         if dim % heads:
             raise ValueError(f"heads: must divide dim={dim}, got {heads}")
-        self.inputs = Inputs(codebook_size, self.grid, classes, dim)
+        if pattern not in PATTERNS:
+            raise ValueError(f"pattern: must be one of {', '.join(PATTERNS)}, got {pattern!r}")
+        if pattern == "delay" and not self.staged:
+            raise ValueError("pattern: 'delay' is for several indices at each position, these have one: use 'flat'")
+        self.delayed = pattern == "delay"
+        self.inputs: Inputs | DelayedInputs
+        if self.delayed:
+            self.inputs = DelayedInputs(self.sizes, self.grid, classes, dim)
+            self.order = self.inputs.order
+        else:
+            self.inputs = Inputs(self.sizes, self.grid, classes, dim, staged=self.staged)
         self.blocks: Any = nn.ModuleList([_Block(dim, heads, dropout) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
-        self.head = zero_head(dim, codebook_size)
+        self.head = StageHeads(dim, self.sizes) if self.staged else zero_head(dim, self.sizes[0])
         if vectors is not None:
-            start_from(vectors, codebook_size, [e.weight for e in self.inputs.codes], [self.head.weight])
+            start_weights(vectors, self.sizes, [e.weight for e in self.inputs.codes], self.head)
 
     def forward(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
         flat = self.flattened(indices)
         x = self.inputs(flat, self.rows_to_learn(labels, len(flat), flat.device))
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        hidden, stages = self.norm(x), len(self.sizes)
+        if self.delayed:
+            cells = self.places // stages
+            hidden = torch.stack([hidden[:, stage : stage + cells] for stage in range(stages)], 2)
+        elif self.staged:
+            hidden = hidden.unflatten(1, (-1, stages))
+        return self.head(hidden)
 
-    def begin(self, arithmetic: Arithmetic, labels: Tensor) -> tuple[tuple[Tensor, Tensor], list[_Cache]]:
+    def begin(self, arithmetic: Arithmetic, labels: Tensor) -> _State:
         begun = self.inputs.begin(arithmetic, labels)
-        return begun, [block.cache(begun[1], self.places) for block in self.blocks]
+        return _State(begun, [block.cache(begun[1], self.inputs.steps) for block in self.blocks])
 
-    def step(
-        self, arithmetic: Arithmetic, state: tuple[tuple[Tensor, Tensor], list[_Cache]], indices: Tensor, place: int
-    ) -> Tensor:
-        begun, caches = state
-        x = self.inputs.at(arithmetic, begun, indices, place)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x = block.step(arithmetic, x, cache, place)
-        return arithmetic.linear(arithmetic.norm(x, self.norm), self.head.weight, self.head.bias)
+    def step(self, arithmetic: Arithmetic, state: _State, indices: Tensor, place: int) -> Tensor:
+        cell, stage = divmod(place, len(self.sizes))
+        step = cell + stage if self.delayed else place
+        if step != state.step:
+            x = self.inputs.at(arithmetic, state.begun, indices, step)
+            for block, cache in zip(self.blocks, state.caches, strict=True):
+                x = block.step(arithmetic, x, cache, step)
+            state.step, state.hidden = step, arithmetic.norm(x, self.norm)
+        assert state.hidden is not None
+        if isinstance(self.head, StageHeads):
+            return self.head.at(arithmetic, state.hidden, stage)
+        return arithmetic.linear(state.hidden, self.head.weight, self.head.bias)
+
+
+@dataclass
+class _State:
+    """State of a transformer after some steps."""
+
+    begun: tuple[Tensor, Tensor]
+    caches: list[_Cache]
+    step: int = -1
+    hidden: Tensor | None = None  # (B, dim), the features of this step, from which each stage is predicted
 
 
 class _Block(nn.Module):
