@@ -10,6 +10,7 @@ evaluate.py       a run measured on images: quality, bits, use of the codebook, 
 measures.py       the measures of images, or why they cannot be taken
 pictures.py       a run's curves, usage and reconstructions
 plots.py          the figures themselves
+export.py         a run's model as ONNX files
 run_list.py       the runs in a folder, with their figures
 run_page.py       the page of a run             page.py             pages of sections, also the demo's
 """

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+import fastvq
 from fastvq.cli.main import main
 from fastvq.runs import plots
 from fastvq.runs.train_prior import train_prior
+from fastvq.training import Trainer, load_images
+from fastvq.training.checkpoint import load_latest
 from fastvq.training.config import PriorConfig
 from fastvq.training.metrics import read_metrics
 
@@ -95,3 +100,29 @@ def test_more_steps_say_what_the_schedule_does(run: Path, tmp_path: Path, capsys
     printed = capsys.readouterr()
     assert printed.out.startswith("resuming at step 1 of 1, to 2: the learning rate goes on")
     assert printed.err == ""
+
+
+def test_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert main(["export", str(run), str(tmp_path / "tiny.onnx")]) == 0
+    printed = capsys.readouterr()
+    assert "tiny-encode.onnx: images (B, 1, 16, 16), float32 in [0, 1] -> indices (B, 4, 4)\n" in printed.out
+    assert "100.0% of the indices are equal" in printed.out
+    assert printed.err == ""
+    model = fastvq.load(run)
+    indices = model.encode(torch.rand(5, 1, 16, 16))
+    session = onnxruntime.InferenceSession(str(tmp_path / "tiny-decode.onnx"))
+    (images,) = session.run(["images"], {"indices": indices.numpy()})
+    torch.testing.assert_close(torch.from_numpy(images), model.decode(indices), atol=1e-5, rtol=0)
+
+
+def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnx")
+    assert main(["export", str(run), str(tmp_path / "x.txt")]) == 2
+    assert "out must end in .onnx" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "absent"), str(tmp_path / "x.onnx")]) == 2
+    assert "absent holds no checkpoint: it does not exist" in capsys.readouterr().err
+    config = dataclasses.replace(load_latest(run).config, bottleneck="none", steps=1)
+    Trainer(config, load_images(config), tmp_path / "plain").fit(progress=False)
+    assert main(["export", str(tmp_path / "plain"), str(tmp_path / "x.onnx")]) == 2
+    assert "was trained without a bottleneck: it has no indices" in capsys.readouterr().err
