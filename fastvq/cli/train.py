@@ -23,7 +23,7 @@ _FOLDER_SETTINGS: dict[str, Any] = {"image_size": 64, "grayscale": False}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    from fastvq.training.config import TrainConfig
+    from fastvq.training.config import PRESETS, TrainConfig
 
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument(
@@ -31,6 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue from the latest checkpoint in --out, with its settings; --steps may be more, and --data where"
         " the same images are now",
+    )
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="settings that replace the defaults; other options come before them"
     )
     add_config(parser)
     add_logger(parser)
@@ -95,7 +98,7 @@ def _settings(options: argparse.Namespace) -> TrainConfig:
     """Return the requested settings; those not given are the resumed run's own, or the defaults."""
     from fastvq.data import DATA_SETS
     from fastvq.training.checkpoint import load_latest
-    from fastvq.training.config import TrainConfig
+    from fastvq.training.config import PRESETS, TrainConfig
 
     given = given_settings(options, TrainConfig, "train")
     own = load_latest(options.out).config if options.resume else None
@@ -114,8 +117,10 @@ def _settings(options: argparse.Namespace) -> TrainConfig:
         # A run that is resumed from another working directory must find the same folder.
         given["data"] = str(Path(data).resolve())
     if own is not None:
+        if options.preset is not None:
+            raise ConfigError(f"preset: a resumed run keeps its settings, got {options.preset}")
         return dataclasses.replace(own, **given)
-    return TrainConfig(**(defaults | given))
+    return TrainConfig(**(defaults | PRESETS[options.preset or "vqvae"] | given))
 
 
 def _bottleneck_options(name: str, given: dict[str, str]) -> dict[str, Any]:

@@ -7,6 +7,9 @@ and the decoder is the mirror image. `ndim` selects 1-D, 2-D or 3-D convolutions
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -28,9 +31,30 @@ def _check_ndim(ndim: int) -> None:
         raise ValueError(f"ndim must be 1, 2 or 3, got {ndim}")
 
 
-def _stage_widths(width: int, downsamples: int) -> list[int]:
-    """Return the channels after each strided convolution: larger grids get fewer channels."""
-    return [max(1, width >> (downsamples - 1 - stage)) for stage in range(downsamples)]
+def stage_widths(width: int, downsamples: int, multipliers: Sequence[int] | None = None) -> list[int]:
+    """Return the channels at each grid, from the finest to the coarsest, which has `width`.
+
+    By default each finer grid has half as many; `multipliers` gives other proportions.
+
+    Raises:
+        ValueError: there are not as many multipliers as grids, or one is below 1.
+    """
+    if multipliers is None:
+        return [max(1, width >> (downsamples - 1 - stage)) for stage in range(downsamples)]
+    if len(multipliers) != downsamples or min(multipliers) < 1:
+        raise ValueError(f"multipliers: must be {downsamples} numbers of at least 1, got {tuple(multipliers)}")
+    return [max(1, width * multiplier // multipliers[-1]) for multiplier in multipliers]
+
+
+def _norm(channels: int, groups: int) -> list[nn.Module]:
+    """Return a GroupNorm as a list, which is empty for no groups.
+
+    Raises:
+        ValueError: the groups do not divide the channels.
+    """
+    if groups and channels % groups:
+        raise ValueError(f"groups: must divide the {channels} channels of every layer, got {groups}")
+    return [nn.GroupNorm(groups, channels)] if groups else []
 
 
 class ResidualBlock(nn.Module):
@@ -40,19 +64,44 @@ class ResidualBlock(nn.Module):
         width: channels of the input and the output.
         hidden: channels between the two convolutions.
         ndim: spatial dimensions, 1, 2 or 3.
+        groups: of a GroupNorm before each nonlinearity; 0 for none.
 
     Shapes: (B, width, *grid) -> (B, width, *grid).
     """
 
-    def __init__(self, width: int, hidden: int, *, ndim: int = 2) -> None:
+    def __init__(self, width: int, hidden: int, *, ndim: int = 2, groups: int = 0) -> None:
         super().__init__()
         _check_ndim(ndim)
         _check_positive(width=width, hidden=hidden)
         conv = _CONV[ndim]
-        self.branch = nn.Sequential(nn.GELU(), conv(width, hidden, 3, padding=1), nn.GELU(), conv(hidden, width, 1))
+        first = [*_norm(width, groups), nn.GELU(), conv(width, hidden, 3, padding=1)]
+        self.branch = nn.Sequential(*first, *_norm(hidden, groups), nn.GELU(), conv(hidden, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch(x)
+
+
+class GridAttention(nn.Module):
+    """`x + out(softmax(q k^T / sqrt(width)) v)` over all positions of a grid, with one head.
+
+    Args:
+        width: channels. ndim: spatial dimensions, 1, 2 or 3.
+        groups: of a GroupNorm before the attention; 0 for none.
+
+    Shapes: (B, width, *grid) -> (B, width, *grid).
+
+    Source: the attention block of Esser, Rombach, Ommer, Taming Transformers (VQGAN), 2020, at the coarsest grid.
+    """
+
+    def __init__(self, width: int, *, ndim: int = 2, groups: int = 0) -> None:
+        super().__init__()
+        self.norm = nn.Sequential(*_norm(width, groups))
+        self.qkv, self.out = _CONV[ndim](width, 3 * width, 1), _CONV[ndim](width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return x + self.out(attended.unflatten(2, x.shape[2:]))
 
 
 class Encoder(nn.Module):
@@ -66,6 +115,10 @@ class Encoder(nn.Module):
         residual_blocks: number of residual blocks after the strided convolutions.
         downsamples: number of strided convolutions, at least 1.
         ndim: spatial dimensions of the signal, 1, 2 or 3.
+        multipliers: proportions of the channels at the grids, from the finest to the coarsest, instead of halves.
+        level_blocks: number of residual blocks after each strided convolution but the last.
+        groups: of a GroupNorm before each nonlinearity but those of plain strided convolutions; 0 for none.
+        attention: attend over all positions of the coarsest grid, after the residual blocks.
 
     Shapes: (B, in_channels, *size) -> (B, dim, *grid) with `grid = size / stride`.
 
@@ -84,6 +137,10 @@ class Encoder(nn.Module):
         residual_blocks: int = 2,
         downsamples: int = 2,
         ndim: int = 2,
+        multipliers: Sequence[int] | None = None,
+        level_blocks: int = 0,
+        groups: int = 0,
+        attention: bool = False,
     ) -> None:
         super().__init__()
         _check_ndim(ndim)
@@ -93,13 +150,17 @@ class Encoder(nn.Module):
         conv = _CONV[ndim]
         layers: list[nn.Module] = []
         channels = in_channels
-        for stage_width in _stage_widths(width, downsamples):
-            layers += [conv(channels, stage_width, 4, stride=2, padding=1), nn.GELU()]
-            channels = stage_width
-        # The first residual block starts with its own nonlinearity.
-        layers.pop()
-        layers += [ResidualBlock(width, residual_width, ndim=ndim) for _ in range(residual_blocks)]
-        layers += [nn.GELU(), conv(width, dim, 1)]
+        block = {"ndim": ndim, "groups": groups}
+        for level, channels_here in enumerate(stage_widths(width, downsamples, multipliers), start=1):
+            layers.append(conv(channels, channels_here, 4, stride=2, padding=1))
+            channels = channels_here
+            # The first residual block starts with its own nonlinearity.
+            if level < downsamples:
+                layers += [ResidualBlock(channels, residual_width, **block) for _ in range(level_blocks)]
+                layers.append(nn.GELU())
+        layers += [ResidualBlock(width, residual_width, **block) for _ in range(residual_blocks)]
+        layers += [GridAttention(width, **block)] if attention else []
+        layers += [*_norm(width, groups), nn.GELU(), conv(width, dim, 1)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,8 +179,9 @@ class Decoder(nn.Module):
     Args:
         dim: channels of the codes.
         out_channels: channels of the signal.
-        width, residual_width, residual_blocks, ndim: as in `Encoder`.
+        width, residual_width, residual_blocks, ndim, multipliers, groups, attention: as in `Encoder`.
         upsamples: number of transposed convolutions, each doubling the grid, at least 1.
+        level_blocks: number of residual blocks after each transposed convolution but the last.
 
     Shapes: (B, dim, *grid) -> (B, out_channels, *size) with `size = grid * 2**upsamples`.
 
@@ -137,16 +199,25 @@ class Decoder(nn.Module):
         residual_blocks: int = 2,
         upsamples: int = 2,
         ndim: int = 2,
+        multipliers: Sequence[int] | None = None,
+        level_blocks: int = 0,
+        groups: int = 0,
+        attention: bool = False,
     ) -> None:
         super().__init__()
         _check_ndim(ndim)
         _check_positive(out_channels=out_channels, dim=dim, width=width, upsamples=upsamples)
+        block = {"ndim": ndim, "groups": groups}
         layers: list[nn.Module] = [_CONV[ndim](dim, width, 3, padding=1)]
-        layers += [ResidualBlock(width, residual_width, ndim=ndim) for _ in range(residual_blocks)]
+        layers += [ResidualBlock(width, residual_width, **block) for _ in range(residual_blocks)]
+        layers += [GridAttention(width, **block)] if attention else []
+        layers += _norm(width, groups)
         channels = width
-        for next_channels in [*_stage_widths(width, upsamples)[-2::-1], out_channels]:
+        for next_channels in stage_widths(width, upsamples, multipliers)[-2::-1]:
             layers += [nn.GELU(), _CONV_TRANSPOSE[ndim](channels, next_channels, 4, stride=2, padding=1)]
+            layers += [ResidualBlock(next_channels, residual_width, **block) for _ in range(level_blocks)]
             channels = next_channels
+        layers += [nn.GELU(), _CONV_TRANSPOSE[ndim](channels, out_channels, 4, stride=2, padding=1)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, codes: Tensor) -> Tensor:

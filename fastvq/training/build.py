@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fastvq.data import DATA_SETS, DataError, Images, load_folder
 from fastvq.data.registry import describe_choices
+from fastvq.errors import ConfigError
 from fastvq.models import VQVAE, Decoder, Encoder
 from fastvq.models.bottlenecks import SHARED, build_bottleneck
 
@@ -45,10 +47,10 @@ def build_model(config: TrainConfig) -> VQVAE:
     """Return the untrained VQ-VAE of these settings, its weights drawn from torch's current random state.
 
     Raises:
-        ConfigError: the bottleneck has no such option, or an option has an invalid value.
+        ConfigError: the bottleneck has no such option, an option has an invalid value, or a GroupNorm does not fit.
     """
     channels = 1 if config.grayscale else 3
-    sizes = {"width": config.width, "residual_width": config.residual_width}
+    network = config.network()
     bottleneck = build_bottleneck(
         config.bottleneck,
         config.dim,
@@ -56,8 +58,14 @@ def build_model(config: TrainConfig) -> VQVAE:
         {name: getattr(config, name) for name in SHARED},
         config.bottleneck_options,
     )
-    return VQVAE(
-        Encoder(channels, config.dim, residual_blocks=config.encoder_blocks, downsamples=config.downsamples, **sizes),
-        bottleneck,
-        Decoder(config.dim, channels, residual_blocks=config.decoder_blocks, upsamples=config.downsamples, **sizes),
-    )
+    # Drawn after the bottleneck, as the runs that the documents show were.
+    try:
+        encoder = Encoder(
+            channels, config.dim, residual_blocks=config.encoder_blocks, downsamples=config.downsamples, **network
+        )
+        decoder = Decoder(
+            config.dim, channels, residual_blocks=config.decoder_blocks, upsamples=config.downsamples, **network
+        )
+    except ValueError as error:
+        raise ConfigError(re.sub("^groups", "norm_groups", str(error))) from error
+    return VQVAE(encoder, bottleneck, decoder)

@@ -141,6 +141,13 @@ class TrainConfig(Settings):
     residual_width: int = _setting(32, "channels inside a residual block")
     encoder_blocks: int = _setting(2, "residual blocks in the encoder")
     decoder_blocks: int = _setting(4, "residual blocks in the decoder")
+    channel_multipliers: str | None = _setting(
+        None,
+        "proportions of channels, finest grid first, such as 1,1,2 (default: each half the next)",
+    )
+    level_blocks: int = _setting(0, "residual blocks at each finer grid of encoder and decoder")
+    norm_groups: int = _setting(0, "groups of a GroupNorm before nonlinearities, which divide all channels; 0 for none")
+    attention: bool = _setting(False, "attend over all positions of the coarsest grid")
     downsamples: int = _setting(2, "strided convolutions, each of which halves the image's sides")
 
     steps: int = _setting(3600, "optimizer steps")
@@ -159,6 +166,7 @@ class TrainConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _multipliers(self.channel_multipliers, self.downsamples)
         if self.bottleneck in _NO_BOTTLENECKS:
             raise ConfigError(f"bottleneck cannot be {self.bottleneck}: {_NO_BOTTLENECKS[self.bottleneck]}")
         if self.bottleneck not in BOTTLENECKS:
@@ -187,10 +195,52 @@ class TrainConfig(Settings):
         size, stride = self.image_format(), 2**self.downsamples
         return size.height // stride, size.width // stride
 
+    def network(self) -> dict[str, Any]:
+        """Return the arguments that encoder and decoder share."""
+        return {
+            "width": self.width,
+            "residual_width": self.residual_width,
+            "multipliers": _multipliers(self.channel_multipliers, self.downsamples),
+            "level_blocks": self.level_blocks,
+            "groups": self.norm_groups,
+            "attention": self.attention,
+        }
+
     def learning_rate_at(self, step: int) -> float:
         """Return `peak * min(1, (step + 1) / warmup) * (1 + cos(pi step / steps)) / 2` for step 0, 1, ..."""
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
         return self.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "vqvae": {},
+    "vqgan": {
+        "width": 128,
+        "residual_width": 64,
+        "level_blocks": 2,
+        "norm_groups": 16,
+        "attention": True,
+        "learning_rate": 1e-3,
+    },
+}
+"""Settings that replace the defaults, by name: today's network, and one in the style of VQGAN (arXiv 2012.09841)."""
+
+
+def _multipliers(text: str | None, downsamples: int) -> tuple[int, ...] | None:
+    """Return the numbers in a text, one for each grid; None without a text.
+
+    Raises:
+        ConfigError: they are no numbers of at least 1, or too many or few.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != downsamples or not all(part.isdecimal() and 1 <= int(part) <= _SIDE for part in parts):
+        raise ConfigError(
+            f"channel_multipliers must be {downsamples} numbers of at least 1, one for each of the downsamples, got"
+            f" {text!r}"
+        )
+    return tuple(map(int, parts))
 
 
 @dataclass(frozen=True)
@@ -248,7 +298,8 @@ _SIDE, _DEPTH, _CODES, _COUNT = 2**16, 2**10, 2**24, 2**53
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("image_size", "image_width", "crop_from", "dim", "width", "residual_width", "heads"), (1, _SIDE)),
     **dict.fromkeys(("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"), (1, _COUNT)),
-    **dict.fromkeys(("encoder_blocks", "decoder_blocks"), (0, _DEPTH)),
+    **dict.fromkeys(("encoder_blocks", "decoder_blocks", "level_blocks"), (0, _DEPTH)),
+    "norm_groups": (0, _SIDE),
     **dict.fromkeys(("commitment_weight", "dead_code_threshold", "weight_decay"), (0, _FINITE)),
     **dict.fromkeys(("learning_rate", "reconstruction_variance"), (_SMALLEST, _FINITE)),
     "depth": (1, _DEPTH),

@@ -6,11 +6,15 @@ import dataclasses
 import typing
 
 import pytest
+import torch
 
+from fastvq.cli import train
 from fastvq.cli.main import _parser, main
 from fastvq.cli.options import given_settings
+from fastvq.errors import ConfigError
 from fastvq.models.bottlenecks import KINDS
-from fastvq.training.config import PriorConfig, TrainConfig
+from fastvq.training.build import build_model
+from fastvq.training.config import PRESETS, PriorConfig, TrainConfig
 
 COMMANDS = {"train": (["train", "--out=run"], TrainConfig), "prior": (["prior", "run"], PriorConfig)}
 every_command = pytest.mark.parametrize("command", COMMANDS)
@@ -30,7 +34,8 @@ def test_every_field_is_an_option(command):
             given.append(f"--no-{option}" if field.default else f"--{option}")
             expected[field.name] = not field.default
         else:
-            expected[field.name] = {str: "text", float: 0.25}.get(types[field.name], 7)
+            kind = next((part for part in typing.get_args(types[field.name]) if part is not type(None)), None)
+            expected[field.name] = {str: "text", float: 0.25}.get(kind or types[field.name], 7)
             given.append(f"--{option}={expected[field.name]}")
     found = given_settings(_parser().parse_args([*arguments, *given]), settings, arguments[0])
     assert found == expected
@@ -107,3 +112,31 @@ def test_an_unknown_option_is_answered_with_those_that_there_are(arguments, mess
         status = exit_.code
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_preset_replaces_defaults_and_options_replace_it(tmp_path):
+    (tmp_path / "a.toml").write_text("level_blocks = 1\nsteps = 7\n")
+    arguments = ["train", "--out=run", "--preset=vqgan", f"--config={tmp_path / 'a.toml'}", "--steps=9"]
+    config = train._settings(_parser().parse_args(arguments))
+    assert config == TrainConfig(**PRESETS["vqgan"] | {"level_blocks": 1, "steps": 9})
+    assert train._settings(_parser().parse_args(["train", "--out=run"])) == TrainConfig()
+    assert train._settings(_parser().parse_args(["train", "--out=run", "--preset=vqvae"])) == TrainConfig()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_model_is_built_of_every_preset(name):
+    assert build_model(TrainConfig(**PRESETS[name])).encode(torch.rand(1, 1, 28, 28)).shape == (1, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"channel_multipliers": "1,2,3"}, "channel_multipliers must be 2 numbers of at least 1, one for each of the"),
+        ({"channel_multipliers": "1,x"}, "channel_multipliers must be 2 numbers of at least 1, .* got '1,x'"),
+        ({"norm_groups": 7}, "norm_groups: must divide the 96 channels of every layer, got 7"),
+        ({"level_blocks": -1}, "level_blocks must be at least 0, got -1"),
+    ],
+)
+def test_settings_of_networks_are_validated(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build_model(TrainConfig(**settings))

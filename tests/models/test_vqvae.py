@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -105,6 +107,62 @@ def test_a_bottleneck_with_several_stages_keeps_them_on_the_last_axis() -> None:
     indices = model.encode(x)
     assert indices.shape == (2, 2, 3, 2)
     torch.testing.assert_close(model.decode(indices), model(x).reconstruction)
+
+
+NETWORKS = [
+    {"multipliers": (1, 1)}, {"level_blocks": 1}, {"groups": 2}, {"attention": True},
+    {"multipliers": (1, 2), "level_blocks": 2, "groups": 4, "attention": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize("options", NETWORKS, ids=str)
+def test_networks_of_every_setting_keep_shapes_and_learn(ndim: int, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    sizes = {"width": 8, "residual_width": 4, "residual_blocks": 1, "ndim": ndim, **options}
+    model = VQVAE(Encoder(3, 6, **sizes), NoBottleneck(), Decoder(6, 3, **sizes))
+    x = torch.randn(2, 3, *SIZES[ndim])
+    output = model(x).reconstruction
+    assert output.shape == x.shape
+    (output - x).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        # The softmax is the same whatever is added to all keys.
+        assert parameter.grad.abs().sum() > 0 or name.endswith("qkv.bias"), name
+
+
+def test_plain_networks_are_what_they_were() -> None:
+    names = [name for name, _ in Encoder(1, 4, width=8, residual_blocks=1).named_parameters()]
+    assert names == [
+        f"layers.{layer}.{kind}" for layer in (0, 2, "3.branch.1", "3.branch.3", 5) for kind in ("weight", "bias")
+    ]
+
+
+def test_attention_sees_the_whole_grid() -> None:
+    torch.manual_seed(0)
+    sizes = {"width": 8, "residual_width": 4, "residual_blocks": 0}
+    x = torch.randn(1, 1, 32, 32)
+    other = x.clone()
+    other[..., 0, 0] += 1
+    for attention in (False, True):
+        encoder = Encoder(1, 4, **sizes, attention=attention)
+        changed = (encoder(x) - encoder(other)).abs().amax(1) > 0
+        assert bool(changed[0, -1, -1]) == attention
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"multipliers": (1, 2, 3)}, r"multipliers: must be 2 numbers of at least 1, got \(1, 2, 3\)"),
+        ({"multipliers": (1, 0)}, "multipliers: must be 2 numbers of at least 1"),
+        ({"groups": 3}, "groups: must divide the 128 channels of every layer, got 3"),
+    ],
+)
+def test_networks_are_validated(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Encoder(1, 4, **options)
+    with pytest.raises(ValueError, match=message):
+        Decoder(4, 1, **options)
 
 
 @pytest.mark.parametrize(("height", "width"), [(27, 28), (28, 30), (27, 30), (28, 32)])
