@@ -6,12 +6,13 @@ import contextlib
 import importlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from fastvq.errors import MissingExtraError
 
+T = TypeVar("T")
 _DELAY_S, _LINE_S = 1.0, 30.0
 """Time before a bar appears on a terminal, and time between the lines where there is none."""
 _shown = True
@@ -127,6 +128,16 @@ class Progress:
         text = f": {self._text}" if self._text else ""
         print(f"{self._unit} {self._done} of {self._total} after {clock(spent)}{left}{text}", file=sys.stderr)
         sys.stderr.flush()
+
+
+def tracked(
+    items: Iterable[T], total: int, unit: str, *, count: Callable[[T], int] | None = None, shown: bool = True
+) -> Iterator[T]:
+    """Yield items and show the progress, see `Progress`; `count` says how many units an item is, one by default."""
+    with Progress(total, unit, shown=shown) as progress:
+        for item in items:
+            yield item
+            progress.update(1 if count is None else count(item))
 
 
 def clock(seconds: float) -> str:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fastvq import extras
-from fastvq.extras import Progress, without_progress
+from fastvq.extras import Progress, tracked, without_progress
 
 
 class Clock:
@@ -32,6 +32,19 @@ def test_a_file_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys
         "step 70 of 100 after 1:00, 0:30 left: loss 159\n"
         "step 100 of 100 after 1:30: loss 190\n"
     )
+
+
+def test_items_pass_through_and_are_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    seen = []
+    for item in tracked(["ab", "c"], 3, "letter", count=len):
+        clock.now += 31
+        seen.append(item)
+    assert seen == ["ab", "c"]
+    assert capsys.readouterr().err == "letter 2 of 3 after 0:31, 0:16 left\nletter 3 of 3 after 1:02\n"
+    assert list(tracked("abc", 3, "letter", shown=False)) == ["a", "b", "c"]
 
 
 def test_what_is_short_and_has_nothing_to_say_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:

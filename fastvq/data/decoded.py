@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvq.extras import require
+from fastvq.extras import tracked
 from fastvq.files import delete_folder, whole_folder, write_whole
 
 from .image_format import ImageFormat
@@ -100,9 +100,7 @@ def _results(
 ) -> Iterator[tuple[str, Tensor | str]]:
     if workers is None:
         workers = min(_MOST, os.cpu_count() or 1) if count >= _MANY else 0
-    results, shown = source.read(format, workers), {"desc": "decoding", "unit": "image", "dynamic_ncols": True}
-    with require("tqdm").tqdm(results, total=count, disable=not progress, **shown) as bar:
-        yield from bar
+    yield from tracked(source.read(format, workers), count, "image", shown=progress)
 
 
 def _decode_in_memory(

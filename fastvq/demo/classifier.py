@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastvq.data import Images
 from fastvq.data.images import to_float
+from fastvq.extras import tracked
 from fastvq.models import VQVAE, Prior
 from fastvq.training.data_order import batch_rows, flip_randomly
 from fastvq.training.evaluation import reconstruct
@@ -53,7 +54,7 @@ def train_classifier(images: Images, *, steps: int = STEPS, seed: int = 0) -> Cl
         model = Classifier(images.train.shape[1], int(images.train_labels.max()) + 1)
         optimizer = torch.optim.Adam(model.parameters())
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_RATE, total_steps=steps + 1)
-        for step in range(steps):
+        for step in tracked(range(steps), steps, "step"):
             rows = batch_rows(step, count=len(images.train), batch_size=min(_BATCH, len(images.train)), seed=seed)
             x = flip_randomly(to_float(images.train[rows]), step, seed=seed)
             loss = F.cross_entropy(model(x), images.train_labels[rows])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvq import coding
 from fastvq.data import Images
-from fastvq.extras import require
+from fastvq.extras import require, tracked
 from fastvq.training.evaluation import psnr_db
 
 BEST = 100
@@ -73,7 +73,7 @@ def format_sizes(images: Tensor, psnr_target: float) -> list[dict[str, Any]]:
             "psnr_db": None,
         },
     ]
-    for quality in range(BEST + 1):
+    for quality in tracked(range(BEST + 1), BEST + 1, "quality"):
         data = _saved(picture, "WEBP", quality=quality, method=6)
         with library.open(io.BytesIO(data)) as restored:
             error = np.asarray(restored.convert(picture.mode), np.float64) - sheet

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastvq import coding
 from fastvq.data.image_io import WRITTEN, write_image, write_images
 from fastvq.errors import CodingError, ConfigError, counted
+from fastvq.extras import tracked
 from fastvq.files import StrPath, check_new, whole, whole_folder
 
 from .encode import range_of
@@ -62,8 +63,9 @@ def decode_images(run: StrPath, source: StrPath, path: StrPath, *, limits: codin
                 write_image(file, vqvae.decode(indices).clamp(0, 1)[0], Path(path).suffix)
         else:
             with whole_folder(path) as partial:
-                for first in range(0, len(indices), _BATCH):
-                    write_images(partial, vqvae.decode(indices[first : first + _BATCH]).clamp(0, 1), first)
+                batches = tracked(indices.split(_BATCH), len(indices), "image", count=len)
+                for number, batch in enumerate(batches):
+                    write_images(partial, vqvae.decode(batch).clamp(0, 1), number * _BATCH)
     return [f"{counted(len(indices), 'image')}: {path}"]
 
 

@@ -15,6 +15,7 @@ from fastvq.data.arrays import read_array
 from fastvq.data.folder import read_images
 from fastvq.data.images import to_float
 from fastvq.errors import CodingError, counted
+from fastvq.extras import tracked
 from fastvq.files import StrPath
 from fastvq.models import VQVAE, Prior
 from fastvq.training.config import TrainConfig
@@ -89,7 +90,8 @@ def _encode(
     prior: Prior | None,
     labels: Tensor | None,
 ) -> list[str]:
-    indices = torch.cat([vqvae.encode(to_float(batch)) for batch in images.split(_BATCH)])
+    batches = tracked(images.split(_BATCH), len(images), "image", count=len)
+    indices = torch.cat([vqvae.encode(to_float(batch)) for batch in batches])
     fingerprint, codebook_size = coding.fingerprint(vqvae), vqvae.codebook_size
     data = coding.encode(indices, codebook_size, model=model, fingerprint=fingerprint, prior=prior, labels=labels)
     if not torch.equal(coding.decode(data, prior=prior, **_UNLIMITED), indices):

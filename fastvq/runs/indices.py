@@ -18,6 +18,7 @@ from fastvq.coding import fingerprint
 from fastvq.data import Images
 from fastvq.data.images import to_float
 from fastvq.errors import ConfigError
+from fastvq.extras import tracked
 from fastvq.files import StrPath, whole, write_whole
 from fastvq.models import VQVAE
 from fastvq.training.prior import IndexData
@@ -68,7 +69,9 @@ def index_images(run: StrPath, model: VQVAE, images: Images, *, flip: bool) -> I
             parts: Iterator[Tensor] = iter(pixels.split(_BATCH))  # views: the pixels may be mapped from a large file
             if flip and split == "train":
                 parts = chain(parts, (part.flip(-1) for part in pixels.split(_BATCH)))
-            indices = torch.cat([model.encode(to_float(part)) for part in parts])
+            total = len(pixels) * (2 if flip and split == "train" else 1)
+            shown = tracked(parts, total, "image", count=len)
+            indices = torch.cat([model.encode(to_float(part)) for part in shown])
             with whole(paths[split]) as file:
                 np.save(file, indices.numpy().astype(np.int32))
         write_whole(description_path, json.dumps(description | {"sha256": _digests(paths)}) + "\n")

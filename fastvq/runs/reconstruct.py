@@ -9,6 +9,7 @@ from pathlib import Path
 from fastvq.data.folder import read_images
 from fastvq.data.images import to_float
 from fastvq.errors import counted
+from fastvq.extras import tracked
 from fastvq.files import StrPath
 from fastvq.training.evaluation import evaluate, psnr_db, reconstruct
 
@@ -69,7 +70,7 @@ def reconstruct_files(
     model, config = load_model(run)
     pixels, files = read_images(sources, config.image_format(), skip_unreadable=skip_unreadable)
     errors: list[float] = []
-    for part in pixels.split(_SHOWN):
+    for part in tracked(pixels.split(_SHOWN), len(pixels), "image", count=len):
         originals = to_float(part)
         errors += (reconstruct(model, originals)[0] - originals).square().flatten(1).mean(1).tolist()
     rows = spread(len(files), _SHOWN)

@@ -24,6 +24,8 @@ from .tiny import TINY, tiny_images
         (TrainConfig(data='a "b"\\c\n\x7fé', learning_rate=1e-30, flip=False, seed=2**63 - 1), "train"),
         (TrainConfig(data="photos", image_size=64, grayscale=False, reconstruction_variance=1e300), "train"),
         (TrainConfig(bottleneck="rvq", bottleneck_options={"codebook_sizes": [8, 4], "beam_size": 2}), "train"),
+        (TrainConfig(bottleneck="fsq", bottleneck_options={"levels": [8, 5, 5], "preserve_symmetry": True}), "train"),
+        (TrainConfig(bottleneck="rvq", bottleneck_options={"num_quantizers": 3, "x y": 'a"b', "z": 1e-9}), "train"),
         (PriorConfig(), "prior"),
         (PriorConfig(kind="lstm", dim=16, dropout=0.0), "prior"),
     ],
