@@ -55,7 +55,9 @@ COMMANDS: dict[str, ModuleType] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 after an invalid request, 130 after Ctrl-C, 141 unread."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    _refuse_empty(arguments)
     try:
         if options.run is not info.run:
             _refuse_ranks()
@@ -81,6 +83,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nfastvq: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """End the process with an error if an argument is empty, as a shell variable without a value leaves it.
+
+    An empty path would be the working directory.
+    """
+    before = ""
+    for argument in arguments:
+        name, sign, value = argument.partition("=")
+        if not argument or (argument.startswith("--") and sign and not value):
+            name = name or (before if before.startswith("--") else "")
+            _parser().error(f"argument {name}: must not be empty" if name else "arguments must not be empty")
+        before = argument
 
 
 def _is_out_of_memory(error: Exception) -> bool:

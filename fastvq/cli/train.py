@@ -52,9 +52,12 @@ def take_more_options(options: argparse.Namespace, arguments: list[str]) -> list
 
 def run(options: argparse.Namespace) -> int:
     """Train, and draw the pictures of the run."""
+    from fastvq.backends.devices import usable_device
     from fastvq.data.images import describe
+    from fastvq.data.registry import check_outside
     from fastvq.errors import counted
     from fastvq.files import exclusive
+    from fastvq.runs.outputs import check_no_other_files
     from fastvq.runs.page import PAGE
     from fastvq.runs.pictures import failures_as_warnings, picture_reconstructions, picture_run
     from fastvq.runs.run_page import write_run_page
@@ -65,9 +68,13 @@ def run(options: argparse.Namespace) -> int:
 
     check_logger(options.logger)
     config = _settings(options)
+    usable_device(config.device)  # before images are read
     if options.resume:
         print(describe_resumed(load_latest(options.out, tensors=False), config), flush=True)
     images = load_images(config, progress=True)
+    if not options.resume:
+        check_outside(options.out, config.data, "out")
+        check_no_other_files(options.out)
     trainer = Trainer(config, images, options.out, resume=options.resume)
     print(describe(images))
 

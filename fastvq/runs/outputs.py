@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fastvq.data.image_io import SUFFIXES
 from fastvq.data.registry import check_outside
-from fastvq.errors import ConfigError
-from fastvq.files import StrPath
+from fastvq.errors import CheckpointError, ConfigError
+from fastvq.files import StrPath, lock_of
 from fastvq.training.checkpoint import load_latest
 
 
@@ -32,6 +32,23 @@ def check_ending(path: StrPath, endings: Collection[str], *, folder: str = "", a
     if is_folder(path) or Path(path).suffix.lower() not in endings:
         text = f" or be a new folder for {folder} (no ending, or / at its end)" if folder else ""
         raise ConfigError(f"out must end in {', '.join(endings)}{text}, got {os.fspath(path)}{also}")
+
+
+def check_no_other_files(folder: StrPath) -> None:
+    """Raise a CheckpointError if a new run would be written among files of somebody else, whose names it may take.
+
+    Args:
+        folder: of the run. Every training begins by locking it, which leaves a file there.
+    """
+    if lock_of(folder).exists() or not Path(folder).is_dir():
+        return
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file() and path.suffix.lower() in _OF_RUNS:
+            raise CheckpointError(f"{path} was not written by a training in this folder: choose another folder")
+
+
+_OF_RUNS = {".png", ".html", ".json", ".jsonl", ".toml", ".csv"}
+"""The endings of files that a training writes."""
 
 
 def check_no_source(path: StrPath, sources: Sequence[StrPath]) -> None:

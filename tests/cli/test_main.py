@@ -146,6 +146,52 @@ def test_metrics_of_something_else_are_kept(tmp_path: Path, images: Path, capsys
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize("name", ["curves.png", "config.toml", "INDEX.HTML"])
+def test_files_of_somebody_else_are_kept(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run = tmp_path / "mine"
+    run.mkdir()
+    (run / name).write_text("mine")
+    (run / "notes.txt").write_text("no run writes such a file")
+    arguments = ["train", f"--out={run}", f"--data={images}", "--image-size=16", *TINY, "--steps=2"]
+    assert main(arguments) == 2
+    assert f"{name} was not written by a training in this folder" in capsys.readouterr().err
+    assert (run / name).read_text() == "mine"
+    assert len(list(run.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["train", "--out", ""], ["train", "--out="], ["demo", "--out", ""], ["evaluate", "r", "--out="]),
+        *(
+            ["bench", "--out", ""],
+            ["sample", "r", "--out", ""],
+            ["encode", "a.png", "", "--run=r"],
+            ["decode", "", "x"],
+        ),
+    ],
+    ids=" ".join,
+)
+def test_empty_arguments_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    """An empty path is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    error = capsys.readouterr().err
+    assert "must not be empty" in error
+    assert ("--out" in error) == any("--out" in argument for argument in arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_is_refused_before_images_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", f"--out={tmp_path / 'run'}", "--data=nowhere", "--device=warp"]) == 2
+    assert "--device: 'warp'" in capsys.readouterr().err
+
+
 def test_unreadable_files_that_come_later_change_nothing(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
