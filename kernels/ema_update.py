@@ -26,10 +26,15 @@ NUM_WARPS = 4
 
 @triton.jit
 def _lerp(start, end, share):
-    """Interpolate with the roundings of torch.lerp: exact at both ends. `share` has the shape of `start`."""
+    """Interpolate with the roundings of torch.lerp: exact at both ends. `share` has the shape of `start`.
+
+    Of opposite numbers also where their difference overflows.
+    """
     near_start = share < 0.5
     factor = tl.where(near_start, share, share - 1.0)
-    return tl.fma(factor, end - start, tl.where(near_start, start, end))
+    step = end - start
+    moved = tl.fma(factor, step, tl.where(near_start, start, end))
+    return tl.where(tl.abs(step) < float("inf"), moved, start * (1.0 - share) + end * share)
 
 
 @triton.jit

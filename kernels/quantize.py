@@ -26,7 +26,7 @@ from fastvq.backends.arithmetic import check_index_range, compute_dtype
 from fastvq.backends.triton import interpreted
 
 from .accumulate import ASSERTING
-from .rotation import SHORTEST, factors_of, length_of, unit_of
+from .rotation import SHORTEST, SHRINK, factors_of, length_of, shrink_of, unit_of
 
 TILE = 2048
 WIDE_TILE = 1024
@@ -150,19 +150,22 @@ def _backward(
         if PULL or ROTATE:
             e = tl.load(codes + row[:, None] * dim + d[None, :], there, other=0.0).to(dtype)
         if ROTATE:
-            x_length = length_of(tl.sum(residual * residual, 1))
-            e_length = length_of(tl.sum(e * e, 1))
-            directed = (x_length >= SHORTEST) & (e_length >= SHORTEST)
-            u, v = unit_of(residual, x_length), unit_of(e, e_length)
+            x_shrink, e_shrink = shrink_of(tl.max(tl.abs(residual), 1)), shrink_of(tl.max(tl.abs(e), 1))
+            small, small_e = residual * x_shrink[:, None], e * e_shrink[:, None]
+            x_length = length_of(tl.sum(small * small, 1))
+            e_length = length_of(tl.sum(small_e * small_e, 1))
+            directed = (x_length >= SHORTEST * x_shrink) & (e_length >= SHORTEST * e_shrink)
+            u, v = unit_of(small, x_length), unit_of(small_e, e_length)
             along_u, along_v = tl.sum(u * given, 1), tl.sum(v * given, 1)
             # 2 + 2 <u, v> cancels for nearly opposite vectors; the square of their sum does not.
             both = tl.sum((u + v) * (u + v), 1)
-            stretch = e_length / x_length
-            of_u, of_v = factors_of(stretch, along_u, along_v, both)
-            turned = stretch[:, None] * given + of_u[:, None] * u + of_v[:, None] * v
+            of_u, of_v = factors_of(along_u, along_v, both)
+            turned = given + of_u[:, None] * u + of_v[:, None] * v
+            # lambda itself may overflow where its product with a small gradient does not.
+            turned = turned * (e_length / x_length)[:, None] * (x_shrink / e_shrink)[:, None]
             value = tl.where(directed[:, None], turned, given)
         if PULL:
-            value = value + _pull(pulls, quantized_rows, stage, dim, dtype) * (residual - e)
+            value = value + 2 * _pull(pulls, quantized_rows, stage, dim, dtype) * (0.5 * residual - 0.5 * e)
         total = total + tl.where(there, value, 0.0)
         if PULL or ROTATE:
             residual = residual - e
@@ -190,6 +193,8 @@ def _rotate_long(
     start = rows[:, None] * dim
     xx = tl.zeros([BLOCK_N], dtype)
     ee, along_u, along_v, both = xx, xx, xx, xx
+    giant_x, giant_e = xx, xx
+    largest_x, largest_e = xx, xx
     for d0 in range(0, dim, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)[None, :]
         there = mask[:, None] & (d < dim)
@@ -197,25 +202,31 @@ def _rotate_long(
         e = tl.load(codes + start + d, there, other=0.0).to(dtype)
         xx += tl.sum(row * row, 1)
         ee += tl.sum(e * e, 1)
-    x_length, e_length = length_of(xx), length_of(ee)
-    directed = (x_length >= SHORTEST) & (e_length >= SHORTEST)
+        giant_x += tl.sum((row * SHRINK) * (row * SHRINK), 1)
+        giant_e += tl.sum((e * SHRINK) * (e * SHRINK), 1)
+        largest_x = tl.maximum(largest_x, tl.max(tl.abs(row), 1))
+        largest_e = tl.maximum(largest_e, tl.max(tl.abs(e), 1))
+    x_shrink, e_shrink = shrink_of(largest_x), shrink_of(largest_e)
+    x_length = length_of(tl.where(x_shrink < 1, giant_x, xx))
+    e_length = length_of(tl.where(e_shrink < 1, giant_e, ee))
+    directed = (x_length >= SHORTEST * x_shrink) & (e_length >= SHORTEST * e_shrink)
     for d0 in range(0, dim, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)[None, :]
         row, e, g = _load_three(x, codes, grad, start + d, mask[:, None] & (d < dim), dtype)
-        u, v = unit_of(row, x_length), unit_of(e, e_length)
+        u, v = unit_of(row * x_shrink[:, None], x_length), unit_of(e * e_shrink[:, None], e_length)
         along_u += tl.sum(u * g, 1)
         along_v += tl.sum(v * g, 1)
         both += tl.sum((u + v) * (u + v), 1)
-    stretch = e_length / x_length
-    of_u, of_v = factors_of(stretch, along_u, along_v, both)
+    of_u, of_v = factors_of(along_u, along_v, both)
     for d0 in range(0, dim, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)[None, :]
         row, e, g = _load_three(x, codes, grad, start + d, mask[:, None] & (d < dim), dtype)
-        u, v = unit_of(row, x_length), unit_of(e, e_length)
-        turned = stretch[:, None] * g + of_u[:, None] * u + of_v[:, None] * v
+        u, v = unit_of(row * x_shrink[:, None], x_length), unit_of(e * e_shrink[:, None], e_length)
+        turned = g + of_u[:, None] * u + of_v[:, None] * v
+        turned = turned * (e_length / x_length)[:, None] * (x_shrink / e_shrink)[:, None]
         value = tl.where(directed[:, None], turned, g)
         if PULL:
-            value = value + _pull(pulls, quantized_rows, 0, dim, dtype) * (row - e)
+            value = value + 2 * _pull(pulls, quantized_rows, 0, dim, dtype) * (0.5 * row - 0.5 * e)
         tl.store(x_grad + start + d, _rounded(value, x_grad.dtype.element_ty), (rows < n)[:, None] & (d < dim))
 
 

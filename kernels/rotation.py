@@ -10,6 +10,16 @@ from fastvq.backends import arithmetic
 SHORTEST = tl.constexpr(arithmetic.SHORTEST)
 
 
+GIANT = tl.constexpr(2.0**60)
+SHRINK = tl.constexpr(2.0**-80)
+
+
+@triton.jit
+def shrink_of(largest):
+    """Return the factor of rows with these largest magnitudes, such that squares don't overflow: a power of two."""
+    return tl.where(largest > GIANT, SHRINK, 1.0).to(largest.dtype)
+
+
 @triton.jit
 def length_of(squares):
     """Return the square root, correctly rounded."""
@@ -35,7 +45,7 @@ def unit_of(rows, lengths):
 
 
 @triton.jit
-def factors_of(stretch, along_u, along_v, both):
-    """(f, h) such that lambda R^T g = stretch g + f u + h v, where both = |u + v|^2; see `_rotate_back` there."""
+def factors_of(along_u, along_v, both):
+    """(f, h) such that lambda R^T g = lambda (g + f u + h v), where both = |u + v|^2; see `_rotate_back` there."""
     bisector = (along_u + along_v) / tl.maximum(both, SHORTEST * SHORTEST)
-    return 2 * stretch * (along_v - bisector), -2 * stretch * bisector
+    return 2 * (along_v - bisector), -2 * bisector
