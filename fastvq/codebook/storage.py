@@ -36,7 +36,7 @@ def write_(module: nn.Module, name: str, values: Tensor) -> None:
     """
     tensor = module._buffers.get(name)
     tensor = module._parameters.get(name) if tensor is None else tensor
-    if tensor is None:
+    if tensor is None or _is_flat(tensor):
         _assign(module, name, values)
         return
     if torch.compiler.is_compiling():
@@ -94,6 +94,11 @@ def refuse_dtensor(name: str, tensor: Tensor) -> None:
             f"{name}: is sharded over ranks (a DTensor); call the module's forward, which gathers it, or register the"
             " method with torch.distributed.fsdp.register_fsdp_forward_method"
         )
+
+
+def _is_flat(tensor: Tensor) -> bool:
+    """Return whether a tensor is a view of all parameters, which `FullyShardedDataParallel` puts in place of each."""
+    return type(tensor) is Tensor and tensor.requires_grad and tensor._is_view()
 
 
 def _is_dtensor(tensor: Any) -> bool:

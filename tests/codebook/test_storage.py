@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrize, prune
 
 import fastvq
@@ -127,3 +130,29 @@ def test_ordinary_optimizers_and_copies(kind, lr):
             assert module.codebook.isfinite().all()
         module = copy.deepcopy(module)
         module._codebook.reinitialize_()
+
+
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "learnable", *WRITES])
+def test_flat_parameters(kind, original, tmp_path):
+    """FullyShardedDataParallel trains a codebook that a gradient or nobody writes to, and is refused by others."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        settings = {"plain": {}, "learnable": {"learnable_codebook": True}} | WRITES
+        layer = fastvq.VectorQuantize(DIM, SIZE, **settings[kind])
+        model = nn.Sequential(nn.Linear(DIM, DIM), layer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is deprecated
+            model = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+
+        def step():
+            quantized, _, loss = model(torch.randn(2, 16, DIM))
+            (quantized.sum() + loss).backward()
+
+        if kind in WRITES:
+            with pytest.raises(RuntimeError, match="embed: is neither a parameter nor a buffer"):
+                step()
+        else:
+            step()
+    finally:
+        dist.destroy_process_group()
