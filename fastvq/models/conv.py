@@ -220,5 +220,10 @@ class Decoder(nn.Module):
         layers += [nn.GELU(), _CONV_TRANSPOSE[ndim](channels, out_channels, 4, stride=2, padding=1)]
         self.layers = nn.Sequential(*layers)
 
+    @property
+    def last_weight(self) -> Tensor:
+        """Weight of the last layer, whose gradients scale an adversarial loss."""
+        return next(self.layers[-1].parameters())
+
     def forward(self, codes: Tensor) -> Tensor:
         return self.layers(codes)

@@ -155,6 +155,11 @@ class TrainConfig(Settings):
     learning_rate: float = _setting(3e-3, "peak learning rate of Adam")
     warmup_steps: int = _setting(100, "steps of linear warm-up, before a cosine decay to zero")
     reconstruction_variance: float = _setting(0.08, "divisor of the squared error, about the variance of the data")
+    reconstruction_loss: str = _setting("l2", "l2, the squared error, or l1, the absolute error")
+    adversarial_weight: float = _setting(0.0, "weight of the loss of a discriminator, as in VQGAN; 0 for none")
+    adversarial_start: int = _setting(1000, "step from which the discriminator and its loss take part")
+    discriminator_width: int = _setting(64, "channels of the discriminator's first layer")
+    discriminator_layers: int = _setting(2, "strided convolutions of the discriminator")
     flip: bool = _setting(True, "mirror each training image with probability 1/2")
     seed: int = _setting(0, "seed of weights, data order and replacement of dead codes")
     device: str = _setting("cpu", "torch device to train on")
@@ -167,6 +172,8 @@ class TrainConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _multipliers(self.channel_multipliers, self.downsamples)
+        if self.reconstruction_loss not in ("l1", "l2"):
+            raise ConfigError(f"reconstruction_loss must be l1 or l2, got {self.reconstruction_loss!r}")
         if self.bottleneck in _NO_BOTTLENECKS:
             raise ConfigError(f"bottleneck cannot be {self.bottleneck}: {_NO_BOTTLENECKS[self.bottleneck]}")
         if self.bottleneck not in BOTTLENECKS:
@@ -300,6 +307,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"), (1, _COUNT)),
     **dict.fromkeys(("encoder_blocks", "decoder_blocks", "level_blocks"), (0, _DEPTH)),
     "norm_groups": (0, _SIDE),
+    "discriminator_width": (1, _SIDE),
+    "discriminator_layers": (1, 32),
+    "adversarial_weight": (0, _FINITE),
+    "adversarial_start": (0, _COUNT),
     **dict.fromkeys(("commitment_weight", "dead_code_threshold", "weight_decay"), (0, _FINITE)),
     **dict.fromkeys(("learning_rate", "reconstruction_variance"), (_SMALLEST, _FINITE)),
     "depth": (1, _DEPTH),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -11,8 +14,9 @@ from fastvq.data.images import to_float
 from fastvq.data.registry import check_outside
 from fastvq.errors import CodebookError, DataError
 from fastvq.files import StrPath
-from fastvq.models import VQVAE
+from fastvq.models import VQVAE, Decoder
 
+from .adversary import Adversary
 from .build import build_model
 from .config import TrainConfig
 from .data_order import Batches, crop_randomly, flip_randomly, to_device
@@ -24,6 +28,9 @@ class Trainer(Loop[Evaluation]):
     """Training of one VQ-VAE in one folder; `Loop` describes runs and how they resume.
 
         loss = mean((reconstruction - x)^2) / reconstruction_variance + the bottleneck's loss
+
+    On request the error is mean|reconstruction - x| / sqrt(reconstruction_variance), and the loss of an `Adversary` is
+    added.
 
     Data order and flips depend on seed and step alone. The constructor sets torch's global random state.
 
@@ -58,6 +65,7 @@ class Trainer(Loop[Evaluation]):
         model = build_model(config).to(self.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._quantizer = model.bottleneck if isinstance(model.bottleneck, Monitored) else None
+        self._adversary = Adversary(config, self.device) if config.adversarial_weight else None
         optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
         super().__init__(config, model, optimizer, folder, identity=images.fingerprint())
         source = images.train if images.uncropped is None else images.uncropped
@@ -75,11 +83,21 @@ class Trainer(Loop[Evaluation]):
         if config.flip:
             x = flip_randomly(x, self.step, seed=config.seed)
         output = self.model(x)
-        squared_error = (output.reconstruction - x).square().mean()
-        loss = squared_error / config.reconstruction_variance + output.loss
+        difference = output.reconstruction - x
+        squared_error = difference.square().mean()
+        if config.reconstruction_loss == "l1":
+            error = difference.abs().mean() / math.sqrt(config.reconstruction_variance)
+        else:
+            error = squared_error / config.reconstruction_variance
+        loss = error + output.loss
+        adversary = self._adversary if self.step >= config.adversarial_start else None
+        if adversary is not None:
+            loss = loss + adversary.loss(output.reconstruction, error, cast(Decoder, self.model.decoder).last_weight)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        if adversary is not None:
+            adversary.learn(x, output.reconstruction, config.learning_rate_at(self.step))
         self._window += torch.stack([loss.detach(), squared_error.detach(), torch.ones_like(loss)])
 
     def recent(self) -> tuple[Measures, str]:
@@ -87,6 +105,8 @@ class Trainer(Loop[Evaluation]):
         loss, squared_error = (self._window[:2] / self._window[2]).tolist()
         values: Measures = {"loss": loss, "psnr_db": psnr_db(squared_error)}
         text = f"loss {loss:.3f}, PSNR {psnr_db(squared_error):.2f} dB"
+        if self._adversary is not None:
+            values |= self._adversary.recent()
         if self._quantizer is not None:
             used = usage_record(self._code_counts())
             lost = float(self._quantizer.health(together=False).non_finite.max())
@@ -105,13 +125,14 @@ class Trainer(Loop[Evaluation]):
         return result, {"psnr_db": result.psnr_db, **usage_record(result.stage_counts)}
 
     def more_state(self) -> dict[str, Tensor]:
-        """Return the counts of chosen codes since the last record."""
+        """Return the counts of chosen codes since the last record, and the state of the adversary."""
+        state = {} if self._adversary is None else self._adversary.state()
         if self._quantizer is None:
-            return {}
+            return state
         counts = [health.code_counts for health in self._quantizer.healths()]
         if len(counts) == 1:
-            return {"window.code_counts": counts[0]}
-        return {f"window.code_counts.{number}": values for number, values in enumerate(counts)}
+            return state | {"window.code_counts": counts[0]}
+        return state | {f"window.code_counts.{number}": values for number, values in enumerate(counts)}
 
     def _code_counts(self) -> list[Tensor]:
         """Return the counts (K,) of each codebook since the last record; none where levels are counted, not codes."""

@@ -1,0 +1,131 @@
+"""Adversarial and absolute losses: formulas, records, and runs that resume bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastvq.errors import ConfigError
+from fastvq.models.discriminator import PatchDiscriminator
+from fastvq.training import Trainer
+from fastvq.training.adversary import Adversary
+from fastvq.training.config import TrainConfig
+from fastvq.training.metrics import read_metrics
+
+from .tiny import TINY, tiny_images
+
+CONFIG = dataclasses.replace(
+    TINY, steps=6, log_every=2, evaluate_every=6, checkpoint_every=3, adversarial_weight=0.8, adversarial_start=2,
+    discriminator_width=8,
+)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+def stop_after(trainer: Trainer, steps: int) -> None:
+    original = trainer.train_step
+
+    def step_and_interrupt() -> None:
+        original()
+        if trainer.step == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.train_step = step_and_interrupt  # type: ignore[method-assign]
+    assert trainer.fit(progress=False) is None
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 5])
+def test_an_adversarial_run_resumes_bit_for_bit(tmp_path: Path, interrupted_at: int) -> None:
+    whole = Trainer(CONFIG, tiny_images(), tmp_path / "whole")
+    assert whole.fit(progress=False)
+    stop_after(Trainer(CONFIG, tiny_images(), tmp_path / "parts"), interrupted_at)
+    torch.rand(1000)
+    resumed = Trainer(CONFIG, tiny_images(), tmp_path / "parts", resume=True)
+    assert resumed.step == interrupted_at
+    assert resumed.fit(progress=False)
+    first, second = whole._checkpoint().tensors, resumed._checkpoint().tensors
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert float(first["adversary.optimizer.layers.0.weight.step"]) == 4
+    records = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert read_metrics(tmp_path / "parts" / "metrics.jsonl") == records
+    losses = [record.get("discriminator_loss") for record in records if record["split"] == "train"]
+    assert losses[0] is None
+    assert all(0 < loss < 4 for loss in losses[1:])
+
+
+def test_without_weight_there_is_no_discriminator(tmp_path: Path) -> None:
+    trainer = Trainer(dataclasses.replace(CONFIG, adversarial_weight=0.0), tiny_images(), tmp_path / "run")
+    assert not [name for name in trainer._checkpoint().tensors if "adversary" in name]
+
+
+def test_the_adversarial_loss_is_scaled_by_the_gradients_of_the_last_layer() -> None:
+    torch.manual_seed(0)
+    adversary = Adversary(CONFIG, CPU)
+    last, features = torch.randn(1, 4, requires_grad=True), torch.randn(4, 28 * 28)
+    image = (last @ features).view(1, 1, 28, 28)
+    error = (image - 0.5).square().mean()
+    loss = adversary.loss(image, error, last)
+    fooled = -adversary.discriminator(image).mean()
+    norms = [torch.autograd.grad(one, last, retain_graph=True)[0].norm().item() for one in (error, fooled)]
+    ratio = norms[0] / (norms[1] + 1e-4)
+    assert loss.item() == pytest.approx(0.8 * ratio * fooled.item(), rel=1e-4)
+    gradient = torch.autograd.grad(loss, last)[0].norm().item()
+    assert gradient == pytest.approx(0.8 * norms[0], rel=1e-2)
+
+
+def test_the_discriminator_learns_to_tell_images_apart() -> None:
+    torch.manual_seed(0)
+    adversary = Adversary(CONFIG, CPU)
+    images = (torch.arange(28) // 3 % 2).float().expand(8, 1, 28, 28)
+    for _ in range(40):
+        adversary.learn(images, images.mT, 1e-2)
+    assert adversary.discriminator(images).mean() > 0.5
+    assert adversary.discriminator(images.mT).mean() < -0.5
+
+
+@pytest.mark.parametrize(("loss", "scale"), [("l1", math.sqrt(0.08)), ("l2", 0.08)])
+def test_the_error_is_absolute_or_squared(tmp_path: Path, loss: str, scale: float) -> None:
+    config = dataclasses.replace(TINY, reconstruction_loss=loss, flip=False, commitment_weight=0.0)
+    trainer = Trainer(config, tiny_images(), tmp_path / "run")
+    x = trainer._batches(0).float() / 255
+    trainer.model.train()
+    with torch.no_grad():
+        trainer.model(x)  # initializes the codebook
+        difference = trainer.model(x).reconstruction - x
+    trainer.learn()
+    expected = (difference.abs() if loss == "l1" else difference.square()).mean().item() / scale
+    assert trainer.recent()[0]["loss"] == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "grid"), [((28, 28), 2, (7, 7)), ((16, 32), 3, (2, 4)), ((9, 8), 1, (4, 4))]
+)
+def test_logits_are_those_of_patches(size: tuple[int, int], layers: int, grid: tuple[int, int]) -> None:
+    assert PatchDiscriminator(3, width=8, layers=layers)(torch.rand(2, 3, *size)).shape == (2, 1, *grid)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reconstruction_loss": "l3"}, "reconstruction_loss must be l1 or l2, got 'l3'"),
+        ({"adversarial_weight": -1.0}, "adversarial_weight must be at least 0, got -1.0"),
+        (
+            {"adversarial_weight": 1.0, "discriminator_width": 12},
+            "discriminator_width: must be a multiple of 8, got",
+        ),
+        (
+            {"adversarial_weight": 1.0, "discriminator_layers": 5},
+            "discriminator_layers: 5 halve the sides of image",
+        ),
+    ],
+)
+def test_settings_of_losses_are_validated(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Adversary(TrainConfig(**settings), CPU)
