@@ -248,8 +248,8 @@ class Loop(Generic[EvaluationT]):
         if changes:
             listed = ", ".join(f"{name} from {old!r} to {new!r}" for name, (old, new) in changes.items())
             raise ConfigError(f"a resumed run keeps its settings, but these changed: {listed}")
-        if steps is not None and steps <= checkpoint.step:
-            raise ConfigError(f"steps must be more than the {checkpoint.step} that the run has done, got {steps}")
+        if steps is not None:
+            _check_more_steps(checkpoint, steps)
         if checkpoint.data_fingerprint != self._identity:
             raise CheckpointError(
                 f"the data differ from those that the run in {self.folder} started with: {data} has the fingerprint"
@@ -312,17 +312,27 @@ def usable_device(name: str) -> torch.device:
 
 
 def describe_resumed(checkpoint: Checkpoint, config: Settings) -> str:
-    """Return a line about the step that a run is resumed at, and what its schedule does where it gets more steps."""
+    """Return a line about the step that a run is resumed at, and what its schedule does where it gets more steps.
+
+    Raises:
+        ConfigError: the run has done as many steps already.
+    """
     step, steps = checkpoint.step, config.steps
     if checkpoint.config.steps == steps:
         if step < steps:
             return f"resuming at step {step} of {steps}"
         return f"step {step} of {steps}: the training is finished; --steps {2 * steps} would continue it"
+    _check_more_steps(checkpoint, steps)
     before, after = checkpoint.config.learning_rate_at(max(0, step - 1)), config.learning_rate_at(step)
     return (
         f"resuming at step {step} of {checkpoint.config.steps}, to {steps}: the learning rate goes on as in a training"
         f" of {steps} steps, from {before:.2g} to {after:.2g} at once"
     )
+
+
+def _check_more_steps(checkpoint: Checkpoint, steps: int) -> None:
+    if steps <= checkpoint.step:
+        raise ConfigError(f"steps must be more than the {checkpoint.step} that the run has done, got {steps}")
 
 
 def delete_run(folder: StrPath) -> None:

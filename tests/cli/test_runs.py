@@ -96,6 +96,9 @@ def test_more_steps_say_what_the_schedule_does(run: Path, tmp_path: Path, capsys
     assert capsys.readouterr().out.splitlines()[0] == (
         "step 6 of 6: the training is finished; --steps 12 would continue it"
     )
+    assert main(["train", "--out", str(copy), "--resume", "--steps", "4"]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "fastvq: --steps must be more than the 6 that the run has done, got 4\n")
     assert main(["prior", str(run), "--resume", "--steps", "2", "--quiet"]) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith("resuming at step 1 of 1, to 2: the learning rate goes on")
