@@ -121,7 +121,27 @@ def tie_parameters(module: nn.Module, results: tuple[Any, ...]) -> tuple[Any, ..
     )
 
 
-_seeds: tuple[Any, random.Random] | None = None
+class _Common:
+    """Random integers that are equal on all ranks: a function of what rank 0 has drawn once, and of their number."""
+
+    def __init__(self, start: int = -1, drawn: int = 0, group: Any = None) -> None:
+        self.start, self.drawn, self.group = start, drawn, group
+
+    def next(self, limit: int) -> int:
+        if self.group is not dist.group.WORLD and self.group is not None:
+            self.start = -1  # another group: others may have drawn elsewhere
+        self.group = dist.group.WORLD
+        if self.start < 0:
+            start = torch.randint(2**62, ())
+            if dist.get_backend() == "nccl":
+                start = start.cuda()
+            dist.broadcast(start, src=0)
+            self.start, self.drawn = int(start), 0
+        self.drawn += 1
+        return random.Random(f"{self.start}/{self.drawn}").randrange(limit)
+
+
+_common = _Common()
 _drawn: dict[int, int] = {}
 DRAWN_KEPT = 256
 
@@ -130,25 +150,28 @@ def common_seed(limit: int = 10_000) -> int:
     """Return a random integer in [0, limit), equal on all ranks if all call this equally often.
 
     One process draws it from torch's generator. Several draw from a sequence that rank 0 seeds: the first call is a
-    broadcast, the others don't communicate. If activation checkpointing resets torch's generator to repeat a forward
-    pass, the numbers repeat too.
+    broadcast, the others don't communicate; `common_state` is its state. If activation checkpointing resets torch's
+    generator to repeat a forward pass, the numbers repeat too.
     """
-    global _seeds
     if not active():
         return int(torch.randint(limit, ()))
-    group = dist.group.WORLD
-    if _seeds is None or _seeds[0] is not group:
-        start = torch.randint(2**62, ())
-        if dist.get_backend() == "nccl":
-            start = start.cuda()
-        dist.broadcast(start, src=0)
-        _seeds = (group, random.Random(int(start)))
     key = int(torch.randint(2**62, ()))
     if not (recomputing() and key in _drawn):
-        _drawn[key] = _seeds[1].randrange(limit)
+        _drawn[key] = _common.next(limit)
         if len(_drawn) > DRAWN_KEPT:
             del _drawn[next(iter(_drawn))]
     return _drawn[key]
+
+
+def common_state() -> Tensor:
+    """Return the state (2,) int64 of the sequence of `common_seed`, which is equal on all ranks."""
+    return torch.tensor([_common.start, _common.drawn])
+
+
+def set_common_state(state: Tensor) -> None:
+    """Continue the sequence of `common_seed` from a state; every rank must do so."""
+    _common.start, _common.drawn = map(int, state)
+    _common.group = dist.group.WORLD
 
 
 def check_synchronized(module: nn.Module) -> None:

@@ -48,6 +48,10 @@ class BackendError(FastvqError, RuntimeError):
     """Call that no backend can serve, or not the requested one; the message has the reasons."""
 
 
+class RanksError(FastvqError, RuntimeError):
+    """Loss of another process that works on the same task; the message says how to go on."""
+
+
 class BenchError(FastvqError, ValueError):
     """Request that cannot be benchmarked; the message names the argument."""
 

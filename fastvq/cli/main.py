@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NoReturn, TextIO
 
@@ -59,12 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _refuse_empty(arguments)
     try:
-        if options.run is not info.run:
-            _refuse_ranks()
+        several = options.run is not info.run and _ranks(options.run)
         with _warnings_in_one_line(), without_progress(options.quiet):
             # The parser needs neither the ops nor torch.
             _load_ops()
-            status = options.run(options)
+            status = _run_as_rank(options) if several else options.run(options)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -109,18 +108,52 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _refuse_ranks() -> None:
-    """Raise a ConfigError in a process that torchrun, or another launcher, started as one of several.
+_TOGETHER = (train.run, prior.run)
+"""Commands that several processes can run together."""
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun"}
+"""Variables in which other launchers give the number of processes."""
 
-    Every one of them would do the whole work, into the same files.
+
+def _ranks(run: Callable[[argparse.Namespace], int]) -> bool:
+    """Return whether this is one of several processes that torchrun has started.
+
+    Raises:
+        ConfigError: the command runs in one process, or another launcher has started several.
     """
-    for variable, alone in (("WORLD_SIZE", 1), ("RANK", 0)):
-        value = os.environ.get(variable, "")
-        if value.isdecimal() and int(value) > alone:
+    sizes = {name: int(value) for name, value in os.environ.items() if value.isdecimal()}
+    if max(sizes.get("WORLD_SIZE", 1), sizes.get("RANK", 0) + 1) > 1:
+        variable = "WORLD_SIZE" if sizes.get("WORLD_SIZE", 1) > 1 else "RANK"
+        if run not in _TOGETHER:
             raise ConfigError(
-                f"one process runs a command, but {variable}={value} says that this is one of several: start it without"
-                f" torchrun, or unset {variable}"
+                f"one process runs this command, but {variable}={sizes[variable]} says that this is one of several:"
+                f" start it without torchrun, or unset {variable}"
             )
+        missing = [name for name in _TORCHRUN if name not in os.environ]
+        if missing:
+            raise ConfigError(
+                f"{variable}={sizes[variable]} says that this is one of several processes, but {', '.join(missing)} is"
+                " missing: start them by torchrun"
+            )
+        return True
+    for variable, launcher in _LAUNCHERS.items():
+        if sizes.get(variable, 1) > 1:
+            raise ConfigError(
+                f"{launcher} has started {sizes[variable]} processes ({variable}), each of which would do the whole"
+                " work: start them by torchrun"
+            )
+    return False
+
+
+def _run_as_rank(options: argparse.Namespace) -> int:
+    """Run a command as one of several processes; rank 0 alone prints."""
+    from fastvq.training import ranks
+
+    with ranks.process_group():
+        if ranks.leads():
+            return int(options.run(options))
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            return int(options.run(options))
 
 
 def _load_ops() -> None:

@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.runs.pictures import failures_as_warnings, picture_prior
     from fastvq.runs.sample import sample_run
     from fastvq.runs.train_prior import resumed_prior, train_prior
+    from fastvq.training import ranks
     from fastvq.training.config import PriorConfig
     from fastvq.training.loggers import check_logger
     from fastvq.training.loop import describe_resumed
@@ -70,6 +71,8 @@ def run(options: argparse.Namespace) -> int:
         if unused:
             listed = ", ".join("--" + name.replace("_", "-") for name in unused)
             raise ConfigError(f"--compare trains each kind from the start for equal time: omit {listed}")
+        if not ranks.alone():
+            raise ConfigError("--compare measures one process: start it without torchrun")
         lines = compare_priors(options.run_folder, options.seconds, config=config, data=options.data)
         if lines is None:
             print("stopped; nothing is written")
@@ -90,8 +93,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"stopped, saved; continue with: fastvq prior {shlex.quote(str(options.run_folder))} --resume")
         return INTERRUPTED
     print(f"{counted(len(trained.data.test), 'held-out image')}: {trained.bits_per_index:.2f} bits per index")
-    with failures_as_warnings("picture of curves of the prior"):
-        picture_prior(options.run_folder, captioned=False)
-    with failures_as_warnings("picture of samples"):
-        print("\n".join(sample_run(options.run_folder, data=options.data)))
+    if ranks.leads():
+        with failures_as_warnings("picture of curves of the prior"):
+            picture_prior(options.run_folder, captioned=False)
+        with failures_as_warnings("picture of samples"):
+            print("\n".join(sample_run(options.run_folder, data=options.data)))
     return 0

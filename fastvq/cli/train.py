@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import shlex
 from pathlib import Path
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.runs.page import PAGE
     from fastvq.runs.pictures import failures_as_warnings, picture_reconstructions, picture_run
     from fastvq.runs.run_page import write_run_page
-    from fastvq.training import Evaluation, Trainer, load_images
+    from fastvq.training import Evaluation, Trainer, load_images, ranks
     from fastvq.training.checkpoint import load_latest
     from fastvq.training.loggers import check_logger
     from fastvq.training.loop import describe_resumed
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     usable_device(config.device)  # before images are read
     if options.resume:
         print(describe_resumed(load_latest(options.out, tensors=False), config), flush=True)
-    images = load_images(config, progress=True)
+    images = ranks.rank_0_first(lambda: load_images(config, progress=ranks.leads()))
     if not options.resume:
         check_outside(options.out, config.data, "out")
         check_no_other_files(options.out)
@@ -81,19 +82,20 @@ def run(options: argparse.Namespace) -> int:
     def draw(trainer: Trainer, evaluation: Evaluation) -> None:
         with failures_as_warnings("picture of reconstructions"):
             step = trainer.step
-            picture_reconstructions(options.out, trainer.model, images, evaluation, step=step, captioned=False)
+            picture_reconstructions(options.out, trainer.trained, images, evaluation, step=step, captioned=False)
         with failures_as_warnings("page of the run"):
             write_run_page(options.out)
 
-    with exclusive(options.out):
+    with exclusive(options.out) if ranks.leads() else contextlib.nullcontext():
         evaluation = trainer.fit(on_evaluation=draw, logger=options.logger)
         if evaluation is None:
             again = f"fastvq train --out {shlex.quote(str(options.out))} --resume"
             print(f"stopped at step {trainer.step}, saved; continue with: {again}")
             return INTERRUPTED
-        picture_run(trainer, evaluation, captioned=False)
-        with failures_as_warnings("page of the run"):
-            write_run_page(options.out)
+        if ranks.leads():
+            picture_run(trainer, evaluation, captioned=False)
+            with failures_as_warnings("page of the run"):
+                write_run_page(options.out)
     perplexity = "" if evaluation.perplexity is None else f", perplexity {evaluation.perplexity:.0f}"
     print(f"{counted(len(images.test), 'held-out image')}: {evaluation.psnr_db:.2f} dB{perplexity}")
     if (options.out / PAGE).exists():

@@ -77,10 +77,14 @@ class Adapter:
         size = self.codebook_size
         return grid if isinstance(size, int) else (*grid, len(size))
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes, shaped as z (B, D, *grid), indices (B, *grid) or (B, *grid, Q), and the loss ()."""
+    def quantize(self, z: Tensor, *, accumulate: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, shaped as z (B, D, *grid), indices (B, *grid) or (B, *grid, Q), and the loss ().
+
+        `accumulate`: see `VQVAE.forward`.
+        """
         grid = z.shape[2:]
-        codes, indices, *others = self.quantizer(z.flatten(2).transpose(1, 2))
+        options = {"accum_ema_update": True} if accumulate and isinstance(self.quantizer, VectorQuantize) else {}
+        codes, indices, *others = self.quantizer(z.flatten(2).transpose(1, 2), **options)
         return codes.transpose(1, 2).unflatten(2, grid), indices.unflatten(1, grid), _total(others, z)
 
     def codes(self, indices: Tensor, ndim: int) -> Tensor:
@@ -129,7 +133,7 @@ class Adapter:
 class ChannelsFirst(Adapter):
     """Adapter of `LatentQuantize`, which takes (B, D, N)."""
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(self, z: Tensor, *, accumulate: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         grid = z.shape[2:]
         codes, indices, loss = self.quantizer(z.flatten(2))
         return codes.unflatten(2, grid), indices.unflatten(1, grid), loss
@@ -145,7 +149,7 @@ class Groups(Adapter):
     def codebook_size(self) -> tuple[int, ...]:
         return tuple(size for rvq in self.quantizer.rvqs for size in _stage_sizes(rvq))
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(self, z: Tensor, *, accumulate: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         grid = z.shape[2:]
         codes, indices, *others = self.quantizer(z.flatten(2).transpose(1, 2))
         indices = indices.movedim(0, -2).flatten(-2).unflatten(1, grid)
@@ -179,7 +183,7 @@ class Scales(Adapter):
     def index_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         return (sum(map(math.prod, self.quantizer.level_shapes)),)
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(self, z: Tensor, *, accumulate: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         codes, indices, loss = self.quantizer(z if self.quantizer.channel_first else z.movedim(1, -1))
         codes = codes if self.quantizer.channel_first else codes.movedim(-1, 1)
         return codes, torch.cat([scale.flatten(1) for scale in indices], 1), loss

@@ -88,9 +88,15 @@ class VQVAE(nn.Module):
         """
         return self.adapter.codebook_size
 
-    def forward(self, x: Tensor) -> VQVAEOutput:
-        """Reconstruct x (B, C, *size); in training mode the bottleneck also learns its codebook."""
-        codes, indices, loss = self.adapter.quantize(self.encoder(x))
+    def forward(self, x: Tensor, accumulate: bool = False) -> VQVAEOutput:
+        """Reconstruct x (B, C, *size); in training mode the bottleneck also learns its codebook.
+
+        Args:
+            x: the signals.
+            accumulate: `VectorQuantize` keeps the statistics of x for its next learning step, in which a later call
+                without this flag learns from both; other bottlenecks learn at once.
+        """
+        codes, indices, loss = self.adapter.quantize(self.encoder(x), accumulate=accumulate)
         return VQVAEOutput(self.decoder(codes), indices, loss)
 
     @torch.no_grad()

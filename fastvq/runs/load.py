@@ -162,7 +162,7 @@ def _build(build: Callable[[], ModelT], checkpoint: Checkpoint) -> ModelT:
     Raises:
         ValueError: the settings make no model, or another one than the tensors belong to.
     """
-    weights = checkpoint.part("model")
+    weights = checkpoint.trained()
     try:
         with torch.device("meta"):
             shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}
@@ -172,5 +172,5 @@ def _build(build: Callable[[], ModelT], checkpoint: Checkpoint) -> ModelT:
         model = build()
     except (RuntimeError, MemoryError, OverflowError, TypeError, KeyError) as error:
         raise ValueError(f"its settings make no model: {error}") from error
-    checkpoint.load_model(model)
+    checkpoint.load_model(model, trained=True)
     return model

@@ -106,7 +106,7 @@ def picture_run(trainer: Trainer, evaluation: Evaluation, *, captioned: bool = T
     The reconstructions are not among them: `picture_reconstructions` draws them at each evaluation. A picture that
     fails is a warning.
     """
-    folder, model, images = trainer.folder, trainer.model, trainer.images
+    folder, model, images = trainer.folder, trainer.trained, trainer.images
     adapter = model.adapter
     sizes = adapter.stage_sizes() if evaluation.stage_counts else (1,)
     paths = []

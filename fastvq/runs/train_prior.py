@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from fastvq.coding import fingerprint
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.files import StrPath, delete_folder, exclusive, flush_folder
 from fastvq.models import Prior
-from fastvq.training import config_file
+from fastvq.training import config_file, ranks
 from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, load_latest
 from fastvq.training.config import PriorConfig
 from fastvq.training.loggers import CSV_FILE
@@ -72,11 +73,10 @@ def train_prior(
         raise ConfigError("resume and overwrite exclude each other: an interrupted successor is resumed as well")
     if not resume and not overwrite:
         _check_no_prior(run)
-    model, indices, codebook_size = run_indices(run, data)
+    model, indices, codebook_size = ranks.rank_0_first(lambda: run_indices(run, data))
     identity = fingerprint(model).hex()
-    with exclusive(folder):
-        if successor_is_finished(folder):
-            _adopt_successor(folder)
+    with exclusive(folder) if ranks.leads() else contextlib.nullcontext():
+        ranks.rank_0_first(lambda: _adopt_successor(folder) if successor_is_finished(folder) else None)
         if not resume and not overwrite:
             _check_no_prior(run)
         successor = folder / SUCCESSOR_FOLDER
@@ -105,7 +105,7 @@ def train_prior(
         if bits is None:
             return None
         if replaces:
-            _adopt_successor(folder)
+            ranks.rank_0_first(lambda: _adopt_successor(folder) if successor_is_finished(folder) else None)
     return TrainedPrior(trainer.model.eval().cpu(), indices, bits)
 
 

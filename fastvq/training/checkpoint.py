@@ -35,6 +35,8 @@ from .config import Settings, TrainConfig
 
 _FORMAT = 2
 _KEEP = 2
+AVERAGED = "average"
+"""Prefix of the names of averaged weights."""
 _STATE = "state.safetensors"
 _DESCRIPTION = "checkpoint.json"
 _NAME = re.compile(r"step-(?:[0-9]{8}|[1-9][0-9]{8,})")
@@ -75,13 +77,17 @@ class Checkpoint:
         start = prefix + "."
         return {name[len(start) :]: tensor for name, tensor in self.tensors.items() if name.startswith(start)}
 
-    def load_model(self, model: nn.Module) -> None:
-        """Copy the weights into a model.
+    def trained(self) -> dict[str, Tensor]:
+        """Return the weights of the trained model: the averaged ones, if they are averaged."""
+        return self.part(f"{AVERAGED}.module") or self.part("model")
+
+    def load_model(self, model: nn.Module, *, trained: bool = False) -> None:
+        """Copy the weights that training goes on from into a model, or those of the trained model.
 
         Raises:
             ValueError: a tensor is missing, unknown, of another shape or kind, or has a NaN.
         """
-        given = self.part("model")
+        given = self.trained() if trained else self.part("model")
         for name, own in model.state_dict().items():
             # Flags such as `initted` were bool in earlier checkpoints, as in those of vector_quantize_pytorch.
             if name not in given or given[name].dtype == torch.bool:

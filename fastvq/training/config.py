@@ -43,6 +43,7 @@ def _setting(default: Any, description: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": description})
 
 
+PRECISIONS = ("float32", "bf16")
 _RENAMED = {"revival_threshold": "dead_code_threshold"}
 """Settings by the name that earlier checkpoints have."""
 
@@ -60,6 +61,7 @@ class Settings:
 
     if TYPE_CHECKING:
         steps: int
+        seed: int
         log_every: int
         evaluate_every: int
         checkpoint_every: int
@@ -160,6 +162,15 @@ class TrainConfig(Settings):
     adversarial_start: int = _setting(1000, "step from which the discriminator and its loss take part")
     discriminator_width: int = _setting(64, "channels of the discriminator's first layer")
     discriminator_layers: int = _setting(2, "strided convolutions of the discriminator")
+    precision: str = _setting("float32", "'float32', or 'bf16' for the networks' products; codes are found in float32")
+    compile: bool = _setting(False, "compile the model by torch.compile")
+    accumulate: int = _setting(1, "parts that a batch is learned from one after the other, which takes less memory")
+    clip_norm: float | None = _setting(
+        None, "largest norm of the gradient, to which longer ones are scaled (default: any)"
+    )
+    weight_average: float = _setting(
+        0.0, "decay of a moving average of the weights, which is evaluated and loaded; 0: none"
+    )
     flip: bool = _setting(True, "mirror each training image with probability 1/2")
     seed: int = _setting(0, "seed of weights, data order and replacement of dead codes")
     device: str = _setting("cpu", "torch device to train on")
@@ -179,6 +190,12 @@ class TrainConfig(Settings):
         if self.bottleneck not in BOTTLENECKS:
             raise ConfigError(f"bottleneck must be one of {', '.join(BOTTLENECKS)}, got {self.bottleneck!r}")
         known = DATA_SETS.get(self.data)
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(f"accumulate must divide batch_size {self.batch_size}, got {self.accumulate}")
+        if self.accumulate > 1 and self.adversarial_weight:
+            raise ConfigError(f"accumulate must be 1 with an adversarial_weight, got {self.accumulate}")
         own = self.image_format()
         if known and (own, self.crop_from) != (ImageFormat(known.image_size, grayscale=known.grayscale), None):
             size, color = known.image_size, "grayscale" if known.grayscale else "color"
@@ -315,6 +332,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("learning_rate", "reconstruction_variance"), (_SMALLEST, _FINITE)),
     "depth": (1, _DEPTH),
     "workers": (0, _DEPTH),
+    "accumulate": (1, _COUNT),
+    "clip_norm": (_SMALLEST, _FINITE),
+    "weight_average": (0, _BELOW_ONE),
     "codebook_size": (1, _CODES),
     "warmup_steps": (0, _COUNT),
     **dict.fromkeys(("dropout", "label_dropout"), (0, _BELOW_ONE)),

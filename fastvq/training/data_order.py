@@ -11,11 +11,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastvq.distributed import world_size
+from fastvq.errors import ConfigError
+
+from .ranks import share
+
+
+def seed_of(seed: int, purpose: str, number: int) -> int:
+    """Return a seed that is independent for every (seed, purpose, number)."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
 
 def _generator(seed: int, purpose: str, number: int) -> torch.Generator:
-    """Return a generator that is independent for every (seed, purpose, number)."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(seed_of(seed, purpose, number))
 
 
 @lru_cache(maxsize=2)
@@ -37,23 +46,34 @@ def batch_rows(step: int, *, count: int, batch_size: int, seed: int) -> Tensor:
     return _epoch_order(seed, epoch, count)[position * batch_size : (position + 1) * batch_size]
 
 
+def own_rows(step: int, *, count: int, batch_size: int, seed: int) -> Tensor:
+    """Return this rank's part of `batch_rows`.
+
+    Raises:
+        ConfigError: the number of ranks does not divide the batch.
+    """
+    if batch_size % world_size():
+        raise ConfigError(f"batch_size must be a multiple of {world_size()}, the number of processes, got {batch_size}")
+    return batch_rows(step, count=count, batch_size=batch_size, seed=seed)[share(batch_size)]
+
+
 class Batches:
     """Batches of images in the order of `batch_rows`, read ahead by worker processes on request.
 
     Args:
         images: (N, C, H, W), in memory or mapped from a file; only what a batch needs is read.
-        batch_size, seed: see `batch_rows`.
+        batch_size, seed: see `batch_rows`. Of several ranks each has its share of a batch.
         workers: number of processes.
     """
 
     def __init__(self, images: Tensor, *, batch_size: int, seed: int, workers: int = 0) -> None:
         self._images, self._workers = images, workers
-        self._order = partial(batch_rows, count=len(images), batch_size=batch_size, seed=seed)
+        self._order = partial(own_rows, count=len(images), batch_size=batch_size, seed=seed)
         self._next = -1
         self._ahead: Iterator[Tensor] = iter(())
 
     def __call__(self, step: int) -> Tensor:
-        """Return the batch (batch_size, C, H, W) of step 0, 1, ..."""
+        """Return the batch (batch_size, C, H, W) of step 0, 1, ..., or this rank's part of it."""
         if not self._workers:
             return self._images[self._order(step)]
         if step != self._next:
@@ -91,15 +111,17 @@ def to_device(batch: Tensor, device: torch.device) -> Tensor:
 
 
 def flip_randomly(images: Tensor, step: int, *, seed: int) -> Tensor:
-    """Return images (B, C, H, W), each mirrored left to right with probability 1/2."""
-    coins = torch.rand(len(images), generator=_generator(seed, "flip", step)) < 0.5
+    """Return this rank's images (B, C, H, W) of a batch, each mirrored left to right with probability 1/2."""
+    coins = torch.rand(len(images) * world_size(), generator=_generator(seed, "flip", step)) < 0.5
+    coins = coins[share(len(coins))]
     return torch.where(to_device(coins, images.device)[:, None, None, None], images.flip(-1), images)
 
 
 def crop_randomly(images: Tensor, step: int, *, height: int, width: int, seed: int) -> Tensor:
-    """Return images (B, C, H, W), each cropped at random to (height, width), every place being equally likely."""
-    generator = _generator(seed, "crop", step)
-    tops = torch.randint(images.shape[-2] - height + 1, (len(images),), generator=generator).tolist()
-    lefts = torch.randint(images.shape[-1] - width + 1, (len(images),), generator=generator).tolist()
-    places = zip(images, tops, lefts, strict=True)
+    """Return this rank's images (B, C, H, W) of a batch, cropped at random to (height, width), to all places alike."""
+    generator, count = _generator(seed, "crop", step), len(images) * world_size()
+    tops = torch.randint(images.shape[-2] - height + 1, (count,), generator=generator)
+    lefts = torch.randint(images.shape[-1] - width + 1, (count,), generator=generator)
+    own = share(count)
+    places = zip(images, tops[own].tolist(), lefts[own].tolist(), strict=True)
     return torch.stack([image[:, top : top + height, left : left + width] for image, top, left in places])

@@ -13,6 +13,8 @@ import fastvq
 from fastvq.data.images import to_float
 from fastvq.models import VQVAE, NoBottleneck
 
+from .ranks import every_rank_its_own, sum_over_ranks_
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -88,17 +90,26 @@ def reconstruct(model: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def evaluate(model: VQVAE, images: Tensor, *, batch_size: int = 250) -> Evaluation:
-    """Measure a model on uint8 images (N, C, H, W); its mode and its codebook stay unchanged."""
+def evaluate(model: VQVAE, images: Tensor, *, batch_size: int = 250, together: bool = False) -> Evaluation:
+    """Measure a model on uint8 images (N, C, H, W); its mode and its codebook stay unchanged.
+
+    Args:
+        model: the model.
+        images: the images.
+        batch_size: number of images at a time.
+        together: every rank calls this with the same images, measures a part of them, and gets the whole result.
+    """
     device = next(model.parameters()).device
     adapter = model.adapter
     sizes = () if isinstance(model.bottleneck, NoBottleneck) else adapter.stage_sizes()
     counts = tuple(torch.zeros(size, dtype=torch.int64) for size in sizes)
-    squared_error = 0.0
-    for part in images.split(batch_size):
+    error = torch.zeros((), dtype=torch.float64)
+    for part in (every_rank_its_own(images) if together else images).split(batch_size):
         originals = to_float(part.to(device))
         restored, indices = reconstruct(model, originals)
         for stage_counts, chosen in zip(counts, adapter.stages(indices.cpu()) if sizes else (), strict=True):
             stage_counts += torch.bincount(chosen.flatten(), minlength=len(stage_counts))
-        squared_error += float((restored - originals).square().sum(dtype=torch.float64))
-    return Evaluation(psnr_db(squared_error / images.numel()), counts)
+        error += (restored - originals).square().sum(dtype=torch.float64).cpu()
+    if together:
+        sum_over_ranks_(error, *counts)
+    return Evaluation(psnr_db(float(error) / images.numel()), counts)

@@ -12,14 +12,16 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastvq import distributed
 from fastvq.backends import devices
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.extras import Progress, require
 from fastvq.files import StrPath, delete_abandoned, delete_folder, exclusive, lock_of, write_whole
 
-from . import config_file
+from . import config_file, ranks
 from .checkpoint import Checkpoint, checkpoint_folders, damage_named, load_latest, save
 from .config import Settings
+from .data_order import seed_of
 from .interrupt import Interrupt
 from .loggers import CSV_FILE
 from .metrics import MetricsLog
@@ -44,8 +46,9 @@ class Loop(Generic[EvaluationT]):
     the same data, files beside them that cannot be read, and another number of
     workers.
 
-    A subclass defines a step (`learn`), the record of the steps since the last record (`recent`), the evaluation on
-    held-out data (`evaluate`), and the state that a checkpoint holds besides model and optimizer (`more_state`).
+    A subclass defines a step (`learn`), the record of the steps since the last record (`recent`) and what is counted
+    for it (`counted`), the evaluation on held-out data (`evaluate`), and what a checkpoint holds besides model and
+    optimizer (`more_state`).
 
     Args:
         config: the settings.
@@ -69,6 +72,11 @@ class Loop(Generic[EvaluationT]):
         built_from: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.model, self.optimizer, self.folder = config, model, optimizer, Path(folder)
+        # On several ranks all train, and rank 0 writes.
+        self._leads = ranks.leads()
+        if distributed.active():
+            # As torch's generator, which the subclass has seeded.
+            distributed.set_common_state(torch.tensor([seed_of(config.seed, "common", 0) >> 1, 0]))
         self.step, self.seconds = 0, 0.0
         self._identity, self._built_from = identity, built_from or {}
         # Sums since the last record: loss, a second measure, steps. On the device, so that no step waits for them.
@@ -87,7 +95,11 @@ class Loop(Generic[EvaluationT]):
         raise NotImplementedError
 
     def more_state(self) -> dict[str, Tensor]:
-        """Return tensors besides model, optimizer, window and random state, which are restored in place."""
+        """Return tensors besides model and optimizer that training goes on from, which are restored in place."""
+        return {}
+
+    def counted(self) -> dict[str, Tensor]:
+        """Return tensors that count since the last record, parts of which each rank has; they are restored in place."""
         return {}
 
     def train_step(self) -> None:
@@ -106,16 +118,27 @@ class Loop(Generic[EvaluationT]):
                 there.
             ConfigError: `resume` and the settings differ from the checkpoint's, other than by more steps.
         """
-        metrics = self.folder / "metrics.jsonl"
-        # Every training has begun by locking its folder.
-        if not resume and metrics.exists() and metrics.stat().st_size and not lock_of(self.folder).exists():
-            raise CheckpointError(f"{metrics} was not written by a training in this folder: choose another folder")
-        with exclusive(self.folder) if self.folder.is_dir() else contextlib.nullcontext():
+        if not resume:
+            self._check_metrics()
+        with self._written_alone() if self.folder.is_dir() else contextlib.nullcontext():
             if resume:
                 self._restore(load_latest(self.folder, type(self.config)))
             elif checkpoint_folders(self.folder):
                 raise CheckpointError(f"{self.folder} already holds a run: resume it, or choose another folder")
             self._continues_from = self._latest()
+        # Before any rank may write.
+        ranks.wait()
+
+    def _check_metrics(self) -> None:
+        """Raise a CheckpointError if the folder has records of something else."""
+        metrics = self.folder / "metrics.jsonl"
+        # Every training has begun by locking its folder.
+        if metrics.exists() and metrics.stat().st_size and not lock_of(self.folder).exists():
+            raise CheckpointError(f"{metrics} was not written by a training in this folder: choose another folder")
+
+    def _written_alone(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the lock of the folder, which rank 0 holds for all."""
+        return exclusive(self.folder) if self._leads else contextlib.nullcontext()
 
     def fit(
         self,
@@ -143,15 +166,16 @@ class Loop(Generic[EvaluationT]):
             FloatingPointError: the loss is not finite.
         """
         require("safetensors.torch")  # before hours of training whose checkpoints need it
-        with exclusive(self.folder):
-            if self._latest() != self._continues_from:
+        with self._written_alone():
+            if self._leads and self._latest() != self._continues_from:
                 raise CheckpointError(
                     f"another training has written {self._latest() or 'to it'} in {self.folder} since this one began: "
                     "resume it, or choose another folder"
                 )
-            for folder in (self.folder, self.folder / "checkpoints"):
-                delete_abandoned(folder)
-            return self._fit(on_evaluation, logger, progress=progress)
+            if self._leads:
+                for folder in (self.folder, self.folder / "checkpoints"):
+                    delete_abandoned(folder)
+            return self._fit(on_evaluation, logger, progress=progress and self._leads)
 
     def _fit(
         self, on_evaluation: Callable[[Any, EvaluationT], object] | None, logger: str | None, *, progress: bool
@@ -160,45 +184,56 @@ class Loop(Generic[EvaluationT]):
         evaluation: EvaluationT | None = None
         bar = Progress(config.steps, "step", initial=self.step, shown=progress)
         self.model.train()
-        write_whole(self.folder / config_file.NAME, config_file.to_toml(config).encode(errors="replace"))
-        log = MetricsLog(self.folder, step=self.step, logger=logger, settings=config.to_json())
-        with bar, log, Interrupt() as interrupt:
+        records: contextlib.AbstractContextManager[MetricsLog | None] = contextlib.nullcontext()
+        if self._leads:
+            write_whole(self.folder / config_file.NAME, config_file.to_toml(config).encode(errors="replace"))
+            records = MetricsLog(self.folder, step=self.step, logger=logger, settings=config.to_json())
+        with bar, records as log, Interrupt() as interrupt:
             if self.step and self._evaluation_is_due() and on_evaluation is not None:
                 evaluation = self._evaluate_again(on_evaluation)
             started = time.monotonic() - self.seconds
-            while self.step < config.steps and not interrupt.requested:
+            stop = ranks.any_requests(interrupt.requested)
+            while self.step < config.steps and not stop:
                 self.train_step()
                 self.seconds = time.monotonic() - started
                 bar.update()
+                stop = ranks.any_requests(interrupt.requested)
                 last = self.step == config.steps
                 if last or self.step % config.log_every == 0:
                     self._check_finite()
+                    self._collect()
                     values, text = self.recent()
                     self._window.zero_()
-                    learning_rate = config.learning_rate_at(self.step - 1)
-                    log.write(self.step, "train", **values, learning_rate=learning_rate)
+                    if log is not None:
+                        learning_rate = config.learning_rate_at(self.step - 1)
+                        log.write(self.step, "train", **values, learning_rate=learning_rate)
                     bar.say(text)
                 due = self._evaluation_is_due()
                 if due:
                     self._check_finite()
                     with self._random_state_kept():
                         evaluation, measures = self.evaluate()
-                    log.write(self.step, "test", **measures)
-                if due or self.step % config.checkpoint_every == 0 or interrupt.requested:
+                    if log is not None:
+                        log.write(self.step, "test", **measures)
+                if due or self.step % config.checkpoint_every == 0 or stop:
                     self._check_finite()
-                    # Records first: those up to the checkpoint's step must be on disk whenever the checkpoint is.
-                    log.flush_to_disk()
-                    save(self.folder, self._checkpoint())
-                    self._continues_from = self._latest()
-                # After the save: whatever happens in the call, no step is lost.
-                if due and evaluation is not None and on_evaluation is not None and not interrupt.requested:
-                    with self._random_state_kept():
-                        on_evaluation(self, evaluation)
-            if interrupt.requested:
+                    checkpoint = self._checkpoint()
+                    if log is not None:
+                        # Records first: those up to the checkpoint's step must be on disk whenever the checkpoint is.
+                        log.flush_to_disk()
+                        save(self.folder, checkpoint)
+                        self._continues_from = self._latest()
+                if due:
+                    # After the save: whatever happens in the call, no step is lost.
+                    if evaluation is not None and not stop:
+                        self._report(on_evaluation, evaluation)
+                    stop = ranks.any_requests(stop or interrupt.requested)
+            if stop:
                 return None
             if evaluation is None:  # the run was finished before: its record exists, its evaluation does not
                 evaluation, _ = self.evaluate()
-        return None if interrupt.requested else evaluation
+            stop = ranks.any_requests(interrupt.requested)
+        return None if stop else evaluation
 
     def _evaluation_is_due(self) -> bool:
         return self.step == self.config.steps or self.step % self.config.evaluate_every == 0
@@ -207,8 +242,18 @@ class Loop(Generic[EvaluationT]):
         """Repeat the evaluation of the step that the run continues from, whose record exists, for its call."""
         with self._random_state_kept():
             evaluation, _ = self.evaluate()
-            on_evaluation(self, evaluation)
+        self._report(on_evaluation, evaluation)
         return evaluation
+
+    def _report(self, on_evaluation: Callable[[Any, EvaluationT], object] | None, evaluation: EvaluationT) -> None:
+        """Call `on_evaluation` on rank 0."""
+        if on_evaluation is not None and self._leads:
+            with self._random_state_kept():
+                on_evaluation(self, evaluation)
+
+    def _collect(self) -> None:
+        """Sum what was counted since the last record over the ranks, on rank 0."""
+        ranks.collect_(self._window, *self.counted().values())
 
     @contextlib.contextmanager
     def _random_state_kept(self) -> Iterator[None]:
@@ -227,15 +272,18 @@ class Loop(Generic[EvaluationT]):
             raise FloatingPointError(f"the loss is {total} at step {self.step}: try a lower learning_rate")
 
     def _checkpoint(self) -> Checkpoint:
+        self._collect()
+        distributed.check_synchronized(self.model)
         tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
         tensors["window.sums"] = self._window
-        tensors |= self.more_state()
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors |= self.more_state() | self.counted()
+        if distributed.active():
+            tensors["random.common"] = distributed.common_state()
+        for name, state in self._random_states():
+            tensors |= {_of_rank(name, rank): own for rank, own in enumerate(ranks.gathered(state))}
         return Checkpoint(self.step, self.seconds, self.config, self._identity, tensors, self._built_from)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -288,15 +336,39 @@ class Loop(Generic[EvaluationT]):
                         for key in ("exp_avg", "exp_avg_sq")
                     },
                 }
-        for name, tensor in {"window.sums": self._window, **self.more_state()}.items():
+        for name, tensor in self.more_state().items():
             tensor.copy_(checkpoint.tensor_like(name, tensor))
+        for name, tensor in {"window.sums": self._window, **self.counted()}.items():
+            tensor.copy_(checkpoint.tensor_like(name, tensor))
+            if not self._leads:
+                tensor.zero_()
+        rank = distributed.rank()
+        if distributed.active() and "random.common" in checkpoint.tensors:
+            distributed.set_common_state(checkpoint.tensor_like("random.common", distributed.common_state()))
+        if rank and _of_rank("random.cpu", rank) not in checkpoint.tensors:
+            # There were fewer ranks.
+            torch.manual_seed(seed_of(self.config.seed, f"rank {rank}", checkpoint.step))
+            return
         try:
-            torch.set_rng_state(checkpoint.tensor_like("random.cpu", torch.get_rng_state()))
-            if self.device.type == "cuda":
-                own = torch.cuda.get_rng_state(self.device)
-                torch.cuda.set_rng_state(checkpoint.tensor_like("random.cuda", own), self.device)
+            for name, state in self._random_states():
+                saved = checkpoint.tensor_like(_of_rank(name, rank), state)
+                if name == "random.cpu":
+                    torch.set_rng_state(saved)
+                else:
+                    torch.cuda.set_rng_state(saved, self.device)
         except RuntimeError as error:
             raise ValueError(f"the random state is invalid: {error}") from error
+
+    def _random_states(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield torch's random states, on the CPU, by their names in a checkpoint."""
+        yield "random.cpu", torch.get_rng_state()
+        if self.device.type == "cuda":
+            yield "random.cuda", torch.cuda.get_rng_state(self.device)
+
+
+def _of_rank(name: str, rank: int) -> str:
+    """Return the name of a tensor of one rank in a checkpoint; rank 0 has that of a single process."""
+    return f"{name}.rank{rank}" if rank else name
 
 
 def usable_device(name: str) -> torch.device:
@@ -306,7 +378,7 @@ def usable_device(name: str) -> torch.device:
         ConfigError: torch cannot use the device here, or the device lacks float64.
     """
     try:
-        return devices.usable_device(name)
+        return ranks.local_device(devices.usable_device(name))
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvq import distributed
 from fastvq.errors import ConfigError
 from fastvq.files import StrPath
 from fastvq.models.priors import PRIORS, Prior
 
+from . import ranks
 from .config import PriorConfig
-from .data_order import batch_rows, to_device
+from .data_order import own_rows, seed_of, to_device
 from .loop import Loop, Measures, delete_run, usable_device
+from .ranks import every_rank_its_own, sum_over_ranks_
 
 _BATCH = 250
 _LOGITS = 1 << 25
@@ -106,17 +109,23 @@ class PriorTrainer(Loop[float]):
         if data.class_names:
             built_from["class_names"] = list(data.class_names)
         super().__init__(config, model, optimizer, folder, identity=identity, built_from=built_from)
-        if replace:
+        self._loss = ranks.synchronized(model, "loss")
+        if distributed.rank():
+            # Each rank drops others of its inputs; the model was built from the same state.
+            torch.manual_seed(seed_of(config.seed, "rank", distributed.rank()))
+        own_rows(0, count=len(data.train), batch_size=config.batch_size, seed=config.seed)  # the ranks divide a batch
+        if replace and ranks.leads():
             delete_run(folder)
+        ranks.wait()
         self.begin(resume=resume)
 
     def learn(self) -> None:
         """Minimize the negative log-likelihood of one batch."""
         config, data = self.config, self.data
-        rows = batch_rows(self.step, count=len(data.train), batch_size=config.batch_size, seed=config.seed)
+        rows = own_rows(self.step, count=len(data.train), batch_size=config.batch_size, seed=config.seed)
         labels = None if data.train_labels is None else to_device(data.train_labels[rows], self.device)
         # Gathered from the mapped file on the CPU: only the batch is copied to the device.
-        loss = self.model.loss(to_device(data.train[rows], self.device).long(), labels)
+        loss = self._loss(to_device(data.train[rows], self.device).long(), labels)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -131,7 +140,7 @@ class PriorTrainer(Loop[float]):
     def evaluate(self) -> tuple[float, Measures]:
         """Return the bits per held-out index, and the same as a record."""
         self.model.eval()
-        bits = bits_per_index(self.model, self.data.test, self.data.test_labels)
+        bits = bits_per_index(self.model, self.data.test, self.data.test_labels, together=True)
         self.model.train()
         return bits, {"bits_per_index": bits}
 
@@ -149,8 +158,15 @@ def build_prior(kind: str, *, codebook_size: int | Sequence[int], grid: Any, **s
 
 
 @torch.no_grad()
-def bits_per_index(prior: Prior, indices: Tensor, labels: Tensor | None) -> float:
-    """Return the mean of -log2 p over indices (N, *grid), computed on the prior's device."""
+def bits_per_index(prior: Prior, indices: Tensor, labels: Tensor | None, *, together: bool = False) -> float:
+    """Return the mean of -log2 p over indices (N, *grid), computed on the prior's device.
+
+    `together`: every rank calls this with the same indices, works on a part of them, and gets the whole result.
+    """
+    count = indices.numel()
+    if together:
+        indices = every_rank_its_own(indices)
+        labels = None if labels is None else every_rank_its_own(labels)
     device = next(prior.parameters()).device
     batch = max(1, min(_BATCH, _LOGITS // (prior.places * max(prior.sizes))))
     parts = labels.split(batch) if labels is not None else [None] * math.ceil(len(indices) / batch)
@@ -158,4 +174,6 @@ def bits_per_index(prior: Prior, indices: Tensor, labels: Tensor | None) -> floa
     for part, part_labels in zip(indices.split(batch), parts, strict=True):
         on_device = None if part_labels is None else to_device(part_labels, device)
         total += prior.bits(to_device(part, device).long(), on_device).sum()
-    return total.item() / indices.numel()
+    if together:
+        sum_over_ranks_(total)
+    return total.item() / count

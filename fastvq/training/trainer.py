@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastvq.codebook.health import Monitored
 from fastvq.data import Images
 from fastvq.data.images import to_float
 from fastvq.data.registry import check_outside
-from fastvq.errors import CodebookError, DataError
+from fastvq.errors import CodebookError, ConfigError, DataError
 from fastvq.files import StrPath
 from fastvq.models import VQVAE, Decoder
 
+from . import ranks
 from .adversary import Adversary
 from .build import build_model
+from .checkpoint import AVERAGED
 from .config import TrainConfig
-from .data_order import Batches, crop_randomly, flip_randomly, to_device
+from .data_order import Batches, crop_randomly, flip_randomly, own_rows, to_device
 from .evaluation import Evaluation, evaluate, psnr_db, usage_record
 from .loop import Loop, Measures, usable_device
 
@@ -65,40 +69,78 @@ class Trainer(Loop[Evaluation]):
         model = build_model(config).to(self.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._quantizer = model.bottleneck if isinstance(model.bottleneck, Monitored) else None
+        if config.adversarial_weight and not ranks.alone():
+            raise ConfigError("adversarial_weight must be 0 on several ranks: a discriminator learns in one process")
         self._adversary = Adversary(config, self.device) if config.adversarial_weight else None
         optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
         super().__init__(config, model, optimizer, folder, identity=images.fingerprint())
         source = images.train if images.uncropped is None else images.uncropped
+        self._average: AveragedModel | None = None
+        if config.weight_average:
+            average = get_ema_multi_avg_fn(config.weight_average)
+            self._average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self._forward = ranks.synchronized(model)
+        if config.compile:
+            self._forward = torch.compile(self._forward)
         self._batches = Batches(source, batch_size=config.batch_size, seed=config.seed, workers=config.workers or 0)
+        own_rows(0, count=len(images.train), batch_size=config.batch_size, seed=config.seed)  # the ranks divide a batch
         self.begin(resume=resume)
 
     def learn(self) -> None:
         """Minimize the reconstruction and bottleneck losses of one batch."""
+        config = self.config
+        x = self._batch()
+        self.optimizer.zero_grad()
+        adversary = self._adversary if self.step >= config.adversarial_start else None
+        parts = x.chunk(config.accumulate)
+        for n, part in enumerate(parts, 1):
+            with ranks.unsynchronized(self._forward) if n < len(parts) else contextlib.nullcontext():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    output = self._forward(part, n < len(parts))
+                restored = output.reconstruction.float()
+                error, squared_error = self._errors(restored, part)
+                loss = error + output.loss.float()
+                if adversary is not None:
+                    loss = loss + adversary.loss(restored, error, cast(Decoder, self.model.decoder).last_weight)
+                (loss / len(parts) if len(parts) > 1 else loss).backward()
+            sums = torch.stack([loss.detach(), squared_error.detach(), torch.ones_like(loss)])
+            self._window += sums / len(parts) if len(parts) > 1 else sums
+        if config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        self.optimizer.step()
+        if adversary is not None:
+            adversary.learn(x, restored, config.learning_rate_at(self.step))
+        if self._average is not None:
+            self._average.update_parameters(self.model)
+
+    def _errors(self, restored: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reconstruction loss and the mean squared error."""
+        difference, variance = restored - x, self.config.reconstruction_variance
+        squared_error = difference.square().mean()
+        if self.config.reconstruction_loss == "l1":
+            return difference.abs().mean() / math.sqrt(variance), squared_error
+        return squared_error / variance, squared_error
+
+    def _batch(self) -> Tensor:
+        """Return this rank's images of the step, augmented, as floats."""
         config = self.config
         pixels = self._batches(self.step)
         if self.images.uncropped is not None:
             height, width = self.images.train.shape[-2:]
             pixels = crop_randomly(pixels, self.step, height=height, width=width, seed=config.seed)
         x = to_float(to_device(pixels, self.device))
-        if config.flip:
-            x = flip_randomly(x, self.step, seed=config.seed)
-        output = self.model(x)
-        difference = output.reconstruction - x
-        squared_error = difference.square().mean()
-        if config.reconstruction_loss == "l1":
-            error = difference.abs().mean() / math.sqrt(config.reconstruction_variance)
-        else:
-            error = squared_error / config.reconstruction_variance
-        loss = error + output.loss
-        adversary = self._adversary if self.step >= config.adversarial_start else None
-        if adversary is not None:
-            loss = loss + adversary.loss(output.reconstruction, error, cast(Decoder, self.model.decoder).last_weight)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        if adversary is not None:
-            adversary.learn(x, output.reconstruction, config.learning_rate_at(self.step))
-        self._window += torch.stack([loss.detach(), squared_error.detach(), torch.ones_like(loss)])
+        return flip_randomly(x, self.step, seed=config.seed) if config.flip else x
+
+    @property
+    def trained(self) -> VQVAE:
+        """The model to evaluate: that of the averaged weights, if they are averaged."""
+        return self.model if self._average is None else self._average.module  # type: ignore[return-value]
+
+    def more_state(self) -> dict[str, Tensor]:
+        """Return the averaged weights, and the state of the adversary."""
+        state = {} if self._adversary is None else self._adversary.state()
+        average = {} if self._average is None else self._average.state_dict()
+        return state | {f"{AVERAGED}.{name}": tensor for name, tensor in average.items()}
 
     def recent(self) -> tuple[Measures, str]:
         """Return loss, PSNR and codebook usage since the last record, and a text for the progress bar."""
@@ -121,18 +163,17 @@ class Trainer(Loop[Evaluation]):
 
     def evaluate(self) -> tuple[Evaluation, Measures]:
         """Return the evaluation on the held-out images, and its measures."""
-        result = evaluate(self.model, self.images.test)
+        result = evaluate(self.trained, self.images.test, together=True)
         return result, {"psnr_db": result.psnr_db, **usage_record(result.stage_counts)}
 
-    def more_state(self) -> dict[str, Tensor]:
-        """Return the counts of chosen codes since the last record, and the state of the adversary."""
-        state = {} if self._adversary is None else self._adversary.state()
+    def counted(self) -> dict[str, Tensor]:
+        """Return the counts of chosen codes since the last record."""
         if self._quantizer is None:
-            return state
+            return {}
         counts = [health.code_counts for health in self._quantizer.healths()]
         if len(counts) == 1:
-            return state | {"window.code_counts": counts[0]}
-        return state | {f"window.code_counts.{number}": values for number, values in enumerate(counts)}
+            return {"window.code_counts": counts[0]}
+        return {f"window.code_counts.{number}": values for number, values in enumerate(counts)}
 
     def _code_counts(self) -> list[Tensor]:
         """Return the counts (K,) of each codebook since the last record; none where levels are counted, not codes."""

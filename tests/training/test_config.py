@@ -7,6 +7,7 @@ import json
 import math
 import re
 import typing
+from typing import Any
 
 import pytest
 
@@ -102,3 +103,19 @@ def test_the_kinds_are_those_of_the_models() -> None:
 
 def test_a_setting_by_its_earlier_name_is_read():
     assert TrainConfig.from_json({"revival_threshold": 0.25}).dead_code_threshold == 0.25
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accumulate": 5}, "accumulate must divide batch_size 32, got 5"),
+        ({"accumulate": 2, "adversarial_weight": 0.5}, "accumulate must be 1 with an adversarial_weight, got 2"),
+        ({"precision": "fp16"}, "precision must be one of float32, bf16, got 'fp16'"),
+        ({"weight_average": 1.0}, "weight_average must be at least 0 and below 1, got 1.0"),
+        ({"data": "photos", "image_width": 30}, "image_width 30 is not a multiple of"),
+        ({"data": "photos", "crop_from": 20}, "crop_from must be at least image_size = 28, got 20"),
+    ],
+)
+def test_settings_that_exclude_each_other(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        TrainConfig(**settings)

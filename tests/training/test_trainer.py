@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,84 @@ def test_a_run_with_any_bottleneck_resumes_bit_for_bit(tmp_path: Path, options: 
         assert sum(each) / len(each) == pytest.approx(evaluation.usage)
     # Weights without a gradient, such as those of a convolution of share 0, have no state in the optimizer.
     assert load_latest(tmp_path / "parts").config == config
+
+
+def test_more_settings_resume_bit_for_bit(tmp_path: Path) -> None:
+    more = {"accumulate": 4, "clip_norm": 0.1, "weight_average": 0.9}
+    config = dataclasses.replace(TINY, **more)
+    whole = Trainer(config, tiny_images(), tmp_path / "whole")
+    assert whole.fit(progress=False)
+    stop_after(Trainer(config, tiny_images(), tmp_path / "parts"), 7)
+    resumed = Trainer(config, tiny_images(), tmp_path / "parts", resume=True)
+    assert resumed.fit(progress=False)
+    assert_same_state(whole, resumed)
+
+
+@pytest.mark.parametrize("setting", [{"precision": "bf16"}, {"compile": True}])
+def test_a_setting_changes_the_weights_by_rounding_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any]
+) -> None:
+    # Inductor takes too long for a test.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    windows = []
+    for name, config in (("plain", TINY), ("other", dataclasses.replace(TINY, **setting))):
+        trainer = Trainer(config, tiny_images(), tmp_path / name)
+        trainer.train_step()
+        windows.append(trainer._window)
+    assert torch.allclose(*windows, rtol=0.02)
+    assert torch.equal(*windows) == ("compile" in setting)
+
+
+def test_parts_of_a_batch_are_learned_from_as_one(tmp_path: Path) -> None:
+    """Gradient and codebook of the first step are those of the whole batch, up to rounding."""
+    trainers = [
+        Trainer(
+            dataclasses.replace(TINY, accumulate=parts, dead_code_threshold=0), tiny_images(), tmp_path / f"{parts}"
+        )
+        for parts in (1, 4)
+    ]
+    for trainer in trainers:
+        # Codes that k-means has not drawn, so that no part draws others.
+        quantizer = trainer.model.bottleneck
+        torch.manual_seed(3)
+        quantizer.load_state_dict(fastvq.VectorQuantize(8, 16).state_dict())
+        trainer.train_step()
+    whole, parts = trainers
+    for name, value in whole.model.state_dict().items():
+        assert torch.allclose(value, parts.model.state_dict()[name], atol=2e-5), name
+    assert torch.allclose(whole._window, parts._window)
+    for name, parameter in whole.model.named_parameters():
+        other = dict(parts.model.named_parameters())[name]
+        assert torch.allclose(parameter.grad, other.grad, atol=1e-5), name
+
+
+def test_the_norm_of_the_gradient_is_clipped(tmp_path: Path) -> None:
+    trainer = Trainer(dataclasses.replace(TINY, clip_norm=1e-3), tiny_images(), tmp_path)
+    trainer.train_step()
+    norm = torch.stack([parameter.grad.square().sum() for parameter in trainer.model.parameters()]).sum().sqrt()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_averaged_weights_are_evaluated_and_loaded(tmp_path: Path) -> None:
+    trainer = Trainer(dataclasses.replace(TINY, weight_average=0.5), tiny_images(), tmp_path)
+    expected: dict[str, torch.Tensor] = {}
+    original = trainer.learn
+
+    def learn() -> None:
+        original()
+        for name, own in trainer.model.state_dict().items():
+            known = expected.get(name, own)
+            expected[name] = (known + own) / 2 if own.dtype.is_floating_point else own.clone()
+
+    trainer.learn = learn
+    result = trainer.fit(progress=False)
+    assert result is not None
+    loaded, _ = load_model(tmp_path)
+    for name, value in loaded.state_dict().items():
+        assert torch.allclose(value, expected[name], rtol=1e-4, atol=1e-5), name
+    assert not torch.equal(loaded.encoder.layers[0].weight, trainer.model.encoder.layers[0].weight)
+    assert evaluate(loaded, tiny_images().test).psnr_db == result.psnr_db
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["psnr_db"] == result.psnr_db
 
 
 def test_a_run_is_reproduced_by_its_seed(tmp_path: Path) -> None:
