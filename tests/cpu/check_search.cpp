@@ -79,7 +79,14 @@ int64_t check(const Isa& isa, Precision precision, const Case& c, DType dtype, M
   int64_t wrong = 0;
   for (int64_t i = 0; i < n; ++i) wrong += indices[i] != definition(x.data() + i * d, codes, k, d, metric);
 
-  if (k % 2 == 0 && metric == Metric::l2) {  // the codes as two stages
+  fastvq::CodeForms kept(isa, {dtype, codes.data(), k, d}, metric, fastvq::Lifetime::kept);
+  for (const int64_t count : {std::min<int64_t>(1, n), n}) {  // the second search finds forms that the first has made
+    std::vector<int64_t> again(count, -7);
+    fastvq::search(isa, precision, {dtype, x.data(), count, d}, kept, again.data(), in_pieces);
+    for (int64_t i = 0; i < count; ++i) wrong += again[i] != indices[i];
+  }
+
+  if (k % 2 == 0) {  // the codes as two stages
     const int64_t half = k / 2;
     const std::vector<T> first(codes.begin(), codes.begin() + half * d), second(codes.begin() + half * d, codes.end());
     std::vector<int64_t> both(2 * n, -7);
