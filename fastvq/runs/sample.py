@@ -134,7 +134,8 @@ def _sample_for_page(run: StrPath, *, seed: int, data: StrPath | None, **argumen
             raise ConfigError(f"{name}: the page of the run has its own samples: give an output")
     prior, model = load_prior(run)
     paths = picture_prior_samples(run, prior, model, run_images(run, data), seed=seed, **arguments)
-    return [f"pictures: {', '.join(map(str, paths))}", f"page: {write_run_page(run)}"]
+    drawn = [f"pictures: {', '.join(map(str, paths))}"] if paths else []
+    return [*drawn, f"page: {write_run_page(run)}"]
 
 
 def _sample_batches(prior: Prior, count: int, label: int | None, seed: int, settings: dict[str, Any]) -> _Batches:

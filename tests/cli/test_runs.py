@@ -82,7 +82,10 @@ def test_a_grid_of_samples(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert caption.startswith("Indices sampled")
 
 
-def test_more_steps_say_what_the_schedule_does(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_steps_say_what_the_schedule_does(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "save_figure", lambda *_: None)  # the pictures have tests of their own
     copy = shutil.copytree(run, tmp_path / "run")
     assert main(["train", "--out", str(copy), "--resume", "--steps", "6", "--quiet"]) == 0
     printed = capsys.readouterr()

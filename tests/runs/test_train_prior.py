@@ -31,6 +31,12 @@ TINY = PriorConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_samples_for_the_page(monkeypatch):
+    """Leave out the pictures that `fastvq prior` draws at its end, which tests/runs/test_page.py looks at."""
+    monkeypatch.setattr("fastvq.runs.sample.picture_prior_samples", lambda *_, **__: [])
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Return a run of a few steps on a folder of images."""
