@@ -53,7 +53,6 @@ def take_more_options(options: argparse.Namespace, arguments: list[str]) -> list
 
 def run(options: argparse.Namespace) -> int:
     """Train, and draw the pictures of the run."""
-    from fastvq.backends.devices import usable_device
     from fastvq.data.images import describe
     from fastvq.data.registry import check_outside
     from fastvq.errors import counted
@@ -65,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.training import Evaluation, Trainer, load_images, ranks
     from fastvq.training.checkpoint import load_latest
     from fastvq.training.loggers import check_logger
-    from fastvq.training.loop import describe_resumed
+    from fastvq.training.loop import describe_resumed, usable_device
 
     check_logger(options.logger)
     config = _settings(options)
