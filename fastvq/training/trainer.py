@@ -95,7 +95,7 @@ class Trainer(Loop[Evaluation]):
         parts = x.chunk(config.accumulate)
         for n, part in enumerate(parts, 1):
             with ranks.unsynchronized(self._forward) if n < len(parts) else contextlib.nullcontext():
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                with self._autocast():
                     output = self._forward(part, n < len(parts))
                 restored = output.reconstruction.float()
                 error, squared_error = self._errors(restored, part)
@@ -112,6 +112,10 @@ class Trainer(Loop[Evaluation]):
             adversary.learn(x, restored, config.learning_rate_at(self.step))
         if self._average is not None:
             self._average.update_parameters(self.model)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        bf16 = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
     def _errors(self, restored: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reconstruction loss and the mean squared error."""
