@@ -5,6 +5,8 @@ loop.py         steps, records, resume   checkpoint.py   state on disk, whole or
 trainer.py      the VQ-VAE               metrics.py      metrics.jsonl and TensorBoard
 prior.py        the prior                interrupt.py    Ctrl-C between two steps
 build.py        data set and model       evaluation.py   PSNR, perplexity and usage on held-out images
+ranks.py        several processes        adversary.py    the discriminator of an adversarial loss
+config_file.py  settings in TOML         loggers.py      records for TensorBoard, wandb or CSV
 """
 
 from __future__ import annotations
