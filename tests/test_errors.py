@@ -21,6 +21,7 @@ BUILT_IN = {
     "BackendError": RuntimeError,
     "BenchError": ValueError,
     "WrongResultError": RuntimeError,
+    "RanksError": RuntimeError,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import re
 import sys
@@ -152,7 +153,7 @@ def _run_as_rank(options: argparse.Namespace) -> int:
     with ranks.process_group():
         if ranks.leads():
             return int(options.run(options))
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with contextlib.redirect_stdout(io.StringIO()):
             return int(options.run(options))
 
 

@@ -215,6 +215,7 @@ class Loop(Generic[EvaluationT]):
                         evaluation, measures = self.evaluate()
                     if log is not None:
                         log.write(self.step, "test", **measures)
+                    stop = ranks.any_requests(stop or interrupt.requested)
                 if due or self.step % config.checkpoint_every == 0 or stop:
                     self._check_finite()
                     checkpoint = self._checkpoint()

@@ -101,9 +101,9 @@ def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
 def test_the_commands_run_on_ranks(tmp_path: Path) -> None:
     sizes = ["--width=8", "--residual-width=4", "--dim=8", "--codebook-size=16", "--encoder-blocks=0"]
     steps = ["--steps=2", "--evaluate-every=2", "--checkpoint-every=2"]
-    run = torchrun("-m", "fastvq", "train", f"--out={tmp_path / 'run'}", "--data=digits", *sizes, *steps)
+    run = torchrun("-m", "fastvq", "train", f"--out={tmp_path / 'run'}", "--data=fashion-mnist", *sizes, *steps)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("handwritten digits: 1500 training images") == 1
+    assert run.stdout.count("Fashion-MNIST subset: 5700 training images") == 1
     assert run.stdout.count("held-out images: ") == 1
     run = torchrun("-m", "fastvq", "prior", str(tmp_path / "run"), "--dim=8", "--heads=2", "--depth=1", *steps)
     assert run.returncode == 0, run.stderr
