@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor  # noqa: F401  infer_schema resolves annotations in the globals of this module
 
 _library = torch.library.Library("fastvq", "DEF")
@@ -55,8 +54,6 @@ def op(*, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[
         if not mutates:
             _library.impl(f"select_{name}", _keep_error(run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastvq::{name}", fake, lib=_library)
-        if "Tensor[]" in schema:  # vmap has a fallback of its own for the others
-            torch.library.register_vmap(f"fastvq::{name}", _one_by_one(f"{name}"), lib=_library)
         return getattr(torch.ops.fastvq, name).default
 
     return register
@@ -116,23 +113,6 @@ def _keep_error(function: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return run
-
-
-def _one_by_one(name: str) -> Callable[..., Any]:
-    """Return the vmap rule of an op that calls it for each sample."""
-
-    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        flat, structure = pytree.tree_flatten(args)
-        dims = pytree._broadcast_to_and_flatten(in_dims, structure)
-        op, results = getattr(torch.ops.fastvq, name).default, []
-        for row in range(info.batch_size):
-            own = [value if dim is None else value.select(dim, row) for value, dim in zip(flat, dims, strict=True)]
-            results.append(op(*pytree.tree_unflatten(own, structure)))
-        if isinstance(results[0], torch.Tensor):
-            return torch.stack(results), 0
-        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
-
-    return rule
 
 
 def _without_graph(function: Callable[..., Any], mutates: Iterable[str]) -> Callable[..., Any]:
