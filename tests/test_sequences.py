@@ -52,6 +52,8 @@ def run(line: str) -> int:
         return 0
     if "--resume" not in arguments:
         arguments += TINY.get(arguments[0], "").split()
+    if "--preset" in arguments:
+        arguments.append("--norm-groups=1")  # of few channels
     if "--data" in arguments:
         arguments.append("--image-size=16")
     return main(arguments)
