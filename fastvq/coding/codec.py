@@ -418,7 +418,12 @@ def _write_table(encoder: SymbolEncoder, header: Header, symbols: Ints) -> Stati
         passing, right = tree.node_counts(symbols[:, stage :: len(header.alphabets)].ravel(), alphabet)
         tree.visit_nodes(passing, right, alphabet, write)
         tables.append((passing, right))
-    return Static(*map(np.concatenate, zip(*tables, strict=True)))
+    return _static(tables)
+
+
+def _static(tables: list[tuple[Ints, Ints]]) -> Static:
+    """Return the model of the tables of all codebooks; that of one, which may be large, is not copied."""
+    return Static(*(tables[0] if len(tables) == 1 else map(np.concatenate, zip(*tables, strict=True))))
 
 
 def _read_table(decoder: SymbolDecoder, header: Header) -> Static:
@@ -428,4 +433,4 @@ def _read_table(decoder: SymbolDecoder, header: Header) -> Static:
         passing[1:2] = header.number // len(header.alphabets)
         tree.visit_nodes(passing, right, alphabet, lambda _, limit: decoder.number(limit))
         tables.append((passing, right))
-    return Static(*map(np.concatenate, zip(*tables, strict=True)))
+    return _static(tables)

@@ -11,13 +11,13 @@ FITS = ("crop", "pad", "stretch")
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """Size and color of the images of a model, and what becomes of images of another aspect.
+    """Size and color of the images of a model, and the treatment of images of another aspect.
 
     Args:
         height, width: in pixels; the width is the height by default.
         grayscale: one channel instead of three.
         fit: "crop" takes the largest central piece of the aspect; "pad" adds black bars around the whole image;
-            "stretch" scales both sides alike or not.
+            "stretch" changes the aspect.
 
     Raises:
         ConfigError: `fit` is none of these, or a size is not positive.

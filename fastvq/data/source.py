@@ -1,4 +1,4 @@
-"""What a data set is made from: items with names, classes and captions, in files or in tar shards."""
+"""Sources of data sets: items with names, classes and captions, in files or in tar shards."""
 
 from __future__ import annotations
 

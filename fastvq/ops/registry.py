@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor  # noqa: F401  infer_schema resolves annotations in the globals of this module
 
 _library = torch.library.Library("fastvq", "DEF")
@@ -54,6 +55,8 @@ def op(*, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[
         if not mutates:
             _library.impl(f"select_{name}", _keep_error(run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastvq::{name}", fake, lib=_library)
+        if "Tensor[]" in schema:
+            _library.impl(name, _one_by_one(name), "FuncTorchBatched", with_keyset=True)
         return getattr(torch.ops.fastvq, name).default
 
     return register
@@ -113,6 +116,37 @@ def _keep_error(function: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return run
+
+
+def _one_by_one(name: str) -> Callable[..., Any]:
+    """Return the vmap rule of an op that takes a list of tensors: one call for each sample.
+
+    Other ops have torch's fallback, which does the same. `torch.library.register_vmap` takes no op with a tensor among
+    its keyword arguments, so this uses the functions that it is made of.
+    """
+
+    def rule(_: Any, *args: Any, **kwargs: Any) -> Any:
+        from torch._functorch.autograd_function import unwrap_batched
+        from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+        from torch._functorch.vmap import _add_batch_dim
+
+        interpreter: Any = retrieve_current_functorch_interpreter()
+        given, places = unwrap_batched((args, kwargs), interpreter.level())
+        values, structure = pytree.tree_flatten(given)
+        places = pytree.tree_leaves(places)
+        call = getattr(torch.ops.fastvq, name).default
+
+        def sample(row: int) -> Any:
+            own = [value if at is None else value.select(at, row) for value, at in zip(values, places, strict=True)]
+            own_args, own_kwargs = pytree.tree_unflatten(own, structure)
+            return call(*own_args, **own_kwargs)
+
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)):
+            results = [sample(row) for row in range(interpreter.batch_size())]
+            stacked = pytree.tree_map(lambda *parts: torch.stack(parts), *results)
+        return pytree.tree_map(lambda result: _add_batch_dim(result, 0, interpreter.level()), stacked)
+
+    return rule
 
 
 def _without_graph(function: Callable[..., Any], mutates: Iterable[str]) -> Callable[..., Any]:

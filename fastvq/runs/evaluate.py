@@ -66,7 +66,7 @@ _DECIMALS = {
 
 @dataclass(frozen=True)
 class _Sums:
-    """What one pass over the images leaves: numbers for each image, and counts over all."""
+    """Results of one pass over the images: numbers for each image, and counts over all."""
 
     per_image: dict[str, Tensor]  # (N,) float64 each; squared_error is the mean over the pixels of an image
     counts: tuple[Tensor, ...]  # (K,) int64 for each codebook

@@ -18,7 +18,7 @@ CSV_FILE = "metrics.csv"
 
 
 class Logger(Protocol):
-    """What takes the records of a training, step by step."""
+    """Receiver of the records of a training, step by step."""
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """Take the measures of one step."""

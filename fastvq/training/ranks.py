@@ -24,7 +24,7 @@ from fastvq.errors import RanksError
 ResultT = TypeVar("ResultT")
 
 _PATIENCE = datetime.timedelta(days=1)
-"""How long a rank waits for another: rank 0 may decode images or draw for hours. One that dies is noticed at once."""
+"""Time that a rank waits for another. Rank 0 may decode images or draw for hours; one that dies is noticed at once."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What a folder of images or of tar shards holds: items, classes, captions; and the split by names."""
+"""Folders of images and of tar shards: items, classes, captions, and the split by names."""
 
 from __future__ import annotations
 

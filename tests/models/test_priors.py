@@ -99,18 +99,24 @@ def test_similar_codes_start_alike_if_their_vectors_are_given(kind):
         kind(9, (3,), vectors=vectors)
 
 
-@every_kind
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-@pytest.mark.parametrize("grid", GRIDS)
-def test_cached_sampling_has_the_logits_of_the_full_forward(kind, grid, guidance, monkeypatch):
-    prior = make(kind, grid=grid, classes=3)
+def sampled(prior, guidance, monkeypatch):
+    """Return labels, two samples of them, and the logits that each index was drawn from."""
     labels = torch.tensor([0, 2])
     seen = []
     monkeypatch.setattr(
         "fastvq.models.priors.base.draw", lambda logits, *rest: (seen.append(logits), draw(logits, *rest))[1]
     )
     indices = prior.sample(2, labels, guidance=guidance, generator=generator())
-    assert indices.shape == (2, *grid)
+    assert indices.shape == (2, *prior.grid)
+    return labels, indices, seen
+
+
+@every_kind
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_cached_sampling_has_the_logits_of_the_full_forward(kind, grid, guidance, monkeypatch):
+    prior = make(kind, grid=grid, classes=3)
+    labels, indices, seen = sampled(prior, guidance, monkeypatch)
     full = guidance * prior(indices, labels) + (1 - guidance) * prior(indices)
     torch.testing.assert_close(torch.stack(seen, 1), full, rtol=1e-4, atol=1e-4)
 
@@ -383,13 +389,7 @@ def test_probabilities_of_all_stacks_add_up_to_one(order):
 @pytest.mark.parametrize("grid", STAGED_GRIDS, ids=str)
 def test_sampling_of_stages_has_the_logits_of_the_full_forward(order, grid, guidance, monkeypatch):
     prior = make_staged(order, grid=grid, classes=3)
-    labels = torch.tensor([0, 2])
-    seen = []
-    monkeypatch.setattr(
-        "fastvq.models.priors.base.draw", lambda logits, *rest: (seen.append(logits), draw(logits, *rest))[1]
-    )
-    indices = prior.sample(2, labels, guidance=guidance, generator=generator())
-    assert indices.shape == (2, *grid)
+    labels, indices, seen = sampled(prior, guidance, monkeypatch)
     conditional, free = prior(indices, labels), prior(indices)
     for place, logits in zip(prior.order, seen, strict=True):
         size = prior.sizes[place % 3]

@@ -300,7 +300,7 @@ def test_functional_call(kind):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("kind", ["plain", "projected", "cosine"])
+@pytest.mark.parametrize("kind", ["plain", "projected", "cosine", "residual"])
 def test_vmap_in_eval(kind):
     model = Model(kind).eval()
     x = batch(0).detach()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +17,13 @@ from fastvq.training.adversary import Adversary
 from fastvq.training.config import TrainConfig
 from fastvq.training.metrics import read_metrics
 
-from .tiny import TINY, tiny_images
+from .tiny import TINY, stop_after, tiny_images
 
 CONFIG = dataclasses.replace(
     TINY, steps=6, log_every=2, evaluate_every=6, checkpoint_every=3, adversarial_weight=0.8, adversarial_start=2,
     discriminator_width=8,
 )  # fmt: skip
 CPU = torch.device("cpu")
-
-
-def stop_after(trainer: Trainer, steps: int) -> None:
-    original = trainer.train_step
-
-    def step_and_interrupt() -> None:
-        original()
-        if trainer.step == steps:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    trainer.train_step = step_and_interrupt  # type: ignore[method-assign]
-    assert trainer.fit(progress=False) is None
 
 
 @pytest.mark.parametrize("interrupted_at", [1, 5])

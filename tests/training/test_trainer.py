@@ -26,7 +26,7 @@ from fastvq.training.loop import delete_run
 from fastvq.training.metrics import read_metrics
 
 from ..data.test_source import folder_of
-from .tiny import TINY, tiny_images
+from .tiny import TINY, stop_after, tiny_images
 
 
 def assert_same_state(a: Trainer, b: Trainer) -> None:
@@ -35,20 +35,6 @@ def assert_same_state(a: Trainer, b: Trainer) -> None:
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-
-
-def stop_after(trainer: Trainer, steps: int) -> None:
-    """Train, and send this process the signal of Ctrl-C in step number `steps`."""
-    original = trainer.train_step
-
-    def step_and_interrupt() -> None:
-        original()
-        if trainer.step == steps:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    trainer.train_step = step_and_interrupt
-    assert trainer.fit(progress=False) is None
-    assert trainer.step == steps
 
 
 def test_each_step_has_its_learning_rate(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
-"""Settings and images of a run of a few seconds."""
+"""Settings and images of a run of a few seconds, and its interruption."""
 
 from __future__ import annotations
+
+import os
+import signal
 
 import torch
 
 from fastvq.data import Images
-from fastvq.training import TrainConfig
+from fastvq.training import TrainConfig, Trainer
 
 # 392 vectors a batch for 16 codes: with this threshold some code is replaced at random in nearly every step.
 TINY = TrainConfig(
@@ -18,3 +21,17 @@ def tiny_images(seed: int = 0) -> Images:
     """Return 40 training images and 20 held-out ones of noise."""
     pixels = torch.randint(0, 256, (60, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return Images("noise", pixels[:40], pixels[40:], tuple(f"image {n}" for n in range(20)))
+
+
+def stop_after(trainer: Trainer, steps: int) -> None:
+    """Train, and send this process the signal of Ctrl-C in step number `steps`."""
+    original = trainer.train_step
+
+    def step_and_interrupt() -> None:
+        original()
+        if trainer.step == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.train_step = step_and_interrupt
+    assert trainer.fit(progress=False) is None
+    assert trainer.step == steps

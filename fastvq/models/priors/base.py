@@ -88,7 +88,7 @@ class Prior(nn.Module):
 
     @property
     def staged(self) -> bool:
-        """Whether there are several indices at each position, or one along an axis of its own."""
+        """True if the last axis of the indices runs over codebooks."""
         return not isinstance(self.codebook_size, int)
 
     def forward(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
