@@ -192,7 +192,7 @@ print(pixels, before, anonymous())
 @pytest.mark.machine
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_a_set_larger_than_memory_is_not_held(tmp_path: Path, cache: Path) -> None:
-    """A set of 260 MB, made of links to one image, takes a tenth of that."""
+    """A set of 270 MB, made of links to one image, takes less than a tenth of that."""
     root = folder_of(tmp_path / "images", ["0.png"])
     for n in range(1, 22_000):
         os.link(root / "0.png", root / f"{n}.png")
