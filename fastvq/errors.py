@@ -52,6 +52,10 @@ class RanksError(FastvqError, RuntimeError):
     """Loss of another process that works on the same task; the message says how to go on."""
 
 
+class MeasureError(FastvqError, RuntimeError):
+    """Measure that cannot be taken of these images or on this machine; the message is the reason."""
+
+
 class BenchError(FastvqError, ValueError):
     """Request that cannot be benchmarked; the message names the argument."""
 

@@ -22,6 +22,7 @@ BUILT_IN = {
     "BenchError": ValueError,
     "WrongResultError": RuntimeError,
     "RanksError": RuntimeError,
+    "MeasureError": RuntimeError,
 }
 
 

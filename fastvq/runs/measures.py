@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq.errors import MissingExtraError, first_line
+from fastvq.errors import MeasureError, MissingExtraError, first_line
 from fastvq.extras import require
 
 SSIM_LEAST, MS_SSIM_LEAST, LPIPS_LEAST = 11, 176, 31
@@ -40,10 +40,6 @@ class Measures(NamedTuple):
     per_image: dict[str, PerImage]
     rfid: FrechetDistance | None
     refused: dict[str, str]
-
-
-class _Refused(Exception):
-    """Reason why a measure cannot be taken."""
 
 
 class FrechetDistance:
@@ -86,19 +82,19 @@ def image_measures(size: tuple[int, int], count: int, device: torch.device, *, d
     for name, make in makers.items():
         try:
             available[name] = make()
-        except (_Refused, MissingExtraError) as error:
+        except (MeasureError, MissingExtraError) as error:
             refused[name] = str(error)
     rfid = None
     try:
         rfid = _rfid(count, device, download=download)
-    except (_Refused, MissingExtraError) as error:
+    except (MeasureError, MissingExtraError) as error:
         refused["rfid"] = str(error)
     return Measures(available, rfid, refused)
 
 
 def _ssim(size: tuple[int, int]) -> PerImage:
     if min(size) < SSIM_LEAST:
-        raise _Refused(f"images of {size[0]} x {size[1]} are smaller than its window of 11 x 11")
+        raise MeasureError(f"images of {size[0]} x {size[1]} are smaller than its window of 11 x 11")
     image = _torchmetrics("functional.image")
 
     def ssim(restored: Tensor, originals: Tensor) -> Tensor:
@@ -110,7 +106,7 @@ def _ssim(size: tuple[int, int]) -> PerImage:
 def _ms_ssim(size: tuple[int, int]) -> PerImage:
     if min(size) < MS_SSIM_LEAST:
         least = f"{MS_SSIM_LEAST} x {MS_SSIM_LEAST}"
-        raise _Refused(f"images of {size[0]} x {size[1]} are smaller than {least}, which its 5 scales need")
+        raise MeasureError(f"images of {size[0]} x {size[1]} are smaller than {least}, which its 5 scales need")
     image = _torchmetrics("functional.image")
 
     def ms_ssim(restored: Tensor, originals: Tensor) -> Tensor:
@@ -124,7 +120,7 @@ def _ms_ssim(size: tuple[int, int]) -> PerImage:
 def _lpips(size: tuple[int, int], device: torch.device, *, download: bool) -> PerImage:
     if min(size) < LPIPS_LEAST:
         least = f"{LPIPS_LEAST} x {LPIPS_LEAST}"
-        raise _Refused(f"images of {size[0]} x {size[1]} are smaller than {least}, which AlexNet needs")
+        raise MeasureError(f"images of {size[0]} x {size[1]} are smaller than {least}, which AlexNet needs")
     image = _torchmetrics("image")
     _need("torchvision", "AlexNet")
     torchvision = importlib.import_module("torchvision.models")
@@ -140,7 +136,7 @@ def _lpips(size: tuple[int, int], device: torch.device, *, download: bool) -> Pe
 
 def _rfid(count: int, device: torch.device, *, download: bool) -> FrechetDistance:
     if count < _FID_LEAST:
-        raise _Refused("a covariance needs two images")
+        raise MeasureError("a covariance needs two images")
     image = _torchmetrics("image")
     _need("torch_fidelity", "Inception")
     source = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
@@ -155,25 +151,25 @@ def _torchmetrics(module: str) -> Any:
     except MissingExtraError:
         raise
     except Exception as error:  # such as a torchvision for another version of torch
-        raise _Refused(f"torchmetrics cannot be imported: {first_line(error)}") from error
+        raise MeasureError(f"torchmetrics cannot be imported: {first_line(error)}") from error
 
 
 def _need(package: str, network: str) -> None:
     """Raise unless a package that has a network can be imported."""
     if importlib.util.find_spec(package) is None:
         name = package.replace("_", "-")
-        raise _Refused(f"{name}, which has the network {network}, is missing: pip install {name}")
+        raise MeasureError(f"{name}, which has the network {network}, is missing: pip install {name}")
     try:
         importlib.import_module(package)
     except Exception as error:  # such as a build for another version of torch
-        raise _Refused(f"{package} cannot be imported: {first_line(error)}") from error
+        raise MeasureError(f"{package} cannot be imported: {first_line(error)}") from error
 
 
 def _need_weights(url: str, *, download: bool) -> None:
     """Raise unless the weights at a URL have been downloaded, or may be."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not download and not file.is_file():
-        raise _Refused(f"its weights, {file}, are not here: --download fetches them from {url}")
+        raise MeasureError(f"its weights, {file}, are not here: --download fetches them from {url}")
 
 
 def _built(build: Callable[[], Any]) -> Any:
@@ -182,7 +178,7 @@ def _built(build: Callable[[], Any]) -> Any:
         with torch.random.fork_rng(devices=[]):
             return build().eval()
     except Exception as error:  # of the network, of the file, of the package
-        raise _Refused(f"its weights cannot be had: {first_line(error)}") from error
+        raise MeasureError(f"its weights cannot be had: {first_line(error)}") from error
 
 
 def _rgb(images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastvq
-from fastvq.errors import CheckpointError, ConfigError, DataError
+from fastvq.errors import CheckpointError, ConfigError, DataError, MeasureError
 from fastvq.runs import measures
 from fastvq.runs.evaluate import RESAMPLES, bootstrap_means, evaluate_run, rows_of, table
 from fastvq.runs.load import load_prior, run_images
@@ -180,7 +180,7 @@ def test_a_missing_package_is_the_reason(measure: str, package: str, monkeypatch
 
 def test_weights_are_only_downloaded_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(measures._RefusedError, match=r"net\.pth, are not here: --download fetches them from https://x"):
+    with pytest.raises(MeasureError, match=r"net\.pth, are not here: --download fetches them from https://x"):
         measures._need_weights("https://x/net.pth", download=False)
     measures._need_weights("https://x/net.pth", download=True)
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
@@ -192,7 +192,7 @@ def test_what_fails_is_the_reason() -> None:
     def build() -> None:
         raise OSError("no route to host")
 
-    with pytest.raises(measures._RefusedError, match="its weights cannot be had: no route to host"):
+    with pytest.raises(MeasureError, match="its weights cannot be had: no route to host"):
         measures._built(build)
 
 
