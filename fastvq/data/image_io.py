@@ -45,33 +45,40 @@ def read_image(path: StrPath, format: ImageFormat, content: bytes | None = None)
             warnings.filterwarnings("ignore", module=r"PIL\.")
             with pillow.open(path if content is None else BytesIO(content)) as file:
                 # Cameras store the sensor's orientation beside the pixels.
-                upright = _eight_bit(require("PIL.ImageOps").exif_transpose(file))
-            fitted = _fitted(upright.convert("L" if format.grayscale else "RGB"), format)
+                return fit_image(require("PIL.ImageOps").exif_transpose(file), format)
     except Exception as error:  # decoders raise errors of all kinds for damaged files
-        raise DataError(f"{path} is not a readable image: {_why_unreadable(path, error, content)}") from error
-    pixels = np.atleast_3d(np.array(fitted, dtype=np.uint8))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        raise DataError(f"{path} is not a readable image: {why_unreadable(path, error, content)}") from error
 
 
-def _fitted(image: Any, format: ImageFormat) -> Any:
+def fit_image(image: Any, format: ImageFormat) -> Tensor:
+    """Return a Pillow image as uint8 (C, height, width) of a format; transparent pixels become white.
+
+    Raises:
+        ValueError: the range of its pixels is unknown.
+    """
+    image = _eight_bit(image).convert("L" if format.grayscale else "RGB")
     size, ops = (format.width, format.height), require("PIL.ImageOps")
     bicubic = require("PIL.Image").Resampling.BICUBIC
     if format.fit == "pad":
-        return ops.pad(image, size, method=bicubic)
-    return image.resize(size, bicubic) if format.fit == "stretch" else ops.fit(image, size, method=bicubic)
+        image = ops.pad(image, size, method=bicubic)
+    else:
+        image = image.resize(size, bicubic) if format.fit == "stretch" else ops.fit(image, size, method=bicubic)
+    pixels = np.atleast_3d(np.array(image, dtype=np.uint8))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def _why_unreadable(path: Path, error: Exception, content: bytes | None) -> str:
+def why_unreadable(path: Path, error: Exception, content: bytes | None) -> str:
+    """Return in words why a decoder has failed on a file, or on the content of one in an archive."""
     pillow = require("PIL.Image")
     if isinstance(error, pillow.DecompressionBombError):
         return f"it has more than {2 * pillow.MAX_IMAGE_PIXELS} pixels, scale it down first"
     if path.is_dir():
         return "it is a folder"
+    if not content and (content is not None or (path.is_file() and not path.stat().st_size)):
+        return "the file is empty"
     if isinstance(error, pillow.UnidentifiedImageError):
-        return "unknown format" if (path.stat().st_size if content is None else content) else "the file is empty"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return first_line(error)
+        return "unknown format"
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def write_images(root: StrPath, images: Tensor, first: int, subfolders: Sequence[str] | None = None) -> None:

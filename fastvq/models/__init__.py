@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .conv import Decoder, Encoder, ResidualBlock
 from .priors import LSTMPrior, PixelCNNPrior, Prior, TransformerPrior
+from .video import VideoDecoder, VideoEncoder
 from .vqvae import VQVAE, Bottleneck, NoBottleneck, VQVAEOutput
 
 __all__ = [
@@ -22,4 +23,6 @@ __all__ = [
     "ResidualBlock",
     "TransformerPrior",
     "VQVAEOutput",
+    "VideoDecoder",
+    "VideoEncoder",
 ]

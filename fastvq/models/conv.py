@@ -20,7 +20,8 @@ _CONV_TRANSPOSE: dict[int, type[nn.Module]] = {
 }
 
 
-def _check_positive(**sizes: int) -> None:
+def check_positive(**sizes: int) -> None:
+    """Raise a ValueError that names a size below 1."""
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -46,15 +47,15 @@ def stage_widths(width: int, downsamples: int, multipliers: Sequence[int] | None
     return [max(1, width * multiplier // multipliers[-1]) for multiplier in multipliers]
 
 
-def _norm(channels: int, groups: int) -> list[nn.Module]:
-    """Return a GroupNorm as a list, which is empty for no groups.
+def norm_layers(channels: int, groups: int, kind: type[nn.GroupNorm] = nn.GroupNorm) -> list[nn.Module]:
+    """Return a GroupNorm, or one of its kinds, as a list, which is empty for no groups.
 
     Raises:
         ValueError: the groups do not divide the channels.
     """
     if groups and channels % groups:
         raise ValueError(f"groups: must divide the {channels} channels of every layer, got {groups}")
-    return [nn.GroupNorm(groups, channels)] if groups else []
+    return [kind(groups, channels)] if groups else []
 
 
 class ResidualBlock(nn.Module):
@@ -72,10 +73,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, width: int, hidden: int, *, ndim: int = 2, groups: int = 0) -> None:
         super().__init__()
         _check_ndim(ndim)
-        _check_positive(width=width, hidden=hidden)
+        check_positive(width=width, hidden=hidden)
         conv = _CONV[ndim]
-        first = [*_norm(width, groups), nn.GELU(), conv(width, hidden, 3, padding=1)]
-        self.branch = nn.Sequential(*first, *_norm(hidden, groups), nn.GELU(), conv(hidden, width, 1))
+        first = [*norm_layers(width, groups), nn.GELU(), conv(width, hidden, 3, padding=1)]
+        self.branch = nn.Sequential(*first, *norm_layers(hidden, groups), nn.GELU(), conv(hidden, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch(x)
@@ -95,7 +96,7 @@ class GridAttention(nn.Module):
 
     def __init__(self, width: int, *, ndim: int = 2, groups: int = 0) -> None:
         super().__init__()
-        self.norm = nn.Sequential(*_norm(width, groups))
+        self.norm = nn.Sequential(*norm_layers(width, groups))
         self.qkv, self.out = _CONV[ndim](width, 3 * width, 1), _CONV[ndim](width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         _check_ndim(ndim)
-        _check_positive(in_channels=in_channels, dim=dim, width=width, downsamples=downsamples)
+        check_positive(in_channels=in_channels, dim=dim, width=width, downsamples=downsamples)
         self.ndim = ndim
         self.stride = 2**downsamples
         conv = _CONV[ndim]
@@ -160,7 +161,7 @@ class Encoder(nn.Module):
                 layers.append(nn.GELU())
         layers += [ResidualBlock(width, residual_width, **block) for _ in range(residual_blocks)]
         layers += [GridAttention(width, **block)] if attention else []
-        layers += [*_norm(width, groups), nn.GELU(), conv(width, dim, 1)]
+        layers += [*norm_layers(width, groups), nn.GELU(), conv(width, dim, 1)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,12 +207,12 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         _check_ndim(ndim)
-        _check_positive(out_channels=out_channels, dim=dim, width=width, upsamples=upsamples)
+        check_positive(out_channels=out_channels, dim=dim, width=width, upsamples=upsamples)
         block = {"ndim": ndim, "groups": groups}
         layers: list[nn.Module] = [_CONV[ndim](dim, width, 3, padding=1)]
         layers += [ResidualBlock(width, residual_width, **block) for _ in range(residual_blocks)]
         layers += [GridAttention(width, **block)] if attention else []
-        layers += _norm(width, groups)
+        layers += norm_layers(width, groups)
         channels = width
         for next_channels in stage_widths(width, upsamples, multipliers)[-2::-1]:
             layers += [nn.GELU(), _CONV_TRANSPOSE[ndim](channels, next_channels, 4, stride=2, padding=1)]

@@ -38,7 +38,7 @@ def coded(indices, prior, **options):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1, 2, 5, 64])
-@pytest.mark.parametrize("grid", [(1,), (6,), (3, 4)])
+@pytest.mark.parametrize("grid", [(1,), (6,), (3, 4), (2, 1, 2)])
 def test_round_trip(kind, size, grid):
     prior = make(kind, size, grid)
     for count in (0, 1, 300):

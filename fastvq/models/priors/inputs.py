@@ -18,10 +18,10 @@ _INPUT_SIZE, _HEAD_SIZE = 0.5, 0.05  # scale of weights that are initialized fro
 class Inputs(nn.Module):
     """Sum of learned vectors (B, places, dim), one for each input of a place.
 
-    The inputs are the index before the place and, in grids of two or three axes, the indices above it and above to the
-    right; its position along each axis; and the label. With several indices at each position, they are the index before
-    and, of the same codebook, those of the position before, above and above to the right; indices of each codebook have
-    vectors of their own, and the position along the last axis is that of the codebook.
+    The inputs are the index before the place and its `neighbors`; its position along each axis; and the label. With
+    several indices at each position, they are the index before and, of the same codebook, those of the position before
+    and of its neighbors; indices of each codebook have vectors of their own, and the position along the last axis is
+    that of the codebook.
 
     Args:
         sizes: K of the places in turn.
@@ -35,8 +35,7 @@ class Inputs(nn.Module):
         self.steps = self.places
         # Distances back in raster order of the indices that a place sees.
         cells = grid[:-1] if staged else grid
-        above = [o for o in (cells[-1], cells[-1] - 1) if len(cells) > 1 and 0 < o < math.prod(cells)]
-        self.offsets = (1, *above)
+        self.offsets = (1, *neighbors(cells))
         if staged:
             self.offsets = tuple(dict.fromkeys([1, *(len(sizes) * o for o in self.offsets)]))
         self.codes: Any = nn.ModuleList([nn.Embedding(sum(sizes), dim) for _ in self.offsets])
@@ -87,8 +86,7 @@ class DelayedInputs(nn.Module):
     """Sum of learned vectors (B, steps, dim) for each step of the delay pattern.
 
     Step s takes the indices of codebooks q at positions s - q of the raster order. Its inputs are, for each of these,
-    the index of the same codebook at the position before and, in grids of two or three axes of positions, above and
-    above to the right; the number of the step; and the label.
+    the index of the same codebook at the position before and at its `neighbors`; the number of the step; and the label.
 
     Args:
         sizes: K of each codebook.
@@ -104,8 +102,7 @@ class DelayedInputs(nn.Module):
         cells, self.stages = grid[:-1], len(sizes)
         self.cells = math.prod(cells)
         self.steps = self.cells + self.stages - 1
-        above = [o for o in (cells[-1], cells[-1] - 1) if len(cells) > 1 and 0 < o < self.cells]
-        self.offsets = tuple(dict.fromkeys([1, *above]))
+        self.offsets = tuple(dict.fromkeys([1, *neighbors(cells)]))
         self.codes: Any = nn.ModuleList([nn.Embedding(sum(sizes), dim) for _ in self.offsets])
         self.start = nn.Parameter(torch.zeros(dim))
         self.labels = nn.Embedding(classes + 1, dim)
@@ -145,6 +142,20 @@ class DelayedInputs(nn.Module):
                     rows = indices[:, cell * self.stages + stage] + first
                     x = x + arithmetic.constant(vectors.weight)[rows]
         return x
+
+
+def neighbors(cells: tuple[int, ...]) -> list[int]:
+    """Return the distances back in raster order of the neighbors of a position other than the one before.
+
+    In grids of two axes they are above it and above to the right; in grids of three, whose first axis is time, also at
+    the same place of the frame before.
+    """
+    distances = []
+    if len(cells) > 1:
+        distances += [cells[-1], cells[-1] - 1]
+    if len(cells) > 2:
+        distances.append(math.prod(cells[-2:]))
+    return [distance for distance in distances if 0 < distance < math.prod(cells)]
 
 
 def first_codes(sizes: Sequence[int]) -> list[int]:
