@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from fastvq.data.images import to_float
+from fastvq.data.examples import to_float
 from fastvq.runs.load import load_model
-from fastvq.training import load_images
+from fastvq.training import load_examples
 
 FIRST, LAST = torch.contiguous_format, torch.channels_last
 WAYS = [
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     options = parser.parse_args()
     model, config = load_model(options.run)
-    images = to_float(load_images(config).test)
+    images = to_float(load_examples(config).test)
     reference: list[torch.Tensor] = []
     print("| batch | threads | memory format | dtype | indices that change | largest relative difference of latents |")
     print("|---|---|---|---|---|---|")

@@ -13,8 +13,9 @@ import torch
 
 from fastvq import coding
 from fastvq.errors import FastvqError
+from fastvq.modalities import ImageConfig
 from fastvq.runs.train_prior import train_prior
-from fastvq.training import PriorConfig, TrainConfig, Trainer, load_images
+from fastvq.training import PriorConfig, Trainer, load_examples
 from fastvq.training.checkpoint import checkpoint_folders
 
 
@@ -26,10 +27,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("images.fvq"))
     options = parser.parse_args()
 
-    config = TrainConfig(steps=options.steps)
-    images = load_images(config)
+    config = ImageConfig(steps=options.steps)
+    examples = load_examples(config)
     # A run or prior that is there already is continued: a finished one is only loaded.
-    trainer = Trainer(config, images, options.run, resume=bool(checkpoint_folders(options.run)))
+    trainer = Trainer(config, examples, options.run, resume=bool(checkpoint_folders(options.run)))
     if trainer.fit() is None:
         sys.exit("stopped, saved; the same command continues")
     model = trainer.model.eval()
@@ -39,7 +40,7 @@ def main() -> None:
         sys.exit("stopped, saved; the same command continues")
     prior = trained.prior
 
-    pixels = images.test / 255
+    pixels = examples.test / 255
     indices = model.encode(pixels)  # (1000, 7, 7), int64
     for name, size in coding.measure(indices, config.codebook_size).items():
         print(f"{name}: {size['bits_per_index']:.2f} bits per index, {size['bytes']:.0f} bytes")
@@ -47,7 +48,7 @@ def main() -> None:
     # A file carries the fingerprints of the model that decodes its indices and of the prior that it is coded with.
     fingerprint = coding.fingerprint(model)
     data = coding.encode(
-        indices, config.codebook_size, model="prior", prior=prior, labels=images.test_labels, fingerprint=fingerprint
+        indices, config.codebook_size, model="prior", prior=prior, labels=examples.test_labels, fingerprint=fingerprint
     )
     coding.save(options.out, data)
     print(f"prior: {8 * len(data) / indices.numel():.2f} bits per index, {len(data)} bytes with the labels")
@@ -56,7 +57,7 @@ def main() -> None:
     decoded = coding.decode(coding.load(options.out), prior=prior, fingerprint=fingerprint)
     assert torch.equal(decoded, indices)
     with torch.no_grad():
-        restored = model.decode(decoded).clamp(0, 1)
+        restored = model.restore(decoded)
     error = (restored - pixels).square().mean()
     print(f"decoded again: {-10 * error.log10():.2f} dB")
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from fastvq.errors import FastvqError
+from fastvq.modalities import ImageConfig
 from fastvq.runs.sample_pictures import picture_completions, picture_samples
 from fastvq.runs.train_prior import train_prior
-from fastvq.training import PriorConfig, TrainConfig, Trainer, load_images
+from fastvq.training import PriorConfig, Trainer, load_examples
 from fastvq.training.checkpoint import checkpoint_folders
 
 
@@ -26,10 +27,10 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/example"))
     options = parser.parse_args()
 
-    config = TrainConfig(steps=options.steps)
-    images = load_images(config)
+    config = ImageConfig(steps=options.steps)
+    examples = load_examples(config)
     # A run or prior that is there already is continued: a finished one is only loaded.
-    trainer = Trainer(config, images, options.run, resume=bool(checkpoint_folders(options.run)))
+    trainer = Trainer(config, examples, options.run, resume=bool(checkpoint_folders(options.run)))
     if trainer.fit() is None:
         sys.exit("stopped, saved; the same command continues")
     model = trainer.model.eval()
@@ -46,8 +47,8 @@ def main() -> None:
         pixels = model.decode(indices)
     print(f"indices {tuple(indices.shape)} become images {tuple(pixels.shape)}")
 
-    picture_samples(options.run / "samples.png", prior, model, images, temperature=0.9)
-    picture_completions(options.run / "completions.png", prior, model, images, temperature=0.9)
+    picture_samples(options.run / "samples.png", prior, model, config, examples, temperature=0.9)
+    picture_completions(options.run / "completions.png", prior, model, config, examples, temperature=0.9)
     print(f"pictures: {options.run / 'samples.png'}, {options.run / 'completions.png'}")
 
 

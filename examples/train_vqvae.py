@@ -56,12 +56,14 @@ def main() -> None:
     indices = model.encode(originals)
     print(f"an image as {indices[0].numel()} indices: {indices[0].flatten().tolist()}")
     with torch.no_grad():
-        restored = model.decode(indices).clamp(0, 1)
+        restored = model.restore(indices)
+    errors = (restored - originals).square().flatten(1).mean(1)
     save_reconstructions(
         options.out,
         originals,
         restored,
         data.test_names[:16],
+        [f"{-10 * error.log10():.1f} dB" for error in errors],
         title=f"Held-out images after {options.steps} steps",
         caption="Below each image, its reconstruction from 49 indices.",
     )

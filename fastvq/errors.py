@@ -69,6 +69,11 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
+def with_article(noun: str) -> str:
+    """Return "an image" or "a video clip"."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of an exception's message, or its class's name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

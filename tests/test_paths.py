@@ -14,19 +14,20 @@ from PIL import Image
 
 from fastvq import coding
 from fastvq.bench.data import from_file
-from fastvq.data import load_folder
+from fastvq.data import load_image_folder
 from fastvq.data.arrays import read_array
 from fastvq.data.image_format import ImageFormat
-from fastvq.data.image_io import read_image, write_image, write_images
+from fastvq.data.image_io import read_image, write_image
+from fastvq.modalities import ImageConfig
 from fastvq.runs import plots
-from fastvq.runs.decode import decode_array, decode_images
-from fastvq.runs.encode import encode_array, encode_held_out, encode_images
-from fastvq.runs.load import load_model, load_prior, run_images
+from fastvq.runs.decode import decode_array, decode_examples
+from fastvq.runs.encode import encode_array, encode_files, encode_held_out
+from fastvq.runs.load import load_model, load_prior, run_examples
 from fastvq.runs.pictures import picture_prior, picture_reconstructions
 from fastvq.runs.reconstruct import reconstruct_files, reconstruct_held_out
 from fastvq.runs.sample import sample_run
 from fastvq.runs.train_prior import delete_prior, train_prior
-from fastvq.training import PriorConfig, TrainConfig, Trainer, evaluate, load_images
+from fastvq.training import PriorConfig, Trainer, load_examples
 from fastvq.training.checkpoint import checkpoint_folders, load_latest
 from fastvq.training.metrics import read_metrics
 
@@ -60,9 +61,8 @@ def parameters() -> Iterator[tuple[str, str]]:
 def test_no_public_function_asks_for_a_path_of_one_type() -> None:
     """Mypy then sees that each converts what it is given: str has no parent and no `/`."""
     found = dict(parameters())
-    assert (
-        found["loop.__init__.folder"] == found["load.load_model.run"] == found["folder.load_folder.root"] == "StrPath"
-    )
+    for name in ("loop.__init__.folder", "load.load_model.run", "images.load_image_folder.root"):
+        assert found[name] == "StrPath"
     allowed = {"checkpoint.damage_named.folder"}  # of a checkpoint that has been found
     assert {name for name, kind in found.items() if "Path" in kind.split() or "os.PathLike[str]" in kind} <= allowed
 
@@ -73,37 +73,38 @@ def test_what_one_does_with_a_run(tmp_path: Path, kind: type[str | os.PathLike[s
         return kind(tmp_path / name)
 
     (tmp_path / "images").mkdir()
-    write_images(at("images"), torch.rand(20, 3, 8, 8), 0)
+    for number, image in enumerate(torch.rand(20, 3, 8, 8)):
+        write_image(kind(tmp_path / "images" / f"{number}.png"), image, "png")
     write_image(at("one.bin"), torch.rand(3, 8, 8), "png")
     assert read_image(at("one.bin"), ImageFormat(8)).shape == (3, 8, 8)
-    images = load_folder(at("images"), image_size=8)
-    config = TrainConfig(data=at("images"), image_size=8, grayscale=False, steps=2, batch_size=8, **TINY)
-    assert load_images(config).fingerprint() == images.fingerprint()
+    images = load_image_folder(at("images"), image_size=8)
+    config = ImageConfig(data=at("images"), image_size=8, grayscale=False, steps=2, batch_size=8, **TINY)
+    assert load_examples(config).fingerprint() == images.fingerprint()
     trainer = Trainer(config, images, at("run"))
     evaluation = trainer.fit(progress=False)
     run = at("run")
     assert len(checkpoint_folders(run)) == 1
     assert load_latest(run).step == 2
     assert read_metrics(at("run/metrics.jsonl"))
-    model, _ = load_model(run)
-    assert run_images(run, at("images")).fingerprint() == images.fingerprint()
-    assert picture_reconstructions(run, model, images, evaluate(model, images.test), step=2).exists()
+    load_model(run)
+    assert run_examples(run, at("images")).fingerprint() == images.fingerprint()
     assert evaluation is not None
+    assert picture_reconstructions(trainer, evaluation).exists()
 
     assert train_prior(run, TINY_PRIOR, data=at("images"), progress=False) is not None
     assert load_prior(run)[0].classes == 0
     assert picture_prior(run).exists()
     sample_run(run, at("drawn.npy"), count=2)
     sample_run(run, at("drawn"), count=2)
-    encode_images(run, at("images"), at("a.fvq"))
-    encode_images(run, [at("images/000000.png"), at("images")], at("a.fvq"))
+    encode_files(run, at("images"), at("a.fvq"))
+    encode_files(run, [at("images/0.png"), at("images")], at("a.fvq"))
     encode_held_out(run, at("b.fvq"), model="prior")
     encode_array(at("drawn.npy"), at("c.fvq"), run=run)
-    decode_images(run, at("c.fvq"), at("decoded"))
+    decode_examples(run, at("c.fvq"), at("decoded"))
     decode_array(at("b.fvq"), at("b.npy"), run=run)
     coding.save(at("d.fvq"), coding.load(at("c.fvq")))
     assert np.array_equal(read_array(at("drawn.npy")), coding.decode(coding.load(at("d.fvq"))).numpy())
-    reconstruct_files(run, [at("images/000000.png")], at("one.png"))
+    reconstruct_files(run, [at("images/0.png")], at("one.png"))
     reconstruct_held_out(run, at("held_out.png"))
     assert all(plots.texts_of(at("one.png")))
     np.save(tmp_path / "vectors.npy", np.zeros((4, 2)))

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fastvq.cli.main import main
-from fastvq.data import DATA_SETS, DataSet, Images, load_fashion_mnist
+from fastvq.data import DATA_SETS, DataSet, Examples, load_fashion_mnist
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "docs/training.md", "docs/prior.md", "docs/coding.md"]
@@ -72,7 +72,7 @@ def place(tmp_path, monkeypatch):
     np.save("codes.npy", random.integers(0, 1024, (2, 5, 4)))
     clothes = load_fashion_mnist()
     train, test = torch.arange(0, 5700, 95), torch.arange(0, 1000, 50)
-    few = Images(
+    few = Examples(
         clothes.name,
         clothes.train[train],
         clothes.test[test],

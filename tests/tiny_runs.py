@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastvq.training import TrainConfig, Trainer, load_images
+from fastvq.modalities import ImageConfig
+from fastvq.training import Trainer, load_examples
 
 
 def tiny_run(root: Path, *, count: int, grayscale: bool, **settings: Any) -> tuple[Path, Path]:
@@ -33,6 +34,6 @@ def tiny_run(root: Path, *, count: int, grayscale: bool, **settings: Any) -> tup
         "batch_size": 8,
         "warmup_steps": 1,
     }
-    config = TrainConfig(**defaults | settings)
-    Trainer(config, load_images(config), root / "run").fit(progress=False)
+    config = ImageConfig(**defaults | settings)
+    Trainer(config, load_examples(config), root / "run").fit(progress=False)
     return root / "run", images

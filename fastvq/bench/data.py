@@ -184,15 +184,16 @@ def _all_latents() -> Tensor:
 def _train_latents(steps: int) -> Tensor:
     import tempfile
 
-    from fastvq.data.images import to_float
-    from fastvq.training import TrainConfig, Trainer, load_images
+    from fastvq.data.examples import to_float
+    from fastvq.modalities import ImageConfig
+    from fastvq.training import Trainer, load_examples
 
-    config = TrainConfig(steps=steps, dim=LATENT_DIM, evaluate_every=steps, checkpoint_every=steps)
-    images = load_images(config)
+    config = ImageConfig(steps=steps, dim=LATENT_DIM, evaluate_every=steps, checkpoint_every=steps)
+    examples = load_examples(config)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, images, Path(folder) / "run")
+        trainer = Trainer(config, examples, Path(folder) / "run")
         trainer.fit(progress=False)
     model = trainer.model.eval()
     with torch.no_grad():
-        grids = [model.encoder(to_float(chunk)) for chunk in images.train.split(500)]
+        grids = [model.encoder(to_float(chunk)) for chunk in examples.train.split(500)]
     return torch.cat([grid.flatten(2).transpose(1, 2).reshape(-1, LATENT_DIM) for grid in grids])

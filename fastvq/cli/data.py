@@ -1,10 +1,10 @@
-"""`fastvq data`: the data sets that have names, and the cache of decoded images."""
+"""`fastvq data`: the data sets that have names, and the cache of decoded files."""
 
 from __future__ import annotations
 
 import argparse
 
-SUMMARY = "list the data sets that have names, and the cache of decoded images"
+SUMMARY = "list the data sets that have names, and the cache of decoded files"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +20,13 @@ def run(options: argparse.Namespace) -> int:
 
     width = max(map(len, DATA_SETS))
     for name, data in DATA_SETS.items():
-        kind = f"{data.image_size}x{data.image_size} {'gray' if data.grayscale else 'color'}"
         counts = f"{data.count[0]} + {data.count[1]} held out"
         missing = data.missing()
-        print(f"{name:{width}}  {kind}, {counts}, {data.license}" + (f"; missing: {missing}" if missing else ""))
-    print(f"{'FOLDER':{width}}  any folder of images (subfolders are classes), or of tar shards")
+        print(
+            f"{name:{width}}  {data.modality}s, {data.form}, {counts}, {data.license}"
+            + (f"; missing: {missing}" if missing else "")
+        )
+    print(f"{'FOLDER':{width}}  any folder of files (subfolders are classes), or of tar shards")
     entries, size = cache_size()
     print(f"cache: {cache_folder()}: {counted(entries, 'data set')}, {size / 1e6:.1f} MB")
     if options.clear:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastvq.errors import CodingError
 
-SUMMARY = "decode a file to images, or to an array of indices"
+SUMMARY = "decode a file to images or other examples, or to an array of indices"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -16,11 +16,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "out",
         metavar="OUT",
-        help="a new folder for images; .png, .jpg, .webp or the like for a single image; .npy for indices",
+        help="a new folder for images or other examples; .png or the like for a single one; .npy for indices",
     )
-    parser.add_argument(
-        "--run", type=Path, metavar="DIR", dest="run_folder", help="the run whose model decodes the images"
-    )
+    parser.add_argument("--run", type=Path, metavar="DIR", dest="run_folder", help="the run whose model decodes")
     limits = parser.add_argument_group("limits of what a file from anywhere may cost")
     limits.add_argument("--max-indices", type=int, metavar="N", help="refuse a file of more (default: 4194304)")
     limits.add_argument(
@@ -34,15 +32,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Decode a file to images or to an array."""
     from fastvq.coding import Limits
-    from fastvq.runs.decode import decode_array, decode_images
+    from fastvq.runs.decode import decode_array, decode_examples
 
     given = {name: getattr(options, name) for name in Limits._fields if getattr(options, name) is not None}
     limits = Limits(**given)
     if Path(options.out).suffix.lower() == ".npy":
         lines = decode_array(options.source, options.out, run=options.run_folder, limits=limits)
     elif options.run_folder is None:
-        raise CodingError("--run: needed to decode images, by the model of that run; for indices, OUT ends in .npy")
+        raise CodingError("--run: needed to decode examples, by the model of that run; for indices, OUT ends in .npy")
     else:
-        lines = decode_images(options.run_folder, options.source, options.out, limits=limits)
+        lines = decode_examples(options.run_folder, options.source, options.out, limits=limits)
     print("\n".join(lines))
     return 0

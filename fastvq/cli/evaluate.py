@@ -5,21 +5,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-SUMMARY = "measure a run on held-out images: quality, bits, use of the codebook"
+SUMMARY = "measure a run on held-out examples: quality, bits, use of the codebook"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.description = (
-        "Measures a run on images: PSNR, SSIM, MS-SSIM, LPIPS, rFID, bits, usage and perplexity, with 95 %% intervals."
+        "Measures a run on examples: quality (for images PSNR, SSIM, MS-SSIM, LPIPS, rFID), bits, usage and perplexity,"
+        " with 95 %% intervals."
         " What cannot be measured is named with the reason. The protocol is in docs/evaluation.md."
     )
     parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
     parser.add_argument(
         "--data",
         metavar="DATA",
-        help="other images: a name of a data set, whose held-out images are taken, or a folder, all of whose images are"
-        " (default: the run's held-out images, also where --data says where they have moved)",
+        help="other data: a name of a data set, whose held-out examples are taken, or a folder, all of whose files are"
+        " (default: the run's held-out examples, also where --data says where they have moved)",
     )
     parser.add_argument("--out", metavar="OUT", help="the numbers as .json (default: DIR/evaluation.json)")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")

@@ -15,28 +15,39 @@ if TYPE_CHECKING:
     from fastvq.training.config import Settings
 
 
-def add_settings(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
+def add_settings(parser: argparse.ArgumentParser, *settings: type[Settings]) -> None:
     """Add one option for each field, with its description as help; an option that is not given sets no attribute.
 
-    A table of further options has none of its own: see `take_named`.
+    A table of further options has none of its own: see `take_named`. Of several records, those that several have come
+    first, in a group of their own; defaults are those of the first one.
     """
-    group = parser.add_argument_group("settings")
-    types = typing.get_type_hints(settings)
-    for field in dataclasses.fields(settings):
+    owners: dict[str, list[type[Settings]]] = {}
+    fields: dict[str, dataclasses.Field[Any]] = {}
+    for record in settings:
+        for field in dataclasses.fields(record):
+            owners.setdefault(field.name, []).append(record)
+            fields.setdefault(field.name, field)
+    common = parser.add_argument_group("settings")
+    groups = dict.fromkeys(settings, common)
+    if len(settings) > 1:
+        groups = {record: parser.add_argument_group(f"settings of {record.modality}s") for record in settings}  # type: ignore[attr-defined]
+    for name, field in fields.items():
+        kind = typing.get_type_hints(owners[name][0])[name]
         # An optional number is parsed as a number; None stands for an option that is not given.
-        parts = [part for part in typing.get_args(types[field.name]) if part is not type(None)]
-        value_type = parts[0] if parts else types[field.name]
-        if typing.get_origin(types[field.name]) is dict:
+        parts = [part for part in typing.get_args(kind) if part is not type(None)]
+        value_type = parts[0] if parts else kind
+        if typing.get_origin(kind) is dict:
             continue
-        kind: dict[str, Any] = (
+        parsing: dict[str, Any] = (
             {"action": argparse.BooleanOptionalAction} if value_type is bool else {"type": value_type}
         )
         default = "" if field.default is None else f" (default: {field.default})"
+        group = groups[owners[name][0]] if len(owners[name]) == 1 else common
         group.add_argument(
-            "--" + field.name.replace("_", "-"),
+            "--" + name.replace("_", "-"),
             default=argparse.SUPPRESS,
             help=f"{field.metadata['help']}{default}".replace("%", "%%"),
-            **kind,
+            **parsing,
         )
 
 
@@ -59,17 +70,22 @@ def add_logger(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def given_settings(options: argparse.Namespace, settings: type[Settings], section: str) -> dict[str, Any]:
+def given_settings(options: argparse.Namespace, section: str, *settings: type[Settings]) -> dict[str, Any]:
     """Return {name: value} of the fields that `--config` has, and over them of those whose option is given.
+
+    Args:
+        options: the parsed options.
+        section: the command.
+        settings: the records that have the fields. Where they are of modalities, "modality" may be among the names.
 
     Raises:
         ConfigError: see `fastvq.training.config_file.read_settings`.
     """
     from fastvq.training.config_file import read_settings
 
-    given = {} if options.config is None else read_settings(options.config, settings, section)
-    names = (field.name for field in dataclasses.fields(settings))
-    return given | {name: getattr(options, name) for name in names if hasattr(options, name)}
+    given = {} if options.config is None else read_settings(options.config, section, *settings)
+    names = {field.name for record in settings for field in dataclasses.fields(record)} | {"modality"}
+    return given | {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
 
 
 def take_named(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -101,24 +117,24 @@ def take_named(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 def add_skip_unreadable(parser: argparse.ArgumentParser) -> None:
     """Add `--skip-unreadable`."""
     parser.add_argument(
-        "--skip-unreadable", action="store_true", help="leave out image files that cannot be read, and name them"
+        "--skip-unreadable", action="store_true", help="leave out files that cannot be read, and name them"
     )
 
 
 def check_sources(sources: Sequence[str], *, held_out: bool, data: str | None) -> None:
-    """Raise a DataError if images are given beside `--held-out` or `--data`, or the former's name as an image."""
+    """Raise a DataError if files are given beside `--held-out` or `--data`, or the former's name as a file."""
     if held_out and sources:
-        raise DataError(f"held_out: takes no other images, got {', '.join(sources)}")
+        raise DataError(f"held_out: takes no other files, got {', '.join(sources)}")
     if data is not None and sources:
-        raise DataError(f"data: only says where held-out images are, has no effect on {', '.join(sources)}")
+        raise DataError(f"data: only says where held-out examples are, has no effect on {', '.join(sources)}")
     if any(Path(source) == Path("held-out") for source in sources) and not Path("held-out").exists():
-        raise DataError("held-out does not exist: the run's held-out images are --held-out")
+        raise DataError("held-out does not exist: the run's held-out examples are --held-out")
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add the option that says where the images of a run are."""
+    """Add the option that says where the data of a run are."""
     parser.add_argument(
         "--data",
         metavar="DATA",
-        help="where the images that the run was trained on are now, if they have moved; others are refused",
+        help="where the files that the run was trained on are now, if they have moved; others are refused",
     )

@@ -12,7 +12,7 @@ from fastvq.errors import ConfigError
 from . import INTERRUPTED
 from .options import add_config, add_data, add_logger, add_settings, given_settings
 
-SUMMARY = "train a prior over the indices of a run's images"
+SUMMARY = "train a prior over the indices of a run's examples"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     from fastvq.training.config import PriorConfig
 
     parser.description = (
-        "Trains a prior over the indices of a run's images in DIR/prior/, and prints the bits per index of held-out"
-        " images. A prior that is there already is resumed or replaced only where --resume or --overwrite says so."
+        "Trains a prior over the indices of a run's examples in DIR/prior/, and prints the bits per index of held-out"
+        " ones. A prior that is there already is resumed or replaced only where --resume or --overwrite says so."
     )
     parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
     parser.add_argument(
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.training.loop import describe_resumed
 
     check_logger(options.logger)
-    given = given_settings(options, PriorConfig, "prior")
+    given = given_settings(options, "prior", PriorConfig)
     resumed = resumed_prior(options.run_folder) if options.resume else None
     config = PriorConfig(**given) if resumed is None else dataclasses.replace(resumed.config, **given)
     if options.seconds is not None:
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     if trained is None:
         print(f"stopped, saved; continue with: fastvq prior {shlex.quote(str(options.run_folder))} --resume")
         return INTERRUPTED
-    print(f"{counted(len(trained.data.test), 'held-out image')}: {trained.bits_per_index:.2f} bits per index")
+    print(f"{counted(len(trained.data.test), 'held-out example')}: {trained.bits_per_index:.2f} bits per index")
     if ranks.leads():
         with failures_as_warnings("picture of curves of the prior"):
             picture_prior(options.run_folder, captioned=False)

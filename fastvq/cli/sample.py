@@ -9,17 +9,18 @@ from fastvq.errors import ConfigError
 
 from .options import add_data
 
-SUMMARY = "sample new images from a run's prior"
+SUMMARY = "sample new images or other data from a run's prior"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.description = (
-        "Samples new images from a run's prior. Without --out, samples, completions and neighbors are drawn for the"
-        " page of the run, DIR/index.html. Otherwise the ending of OUT decides what is written: a picture (.png, .pdf,"
-        " .svg, .jpg, .tif, .webp) of some samples beside real images, of each class if there are classes, or of N"
+        "Samples new images, audio or video from a run's prior. Without --out, samples, completions and neighbors are"
+        " drawn for the page of the run, DIR/index.html. Otherwise the ending of OUT decides what is written: a picture"
+        " (.png, .pdf,"
+        " .svg, .jpg, .tif, .webp) of some samples beside real ones, of each class if there are classes, or of N"
         " samples in rows and columns with --count; .npy, the"
-        " indices alone, which `fastvq encode` accepts; no ending, or a / at its end, a new folder of PNG files, with a"
+        " indices alone, which `fastvq encode` accepts; no ending, or a / at its end, a new folder of files, with a"
         " subfolder for each class if there are classes."
     )
     parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
@@ -34,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--label", metavar="L", help="class of the samples, by name or by number from 0 (default: each class in turn)"
     )
     parser.add_argument(
-        "--complete", action="store_true", help="draw completions of held-out images from their upper halves"
+        "--complete", action="store_true", help="draw completions of held-out examples from their first halves"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 for likelier samples (default: 1)")
     parser.add_argument(

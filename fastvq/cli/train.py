@@ -1,4 +1,4 @@
-"""`fastvq train`: a VQ-VAE, trained on images."""
+"""`fastvq train`: a VQ-VAE, trained on images or other data."""
 
 from __future__ import annotations
 
@@ -17,28 +17,34 @@ from .options import add_config, add_logger, add_settings, given_settings, take_
 if TYPE_CHECKING:
     from fastvq.training import TrainConfig
 
-SUMMARY = "train a VQ-VAE on images"
-# A folder holds photographs rather than the small gray images that the defaults are for.
-_FOLDER_SETTINGS: dict[str, Any] = {"image_size": 64, "grayscale": False}
+SUMMARY = "train a VQ-VAE on images or other data"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    from fastvq.training.config import PRESETS, TrainConfig
+    from fastvq.modalities import NAMES, config_of
 
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument(
         "--resume",
         action="store_true",
         help="continue from the latest checkpoint in --out, with its settings; --steps may be more, and --data where"
-        " the same images are now",
+        " the same files are now",
+    )
+    presets = [preset for name in NAMES for preset in config_of(name).presets]
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"settings that replace the defaults; other options come before them: {', '.join(presets)}",
     )
     parser.add_argument(
-        "--preset", choices=PRESETS, help="settings that replace the defaults; other options come before them"
+        "--modality",
+        choices=NAMES,
+        help="what the model learns from, where a folder has files of several (default: by the endings of the files)",
     )
     add_config(parser)
     add_logger(parser)
-    add_settings(parser, TrainConfig)
+    add_settings(parser, *map(config_of, NAMES))
     parser.epilog = (
         "Further options are those of the bottleneck, such as --num-quantizers 8 beside --bottleneck rvq, or --levels"
         " 8,5,5,5 beside --bottleneck fsq. An unknown one is answered with the list of those that there are."
@@ -53,7 +59,7 @@ def take_more_options(options: argparse.Namespace, arguments: list[str]) -> list
 
 def run(options: argparse.Namespace) -> int:
     """Train, and draw the pictures of the run."""
-    from fastvq.data.images import describe
+    from fastvq.data.examples import describe
     from fastvq.data.registry import check_outside
     from fastvq.errors import counted
     from fastvq.files import exclusive
@@ -61,27 +67,26 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.runs.page import PAGE
     from fastvq.runs.pictures import failures_as_warnings, picture_reconstructions, picture_run
     from fastvq.runs.run_page import write_run_page
-    from fastvq.training import Evaluation, Trainer, load_images, ranks
+    from fastvq.training import Evaluation, Trainer, load_examples, ranks
     from fastvq.training.checkpoint import load_latest
     from fastvq.training.loggers import check_logger
     from fastvq.training.loop import describe_resumed, usable_device
 
     check_logger(options.logger)
     config = _settings(options)
-    usable_device(config.device)  # before images are read
+    usable_device(config.device)  # before files are read
     if options.resume:
         print(describe_resumed(load_latest(options.out, tensors=False), config), flush=True)
-    images = ranks.rank_0_first(lambda: load_images(config, progress=ranks.leads()))
+    examples = ranks.rank_0_first(lambda: load_examples(config, progress=ranks.leads()))
     if not options.resume:
         check_outside(options.out, config.data, "out")
         check_no_other_files(options.out)
-    trainer = Trainer(config, images, options.out, resume=options.resume)
-    print(describe(images))
+    trainer = Trainer(config, examples, options.out, resume=options.resume)
+    print(describe(examples))
 
     def draw(trainer: Trainer, evaluation: Evaluation) -> None:
         with failures_as_warnings("picture of reconstructions"):
-            step = trainer.step
-            picture_reconstructions(options.out, trainer.trained, images, evaluation, step=step, captioned=False)
+            picture_reconstructions(trainer, evaluation, captioned=False)
         with failures_as_warnings("page of the run"):
             write_run_page(options.out)
 
@@ -96,7 +101,9 @@ def run(options: argparse.Namespace) -> int:
             with failures_as_warnings("page of the run"):
                 write_run_page(options.out)
     perplexity = "" if evaluation.perplexity is None else f", perplexity {evaluation.perplexity:.0f}"
-    print(f"{counted(len(images.test), 'held-out image')}: {evaluation.psnr_db:.2f} dB{perplexity}")
+    one, many = examples.noun
+    held_out = counted(len(examples.test), f"held-out {one}", f"held-out {many}")
+    print(f"{held_out}: {trainer.modality.measures[evaluation.measure].text(evaluation.value)}{perplexity}")
     if (options.out / PAGE).exists():
         print(f"pictures and settings: {options.out / PAGE}")
     return 0
@@ -105,30 +112,41 @@ def run(options: argparse.Namespace) -> int:
 def _settings(options: argparse.Namespace) -> TrainConfig:
     """Return the requested settings; those not given are the resumed run's own, or the defaults."""
     from fastvq.data import DATA_SETS
+    from fastvq.modalities import NAMES, config_of, recognized
     from fastvq.training.checkpoint import load_latest
-    from fastvq.training.config import PRESETS, TrainConfig
+    from fastvq.training.config import TrainConfig
 
-    given = given_settings(options, TrainConfig, "train")
+    given = given_settings(options, "train", *map(config_of, NAMES))
     own = load_latest(options.out).config if options.resume else None
-    arguments = getattr(options, "bottleneck_arguments", {})
-    if arguments:
-        earlier = TrainConfig() if own is None else own
-        chosen = _bottleneck_options(given.get("bottleneck", earlier.bottleneck), arguments)
-        given["bottleneck_options"] = given.get("bottleneck_options", earlier.bottleneck_options) | chosen
     data = given.get("data", TrainConfig.data)
     if not isinstance(data, str):
         raise ConfigError(f"data must be a text, got {data!r}")
-    defaults = _FOLDER_SETTINGS
+    modality = given.pop("modality", None) or (recognized(data) if own is None else own.modality)
+    settings = config_of(modality)
+    if own is not None and not isinstance(own, settings):
+        raise ConfigError(f"modality: a resumed run keeps its settings, {own.modality}, got {modality}")
+    others = given.keys() - {field.name for field in dataclasses.fields(settings)}
+    if others:
+        raise ConfigError(f"{min(others)} is no setting of the modality {modality}")
+    arguments = getattr(options, "bottleneck_arguments", {})
+    if arguments:
+        earlier = settings() if own is None else own
+        chosen = _bottleneck_options(given.get("bottleneck", earlier.bottleneck), arguments)
+        given["bottleneck_options"] = given.get("bottleneck_options", earlier.bottleneck_options) | chosen
     if data in DATA_SETS:
-        defaults = {"image_size": DATA_SETS[data].image_size, "grayscale": DATA_SETS[data].grayscale}
+        defaults = DATA_SETS[data].settings
     else:
+        defaults = settings.of_folders
         # A run that is resumed from another working directory must find the same folder.
         given["data"] = str(Path(data).resolve())
     if own is not None:
         if options.preset is not None:
             raise ConfigError(f"preset: a resumed run keeps its settings, got {options.preset}")
         return dataclasses.replace(own, **given)
-    return TrainConfig(**(defaults | PRESETS[options.preset or "vqvae"] | given))
+    preset = options.preset or next(iter(settings.presets))
+    if preset not in settings.presets:
+        raise ConfigError(f"preset must be one of {', '.join(settings.presets)} for {modality}s, got {preset}")
+    return settings(**(defaults | settings.presets[preset] | given))
 
 
 def _bottleneck_options(name: str, given: dict[str, str]) -> dict[str, Any]:
@@ -137,10 +155,10 @@ def _bottleneck_options(name: str, given: dict[str, str]) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such bottleneck, or it has no such option.
     """
+    from fastvq.modalities import ImageConfig
     from fastvq.models.bottlenecks import KINDS, parse_options
-    from fastvq.training.config import TrainConfig
 
-    TrainConfig(bottleneck=name)
+    ImageConfig(bottleneck=name)
     known = KINDS[name].options()
     for option in given:
         if option not in known:

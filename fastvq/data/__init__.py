@@ -1,4 +1,4 @@
-"""Images to train on: a Fashion-MNIST subset that ships with the package, or any folder of images.
+"""Data to train on: data sets that ship with the package, or any folder of files.
 
 Importing the package imports no torch: settings and help texts read the table of data sets.
 """
@@ -13,16 +13,18 @@ from fastvq.extras import lazy_attributes
 from .registry import DATA_SETS, DataSet
 
 if TYPE_CHECKING:
+    from .examples import Examples
     from .fashion_mnist import load_fashion_mnist, load_full_fashion_mnist
     from .folder import load_folder
-    from .images import Images
+    from .images import load_image_folder
 else:
     __getattr__, __dir__ = lazy_attributes(
         __name__,
         {
             "fashion_mnist": ("load_fashion_mnist", "load_full_fashion_mnist"),
+            "examples": ("Examples",),
             "folder": ("load_folder",),
-            "images": ("Images",),
+            "images": ("load_image_folder",),
         },
     )
 
@@ -30,8 +32,9 @@ __all__ = [
     "DATA_SETS",
     "DataError",
     "DataSet",
-    "Images",
+    "Examples",
     "load_fashion_mnist",
     "load_folder",
     "load_full_fashion_mnist",
+    "load_image_folder",
 ]

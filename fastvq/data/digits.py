@@ -10,7 +10,7 @@ import torch
 
 from fastvq.errors import DataError
 
-from .images import Images
+from .examples import Examples
 from .registry import DIGITS
 
 TRAIN = 1500
@@ -18,7 +18,7 @@ TRAIN = 1500
 _LARGEST = 16
 
 
-def load_digits() -> Images:
+def load_digits() -> Examples:
     """Return the digits, in the set's order: the first 1,500 to learn from, the other 297 held out.
 
     Raises:
@@ -33,7 +33,7 @@ def load_digits() -> Images:
     pixels = torch.from_numpy(digits.images).mul(255 / _LARGEST).round().to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(digits.target).long()
     names = tuple(str(name) for name in digits.target_names)
-    return Images(
+    return Examples(
         name=DIGITS,
         train=pixels[:TRAIN],
         test=pixels[TRAIN:],

@@ -23,7 +23,7 @@ import torch
 from fastvq.errors import DataError
 from fastvq.files import StrPath, write_whole
 
-from .images import Images
+from .examples import Examples
 from .registry import FULL, FULL_FOLDER, SUBSET
 
 CLASSES = (
@@ -50,8 +50,8 @@ _LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "l
 Array = npt.NDArray[np.uint8]
 
 
-def _as_images(name: str, train: Array, train_labels: Array, test: Array, test_labels: Array) -> Images:
-    return Images(
+def _as_examples(name: str, train: Array, train_labels: Array, test: Array, test_labels: Array) -> Examples:
+    return Examples(
         name=name,
         train=torch.from_numpy(train).unsqueeze(1),
         test=torch.from_numpy(test).unsqueeze(1),
@@ -62,17 +62,17 @@ def _as_images(name: str, train: Array, train_labels: Array, test: Array, test_l
     )
 
 
-def load_fashion_mnist(path: StrPath = SHIPPED) -> Images:
+def load_fashion_mnist(path: StrPath = SHIPPED) -> Examples:
     """Return the subset that `build_subset` wrote to `path`.
 
     The shipped one has 5,700 training and 1,000 held-out images of 28x28, equally many of each of the ten classes.
     """
     with lzma.open(path) as file, np.load(io.BytesIO(file.read())) as arrays:
         train = arrays["train"] * np.uint8(_GRAY_STEP)
-        return _as_images(SUBSET, train, arrays["train_labels"], arrays["test"], arrays["test_labels"])
+        return _as_examples(SUBSET, train, arrays["train_labels"], arrays["test"], arrays["test_labels"])
 
 
-def load_full_fashion_mnist(root: StrPath = DEBIAN) -> Images:
+def load_full_fashion_mnist(root: StrPath = DEBIAN) -> Examples:
     """Return all 60,000 training and 10,000 test images.
 
     Args:
@@ -81,7 +81,7 @@ def load_full_fashion_mnist(root: StrPath = DEBIAN) -> Images:
     Raises:
         DataError: a file is missing; the message names the package that contains it.
     """
-    return _as_images(FULL, *_read_split(root, "train"), *_read_split(root, "t10k"))
+    return _as_examples(FULL, *_read_split(root, "train"), *_read_split(root, "t10k"))
 
 
 def _read_split(root: StrPath, split: str) -> tuple[Array, Array]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +16,7 @@ from fastvq.extras import require
 from fastvq.files import StrPath
 
 from .image_format import ImageFormat
+from .reader import Reader
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """Endings of the files that are images."""
@@ -81,18 +81,11 @@ def why_unreadable(path: Path, error: Exception, content: bytes | None) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
-def write_images(root: StrPath, images: Tensor, first: int, subfolders: Sequence[str] | None = None) -> None:
-    """Write images (N, C, H, W), float in [0, 1], with one or three channels, as PNG files numbered from `first`.
+def _read_one(path: StrPath, format: ImageFormat, content: bytes | None = None) -> Tensor:
+    return read_image(path, format, content)[None]
 
-    Args:
-        root: an existing folder.
-        subfolders: for each image, the folder in `root` that it is written to.
-    """
-    root = Path(root)
-    for row, image in enumerate(images):
-        folder = root / subfolders[row] if subfolders else root
-        folder.mkdir(exist_ok=True)
-        write_image(folder / f"{first + row:06d}.png", image, "png")
+
+IMAGES = Reader(("image", "images"), SUFFIXES, _read_one, "uint8", WRITTEN)
 
 
 def write_image(path: StrPath | BinaryIO, image: Tensor, ending: str) -> None:

@@ -1,80 +1,61 @@
-"""The representation of data sets that the trainer takes."""
+"""Images as a data set: any folder of images, or tar shards, brought to one size."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from fastvq.errors import DataError
+from fastvq.files import StrPath
 
-import torch
-from torch import Tensor
-
-from fastvq.errors import counted
-
-_HASHED = 1 << 24
-"""Bytes that are hashed at a time: a mapped data set may be larger than memory."""
+from .examples import Examples
+from .folder import load_folder
+from .image_format import ImageFormat
+from .image_io import IMAGES
 
 
-@dataclass(frozen=True)
-class Images:
-    """A data set, split into images to learn from and images held out, in memory or mapped from a file.
+def load_image_folder(
+    root: StrPath,
+    *,
+    image_size: int,
+    image_width: int | None = None,
+    grayscale: bool = False,
+    fit: str = "crop",
+    crop_from: int | None = None,
+    test_fraction: float = 0.1,
+    skip_unreadable: bool = False,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Examples:
+    """Return every image under `root`, brought to one size, split into images to learn from and to hold out.
 
-    Attributes:
-        name: name in reports and pictures.
-        train, test: (N, C, H, W), uint8, 0 to 255.
-        test_names: one name for each held-out image: its class, or its path inside the folder.
-        train_labels, test_labels: (N,), int64, or None for images without classes.
-        class_names: the name of each label, or None for images without classes.
-        train_captions, test_captions: a text for each image, empty where it has none; None for images without captions.
-        uncropped: (N, C, H', W'), the training images before they were cropped to `train`, to draw random crops from;
-            None if they are not cropped.
-        digest: fingerprint of images that are known already, see `fingerprint`.
+    See `fastvq.data.load_folder` for the split, the cache, classes and captions.
+
+    Args:
+        root: a folder of image files, or of tar shards.
+        image_size: height of the images in pixels, and their width unless `image_width` is given.
+        image_width: width in pixels.
+        grayscale: one channel instead of three.
+        fit: what becomes of an image of another aspect, see `ImageFormat`.
+        crop_from: height, at least `image_size`, that images are scaled to and then cropped from: at random while
+            training (`Examples.uncropped`), else from the center.
+        test_fraction, skip_unreadable, workers, progress: see `load_folder`.
+
+    Raises:
+        ConfigError: an invalid `fit`.
+        DataError: see `load_folder`; or `crop_from` is below `image_size`.
+        MissingExtraError: Pillow is not installed, or webdataset for tar shards.
     """
-
-    name: str
-    train: Tensor
-    test: Tensor
-    test_names: tuple[str, ...]
-    train_labels: Tensor | None = None
-    test_labels: Tensor | None = None
-    class_names: tuple[str, ...] | None = None
-    train_captions: tuple[str, ...] | None = None
-    test_captions: tuple[str, ...] | None = None
-    uncropped: Tensor | None = None
-    digest: str | None = None
-
-    def fingerprint(self) -> str:
-        """Return a SHA-256 of all pixels: two runs with equal fingerprints used the same data."""
-        return self.digest or digest_of(self.train, self.test)
-
-
-def describe(images: Images) -> str:
-    """Return name, size, classes and captions of a data set in one line."""
-    parts = [f"{images.name}: {counted(len(images.train), 'training image')}", f"{len(images.test)} held out"]
-    if images.class_names is not None:
-        parts.append(counted(len(images.class_names), "class", "classes"))
-    if images.train_captions is not None and images.test_captions is not None:
-        captions = [*images.train_captions, *images.test_captions]
-        without = captions.count("")
-        parts.append("captions" + (f" ({without} of {len(captions)} have none)" if without else ""))
-    return ", ".join(parts)
-
-
-def digest_of(*splits: Tensor) -> str:
-    """Return a SHA-256 of the shapes and pixels of some uint8 images (N, C, H, W)."""
-    digest = hashlib.sha256()
-    for images in splits:
-        digest.update(repr(tuple(images.shape)).encode())
-        for part in images.split(max(1, _HASHED // max(1, images[:1].numel()))):
-            digest.update(part.contiguous().numpy())
-    return digest.hexdigest()
-
-
-def central_crop(images: Tensor, height: int, width: int) -> Tensor:
-    """Return the central (height, width) of images (N, C, H, W), as a view."""
-    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
-    return images[..., top : top + height, left : left + width]
-
-
-def to_float(images: Tensor) -> Tensor:
-    """Return uint8 images as float32 in [0, 1]."""
-    return images.to(torch.float32) / 255
+    target = ImageFormat(image_size, image_width or image_size, grayscale, fit)
+    stored = target
+    if crop_from is not None:
+        if crop_from < image_size:
+            raise DataError(f"crop_from must be at least image_size = {image_size}, got {crop_from}")
+        stored = ImageFormat(crop_from, round(crop_from * target.width / target.height), grayscale, fit)
+    return load_folder(
+        root,
+        IMAGES,
+        stored,
+        crop_to=None if crop_from is None else (target.height, target.width),
+        test_fraction=test_fraction,
+        skip_unreadable=skip_unreadable,
+        workers=workers,
+        progress=progress,
+    )

@@ -13,7 +13,7 @@ from fastvq.errors import ConfigError
 if TYPE_CHECKING:
     from fastvq.files import StrPath
 
-    from .images import Images
+    from .examples import Examples
 
 
 @dataclass(frozen=True)
@@ -21,40 +21,42 @@ class DataSet:
     """A data set that `fastvq train --data` takes by its name.
 
     Args:
-        load: returns the images; raises a DataError that says what to install where files are missing. It imports what
-            it needs when it is called: help texts read this table without torch.
-        name: its name in reports and pictures, the same as that of the images.
+        load: returns the examples; raises a DataError that says what to install where files are missing. It imports
+            what it needs when it is called: help texts read this table without torch.
+        name: its name in reports and pictures, the same as that of the examples.
         note: what the help text adds to the name.
-        image_size: side of the square images, in pixels.
-        grayscale: one channel instead of three.
-        count: images to learn from and images held out.
-        license: license of the images.
+        form: what an example is, in a few words.
+        settings: the settings of its modality that follow from it, by name.
+        modality: what the examples are, see `fastvq.modalities`.
+        count: numbers of examples to learn from and of examples held out.
+        license: license of the data.
         missing: returns what has to be installed before it can be used; empty if nothing.
     """
 
-    load: Callable[[], Images]
+    load: Callable[[], Examples]
     name: str
     note: str
-    image_size: int
-    grayscale: bool
+    form: str
+    settings: dict[str, Any]
+    modality: str = "image"
     count: tuple[int, int] = (0, 0)
     license: str = "unknown"
     missing: Callable[[], str] = lambda: ""
 
 
-def _shipped() -> Images:
+def _shipped() -> Examples:
     from .fashion_mnist import load_fashion_mnist
 
     return load_fashion_mnist()
 
 
-def _full() -> Images:
+def _full() -> Examples:
     from .fashion_mnist import load_full_fashion_mnist
 
     return load_full_fashion_mnist()
 
 
-def _digits() -> Images:
+def _digits() -> Examples:
     from .digits import load_digits
 
     return load_digits()
@@ -72,7 +74,11 @@ SUBSET, FULL, DIGITS = "Fashion-MNIST subset", "Fashion-MNIST", "handwritten dig
 """Names in reports and pictures."""
 FULL_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Folder of Debian's package of Fashion-MNIST."""
-_FASHION: dict[str, Any] = {"image_size": 28, "grayscale": True, "license": "MIT"}
+_FASHION: dict[str, Any] = {
+    "form": "28x28 gray",
+    "settings": {"image_size": 28, "grayscale": True},
+    "license": "MIT",
+}
 DATA_SETS = {
     "fashion-mnist": DataSet(_shipped, SUBSET, "shipped subset", count=(5700, 1000), **_FASHION),
     "fashion-mnist-full": DataSet(_full, FULL, "Debian's", count=(60000, 10000), missing=_full_is_missing, **_FASHION),
@@ -80,8 +86,8 @@ DATA_SETS = {
         _digits,
         DIGITS,
         "scikit-learn's, 8x8",
-        image_size=8,
-        grayscale=True,
+        form="8x8 gray",
+        settings={"image_size": 8, "grayscale": True},
         count=(1500, 297),
         license="CC BY 4.0",
         missing=_digits_are_missing,
@@ -93,7 +99,7 @@ DATA_SETS = {
 def describe_choices() -> str:
     """Return the names with their notes, and the folder, as a message or help text lists them."""
     named = ", ".join(f"'{name}' ({data.note})" for name, data in DATA_SETS.items())
-    return f"{named} or a folder of images or tar shards"
+    return f"{named} or a folder of files or tar shards"
 
 
 def name_of(data: str) -> str:
@@ -102,10 +108,10 @@ def name_of(data: str) -> str:
 
 
 def check_outside(output: StrPath, data: str, name: str) -> None:
-    """Raise a ConfigError if an output lies in the folder of images that a setting `data` names.
+    """Raise a ConfigError if an output lies in the folder of files that a setting `data` names.
 
-    There it would be taken for an image, so that the data differ from those that a run was trained on, or replace one.
-    What is hidden in the folder is no image.
+    There it would be taken for one of them, so that the data differ from those that a run was trained on, or replace
+    one. What is hidden in the folder is no such file.
 
     Args:
         output: the file or folder to write.
@@ -117,7 +123,7 @@ def check_outside(output: StrPath, data: str, name: str) -> None:
     root, path = Path(data).resolve(), Path(output).resolve()
     if path.is_relative_to(root) and not any(part.startswith(".") for part in path.relative_to(root).parts):
         raise ConfigError(
-            f"{name}: {output} lies in {data}, whose images a run learns from: pictures there would change them; choose"
+            f"{name}: {output} lies in {data}, whose files a run learns from: others there would change them; choose"
             " a place outside"
         )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tarfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,68 +20,70 @@ from fastvq.errors import DataError, counted, listed
 from fastvq.extras import require
 from fastvq.files import StrPath
 
-from .image_format import ImageFormat
-from .image_io import SUFFIXES, read_image
+from .reader import Format, Reader
 
 CAPTIONS = "captions.jsonl"
-"""File in a folder of images with one caption a line: {"file_name": "a/b.png", "text": "a red house"}."""
+"""File in a folder with one caption a line: {"file_name": "a/b.png", "text": "a red house"}."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image of a source.
+    """One file of a source, or one sample of a shard.
 
     Attributes:
         name: path inside the folder, or shard and key; unique.
         class_name: name of its class, or None.
         caption: its text, or None.
+        examples: number of its examples, known when it has been read: a long file is cut into several.
     """
 
     name: str
     class_name: str | None = None
     caption: str | None = None
+    examples: int = 1
 
 
 class Source(Protocol):
-    """Images that have not been read yet."""
+    """Files that have not been read yet."""
 
     root: Path
 
     def stamp(self) -> list[tuple[str, int, int]]:
-        """Return path inside `root`, size and time of change of each file: equal stamps mean equal images."""
+        """Return path inside `root`, size and time of change of each file: equal stamps mean equal data."""
 
     def items(self) -> list[Item]:
         """Return all items in a fixed order."""
 
-    def read(self, format: ImageFormat, workers: int) -> Iterator[tuple[str, Tensor | str]]:
-        """Yield each item's name with its pixels, or with the reason why it cannot be read, in any order."""
+    def read(self, format: Format, workers: int) -> Iterator[tuple[str, Tensor | str]]:
+        """Yield each item's name with its examples, or with the reason why it cannot be read, in any order."""
 
 
 class Folder:
-    """A folder of image files.
+    """A folder of files.
 
     The first subfolder on the way to a file is its class, if every file has one and there are at least two. A caption
     is the line of a file in `CAPTIONS`, or the text in a file of the same name that ends in .txt.
 
     Args:
-        root: searched recursively, see `image_files`.
+        root: searched recursively, see `data_files`.
+        reader: the kind of files.
 
     Raises:
-        DataError: no such folder, or none with images; see `image_files`.
+        DataError: no such folder, or none with such files; see `data_files`.
     """
 
-    def __init__(self, root: StrPath) -> None:
-        self.root = Path(root)
-        self.paths = image_files(self.root)
+    def __init__(self, root: StrPath, reader: Reader) -> None:
+        self.root, self._reader = Path(root), reader
+        self.paths = data_files(self.root, reader)
         self.names = [path.relative_to(self.root).as_posix() for path in self.paths]
 
     def stamp(self) -> list[tuple[str, int, int]]:
-        """Return path, size and time of change of each image and of each file with captions."""
+        """Return path, size and time of change of each file, those with captions included."""
         texts = [path for path in (self.root / CAPTIONS, *self._texts()) if path.is_file()]
         return [_stamp(path, self.root) for path in (*self.paths, *texts)]
 
     def items(self) -> list[Item]:
-        """Return all images in the order of their paths.
+        """Return all files in the order of their paths.
 
         Raises:
             DataError: a line of the captions is no caption.
@@ -92,9 +96,9 @@ class Folder:
             for name, folder in zip(self.names, folders, strict=True)
         ]
 
-    def read(self, format: ImageFormat, workers: int) -> Iterator[tuple[str, Tensor | str]]:
-        """Yield name and pixels, or the reason why a file cannot be read, in the order of `items`."""
-        loader = DataLoader(_Files(self.paths, format), batch_size=None, num_workers=workers)
+    def read(self, format: Format, workers: int) -> Iterator[tuple[str, Tensor | str]]:
+        """Yield name and examples, or the reason why a file cannot be read, in the order of `items`."""
+        loader = DataLoader(_Files(self.paths, self._reader, format), batch_size=None, num_workers=workers)
         yield from zip(self.names, loader, strict=True)
 
     def _texts(self) -> list[Path]:
@@ -112,7 +116,8 @@ class Folder:
         unknown = sorted(captions.keys() - set(self.names))
         if unknown:
             warnings.warn(
-                f"{path}: {counted(len(unknown), 'caption')} of {len(captions)} left out, of images that are not there:"
+                f"{path}: {counted(len(unknown), 'caption')} of {len(captions)} left out, of"
+                f" {self._reader.noun[1]} that are not there:"
                 f"{listed(unknown)}",
                 RuntimeWarning,
                 stacklevel=2,
@@ -139,17 +144,17 @@ def _caption_lines(path: Path) -> dict[str, str]:
 
 
 class _Files(Dataset[Any]):
-    """Pixels of files by their number, or why a file cannot be read: an exception would end the workers."""
+    """Examples of files by their number, or why a file cannot be read: an exception would end the workers."""
 
-    def __init__(self, paths: Sequence[Path], format: ImageFormat) -> None:
-        self.paths, self.format = paths, format
+    def __init__(self, paths: Sequence[Path], reader: Reader, format: Format) -> None:
+        self.paths, self.reader, self.format = paths, reader, format
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, row: int) -> Tensor | str:
         try:
-            return read_image(self.paths[row], self.format)
+            return self.reader.read(self.paths[row], self.format, None)
         except DataError as error:
             return str(error)
 
@@ -157,19 +162,20 @@ class _Files(Dataset[Any]):
 class Shards:
     """Tar files of samples, as the webdataset library writes and reads them.
 
-    The files of a sample have one name and different endings: an image, and as they are there a class (.cls), a caption
+    The files of a sample have one name and different endings: the data, and as they are there a class (.cls), a caption
     (.txt) or both in one object (.json, with "label" and "text" or "caption").
 
     Args:
         root: a tar file, or a folder with tar files.
+        reader: the kind of files in it.
 
     Raises:
-        DataError: a shard is damaged, or holds no samples with images, or two samples of one name.
+        DataError: a shard is damaged, or holds no samples with such files, or two samples of one name.
         MissingExtraError: webdataset is not installed.
     """
 
-    def __init__(self, root: StrPath) -> None:
-        self.root = Path(root)
+    def __init__(self, root: StrPath, reader: Reader) -> None:
+        self.root, self._reader = Path(root), reader
         self.paths = shard_files(self.root)
         self._home = self.root if self.root.is_dir() else self.root.parent
 
@@ -178,21 +184,22 @@ class Shards:
         return [_stamp(path, self._home) for path in self.paths]
 
     def items(self) -> list[Item]:
-        """Return all samples with an image in the order of the shards; this reads them once."""
+        """Return all samples with data in the order of the shards; this reads them once."""
         items = [
             Item(_sample_name(sample, self._home), _class_of(sample), _caption_of(sample))
             for sample in self._samples()
-            if _image_of(sample)
+            if _data_of(self._reader, sample)
         ]
         if not items:
-            raise DataError(f"{self.root} holds no samples with an image ({', '.join(sorted(SUFFIXES))})")
+            raise DataError(f"{self.root} holds no samples with {self._reader.described()}")
         if len({item.name for item in items}) < len(items):
             raise DataError(f"{self.root} holds two samples of one name in one shard")
         return items
 
-    def read(self, format: ImageFormat, workers: int) -> Iterator[tuple[str, Tensor | str]]:
-        """Yield name and pixels, or the reason why a sample cannot be read; each worker reads shards of its own."""
-        samples = self._dataset().select(_image_of).map(partial(_sample_pixels, self._home, format))
+    def read(self, format: Format, workers: int) -> Iterator[tuple[str, Tensor | str]]:
+        """Yield name and examples, or the reason why a sample cannot be read; each worker reads shards of its own."""
+        samples = self._dataset().select(partial(_data_of, self._reader))
+        samples = samples.map(partial(_sample_examples, self._reader, self._home, format))
         yield from _in_words(self.root, DataLoader(samples, batch_size=None, num_workers=min(workers, len(self.paths))))
 
     def _dataset(self) -> Any:
@@ -207,10 +214,10 @@ def _sample_name(sample: dict[str, Any], home: Path) -> str:
     return f"{Path(sample['__url__']).relative_to(home).as_posix()}/{sample['__key__']}"
 
 
-def _sample_pixels(home: Path, format: ImageFormat, sample: dict[str, Any]) -> tuple[str, Tensor | str]:
-    name, ending = _sample_name(sample, home), _image_of(sample)
+def _sample_examples(reader: Reader, home: Path, format: Format, sample: dict[str, Any]) -> tuple[str, Tensor | str]:
+    name, ending = _sample_name(sample, home), _data_of(reader, sample)
     try:
-        return name, read_image(home / f"{name}.{ending}", format, sample[str(ending)])
+        return name, reader.read(home / f"{name}.{ending}", format, sample[str(ending)])
     except DataError as error:
         return name, str(error)
 
@@ -223,9 +230,9 @@ def _in_words(root: Path, samples: Any) -> Iterator[Any]:
         raise DataError(f"{root}: a shard cannot be read: {error}") from error
 
 
-def _image_of(sample: dict[str, Any]) -> str | None:
-    """Return the ending of a sample's image, without the dot."""
-    return next((ending for ending in sample if f".{ending.rpartition('.')[2]}" in SUFFIXES), None)
+def _data_of(reader: Reader, sample: dict[str, Any]) -> str | None:
+    """Return the ending of the file with a sample's data, without the dot."""
+    return next((ending for ending in sample if f".{ending.rpartition('.')[2]}" in reader.suffixes), None)
 
 
 def _described(sample: dict[str, Any]) -> dict[str, Any]:
@@ -256,16 +263,16 @@ def _stamp(path: Path, root: Path) -> tuple[str, int, int]:
     return path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns
 
 
-def open_source(root: StrPath) -> Source:
-    """Return the images of a folder, or of tar shards: a folder with tar files and no images beside them.
+def open_source(root: StrPath, reader: Reader) -> Source:
+    """Return the files of a folder, or tar shards: a folder with tar files and none of the reader's beside them.
 
     Raises:
-        DataError: there is no such folder or shard, or it holds no images.
+        DataError: there is no such folder or shard, or it holds no such files.
     """
     path = Path(root)
-    if path.suffix.lower() == ".tar" or (path.is_dir() and shard_files(path) and not _any_image(path)):
-        return Shards(path)
-    return Folder(path)
+    if path.suffix.lower() == ".tar" or (path.is_dir() and shard_files(path) and not _any_file(path, reader)):
+        return Shards(path, reader)
+    return Folder(path, reader)
 
 
 def shard_files(root: StrPath) -> list[Path]:
@@ -278,31 +285,52 @@ def shard_files(root: StrPath) -> list[Path]:
     return sorted(path for path in root.glob("[!.]*") if path.suffix.lower() == ".tar" and path.is_file())
 
 
-def image_files(root: StrPath) -> list[Path]:
-    """Return the images in a folder and its subfolders, in the order of their paths.
+def data_files(root: StrPath, reader: Reader) -> list[Path]:
+    """Return the files of a kind in a folder and its subfolders, in the order of their paths.
 
     Hidden files are left out, and all files in hidden folders, which hold thumbnails or files that are being written.
 
     Raises:
-        DataError: no such folder, or none with images.
+        DataError: no such folder, or none with such files.
     """
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root} is not a folder" if root.exists() else f"{root} doesn't exist")
-    paths = sorted(_images_in(root), key=lambda path: path.relative_to(root).as_posix())
+    paths = sorted(_files_in(root, reader.suffixes), key=lambda path: path.relative_to(root).as_posix())
     if not paths:
-        raise DataError(f"{root} holds no images (files that end in {', '.join(sorted(SUFFIXES))})")
+        raise DataError(f"{root} holds no {reader.described()}")
     return paths
 
 
-def _any_image(root: Path) -> bool:
-    return next(_images_in(root), None) is not None
+def _any_file(root: Path, reader: Reader) -> bool:
+    return next(_files_in(root, reader.suffixes), None) is not None
 
 
-def _images_in(root: Path) -> Iterator[Path]:
-    return (path for path in root.rglob("[!.]*") if _is_image(path.relative_to(root)) and path.is_file())
+def _files_in(root: Path, suffixes: Collection[str]) -> Iterator[Path]:
+    return (path for path in root.rglob("[!.]*") if _is_data(path.relative_to(root), suffixes) and path.is_file())
 
 
-def _is_image(path: Path) -> bool:
-    """Return whether a path inside a folder of images is that of an image: by its ending, and not hidden."""
-    return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
+def _is_data(path: Path, suffixes: Collection[str]) -> bool:
+    """Return whether a path inside a folder is that of a file of a kind: by its ending, and not hidden."""
+    return path.suffix.lower() in suffixes and not any(part.startswith(".") for part in path.parts)
+
+
+def suffixes_in(root: StrPath) -> Counter[str]:
+    """Return the endings of the files in a folder or in its tar shards that are not hidden, with their numbers."""
+    root = Path(root)
+    if not root.is_dir():
+        return _endings_in([root])
+    paths = [path for path in root.rglob("[!.]*") if path.is_file()]
+    found = Counter(
+        path.suffix.lower() for path in paths if not any(p.startswith(".") for p in path.relative_to(root).parts)
+    )
+    return found if found.keys() - {".tar"} else _endings_in(shard_files(root)[:1])
+
+
+def _endings_in(shards: Sequence[Path]) -> Counter[str]:
+    """Return the endings of the files in tar shards; a damaged one, which reading it will name, has none."""
+    found: Counter[str] = Counter()
+    for shard in shards:
+        with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(shard) as archive:
+            found.update(Path(name).suffix.lower() for name in archive.getnames())
+    return found

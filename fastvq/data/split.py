@@ -1,4 +1,4 @@
-"""The split of a data set into images to learn from and images to hold out, by their names alone."""
+"""The split of a data set into files to learn from and files to hold out, by their names alone."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq.data import Images
-from fastvq.data.images import to_float
+from fastvq.data import Examples
+from fastvq.data.examples import to_float
 from fastvq.extras import tracked
 from fastvq.models import VQVAE, Prior
 from fastvq.training.data_order import batch_rows, flip_randomly
@@ -41,23 +41,23 @@ class Classifier(nn.Module):
         return self.head(self.layers(x).mean((2, 3)))
 
 
-def train_classifier(images: Images, *, steps: int = STEPS, seed: int = 0) -> Classifier:
+def train_classifier(examples: Examples, *, steps: int = STEPS, seed: int = 0) -> Classifier:
     """Train a classifier of a data set's classes and return it in eval mode; torch's random state stays unchanged.
 
     Raises:
         ValueError: the images have no classes.
     """
-    if images.train_labels is None:
+    if examples.train_labels is None:
         raise ValueError("images: a classifier needs classes")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier(images.train.shape[1], int(images.train_labels.max()) + 1)
+        model = Classifier(examples.train.shape[1], int(examples.train_labels.max()) + 1)
         optimizer = torch.optim.Adam(model.parameters())
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_RATE, total_steps=steps + 1)
         for step in tracked(range(steps), steps, "step"):
-            rows = batch_rows(step, count=len(images.train), batch_size=min(_BATCH, len(images.train)), seed=seed)
-            x = flip_randomly(to_float(images.train[rows]), step, seed=seed)
-            loss = F.cross_entropy(model(x), images.train_labels[rows])
+            rows = batch_rows(step, count=len(examples.train), batch_size=min(_BATCH, len(examples.train)), seed=seed)
+            x = flip_randomly(to_float(examples.train[rows]), step, seed=seed)
+            loss = F.cross_entropy(model(x), examples.train_labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -76,13 +76,13 @@ def agreement(model: Classifier, images: Tensor, labels: Tensor) -> float:
 
 
 def judge_samples(
-    prior: Prior, model: VQVAE, images: Images, sampling: dict[str, Any], *, steps: int = STEPS
+    prior: Prior, model: VQVAE, examples: Examples, sampling: dict[str, Any], *, steps: int = STEPS
 ) -> dict[str, Any]:
     """Return the shares of samples and images whose class a classifier, trained on real images, predicts.
 
     Args:
         prior, model: the prior, and the model that decodes its indices.
-        images: the data set.
+        examples: the data set.
         sampling: arguments of `Prior.sample`.
         steps: training steps of the classifier.
 
@@ -92,17 +92,17 @@ def judge_samples(
         "judged_samples"; without classes, the agreements alone, all None.
     """
     names = ("sample_agreement", "plain_sample_agreement", "real_agreement", "reconstruction_agreement")
-    if not prior.classes or images.test_labels is None:
+    if not prior.classes or examples.test_labels is None:
         return dict.fromkeys(names)
-    judge = train_classifier(images, steps=steps)
+    judge = train_classifier(examples, steps=steps)
     labels = torch.arange(prior.classes).repeat_interleave(_SAMPLES_PER_CLASS)
     results: list[float] = []
     for settings in (sampling, {}):
         indices = prior.sample(len(labels), labels, generator=torch.Generator().manual_seed(1), **settings)
         with torch.no_grad():
-            sampled = torch.cat([model.decode(part).clamp(0, 1) for part in indices.split(250)])
+            sampled = torch.cat([model.restore(part) for part in indices.split(250)])
         results.append(agreement(judge, sampled, labels))
-    originals = to_float(images.test)
+    originals = to_float(examples.test)
     restored = torch.cat([reconstruct(model, part)[0] for part in originals.split(250)])
-    results += [agreement(judge, pictures, images.test_labels) for pictures in (originals, restored)]
+    results += [agreement(judge, pictures, examples.test_labels) for pictures in (originals, restored)]
     return dict(zip(names, results, strict=True)) | {"judged_samples": len(labels)}

@@ -18,18 +18,19 @@ from typing import Any
 import torch
 
 import fastvq
-from fastvq.data import Images
-from fastvq.data.images import describe
+from fastvq.data import Examples
+from fastvq.data.examples import describe
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.files import StrPath, delete_folder, exclusive, make_folder, write_whole
+from fastvq.modalities import ImageConfig
 from fastvq.runs.encode import encode_held_out
 from fastvq.runs.load import PRIOR_FOLDER
 from fastvq.runs.pictures import failures_as_warnings, picture_prior, picture_reconstructions, picture_run
 from fastvq.runs.sample_pictures import picture_prior_samples
 from fastvq.runs.train_prior import delete_prior, train_prior
-from fastvq.training.build import load_images
+from fastvq.training.build import load_examples
 from fastvq.training.checkpoint import checkpoint_folders, load_latest
-from fastvq.training.config import PriorConfig, TrainConfig
+from fastvq.training.config import PriorConfig
 from fastvq.training.evaluation import Evaluation
 from fastvq.training.loop import delete_run
 from fastvq.training.trainer import Trainer
@@ -38,7 +39,7 @@ from .classifier import STEPS, judge_samples
 from .page import write_demo_page
 from .sizes import measure_sizes
 
-DEMO = TrainConfig(evaluate_every=400)
+DEMO = ImageConfig(evaluate_every=400)
 DEMO_PRIOR = PriorConfig()
 SAMPLING: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "guidance": 1.5}
 _PARTS = [
@@ -65,7 +66,7 @@ CEILING_STEPS = 600
 def run_demo(
     folder: StrPath,
     *,
-    config: TrainConfig = DEMO,
+    config: ImageConfig = DEMO,
     ceiling_steps: int = CEILING_STEPS,
     prior_config: PriorConfig = DEMO_PRIOR,
     classifier_steps: int = STEPS,
@@ -94,7 +95,7 @@ def run_demo(
     folder = Path(folder)
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other")
-    images = load_images(config)
+    examples = load_examples(config)
     with exclusive(folder):
         if checkpoint_folders(folder) and not (folder / _MARKER).exists():
             raise CheckpointError(f"{folder} holds a run that is not a demo: choose another folder")
@@ -106,7 +107,7 @@ def run_demo(
         if overwrite:
             _set_aside(folder)
         (folder / _MARKER).touch()
-        metrics = _run(folder, images, config, ceiling_steps, prior_config, classifier_steps, resume=resume)
+        metrics = _run(folder, examples, config, ceiling_steps, prior_config, classifier_steps, resume=resume)
         if metrics is not None:
             _delete(folder / _EARLIER)
     return metrics
@@ -147,8 +148,8 @@ def _delete(folder: Path) -> None:
 
 def _run(
     folder: Path,
-    images: Images,
-    config: TrainConfig,
+    examples: Examples,
+    config: ImageConfig,
     ceiling_steps: int,
     prior_config: PriorConfig,
     classifier_steps: int,
@@ -158,19 +159,17 @@ def _run(
     """Run the five parts in a folder without a demo, or continue the one that is there."""
     started = time.monotonic()
     ceiling_config = dataclasses.replace(config, bottleneck="none", steps=ceiling_steps)
-    print(describe(images), flush=True)
+    print(describe(examples), flush=True)
 
     _announce(1)
 
     def draw(trainer: Trainer, evaluation: Evaluation) -> None:
         with failures_as_warnings("picture of reconstructions"):
-            path = picture_reconstructions(
-                trainer.folder, trainer.model, images, evaluation, step=trainer.step, captioned=False
-            )
+            path = picture_reconstructions(trainer, evaluation, captioned=False)
             if trainer.step <= config.evaluate_every:
                 print(f"\nfirst reconstructions after {trainer.seconds:.0f} s: {path}", flush=True)
 
-    trainer = Trainer(config, images, folder, resume=resume)
+    trainer = Trainer(config, examples, folder, resume=resume)
     evaluation = trainer.fit(on_evaluation=draw)
     if evaluation is None:
         return None
@@ -178,7 +177,7 @@ def _run(
 
     _announce(2)
     began = bool(checkpoint_folders(folder / "ceiling"))
-    ceiling_trainer = Trainer(ceiling_config, images, folder / "ceiling", resume=resume and began)
+    ceiling_trainer = Trainer(ceiling_config, examples, folder / "ceiling", resume=resume and began)
     ceiling = ceiling_trainer.fit()
     if ceiling is None:
         return None
@@ -195,14 +194,14 @@ def _run(
 
     _announce(4)
     sampling = SAMPLING if prior.classes else {name: SAMPLING[name] for name in SAMPLING if name != "guidance"}
-    picture_prior_samples(folder, prior, trainer.model, images, **sampling)
-    judged = judge_samples(prior, trainer.model, images, sampling, steps=classifier_steps)
+    picture_prior_samples(folder, prior, trainer.model, config, examples, **sampling)
+    judged = judge_samples(prior, trainer.model, examples, sampling, steps=classifier_steps)
 
     _announce(5)
     print("\n".join(encode_held_out(folder, folder / "images.fvq", model="prior")), flush=True)
     coded = (folder / "images.fvq").stat().st_size
     bits, sizes = measure_sizes(
-        images,
+        examples,
         indices,
         config.codebook_size,
         psnr_db=evaluation.psnr_db,
@@ -211,7 +210,7 @@ def _run(
     )
     indices_per_image = indices[0].numel()
     metrics = {
-        "data": images.name,
+        "data": examples.name,
         "classes": prior.classes,
         "psnr_db": evaluation.psnr_db,
         "perplexity": evaluation.perplexity,
@@ -222,9 +221,9 @@ def _run(
         "bits_per_index": bits,
         "kl_bits_per_image": indices_per_image * bits["uniform"],
         "prior_bits_per_image": indices_per_image * bits["prior"],
-        "bits_per_dimension": {name: value * indices.numel() / images.test.numel() for name, value in bits.items()},
+        "bits_per_dimension": {name: value * indices.numel() / examples.test.numel() for name, value in bits.items()},
         "coded_bytes": coded,
-        "pixel_bytes": images.test.numel(),
+        "pixel_bytes": examples.test.numel(),
         "sizes": sizes,
         **judged,
         "sampling": ", ".join(f"{name} {value}" for name, value in sampling.items()),
@@ -235,7 +234,7 @@ def _run(
         "prior_steps": load_latest(folder / PRIOR_FOLDER, PriorConfig).step,
         "prior_seconds": round(prior_seconds, 1),
         "total_seconds": round(time.monotonic() - started, 1),
-        **_circumstances(trainer, images),
+        **_circumstances(trainer, examples),
     }
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     page = write_demo_page(folder, metrics)
@@ -249,10 +248,10 @@ def _announce(part: int) -> None:
     print(f"\n[{part}/{len(_PARTS)}] {description}: about {seconds} s on 2 idle cores", flush=True)
 
 
-def _circumstances(trainer: Trainer, images: Images) -> dict[str, Any]:
+def _circumstances(trainer: Trainer, examples: Examples) -> dict[str, Any]:
     return {
-        "train_images": len(images.train),
-        "test_images": len(images.test),
+        "train_images": len(examples.train),
+        "test_images": len(examples.test),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "settings": trainer.config.to_json(),
         "threads": torch.get_num_threads(),

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastvq import coding
-from fastvq.data import Images
+from fastvq.data import Examples
 from fastvq.extras import require, tracked
-from fastvq.training.evaluation import psnr_db
+from fastvq.modalities.image import psnr_db
 
 BEST = 100
 """The highest quality of WebP."""
@@ -26,7 +26,7 @@ _LABELS = {
 
 
 def measure_sizes(
-    images: Images, indices: Tensor, codebook_size: int, *, psnr_db: float, prior_bits: float, prior_file: int
+    examples: Examples, indices: Tensor, codebook_size: int, *, psnr_db: float, prior_bits: float, prior_file: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Measure the held-out images as pixels, in the usual formats, and as indices coded by each model.
 
@@ -41,14 +41,14 @@ def measure_sizes(
     Returns:
         Bits per index by name of the model, and records of "name", "bytes", "psnr_db" and "bits_per_dimension".
     """
-    pixels = images.test.numel()
+    pixels = examples.test.numel()
     measured = coding.measure(indices.long(), codebook_size)
     bits = {name: size["bits_per_index"] for name, size in measured.items()}
     bits["prior"] = prior_bits / indices.numel()
-    known, stored = (", class known", " with labels") if images.test_labels is not None else ("", "")
+    known, stored = (", class known", " with labels") if examples.test_labels is not None else ("", "")
     sizes: list[dict[str, Any]] = [
         {"name": "pixels", "bytes": pixels, "psnr_db": None},
-        *format_sizes(images.test, psnr_db),
+        *format_sizes(examples.test, psnr_db),
         *({"name": _LABELS[name], "bytes": int(measured[name]["bytes"]), "psnr_db": psnr_db} for name in _LABELS),
         {"name": f"indices, learned prior (ideal{known})", "bytes": round(prior_bits / 8), "psnr_db": psnr_db},
         {"name": f"indices, learned prior, whole file{stored}", "bytes": prior_file, "psnr_db": psnr_db},

@@ -62,17 +62,26 @@ class VQVAE(nn.Module):
         encoder: (B, C, *size) -> (B, D, *grid), for example `fastvq.models.Encoder`.
         bottleneck: for example `fastvq.VectorQuantize` or `NoBottleneck`.
         decoder: (B, D, *grid) -> (B, C, *size).
+        value_range: lowest and highest value of a signal, which `restore` keeps to.
 
     Source: van den Oord, Vinyals, Kavukcuoglu 2017, Neural Discrete Representation Learning, section 3.
     """
 
     bottleneck: Bottleneck
 
-    def __init__(self, encoder: nn.Module, bottleneck: Bottleneck, decoder: nn.Module) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        bottleneck: Bottleneck,
+        decoder: nn.Module,
+        *,
+        value_range: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.bottleneck = bottleneck
         self.decoder = decoder
+        self.value_range = value_range
 
     @property
     def adapter(self) -> Adapter:
@@ -117,3 +126,22 @@ class VQVAE(nn.Module):
     def decode(self, indices: Tensor) -> Tensor:
         """Return the signal (B, C, *size) of indices as `encode` returns them."""
         return self.decoder(self.adapter.codes(indices, getattr(self.encoder, "ndim", 2)))
+
+    def restore(self, indices: Tensor) -> Tensor:
+        """Return `decode(indices)` as float32, clamped to the range of a signal."""
+        return self.decode(indices).float().clamp(*self.value_range)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Return x as it is restored from its indices, or without a bottleneck from its features."""
+        if isinstance(self.bottleneck, NoBottleneck):
+            return self(x).reconstruction.float().clamp(*self.value_range)
+        return self.restore(self.encode(x))
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """The number of values of a signal for each position of the grid, along each of its axes."""
+        encoder: Any = self.encoder
+        if hasattr(encoder, "strides"):
+            return tuple(encoder.strides)
+        return (int(getattr(encoder, "stride", 1)),) * int(getattr(encoder, "ndim", 2))

@@ -48,7 +48,7 @@ def compare_priors(
         run: folder of a run whose VQ-VAE is trained.
         seconds: processor time for each kind.
         config: settings other than `FIXED_SETTINGS`; the device must be the CPU, whose time is measured.
-        data: where the data set of the run is now, see `run_images`.
+        data: where the data set of the run is now, see `run_examples`.
         progress: show progress bars on stderr.
 
     Raises:

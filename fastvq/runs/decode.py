@@ -1,4 +1,4 @@
-"""Coded files back to images, or to arrays of indices."""
+"""Coded files back to images or other examples, or to arrays of indices."""
 
 from __future__ import annotations
 
@@ -9,40 +9,42 @@ import torch
 from torch import Tensor
 
 from fastvq import coding
-from fastvq.data.image_io import WRITTEN, write_image, write_images
-from fastvq.errors import CodingError, ConfigError, counted
+from fastvq.errors import CodingError, ConfigError, counted, with_article
 from fastvq.extras import tracked
 from fastvq.files import StrPath, check_new, whole, whole_folder
+from fastvq.modalities import modality_of
 
 from .encode import range_of
 from .load import load_model, load_prior
-from .outputs import check_ending, check_outside_data, is_folder
+from .outputs import check_ending, check_outside_data, is_folder, write_numbered
 
 _BATCH = 100
 _DEFAULT = coding.Limits()
 _FOR_INDICES = "; the indices alone go to an .npy file"
 
 
-def decode_images(run: StrPath, source: StrPath, path: StrPath, *, limits: coding.Limits = _DEFAULT) -> list[str]:
-    """Decode a coded file to images; return lines to print.
+def decode_examples(run: StrPath, source: StrPath, path: StrPath, *, limits: coding.Limits = _DEFAULT) -> list[str]:
+    """Decode a coded file to images, or what the run is trained on; return lines to print.
 
     Args:
         run: folder of the run whose model decodes.
         source: the coded file.
-        path: a new folder for PNG files; or, for a file of one image, an image to write, whose ending is in
-            `fastvq.data.folder.WRITTEN`.
+        path: a new folder for files; or, for a file of one example, a file to write, whose ending is one of those that
+            the modality writes.
         limits: a file that exceeds one of them is refused.
 
     Raises:
-        CheckpointError, CodingError: an invalid run or file, a file of another model, or indices that are not images.
-        ConfigError: `path` has another ending, or that of an image where there are several.
+        CheckpointError, CodingError: an invalid run or file, a file of another model, or indices of another grid.
+        ConfigError: `path` has another ending, or that of one example where there are several.
         FileExistsError: the folder exists.
     """
-    check_ending(path, sorted(WRITTEN), folder="images", also=_FOR_INDICES)
+    vqvae, config = load_model(run)
+    modality = modality_of(config.modality)
+    one, many = modality.noun
+    check_ending(path, sorted(modality.reader.written), folder=many, also=_FOR_INDICES)
     if is_folder(path):
         check_new(Path(path))
     check_outside_data(path, run)
-    vqvae, config = load_model(run)
     data = coding.load(source)
     if config.bottleneck == "none":
         raise CodingError(f"{run} was trained without a bottleneck: it has no indices")
@@ -51,22 +53,22 @@ def decode_images(run: StrPath, source: StrPath, path: StrPath, *, limits: codin
     if (header.codebook_size, header.shape[1:], header.missing) != (size, shape, False):
         missing = ", some of them missing" if header.missing else ""
         raise CodingError(
-            f"{source} holds indices of shape {header.shape} in {range_of(header.codebook_size)}{missing}; an image of"
-            f" {run} is {' x '.join(map(str, shape))} indices in {range_of(size)}"
+            f"{source} holds indices of shape {header.shape} in {range_of(header.codebook_size)}{missing};"
+            f" {with_article(one)} of {run} is {' x '.join(map(str, shape))} indices in {range_of(size)}"
         )
     if not is_folder(path) and header.shape[0] != 1:
-        raise ConfigError(f"out: {path} would hold one image, but {source} holds {header.shape[0]}: give a new folder")
+        raise ConfigError(f"out: {path} would hold one {one}, but {source} holds {header.shape[0]}: give a new folder")
     indices = _decoded(data, run, fingerprint=coding.fingerprint(vqvae), limits=limits)
     with torch.no_grad():
         if not is_folder(path):
             with whole(path) as file:
-                write_image(file, vqvae.decode(indices).clamp(0, 1)[0], Path(path).suffix)
+                modality.write(file, vqvae.restore(indices)[0], config, Path(path).suffix)
         else:
             with whole_folder(path) as partial:
-                batches = tracked(indices.split(_BATCH), len(indices), "image", count=len)
+                batches = tracked(indices.split(_BATCH), len(indices), one, count=len)
                 for number, batch in enumerate(batches):
-                    write_images(partial, vqvae.decode(batch).clamp(0, 1), number * _BATCH)
-    return [f"{counted(len(indices), 'image')}: {path}"]
+                    write_numbered(partial, modality, vqvae.restore(batch), config, number * _BATCH)
+    return [f"{counted(len(indices), one, many)}: {path}"]
 
 
 def decode_array(

@@ -1,4 +1,4 @@
-"""Images, or arrays of indices, to one small file."""
+"""Images or other examples, or arrays of indices, to one small file."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from torch import Tensor
 
 from fastvq import coding
 from fastvq.data.arrays import read_array
-from fastvq.data.folder import read_images
-from fastvq.data.images import to_float
+from fastvq.data.examples import to_float
+from fastvq.data.folder import read_files
 from fastvq.errors import CodingError, counted
 from fastvq.extras import tracked
 from fastvq.files import StrPath
+from fastvq.modalities import modality_of
 from fastvq.models import VQVAE, Prior
 from fastvq.training.config import TrainConfig
 
-from .load import load_model, load_prior, run_images
+from .load import load_model, load_prior, run_examples
 from .outputs import check_ending
 
 ENDING = ".fvq"
 """Ending of coded files."""
 _BATCH = 100
+_VALUES = {torch.uint8: "pixels", torch.int16: "waveform"}
 _UNLIMITED = coding.Limits(*[1 << 62] * len(coding.Limits._fields))._asdict()
 
 
-def encode_images(
+def encode_files(
     run: StrPath,
     sources: StrPath | Sequence[StrPath],
     path: StrPath,
@@ -37,40 +39,41 @@ def encode_images(
     model: str = "adaptive",
     skip_unreadable: bool = False,
 ) -> list[str]:
-    """Write the indices of images to one file; return lines to print.
+    """Write the indices of images, or of what the run is trained on, to one file; return lines to print.
 
     Args:
         run: folder of the run whose model encodes.
-        sources: an image file or a folder of images, or several of them.
+        sources: a file or a folder of files, or several of them; a long file of audio or video is cut into clips.
         path: the file to write, which ends in .fvq.
         model: probability model of the indices, see `fastvq.coding.encode`; "prior" is the run's own.
         skip_unreadable: see `load_folder`.
 
     Raises:
-        CheckpointError, DataError, CodingError: an invalid run, image or model.
+        CheckpointError, DataError, CodingError: an invalid run, file or model.
         ConfigError: `path` has another ending.
     """
     check_ending(path, [ENDING])
     vqvae, config, prior = _models(run, model)
-    images, _ = read_images(
+    stored, _ = read_files(
         [sources] if isinstance(sources, (str, os.PathLike)) else sources,
-        config.image_format(),
+        modality_of(config.modality).reader,
+        config.example_format,
         skip_unreadable=skip_unreadable,
     )
-    return _encode(vqvae, images, path, model, prior, None)
+    return _encode(vqvae, config, stored, path, model, prior, None)
 
 
 def encode_held_out(run: StrPath, path: StrPath, *, model: str = "adaptive", data: StrPath | None = None) -> list[str]:
-    """Write the indices of a run's held-out images to one file, like `encode_images`.
+    """Write the indices of a run's held-out examples to one file, like `encode_files`.
 
-    The prior is given the classes of the images if they have any. `data` is where the data set of the run is now, see
-    `run_images`.
+    The prior is given the classes of the examples if they have any. `data` is where the data set of the run is now, see
+    `run_examples`.
     """
     check_ending(path, [ENDING])
-    vqvae, _, prior = _models(run, model)
-    images = run_images(run, data)
-    labels = images.test_labels if prior is not None and prior.classes else None
-    return _encode(vqvae, images.test, path, model, prior, labels)
+    vqvae, config, prior = _models(run, model)
+    examples = run_examples(run, data)
+    labels = examples.test_labels if prior is not None and prior.classes else None
+    return _encode(vqvae, config, examples.test, path, model, prior, labels)
 
 
 def _models(run: StrPath, model: str) -> tuple[VQVAE, TrainConfig, Prior | None]:
@@ -84,24 +87,27 @@ def _models(run: StrPath, model: str) -> tuple[VQVAE, TrainConfig, Prior | None]
 
 def _encode(
     vqvae: VQVAE,
-    images: Tensor,
+    config: TrainConfig,
+    stored: Tensor,
     path: StrPath,
     model: str,
     prior: Prior | None,
     labels: Tensor | None,
 ) -> list[str]:
-    batches = tracked(images.split(_BATCH), len(images), "image", count=len)
+    noun = modality_of(config.modality).noun
+    batches = tracked(stored.split(_BATCH), len(stored), noun[0], count=len)
     indices = torch.cat([vqvae.encode(to_float(batch)) for batch in batches])
     fingerprint, codebook_size = coding.fingerprint(vqvae), vqvae.codebook_size
     data = coding.encode(indices, codebook_size, model=model, fingerprint=fingerprint, prior=prior, labels=labels)
     if not torch.equal(coding.decode(data, prior=prior, **_UNLIMITED), indices):
         raise CodingError(f"{path}: the indices do not survive coding; nothing was written")
     coding.save(path, data)
-    ratio = images.numel() / len(data)
-    size = counted(images[0].numel(), "byte")
+    ratio = stored.nbytes / len(data)
+    size = counted(stored[0].nbytes, "byte")
     return [
-        f"{counted(len(images), 'image')} of {size}, {counted(indices[0].numel(), 'index', 'indices')} each",
-        f"{_summary(path, data, indices.numel(), codebook_size)}, {ratio:.0f} times smaller than the pixels",
+        f"{counted(len(stored), *noun)} of {size}, {counted(indices[0].numel(), 'index', 'indices')} each",
+        f"{_summary(path, data, indices.numel(), codebook_size)}, {ratio:.0f} times smaller than the"
+        f" {_VALUES[stored.dtype]}",
     ]
 
 
@@ -120,7 +126,7 @@ def encode_array(
         path: the file to write, which ends in .fvq.
         codebook_size: K; by default the run's, or the largest index + 1.
         model: probability model of the indices; "prior" is the run's own.
-        run: the run that the indices belong to: the file then also decodes to images.
+        run: the run that the indices belong to: the file then also decodes to examples.
 
     Raises:
         CheckpointError, DataError, CodingError: an invalid run, array or model.

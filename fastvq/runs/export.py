@@ -1,4 +1,4 @@
-"""A run's model as ONNX files: images to indices, and indices to images."""
+"""A run's model as ONNX files: signals to indices, and indices to signals."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .outputs import check_ending
 from .trained import TrainedModel, load
 
 _CHECKED = 4
-"""Images that the files are checked with."""
+"""Signals that the files are checked with."""
 
 
 class _Encode(nn.Module):
-    """Images, float32 in [0, 1], to indices."""
+    """Signals, float32, to indices."""
 
     def __init__(self, vqvae: VQVAE) -> None:
         super().__init__()
@@ -38,14 +38,14 @@ class _Encode(nn.Module):
 
 
 class _Decode(nn.Module):
-    """Indices to images, float32 in [0, 1]."""
+    """Indices to signals, float32 in their range."""
 
     def __init__(self, vqvae: VQVAE) -> None:
         super().__init__()
         self.vqvae = vqvae
 
     def forward(self, indices: Tensor) -> Tensor:
-        return self.vqvae.decode(indices).clamp(0, 1)
+        return self.vqvae.restore(indices)
 
 
 def export_run(run: StrPath, out: StrPath) -> list[str]:
@@ -53,8 +53,9 @@ def export_run(run: StrPath, out: StrPath) -> list[str]:
 
     Args:
         run: folder of a run, or of a checkpoint.
-        out: a name that ends in .onnx. NAME-encode.onnx takes images (B, C, H, W), float32 in [0, 1], of the size that
-            the model learned from, and returns indices; NAME-decode.onnx takes these and returns images. B is free.
+        out: a name that ends in .onnx. NAME-encode.onnx takes signals (B, C, *size), float32, such as images
+            (B, C, H, W) in [0, 1], of the size that the model learned from, and returns indices; NAME-decode.onnx takes
+            these and returns signals. B is free.
 
     Raises:
         CheckpointError: the run has no checkpoint, or it is damaged.
@@ -69,12 +70,14 @@ def export_run(run: StrPath, out: StrPath) -> list[str]:
     out = Path(out)
     paths = [out.with_name(f"{out.stem}-{part}.onnx") for part in ("encode", "decode")]
     generator = torch.Generator().manual_seed(0)
-    size = model.config.image_format()
-    images = torch.rand(_CHECKED, *size.shape, generator=generator)
-    indices = model.encode(images)
+    shape = model.config.example_format.shape
+    low, high = model.vqvae.value_range
+    x = low + (high - low) * torch.rand(_CHECKED, *shape, generator=generator)
+    many = model.modality.noun[1]
+    indices = model.encode(x)
     parts: list[tuple[nn.Module, Tensor, str, str]] = [
-        (_Encode(model.vqvae), images[:2], "images", "indices"),
-        (_Decode(model.vqvae), indices[:2], "indices", "images"),
+        (_Encode(model.vqvae), x[:2], many.split()[-1], "indices"),
+        (_Decode(model.vqvae), indices[:2], "indices", many.split()[-1]),
     ]
     for path, (module, example, given, returned) in zip(paths, parts, strict=True):
         try:
@@ -84,11 +87,11 @@ def export_run(run: StrPath, out: StrPath) -> list[str]:
             kind = type(model.vqvae.bottleneck).__name__
             raise ConfigError(f"{run} has no ONNX form with its {kind}: {first_line(error)}") from error
     lines = [
-        f"{paths[0]}: images (B, {', '.join(map(str, size.shape))}), float32 in [0, 1] -> indices"
+        f"{paths[0]}: {many} (B, {', '.join(map(str, shape))}), float32 in [{low:g}, {high:g}] -> indices"
         f" ({', '.join(map(str, ('B', *indices.shape[1:])))})",
-        f"{paths[1]}: indices -> images",
+        f"{paths[1]}: indices -> {many}",
     ]
-    return [*lines, _checked(model, paths, images, indices)]
+    return [*lines, _checked(model, paths, x, indices)]
 
 
 @contextlib.contextmanager
@@ -105,17 +108,17 @@ def _torch_is_silent() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _checked(model: TrainedModel, paths: list[Path], images: Tensor, indices: Tensor) -> str:
+def _checked(model: TrainedModel, paths: list[Path], x: Tensor, indices: Tensor) -> str:
     """Return a line on how the files' results compare with those of the model."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "not checked: onnxruntime is missing"
-    found = torch.from_numpy(_run(paths[0], images.numpy()))
+    found = torch.from_numpy(_run(paths[0], x.numpy()))
     decoded = torch.from_numpy(_run(paths[1], indices.numpy()))
     equal = (found == indices).double().mean().item()
     difference = (decoded - model.decode(indices)).abs().max().item()
     return (
-        f"checked in onnxruntime on {len(images)} images of noise: {equal:.1%} of the indices are equal, decoded images"
-        f" differ by at most {difference:.1e}"
+        f"checked in onnxruntime on {len(x)} {model.modality.noun[1]} of noise: {equal:.1%} of the indices are equal,"
+        f" decoded ones differ by at most {difference:.1e}"
     )
 
 

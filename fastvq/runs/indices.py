@@ -1,4 +1,4 @@
-"""A run's images as grids of indices: computed once, memory-mapped afterwards."""
+"""A run's examples as grids of indices: computed once, memory-mapped afterwards."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ import torch
 from torch import Tensor
 
 from fastvq.coding import fingerprint
-from fastvq.data import Images
-from fastvq.data.images import to_float
+from fastvq.data import Examples
+from fastvq.data.examples import to_float
 from fastvq.errors import ConfigError
 from fastvq.extras import tracked
 from fastvq.files import StrPath, whole, write_whole
 from fastvq.models import VQVAE
 from fastvq.training.prior import IndexData
 
-from .load import PRIOR_FOLDER, load_model, run_images
+from .load import PRIOR_FOLDER, load_model, run_examples
 
 _NAME = "indices"
 _BATCH = 250
 
 
 def run_indices(run: StrPath, data: StrPath | None = None) -> tuple[VQVAE, IndexData, int | tuple[int, ...]]:
-    """Return a run's model, its images as indices, and the size of its codebook, or of each of them.
+    """Return a run's model, its examples as indices, and the size of its codebook, or of each of them.
 
     Args:
         run: folder of the run.
-        data: where its data set is now, see `run_images`.
+        data: where its data set is now, see `run_examples`.
 
     Raises:
         CheckpointError: the run has no checkpoint.
@@ -44,42 +44,42 @@ def run_indices(run: StrPath, data: StrPath | None = None) -> tuple[VQVAE, Index
     model, config = load_model(run)
     if config.bottleneck == "none":
         raise ConfigError(f"{run} was trained without a bottleneck: it has no indices to learn a prior from")
-    return model, index_images(run, model, run_images(run, data), flip=config.flip), model.codebook_size
+    return model, index_examples(run, model, run_examples(run, data), mirrored=config.mirrored), model.codebook_size
 
 
-def index_images(run: StrPath, model: VQVAE, images: Images, *, flip: bool) -> IndexData:
-    """Return the indices of a run's images, (N, *grid) int32 in mapped files.
+def index_examples(run: StrPath, model: VQVAE, examples: Examples, *, mirrored: bool) -> IndexData:
+    """Return the indices of a run's examples, (N, *grid) int32 in mapped files.
 
-    They are read from RUN/prior/ if the files there belong to this model and these images, else written there.
+    They are read from RUN/prior/ if the files there belong to this model and these examples, else written there.
 
     Args:
         run: folder of the run.
         model: the run's model.
-        images: the data set.
-        flip: also index the mirrored training images, which the model has learned from as well.
+        examples: the data set.
+        mirrored: also index the mirrored training examples, which the model has learned from as well.
     """
     folder = Path(run) / PRIOR_FOLDER
-    description = {"model": fingerprint(model).hex(), "images": images.fingerprint(), "flip": flip}
+    description = {"model": fingerprint(model).hex(), "images": examples.fingerprint(), "flip": mirrored}
     paths = {split: folder / f"{_NAME}-{split}.npy" for split in ("train", "test")}
     description_path = folder / f"{_NAME}.json"
     arrays = _read(description_path, description, paths)
     if arrays is None:
         description_path.unlink(missing_ok=True)
-        for split, pixels in (("train", images.train), ("test", images.test)):
-            parts: Iterator[Tensor] = iter(pixels.split(_BATCH))  # views: the pixels may be mapped from a large file
-            if flip and split == "train":
-                parts = chain(parts, (part.flip(-1) for part in pixels.split(_BATCH)))
-            total = len(pixels) * (2 if flip and split == "train" else 1)
-            shown = tracked(parts, total, "image", count=len)
+        for split, stored in (("train", examples.train), ("test", examples.test)):
+            parts: Iterator[Tensor] = iter(stored.split(_BATCH))  # views: they may be mapped from a large file
+            if mirrored and split == "train":
+                parts = chain(parts, (part.flip(-1) for part in stored.split(_BATCH)))
+            total = len(stored) * (2 if mirrored and split == "train" else 1)
+            shown = tracked(parts, total, examples.noun[0], count=len)
             indices = torch.cat([model.encode(to_float(part)) for part in shown])
             with whole(paths[split]) as file:
                 np.save(file, indices.numpy().astype(np.int32))
         write_whole(description_path, json.dumps(description | {"sha256": _digests(paths)}) + "\n")
         arrays = _mapped(paths)
-    labels = images.train_labels
-    if labels is not None and flip:
+    labels = examples.train_labels
+    if labels is not None and mirrored:
         labels = labels.repeat(2)
-    return IndexData(arrays["train"], arrays["test"], labels, images.test_labels, images.class_names)
+    return IndexData(arrays["train"], arrays["test"], labels, examples.test_labels, examples.class_names)
 
 
 def delete_indices(run: StrPath) -> None:

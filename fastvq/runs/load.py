@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from fastvq.coding import fingerprint
-from fastvq.data import DATA_SETS, Images
+from fastvq.data import DATA_SETS, Examples
 from fastvq.errors import CheckpointError, ConfigError, DataError
 from fastvq.files import StrPath
 from fastvq.models import VQVAE, Prior
-from fastvq.training.build import build_model, load_images
+from fastvq.training.build import build_model, load_examples
 from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, damage_named, load_latest
 from fastvq.training.config import PriorConfig, TrainConfig
 from fastvq.training.prior import build_prior
@@ -52,7 +52,7 @@ def checkpoint_model(checkpoint: Checkpoint) -> VQVAE:
         return _build(lambda: build_model(checkpoint.config), checkpoint).eval()
 
 
-def run_images(run: StrPath, data: StrPath | None = None) -> Images:
+def run_examples(run: StrPath, data: StrPath | None = None) -> Examples:
     """Return the data set that a run was trained on.
 
     Files that cannot be read are left out with a `SkippedFilesWarning`: the fingerprint tells whether one is missing.
@@ -70,16 +70,16 @@ def run_images(run: StrPath, data: StrPath | None = None) -> Images:
     if data is not None:
         config = dataclasses.replace(config, data=str(data) if str(data) in DATA_SETS else str(Path(data).resolve()))
     try:
-        images = load_images(config)
+        examples = load_examples(config)
     except DataError as error:
         moved = "" if data is not None else f" (if the data of {run} have moved, --data says where they are)"
         raise DataError(f"{error}{moved}") from error
-    if (own := images.fingerprint()) != checkpoint.data_fingerprint:
+    if (own := examples.fingerprint()) != checkpoint.data_fingerprint:
         raise DataError(
             f"the data differ from those that {run} was trained on: {config.data} has the fingerprint {own},"
             f" {checkpoint.config.data} had {checkpoint.data_fingerprint}"
         )
-    return images
+    return examples
 
 
 def load_prior(run: StrPath) -> tuple[Prior, VQVAE]:

@@ -6,11 +6,14 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from fastvq.data.image_io import SUFFIXES
+from torch import Tensor
+
 from fastvq.data.registry import check_outside
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.files import StrPath, lock_of
+from fastvq.modalities import Modality, modality_of
 from fastvq.training.checkpoint import load_latest
+from fastvq.training.config import TrainConfig
 
 
 def is_folder(path: StrPath) -> bool:
@@ -56,18 +59,42 @@ def check_no_source(path: StrPath, sources: Sequence[StrPath]) -> None:
     output = Path(path).resolve()
     for source in sources:
         if output.exists() and (output == Path(source).resolve() or Path(source).resolve() in output.parents):
-            raise ConfigError(f"out would replace {os.fspath(path)}, one of the images: give another file")
+            raise ConfigError(f"out would replace {os.fspath(path)}, one of the files that it is made of: give another")
 
 
 def check_outside_data(path: StrPath, run: StrPath, data: StrPath | None = None) -> None:
-    """Raise a ConfigError if an output would become, or replace, one of the images that a run was trained on.
+    """Raise a ConfigError if an output would become, or replace, one of the files that a run was trained on.
 
     Args:
         path: the output.
         run: folder of the run.
-        data: where its data set is now, see `run_images`.
+        data: where its data set is now, see `run_examples`.
     """
-    if is_folder(path) or Path(path).suffix.lower() in SUFFIXES:
-        for place in (load_latest(run).config.data, data):
+    config = load_latest(run, tensors=False).config
+    if is_folder(path) or Path(path).suffix.lower() in modality_of(config.modality).reader.suffixes:
+        for place in (config.data, data):
             if place is not None:
                 check_outside(path, os.fspath(place), "out")
+
+
+def write_numbered(
+    folder: StrPath,
+    modality: Modality,
+    x: Tensor,
+    config: TrainConfig,
+    first: int,
+    subfolders: Sequence[str] | None = None,
+) -> None:
+    """Write signals (N, C, *size) as files of the modality's usual ending, numbered from `first`.
+
+    Args:
+        folder: an existing folder.
+        modality, config: the kind of the signals and the settings of their run.
+        x: the signals.
+        first: number of the first one.
+        subfolders: for each signal, the folder in `folder` that it is written to.
+    """
+    for row, signal in enumerate(x):
+        place = Path(folder) / subfolders[row] if subfolders else Path(folder)
+        place.mkdir(exist_ok=True)
+        modality.write(place / f"{first + row:06d}.{modality.usual_ending}", signal, config, modality.usual_ending)

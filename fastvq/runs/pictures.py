@@ -1,4 +1,4 @@
-"""Pictures of a training run: reconstructions, curves, codebook usage, images as indices.
+"""Pictures of a training run: reconstructions, curves, codebook usage, examples as indices.
 
 This module loads the run and computes what is shown; `plots` draws it. Pictures of a prior: `sample_pictures`.
 """
@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvq.data import Images
-from fastvq.data.images import to_float
+from fastvq.data import Examples
+from fastvq.data.examples import to_float
 from fastvq.data.registry import name_of
 from fastvq.errors import counted
 from fastvq.files import StrPath
+from fastvq.modalities import Modality, modality_of
 from fastvq.models import VQVAE
 from fastvq.models.adapters import Adapter
 from fastvq.training.checkpoint import load_latest
-from fastvq.training.config import PriorConfig
+from fastvq.training.config import PriorConfig, TrainConfig
 from fastvq.training.evaluation import Evaluation, reconstruct
 from fastvq.training.metrics import read_metrics
 from fastvq.training.trainer import Trainer
@@ -32,10 +33,6 @@ from .load import PRIOR_FOLDER
 
 _SHOWN = 16
 _SHOWN_AS_INDICES = 3
-RECONSTRUCTIONS_CAPTION = (
-    "Below each image, its reconstruction from indices. None of these images was trained on: outlines and shading"
-    " should match; fine detail is lost."
-)
 
 
 @contextlib.contextmanager
@@ -50,16 +47,16 @@ def failures_as_warnings(what: str) -> Iterator[None]:
         warnings.warn(f"{what} failed: {error}", stacklevel=1)
 
 
-def shown_rows(images: Images, shown: int = _SHOWN) -> list[int]:
-    """Return rows of held-out images to draw: of each class in turn, or of each folder, else spread over all.
+def shown_rows(examples: Examples, shown: int = _SHOWN) -> list[int]:
+    """Return rows of held-out examples to draw: of each class in turn, or of each folder, else spread over all.
 
     Within a class, rows are spread over it.
     """
     labels: list[Any]
-    if images.test_labels is not None:
-        labels = images.test_labels.tolist()
+    if examples.test_labels is not None:
+        labels = examples.test_labels.tolist()
     else:
-        labels = [name.rpartition("/")[0] for name in images.test_names]
+        labels = [name.rpartition("/")[0] for name in examples.test_names]
     groups: dict[Any, list[int]] = {}
     for row, group in enumerate(labels):
         groups.setdefault(group, []).append(row)
@@ -79,72 +76,107 @@ def spread(count: int, shown: int) -> list[int]:
     return [(2 * n + 1) * count // (2 * shown) for n in range(shown)]
 
 
-def picture_reconstructions(
-    folder: StrPath, model: VQVAE, images: Images, evaluation: Evaluation, *, step: int, captioned: bool = True
-) -> Path:
-    """Draw held-out images beside their reconstructions in `reconstructions.png` and return its path."""
-    rows = shown_rows(images)
-    device = next(model.parameters()).device
-    originals = to_float(images.test[rows].to(device))
+def reconstructions_caption(modality: Modality) -> str:
+    """Return what a picture of held-out examples and their reconstructions shows."""
+    one, many = modality.noun
+    return (
+        f"Below each {one}, its reconstruction from indices. None of these {many} was trained on: outlines and shading"
+        " should match; fine detail is lost."
+    )
+
+
+def draw_reconstructions(
+    path: StrPath, model: VQVAE, config: TrainConfig, originals: Tensor, names: Sequence[str], **texts: Any
+) -> None:
+    """Draw signals (N, C, *size) above their reconstructions, each with its own measure.
+
+    `texts` are title, caption and captioned of `plots.save_reconstructions`.
+    """
+    modality = modality_of(config.modality)
+    objective = modality.objective(config).to(originals.device)
     restored, _ = reconstruct(model, originals)
-    path = Path(folder) / "reconstructions.png"
-    plots.save_reconstructions(
+    measure = modality.measures[objective.measure]
+    errors = objective.errors(restored, originals).clamp_min(1e-12).tolist()
+    notes = [measure.note(objective.value(error)) for error in errors]
+    images, decoded = (modality.as_images(x, config) for x in (originals, restored))
+    plots.save_reconstructions(path, images, decoded, names, notes, **texts)
+
+
+def picture_reconstructions(trainer: Trainer, evaluation: Evaluation, *, captioned: bool = True) -> Path:
+    """Draw held-out examples beside their reconstructions in `reconstructions.png` and return its path."""
+    examples, modality = trainer.examples, trainer.modality
+    rows = shown_rows(examples)
+    path = trainer.folder / "reconstructions.png"
+    quality = modality.measures[evaluation.measure].text(evaluation.value)
+    draw_reconstructions(
         path,
-        originals,
-        restored,
-        [images.test_names[row] for row in rows],
-        title=f"{images.name}: held-out images after {counted(step, 'step')}, {evaluation.psnr_db:.2f} dB",
-        caption=RECONSTRUCTIONS_CAPTION,
+        trainer.trained,
+        trainer.config,
+        to_float(examples.test[rows].to(trainer.device)),
+        [examples.test_names[row] for row in rows],
+        title=f"{examples.name}: held-out {modality.noun[1]} after {counted(trainer.step, 'step')}, {quality}",
+        caption=reconstructions_caption(modality),
         captioned=captioned,
     )
     return path
 
 
 def picture_run(trainer: Trainer, evaluation: Evaluation, *, captioned: bool = True) -> list[Path]:
-    """Draw curves, usage and images as indices of a finished run in its folder, and return the paths.
+    """Draw curves, usage and examples as indices of a finished run in its folder, and return the paths.
 
     The reconstructions are not among them: `picture_reconstructions` draws them at each evaluation. A picture that
     fails is a warning.
     """
-    folder, model, images = trainer.folder, trainer.trained, trainer.images
+    folder, model, examples, modality = trainer.folder, trainer.trained, trainer.examples, trainer.modality
     adapter = model.adapter
     sizes = adapter.stage_sizes() if evaluation.stage_counts else (1,)
+    one, many = modality.noun
     paths = []
     with failures_as_warnings("picture of curves"):
         path = folder / "curves.png"
         records = read_metrics(folder / "metrics.jsonl")
-        title = f"{images.name}: training"
+        title = f"{examples.name}: training"
         highest = sum(sizes) / len(sizes)
-        plots.save_curves(path, records, codebook_size=highest, title=title, captioned=captioned)
+        quality = (evaluation.measure, modality.measures[evaluation.measure].label)
+        plots.save_curves(path, records, quality, codebook_size=highest, title=title, noun=many, captioned=captioned)
         paths.append(path)
     if evaluation.perplexity is None:
         return paths
     with failures_as_warnings("picture of usage"):
         path = folder / "usage.png"
+        held_out = counted(len(examples.test), f"held-out {one}", f"held-out {many}")
         plots.save_usage(
             path,
             evaluation.stage_counts,
             perplexity=evaluation.perplexity,
-            title=f"{images.name}: codebook usage on {counted(len(images.test), 'held-out image')}",
+            title=f"{examples.name}: codebook usage on {held_out}",
             captioned=captioned,
         )
         paths.append(path)
     with failures_as_warnings("picture of indices"):
         path = folder / "indices.png"
-        rows = shown_rows(images, _SHOWN_AS_INDICES)
-        originals = to_float(images.test[rows].to(trainer.device))
+        rows = shown_rows(examples, _SHOWN_AS_INDICES)
+        originals = to_float(examples.test[rows].to(trainer.device))
         restored, indices = reconstruct(model, originals)
         plots.save_indices(
             path,
-            originals,
-            adapter.stages(indices),
-            restored,
+            modality.as_images(originals, trainer.config),
+            [flat_grid(own) for own in adapter.stages(indices)],
+            modality.as_images(restored, trainer.config),
             _vectors_to_color(adapter),
-            title=f"{images.name}: images as indices",
+            title=f"{examples.name}: {many} as indices",
+            noun=one,
             captioned=captioned,
         )
         paths.append(path)
     return paths
+
+
+def flat_grid(indices: Tensor) -> Tensor:
+    """Return indices (N, *grid) as (N, h, w) to draw: a sequence as one row, the frames of a video side by side."""
+    if indices.dim() == 2:
+        return indices[:, None]
+    return indices if indices.dim() == 3 else indices.movedim(1, 2).flatten(2, 3)
 
 
 def _vectors_to_color(adapter: Adapter) -> list[Tensor]:

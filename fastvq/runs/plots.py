@@ -131,17 +131,19 @@ def save_reconstructions(
     originals: Tensor,
     restored: Tensor,
     names: Sequence[str],
+    notes: Sequence[str],
     *,
     title: str,
     caption: str,
     captioned: bool = True,
 ) -> None:
-    """Draw pairs of original and reconstruction, each with its own PSNR.
+    """Draw pairs of original and reconstruction, each with a note.
 
     Args:
         path: file to write, whose ending is in `FORMATS`.
         originals, restored: (N, C, H, W), float in [0, 1].
         names: one for each image; paths have their folder above their file.
+        notes: a text below each pair, such as its PSNR.
         title, caption: texts above and below the figure.
         captioned: whether title and caption stand in the figure.
     """
@@ -156,12 +158,11 @@ def save_reconstructions(
     panels = figure.subplots(rows, columns, squeeze=False)
     for spare in panels.flat[len(originals) :]:
         spare.set_axis_off()
-    for axes, original, output, text in zip(panels.flat, originals, restored, labels, strict=False):
+    for axes, original, output, text, note in zip(panels.flat, originals, restored, labels, notes, strict=False):
         gap = torch.ones_like(original[:, : max(1, height // 28)])
         _show(axes, torch.cat([original, gap, output], dim=1))
         axes.set_title(text, fontsize=_LABEL_SIZE, **_LITERAL)
-        error = (original - output).square().mean().item()
-        axes.set_xlabel(f"{-10 * math.log10(max(error, 1e-12)):.1f} dB", fontsize=_LABEL_SIZE)
+        axes.set_xlabel(note, fontsize=_LABEL_SIZE, **_LITERAL)
     for axes in panels[:, 0]:
         axes.set_yticks([0.5 * height, 1.5 * height], ["original", "decoded"], rotation=90, va="center", fontsize=9)
         axes.tick_params(length=0)
@@ -238,25 +239,34 @@ def _points(records: Sequence[dict[str, Any]], split: str, key: str) -> list[tup
 
 
 def save_curves(
-    path: StrPath, records: Sequence[dict[str, Any]], *, codebook_size: float, title: str, captioned: bool = True
+    path: StrPath,
+    records: Sequence[dict[str, Any]],
+    quality: tuple[str, str] = ("psnr_db", "PSNR (dB)"),
+    *,
+    codebook_size: float,
+    title: str,
+    noun: str = "images",
+    captioned: bool = True,
 ) -> None:
-    """Draw loss, PSNR and perplexity over the steps; a measure without records is left out.
+    """Draw loss, quality and perplexity over the steps; a measure without records is left out.
 
     Args:
         path: file to write, whose ending is in `FORMATS`.
         records: the lines of metrics.jsonl, at least one; those of split "test" are drawn as dots.
+        quality: the measure of reconstructions: its name in the records, and that on its axis.
         codebook_size: K, the highest possible perplexity; of several codebooks, the mean.
         title: text above the figure.
+        noun: the word for examples.
         captioned: whether title and caption stand in the figure.
     """
     panels = [
         (name, key, lines)
-        for name, key in (("loss", "loss"), ("PSNR (dB)", "psnr_db"), ("perplexity (codes)", "perplexity"))
+        for name, key in (("loss", "loss"), (quality[1], quality[0]), ("perplexity (codes)", "perplexity"))
         if (lines := {split: _points(records, split, key) for split in ("train", "test")}) != {"train": [], "test": []}
     ]
     caption = (
-        "Loss should fall and PSNR rise until the learning rate reaches zero; dots (held-out images) far below the"
-        " line mean overfitting."
+        f"The loss should fall until the learning rate reaches zero; dots (held-out {noun}) far from the line mean"
+        " overfitting."
     )
     if any(key == "perplexity" for _, key, _ in panels):
         caption += f" Perplexity is the number of codes in effective use, at most {codebook_size:g}."
@@ -398,6 +408,7 @@ def save_indices(
     codebooks: Sequence[Tensor],
     *,
     title: str,
+    noun: str = "image",
     captioned: bool = True,
 ) -> None:
     """Draw images, their indices as colored grids, and the reconstructions from these indices.
@@ -410,6 +421,7 @@ def save_indices(
         indices: for each codebook, (N, h, w) int64.
         codebooks: for each, (K, D), for the colors.
         title: text above the figure.
+        noun: the word for an example.
         captioned: whether title and caption stand in the figure.
     """
     shown = list(zip(indices, map(code_colors, codebooks), strict=False))[:_DRAWN_CODEBOOKS]
@@ -424,7 +436,7 @@ def save_indices(
             grids = f"{len(indices)} grids of {height} x {width} indices below {len(codebooks[0])}"
         grids += f", the first {len(shown)} of which are shown" if len(shown) < len(indices) else ""
     caption = (
-        f"Each image becomes {grids}, and the right picture is decoded from"
+        f"Each {noun} becomes {grids}, and the right picture is decoded from"
         f" these{'' if len(shown) < len(indices) else ' alone'}. Similar colors stand for similar codes."
     )
     panel = 2.3

@@ -10,19 +10,21 @@ from typing import Any
 from fastvq.data.registry import name_of
 from fastvq.errors import CheckpointError, FastvqError, aligned, first_line
 from fastvq.files import StrPath
+from fastvq.modalities import modality_of
 from fastvq.training.checkpoint import checkpoint_folders, load_latest
 
 from .load import PRIOR_FOLDER
 from .run_page import latest_record
 
-_COLUMNS = ("run", "data", "bottleneck", "steps", "dB", "perplexity", "prior bits", "size", "date")
+_COLUMNS = ("run", "data", "bottleneck", "steps", "quality", "perplexity", "prior bits", "size", "date")
 
 
 def list_runs(root: StrPath) -> list[dict[str, Any]]:
     """Return a record for each run in a folder and its subfolders, by name; runs within runs are left out.
 
-    Each has the keys run, path, data, bottleneck, step, steps, seconds, psnr_db, perplexity, prior_bits, bytes and
-    date; what is not known is None. A run that cannot be read has only run, path and error.
+    Each has the keys run, path, modality, data, bottleneck, step, steps, seconds, measure (of reconstructions, such as
+    "psnr_db"), value (of it), perplexity, prior_bits, bytes and date; what is not known is None. A run that cannot be
+    read has only run, path and error.
 
     Raises:
         CheckpointError: there is no such folder, or no run in it.
@@ -64,12 +66,13 @@ def _record(folder: Path, root: Path) -> dict[str, Any]:
     assert checkpoint.folder is not None
     saved = datetime.fromtimestamp((checkpoint.folder / "checkpoint.json").stat().st_mtime)
     return about | {
+        "modality": config.modality,
         "data": name_of(config.data),
         "bottleneck": config.bottleneck,
         "step": checkpoint.step,
         "steps": config.steps,
         "seconds": checkpoint.seconds,
-        "psnr_db": latest.get("psnr_db"),
+        **_quality(latest, config.modality),
         "perplexity": latest.get("perplexity"),
         "prior_bits": bits,
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
@@ -77,13 +80,21 @@ def _record(folder: Path, root: Path) -> dict[str, Any]:
     }
 
 
+def _quality(latest: dict[str, Any], modality: str) -> dict[str, Any]:
+    """Return the measure of reconstructions in a record of an evaluation, and its value."""
+    found = [name for name in modality_of(modality).measures if latest.get(name) is not None]
+    return {"measure": found[0], "value": latest[found[0]]} if found else {"measure": None, "value": None}
+
+
 def _row(record: dict[str, Any]) -> tuple[str, ...]:
+    name = record["measure"]
+    quality = "" if name is None else modality_of(record["modality"]).measures[name].text(record["value"])
     return (
         record["run"],
         record["data"],
         record["bottleneck"],
         f"{record['step']}/{record['steps']}",
-        _decimals(record["psnr_db"], 2),
+        quality,
         _decimals(record["perplexity"], 0),
         _decimals(record["prior_bits"], 2),
         f"{record['bytes'] / 1e6:.1f} MB",

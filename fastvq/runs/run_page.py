@@ -9,24 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from fastvq.data.registry import name_of
-from fastvq.errors import counted
+from fastvq.errors import counted, with_article
 from fastvq.extras import clock
 from fastvq.files import StrPath
+from fastvq.modalities import Modality, modality_of
 from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, load_latest
 from fastvq.training.config import PriorConfig, Settings
 from fastvq.training.metrics import Record, read_metrics
 
-from .evaluate import FILE, LABELS, rows_of
+from .evaluate import FILE, measures_of, rows_of
 from .load import PRIOR_FOLDER
 from .page import PAGE, Part, Picture, Section, TextTable, write_page
 
 _KIND = "fastvq, page of a run"
-SAMPLES = {
-    "samples": "Samples of the prior beside held-out images",
-    "completions": "Held-out images, completed from their upper halves",
-    "neighbors": "Samples beside their nearest training images",
-}
-"""Pictures of a run's prior by the names of their files, and what they show."""
+
+
+def samples_of(modality: Modality) -> dict[str, str]:
+    """Return what the pictures of a run's prior show, by the names of their files."""
+    many = modality.noun[1]
+    return {
+        "samples": f"Samples of the prior beside held-out {many}",
+        "completions": f"Held-out {many}, completed from their {modality.first_half}",
+        "neighbors": f"Samples beside their nearest training {many}",
+    }
 
 
 def write_run_page(run: StrPath) -> Path:
@@ -46,13 +51,15 @@ def write_run_page(run: StrPath) -> Path:
     step, steps = checkpoint.step, checkpoint.config.steps
     state = counted(step, "step") if checkpoint.finished else f"step {step} of {steps}"
     introduction = f"A VQ-VAE, trained on {name_of(checkpoint.config.data)}: {state} in {clock(checkpoint.seconds)}."
-    if latest.get("psnr_db") is not None:
-        introduction += f" Held-out images are decoded with {latest['psnr_db']:.2f} dB."
+    modality = modality_of(checkpoint.config.modality)
+    quality = quality_in(latest, modality.name)
+    if quality is not None:
+        introduction += f" Held-out {modality.noun[1]} are decoded with {quality}."
     sections = [
-        *_training(folder, latest),
-        *_evaluation(folder, step),
-        *_prior(folder),
-        _settings(folder, checkpoint),
+        *_training(folder, latest, modality),
+        *_evaluation(folder, step, modality),
+        *_prior(folder, modality),
+        _settings(folder, checkpoint, modality),
     ]
     return write_page(folder, folder.resolve().name, introduction, sections, kind=_KIND)
 
@@ -64,33 +71,42 @@ def latest_record(folder: StrPath) -> Record:
     return tests[-1] if tests else {}
 
 
-def _training(folder: Path, latest: Record) -> list[Section]:
+def quality_in(record: Record, modality: str) -> str | None:
+    """Return the quality of reconstructions in a record as text, such as "23.92 dB"; None if there is none."""
+    for name, measure in modality_of(modality).measures.items():
+        if record.get(name) is not None:
+            return measure.text(record[name])
+    return None
+
+
+def _training(folder: Path, latest: Record, modality: Modality) -> list[Section]:
+    one, many = modality.noun
     explained = (
-        "The encoder turns an image into a grid of vectors, each of which is replaced by the nearest code. The decoder"
-        " receives nothing but the indices of these codes."
+        f"The encoder turns {with_article(one)} into a grid of vectors, each of which is replaced by the nearest code."
+        " The decoder receives nothing but the indices of these codes."
     )
     pictures = {
-        "reconstructions": "Held-out images above their reconstructions",
-        "indices": "Images, their indices as colored grids, and the reconstructions from them",
+        "reconstructions": f"Held-out {many} above their reconstructions",
+        "indices": f"{many.capitalize()}, their indices as colored grids, and the reconstructions from them",
         "usage": "Number of times that each code is chosen",
-        "curves": "Loss, PSNR and perplexity over the steps of the training",
+        "curves": "Loss, quality and perplexity over the steps of the training",
     }
     shown = {name: Picture(f"{name}.png", description) for name, description in pictures.items()}
     candidates = [
-        Section("Images and their reconstructions", [shown["reconstructions"]]),
-        Section("Images as indices", [explained, shown["indices"]]),
-        Section("Use of the codebook", [*_use(latest), shown["usage"]]),
+        Section(f"{many.capitalize()} and their reconstructions", [shown["reconstructions"]]),
+        Section(f"{many.capitalize()} as indices", [explained, shown["indices"]]),
+        Section("Use of the codebook", [*_use(latest, modality), shown["usage"]]),
         Section("Training", [shown["curves"]]),
     ]
     return [section for section in candidates if _has_picture(folder, section)]
 
 
-def _use(latest: Record) -> list[str]:
+def _use(latest: Record, modality: Modality) -> list[str]:
     if latest.get("perplexity") is None or latest.get("usage") is None:
         return []
     return [
-        f"The held-out images use {latest['usage']:.0%} of the codes. The perplexity is {latest['perplexity']:.0f}: the"
-        " indices carry as much information as that many equally likely ones."
+        f"The held-out {modality.noun[1]} use {latest['usage']:.0%} of the codes. The perplexity is"
+        f" {latest['perplexity']:.0f}: the indices carry as much information as that many equally likely ones."
     ]
 
 
@@ -98,23 +114,23 @@ def _has_picture(folder: Path, section: Section) -> bool:
     return any((folder / part.name).exists() for part in section.parts if isinstance(part, Picture))
 
 
-def _evaluation(folder: Path, step: int) -> list[Section]:
+def _evaluation(folder: Path, step: int, modality: Modality) -> list[Section]:
     """Return the section of the latest `fastvq evaluate`, if its file is there and of this form."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         record = json.loads((folder / FILE).read_text())
         earlier = "" if record["step"] == step else f" after step {record['step']}, before the training went on"
         parts: list[Part] = [
-            f"{record['data']}: {counted(record['images'], 'image')}, measured by `fastvq evaluate`{earlier}."
+            f"{record['data']}: {counted(record['examples'], *modality.noun)}, measured by `fastvq evaluate`{earlier}."
         ]
-        parts.append(TextTable(["measure", "value", f"{record['confidence']:.0%} interval"], rows_of(record)))
-        refused = [[LABELS[name], reason] for name, reason in record["refused"].items()]
+        parts.append(TextTable(["measure", "value", f"{record['confidence']:.0%} interval"], rows_of(record, modality)))
+        refused = [[measures_of(modality)[name].label, reason] for name, reason in record["refused"].items()]
         if refused:
             parts.append(TextTable(["measure", "why it is not measured"], refused, folded="What is not measured"))
         return [Section("Evaluation", parts)]
     return []
 
 
-def _prior(folder: Path) -> list[Section]:
+def _prior(folder: Path, modality: Modality) -> list[Section]:
     place = folder / PRIOR_FOLDER
     if not checkpoint_folders(place):
         return []
@@ -123,14 +139,17 @@ def _prior(folder: Path) -> list[Section]:
     bits = latest_record(place).get("bits_per_index")
     kind, steps = checkpoint.config.kind, counted(checkpoint.step, "step")
     trained = f"A {kind} has learned the distribution of the indices in {steps}."
-    parts.append(trained + ("" if bits is None else f" An index of a held-out image takes {bits:.2f} bits under it."))
+    parts.append(
+        trained
+        + ("" if bits is None else f" An index of a held-out {modality.noun[0]} takes {bits:.2f} bits under it.")
+    )
     parts.append(Picture(f"{PRIOR_FOLDER}/curves.png", "Bits per index over the steps of the prior's training"))
-    parts += [Picture(f"{name}.png", description) for name, description in SAMPLES.items()]
+    parts += [Picture(f"{name}.png", description) for name, description in samples_of(modality).items()]
     parts.append(_all_settings("All settings of the prior", checkpoint.config))
     return [Section("The prior", parts)]
 
 
-def _settings(folder: Path, checkpoint: Checkpoint) -> Section:
+def _settings(folder: Path, checkpoint: Checkpoint, modality: Modality) -> Section:
     config, run = checkpoint.config, shlex.quote(str(folder))
     parts: list[Part] = []
     changed = {name: here for name, (here, _) in config.differences(type(config)()).items()}
@@ -140,7 +159,7 @@ def _settings(folder: Path, checkpoint: Checkpoint) -> Section:
     parts.append(_all_settings("All settings", config))
     commands = [
         ["measure it", f"`fastvq evaluate {run}`"],
-        ["decode images of your own", f"`fastvq reconstruct {run} photo.png --out picture.png`"],
+        [f"decode {modality.noun[1]} of your own", f"`fastvq reconstruct {run} FILE --out picture.png`"],
         ["learn a prior", f"`fastvq prior {run}`"],
         ["draw new samples", f"`fastvq sample {run}`"],
         ["continue to more steps", f"`fastvq train --out {run} --resume --steps {2 * checkpoint.config.steps}`"],

@@ -1,4 +1,4 @@
-"""Samples of a run's prior in files: a picture, an array of indices, or a folder of images."""
+"""Samples of a run's prior in files: a picture, an array of indices, or a folder of examples."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvq.data.image_io import write_images
 from fastvq.errors import ConfigError, counted
 from fastvq.extras import Progress
 from fastvq.files import StrPath, check_new, whole, whole_folder
+from fastvq.modalities import modality_of
 from fastvq.models import VQVAE, Prior
-from fastvq.training.config import check_range
+from fastvq.training.config import TrainConfig, check_range
 
 from . import plots
-from .load import label_number, load_prior, run_images
-from .outputs import check_ending, check_outside_data, is_folder
+from .load import label_number, load_model, load_prior_of, run_examples
+from .outputs import check_ending, check_outside_data, is_folder, write_numbered
 from .run_page import write_run_page
 from .sample_pictures import picture_completions, picture_prior_samples, picture_samples, sampled_with
 
@@ -47,19 +47,19 @@ def sample_run(
         run: folder of a run with a prior.
         path: without it, samples, completions and neighbors are drawn for the page of the run, which is written again.
             Else its ending decides what is written. One of `plots.FORMATS`: a picture of samples, of each class if
-            there are classes, beside real images; or, with a count or a label, of that many samples. ".npy": the
-            indices alone, (count, *grid) int64. None, or a slash at its end: a new folder of PNG files, with a
+            there are classes, beside real ones; or, with a count or a label, of that many samples. ".npy": the
+            indices alone, (count, *grid) int64. None, or a slash at its end: a new folder of files, with a
             subfolder for each class if there are classes.
         count: number of samples, `DEFAULT_COUNT` by default, and `GRID_COUNT` of one label in a picture.
         label: class of the samples, by number or by name, by default each class in turn.
-        complete: write a picture of completions of held-out images instead.
+        complete: write a picture of completions of held-out examples instead.
         seed: equal seeds give equal samples, and a smaller count gives the first samples of a larger one.
-        data: where the data set of the run is now, see `run_images`.
+        data: where the data set of the run is now, see `run_examples`.
         settings: arguments of `Prior.sample`: temperature, top_k, top_p, guidance.
 
     Raises:
         CheckpointError: the run has no prior.
-        DataError: real images or names of classes are needed, and the data are missing or others.
+        DataError: real examples or names of classes are needed, and the data are missing or others.
         ConfigError: an invalid argument or combination of arguments, by name.
         ValueError: an invalid argument of `Prior.sample`.
         FileExistsError: the folder exists.
@@ -67,7 +67,10 @@ def sample_run(
     check_range("seed", seed)
     if path is None:
         return _sample_for_page(run, count=count, label=label, complete=complete, seed=seed, data=data, **settings)
-    check_ending(path, (*plots.FORMATS, ".npy"), folder="images")
+    model, config = load_model(run)
+    modality = modality_of(config.modality)
+    one, many = modality.noun
+    check_ending(path, (*plots.FORMATS, ".npy"), folder=many)
     check_outside_data(path, run, data)
     folder, array = is_folder(path), Path(path).suffix.lower() == ".npy"
     if not folder and not array:
@@ -75,16 +78,16 @@ def sample_run(
             if complete:
                 raise ConfigError("complete: a picture of completions takes neither count nor label")
             return _write_grid(run, path, GRID_COUNT if count is None else count, label, seed, settings)
-        prior, model = load_prior(run)
-        images = run_images(run, data)
+        prior = load_prior_of(run, model)
+        examples = run_examples(run, data)
         picture = picture_completions if complete else picture_samples
-        picture(path, prior, model, images, seed=seed, **settings)
+        picture(path, prior, model, config, examples, seed=seed, **settings)
         return [f"picture: {path}"]
     if complete:
         raise ConfigError(f"complete: draws a picture, whose ending is {', '.join(plots.FORMATS)}, got {path}")
     if folder:
         check_new(Path(path))
-    prior, model = load_prior(run)
+    prior = load_prior_of(run, model)
     count = DEFAULT_COUNT if count is None else count
     if count < 1:
         raise ConfigError(f"count must be at least 1, got {count}")
@@ -97,9 +100,9 @@ def sample_run(
     names = None
     if prior.classes:
         # Earlier priors do not name their classes.
-        names = _folder_names(prior.class_names or run_images(run, data).class_names or (), prior.classes)
-    _write_images(path, model, batches, names)
-    return [f"{counted(count, 'image')}: {path}" + (", in a subfolder for each class" if names else "")]
+        names = _folder_names(prior.class_names or run_examples(run, data).class_names or (), prior.classes)
+    _write_examples(path, model, config, batches, names)
+    return [f"{counted(count, one, many)}: {path}" + (", in a subfolder for each class" if names else "")]
 
 
 def _write_grid(
@@ -109,19 +112,20 @@ def _write_grid(
     if not 1 <= count <= _MOST_IN_GRID:
         more = "; a folder or an .npy holds more" if count > _MOST_IN_GRID else ""
         raise ConfigError(f"count must be between 1 and {_MOST_IN_GRID} in a picture, got {count}{more}")
-    prior, model = load_prior(run)
+    model, config = load_model(run)
+    prior, modality = load_prior_of(run, model), modality_of(config.modality)
     number = label_number(prior, label)
     images, names = [], []
     with torch.no_grad():
         for indices, labels in _sample_batches(prior, count, number, seed, settings):
-            images.append(model.decode(indices).clamp(0, 1))
+            images.append(modality.as_images(model.restore(indices), config))
             names += [prior.class_names[row] if prior.class_names else f"class {row}" for row in labels or []]
     plots.save_samples(
         path,
         torch.cat(images),
         names,
         title=f"{Path(run).resolve().name}: {counted(count, 'sample')}",
-        caption="Indices sampled one after the other from the prior and decoded to pixels." + sampled_with(settings),
+        caption="Indices sampled one after the other from the prior and decoded." + sampled_with(settings),
     )
     return [f"picture of {counted(count, 'sample')}: {path}"]
 
@@ -132,8 +136,9 @@ def _sample_for_page(run: StrPath, *, seed: int, data: StrPath | None, **argumen
         value = arguments.pop(name)
         if value is not None and value is not False:
             raise ConfigError(f"{name}: the page of the run has its own samples: give an output")
-    prior, model = load_prior(run)
-    paths = picture_prior_samples(run, prior, model, run_images(run, data), seed=seed, **arguments)
+    model, config = load_model(run)
+    prior = load_prior_of(run, model)
+    paths = picture_prior_samples(run, prior, model, config, run_examples(run, data), seed=seed, **arguments)
     drawn = [f"pictures: {', '.join(map(str, paths))}"] if paths else []
     return [*drawn, f"page: {write_run_page(run)}"]
 
@@ -161,12 +166,14 @@ def _write_array(path: StrPath, shape: tuple[int, ...], batches: _Batches) -> No
 
 
 @torch.no_grad()
-def _write_images(folder: StrPath, model: VQVAE, batches: _Batches, names: list[str] | None) -> None:
-    number = 0
+def _write_examples(
+    folder: StrPath, model: VQVAE, config: TrainConfig, batches: _Batches, names: list[str] | None
+) -> None:
+    number, modality = 0, modality_of(config.modality)
     with whole_folder(folder) as partial:
         for indices, labels in batches:
             subfolders = [names[label] for label in labels] if names and labels else None
-            write_images(partial, model.decode(indices).clamp(0, 1), number, subfolders)
+            write_numbered(partial, modality, model.restore(indices), config, number, subfolders)
             number += len(indices)
 
 

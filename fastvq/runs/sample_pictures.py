@@ -1,10 +1,11 @@
-"""Pictures of a prior's samples: new images by class, completions of held-out images, nearest training images.
+"""Pictures of a prior's samples: new examples by class, completions of held-out ones, nearest training examples.
 
 This module samples and searches; `plots` draws the result. Pictures that need no prior: `pictures`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 
 import fastvq
-from fastvq.data import Images
-from fastvq.data.images import to_float
+from fastvq.data import Examples
+from fastvq.data.examples import to_float
 from fastvq.errors import ConfigError
 from fastvq.files import StrPath
+from fastvq.modalities import modality_of
 from fastvq.models import VQVAE, Prior
+from fastvq.training.config import TrainConfig
 
 from . import plots
 from .pictures import failures_as_warnings, shown_rows, spread
@@ -31,7 +34,14 @@ _CLASSES = 20
 
 
 def picture_prior_samples(
-    folder: StrPath, prior: Prior, model: VQVAE, images: Images, *, seed: int = 0, **settings: Any
+    folder: StrPath,
+    prior: Prior,
+    model: VQVAE,
+    config: TrainConfig,
+    examples: Examples,
+    *,
+    seed: int = 0,
+    **settings: Any,
 ) -> list[Path]:
     """Draw samples, completions and neighbors for the page of a run in its folder, and return the paths.
 
@@ -45,7 +55,7 @@ def picture_prior_samples(
     ):
         path = Path(folder) / f"{name}.png"
         with failures_as_warnings(f"picture of {name}"):
-            picture(path, prior, model, images, seed=seed, captioned=False, **settings)
+            picture(path, prior, model, config, examples, seed=seed, captioned=False, **settings)
             paths.append(path)
     return paths
 
@@ -55,17 +65,19 @@ def picture_samples(
     path: StrPath,
     prior: Prior,
     model: VQVAE,
-    images: Images,
+    config: TrainConfig,
+    examples: Examples,
     *,
     seed: int = 0,
     captioned: bool = True,
     **settings: Any,
 ) -> None:
-    """Draw samples beside held-out images: a row for each class, twenty at most, or four rows without classes.
+    """Draw samples beside held-out examples: a row for each class, twenty at most, or four rows without classes.
 
     Args:
         path: file to write; its ending is in `plots.FORMATS`.
         prior, model: the prior, and the model that decodes its indices.
+        config: the settings of the model.
         images: the data set of the run.
         seed: seed of the samples.
         captioned: whether title and caption stand in the figure.
@@ -80,23 +92,28 @@ def picture_samples(
     if prior.classes:
         beside, quality = " of the class", "look like their class, "
     indices = prior.sample(len(classes) * _SAMPLED, labels, generator=generator, **settings)
-    sampled = model.decode(indices).clamp(0, 1).split(_SAMPLED)
+    modality = modality_of(config.modality)
+    many = modality.noun[1]
+    sampled = model.restore(indices).split(_SAMPLED)
     rows, names = [], []
     for row, label in enumerate(classes):
-        class_images = (
-            images.test if label is None or images.test_labels is None else images.test[images.test_labels == label]
+        own = (
+            examples.test
+            if label is None or examples.test_labels is None
+            else examples.test[examples.test_labels == label]
         )
         start = row * _REAL if label is None else 0
-        rows.append(torch.cat([_real_images(class_images, start, like=sampled[row]), sampled[row]]))
-        names.append("" if label is None else class_name(images, label))
+        real = _real_examples(own, start, like=sampled[row], range=model.value_range)
+        rows.append(modality.as_images(torch.cat([real, sampled[row]]), config))
+        names.append("" if label is None else class_name(examples, label))
     plots.save_grid(
         path,
         rows,
         names,
         ["real"] * _REAL + ["sampled"] * _SAMPLED,
-        title=f"{images.name}: samples of the prior",
-        caption="Indices sampled one after the other from the prior and decoded to pixels, beside held-out images"
-        f"{beside}. Samples should {quality}differ from each other, and be coherent from top to bottom."
+        title=f"{examples.name}: samples of the prior",
+        caption=f"Indices sampled one after the other from the prior and decoded, beside held-out {many}"
+        f"{beside}. Samples should {quality}differ from each other, and be coherent from beginning to end."
         f"{sampled_with(settings)}",
         captioned=captioned,
     )
@@ -107,38 +124,40 @@ def picture_completions(
     path: StrPath,
     prior: Prior,
     model: VQVAE,
-    images: Images,
+    config: TrainConfig,
+    examples: Examples,
     *,
     seed: int = 0,
     captioned: bool = True,
     **settings: Any,
 ) -> None:
-    """Draw held-out images and three completions of each from the upper half of its indices."""
+    """Draw held-out examples and three completions of each from the first half of its indices."""
     generator = torch.Generator().manual_seed(seed)
-    rows = shown_rows(images, _COMPLETED)
-    originals = to_float(images.test[rows])
+    modality = modality_of(config.modality)
+    many = modality.noun[1]
+    rows = shown_rows(examples, _COMPLETED)
+    originals = to_float(examples.test[rows])
     indices = model.encode(originals)
-    if indices.dim() < 3:
-        raise ConfigError("complete: the indices of this run are scales of whole images, which have no upper half")
+    if len(model.adapter.index_shape(config.feature_grid)) < len(config.feature_grid):
+        raise ConfigError(f"complete: the indices of this run are scales of whole {many}, which have no half")
     half = indices.shape[1] // 2
     given = indices.clone()
     given[:, half:] = -1
-    labels = images.test_labels[rows] if prior.classes and images.test_labels is not None else None
+    labels = examples.test_labels[rows] if prior.classes and examples.test_labels is not None else None
     completed = [
-        model.decode(prior.sample(len(rows), labels, given=given, generator=generator, **settings)).clamp(0, 1)
-        for _ in range(3)
+        model.restore(prior.sample(len(rows), labels, given=given, generator=generator, **settings)) for _ in range(3)
     ]
-    upper = originals.clone()
-    upper[:, :, upper.shape[2] * half // indices.shape[1] :] = 0.5
-    columns = [originals, model.decode(indices).clamp(0, 1), upper, *completed]
+    known = originals.clone()
+    known[:, :, known.shape[2] * half // indices.shape[1] :] = sum(model.value_range) / 2
+    columns = [modality.as_images(x, config) for x in (originals, model.restore(indices), known, *completed)]
     plots.save_grid(
         path,
         list(torch.stack(columns, 1)),
-        [images.test_names[row] for row in rows],
+        [examples.test_names[row] for row in rows],
         ["original", "decoded", "given", "sampled", "sampled", "sampled"],
-        title=f"{images.name}: the prior completes held-out images",
-        caption=f"The first {half} of {indices.shape[1]} rows of indices are given; the prior samples the others. The"
-        " seam should not show, and the samples should differ where the upper half does not determine the lower one.",
+        title=f"{examples.name}: the prior completes held-out {many}",
+        caption=f"The first {half} of {indices.shape[1]} indices along the first axis are given; the prior samples the"
+        " others. The seam should not show, and the samples should differ where one half does not determine the other.",
         captioned=captioned,
     )
 
@@ -148,46 +167,64 @@ def picture_neighbors(
     path: StrPath,
     prior: Prior,
     model: VQVAE,
-    images: Images,
+    config: TrainConfig,
+    examples: Examples,
     *,
     seed: int = 0,
     captioned: bool = True,
     **settings: Any,
 ) -> None:
-    """Draw samples, one of each class or ten, beside their nearest training images, mirrored ones included."""
+    """Draw samples, one of each class or ten, beside their nearest training examples, mirrored ones included."""
     classes = spread(prior.classes, _CLASSES) if prior.classes else []
     count = len(classes) or 10
     labels = torch.tensor(classes) if classes else None
     indices = prior.sample(count, labels, generator=torch.Generator().manual_seed(seed), **settings)
-    sampled = model.decode(indices).clamp(0, 1)
-    nearest = nearest_images(sampled, images.train, _NEIGHBORS)
+    modality = modality_of(config.modality)
+    many = modality.noun[1]
+    sampled = modality.as_images(model.restore(indices), config)
+    nearest = nearest_images(
+        sampled,
+        examples.train,
+        _NEIGHBORS,
+        as_images=lambda x: modality.as_images(x, config),
+        mirrored=config.mirrored,
+    )
     rows = [torch.cat([image[None], found]) for image, found in zip(sampled, nearest, strict=True)]
     plots.save_grid(
         path,
         rows,
-        [class_name(images, label) for label in classes] or [""] * count,
+        [class_name(examples, label) for label in classes] or [""] * count,
         ["sampled", *(["nearest"] + [f"{n + 1}." for n in range(1, _NEIGHBORS)])],
-        title=f"{images.name}: samples and their nearest training images",
+        title=f"{examples.name}: samples and their nearest training {many}",
         caption="Nearest by the squared difference of all pixels, among all training images and their mirror images. A"
         " copy would look like its first neighbor in every detail.",
         captioned=captioned,
     )
 
 
-def nearest_images(queries: Tensor, images: Tensor, count: int) -> Tensor:
-    """Return the images nearest to each query by squared difference, (B, count, C, H, W), mirrored ones included.
+def nearest_images(
+    queries: Tensor,
+    stored: Tensor,
+    count: int,
+    *,
+    as_images: Callable[[Tensor], Tensor] = lambda x: x,
+    mirrored: bool = True,
+) -> Tensor:
+    """Return pictures of the examples nearest to each query by squared difference, (B, count, C, H, W).
 
     Args:
-        queries: (B, C, H, W), float in [0, 1].
-        images: (N, C, H, W), uint8; read a part at a time, for they may be mapped from a large file.
-        count: number of neighbors, at most 2 N.
+        queries: pictures (B, C, H, W), float in [0, 1].
+        stored: examples (N, C, *size); read a part at a time, for they may be mapped from a large file.
+        count: number of neighbors, at most N, or 2 N with mirrored ones.
+        as_images: pictures of floats (B, C, *size).
+        mirrored: search among mirrored examples as well.
     """
-    found = queries.new_empty(0, *images.shape[1:])
-    for mirrored in (False, True):
-        for part in images.split(_SEARCHED):
-            found = torch.cat([found, to_float(part.flip(-1) if mirrored else part)])
+    found = queries.new_empty(0, *queries.shape[1:])
+    for flipped in (False, True)[: 1 + mirrored]:
+        for part in stored.split(_SEARCHED):
+            found = torch.cat([found, as_images(to_float(part.flip(-1) if flipped else part))])
             nearest = fastvq.topk_search(queries.flatten(1), found.flatten(1), min(count, len(found)))
-            # Those of any query, in the order that they came in: equal distances go to the earlier image.
+            # Those of any query, in the order that they came in: equal distances go to the earlier one.
             used = nearest.unique()
             found = found[used]
     return found[torch.searchsorted(used, nearest)]
@@ -200,13 +237,13 @@ def sampled_with(settings: dict[str, Any]) -> str:
     return f" Sampled with {', '.join(given)}." if given else ""
 
 
-def _real_images(images: Tensor, start: int, *, like: Tensor) -> Tensor:
-    """Return `_REAL` images from `start` on, cyclically; gray ones if there are none."""
-    if len(images) == 0:
-        return torch.full_like(like[:1], 0.5).expand(_REAL, *like.shape[1:])
-    return to_float(images[torch.arange(start, start + _REAL) % len(images)])
+def _real_examples(stored: Tensor, start: int, *, like: Tensor, range: tuple[float, float]) -> Tensor:
+    """Return `_REAL` examples from `start` on, cyclically; if there are none, the middle of the range."""
+    if len(stored) == 0:
+        return torch.full_like(like[:1], sum(range) / 2).expand(_REAL, *like.shape[1:])
+    return to_float(stored[torch.arange(start, start + _REAL) % len(stored)])
 
 
-def class_name(images: Images, label: int) -> str:
+def class_name(examples: Examples, label: int) -> str:
     """Return the name of a class."""
-    return images.class_names[label] if images.class_names else f"class {label}"
+    return examples.class_names[label] if examples.class_names else f"class {label}"

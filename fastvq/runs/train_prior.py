@@ -57,7 +57,7 @@ def train_prior(
         resume: continue the training in RUN/prior/ if it has a checkpoint, or that of a successor.
         overwrite: replace the prior that the run has. Its successor is trained in RUN/prior/successor/ and takes its
             place when it is finished; until then the run keeps its prior.
-        data: where the data set of the run is now, see `run_images`.
+        data: where the data set of the run is now, see `run_examples`.
         logger: see `Loop.fit`.
         progress: show a progress bar on stderr.
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastvq.data.images import to_float
+from fastvq.data.examples import to_float
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.files import StrPath
+from fastvq.modalities import modality_of
 from fastvq.models import VQVAE, NoBottleneck, Prior
 from fastvq.training.checkpoint import checkpoint_folders, is_checkpoint, load_checkpoint
 from fastvq.training.config import TrainConfig
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _BATCH = 100
+_AXES = {1: ["T"], 2: ["h", "w"], 3: ["t", "h", "w"]}
+_SIZES = {1: ["T"], 2: ["H", "W"], 3: ["T", "H", "W"]}
+"""Names of the axes of a grid and of a signal, by their number."""
 
 
 class TrainedModel(nn.Module):
     """VQ-VAE of a run, with its prior if it has one: images to indices and back, and new images.
 
-    It is in eval mode, and nothing that it does learns or records gradients. Images are moved to its device; what it
-    returns is there.
+    A run of another modality takes clips of audio or video in their place. The model is in eval mode, and nothing that
+    it does learns or records gradients. Signals are moved to its device; what it returns is there.
 
     Args:
         vqvae: the VQ-VAE.
@@ -38,8 +42,9 @@ class TrainedModel(nn.Module):
 
     Attributes:
         vqvae, config, prior, no_prior: see Args.
-        channels: 1 for gray images, 3 for images in color.
-        stride: heights and widths of images are multiples of it.
+        modality: what the run is trained on.
+        channels: channels of a signal: 1 for gray images, 3 for images in color.
+        strides: the sizes of a signal are multiples of them, axis by axis.
     """
 
     def __init__(
@@ -47,8 +52,9 @@ class TrainedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.vqvae, self.config, self.prior = vqvae, config, prior
-        self.channels = 1 if config.grayscale else 3
-        self.stride: int = getattr(vqvae.encoder, "stride", 1)
+        self.modality = modality_of(config.modality)
+        self.channels = config.example_format.shape[0]
+        self.strides = vqvae.strides
         self.no_prior = no_prior
         self.eval()
 
@@ -63,30 +69,31 @@ class TrainedModel(nn.Module):
             raise ValueError("a trained model stays in eval mode: train .vqvae or .prior instead")
         return super().train(False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return `reconstruct(images)`."""
-        return self.reconstruct(images)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `reconstruct(x)`."""
+        return self.reconstruct(x)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Return the indices of images, int64: (B, h, w), or (B, h, w, Q) with Q stages, heads or groups.
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the indices of signals, int64: (B, *grid), or (B, *grid, Q) with Q stages, heads or groups.
 
-        Those of a hierarchical quantizer are (B, T), all scales in a row.
+        Those of images are (B, h, w). Those of a hierarchical quantizer are (B, T), all scales in a row.
 
         Args:
-            images: (B, C, H, W), uint8, or floats in [0, 1]. H and W are multiples of `stride`; the model knows best
-                what looks like the images that it learned from, in size as well.
+            x: (B, C, *size) in the stored dtype, or floats: images (B, C, H, W), uint8 or in [0, 1]; video
+                (B, C, T, H, W) likewise; audio (B, C, T), int16 or in [-1, 1]. Sizes are multiples of `strides`; the
+                model knows best what looks like the examples that it learned from, in size as well.
 
         Raises:
-            TypeError, ValueError: images of another shape, dtype or range; the message says what they may be.
+            TypeError, ValueError: signals of another shape, dtype or range; the message says what they may be.
             ConfigError: the run was trained without a bottleneck.
         """
         self._check_indices()
-        return self.vqvae.encode(self._checked(images))
+        return self.vqvae.encode(self._checked(x))
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """Return the images (B, C, H, W), float32 in [0, 1], of indices as `encode` returns them.
+        """Return the signals (B, C, *size), float32 in their range, of indices as `encode` returns them.
 
         Raises:
             TypeError, ValueError: indices of another shape, dtype or range.
@@ -95,22 +102,22 @@ class TrainedModel(nn.Module):
         self._check_indices()
         _check_tensor("indices", indices)
         own = self.vqvae.adapter.index_shape(self.config.feature_grid)
-        fixed = own if len(own) == 1 else own[2:]
+        axes = len(self.config.feature_grid)
+        whole = len(own) < axes  # all scales in a row
+        fixed = own if whole else own[axes:]
         if indices.dim() != 1 + len(own) or indices.shape[indices.dim() - len(fixed) :] != fixed:
-            expected = f"(B, {own[0]})" if len(own) == 1 else f"(B, h, w{''.join(f', {n}' for n in fixed)})"
+            free = [] if whole else _AXES[axes]
+            expected = f"({', '.join(map(str, ['B', *free, *fixed]))})"
             raise ValueError(f"indices: must be {expected}, got {tuple(indices.shape)}")
-        return self.vqvae.decode(indices.to(self.device)).float().clamp(0, 1)
+        return self.vqvae.restore(indices.to(self.device))
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Return images as they are decoded from their indices, float32 in [0, 1]; see `encode`.
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Return signals as they are decoded from their indices, float32 in their range; see `encode`.
 
         Without a bottleneck, they are decoded from the features.
         """
-        images = self._checked(images)
-        if isinstance(self.vqvae.bottleneck, NoBottleneck):
-            return self.vqvae(images).reconstruction.float().clamp(0, 1)
-        return self.vqvae.decode(self.vqvae.encode(images)).float().clamp(0, 1)
+        return self.vqvae.reconstruct(self._checked(x))
 
     @torch.no_grad()
     def sample(
@@ -124,10 +131,10 @@ class TrainedModel(nn.Module):
         guidance: float = 1.0,
         seed: int | None = None,
     ) -> Tensor:
-        """Return new images (count, C, H, W), float32 in [0, 1], decoded from samples of the prior.
+        """Return new signals (count, C, *size), float32 in their range, decoded from samples of the prior.
 
         Args:
-            count: number of images.
+            count: number of signals.
             label: their class, by number or by name; by default each class in turn, if the prior has classes.
             temperature, top_k, top_p, guidance: see `fastvq.models.Prior.sample`.
             seed: equal seeds give equal samples, on equal devices; by default torch's random state decides.
@@ -147,56 +154,76 @@ class TrainedModel(nn.Module):
         labels: Tensor | None = None
         if prior.classes:
             labels = torch.arange(count) % prior.classes if label is None else torch.full((count,), label)
-        images = []
+        sampled = []
         for first in range(0, count, _BATCH):
             part = None if labels is None else labels[first : first + _BATCH].to(self.device)
             number = min(_BATCH, count - first)
             indices = prior.sample(number, part, generator=generator, **settings)  # type: ignore[arg-type]
-            images.append(self.decode(indices))
-        return torch.cat(images)
+            sampled.append(self.decode(indices))
+        return torch.cat(sampled)
 
     def extra_repr(self) -> str:
         """Return what the model takes, for `repr`."""
-        return f"images (B, {self.channels}, H, W), H and W multiples of {self.stride}"
+        return f"{self.modality.noun[1]} {self._shape_text()}"
+
+    def _shape_text(self) -> str:
+        """Return the shapes of signals as text, such as "(B, 1, H, W) with H and W multiples of 4"."""
+        names = _SIZES[len(self.strides)]
+        strides = set(self.strides)
+        if len(strides) == 1:
+            last = names[-1] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+            rule = f"{last} {'a multiple' if len(names) == 1 else 'multiples'} of {strides.pop()}"
+        else:
+            rule = ", ".join(f"{name} a multiple of {n}" for name, n in zip(names, self.strides, strict=True))
+        return f"(B, {self.channels}, {', '.join(names)}) with {rule}"
 
     def _check_indices(self) -> None:
         if isinstance(self.vqvae.bottleneck, NoBottleneck):
             raise ConfigError("bottleneck: this run was trained without one and has no indices; reconstruct works")
 
-    def _checked(self, images: Tensor) -> Tensor:
-        """Return images as floats on the device.
+    def _checked(self, x: Tensor) -> Tensor:
+        """Return signals as floats on the device.
 
         Raises:
             ValueError: see `encode`.
         """
-        _check_tensor("images", images)
-        size = self.config.image_format()
+        many = self.modality.noun[1]
+        _check_tensor(many, x)
+        low, high = self.vqvae.value_range
+        dtype = self.modality.reader.dtype
+        learned = " x ".join(map(str, self.config.example_format.shape[1:]))
         expected = (
-            f"images: must be uint8, or floats in [0, 1], of shape (B, {self.channels}, H, W) with H and W multiples of"
-            f" {self.stride}, such as the {size.height} x {size.width} that the model learned from"
+            f"{many}: must be {dtype}, or floats in [{low:g}, {high:g}], of shape {self._shape_text()}, such as the"
+            f" {learned} that the model learned from"
         )
-        given = f"{tuple(images.shape)} {images.dtype}"
-        shape = images.shape
-        if images.dim() != 4 or shape[1] != self.channels or any(n < 1 or n % self.stride for n in shape[2:]):
-            raise ValueError(f"{expected}; got {given}" + self._advice(images))
-        images = images.to(self.device)
-        if images.dtype == torch.uint8:
-            return to_float(images)
-        if not images.is_floating_point():
+        given = f"{tuple(x.shape)} {x.dtype}"
+        sizes = x.shape[2:]
+        fit = len(sizes) == len(self.strides) and all(
+            n > 0 and n % stride == 0 for n, stride in zip(sizes, self.strides, strict=True)
+        )
+        if not fit or x.shape[1] != self.channels:
+            raise ValueError(f"{expected}; got {given}" + self._advice(x))
+        x = x.to(self.device)
+        if str(x.dtype) == f"torch.{dtype}":
+            return to_float(x)
+        if not x.is_floating_point():
             raise ValueError(f"{expected}; got {given}")
-        if images.numel() and not (images.min() >= 0 and images.max() <= 1):
-            low, high = images.min().item(), images.max().item()
-            raise ValueError(f"{expected}; got values from {low:g} to {high:g}")
-        return images.to(next(self.vqvae.parameters()).dtype)
+        if x.numel() and not (x.min() >= low and x.max() <= high):
+            raise ValueError(f"{expected}; got values from {x.min().item():g} to {x.max().item():g}")
+        return x.to(next(self.vqvae.parameters()).dtype)
 
-    def _advice(self, images: Tensor) -> str:
-        if images.dim() == 3:
-            return ": images[None] is a batch of one"
-        if images.dim() == 4 and images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3):
+    def _advice(self, x: Tensor) -> str:
+        """Return what makes a tensor a batch of signals, where that is clear."""
+        many, axes = self.modality.noun[1].split()[-1], 2 + len(self.strides)
+        if x.dim() == axes - 1 and x.shape[0] == self.channels:
+            return f": {many}[None] is a batch of one"
+        if axes != 4:
+            return ""
+        if x.dim() == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
             return ": images.permute(0, 3, 1, 2) puts the channels first"
-        if images.dim() == 4 and (images.shape[1], self.channels) == (1, 3):
+        if x.dim() == 4 and (x.shape[1], self.channels) == (1, 3):
             return ": images.expand(-1, 3, -1, -1) has three channels"
-        if images.dim() == 4 and (images.shape[1], self.channels) == (3, 1) and images.is_floating_point():
+        if x.dim() == 4 and (x.shape[1], self.channels) == (3, 1) and x.is_floating_point():
             return ": images.mean(1, keepdim=True) is gray"
         return ""
 

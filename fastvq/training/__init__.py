@@ -4,7 +4,7 @@ config.py       settings                 data_order.py   rows of a step's batch
 loop.py         steps, records, resume   checkpoint.py   state on disk, whole or absent
 trainer.py      the VQ-VAE               metrics.py      metrics.jsonl and TensorBoard
 prior.py        the prior                interrupt.py    Ctrl-C between two steps
-build.py        data set and model       evaluation.py   PSNR, perplexity and usage on held-out images
+build.py        data set and model       evaluation.py   quality, perplexity and usage on held-out examples
 ranks.py        several processes        adversary.py    the discriminator of an adversarial loss
 config_file.py  settings in TOML         loggers.py      records for TensorBoard, wandb or CSV
 """
@@ -20,16 +20,16 @@ from .config import PriorConfig, TrainConfig
 
 # Settings are read without torch: the command line makes its options of them.
 if TYPE_CHECKING:
-    from .build import build_model, load_images
-    from .evaluation import Evaluation, evaluate, psnr_db
+    from .build import build_model, load_examples
+    from .evaluation import Evaluation, evaluate
     from .prior import IndexData, PriorTrainer, bits_per_index
     from .trainer import Trainer
 else:
     __getattr__, __dir__ = lazy_attributes(
         __name__,
         {
-            "build": ("build_model", "load_images"),
-            "evaluation": ("Evaluation", "evaluate", "psnr_db"),
+            "build": ("build_model", "load_examples"),
+            "evaluation": ("Evaluation", "evaluate"),
             "prior": ("IndexData", "PriorTrainer", "bits_per_index"),
             "trainer": ("Trainer",),
         },
@@ -47,6 +47,5 @@ __all__ = [
     "bits_per_index",
     "build_model",
     "evaluate",
-    "load_images",
-    "psnr_db",
+    "load_examples",
 ]

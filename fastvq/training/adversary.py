@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq.errors import ConfigError
+from fastvq.modalities import ImageConfig
 from fastvq.models.discriminator import PatchDiscriminator
-
-from .config import TrainConfig
 
 _LARGEST_RATIO = 1e4
 _EPS = 1e-4
@@ -35,14 +34,12 @@ class Adversary:
     7; the hinge loss: Lim and Ye, Geometric GAN, 2017.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        size, layers = config.image_format(), config.discriminator_layers
+    def __init__(self, config: ImageConfig, device: torch.device) -> None:
+        size, layers = config.example_format, config.discriminator_layers
         if min(size.height, size.width) < 2**layers:
             raise ConfigError(f"discriminator_layers: {layers} halve the sides of images too often, got {size}")
         try:
-            discriminator = PatchDiscriminator(
-                1 if config.grayscale else 3, width=config.discriminator_width, layers=layers
-            )
+            discriminator = PatchDiscriminator(size.shape[0], width=config.discriminator_width, layers=layers)
         except ValueError as error:
             raise ConfigError(f"discriminator_{error}") from error
         self.discriminator = discriminator.to(device)

@@ -10,15 +10,17 @@ import os
 import sys
 import typing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastvq.data import DATA_SETS
-from fastvq.data.image_format import FITS, ImageFormat
 from fastvq.data.registry import describe_choices
 from fastvq.errors import ConfigError
+from fastvq.modalities import config_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from fastvq.data.reader import Format
 
 # The keys of `fastvq.models.priors.PRIORS`, repeated so that reading settings imports no model.
 PRIOR_KINDS = ("transformer", "pixelcnn", "lstm")
@@ -38,7 +40,7 @@ _NO_BOTTLENECKS = {
 """Quantizers of the package that cannot stand between encoder and decoder, with the reason."""
 
 
-def _setting(default: Any, description: str) -> Any:
+def setting(default: Any, description: str) -> Any:
     """Return a field whose description is also its help text on the command line."""
     return dataclasses.field(default=default, metadata={"help": description})
 
@@ -109,126 +111,110 @@ class Settings:
     def differences(self, other: Settings) -> dict[str, tuple[Any, Any]]:
         """Return {name: (value here, value in `other`)} of all settings that differ."""
         here, there = self.to_json(), other.to_json()
-        return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
+        names = dict.fromkeys([*here, *there])
+        return {name: (here.get(name), there.get(name)) for name in names if here.get(name) != there.get(name)}
 
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """Settings of a VQ-VAE and of its training: equal settings and equal data give equal weights."""
+    """Settings of a VQ-VAE and of its training: equal settings and equal data give equal weights.
 
-    data: str = _setting(next(iter(DATA_SETS)), describe_choices())
-    image_size: int = _setting(28, "height of the images in pixels, a multiple of 2**downsamples; 64 for a folder")
-    image_width: int | None = _setting(None, "width of the images in pixels (default: as the height)")
-    grayscale: bool = _setting(True, "one channel instead of three; off for a folder")
-    fit: str = _setting("crop", f"what becomes of an image of another aspect: {', '.join(FITS)}")
-    crop_from: int | None = _setting(
-        None, "height that images are scaled to, before random crops of image_size (default: no crops)"
-    )
-    test_fraction: float = _setting(0.1, "share of a folder's files to hold out")
-    skip_unreadable: bool = _setting(False, "leave out files of a folder that cannot be read, and name them")
+    Each modality has a subclass with the settings of its data, its networks and its losses, such as
+    `fastvq.modalities.ImageConfig`.
 
-    bottleneck: str = _setting("vq", f"quantizer: {', '.join(BOTTLENECKS)}, the last for no quantization")
+    Attributes:
+        modality: the name of the modality.
+        presets: settings that replace the defaults, by name; the first is the default.
+        of_folders: settings that have other defaults for a folder of files.
+    """
+
+    modality: ClassVar[str] = ""
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
+    of_folders: ClassVar[dict[str, Any]] = {}
+
+    data: str = setting(next(iter(DATA_SETS)), describe_choices())
+    test_fraction: float = setting(0.1, "share of a folder's files to hold out")
+    skip_unreadable: bool = setting(False, "leave out files of a folder that cannot be read, and name them")
+
+    bottleneck: str = setting("vq", f"quantizer: {', '.join(BOTTLENECKS)}, the last for no quantization")
     bottleneck_options: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata={"help": "further arguments of the quantizer, by name"}
     )
-    codebook_size: int = _setting(512, "number of codes K")
-    dim: int = _setting(64, "length of a code vector D")
-    decay: float = _setting(0.99, "decay of the codebook's moving averages")
-    commitment_weight: float = _setting(0.25, "weight of the commitment loss")
-    dead_code_threshold: float = _setting(1.0, "a code used less often per batch, on average, is dead and replaced")
+    codebook_size: int = setting(512, "number of codes K")
+    dim: int = setting(64, "length of a code vector D")
+    decay: float = setting(0.99, "decay of the codebook's moving averages")
+    commitment_weight: float = setting(0.25, "weight of the commitment loss")
+    dead_code_threshold: float = setting(1.0, "a code used less often per batch, on average, is dead and replaced")
+    rotation_trick: bool = setting(False, "rotate gradients through the bottleneck instead of copying them")
 
-    rotation_trick: bool = _setting(False, "rotate gradients through the bottleneck instead of copying them")
-
-    width: int = _setting(96, "channels at the coarsest grid")
-    residual_width: int = _setting(32, "channels inside a residual block")
-    encoder_blocks: int = _setting(2, "residual blocks in the encoder")
-    decoder_blocks: int = _setting(4, "residual blocks in the decoder")
-    channel_multipliers: str | None = _setting(
-        None,
-        "proportions of channels, finest grid first, such as 1,1,2 (default: each half the next)",
-    )
-    level_blocks: int = _setting(0, "residual blocks at each finer grid of encoder and decoder")
-    norm_groups: int = _setting(0, "groups of a GroupNorm before nonlinearities, which divide all channels; 0 for none")
-    attention: bool = _setting(False, "attend over all positions of the coarsest grid")
-    downsamples: int = _setting(2, "strided convolutions, each of which halves the image's sides")
-
-    steps: int = _setting(3600, "optimizer steps")
-    batch_size: int = _setting(32, "images per step")
-    learning_rate: float = _setting(3e-3, "peak learning rate of Adam")
-    warmup_steps: int = _setting(100, "steps of linear warm-up, before a cosine decay to zero")
-    reconstruction_variance: float = _setting(0.08, "divisor of the squared error, about the variance of the data")
-    reconstruction_loss: str = _setting("l2", "l2, the squared error, or l1, the absolute error")
-    adversarial_weight: float = _setting(0.0, "weight of the loss of a discriminator, as in VQGAN; 0 for none")
-    adversarial_start: int = _setting(1000, "step from which the discriminator and its loss take part")
-    discriminator_width: int = _setting(64, "channels of the discriminator's first layer")
-    discriminator_layers: int = _setting(2, "strided convolutions of the discriminator")
-    precision: str = _setting("float32", "'float32', or 'bf16' for the networks' products; codes are found in float32")
-    compile: bool = _setting(False, "compile the model by torch.compile")
-    accumulate: int = _setting(1, "parts that a batch is learned from one after the other, which takes less memory")
-    clip_norm: float | None = _setting(
+    steps: int = setting(3600, "optimizer steps")
+    batch_size: int = setting(32, "examples per step")
+    learning_rate: float = setting(3e-3, "peak learning rate of Adam")
+    warmup_steps: int = setting(100, "steps of linear warm-up, before a cosine decay to zero")
+    precision: str = setting("float32", "'float32', or 'bf16' for the networks' products; codes are found in float32")
+    compile: bool = setting(False, "compile the model by torch.compile")
+    accumulate: int = setting(1, "parts that a batch is learned from one after the other, which takes less memory")
+    clip_norm: float | None = setting(
         None, "largest norm of the gradient, to which longer ones are scaled (default: any)"
     )
-    weight_average: float = _setting(
+    weight_average: float = setting(
         0.0, "decay of a moving average of the weights, which is evaluated and loaded; 0: none"
     )
-    flip: bool = _setting(True, "mirror each training image with probability 1/2")
-    seed: int = _setting(0, "seed of weights, data order and replacement of dead codes")
-    device: str = _setting("cpu", "torch device to train on")
-    workers: int | None = _setting(None, "processes that decode and read images (default: cores to decode, 0 to read)")
+    seed: int = setting(0, "seed of weights, data order and replacement of dead codes")
+    device: str = setting("cpu", "torch device to train on")
+    workers: int | None = setting(None, "processes that decode and read data (default: cores to decode, 0 to read)")
 
-    log_every: int = _setting(20, "steps between training records in metrics.jsonl")
-    evaluate_every: int = _setting(500, "steps between evaluations on the held-out images")
-    checkpoint_every: int = _setting(500, "steps between checkpoints")
+    log_every: int = setting(20, "steps between training records in metrics.jsonl")
+    evaluate_every: int = setting(500, "steps between evaluations on the held-out examples")
+    checkpoint_every: int = setting(500, "steps between checkpoints")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _multipliers(self.channel_multipliers, self.downsamples)
-        if self.reconstruction_loss not in ("l1", "l2"):
-            raise ConfigError(f"reconstruction_loss must be l1 or l2, got {self.reconstruction_loss!r}")
+        if not self.modality:
+            raise TypeError("TrainConfig: take that of a modality, such as fastvq.modalities.ImageConfig")
         if self.bottleneck in _NO_BOTTLENECKS:
             raise ConfigError(f"bottleneck cannot be {self.bottleneck}: {_NO_BOTTLENECKS[self.bottleneck]}")
         if self.bottleneck not in BOTTLENECKS:
             raise ConfigError(f"bottleneck must be one of {', '.join(BOTTLENECKS)}, got {self.bottleneck!r}")
-        known = DATA_SETS.get(self.data)
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"accumulate must divide batch_size {self.batch_size}, got {self.accumulate}")
-        if self.accumulate > 1 and self.adversarial_weight:
-            raise ConfigError(f"accumulate must be 1 with an adversarial_weight, got {self.accumulate}")
-        own = self.image_format()
-        if known and (own, self.crop_from) != (ImageFormat(known.image_size, grayscale=known.grayscale), None):
-            size, color = known.image_size, "grayscale" if known.grayscale else "color"
-            raise ConfigError(
-                f"{self.data} is {size}x{size} {color}: image_size, image_width, grayscale, fit and crop_from cannot be"
-                " changed"
-            )
-        for name, value in (("image_size", own.height), ("image_width", own.width)):
-            if value % 2**self.downsamples:
-                raise ConfigError(f"{name} {value} is not a multiple of 2**downsamples = {2**self.downsamples}")
-        if self.crop_from is not None and self.crop_from < self.image_size:
-            raise ConfigError(f"crop_from must be at least image_size = {self.image_size}, got {self.crop_from}")
-
-    def image_format(self) -> ImageFormat:
-        """Return the size and color of the images."""
-        return ImageFormat(self.image_size, self.image_width or self.image_size, self.grayscale, self.fit)
+        known = DATA_SETS.get(self.data)
+        if known is not None and known.modality != self.modality:
+            raise ConfigError(f"data: {self.data} is for the modality {known.modality}, not {self.modality}")
 
     @property
-    def feature_grid(self) -> tuple[int, int]:
-        """Shape of the grid of features of an image."""
-        size, stride = self.image_format(), 2**self.downsamples
-        return size.height // stride, size.width // stride
+    def example_format(self) -> Format:
+        """The form of an example: its size, and what else its values depend on."""
+        raise NotImplementedError
 
-    def network(self) -> dict[str, Any]:
-        """Return the arguments that encoder and decoder share."""
-        return {
-            "width": self.width,
-            "residual_width": self.residual_width,
-            "multipliers": _multipliers(self.channel_multipliers, self.downsamples),
-            "level_blocks": self.level_blocks,
-            "groups": self.norm_groups,
-            "attention": self.attention,
-        }
+    @property
+    def feature_grid(self) -> tuple[int, ...]:
+        """Shape of the grid of features of an example."""
+        raise NotImplementedError
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the model also learns from mirrored examples."""
+        return False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"modality": self.modality, **super().to_json()}
+
+    @classmethod
+    def from_json(cls, settings: Any) -> Self:
+        """Return the settings of a JSON object; those of earlier versions, which name no modality, are of images.
+
+        Raises:
+            ConfigError: see `Settings.from_json`; or they are of another modality than this class.
+        """
+        if not isinstance(settings, dict):
+            raise ConfigError(f"settings must be a JSON object, got {type(settings).__name__}")
+        own = config_of(settings.get("modality", "image"))
+        if not issubclass(own, cls):
+            raise ConfigError(f"modality must be {cls.modality}, got {own.modality}")
+        return super(TrainConfig, own).from_json({k: v for k, v in settings.items() if k != "modality"})
 
     def learning_rate_at(self, step: int) -> float:
         """Return `peak * min(1, (step + 1) / warmup) * (1 + cos(pi step / steps)) / 2` for step 0, 1, ..."""
@@ -236,60 +222,29 @@ class TrainConfig(Settings):
         return self.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "vqvae": {},
-    "vqgan": {
-        "width": 128,
-        "residual_width": 64,
-        "level_blocks": 2,
-        "norm_groups": 16,
-        "attention": True,
-        "learning_rate": 1e-3,
-    },
-}
-"""Settings that replace the defaults, by name: today's network, and one in the style of VQGAN (arXiv 2012.09841)."""
-
-
-def _multipliers(text: str | None, downsamples: int) -> tuple[int, ...] | None:
-    """Return the numbers in a text, one for each grid; None without a text.
-
-    Raises:
-        ConfigError: they are no numbers of at least 1, or too many or few.
-    """
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) != downsamples or not all(part.isdecimal() and 1 <= int(part) <= _SIDE for part in parts):
-        raise ConfigError(
-            f"channel_multipliers must be {downsamples} numbers of at least 1, one for each of the downsamples, got"
-            f" {text!r}"
-        )
-    return tuple(map(int, parts))
-
-
 @dataclass(frozen=True)
 class PriorConfig(Settings):
     """Settings of a prior over indices and of its training."""
 
-    kind: str = _setting("transformer", f"one of {', '.join(PRIOR_KINDS)}")
-    dim: int | None = _setting(None, "width (default: the kind's own)")
-    depth: int | None = _setting(None, "blocks or layers (default: the kind's own)")
-    heads: int = _setting(4, "attention heads of the transformer, which divide its width")
-    pattern: str = _setting("flat", "order of several indices at a position: flat, or delay for the transformer")
-    dropout: float = _setting(0.1, "dropout rate of the layers")
-    label_dropout: float = _setting(0.1, "share of training samples without their label, which guidance needs")
+    kind: str = setting("transformer", f"one of {', '.join(PRIOR_KINDS)}")
+    dim: int | None = setting(None, "width (default: the kind's own)")
+    depth: int | None = setting(None, "blocks or layers (default: the kind's own)")
+    heads: int = setting(4, "attention heads of the transformer, which divide its width")
+    pattern: str = setting("flat", "order of several indices at a position: flat, or delay for the transformer")
+    dropout: float = setting(0.1, "dropout rate of the layers")
+    label_dropout: float = setting(0.1, "share of training samples without their label, which guidance needs")
 
-    steps: int = _setting(1400, "optimizer steps")
-    batch_size: int = _setting(48, "grids of indices per step")
-    learning_rate: float = _setting(3e-3, "peak learning rate of AdamW")
-    warmup_steps: int = _setting(50, "steps of linear warm-up, before a cosine decay to zero")
-    weight_decay: float = _setting(0.05, "weight decay of AdamW")
-    seed: int = _setting(0, "seed of weights, data order and dropout")
-    device: str = _setting("cpu", "torch device to train on")
+    steps: int = setting(1400, "optimizer steps")
+    batch_size: int = setting(48, "grids of indices per step")
+    learning_rate: float = setting(3e-3, "peak learning rate of AdamW")
+    warmup_steps: int = setting(50, "steps of linear warm-up, before a cosine decay to zero")
+    weight_decay: float = setting(0.05, "weight decay of AdamW")
+    seed: int = setting(0, "seed of weights, data order and dropout")
+    device: str = setting("cpu", "torch device to train on")
 
-    log_every: int = _setting(20, "steps between training records in prior/metrics.jsonl")
-    evaluate_every: int = _setting(350, "steps between evaluations on the held-out indices")
-    checkpoint_every: int = _setting(350, "steps between checkpoints")
+    log_every: int = setting(20, "steps between training records in prior/metrics.jsonl")
+    evaluate_every: int = setting(350, "steps between evaluations on the held-out indices")
+    checkpoint_every: int = setting(350, "steps between checkpoints")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -317,14 +272,14 @@ class PriorConfig(Settings):
 _SMALLEST = 1e-30
 _BELOW_ONE = 1 - 1e-9
 _FINITE = sys.float_info.max
-_SIDE, _DEPTH, _CODES, _COUNT = 2**16, 2**10, 2**24, 2**53
+SIDE, _DEPTH, _CODES, _COUNT = 2**16, 2**10, 2**24, 2**53
 """Largest width, depth, K, and number that a float holds exactly: more would end in a failed allocation or a hang."""
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("image_size", "image_width", "crop_from", "dim", "width", "residual_width", "heads"), (1, _SIDE)),
+    **dict.fromkeys(("image_size", "image_width", "crop_from", "dim", "width", "residual_width", "heads"), (1, SIDE)),
     **dict.fromkeys(("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"), (1, _COUNT)),
     **dict.fromkeys(("encoder_blocks", "decoder_blocks", "level_blocks"), (0, _DEPTH)),
-    "norm_groups": (0, _SIDE),
-    "discriminator_width": (1, _SIDE),
+    "norm_groups": (0, SIDE),
+    "discriminator_width": (1, SIDE),
     "discriminator_layers": (1, 32),
     "adversarial_weight": (0, _FINITE),
     "adversarial_start": (0, _COUNT),
@@ -398,6 +353,6 @@ def _describe_range(low: float, high: float, value: float) -> str:
         return "finite"
     if low == _SMALLEST:
         return "positive"
-    if high in (_SIDE, _DEPTH, _CODES, _COUNT):
+    if high in (SIDE, _DEPTH, _CODES, _COUNT):
         return f"at most {high}" if value > high else f"at least {low}"
     return f"at least {low}" if high == _FINITE else f"between {low} and {high}"

@@ -21,13 +21,13 @@ SECTIONS = ("train", "prior")
 """Tables that a file may be divided into, one for each command that reads it."""
 
 
-def read_settings(path: StrPath, settings: type[Settings], section: str) -> dict[str, Any]:
+def read_settings(path: StrPath, section: str, *settings: type[Settings]) -> dict[str, Any]:
     """Return the settings in a TOML file, {name: value}.
 
     Args:
         path: the file, with the settings of one command, or with a table of them for each command in `SECTIONS`.
-        settings: the record that they belong to.
         section: the command that reads them.
+        settings: the records that they may belong to. Where these are of modalities, `modality` may be among them.
 
     Raises:
         ConfigError: the file cannot be read, is no TOML, or holds something else than settings of this command.
@@ -46,7 +46,9 @@ def read_settings(path: StrPath, settings: type[Settings], section: str) -> dict
             listed = ", ".join(f"[{name}]" for name in SECTIONS)
             raise ConfigError(f"config: {path} is divided into {listed}, but has {', '.join(others)} outside of them")
         content = content.get(section, {})
-    known = [field.name for field in dataclasses.fields(settings)]
+    known = list(dict.fromkeys(field.name for record in settings for field in dataclasses.fields(record)))
+    if any(hasattr(record, "modality") for record in settings):
+        known.append("modality")
     given = {name.replace("-", "_"): value for name, value in content.items()}
     for name in given:
         if name not in known:
@@ -59,6 +61,8 @@ def read_settings(path: StrPath, settings: type[Settings], section: str) -> dict
 def to_toml(config: Settings) -> str:
     """Return settings as a TOML file, each with its description; those that are None are left out."""
     lines, tables = [], []
+    if hasattr(config, "modality"):
+        lines.append(f"modality = {_value(config.modality)}  # what the model learns from")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, dict):

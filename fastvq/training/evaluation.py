@@ -1,8 +1,7 @@
-"""Reconstruction quality and codebook usage on held-out images."""
+"""Reconstruction quality and codebook usage on held-out examples."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 import fastvq
-from fastvq.data.images import to_float
+from fastvq.data.examples import to_float
+from fastvq.modalities.base import Objective
 from fastvq.models import VQVAE, NoBottleneck
 
 from .ranks import every_rank_its_own, sum_over_ranks_
@@ -18,16 +18,29 @@ from .ranks import every_rank_its_own, sum_over_ranks_
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measures of one model on one set of images.
+    """Measures of one model on one set of examples.
 
     Attributes:
-        psnr_db: peak signal-to-noise ratio in dB of the mean squared error over all pixels of all images in [0, 1].
+        measure: name of the measure of reconstructions, such as "psnr_db"; see `fastvq.modalities.base.Objective`.
+        value: its value for all examples.
         stage_counts: for each codebook (stage, head, group or scale), the number of times each code is chosen, (K,)
             int64; empty without a bottleneck.
     """
 
-    psnr_db: float
+    measure: str
+    value: float
     stage_counts: tuple[Tensor, ...]
+
+    @property
+    def psnr_db(self) -> float:
+        """Peak signal-to-noise ratio in dB of the mean squared error over all values of all examples.
+
+        Raises:
+            AttributeError: another measure was taken.
+        """
+        if self.measure != "psnr_db":
+            raise AttributeError(f"psnr_db: the reconstructions were judged by {self.measure}")
+        return self.value
 
     @property
     def counts(self) -> Tensor:
@@ -36,7 +49,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float | None:
-        """Exp of the entropy of the indices over all images, averaged over codebooks; None without a bottleneck."""
+        """Exp of the entropy of the indices over all examples, averaged over codebooks; None without a bottleneck."""
         return _mean([float(fastvq.perplexity(counts)) for counts in self.stage_counts])
 
     @property
@@ -64,14 +77,9 @@ def usage_record(stage_counts: Sequence[Tensor]) -> dict[str, float | None]:
     return record
 
 
-def psnr_db(mean_squared_error: float) -> float:
-    """Return `-10 log10(mse)`, the PSNR in dB of signals with peak 1; infinite for an error of zero."""
-    return -10 * math.log10(mean_squared_error) if mean_squared_error > 0 else math.inf
-
-
 @torch.no_grad()
-def reconstruct(model: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the reconstructions in [0, 1] of float images (B, C, H, W), and the indices they were decoded from.
+def reconstruct(model: VQVAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the reconstructions of signals (B, C, *size) in their range, and the indices they were decoded from.
 
     The decoder receives only the indices; without a bottleneck it receives the features, and the indices are empty.
     The model runs in eval mode and returns to its previous mode.
@@ -80,36 +88,40 @@ def reconstruct(model: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
     model.eval()
     try:
         if isinstance(model.bottleneck, NoBottleneck):
-            restored, indices, _ = model(images)
+            restored, indices, _ = model(x)
+            restored = restored.clamp(*model.value_range)
         else:
-            indices = model.encode(images)
-            restored = model.decode(indices)
+            indices = model.encode(x)
+            restored = model.restore(indices)
     finally:
         model.train(training)
-    return restored.clamp(0, 1), indices
+    return restored, indices
 
 
 @torch.no_grad()
-def evaluate(model: VQVAE, images: Tensor, *, batch_size: int = 250, together: bool = False) -> Evaluation:
-    """Measure a model on uint8 images (N, C, H, W); its mode and its codebook stay unchanged.
+def evaluate(
+    model: VQVAE, stored: Tensor, objective: Objective, *, batch_size: int = 250, together: bool = False
+) -> Evaluation:
+    """Measure a model on stored examples (N, C, *size); its mode and its codebook stay unchanged.
 
     Args:
         model: the model.
-        images: the images.
-        batch_size: number of images at a time.
-        together: every rank calls this with the same images, measures a part of them, and gets the whole result.
+        stored: the examples.
+        objective: what judges reconstructions.
+        batch_size: number of examples at a time.
+        together: every rank calls this with the same examples, measures a part of them, and gets the whole result.
     """
     device = next(model.parameters()).device
     adapter = model.adapter
     sizes = () if isinstance(model.bottleneck, NoBottleneck) else adapter.stage_sizes()
     counts = tuple(torch.zeros(size, dtype=torch.int64) for size in sizes)
     error = torch.zeros((), dtype=torch.float64)
-    for part in (every_rank_its_own(images) if together else images).split(batch_size):
+    for part in (every_rank_its_own(stored) if together else stored).split(batch_size):
         originals = to_float(part.to(device))
         restored, indices = reconstruct(model, originals)
         for stage_counts, chosen in zip(counts, adapter.stages(indices.cpu()) if sizes else (), strict=True):
             stage_counts += torch.bincount(chosen.flatten(), minlength=len(stage_counts))
-        error += (restored - originals).square().sum(dtype=torch.float64).cpu()
+        error += objective.errors(restored, originals).sum().cpu()
     if together:
         sum_over_ranks_(error, *counts)
-    return Evaluation(psnr_db(float(error) / images.numel()), counts)
+    return Evaluation(objective.measure, objective.value(float(error) / len(stored)), counts)

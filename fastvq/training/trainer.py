@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import cast
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastvq.codebook.health import Monitored
-from fastvq.data import Images
-from fastvq.data.images import to_float
+from fastvq.data import Examples
 from fastvq.data.registry import check_outside
 from fastvq.errors import CodebookError, ConfigError, DataError
 from fastvq.files import StrPath
+from fastvq.modalities import ImageConfig, modality_of
 from fastvq.models import VQVAE, Decoder
 
 from . import ranks
@@ -23,58 +22,64 @@ from .adversary import Adversary
 from .build import build_model
 from .checkpoint import AVERAGED
 from .config import TrainConfig
-from .data_order import Batches, crop_randomly, flip_randomly, own_rows, to_device
-from .evaluation import Evaluation, evaluate, psnr_db, usage_record
+from .data_order import Batches, own_rows
+from .evaluation import Evaluation, evaluate, usage_record
 from .loop import Loop, Measures, usable_device
 
 
 class Trainer(Loop[Evaluation]):
     """Training of one VQ-VAE in one folder; `Loop` describes runs and how they resume.
 
-        loss = mean((reconstruction - x)^2) / reconstruction_variance + the bottleneck's loss
+        loss = the objective of the modality + the bottleneck's loss
 
-    On request the error is mean|reconstruction - x| / sqrt(reconstruction_variance), and the loss of an `Adversary` is
-    added.
+    For images the objective is mean((reconstruction - x)^2) / reconstruction_variance, see
+    `fastvq.modalities.image.SquaredError`; on request the loss of an `Adversary` is added.
 
-    Data order and flips depend on seed and step alone. The constructor sets torch's global random state.
+    Data order and augmentation depend on seed and step alone. The constructor sets torch's global random state.
 
     Args:
         config: the settings.
-        images: the data set, as returned by `load_images(config)`.
+        examples: the data set, as returned by `load_examples(config)`.
         folder: gets `checkpoints/` and `metrics.jsonl`.
         resume: continue from the latest checkpoint in `folder`, with the same settings and data.
 
     Raises:
-        DataError: there are fewer images than a batch needs.
+        DataError: there are fewer examples than a batch needs.
         CheckpointError: `resume` and there is no checkpoint, it is damaged, or the data differ; not `resume` and the
             folder already holds a run.
         ConfigError: `resume` and the settings differ from the checkpoint's; the device does not exist; the folder lies
-            among the images, which its pictures would become a part of.
+            among the files of the data, which its pictures would become a part of.
     """
 
     config: TrainConfig
     model: VQVAE
 
-    def __init__(self, config: TrainConfig, images: Images, folder: StrPath, *, resume: bool = False) -> None:
-        if config.batch_size > len(images.train):
+    def __init__(self, config: TrainConfig, examples: Examples, folder: StrPath, *, resume: bool = False) -> None:
+        self.modality = modality_of(config.modality)
+        if config.batch_size > len(examples.train):
             raise DataError(
-                f"batch_size must be at most {len(images.train)}, the number of training images,"
+                f"batch_size must be at most {len(examples.train)}, the number of training {self.modality.noun[1]},"
                 f" got {config.batch_size}"
             )
         check_outside(folder, config.data, "out")
-        self.images = images
+        self.examples = examples
         self.device = usable_device(config.device)
         torch.manual_seed(config.seed)
         # In channels-last format the features reach the quantizer without a copy: a quarter of a CPU step's time.
         model = build_model(config).to(self.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._quantizer = model.bottleneck if isinstance(model.bottleneck, Monitored) else None
-        if config.adversarial_weight and not ranks.alone():
-            raise ConfigError("adversarial_weight must be 0 on several ranks: a discriminator learns in one process")
-        self._adversary = Adversary(config, self.device) if config.adversarial_weight else None
+        self._adversary: Adversary | None = None
+        if isinstance(config, ImageConfig) and config.adversarial_weight:
+            if not ranks.alone():
+                raise ConfigError(
+                    "adversarial_weight must be 0 on several ranks: a discriminator learns in one process"
+                )
+            self._adversary = Adversary(config, self.device)
         optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
-        super().__init__(config, model, optimizer, folder, identity=images.fingerprint())
-        source = images.train if images.uncropped is None else images.uncropped
+        super().__init__(config, model, optimizer, folder, identity=examples.fingerprint())
+        self.objective = self.modality.objective(config).to(self.device)
+        source = examples.train if examples.uncropped is None else examples.uncropped
         self._average: AveragedModel | None = None
         if config.weight_average:
             average = get_ema_multi_avg_fn(config.weight_average)
@@ -83,7 +88,9 @@ class Trainer(Loop[Evaluation]):
         if config.compile:
             self._forward = torch.compile(self._forward)
         self._batches = Batches(source, batch_size=config.batch_size, seed=config.seed, workers=config.workers or 0)
-        own_rows(0, count=len(images.train), batch_size=config.batch_size, seed=config.seed)  # the ranks divide a batch
+        own_rows(
+            0, count=len(examples.train), batch_size=config.batch_size, seed=config.seed
+        )  # the ranks divide a batch
         self.begin(resume=resume)
 
     def learn(self) -> None:
@@ -91,19 +98,22 @@ class Trainer(Loop[Evaluation]):
         config = self.config
         x = self._batch()
         self.optimizer.zero_grad()
-        adversary = self._adversary if self.step >= config.adversarial_start else None
+        adversary = self._adversary
+        if adversary is not None and self.step < adversary.start:
+            adversary = None
         parts = x.chunk(config.accumulate)
         for n, part in enumerate(parts, 1):
             with ranks.unsynchronized(self._forward) if n < len(parts) else contextlib.nullcontext():
                 with self._autocast():
                     output = self._forward(part, n < len(parts))
                 restored = output.reconstruction.float()
-                error, squared_error = self._errors(restored, part)
-                loss = error + output.loss.float()
+                reconstruction_loss, error = self.objective.loss(restored, part)
+                loss = reconstruction_loss + output.loss.float()
                 if adversary is not None:
-                    loss = loss + adversary.loss(restored, error, cast(Decoder, self.model.decoder).last_weight)
+                    last_weight = cast(Decoder, self.model.decoder).last_weight
+                    loss = loss + adversary.loss(restored, reconstruction_loss, last_weight)
                 (loss / len(parts) if len(parts) > 1 else loss).backward()
-            sums = torch.stack([loss.detach(), squared_error.detach(), torch.ones_like(loss)])
+            sums = torch.stack([loss.detach(), error.detach(), torch.ones_like(loss)])
             self._window += sums / len(parts) if len(parts) > 1 else sums
         if config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
@@ -117,23 +127,10 @@ class Trainer(Loop[Evaluation]):
         bf16 = self.config.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
-    def _errors(self, restored: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction loss and the mean squared error."""
-        difference, variance = restored - x, self.config.reconstruction_variance
-        squared_error = difference.square().mean()
-        if self.config.reconstruction_loss == "l1":
-            return difference.abs().mean() / math.sqrt(variance), squared_error
-        return squared_error / variance, squared_error
-
     def _batch(self) -> Tensor:
-        """Return this rank's images of the step, augmented, as floats."""
-        config = self.config
-        pixels = self._batches(self.step)
-        if self.images.uncropped is not None:
-            height, width = self.images.train.shape[-2:]
-            pixels = crop_randomly(pixels, self.step, height=height, width=width, seed=config.seed)
-        x = to_float(to_device(pixels, self.device))
-        return flip_randomly(x, self.step, seed=config.seed) if config.flip else x
+        """Return this rank's examples of the step, augmented, as floats."""
+        stored = self._batches(self.step)
+        return self.modality.augmented(stored, self.examples, self.config, self.step, self.device)
 
     @property
     def trained(self) -> VQVAE:
@@ -147,10 +144,11 @@ class Trainer(Loop[Evaluation]):
         return state | {f"{AVERAGED}.{name}": tensor for name, tensor in average.items()}
 
     def recent(self) -> tuple[Measures, str]:
-        """Return loss, PSNR and codebook usage since the last record, and a text for the progress bar."""
-        loss, squared_error = (self._window[:2] / self._window[2]).tolist()
-        values: Measures = {"loss": loss, "psnr_db": psnr_db(squared_error)}
-        text = f"loss {loss:.3f}, PSNR {psnr_db(squared_error):.2f} dB"
+        """Return loss, quality and codebook usage since the last record, and a text for the progress bar."""
+        loss, error = (self._window[:2] / self._window[2]).tolist()
+        name, value = self.objective.measure, self.objective.value(error)
+        values: Measures = {"loss": loss, name: value}
+        text = f"loss {loss:.3f}, {self.modality.measures[name].text(value)}"
         if self._adversary is not None:
             values |= self._adversary.recent()
         if self._quantizer is not None:
@@ -166,9 +164,9 @@ class Trainer(Loop[Evaluation]):
         return values, text
 
     def evaluate(self) -> tuple[Evaluation, Measures]:
-        """Return the evaluation on the held-out images, and its measures."""
-        result = evaluate(self.trained, self.images.test, together=True)
-        return result, {"psnr_db": result.psnr_db, **usage_record(result.stage_counts)}
+        """Return the evaluation on the held-out examples, and its measures."""
+        result = evaluate(self.trained, self.examples.test, self.objective, together=True)
+        return result, {result.measure: result.value, **usage_record(result.stage_counts)}
 
     def counted(self) -> dict[str, Tensor]:
         """Return the counts of chosen codes since the last record."""

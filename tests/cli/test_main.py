@@ -131,7 +131,7 @@ def test_a_run_lies_outside_of_its_images(
     monkeypatch.chdir(images)
     for out in (images / "run", images, Path("run"), Path()):
         assert main(["train", f"--out={out}", "--data=.", *arguments]) == 2
-        assert f"--out: {out} lies in {images}, whose images" in capsys.readouterr().err
+        assert f"--out: {out} lies in {images}, whose files" in capsys.readouterr().err
     assert len(list(images.iterdir())) == 40
     assert main(["train", "--out=.run", "--data=.", *arguments]) == 0
     assert main(["train", "--out=.run", "--resume", "--steps=3"]) == 0
@@ -248,10 +248,10 @@ def test_endings_are_read_in_any_case(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["encode", "a.png", "a.fvq", "--run=r", "--data=d"], "--data: only says where held-out images are"),
-        (["reconstruct", "r", "a.png", "--out=x.png", "--data=d"], "--data: only says where held-out images are"),
-        (["encode", "./held-out", "a.fvq", "--run=r"], "the run's held-out images are --held-out"),
-        (["reconstruct", "r", "held-out/", "--out=x.png"], "the run's held-out images are --held-out"),
+        (["encode", "a.png", "a.fvq", "--run=r", "--data=d"], "--data: only says where held-out examples are"),
+        (["reconstruct", "r", "a.png", "--out=x.png", "--data=d"], "--data: only says where held-out examples are"),
+        (["encode", "./held-out", "a.fvq", "--run=r"], "the run's held-out examples are --held-out"),
+        (["reconstruct", "r", "held-out/", "--out=x.png"], "the run's held-out examples are --held-out"),
         (["prior", "r", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["demo", "--out=r", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
     ],
@@ -298,7 +298,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(module, function, call)
 
     counting(plots, "save_figure", lambda figure, path, *_: f"{path.parent.name}/{path.name}")
-    counting(trainer, "evaluate", lambda model, images: type(model.bottleneck).__name__)
+    counting(trainer, "evaluate", lambda model, *_: type(model.bottleneck).__name__)
     counting(prior, "bits_per_index", lambda model, *_: type(model).__name__)
     return counts
 
@@ -386,7 +386,7 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the demo learn from a few images."""
     from fastvq.runs import load
 
-    everything = demo.load_images(demo.DEMO)
+    everything = demo.load_examples(demo.DEMO)
     few = dataclasses.replace(
         everything,
         train=everything.train[:40],
@@ -396,7 +396,7 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         test_names=everything.test_names[:20],
     )
     for module in (demo, load):
-        monkeypatch.setattr(module, "load_images", lambda config: few)
+        monkeypatch.setattr(module, "load_examples", lambda config: few)
     monkeypatch.setattr(demo, "DEMO", dataclasses.replace(demo.DEMO, codebook_size=16, batch_size=8))
     monkeypatch.setattr(demo, "DEMO_PRIOR", dataclasses.replace(SMALL_PRIOR, batch_size=8))
 

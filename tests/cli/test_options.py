@@ -12,11 +12,12 @@ from fastvq.cli import train
 from fastvq.cli.main import _parser, main
 from fastvq.cli.options import given_settings
 from fastvq.errors import ConfigError
+from fastvq.modalities import ImageConfig
 from fastvq.models.bottlenecks import KINDS
 from fastvq.training.build import build_model
-from fastvq.training.config import PRESETS, PriorConfig, TrainConfig
+from fastvq.training.config import PriorConfig
 
-COMMANDS = {"train": (["train", "--out=run"], TrainConfig), "prior": (["prior", "run"], PriorConfig)}
+COMMANDS = {"train": (["train", "--out=run"], ImageConfig), "prior": (["prior", "run"], PriorConfig)}
 every_command = pytest.mark.parametrize("command", COMMANDS)
 
 
@@ -37,7 +38,7 @@ def test_every_field_is_an_option(command):
             kind = next((part for part in typing.get_args(types[field.name]) if part is not type(None)), None)
             expected[field.name] = {str: "text", float: 0.25}.get(kind or types[field.name], 7)
             given.append(f"--{option}={expected[field.name]}")
-    found = given_settings(_parser().parse_args([*arguments, *given]), settings, arguments[0])
+    found = given_settings(_parser().parse_args([*arguments, *given]), arguments[0], settings)
     assert found == expected
     assert {name: type(value) for name, value in found.items()} == {n: type(v) for n, v in expected.items()}
 
@@ -45,7 +46,7 @@ def test_every_field_is_an_option(command):
 @every_command
 def test_what_is_not_given_is_left_to_the_record(command):
     arguments, settings = COMMANDS[command]
-    assert given_settings(_parser().parse_args(arguments), settings, arguments[0]) == {}
+    assert given_settings(_parser().parse_args(arguments), arguments[0], settings) == {}
 
 
 @every_command
@@ -83,7 +84,7 @@ def test_options_of_the_bottleneck_are_taken_in_every_form():
 
 
 def test_no_option_of_a_bottleneck_is_taken_for_an_abbreviation_of_another():
-    own = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrainConfig)} | {"--out", "--resume"}
+    own = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(ImageConfig)} | {"--out", "--resume"}
     for name, kind in KINDS.items():
         for option in kind.options():
             option = "--" + option.replace("_", "-")
@@ -118,14 +119,14 @@ def test_a_preset_replaces_defaults_and_options_replace_it(tmp_path):
     (tmp_path / "a.toml").write_text("level_blocks = 1\nsteps = 7\n")
     arguments = ["train", "--out=run", "--preset=vqgan", f"--config={tmp_path / 'a.toml'}", "--steps=9"]
     config = train._settings(_parser().parse_args(arguments))
-    assert config == TrainConfig(**PRESETS["vqgan"] | {"level_blocks": 1, "steps": 9})
-    assert train._settings(_parser().parse_args(["train", "--out=run"])) == TrainConfig()
-    assert train._settings(_parser().parse_args(["train", "--out=run", "--preset=vqvae"])) == TrainConfig()
+    assert config == ImageConfig(**ImageConfig.presets["vqgan"] | {"level_blocks": 1, "steps": 9})
+    assert train._settings(_parser().parse_args(["train", "--out=run"])) == ImageConfig()
+    assert train._settings(_parser().parse_args(["train", "--out=run", "--preset=vqvae"])) == ImageConfig()
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ImageConfig.presets)
 def test_a_model_is_built_of_every_preset(name):
-    assert build_model(TrainConfig(**PRESETS[name])).encode(torch.rand(1, 1, 28, 28)).shape == (1, 7, 7)
+    assert build_model(ImageConfig(**ImageConfig.presets[name])).encode(torch.rand(1, 1, 28, 28)).shape == (1, 7, 7)
 
 
 @pytest.mark.parametrize(
@@ -139,4 +140,4 @@ def test_a_model_is_built_of_every_preset(name):
 )
 def test_settings_of_networks_are_validated(settings, message):
     with pytest.raises(ConfigError, match=message):
-        build_model(TrainConfig(**settings))
+        build_model(ImageConfig(**settings))

@@ -14,7 +14,7 @@ import fastvq
 from fastvq.cli.main import main
 from fastvq.runs import plots
 from fastvq.runs.train_prior import train_prior
-from fastvq.training import Trainer, load_images
+from fastvq.training import Trainer, load_examples
 from fastvq.training.checkpoint import load_latest
 from fastvq.training.config import PriorConfig
 from fastvq.training.metrics import read_metrics
@@ -51,7 +51,8 @@ def test_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         file.write_text("{}")
     assert main(["runs", str(tmp_path)]) == 0
     head, *lines, blank, broken = capsys.readouterr().out.splitlines()
-    assert head.split() == ["run", "data", "bottleneck", "steps", "dB", "perplexity", "prior", "bits", "size", "date"]
+    names = ("run", "data", "bottleneck", "steps", "quality", "perplexity", "prior", "bits", "size", "date")
+    assert tuple(head.split()) == names
     assert [line.split()[:4] for line in lines] == [[name, "images", "vq", "3/3"] for name in ("a", "deep/b")]
     assert blank == ""
     assert broken.startswith("broken: ")
@@ -60,7 +61,7 @@ def test_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     records = json.loads(capsys.readouterr().out)
     test = read_metrics(run / "metrics.jsonl")[-1]
     assert [record["run"] for record in records] == ["a", "broken", "deep/b"]
-    assert records[0]["psnr_db"] == test["psnr_db"]
+    assert (records[0]["measure"], records[0]["value"]) == ("psnr_db", test["psnr_db"])
     assert records[0]["prior_bits"] == read_metrics(run / "prior" / "metrics.jsonl")[-1]["bits_per_index"]
     assert records[0]["bytes"] == sum(path.stat().st_size for path in (tmp_path / "a").rglob("*") if path.is_file())
     assert main(["runs", str(run)]) == 0  # a run itself
@@ -129,6 +130,6 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert main(["export", str(tmp_path / "absent"), str(tmp_path / "x.onnx")]) == 2
     assert "absent holds no checkpoint: it does not exist" in capsys.readouterr().err
     config = dataclasses.replace(load_latest(run).config, bottleneck="none", steps=1)
-    Trainer(config, load_images(config), tmp_path / "plain").fit(progress=False)
+    Trainer(config, load_examples(config), tmp_path / "plain").fit(progress=False)
     assert main(["export", str(tmp_path / "plain"), str(tmp_path / "x.onnx")]) == 2
     assert "was trained without a bottleneck: it has no indices" in capsys.readouterr().err

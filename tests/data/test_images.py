@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastvq.data import fashion_mnist, load_fashion_mnist, load_folder, load_full_fashion_mnist
+from fastvq.data import fashion_mnist, load_fashion_mnist, load_full_fashion_mnist, load_image_folder
+from fastvq.data.examples import to_float
 from fastvq.data.image_format import ImageFormat
-from fastvq.data.image_io import read_image, write_images
-from fastvq.data.images import to_float
+from fastvq.data.image_io import read_image, write_image
 from fastvq.data.split import split_by_file
 from fastvq.errors import DataError, SkippedFilesWarning
 
@@ -121,11 +121,11 @@ def test_floats_span_zero_to_one() -> None:
 
 @pytest.mark.parametrize(("grayscale", "channels"), [(True, 1), (False, 3)])
 def test_a_folder_becomes_square_images_split_by_file(folder: Path, grayscale: bool, channels: int) -> None:
-    images = load_folder(folder, image_size=16, grayscale=grayscale, test_fraction=0.3)
+    images = load_image_folder(folder, image_size=16, grayscale=grayscale, test_fraction=0.3)
     assert images.train.shape[1:] == images.test.shape[1:] == (channels, 16, 16)
     assert len(images.train) + len(images.test) == 30
     assert len(images.test_names) == len(images.test)
-    again = load_folder(folder, image_size=16, grayscale=grayscale, test_fraction=0.3)
+    again = load_image_folder(folder, image_size=16, grayscale=grayscale, test_fraction=0.3)
     assert images.fingerprint() == again.fingerprint()
     assert images.test_names == again.test_names
 
@@ -135,7 +135,7 @@ def test_an_image_is_cropped_to_its_central_square(tmp_path: Path) -> None:
     striped[:, 8:16] = 200
     for name in ("a.png", "b.PNG"):
         Image.fromarray(striped).save(tmp_path / name, format="png")
-    images = load_folder(tmp_path, image_size=8, grayscale=True)
+    images = load_image_folder(tmp_path, image_size=8, grayscale=True)
     assert images.train.float().mean() == 200
 
 
@@ -163,28 +163,28 @@ def test_a_split_of_nothing_or_everything_is_refused(fraction: float) -> None:
 
 def test_errors_name_the_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="doesn't exist"):
-        load_folder(tmp_path / "missing", image_size=8)
+        load_image_folder(tmp_path / "missing", image_size=8)
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(DataError, match="is not a folder"):
-        load_folder(file, image_size=8)
+        load_image_folder(file, image_size=8)
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(DataError, match="holds no images"):
-        load_folder(empty, image_size=8)
+        load_image_folder(empty, image_size=8)
     Image.new("L", (8, 8)).save(empty / "one.png")
     with pytest.raises(DataError, match="holds one image"):
-        load_folder(empty, image_size=8)
+        load_image_folder(empty, image_size=8)
     (empty / "two.png").write_bytes(b"not a picture")
     with pytest.raises(DataError, match=r"two\.png is not a readable image"):
-        load_folder(empty, image_size=8)
+        load_image_folder(empty, image_size=8)
 
 
 def test_a_file_cut_short_is_named(folder: Path) -> None:
     path = folder / "part0" / "00.png"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match=r"00\.png is not a readable image"):
-        load_folder(folder, image_size=8)
+        load_image_folder(folder, image_size=8)
 
 
 def test_sixteen_bit_and_transparent_images_keep_their_look(tmp_path: Path) -> None:
@@ -204,26 +204,23 @@ def test_hidden_files_and_folders_are_ignored(folder: Path) -> None:
     for hidden in (".thumbnails", "below/.fastvq-0123456789abcdef.tmp/deeper"):
         (folder / hidden).mkdir(parents=True)
         (folder / hidden / "000000.png").write_bytes(b"not an image")
-    assert len(load_folder(folder, image_size=8, grayscale=True, test_fraction=0.5).train) > 0
+    assert len(load_image_folder(folder, image_size=8, grayscale=True, test_fraction=0.5).train) > 0
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_written_as_they_are_read(tmp_path: Path, channels: int) -> None:
     pixels = torch.randint(0, 256, (3, channels, 8, 8), dtype=torch.uint8)
-    write_images(tmp_path, to_float(pixels), 7, ["b", "a", "b"])
-    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
-    assert names == ["a/000008.png", "b/000007.png", "b/000009.png"]
-    again = [read_image(tmp_path / name, ImageFormat(8, grayscale=channels == 1)) for name in names]
-    assert torch.equal(torch.stack(again), pixels[[1, 0, 2]])
-    write_images(tmp_path, to_float(pixels[:1]), 10)
-    assert (tmp_path / "000010.png").exists()
+    for number, image in enumerate(to_float(pixels)):
+        write_image(tmp_path / f"{number}.png", image, "png")
+    again = [read_image(tmp_path / f"{n}.png", ImageFormat(8, grayscale=channels == 1)) for n in range(3)]
+    assert torch.equal(torch.stack(again), pixels)
 
 
 def test_all_unreadable_files_are_named_at_once(folder: Path) -> None:
     (folder / "part0" / "00.png").write_bytes(b"")
     (folder / "part0" / "text.jpg").write_text("text")
     with pytest.raises(DataError, match=r"2 of 31 files cannot be read") as caught:
-        load_folder(folder, image_size=8)
+        load_image_folder(folder, image_size=8)
     assert [line.rpartition(": ")[2] for line in str(caught.value).splitlines()[1:]] == [
         "the file is empty",
         "unknown format",
@@ -231,13 +228,13 @@ def test_all_unreadable_files_are_named_at_once(folder: Path) -> None:
 
 
 def test_skipped_files_are_as_if_they_were_not_there(folder: Path, tmp_path: Path) -> None:
-    expected = load_folder(folder, image_size=8)
+    expected = load_image_folder(folder, image_size=8)
     (folder / "part0" / "0.png").write_bytes(b"")
     (folder / "zz.jpg").write_text("text")
     with pytest.warns(
         SkippedFilesWarning, match=r"skipped 2 files of 32:\n  .*0\.png is not a readable image: .*\n  .*zz"
     ):
-        images = load_folder(folder, image_size=8, skip_unreadable=True)
+        images = load_image_folder(folder, image_size=8, skip_unreadable=True)
     assert images.fingerprint() == expected.fingerprint()
     assert images.test_names == expected.test_names
 
@@ -246,7 +243,7 @@ def test_many_unreadable_files_are_counted(tmp_path: Path) -> None:
     for n in range(50):
         (tmp_path / f"{n:02d}.png").write_bytes(b"")
     with pytest.raises(DataError, match="50 of 50 files") as caught:
-        load_folder(tmp_path, image_size=8)
+        load_image_folder(tmp_path, image_size=8)
     lines = str(caught.value).splitlines()
     assert len(lines) == 22
     assert lines[-1] == "  and 30 more"
@@ -256,7 +253,7 @@ def test_one_readable_image_is_too_few(tmp_path: Path) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "one.png")
     (tmp_path / "two.png").write_bytes(b"")
     with pytest.warns(SkippedFilesWarning), pytest.raises(DataError, match="holds one readable image"):
-        load_folder(tmp_path, image_size=8, skip_unreadable=True)
+        load_image_folder(tmp_path, image_size=8, skip_unreadable=True)
 
 
 def test_large_images_are_read_and_too_large_ones_named(

@@ -9,20 +9,22 @@ import pytest
 import torch
 
 from fastvq.cli import train
-from fastvq.data import DATA_SETS, DataError, DataSet, Images
+from fastvq.data import DATA_SETS, DataError, DataSet, Examples
 from fastvq.data.registry import name_of
 from fastvq.errors import ConfigError
-from fastvq.training import TrainConfig, load_images
+from fastvq.modalities import ImageConfig, config_of, modality_of
+from fastvq.training import load_examples
 
-DOTS = Images("dots", *(torch.full((n, 3, 16, 16), n, dtype=torch.uint8) for n in (4, 2)), test_names=("a", "b"))
+COLOR = {"image_size": 16, "grayscale": False}
+DOTS = Examples("dots", *(torch.full((n, 3, 16, 16), n, dtype=torch.uint8) for n in (4, 2)), test_names=("a", "b"))
 
 
 @pytest.fixture
 def dots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DATA_SETS, "dots", DataSet(lambda: DOTS, "dots", "in memory", image_size=16, grayscale=False))
+    monkeypatch.setitem(DATA_SETS, "dots", DataSet(lambda: DOTS, "dots", "in memory", "16x16 color", COLOR))
 
 
-def settings(*arguments: str) -> TrainConfig:
+def settings(*arguments: str) -> ImageConfig:
     parser = argparse.ArgumentParser()
     train.add_options(parser)
     return train._settings(parser.parse_args(["--out=nowhere", *arguments]))
@@ -31,19 +33,19 @@ def settings(*arguments: str) -> TrainConfig:
 def test_an_entry_of_the_table_is_all_that_a_data_set_needs(dots: None) -> None:
     config = settings("--data=dots")
     assert (config.data, config.image_size, config.grayscale) == ("dots", 16, False)
-    assert load_images(config) is DOTS
+    assert load_examples(config) is DOTS
     with pytest.raises(
         ConfigError, match="dots is 16x16 color: image_size, image_width, grayscale, fit and crop_from cannot"
     ):
         settings("--data=dots", "--image-size=28")
 
 
-@pytest.mark.parametrize("name", DATA_SETS)
+@pytest.mark.parametrize("name", [name for name, known in DATA_SETS.items() if known.modality == "image"])
 def test_each_data_set_has_its_settings(name: str) -> None:
-    config, side = settings(f"--data={name}"), DATA_SETS[name].image_size
+    config, side = settings(f"--data={name}"), DATA_SETS[name].settings["image_size"]
     assert (config.data, config.image_size, config.grayscale) == (name, side, True)
     for changed in ("--no-grayscale", "--fit=pad", f"--image-width={2 * side}", f"--crop-from={2 * side}"):
-        with pytest.raises(ConfigError, match=f"{name} is {side}x{side} grayscale: image_size, image_width"):
+        with pytest.raises(ConfigError, match=f"{name} is {side}x{side} gray: image_size, image_width"):
             settings(f"--data={name}", changed)
 
 
@@ -54,7 +56,10 @@ def test_the_table_says_what_a_data_set_holds(name: str) -> None:
         pytest.skip(f"missing: {known.missing()}")
     images = known.load()
     assert (len(images.train), len(images.test)) == known.count
-    assert images.train.shape[1:] == (1 if known.grayscale else 3, known.image_size, known.image_size)
+    config = config_of(known.modality)(data=name, **known.settings)
+    assert images.train.shape[1:] == config.example_format.shape
+    assert str(images.train.dtype) == f"torch.{modality_of(known.modality).reader.dtype}"
+    assert images.noun == modality_of(known.modality).noun
     assert images.name == known.name
     assert images.train_labels is not None
     assert images.class_names is not None
@@ -64,7 +69,7 @@ def test_the_table_says_what_a_data_set_holds(name: str) -> None:
 
 
 def test_images_have_the_name_of_their_data_set() -> None:
-    assert load_images(TrainConfig()).name == DATA_SETS["fashion-mnist"].name == name_of("fashion-mnist")
+    assert load_examples(ImageConfig()).name == DATA_SETS["fashion-mnist"].name == name_of("fashion-mnist")
 
 
 def test_a_folder_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,13 +78,13 @@ def test_a_folder_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_default_is_the_first() -> None:
-    assert settings() == TrainConfig()
-    assert TrainConfig().data == "fashion-mnist" == next(iter(DATA_SETS))
+    assert settings() == ImageConfig()
+    assert ImageConfig().data == "fashion-mnist" == next(iter(DATA_SETS))
 
 
 def test_any_other_name_is_a_folder(tmp_path: Path, dots: None) -> None:
     config = settings(f"--data={tmp_path}")
     assert (config.data, config.image_size, config.grayscale) == (str(tmp_path.resolve()), 64, False)
-    listed = r"'fashion-mnist' \(.*\), 'fashion-mnist-full' \(.*\), .*'dots' \(in memory\) or a folder of images"
+    listed = r"'fashion-mnist' \(.*\), 'fashion-mnist-full' \(.*\), .*'dots' \(in memory\) or a folder of files"
     with pytest.raises(DataError, match=f"typo doesn't exist: data must be {listed}"):
-        load_images(settings("--data=typo"))
+        load_examples(settings("--data=typo"))

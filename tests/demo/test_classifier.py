@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastvq.data import Images
+from fastvq.data import Examples
 from fastvq.demo import classifier
 from fastvq.demo.classifier import agreement, train_classifier
 
@@ -18,7 +18,7 @@ def test_the_judge_learns_classes_and_leaves_randomness_alone():
     images, labels = squares()
     # Mirroring, which training does, makes the first and last class one.
     labels = (labels == 1).long()
-    data = Images("squares", images, images, ("",) * len(images), labels, labels)
+    data = Examples("squares", images, images, ("",) * len(images), labels, labels)
     torch.manual_seed(3)
     judge = train_classifier(data, steps=60)
     after = torch.rand(1)
@@ -27,7 +27,7 @@ def test_the_judge_learns_classes_and_leaves_randomness_alone():
     assert agreement(judge, images / 255, labels) > 0.95
     assert agreement(judge, images / 255, 1 - labels) < 0.05
     with pytest.raises(ValueError, match="images: a classifier needs classes"):
-        train_classifier(Images("squares", images, images, ()), steps=1)
+        train_classifier(Examples("squares", images, images, ()), steps=1)
 
 
 def by_brightness(images):
@@ -58,7 +58,7 @@ class Halving:
     def encode(self, images):
         return (images * 255)[:, 0].round().long() // 2
 
-    def decode(self, indices):
+    def restore(self, indices):
         return indices[:, None] / 255
 
 
@@ -67,7 +67,7 @@ def test_each_agreement_is_of_what_it_says(monkeypatch):
     # Six of eight images look like their class; half as bright, as 0, 0, 0, 0, 1, 1, 1 and 1, five of them do.
     seen = torch.tensor([0, 0, 0, 1, 2, 3, 2, 3]).to(torch.uint8)[:, None, None, None]
     labels = torch.tensor([0, 0, 0, 0, 2, 3, 2, 1])
-    data = Images("brightnesses", seen, seen, ("",) * 8, labels, labels)
+    data = Examples("brightnesses", seen, seen, ("",) * 8, labels, labels)
     assert classifier.judge_samples(Guided(), Halving(), data, {"guidance": 2.0}) == {
         "sample_agreement": 1.0,
         "plain_sample_agreement": 0.25,

@@ -9,10 +9,11 @@ import torch
 
 import fastvq
 from fastvq.errors import ConfigError
+from fastvq.modalities import ImageConfig
 from fastvq.models import VQVAE, Decoder, Encoder
 from fastvq.models.adapters import UNSUITABLE, adapter_of
 from fastvq.models.bottlenecks import KINDS, SHARED, build_bottleneck, parse_options
-from fastvq.training.config import _NO_BOTTLENECKS, BOTTLENECKS, TrainConfig
+from fastvq.training.config import _NO_BOTTLENECKS, BOTTLENECKS
 
 GRID = (3, 4)
 SMALL = {"codebook_size": 16}
@@ -47,7 +48,7 @@ def small(name, **options):
 
 def test_the_names_and_defaults_are_those_of_the_settings():
     assert tuple(KINDS) == BOTTLENECKS
-    assert {name: getattr(TrainConfig(), name) for name in SHARED} == SHARED
+    assert {name: getattr(ImageConfig(), name) for name in SHARED} == SHARED
     assert len(_NO_BOTTLENECKS) == len(UNSUITABLE)
 
 

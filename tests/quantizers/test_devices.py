@@ -17,9 +17,10 @@ from fastvq import codebook, precision
 from fastvq.backends import devices, reference
 from fastvq.backends.support import GRADIENTS
 from fastvq.backends.torch import search
-from fastvq.data import Images
+from fastvq.data import Examples
+from fastvq.modalities import ImageConfig
 from fastvq.models.priors import PRIORS
-from fastvq.training import TrainConfig, Trainer
+from fastvq.training import Trainer
 from fastvq.training.config import PriorConfig
 from fastvq.training.prior import IndexData, PriorTrainer, bits_per_index
 
@@ -155,8 +156,8 @@ def test_a_vqvaes_training_step(tmp_path, monkeypatch):
     """K-means may wait once, nothing else."""
     monkeypatch.setattr(devices, "usable_device", torch.device)  # as if it were a device with values
     pixels = torch.zeros(16, 1, 16, 16, dtype=torch.uint8)
-    images = Images("gray", pixels, pixels, ("gray",) * 16)
-    config = TrainConfig(data="gray", image_size=16, width=8, dim=8, codebook_size=24, batch_size=8, device="meta")
+    images = Examples("gray", pixels, pixels, ("gray",) * 16)
+    config = ImageConfig(data="gray", image_size=16, width=8, dim=8, codebook_size=24, batch_size=8, device="meta")
     trainer = Trainer(config, images, tmp_path)
     trainer.model.bottleneck._codebook._ready = True
     with Fed():

@@ -11,11 +11,11 @@ import torch
 import fastvq
 from fastvq import coding
 from fastvq.cli.main import main
-from fastvq.data.images import to_float
-from fastvq.runs.load import load_model, load_prior, run_images
+from fastvq.data.examples import to_float
+from fastvq.runs.load import load_model, load_prior, run_examples
 from fastvq.runs.pictures import picture_run
 from fastvq.runs.train_prior import train_prior
-from fastvq.training import PriorConfig, Trainer, load_images
+from fastvq.training import PriorConfig, Trainer, load_examples
 
 from ..tiny_runs import tiny_run
 
@@ -42,7 +42,7 @@ def test_files_hold_all_indices(run, model, tmp_path):
     assert main(["encode", "--held-out", str(coded), f"--run={folder}", f"--model={model}"]) == 0
     assert main(["decode", str(coded), str(array), f"--run={folder}"]) == 0
     vqvae, _ = load_model(folder)
-    pixels = run_images(folder).test
+    pixels = run_examples(folder).test
     indices = vqvae.encode(to_float(pixels))
     assert indices.shape == (len(pixels), *SHAPES[name])
     assert np.array_equal(np.load(array), indices.numpy())
@@ -84,7 +84,7 @@ def test_an_evaluation_has_each_codebook(run, tmp_path, capsys):
 def test_a_loaded_run_decodes_what_it_encodes(run):
     name, folder = run
     model = fastvq.load(folder)
-    images = to_float(run_images(folder).test)
+    images = to_float(run_examples(folder).test)
     assert torch.equal(model.decode(model.encode(images)), model.reconstruct(images))
     assert model.sample(2).shape == (2, *images.shape[1:])
     expected = r"\(B, h, w, 3\), got \(1, 4, 4\)" if name == "rvq" else r"\(B, 21\), got \(1, 4, 4\)"
@@ -95,7 +95,7 @@ def test_a_loaded_run_decodes_what_it_encodes(run):
 def test_pictures_show_each_codebook(run, tmp_path, monkeypatch):
     _, folder = run
     model, config = load_model(folder)
-    trainer = Trainer(config, load_images(config), tmp_path / "again")
+    trainer = Trainer(config, load_examples(config), tmp_path / "again")
     trainer.model.load_state_dict(model.state_dict())
     (tmp_path / "again").mkdir(exist_ok=True)
     (tmp_path / "again" / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes())

@@ -41,7 +41,7 @@ def test_a_damaged_or_foreign_file_leaves_nothing_behind(run, tmp_path, capsys):
     [
         (["decode", "absent.fvq", "out", "--run={run}"], "absent.fvq"),
         (["decode", "{images}/00.png", "out", "--run={run}"], "not a file of fastvq indices"),
-        (["decode", "{images}/00.png", "out"], "--run: needed to decode images"),
+        (["decode", "{images}/00.png", "out"], "--run: needed to decode examples"),
         (["decode", "absent.fvq", "{images}", "--run={run}"], "exists: choose another folder"),
     ],
 )

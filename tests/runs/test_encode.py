@@ -14,7 +14,7 @@ from fastvq.cli.main import main
 from fastvq.runs.load import load_model
 from fastvq.runs.train_prior import train_prior
 from fastvq.training import PriorConfig
-from fastvq.training.build import load_images
+from fastvq.training.build import load_examples
 
 from ..tiny_runs import tiny_run
 
@@ -50,7 +50,7 @@ def test_a_folder_to_a_file_and_back(run, tmp_path, capsys):
 
 def test_held_out_images_and_one_image(run, tmp_path, capsys):
     folder, images = run
-    held_out = load_images(load_model(folder)[1]).test
+    held_out = load_examples(load_model(folder)[1]).test
     assert main(["encode", "--held-out", str(tmp_path / "a.fvq"), f"--run={folder}", "--model=static"]) == 0
     assert coding.read_header((tmp_path / "a.fvq").read_bytes()).shape == (len(held_out), 4, 4)
     assert main(["encode", str(images / "03.png"), str(tmp_path / "b.fvq"), f"--run={folder}"]) == 0
@@ -82,7 +82,7 @@ def test_an_array_of_a_runs_indices_decodes_to_images(run, tmp_path):
     ("command", "message"),
     [
         (["encode", "absent", "out.fvq", "--run={run}"], "absent does not exist"),
-        (["encode", "{images}", "out.fvq"], "--run: needed to encode images"),
+        (["encode", "{images}", "out.fvq"], "--run: needed to encode files"),
         (["encode", "{images}", "out.fvq", "--run=absent"], "absent"),
         (
             ["encode", "{images}", "out.fvq", "--run={run}", "--model=zip"],
@@ -128,15 +128,15 @@ def test_held_out_is_an_option_and_no_name(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     given = ["a.fvq", f"--run={folder}"]
     assert main(["encode", "held-out", *given]) == 2
-    assert "held-out does not exist: the run's held-out images are --held-out" in capsys.readouterr().err
+    assert "held-out does not exist: the run's held-out examples are --held-out" in capsys.readouterr().err
     (tmp_path / "held-out").symlink_to(images, target_is_directory=True)
     for name in ("held-out", "./held-out"):
         assert main(["encode", name, *given]) == 0
         assert "30 images" in capsys.readouterr().out
     assert main(["encode", "held-out", "--held-out", *given]) == 2
-    assert "--held-out: takes no other images, got held-out" in capsys.readouterr().err
+    assert "--held-out: takes no other files, got held-out" in capsys.readouterr().err
     assert main(["encode", *given]) == 2
-    assert "IN: give images, folders, an .npy file of indices, or --held-out" in capsys.readouterr().err
+    assert "IN: give files, folders, an .npy file of indices, or --held-out" in capsys.readouterr().err
 
 
 def test_several_images_and_folders(run, tmp_path, capsys):

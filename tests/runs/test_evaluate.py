@@ -13,10 +13,11 @@ import torch
 
 import fastvq
 from fastvq.errors import CheckpointError, ConfigError, DataError, MeasureError
-from fastvq.runs import measures
+from fastvq.modalities import image_measures as measures
+from fastvq.modalities.image import MODALITY, SquaredError
+from fastvq.modalities.image_measures import image_measures, psnr
 from fastvq.runs.evaluate import RESAMPLES, bootstrap_means, evaluate_run, rows_of, table
-from fastvq.runs.load import load_prior, run_images
-from fastvq.runs.measures import image_measures, psnr
+from fastvq.runs.load import load_prior, run_examples
 from fastvq.runs.train_prior import train_prior
 from fastvq.training.config import PriorConfig
 from fastvq.training.evaluation import evaluate, reconstruct
@@ -40,13 +41,13 @@ def test_measures_are_those_of_the_images(tiny: tuple[Path, Path], monkeypatch: 
     lines = evaluate_run(run)
     record = json.loads((run / "evaluation.json").read_text())
     prior, vqvae = load_prior(run)
-    images = run_images(run)
-    expected = evaluate(vqvae, images.test)
+    images = run_examples(run)
+    expected = evaluate(vqvae, images.test, SquaredError(1.0))
     measured = {name: values["value"] for name, values in record["measures"].items()}
     restored, indices = reconstruct(vqvae, images.test / 255)
     errors = (restored - images.test / 255).square().flatten(1).mean(1)
     bits = bits_per_index(prior, indices, None)
-    assert record["images"] == len(images.test) >= 2
+    assert record["examples"] == len(images.test) >= 2
     assert measured["psnr_db"] == pytest.approx(expected.psnr_db, abs=1e-4)
     assert measured["psnr_db_mean"] == pytest.approx(-10 * errors.log10().mean().item(), abs=1e-4)
     assert measured["perplexity"] == pytest.approx(float(fastvq.perplexity(expected.counts)))
@@ -73,14 +74,14 @@ def test_an_evaluation_is_repeated_to_the_digit(tiny: tuple[Path, Path], tmp_pat
 
 def test_another_folder_is_measured_as_a_whole(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     run, images = tiny
-    held_out = len(run_images(run).test)
+    held_out = len(run_examples(run).test)
     moved = shutil.copytree(images, tmp_path / "moved")
     evaluate_run(run, tmp_path / "moved.json", data=moved)
-    assert json.loads((tmp_path / "moved.json").read_text())["images"] == held_out
+    assert json.loads((tmp_path / "moved.json").read_text())["examples"] == held_out
     (moved / "00.png").unlink()
     evaluate_run(run, tmp_path / "other.json", data=moved)
     other = json.loads((tmp_path / "other.json").read_text())
-    assert (other["images"], other["data"]) == (59, "moved, all images")
+    assert (other["examples"], other["data"]) == (59, "moved, all images")
 
 
 def test_bad_input_is_named(tiny: tuple[Path, Path], tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_bad_input_is_named(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         evaluate_run(tmp_path / "absent")
     with pytest.raises(
-        DataError, match="data: fashion-mnist has images of 28 x 28, gray; the run learned from 16 x 16"
+        DataError, match="data: fashion-mnist has 28x28 gray images; the run learned images, image_size 16"
     ):
         evaluate_run(run, tmp_path / "x.json", data="fashion-mnist")
     with pytest.raises(DataError, match="doesn't exist"):
@@ -144,7 +145,7 @@ def test_ssim_is_its_definition() -> None:
     pytest.importorskip("torchmetrics")
     originals = torch.rand(2, 1, 14, 16)
     restored = (originals + 0.2 * torch.randn(2, 1, 14, 16)).clamp(0, 1)
-    found = image_measures((14, 16), 2, CPU).per_image["ssim"](restored, originals)
+    found = image_measures((14, 16), 2, CPU).per_example["ssim"](restored, originals)
     expected = [ssim_of(*pair) for pair in zip(restored[:, 0], originals[:, 0], strict=True)]
     assert found.tolist() == pytest.approx(expected, abs=1e-3)
 
@@ -152,7 +153,7 @@ def test_ssim_is_its_definition() -> None:
 def test_ms_ssim_is_measured_where_five_scales_fit() -> None:
     pytest.importorskip("torchmetrics")
     images = torch.rand(1, 1, 176, 176)
-    measure = image_measures((176, 176), 1, CPU).per_image["ms_ssim"]
+    measure = image_measures((176, 176), 1, CPU).per_example["ms_ssim"]
     assert measure(images, images).tolist() == pytest.approx([1.0], abs=1e-5)
     assert "ms_ssim" in image_measures((175, 200), 1, CPU).refused
 
@@ -202,6 +203,6 @@ def test_the_table_aligns_and_names_what_is_missing() -> None:
         "measures": {"psnr_db": {"value": 21.5, "low": 21.0, "high": 22.0}, "usage": {"value": 0.25}},
         "refused": {"ssim": "there is none"},
     }
-    assert rows_of(record)[0] == ("PSNR of the mean squared error (dB)", "21.50", "21.00 to 22.00")
-    assert table(record)[-1] == "SSIM: not measured, there is none"
-    assert table(record)[2] == "usage, share of codes chosen         0.2500"
+    assert rows_of(record, MODALITY)[0] == ("PSNR of the mean squared error (dB)", "21.50", "21.00 to 22.00")
+    assert table(record, MODALITY)[-1] == "SSIM: not measured, there is none"
+    assert table(record, MODALITY)[2] == "usage, share of codes chosen         0.2500"

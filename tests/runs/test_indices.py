@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fastvq.models import VQVAE
-from fastvq.runs.indices import index_images
+from fastvq.runs.indices import index_examples
 from fastvq.runs.load import load_model
-from fastvq.training import load_images
+from fastvq.training import load_examples
 
 from ..tiny_runs import tiny_run
 
@@ -32,8 +32,8 @@ def run(trained, tmp_path):
 
 def test_indices_are_written_once_and_belong_to_the_model(run, monkeypatch):
     model, config = load_model(run)
-    images = load_images(config)
-    data = index_images(run, model, images, flip=True)
+    images = load_examples(config)
+    data = index_examples(run, model, images, mirrored=True)
     assert torch.equal(data.test.long(), model.encode(images.test / 255))
     both = torch.cat([images.train, images.train.flip(-1)]) / 255
     assert torch.equal(data.train.long(), model.encode(both))
@@ -44,21 +44,21 @@ def test_indices_are_written_once_and_belong_to_the_model(run, monkeypatch):
     ]
     with monkeypatch.context() as patch:
         patch.setattr(VQVAE, "encode", lambda *_: pytest.fail("the indices exist already"))
-        again = index_images(run, model, images, flip=True)
+        again = index_examples(run, model, images, mirrored=True)
     assert torch.equal(again.train, data.train)
-    plain = index_images(run, model, images, flip=False)
+    plain = index_examples(run, model, images, mirrored=False)
     assert len(plain.train) == len(images.train)
     with torch.no_grad():
         model.bottleneck.codebook[:] = model.bottleneck.codebook.flip(0)
-    other = index_images(run, model, images, flip=False)
+    other = index_examples(run, model, images, mirrored=False)
     assert torch.equal(other.train, 23 - plain.train)
 
 
 @pytest.mark.parametrize("spoil", ["description", "truncated", "flipped", "empty", "gone", "another shape"])
 def test_damaged_indices_are_written_again(run, spoil):
     model, config = load_model(run)
-    images = load_images(config)
-    expected = index_images(run, model, images, flip=False).train.clone()
+    images = load_examples(config)
+    expected = index_examples(run, model, images, mirrored=False).train.clone()
     train, described = run / "prior" / "indices-train.npy", run / "prior" / "indices.json"
     if spoil == "description":
         described.write_text(described.read_text()[:-5])
@@ -74,16 +74,16 @@ def test_damaged_indices_are_written_again(run, spoil):
         train.unlink()
     else:
         np.save(train, np.zeros((3, 4, 4), np.int32))
-    assert torch.equal(index_images(run, model, images, flip=False).train, expected)
+    assert torch.equal(index_examples(run, model, images, mirrored=False).train, expected)
     assert np.array_equal(np.load(train), expected.numpy())
 
 
 def test_labels_follow_the_mirrored_images(run):
     model, config = load_model(run)
-    images = load_images(config)
+    images = load_examples(config)
     labeled = dataclasses.replace(
         images, train_labels=torch.arange(len(images.train)) % 3, test_labels=torch.arange(len(images.test)) % 3
     )
-    data = index_images(run, model, labeled, flip=True)
+    data = index_examples(run, model, labeled, mirrored=True)
     assert data.classes == 3
     assert torch.equal(data.train_labels, labeled.train_labels.repeat(2))

@@ -9,7 +9,7 @@ import pytest
 from fastvq.cli.main import main
 from fastvq.data.registry import check_outside
 from fastvq.errors import ConfigError
-from fastvq.runs.encode import encode_images
+from fastvq.runs.encode import encode_files
 
 from ..tiny_runs import tiny_run
 
@@ -19,7 +19,7 @@ def run(tmp_path_factory):
     """Return a run of a few steps on a folder of images, the folder, and a coded image of it."""
     run, images = tiny_run(tmp_path_factory.mktemp("outputs"), count=12, grayscale=False)
     coded = run.parent / "one.fvq"
-    encode_images(run, images / "00.png", coded)
+    encode_files(run, images / "00.png", coded)
     return run, images, coded
 
 

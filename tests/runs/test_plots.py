@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from fastvq.data import Images
+from fastvq.data import Examples
 from fastvq.runs import plots
 from fastvq.runs.pictures import shown_rows
 
@@ -59,7 +59,9 @@ def test_reconstructions(tmp_path: Path, figures: list[Figure], count: int, chan
     restored = (originals + 0.1).clamp(0, 1)
     restored[0] = originals[0] - 0.1
     names = [f"image {n}" for n in range(count)]
-    plots.save_reconstructions(path, originals, restored, names, title="A title", caption="A caption.")
+    plots.save_reconstructions(
+        path, originals, restored, names, ["20.0 dB"] * count, title="A title", caption="A caption."
+    )
     (figure,) = figures
     assert len(figure.axes) == panels
     assert "A title" in texts(figure)
@@ -187,7 +189,9 @@ def test_no_text_of_reconstructions_is_cut_or_covered(
 ) -> None:
     images = torch.rand(count, 3, *size)
     names = (NAMES * 3)[:count]
-    plots.save_reconstructions(tmp_path / "a.png", images, images / 2, names, title=LONG, caption=LONG * 2)
+    plots.save_reconstructions(
+        tmp_path / "a.png", images, images / 2, names, ["20.0 dB"] * count, title=LONG, caption=LONG * 2
+    )
     check_texts(figures[0])
 
 
@@ -285,9 +289,9 @@ def test_no_caption_speaks_of_classes_or_one_data_set(tmp_path: Path, figures: l
     assert not [word for word in ("cloth", "label", "class") for figure in figures if word in texts(figure)]
 
 
-def held_out(names: list[str], labels: list[int] | None = None) -> Images:
+def held_out(names: list[str], labels: list[int] | None = None) -> Examples:
     pixels = torch.zeros(len(names), 1, 4, 4, dtype=torch.uint8)
-    return Images("x", pixels, pixels, tuple(names), None, None if labels is None else torch.tensor(labels))
+    return Examples("x", pixels, pixels, tuple(names), None, None if labels is None else torch.tensor(labels))
 
 
 def test_shown_images_are_spread_over_the_set() -> None:

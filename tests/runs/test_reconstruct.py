@@ -54,7 +54,7 @@ def test_files_folders_and_held_out_images(run, drawn, capsys):
     assert drawn[2] == drawn[3]
     assert [title.partition(",")[0] for _, title in drawn[:2]] == ["1 image", "30 images"]
     assert main([*arguments, "--held-out", "a.png"]) == 2
-    assert "--held-out: takes no other images, got a.png" in capsys.readouterr().err
+    assert "--held-out: takes no other files, got a.png" in capsys.readouterr().err
 
 
 def test_of_many_images_some_are_drawn_and_all_are_measured(run, drawn, capsys, monkeypatch):

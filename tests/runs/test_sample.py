@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastvq import coding
 from fastvq.cli.main import main
-from fastvq.data import load_folder
+from fastvq.data import load_image_folder
 from fastvq.models import TransformerPrior
 from fastvq.runs import load
 from fastvq.runs.load import load_prior
@@ -38,7 +38,7 @@ def plain(tmp_path_factory):
 def classed(tmp_path_factory):
     """Return a run with a prior, of images of three classes."""
     run, folder = tiny_run(tmp_path_factory.mktemp("classed"), count=30, grayscale=True)
-    original = load.load_images
+    original = load.load_examples
 
     def with_labels(config):
         images = original(config)
@@ -48,7 +48,7 @@ def classed(tmp_path_factory):
         return dataclasses.replace(images, train_labels=train, test_labels=test, class_names=CLASSES)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "load_images", with_labels)
+        patch.setattr(load, "load_examples", with_labels)
         train_prior(run, CONFIG, progress=False)
         yield run
 
@@ -140,7 +140,7 @@ def test_images_without_classes_are_a_data_set(plain, tmp_path):
     indices = sample(plain, tmp_path / "indices.npy", "--count=7")
     sample(plain, tmp_path / "drawn", "--count=7")
     assert files(tmp_path / "drawn") == [f"{n:06d}.png" for n in range(7)]
-    loaded = load_folder(tmp_path / "drawn", image_size=16)
+    loaded = load_image_folder(tmp_path / "drawn", image_size=16)
     pixels = torch.cat([loaded.train, loaded.test])
     expected = as_pixels(load_prior(plain)[1], indices)
     assert sorted(image.sum().item() for image in pixels) == sorted(image.sum().item() for image in expected)

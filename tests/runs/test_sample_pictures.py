@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvq.data import Images
+from fastvq.data import Examples
+from fastvq.modalities import ImageConfig
 from fastvq.runs import plots
 from fastvq.runs.pictures import shown_rows
 from fastvq.runs.sample_pictures import picture_completions, picture_neighbors, picture_samples
 
 from ..cases import generator
 
+CONFIG = ImageConfig(data="folder", image_size=8)
 CLASSES = ("boot", "bag", "coat")
 
 
@@ -36,7 +38,16 @@ class FakeModel:
     def encode(self, images):
         return (images[:, 0, ::2, ::2] * 255).round().long()
 
-    def decode(self, indices):
+    value_range = (0.0, 1.0)
+
+    @property
+    def adapter(self):
+        return self
+
+    def index_shape(self, grid):
+        return grid
+
+    def restore(self, indices):
         return blocks(indices) / 255
 
 
@@ -52,10 +63,10 @@ def made(classes, held_out=11, high=50):
         for count in (40, held_out)
     )
     if not classes:
-        return Images("blocks", train, test, tuple(f"image {n}" for n in range(held_out)))
+        return Examples("blocks", train, test, tuple(f"image {n}" for n in range(held_out)))
     labels = torch.arange(held_out) % classes
     names = tuple(CLASSES[label] for label in labels)
-    return Images("blocks", train, test, names, torch.arange(40) % classes, labels, CLASSES)
+    return Examples("blocks", train, test, names, torch.arange(40) % classes, labels, CLASSES)
 
 
 def pictured(monkeypatch, picture, classes, images, seed=0):
@@ -63,7 +74,7 @@ def pictured(monkeypatch, picture, classes, images, seed=0):
     shown = []
     monkeypatch.setattr(plots, "save_grid", lambda path, *what, **_: shown.append(what))
     prior = FakePrior(classes)
-    picture(None, prior, FakeModel(), images, seed=seed, guidance=2.0)
+    picture(None, prior, FakeModel(), CONFIG, images, seed=seed, guidance=2.0)
     assert all(settings == {"guidance": 2.0} for settings in prior.settings)
     ((rows, row_names, column_names),) = shown
     return (torch.stack(list(rows))[:, :, 0] * 255).round().long(), list(row_names), list(column_names)

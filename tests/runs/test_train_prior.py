@@ -15,10 +15,11 @@ from PIL import Image
 
 from fastvq.cli.main import main
 from fastvq.errors import CheckpointError, ConfigError
+from fastvq.modalities import ImageConfig
 from fastvq.models.priors import PRIORS
 from fastvq.runs.load import load_model, load_prior
 from fastvq.runs.train_prior import delete_prior, train_prior
-from fastvq.training import TrainConfig, Trainer, load_images
+from fastvq.training import Trainer, load_examples
 from fastvq.training.checkpoint import load_latest, seal
 from fastvq.training.config import PriorConfig
 from fastvq.training.metrics import read_metrics
@@ -99,10 +100,10 @@ def test_states_that_cannot_be_used(run):
     state.write_bytes(whole)
     load_prior(run)
     other = next((run / "checkpoints").glob("step-*"))
-    config = TrainConfig(**json.loads((other / "checkpoint.json").read_text())["config"])
+    config = ImageConfig.from_json(json.loads((other / "checkpoint.json").read_text())["config"])
     shutil.rmtree(run / "checkpoints")
     (run / "metrics.jsonl").unlink()
-    Trainer(dataclasses.replace(config, seed=1), load_images(config), run).fit(progress=False)
+    Trainer(dataclasses.replace(config, seed=1), load_examples(config), run).fit(progress=False)
     with pytest.raises(CheckpointError, match="the prior of another model"):
         load_prior(run)
     with pytest.raises(CheckpointError, match="the prior of another model: train it again with --overwrite"):
@@ -306,7 +307,7 @@ def test_a_prior_resumes_on_the_data_it_began_with(run, trained, tmp_path, monke
     assert main(["prior", str(run), "--resume", "--steps=8", f"--data={moved}"]) == 2
     said = capsys.readouterr().err
     assert f"the data differ from those that {run} was trained on: {moved} has the fingerprint " in said
-    assert f"{data} had {load_images(load_model(run)[1]).fingerprint()}" in said
+    assert f"{data} had {load_examples(load_model(run)[1]).fingerprint()}" in said
     assert main(["prior", str(run), "--resume", f"--data={tmp_path / 'nowhere'}"]) == 2
     assert "nowhere" in capsys.readouterr().err
 

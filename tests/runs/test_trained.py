@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import torch
 
 import fastvq
 from fastvq.errors import CheckpointError, ConfigError
-from fastvq.runs.load import load_model, run_images
+from fastvq.runs.load import load_model, run_examples
 from fastvq.runs.train_prior import train_prior
 from fastvq.runs.trained import TrainedModel
-from fastvq.training import Trainer, load_images
+from fastvq.training import Trainer, load_examples
 from fastvq.training.config import PriorConfig
 from fastvq.training.evaluation import reconstruct
 
@@ -33,7 +34,7 @@ def model(run: Path) -> TrainedModel:
 
 
 def test_it_does_what_the_models_of_the_run_do(run: Path, model: TrainedModel) -> None:
-    images = run_images(run).test
+    images = run_examples(run).test
     vqvae, _ = load_model(run)
     restored, indices = reconstruct(vqvae, images / 255)
     assert torch.equal(model.encode(images), indices)
@@ -145,8 +146,8 @@ def test_damage(run: Path, tmp_path: Path) -> None:
 
 def test_a_run_without_a_bottleneck_reconstructs(run: Path, tmp_path: Path) -> None:
     _, config = load_model(run)
-    config = type(config)(**{**config.to_json(), "bottleneck": "none", "steps": 1})
-    Trainer(config, load_images(config), tmp_path / "plain").fit(progress=False)
+    config = dataclasses.replace(config, bottleneck="none", steps=1)
+    Trainer(config, load_examples(config), tmp_path / "plain").fit(progress=False)
     plain = fastvq.load(tmp_path / "plain")
     assert plain.reconstruct(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
     for call in (lambda: plain.encode(torch.rand(1, 3, 16, 16)), lambda: plain.decode(torch.zeros(1, 4, 4).long())):

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from fastvq.errors import ConfigError
+from fastvq.modalities import ImageConfig
 from fastvq.models.discriminator import PatchDiscriminator
 from fastvq.training import Trainer
 from fastvq.training.adversary import Adversary
-from fastvq.training.config import TrainConfig
 from fastvq.training.metrics import read_metrics
 
 from .tiny import TINY, stop_after, tiny_images
@@ -114,4 +114,4 @@ def test_logits_are_those_of_patches(size: tuple[int, int], layers: int, grid: t
 )
 def test_settings_of_losses_are_validated(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Adversary(TrainConfig(**settings), CPU)
+        Adversary(ImageConfig(**settings), CPU)

@@ -16,10 +16,11 @@ import torch
 
 import fastvq
 from fastvq.errors import CheckpointError
-from fastvq.training import TrainConfig, checkpoint
+from fastvq.modalities import ImageConfig
+from fastvq.training import checkpoint
 from fastvq.training.metrics import MetricsLog, read_metrics
 
-SETTINGS = TrainConfig()
+SETTINGS = ImageConfig()
 
 
 def small_checkpoint(step: int) -> checkpoint.Checkpoint:
@@ -75,7 +76,7 @@ def test_a_step_is_saved_again_only_if_it_is_equal(tmp_path: Path) -> None:
         {"tensors": first.tensors | {"a.b": torch.arange(1, 6)}},
         {"tensors": first.tensors | {"a.b": torch.arange(5).int()}},
         {"tensors": {"a.b": first.tensors["a.b"]}},
-        {"config": TrainConfig(seed=1)},
+        {"config": ImageConfig(seed=1)},
         {"data_fingerprint": "others"},
         {"built_from": {"kind": "lstm"}},
     ]

@@ -12,19 +12,20 @@ from typing import Any
 import pytest
 
 from fastvq.errors import ConfigError
+from fastvq.modalities import ImageConfig
 from fastvq.models.priors import PRIORS
-from fastvq.training.config import PRIOR_KINDS, PriorConfig, Settings, TrainConfig
+from fastvq.training.config import PRIOR_KINDS, PriorConfig, Settings
 
 from .tiny import TINY
 
 
 def test_settings_survive_json() -> None:
-    assert TrainConfig.from_json(json.loads(json.dumps(TINY.to_json()))) == TINY
+    assert ImageConfig.from_json(json.loads(json.dumps(TINY.to_json()))) == TINY
     older = TINY.to_json()
     del older["seed"]
-    assert TrainConfig.from_json(older) == dataclasses.replace(TINY, seed=TrainConfig().seed)
+    assert ImageConfig.from_json(older) == dataclasses.replace(TINY, seed=ImageConfig().seed)
     with pytest.raises(ConfigError, match="settings of another version of fastvq: sede"):
-        TrainConfig.from_json(older | {"sede": 1})
+        ImageConfig.from_json(older | {"sede": 1})
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def test_settings_survive_json() -> None:
 )  # fmt: skip
 def test_a_setting_out_of_range_is_named(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name):
-        TrainConfig(**{name: value})
+        ImageConfig(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -63,21 +64,26 @@ def test_a_priors_setting_out_of_range_is_named(name: str, value: object, messag
         PriorConfig(**{name: value})
 
 
-@pytest.mark.parametrize("settings", [TrainConfig, PriorConfig])
+def fields_of(settings: type[Settings]) -> list[tuple[str, object]]:
+    types = typing.get_type_hints(settings)
+    return [(field.name, types[field.name]) for field in dataclasses.fields(settings)]
+
+
+@pytest.mark.parametrize("settings", [ImageConfig, PriorConfig])
 def test_every_number_has_a_range(settings: type[Settings]) -> None:
     # The images of a folder may have any size.
-    given = {"data": "folder"} if settings is TrainConfig else {}
-    for name, kind in typing.get_type_hints(settings).items():
+    given = {"data": "folder"} if settings is ImageConfig else {}
+    for name, kind in fields_of(settings):
         if kind not in (str, bool):
             with pytest.raises(ConfigError, match=f"^{name} must be "):
                 settings(**given, **{name: math.nan})
     assert PriorConfig(dropout=0, label_dropout=0, warmup_steps=0, weight_decay=0).dim is None
 
 
-@pytest.mark.parametrize("settings", [TrainConfig, PriorConfig])
+@pytest.mark.parametrize("settings", [ImageConfig, PriorConfig])
 def test_every_number_is_finite_and_bounded(settings: type[Settings]) -> None:
-    given = {"data": "folder"} if settings is TrainConfig else {}
-    for name, kind in typing.get_type_hints(settings).items():
+    given = {"data": "folder"} if settings is ImageConfig else {}
+    for name, kind in fields_of(settings):
         if kind not in (str, bool):
             for value in (10**400, *([math.inf] if kind is float else [])):
                 with pytest.raises(ConfigError, match=f"^{name} must be "):
@@ -86,7 +92,7 @@ def test_every_number_is_finite_and_bounded(settings: type[Settings]) -> None:
 
 def test_an_image_size_that_the_strides_do_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match="image_size 30 is not a multiple"):
-        TrainConfig(data="folder", image_size=30)
+        ImageConfig(data="folder", image_size=30)
 
 
 def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
@@ -102,7 +108,7 @@ def test_the_kinds_are_those_of_the_models() -> None:
 
 
 def test_a_setting_by_its_earlier_name_is_read():
-    assert TrainConfig.from_json({"revival_threshold": 0.25}).dead_code_threshold == 0.25
+    assert ImageConfig.from_json({"revival_threshold": 0.25}).dead_code_threshold == 0.25
 
 
 @pytest.mark.parametrize(
@@ -118,4 +124,4 @@ def test_a_setting_by_its_earlier_name_is_read():
 )
 def test_settings_that_exclude_each_other(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        TrainConfig(**settings)
+        ImageConfig(**settings)

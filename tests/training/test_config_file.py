@@ -10,8 +10,9 @@ import pytest
 
 from fastvq.cli.main import main
 from fastvq.errors import ConfigError
+from fastvq.modalities import ImageConfig
 from fastvq.training import Trainer
-from fastvq.training.config import PriorConfig, Settings, TrainConfig
+from fastvq.training.config import PriorConfig, Settings
 from fastvq.training.config_file import NAME, read_settings, to_toml
 
 from .tiny import TINY, tiny_images
@@ -20,36 +21,40 @@ from .tiny import TINY, tiny_images
 @pytest.mark.parametrize(
     ("config", "section"),
     [
-        (TrainConfig(), "train"),
-        (TrainConfig(data='a "b"\\c\n\x7fé', learning_rate=1e-30, flip=False, seed=2**63 - 1), "train"),
-        (TrainConfig(data="photos", image_size=64, grayscale=False, reconstruction_variance=1e300), "train"),
-        (TrainConfig(bottleneck="rvq", bottleneck_options={"codebook_sizes": [8, 4], "beam_size": 2}), "train"),
-        (TrainConfig(bottleneck="fsq", bottleneck_options={"levels": [8, 5, 5], "preserve_symmetry": True}), "train"),
-        (TrainConfig(bottleneck="rvq", bottleneck_options={"num_quantizers": 3, "x y": 'a"b', "z": 1e-9}), "train"),
+        (ImageConfig(), "train"),
+        (ImageConfig(data='a "b"\\c\n\x7fé', learning_rate=1e-30, flip=False, seed=2**63 - 1), "train"),
+        (ImageConfig(data="photos", image_size=64, grayscale=False, reconstruction_variance=1e300), "train"),
+        (ImageConfig(bottleneck="rvq", bottleneck_options={"codebook_sizes": [8, 4], "beam_size": 2}), "train"),
+        (ImageConfig(bottleneck="fsq", bottleneck_options={"levels": [8, 5, 5], "preserve_symmetry": True}), "train"),
+        (ImageConfig(bottleneck="rvq", bottleneck_options={"num_quantizers": 3, "x y": 'a"b', "z": 1e-9}), "train"),
         (PriorConfig(), "prior"),
         (PriorConfig(kind="lstm", dim=16, dropout=0.0), "prior"),
     ],
 )
 def test_what_is_written_is_read(tmp_path: Path, config: Settings, section: str) -> None:
     (tmp_path / "a.toml").write_text(to_toml(config))
-    assert type(config)(**read_settings(tmp_path / "a.toml", type(config), section)) == config
+    found = read_settings(tmp_path / "a.toml", section, type(config))
+    assert found.pop("modality", None) == getattr(config, "modality", None)
+    assert type(config)(**found) == config
 
 
 def test_every_run_has_its_settings(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, steps=2)
     Trainer(config, tiny_images(), tmp_path / "run").fit(progress=False)
-    assert TrainConfig(**read_settings(tmp_path / "run" / NAME, TrainConfig, "train")) == config
+    found = read_settings(tmp_path / "run" / NAME, "train", ImageConfig)
+    assert found.pop("modality") == "image"
+    assert ImageConfig(**found) == config
     Trainer(dataclasses.replace(config, steps=3), tiny_images(), tmp_path / "run", resume=True).fit(progress=False)
-    assert read_settings(tmp_path / "run" / NAME, TrainConfig, "train")["steps"] == 3
+    assert read_settings(tmp_path / "run" / NAME, "train", ImageConfig)["steps"] == 3
 
 
 def test_a_file_may_have_a_table_for_each_command(tmp_path: Path) -> None:
     path = tmp_path / "both.toml"
     path.write_text("[train]\nbatch-size = 8\n[prior]\nsteps = 5\n")
-    assert read_settings(path, TrainConfig, "train") == {"batch_size": 8}
-    assert read_settings(path, PriorConfig, "prior") == {"steps": 5}
+    assert read_settings(path, "train", ImageConfig) == {"batch_size": 8}
+    assert read_settings(path, "prior", PriorConfig) == {"steps": 5}
     path.write_text("[prior]\nsteps = 5\n")
-    assert read_settings(path, TrainConfig, "train") == {}
+    assert read_settings(path, "train", ImageConfig) == {}
 
 
 @pytest.mark.parametrize(
@@ -66,13 +71,13 @@ def test_a_file_may_have_a_table_for_each_command(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.toml").write_bytes(content)
     with pytest.raises(ConfigError, match=f"^config: .*a.toml {message}"):
-        read_settings(tmp_path / "a.toml", TrainConfig, "train")
+        read_settings(tmp_path / "a.toml", "train", ImageConfig)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(ConfigError, match=f"^config: {path}: "):
-            read_settings(path, TrainConfig, "train")
+            read_settings(path, "train", ImageConfig)
 
 
 @pytest.mark.parametrize(
@@ -90,13 +95,13 @@ def test_values_of_another_type_are_named(
 def test_options_come_before_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[str, Any] = {}
 
-    def stop(config: TrainConfig, **_: Any) -> None:
+    def stop(config: ImageConfig, **_: Any) -> None:
         found.update(config.to_json())
         raise ConfigError("enough")
 
-    monkeypatch.setattr("fastvq.training.load_images", stop)
+    monkeypatch.setattr("fastvq.training.load_examples", stop)
     (tmp_path / "a.toml").write_text("steps = 7\nbatch_size = 8\nflip = false\n")
     arguments = ["train", f"--out={tmp_path / 'run'}", f"--config={tmp_path / 'a.toml'}", "--steps=9", "--flip"]
     assert main(arguments) == 2
     assert (found["steps"], found["batch_size"], found["flip"]) == (9, 8, True)
-    assert found["image_size"] == TrainConfig.image_size
+    assert found["image_size"] == ImageConfig.image_size

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from fastvq import files
-from fastvq.data import Images
+from fastvq.data import Examples
 from fastvq.files import write_whole
-from fastvq.training import Evaluation, TrainConfig, Trainer, checkpoint
+from fastvq.modalities import ImageConfig
+from fastvq.training import Evaluation, Trainer, checkpoint
 from fastvq.training.metrics import MetricsLog, read_metrics
 
 # Two evaluations, one of them at a step that would have no checkpoint otherwise, and three checkpoints.
-CONFIG = TrainConfig(
+CONFIG = ImageConfig(
     data="noise", image_size=8, codebook_size=4, dim=4, dead_code_threshold=2, width=4, residual_width=2,
     encoder_blocks=0, decoder_blocks=0, steps=4, batch_size=4, warmup_steps=1, log_every=1, evaluate_every=2,
     checkpoint_every=3,
@@ -31,9 +32,9 @@ FAULTS: list[Callable[[], BaseException]] = [
 ]
 
 
-def noise() -> Images:
+def noise() -> Examples:
     pixels = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return Images("noise", pixels[:8], pixels[8:], ("",) * 4)
+    return Examples("noise", pixels[:8], pixels[8:], ("",) * 4)
 
 
 class Faults:

@@ -13,8 +13,9 @@ import torch
 
 from fastvq.cli.main import main
 from fastvq.errors import ConfigError
+from fastvq.modalities import ImageConfig
 from fastvq.training.checkpoint import checkpoint_folders, load_latest
-from fastvq.training.config import PriorConfig, TrainConfig
+from fastvq.training.config import PriorConfig
 from fastvq.training.data_order import batch_rows, own_rows
 from fastvq.training.metrics import read_metrics
 
@@ -53,7 +54,7 @@ def resumed(both: Path) -> Path:
     return trained("resumed", both / "stopped")
 
 
-SETTINGS = {"vqvae": TrainConfig, "prior": PriorConfig}
+SETTINGS = {"vqvae": ImageConfig, "prior": PriorConfig}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

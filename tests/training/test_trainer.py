@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import fastvq
-from fastvq.data import Images
+from fastvq.data import Examples
 from fastvq.errors import CheckpointError, ConfigError, DataError
 from fastvq.runs.load import load_model
-from fastvq.training import Evaluation, Trainer, checkpoint, evaluate, load_images
+from fastvq.training import Evaluation, Trainer, checkpoint, evaluate, load_examples
 from fastvq.training.checkpoint import load_latest
 from fastvq.training.loop import delete_run
 from fastvq.training.metrics import read_metrics
@@ -67,7 +67,7 @@ def test_a_run_of_random_crops_resumes_bit_for_bit(tmp_path: Path, workers: int)
     folder_of(tmp_path / "images", [f"{n}.png" for n in range(30)])
     size = {"image_size": 8, "image_width": 16, "crop_from": 12, "grayscale": False}
     config = dataclasses.replace(TINY, data=str(tmp_path / "images"), **size)
-    images = load_images(config)
+    images = load_examples(config)
     whole = Trainer(config, images, tmp_path / "whole")
     assert whole.fit(progress=False)
     stop_after(Trainer(config, images, tmp_path / "parts"), 7)
@@ -201,7 +201,7 @@ def test_averaged_weights_are_evaluated_and_loaded(tmp_path: Path) -> None:
     for name, value in loaded.state_dict().items():
         assert torch.allclose(value, expected[name], rtol=1e-4, atol=1e-5), name
     assert not torch.equal(loaded.encoder.layers[0].weight, trainer.model.encoder.layers[0].weight)
-    assert evaluate(loaded, tiny_images().test).psnr_db == result.psnr_db
+    assert evaluate(loaded, tiny_images().test, trainer.objective).psnr_db == result.psnr_db
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["psnr_db"] == result.psnr_db
 
 
@@ -482,11 +482,11 @@ def test_training_lowers_the_error_on_held_out_images(tmp_path: Path) -> None:
         -1, 1, 28, 28
     )
     pixels = ramps.to(torch.uint8).contiguous()
-    images = Images("ramps", pixels[:100], pixels[100:], ("ramp",) * 20)
+    images = Examples("ramps", pixels[:100], pixels[100:], ("ramp",) * 20)
     trainer = Trainer(dataclasses.replace(TINY, steps=150, evaluate_every=150, checkpoint_every=150), images, tmp_path)
-    before = evaluate(trainer.model, images.test).psnr_db
+    before = evaluate(trainer.model, images.test, trainer.objective).psnr_db
     trainer.fit(progress=False)
-    assert evaluate(trainer.model, images.test).psnr_db > before + 6
+    assert evaluate(trainer.model, images.test, trainer.objective).psnr_db > before + 6
 
 
 @pytest.mark.parametrize("steps", [12, 13])

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,27 +18,12 @@ from torch import Tensor
 from fastvq.errors import MeasureError, MissingExtraError, first_line
 from fastvq.extras import require
 
+from .base import Distance, Measures, PerExample
+
 SSIM_LEAST, MS_SSIM_LEAST, LPIPS_LEAST = 11, 176, 31
 """Least side of an image in pixels: the window of SSIM, what torchmetrics asks for five scales of such windows, and
 what AlexNet's strides leave a pixel of."""
 _FID_LEAST = 2
-
-PerImage = Callable[[Tensor, Tensor], Tensor]
-"""(reconstructions, originals), both (B, C, H, W) in [0, 1], to one number for each image, (B,)."""
-
-
-class Measures(NamedTuple):
-    """Measures that can be taken, and the reasons why others cannot.
-
-    Attributes:
-        per_image: functions by name.
-        rfid: Fréchet distance between originals and reconstructions, or None.
-        refused: for each name that is missing, why.
-    """
-
-    per_image: dict[str, PerImage]
-    rfid: FrechetDistance | None
-    refused: dict[str, str]
 
 
 class FrechetDistance:
@@ -72,9 +56,9 @@ def image_measures(size: tuple[int, int], count: int, device: torch.device, *, d
         device: where the images are.
         download: download the weights of networks that are not here yet.
     """
-    available: dict[str, PerImage] = {"psnr_db_mean": psnr}
+    available: dict[str, PerExample] = {"psnr_db_mean": psnr}
     refused: dict[str, str] = {}
-    makers: dict[str, Callable[[], PerImage]] = {
+    makers: dict[str, Callable[[], PerExample]] = {
         "ssim": lambda: _ssim(size),
         "ms_ssim": lambda: _ms_ssim(size),
         "lpips": lambda: _lpips(size, device, download=download),
@@ -84,15 +68,15 @@ def image_measures(size: tuple[int, int], count: int, device: torch.device, *, d
             available[name] = make()
         except (MeasureError, MissingExtraError) as error:
             refused[name] = str(error)
-    rfid = None
+    distances: dict[str, Distance] = {}
     try:
-        rfid = _rfid(count, device, download=download)
+        distances["rfid"] = _rfid(count, device, download=download)
     except (MeasureError, MissingExtraError) as error:
         refused["rfid"] = str(error)
-    return Measures(available, rfid, refused)
+    return Measures(available, distances, refused)
 
 
-def _ssim(size: tuple[int, int]) -> PerImage:
+def _ssim(size: tuple[int, int]) -> PerExample:
     if min(size) < SSIM_LEAST:
         raise MeasureError(f"images of {size[0]} x {size[1]} are smaller than its window of 11 x 11")
     image = _torchmetrics("functional.image")
@@ -103,7 +87,7 @@ def _ssim(size: tuple[int, int]) -> PerImage:
     return ssim
 
 
-def _ms_ssim(size: tuple[int, int]) -> PerImage:
+def _ms_ssim(size: tuple[int, int]) -> PerExample:
     if min(size) < MS_SSIM_LEAST:
         least = f"{MS_SSIM_LEAST} x {MS_SSIM_LEAST}"
         raise MeasureError(f"images of {size[0]} x {size[1]} are smaller than {least}, which its 5 scales need")
@@ -117,7 +101,7 @@ def _ms_ssim(size: tuple[int, int]) -> PerImage:
     return ms_ssim
 
 
-def _lpips(size: tuple[int, int], device: torch.device, *, download: bool) -> PerImage:
+def _lpips(size: tuple[int, int], device: torch.device, *, download: bool) -> PerExample:
     if min(size) < LPIPS_LEAST:
         least = f"{LPIPS_LEAST} x {LPIPS_LEAST}"
         raise MeasureError(f"images of {size[0]} x {size[1]} are smaller than {least}, which AlexNet needs")
@@ -183,9 +167,3 @@ def _built(build: Callable[[], Any]) -> Any:
 
 def _rgb(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that the measures come from, of those that are imported."""
-    names = ("torch", "torchmetrics", "torchvision", "torch_fidelity")
-    return {name: str(sys.modules[name].__version__) for name in names if name in sys.modules}

@@ -1,0 +1,85 @@
+"""Kinds of data that a VQ-VAE learns from: all that training, commands and pages need to know about each.
+
+A modality NAME has two modules here: `NAME_config`, its settings, which import no torch, and `NAME`, whose `MODALITY`
+ties together its files (`fastvq.data`), its networks and losses (`fastvq.models`), and how its examples are drawn and
+written. `base` describes what a modality is.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from fastvq.errors import ConfigError, counted
+from fastvq.extras import lazy_attributes
+
+if TYPE_CHECKING:
+    from fastvq.files import StrPath
+    from fastvq.training.config import TrainConfig
+
+    from .base import Modality
+    from .image_config import ImageConfig
+else:
+    __getattr__, __dir__ = lazy_attributes(
+        __name__,
+        {"base": ("Modality",), "image_config": ("ImageConfig",)},
+    )
+
+__all__ = ["NAMES", "ImageConfig", "Modality", "config_of", "modality_of", "recognized"]
+
+NAMES = ("image",)
+"""Modalities by name; where a folder holds files that several can read, the first of them takes these."""
+
+
+def config_of(name: str) -> type[TrainConfig]:
+    """Return the class of the settings of a modality.
+
+    Raises:
+        ConfigError: there is no such modality.
+    """
+    _check(name)
+    module = importlib.import_module(f"{__name__}.{name}_config")
+    found: type[TrainConfig] = getattr(module, f"{name.capitalize()}Config")
+    return found
+
+
+def modality_of(name: str) -> Modality:
+    """Return a modality by its name.
+
+    Raises:
+        ConfigError: there is no such modality.
+    """
+    _check(name)
+    found: Modality = importlib.import_module(f"{__name__}.{name}").MODALITY
+    return found
+
+
+def _check(name: object) -> None:
+    if name not in NAMES:
+        raise ConfigError(f"modality must be one of {', '.join(NAMES)}, got {name!r}")
+
+
+def recognized(data: StrPath) -> str:
+    """Return the name of the modality of a data set with a name, or of the files in a folder or in tar shards.
+
+    A folder without any such file, or that does not exist, counts as one of images.
+
+    Raises:
+        ConfigError: the folder holds files of several modalities.
+    """
+    from fastvq.data import DATA_SETS
+    from fastvq.data.source import suffixes_in
+
+    if str(data) in DATA_SETS:
+        return DATA_SETS[str(data)].modality
+    left = suffixes_in(data)
+    found: dict[str, int] = {}
+    for name in NAMES:
+        suffixes = modality_of(name).reader.suffixes & left.keys()
+        number = sum(left.pop(suffix) for suffix in suffixes)
+        if number:
+            found[name] = number
+    if len(found) > 1:
+        files = " and ".join(counted(number, f"{name} file") for name, number in found.items())
+        raise ConfigError(f"modality: {data} holds {files}: say which the model learns from")
+    return next(iter(found), NAMES[0])

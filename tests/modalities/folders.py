@@ -1,0 +1,39 @@
+"""Small folders of files of each modality, and settings of small models of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_COUNT = 8
+
+
+@dataclass(frozen=True)
+class FolderOfFiles:
+    """Files of a modality.
+
+    Attributes:
+        write: writes at least eight files of noise to a folder, which it makes.
+        settings: settings of a small model of them, of this modality alone.
+    """
+
+    write: Callable[[Path], None]
+    settings: dict[str, Any]
+
+
+def _write_images(folder: Path) -> None:
+    from PIL import Image
+
+    folder.mkdir(exist_ok=True)
+    random = np.random.default_rng(0)
+    for number in range(_COUNT):
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{number}.png")
+
+
+_SMALL = {"width": 8, "residual_width": 4, "encoder_blocks": 1, "decoder_blocks": 1}
+FOLDERS = {"image": FolderOfFiles(_write_images, {"image_size": 16, **_SMALL})}
+"""By the name of the modality."""
