@@ -49,6 +49,7 @@ SLOW = (
     "cuda",
     "demo",
     "kernels",
+    "modalities",
     "models",
     "runs",
     "training",

@@ -12,6 +12,7 @@ import pytest
 
 import fastvq
 import fastvq.cli.main as cli
+from fastvq.runs.tokenize import tokenize
 from fastvq.runs.train_prior import train_prior
 from fastvq.training.config import PriorConfig
 
@@ -32,11 +33,12 @@ def python_blocks(document):
     "document", [d for d in DOCUMENTS if d != MIGRATION and python_blocks(d)], ids=lambda path: path.name
 )
 def test_code_runs(capsys, tmp_path, monkeypatch, document):
-    """Pages that load runs/mine find a run of this name, with a prior."""
+    """Pages that load runs/mine find a run of this name, with a prior, and its images as indices."""
     if any('"runs/mine"' in block for block in python_blocks(document)):
-        run, _ = tiny_run(tmp_path, count=30, grayscale=False)
+        run, images = tiny_run(tmp_path, count=30, grayscale=False)
         train_prior(run, PriorConfig(steps=1, batch_size=4, dim=8, depth=1), progress=False)
         (tmp_path / "runs").mkdir()
+        tokenize(run, images, tmp_path / "indices")
         run.rename(tmp_path / "runs" / "mine")
         monkeypatch.chdir(tmp_path)
     for block in python_blocks(document):

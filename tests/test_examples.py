@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import fastvq
+from fastvq.data.image_io import IMAGES
+
+from .tiny_runs import tiny_run
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -43,6 +48,20 @@ def test_train_prior(tmp_path: Path) -> None:
     for name in ("samples.png", "completions.png"):
         with Image.open(tmp_path / "run" / name) as image:
             assert min(image.size) > 500
+
+
+def test_tokenize_ray(tmp_path: Path) -> None:
+    pytest.importorskip("ray.data")
+    run, images = tiny_run(tmp_path, count=12, grayscale=True)
+    command = [sys.executable, str(EXAMPLES / "tokenize_ray.py"), "--run", str(run), "--out", "out", str(images)]
+    done = subprocess.run([*command, "--workers=1"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    table = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "out").to_pydict()
+    model = fastvq.load(run)
+    for path, indices in zip(table["path"], table["indices"], strict=True):
+        pixels = IMAGES.read(path, model.config.example_format, None)
+        assert model.encode(pixels)[0].tolist() == indices.tolist()
+    assert len(table["path"]) == 12
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

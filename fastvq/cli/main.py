@@ -34,6 +34,7 @@ from . import (
     reconstruct,
     runs,
     sample,
+    tokenize,
     train,
 )
 
@@ -49,6 +50,7 @@ COMMANDS: dict[str, ModuleType] = {
     "export": export,
     "encode": encode,
     "decode": decode,
+    "tokenize": tokenize,
     "demo": demo,
     "bench": bench,
 }
@@ -109,7 +111,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-_TOGETHER = (train.run, prior.run)
+_TOGETHER = (train.run, prior.run, tokenize.run)
 """Commands that several processes can run together."""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun"}

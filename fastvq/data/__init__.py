@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .fashion_mnist import load_fashion_mnist, load_full_fashion_mnist
     from .folder import load_folder
     from .images import load_image_folder
+    from .index_shards import IndexShards
 else:
     __getattr__, __dir__ = lazy_attributes(
         __name__,
@@ -24,6 +25,7 @@ else:
             "fashion_mnist": ("load_fashion_mnist", "load_full_fashion_mnist"),
             "examples": ("Examples",),
             "folder": ("load_folder",),
+            "index_shards": ("IndexShards",),
             "images": ("load_image_folder",),
         },
     )
@@ -33,6 +35,7 @@ __all__ = [
     "DataError",
     "DataSet",
     "Examples",
+    "IndexShards",
     "load_fashion_mnist",
     "load_folder",
     "load_full_fashion_mnist",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import tarfile
 import warnings
@@ -54,6 +55,9 @@ class Source(Protocol):
     def items(self) -> list[Item]:
         """Return all items in a fixed order."""
 
+    def parts(self, size: int) -> list[Source]:
+        """Return sources of some of the files each, in their order: of at most `size` files, or of one tar shard."""
+
     def read(self, format: Format, workers: int) -> Iterator[tuple[str, Tensor | str]]:
         """Yield each item's name with its examples, or with the reason why it cannot be read, in any order."""
 
@@ -76,6 +80,7 @@ class Folder:
         self.root, self._reader = Path(root), reader
         self.paths = data_files(self.root, reader)
         self.names = [path.relative_to(self.root).as_posix() for path in self.paths]
+        self._items: list[Item] | None = None
 
     def stamp(self) -> list[tuple[str, int, int]]:
         """Return path, size and time of change of each file, those with captions included."""
@@ -88,13 +93,26 @@ class Folder:
         Raises:
             DataError: a line of the captions is no caption.
         """
+        if self._items is not None:
+            return self._items
         folders = [name.partition("/")[0] if "/" in name else None for name in self.names]
         classed = None not in folders and len(set(folders)) > 1
         captions = self._captions()
-        return [
+        self._items = [
             Item(name, folder if classed else None, captions.get(name))
             for name, folder in zip(self.names, folders, strict=True)
         ]
+        return self._items
+
+    def parts(self, size: int) -> list[Source]:
+        """Return folders of at most `size` files each; classes are those of the whole."""
+        items, found = self.items(), []
+        for first in range(0, len(items), size):
+            part = copy.copy(self)
+            rows = slice(first, first + size)
+            part.paths, part.names, part._items = self.paths[rows], self.names[rows], items[rows]
+            found.append(part)
+        return [*found]
 
     def read(self, format: Format, workers: int) -> Iterator[tuple[str, Tensor | str]]:
         """Yield name and examples, or the reason why a file cannot be read, in the order of `items`."""
@@ -201,6 +219,15 @@ class Shards:
         samples = self._dataset().select(partial(_data_of, self._reader))
         samples = samples.map(partial(_sample_examples, self._reader, self._home, format))
         yield from _in_words(self.root, DataLoader(samples, batch_size=None, num_workers=min(workers, len(self.paths))))
+
+    def parts(self, size: int) -> list[Source]:
+        """Return each tar file as a source of its own, whatever the size."""
+        found = []
+        for path in self.paths:
+            part = copy.copy(self)
+            part.paths = [path]
+            found.append(part)
+        return [*found]
 
     def _dataset(self) -> Any:
         paths = [str(path) for path in self.paths]

@@ -42,8 +42,8 @@ def process_group() -> Iterator[None]:
         # By whichever library connects them: gloo, NCCL or the store of the group.
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "onnection" in str(error):
             raise RanksError(
-                f"rank {distributed.rank()}: another process of this training has ended; --resume continues from the"
-                " last checkpoint"
+                f"rank {distributed.rank()}: another process has ended; start them again, a training with --resume,"
+                " to continue from what is saved"
             ) from error
         raise
     dist.destroy_process_group()

@@ -95,7 +95,7 @@ def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
     run = torchrun(together.__file__, "killed", str(tmp_path))
     assert run.returncode != 0
     assert time.monotonic() - start < 60
-    assert "RanksError: rank 0: another process of this training has ended; --resume continues" in run.stderr
+    assert "RanksError: rank 0: another process has ended; start them again" in run.stderr
     assert [path.name for path in checkpoint_folders(tmp_path / "vqvae")] == ["step-00000004"]
 
 
