@@ -9,7 +9,8 @@ in docs/quantizers.md; `fastvq.parts` has what they are composed from. As functi
 `search`, `topk_search`, `sample`, `residual_search`, `accumulate`, `ema_update_`, `min_distance_`; soft assignments:
 `soft_assign`, `binary_assign`, `cross_entropy`, `soft_lookup`. `PackedCodebook` is a codebook for many small searches.
 Health of a codebook: `usage`, `perplexity`, `dead_share`, and each quantizer's `health()`. Which code runs:
-`use_backend`, and `fastvq info` on the command line. `load` returns the trained model of a run.
+`use_backend`, and `fastvq info` on the command line. `load` returns the trained model of a run. `accelerate` replaces
+the quantizers within models of other projects, `restore` undoes it.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ __all__ = [
     "SimVQ",
     "SoftAssignment",
     "VectorQuantize",
+    "accelerate",
     "accumulate",
     "binary_assign",
     "cross_entropy",
@@ -60,6 +62,7 @@ __all__ = [
     "quantize",
     "residual_quantize",
     "residual_search",
+    "restore",
     "sample",
     "search",
     "soft_assign",
@@ -77,6 +80,7 @@ aliases.install()
 # checkers see everything at its home, and no `__getattr__` that would hide typos.
 if TYPE_CHECKING:
     from .backends.select import use_backend
+    from .clients import accelerate, restore
     from .codebook import Replacement
     from .codebook.health import HealthReport, dead_share, perplexity, usage
     from .functional.binary_assign import BinaryAssignment, binary_assign
@@ -132,7 +136,7 @@ else:
             "topk_search",
         ),
     }
-    _LATER = {"load": "runs.trained"}
+    _LATER = {"accelerate": "clients", "restore": "clients", "load": "runs.trained"}
 
     def _load_functions() -> None:
         for home, names in _FUNCTIONS.items():

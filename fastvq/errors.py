@@ -60,6 +60,10 @@ class BenchError(FastvqError, ValueError):
     """Request that cannot be benchmarked; the message names the argument."""
 
 
+class UnknownQuantizerError(FastvqError, ValueError):
+    """Model without a quantizer that `accelerate` knows; the message names what looks like one."""
+
+
 class WrongResultError(FastvqError, RuntimeError):
     """Index returned by fastvq that differs from the specification's."""
 

@@ -20,6 +20,7 @@ BUILT_IN = {
     "MissingExtraError": ImportError,
     "BackendError": RuntimeError,
     "BenchError": ValueError,
+    "UnknownQuantizerError": ValueError,
     "WrongResultError": RuntimeError,
     "RanksError": RuntimeError,
     "MeasureError": RuntimeError,

@@ -15,7 +15,7 @@ from fastvq.cli.main import COMMANDS
 from fastvq.compat import aliases
 
 PATIENCE_S = 120
-IDLE = ("models", "coding", "data", "training", "runs", "demo", "bench")
+IDLE = ("clients", "models", "coding", "data", "training", "runs", "demo", "bench")
 """Packages that neither fastvq's functions nor a command without need of them imports."""
 
 

@@ -1,0 +1,10 @@
+"""Quantizers of other projects: what replaces their methods by exact kernels, in models as they are.
+
+One file has the adapters of a family of projects; `registry` lists them all.
+"""
+
+from __future__ import annotations
+
+from .replace import AccelerationReport, Replaced, Skipped, accelerate, restore
+
+__all__ = ["AccelerationReport", "Replaced", "Skipped", "accelerate", "restore"]
