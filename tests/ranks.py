@@ -398,6 +398,11 @@ def codebooks_that_fully_shard_has_sharded() -> None:
             else:
                 torch.testing.assert_close(embed, plain.modules_[1]._codebook.embed, **tolerance, msg=name)
             assert codebook.initted
+    residual = fastvq.ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=7, learnable_codebook=True, ema_update=False)
+    fully_shard(residual)
+    residual(batch(0, rows=3))
+    residual.layers[0]._codebook.set_(torch.full((1, 7, DIM), torch.nan))
+    assert residual.health(together=True).non_finite.flatten().tolist() == [1.0, 0.0]
     layer = fastvq.VectorQuantize(DIM, 7, learnable_codebook=True)
     fully_shard(layer)
     with pytest.raises(RuntimeError, match=r"^embed: is sharded over ranks \(a DTensor\)"):

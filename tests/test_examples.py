@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +50,42 @@ def test_train_prior(tmp_path: Path) -> None:
     for name in ("samples.png", "completions.png"):
         with Image.open(tmp_path / "run" / name) as image:
             assert min(image.size) > 500
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def printed(tmp_path: Path, *command: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_train_lightning(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    script = str(EXAMPLES / "train_lightning.py")
+    text = printed(tmp_path, sys.executable, script, "--steps=4", "--devices=2")
+    values = re.search(r"after 4 steps: .*'perplexity': '([\d.]+)', 'usage': '([\d.]+)'", text)
+    assert values is not None, text
+    assert 1 < float(values[1]) <= 512
+    assert 0 < float(values[2]) <= 1
+
+
+def test_train_accelerate(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    script = str(EXAMPLES / "train_accelerate.py")
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    text = printed(
+        tmp_path, sys.executable, *launch, "--mixed_precision=no", "--dynamo_backend=no", script, "--steps=2", "--cpu"
+    )
+    assert re.fullmatch(r"step 2: [\d.]+ dB, perplexity \d+, usage \d+%\n", text), text
+
+
+@pytest.mark.parametrize("options", [[], ["--learnable"]])
+def test_train_fsdp(tmp_path: Path, options: list[str]) -> None:
+    text = printed(tmp_path, *TORCHRUN, str(EXAMPLES / "train_fsdp.py"), "--steps=2", *options)
+    assert re.fullmatch(r"after 2 steps: loss [\d.]+, perplexity \d+\n", text), text
 
 
 def test_tokenize_ray(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from .candidates import Candidates
 from .guards import guard_ready
 from .kmeans import SEEDINGS, kmeans
 from .replacement import Replacement, Replacer
-from .storage import WriteCheck, read, refuse_dtensor, write_
+from .storage import WriteCheck, is_dtensor, read, refuse_dtensor, write_
 from .update import batch_statistics, ema_step_
 
 Weight = float | Tensor | Callable[[Tensor, Tensor], Tensor]
@@ -400,8 +400,12 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
 
     @torch.no_grad()
     def non_finite(self) -> Tensor:
-        """Return the share (H,) of codes that are not finite, or whose averages are not; they are never chosen."""
-        finite = self.embed.isfinite().all(-1) & self.embed_avg.isfinite().all(-1) & self.cluster_size.isfinite()
+        """Return the share (H,) of codes that are not finite, or whose averages are not; they are never chosen.
+
+        Where `fully_shard` has sharded the codes, they are gathered: all ranks must call this.
+        """
+        codes = read(self, "embed") if is_dtensor(self.embed) else self.embed
+        finite = codes.isfinite().all(-1) & self.embed_avg.isfinite().all(-1) & self.cluster_size.isfinite()
         return 1 - finite.float().mean(-1)
 
     def _warn_of_loaded_codes(self, prefix: str) -> None:

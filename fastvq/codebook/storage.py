@@ -19,7 +19,7 @@ def read(module: nn.Module, name: str) -> Tensor:
     for sharded in sharded_parameters(module, name):
         if tensor.dtype != sharded.dtype:
             tensor = sharded.detach()
-    if _is_dtensor(tensor):
+    if is_dtensor(tensor):
         tensor = tensor.full_tensor()
     return tensor.to(torch.float32, copy=True)
 
@@ -42,7 +42,7 @@ def write_(module: nn.Module, name: str, values: Tensor) -> None:
     if torch.compiler.is_compiling():
         tensor.copy_(values)
         return
-    if _is_dtensor(tensor):
+    if is_dtensor(tensor):
         _write_shard_(tensor, values)
     else:
         tensor.copy_(values)
@@ -89,7 +89,7 @@ def refuse_dtensor(name: str, tensor: Tensor) -> None:
     Raises:
         RuntimeError: it is a DTensor, as outside of the forward pass of a module that `fully_shard` has sharded.
     """
-    if not torch.compiler.is_compiling() and _is_dtensor(tensor):
+    if not torch.compiler.is_compiling() and is_dtensor(tensor):
         raise RuntimeError(
             f"{name}: is sharded over ranks (a DTensor); call the module's forward, which gathers it, or register the"
             " method with torch.distributed.fsdp.register_fsdp_forward_method"
@@ -101,7 +101,8 @@ def _is_flat(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.requires_grad and tensor._is_view()
 
 
-def _is_dtensor(tensor: Any) -> bool:
+def is_dtensor(tensor: Any) -> bool:
+    """Return whether a tensor is sharded over ranks."""
     return type(tensor).__name__ == "DTensor"  # by name, because importing it takes long
 
 
