@@ -44,8 +44,8 @@ TRAIN_PER_CLASS = 570
 TEST_PER_CLASS = 100
 _GRAY_STEP = 4
 
-# Literals of 8-bit pixels: three bits of the previous pixel as context, no alignment to exploit.
-_LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0}]
+LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0}]
+"""Settings for literals of 8-bit pixels: three bits of the previous pixel as context, no alignment to exploit."""
 
 Array = npt.NDArray[np.uint8]
 
@@ -126,4 +126,4 @@ def build_subset(
         test=test,
         test_labels=test_labels,
     )
-    write_whole(path, lzma.compress(buffer.getvalue(), filters=_LZMA_FILTERS))
+    write_whole(path, lzma.compress(buffer.getvalue(), filters=LZMA_FILTERS))

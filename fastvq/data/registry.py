@@ -62,6 +62,12 @@ def _digits() -> Examples:
     return load_digits()
 
 
+def _emoji_clips() -> Examples:
+    from .emoji_clips import load_emoji_clips
+
+    return load_emoji_clips()
+
+
 def _full_is_missing() -> str:
     return "" if FULL_FOLDER.is_dir() else "Debian's package dataset-fashion-mnist"
 
@@ -71,6 +77,7 @@ def _digits_are_missing() -> str:
 
 
 SUBSET, FULL, DIGITS = "Fashion-MNIST subset", "Fashion-MNIST", "handwritten digits"
+EMOJI = "animated emoji"
 """Names in reports and pictures."""
 FULL_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Folder of Debian's package of Fashion-MNIST."""
@@ -91,6 +98,16 @@ DATA_SETS = {
         count=(1500, 297),
         license="CC BY 4.0",
         missing=_digits_are_missing,
+    ),
+    "emoji-clips": DataSet(
+        _emoji_clips,
+        EMOJI,
+        "shipped clips of 17 frames, 32x32",
+        form="17 frames of 32x32 in color",
+        settings={"frames": 17, "frame_size": 32, "grayscale": False, "frame_rate": 6.0},
+        modality="video",
+        count=(124, 10),
+        license="MIT",
     ),
 }
 """Every data set by name, the default first; settings, command line and trainer take any other name for a folder."""

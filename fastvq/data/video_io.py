@@ -22,6 +22,7 @@ from fastvq.extras import require
 from fastvq.files import StrPath
 
 from .image_io import fit_image, why_unreadable
+from .reader import Reader
 from .video_format import VideoFormat
 
 _ANIMATIONS = frozenset({".gif", ".webp"})
@@ -168,6 +169,10 @@ def write_video(path: StrPath | BinaryIO, video: Tensor, frame_rate: float, endi
     durations = [(after - before) * 1000 // unit for before, after in pairwise(ticks)]
     options: dict[str, Any] = {"lossless": True} if kind == "webp" else {}
     images[0].save(path, kind.upper(), save_all=True, append_images=images[1:], duration=durations, loop=0, **options)
+
+
+CLIPS = Reader(("clip", "clips"), SUFFIXES, read_video, "uint8", WRITTEN)
+"""Files of video, each cut into clips."""
 
 
 def _write_film(path: StrPath | BinaryIO, frames: Any, frame_rate: float) -> None:

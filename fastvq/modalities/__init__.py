@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
     from .base import Modality
     from .image_config import ImageConfig
+    from .video_config import VideoConfig
 else:
     __getattr__, __dir__ = lazy_attributes(
         __name__,
-        {"base": ("Modality",), "image_config": ("ImageConfig",)},
+        {"base": ("Modality",), "image_config": ("ImageConfig",), "video_config": ("VideoConfig",)},
     )
 
-__all__ = ["NAMES", "ImageConfig", "Modality", "config_of", "modality_of", "recognized"]
+__all__ = ["NAMES", "ImageConfig", "Modality", "VideoConfig", "config_of", "modality_of", "recognized"]
 
-NAMES = ("image",)
-"""Modalities by name; where a folder holds files that several can read, the first of them takes these."""
+NAMES = ("image", "video")
+"""Modalities by name; where a folder holds nothing but files that several can read, the first of them takes these."""
 
 
 def config_of(name: str) -> type[TrainConfig]:
@@ -72,14 +73,16 @@ def recognized(data: StrPath) -> str:
 
     if str(data) in DATA_SETS:
         return DATA_SETS[str(data)].modality
-    left = suffixes_in(data)
+    endings = suffixes_in(data)
+    readers = {name: modality_of(name).reader.suffixes for name in NAMES}
+    able = {ending: [name for name in NAMES if ending in readers[name]] for ending in endings}
     found: dict[str, int] = {}
-    for name in NAMES:
-        suffixes = modality_of(name).reader.suffixes & left.keys()
-        number = sum(left.pop(suffix) for suffix in suffixes)
-        if number:
-            found[name] = number
+    # What one modality alone can read decides what the files are that several can.
+    for ending in sorted(endings, key=lambda ending: len(able[ending])):
+        if able[ending]:
+            name = next((name for name in able[ending] if name in found), able[ending][0])
+            found[name] = found.get(name, 0) + endings[ending]
     if len(found) > 1:
-        files = " and ".join(counted(number, f"{name} file") for name, number in found.items())
+        files = " and ".join(counted(found[name], f"{name} file") for name in NAMES if name in found)
         raise ConfigError(f"modality: {data} holds {files}: say which the model learns from")
     return next(iter(found), NAMES[0])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fastvq.data import Examples, load_folder
 from fastvq.data.reader import Reader
-from fastvq.files import StrPath
+from fastvq.files import StrPath, make_folder, whole
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
 """(reconstructions, originals), both (B, C, *size), to one number for each example, (B,)."""
@@ -104,6 +105,7 @@ class Modality(ABC):
         measures: the measures of its evaluations, in the order of tables, by their names in records.
         usual_ending: ending of the files in folders of samples and of decoded examples, without a dot.
         first_half: what completions of examples are given, in words.
+        played: endings, with a dot, of the files in which `play` shows several signals that move.
     """
 
     name: ClassVar[str]
@@ -112,6 +114,7 @@ class Modality(ABC):
     measures: ClassVar[dict[str, Measure]]
     usual_ending: ClassVar[str]
     first_half: ClassVar[str] = "upper halves"
+    played: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def noun(self) -> tuple[str, str]:
@@ -164,3 +167,30 @@ class Modality(ABC):
     @abstractmethod
     def write(self, path: StrPath | BinaryIO, x: Tensor, config: Any, ending: str) -> None:
         """Write a signal (C, *size) as a file of one of the endings `reader.written`."""
+
+    def play(self, path: StrPath | BinaryIO, signals: Mapping[str, Tensor], config: Any, ending: str) -> None:
+        """Write signals as one file of one of the endings `played`.
+
+        Args:
+            path: file to write, or a file that is open for writing.
+            signals: tensors (N, C, *size) by what they are, such as "original" and "decoded", which belong together.
+            config: the settings.
+            ending: with or without a dot.
+        """
+        raise NotImplementedError
+
+    def write_media(self, folder: StrPath, name: str, signals: Mapping[str, Tensor], config: Any) -> None:
+        """Write what a page plays beside the picture `name`: files of that name, or that begin with it and a dash.
+
+        Images have nothing to play.
+
+        Args:
+            folder: gets the files, and is made if there are any.
+            name: of the picture.
+            signals: see `play`.
+            config: the settings.
+        """
+        if self.played:
+            make_folder(Path(folder))
+            with whole(Path(folder) / f"{name}.{self.usual_ending}") as file:
+                self.play(file, signals, config, self.usual_ending)

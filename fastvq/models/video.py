@@ -111,9 +111,10 @@ class VideoEncoder(nn.Module):
         groups: of a `FrameNorm` before each nonlinearity but those of plain strided convolutions; 0 for none.
 
     Attributes:
-        strides: of the grid in time and in space: `2**time_downsamples` and `2**downsamples`.
+        strides: along time, height and width: (t, s, s) with `t = 2**time_downsamples` and `s = 2**downsamples`.
+        first: how many values along each axis have a position of their own, before those that share one: one frame.
 
-    Shapes: (B, in_channels, T, H, W) -> (B, dim, 1 + (T - 1) / t, H / s, W / s) with `t, s = strides`.
+    Shapes: (B, in_channels, T, H, W) -> (B, dim, 1 + (T - 1) / t, H / s, W / s).
 
     Raises:
         ValueError: an argument is out of range, height or width is not a multiple of s, or the number of frames is not
@@ -121,6 +122,7 @@ class VideoEncoder(nn.Module):
     """
 
     ndim = 3
+    first = (1, 0, 0)
 
     def __init__(
         self,
@@ -154,7 +156,7 @@ class VideoEncoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        time, space = self.strides
+        time, _, space = self.strides
         if x.dim() != 5 or not all(x.shape[2:]) or (x.shape[2] - 1) % time or any(n % space for n in x.shape[3:]):
             raise ValueError(
                 f"the encoder takes (B, C, T, H, W) with T 1 plus a multiple of {time}, H and W multiples of {space};"
@@ -176,7 +178,7 @@ class VideoDecoder(nn.Module):
         time_upsamples: number of these, the first ones, that double the frames after the first as well.
         level_blocks: number of residual blocks after each transposed convolution but the last.
 
-    Shapes: (B, dim, T, H, W) -> (B, out_channels, 1 + (T - 1) t, H s, W s) with the strides of the encoder.
+    Shapes: (B, dim, T, H, W) -> (B, out_channels, 1 + (T - 1) t, H s, W s) with the strides t and s of the encoder.
 
     Raises:
         ValueError: an argument is out of range.
@@ -222,7 +224,7 @@ class VideoDecoder(nn.Module):
         return self.layers(codes)
 
 
-def _strides(downsamples: int, time_downsamples: int) -> tuple[int, int]:
+def _strides(downsamples: int, time_downsamples: int) -> tuple[int, int, int]:
     if not 0 <= time_downsamples <= downsamples:
         raise ValueError(f"time_downsamples must be between 0 and downsamples = {downsamples}, got {time_downsamples}")
-    return 2**time_downsamples, 2**downsamples
+    return 2**time_downsamples, 2**downsamples, 2**downsamples

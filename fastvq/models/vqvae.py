@@ -145,3 +145,9 @@ class VQVAE(nn.Module):
         if hasattr(encoder, "strides"):
             return tuple(encoder.strides)
         return (int(getattr(encoder, "stride", 1)),) * int(getattr(encoder, "ndim", 2))
+
+    @property
+    def first(self) -> tuple[int, ...]:
+        """How many values of a signal have a position of their own along each axis, before those that share one."""
+        encoder: Any = self.encoder
+        return tuple(getattr(encoder, "first", (0,) * len(self.strides)))

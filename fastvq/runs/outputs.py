@@ -11,9 +11,11 @@ from torch import Tensor
 from fastvq.data.registry import check_outside
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.files import StrPath, lock_of
-from fastvq.modalities import Modality, modality_of
+from fastvq.modalities import NAMES, Modality, modality_of
 from fastvq.training.checkpoint import load_latest
 from fastvq.training.config import TrainConfig
+
+from . import plots
 
 
 def is_folder(path: StrPath) -> bool:
@@ -35,6 +37,18 @@ def check_ending(path: StrPath, endings: Collection[str], *, folder: str = "", a
     if is_folder(path) or Path(path).suffix.lower() not in endings:
         text = f" or be a new folder for {folder} (no ending, or / at its end)" if folder else ""
         raise ConfigError(f"out must end in {', '.join(endings)}{text}, got {os.fspath(path)}{also}")
+
+
+def check_drawn(path: StrPath, modality: Modality | None = None) -> None:
+    """Raise a ConfigError unless a picture, or what a modality plays, can be written to `path`.
+
+    Args:
+        path: the output.
+        modality: of the run; by default any.
+    """
+    modalities = map(modality_of, NAMES) if modality is None else [modality]
+    played = {ending for one in modalities for ending in one.played}
+    check_ending(path, (*plots.FORMATS, *sorted(played - {*plots.FORMATS})))
 
 
 def check_no_other_files(folder: StrPath) -> None:

@@ -19,12 +19,25 @@ from .plots import texts_of
 
 PAGE = "index.html"
 """Name of the file in the folder of a run."""
+_MOVING = '<img class="moving" src="{name}" alt="{text}">'
+_SOUND = '<audio controls preload="none" src="{name}"></audio>'
+_PLAYERS = {
+    ".gif": _MOVING,
+    ".webp": _MOVING,
+    ".mp4": '<video controls loop muted src="{name}"></video>',
+    ".flac": _SOUND,
+    ".mp3": _SOUND,
+    ".ogg": _SOUND,
+    ".wav": _SOUND,
+}
+"""What plays a file, by its ending."""
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 h1, p, td, figcaption { overflow-wrap: anywhere; }
 figure { margin: 1rem 0; overflow-x: auto; }
 img { width: 100%; min-width: 40rem; height: auto; display: block; }
+img.moving { image-rendering: pixelated; } audio { width: 100%; }
 figcaption { color: #444; font-size: .9rem; margin-top: .4rem; position: sticky; left: 0; }
 figcaption b { color: #222; display: block; }
 table { border-collapse: collapse; margin: 1rem 0; }
@@ -49,7 +62,17 @@ class TextTable(NamedTuple):
     folded: str = ""
 
 
-Part: TypeAlias = "str | Picture | TextTable"
+class Media(NamedTuple):
+    """Files to play: those within the folder of the page whose path begins with `start`, and what they are in words.
+
+    Without a file it is left out.
+    """
+
+    start: str
+    description: str
+
+
+Part: TypeAlias = "str | Picture | Media | TextTable"
 """Part of a section; a text is a paragraph, in which words between backticks are code."""
 
 
@@ -86,12 +109,23 @@ def _shown(folder: Path, part: Part) -> str:
         return f"<p>{_text(part)}</p>"
     if isinstance(part, TextTable):
         return _table(part)
+    if isinstance(part, Media):
+        files = sorted(path for path in folder.glob(f"{part.start}*") if path.suffix in _PLAYERS)
+        return "".join(_player(path.relative_to(folder).as_posix(), path, part) for path in files)
     if not (folder / part.name).exists():
         return ""
     title, caption = texts_of(folder / part.name)
     bold = f"<b>{html.escape(title)}</b>" if title else ""
     below = f"<figcaption>{bold}{html.escape(caption)}</figcaption>" if title or caption else ""
     return f'<figure><img src="{quote(part.name)}" alt="{html.escape(part.description)}">{below}</figure>'
+
+
+def _player(name: str, path: Path, part: Media) -> str:
+    """Return a file that is played as HTML, with what its name adds to that of the others above it."""
+    more = path.stem.removeprefix(Path(part.start).name).strip("-").replace("-", " ")
+    text = html.escape(part.description + (f": {more}" if more else ""))
+    content = _PLAYERS[path.suffix].format(name=quote(name), text=text)
+    return f"<figure>{content}<figcaption>{text}</figcaption></figure>"
 
 
 def _table(table: TextTable) -> str:

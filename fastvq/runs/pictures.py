@@ -18,7 +18,7 @@ from fastvq.data import Examples
 from fastvq.data.examples import to_float
 from fastvq.data.registry import name_of
 from fastvq.errors import counted
-from fastvq.files import StrPath
+from fastvq.files import StrPath, whole
 from fastvq.modalities import Modality, modality_of
 from fastvq.models import VQVAE
 from fastvq.models.adapters import Adapter
@@ -31,6 +31,8 @@ from fastvq.training.trainer import Trainer
 from . import plots
 from .load import PRIOR_FOLDER
 
+MEDIA = "media"
+"""Subfolder of a run with what its page plays."""
 _SHOWN = 16
 _SHOWN_AS_INDICES = 3
 
@@ -86,15 +88,35 @@ def reconstructions_caption(modality: Modality) -> str:
 
 
 def draw_reconstructions(
-    path: StrPath, model: VQVAE, config: TrainConfig, originals: Tensor, names: Sequence[str], **texts: Any
+    path: StrPath,
+    model: VQVAE,
+    config: TrainConfig,
+    originals: Tensor,
+    names: Sequence[str],
+    *,
+    media: StrPath | None = None,
+    **texts: Any,
 ) -> None:
     """Draw signals (N, C, *size) above their reconstructions, each with its own measure.
 
-    `texts` are title, caption and captioned of `plots.save_reconstructions`.
+    Args:
+        path: file to write; its ending is in `plots.FORMATS`, or among those that the modality plays.
+        model, config: the model and its settings.
+        originals: the signals.
+        names: their names.
+        media: folder that gets files to play beside the picture.
+        texts: title, caption and captioned of `plots.save_reconstructions`.
     """
     modality = modality_of(config.modality)
     objective = modality.objective(config).to(originals.device)
     restored, _ = reconstruct(model, originals)
+    played = {"original": originals, "decoded": restored}
+    if media is not None:
+        modality.write_media(media, Path(path).stem, played, config)
+    if Path(path).suffix.lower() in modality.played:
+        with whole(path) as file:
+            modality.play(file, played, config, Path(path).suffix)
+        return
     measure = modality.measures[objective.measure]
     errors = objective.errors(restored, originals).clamp_min(1e-12).tolist()
     notes = [measure.note(objective.value(error)) for error in errors]
@@ -117,6 +139,7 @@ def picture_reconstructions(trainer: Trainer, evaluation: Evaluation, *, caption
         title=f"{examples.name}: held-out {modality.noun[1]} after {counted(trainer.step, 'step')}, {quality}",
         caption=reconstructions_caption(modality),
         captioned=captioned,
+        media=trainer.folder / MEDIA,
     )
     return path
 
@@ -197,6 +220,7 @@ def picture_prior(run: StrPath, *, captioned: bool = True) -> Path:
         read_metrics(folder / "metrics.jsonl"),
         codebook_size=learned["codebook_size"],
         title=f"{name_of(config.data)}: training of the prior",
+        noun=modality_of(config.modality).noun[1],
         captioned=captioned,
     )
     return folder / "curves.png"

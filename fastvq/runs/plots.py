@@ -272,7 +272,7 @@ def save_curves(
         caption += f" Perplexity is the number of codes in effective use, at most {codebook_size:g}."
     figure = _figure(max(6.0, 3.7 * len(panels)), 3.6, *((title, caption) if captioned else ("", "")))
     for axes, (name, key, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
-        _draw_splits(axes, lines)
+        _draw_splits(axes, lines, noun)
         if key == "loss":
             axes.set_yscale("log")
             # Plain numbers, those between the powers of ten only where there is room for them.
@@ -293,6 +293,7 @@ def save_bits(
     *,
     codebook_size: int | Sequence[int],
     title: str,
+    noun: str = "images",
     captioned: bool = True,
 ) -> None:
     """Draw the bits per index of a prior over the steps of its training.
@@ -302,6 +303,7 @@ def save_bits(
         records: the lines of metrics.jsonl; those of split "test" are drawn as dots.
         codebook_size: K, or K of each codebook; an index takes log2 K bits under the uniform distribution.
         title: text above the figure.
+        noun: the word for examples.
         captioned: whether title and caption stand in the figure.
     """
     sizes = [*codebook_size] if isinstance(codebook_size, Sequence) else [codebook_size]
@@ -310,26 +312,26 @@ def save_bits(
     lines = {split: _points(records, split, "bits_per_index") for split in ("train", "test")}
     reached = f", {lines['test'][-1][1]:.2f} at the end" if lines["test"] else ""
     caption = (
-        f"Bits per index of held-out images under the prior (dots{reached}): fewer bits mean better predictions. Dots"
+        f"Bits per index of held-out {noun} under the prior (dots{reached}): fewer bits mean better predictions. Dots"
         " that rise again mean overfitting. The line is measured during training, with dropout, which costs bits: at"
         " first the dots may lie below it."
     )
     figure = _figure(8, 3.6, *((title, caption) if captioned else ("", "")))
     axes = figure.subplots()
     axes.axhline(uniform, color=_GRAY, linestyle=":", label=f"uniform over {over} codes: {uniform:.2f} bits")
-    _draw_splits(axes, lines)
+    _draw_splits(axes, lines, noun)
     axes.set_ylabel("bits per index")
     _legend_above(axes, columns=3)
     save_figure(figure, path, caption, title)
 
 
-def _draw_splits(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
-    """Draw records over the steps: a line for training batches, dots for held-out images."""
+def _draw_splits(axes: Any, lines: dict[str, list[tuple[int, float]]], noun: str) -> None:
+    """Draw records over the steps: a line for training batches, dots for held-out examples, whose word is given."""
     # A line of few points also shows the points: of one alone there would be nothing to see.
     dots = "o" if len(lines["train"]) < _FEW_POINTS else ""
     for split, line, marker, size, color, text in (
         ("train", "-", dots, 2.5, _BLUE, "training batches"),
-        ("test", "", "o", 4.5, _ORANGE, "held-out images"),
+        ("test", "", "o", 4.5, _ORANGE, f"held-out {noun}"),
     ):
         if lines[split]:
             style = {"linestyle": line, "marker": marker, "markersize": size, "color": color}

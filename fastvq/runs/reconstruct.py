@@ -14,9 +14,8 @@ from fastvq.files import StrPath
 from fastvq.modalities import modality_of
 from fastvq.training.evaluation import evaluate, reconstruct
 
-from . import plots
 from .load import load_model, run_examples
-from .outputs import check_no_source, check_outside_data
+from .outputs import check_drawn, check_no_source, check_outside_data
 from .pictures import draw_reconstructions, reconstructions_caption, shown_rows, spread
 
 _SHOWN = 64
@@ -27,14 +26,15 @@ def reconstruct_held_out(run: StrPath, path: StrPath, *, data: StrPath | None = 
 
     Args:
         run: folder of the run.
-        path: the picture to write; its ending is in `plots.FORMATS`.
+        path: the picture to write; its ending is one of a picture, or of what the modality plays.
         data: where the data set of the run is now, see `run_examples`.
     """
-    plots.check_format(path)
-    check_outside_data(path, run, data)
+    check_drawn(path)
     model, config = load_model(run)
-    examples = run_examples(run, data)
     modality = modality_of(config.modality)
+    check_drawn(path, modality)
+    check_outside_data(path, run, data)
+    examples = run_examples(run, data)
     one, many = modality.noun
     evaluation = evaluate(model, examples.test, modality.objective(config))
     quality = modality.measures[evaluation.measure].text(evaluation.value)
@@ -59,7 +59,7 @@ def reconstruct_files(
     Args:
         run: folder of the run.
         sources: files, and folders, all of whose files are taken. Of more than 64 examples, 64 are drawn.
-        path: the picture to write; its ending is in `plots.FORMATS`.
+        path: the picture to write; its ending is one of a picture, or of what the modality plays.
         skip_unreadable: see `load_folder`.
 
     Raises:
@@ -67,11 +67,12 @@ def reconstruct_files(
         DataError: a file cannot be read.
         ConfigError: a picture of this ending can't be written, or it would replace one of the files.
     """
-    plots.check_format(path)
-    check_no_source(path, sources)
-    check_outside_data(path, run)
+    check_drawn(path)
     model, config = load_model(run)
     modality = modality_of(config.modality)
+    check_drawn(path, modality)
+    check_no_source(path, sources)
+    check_outside_data(path, run)
     one, many = modality.noun
     objective, measure = modality.objective(config), modality.measures[modality.objective(config).measure]
     stored, files = read_files(sources, modality.reader, config.example_format, skip_unreadable=skip_unreadable)

@@ -19,7 +19,8 @@ from fastvq.training.metrics import Record, read_metrics
 
 from .evaluate import FILE, measures_of, rows_of
 from .load import PRIOR_FOLDER
-from .page import PAGE, Part, Picture, Section, TextTable, write_page
+from .page import PAGE, Media, Part, Picture, Section, TextTable, write_page
+from .pictures import MEDIA
 
 _KIND = "fastvq, page of a run"
 
@@ -92,8 +93,9 @@ def _training(folder: Path, latest: Record, modality: Modality) -> list[Section]
         "curves": "Loss, quality and perplexity over the steps of the training",
     }
     shown = {name: Picture(f"{name}.png", description) for name, description in pictures.items()}
+    moving = Media(f"{MEDIA}/reconstructions", f"Held-out {many}, original and decoded")
     candidates = [
-        Section(f"{many.capitalize()} and their reconstructions", [shown["reconstructions"]]),
+        Section(f"{many.capitalize()} and their reconstructions", [shown["reconstructions"], moving]),
         Section(f"{many.capitalize()} as indices", [explained, shown["indices"]]),
         Section("Use of the codebook", [*_use(latest, modality), shown["usage"]]),
         Section("Training", [shown["curves"]]),
@@ -144,7 +146,10 @@ def _prior(folder: Path, modality: Modality) -> list[Section]:
         + ("" if bits is None else f" An index of a held-out {modality.noun[0]} takes {bits:.2f} bits under it.")
     )
     parts.append(Picture(f"{PRIOR_FOLDER}/curves.png", "Bits per index over the steps of the prior's training"))
-    parts += [Picture(f"{name}.png", description) for name, description in samples_of(modality).items()]
+    played = {"samples": "Samples", "completions": f"Held-out {modality.noun[1]}, original, decoded and completed"}
+    for name, description in samples_of(modality).items():
+        parts.append(Picture(f"{name}.png", description))
+        parts += [Media(f"{MEDIA}/{name}", played[name])] if name in played else []
     parts.append(_all_settings("All settings of the prior", checkpoint.config))
     return [Section("The prior", parts)]
 

@@ -47,9 +47,10 @@ def sample_run(
         run: folder of a run with a prior.
         path: without it, samples, completions and neighbors are drawn for the page of the run, which is written again.
             Else its ending decides what is written. One of `plots.FORMATS`: a picture of samples, of each class if
-            there are classes, beside real ones; or, with a count or a label, of that many samples. ".npy": the
-            indices alone, (count, *grid) int64. None, or a slash at its end: a new folder of files, with a
-            subfolder for each class if there are classes.
+            there are classes, beside real ones; or, with a count or a label, of that many samples. One that the
+            modality plays, such as .gif for video: that many samples in motion. ".npy": the indices alone,
+            (count, *grid) int64. None, or a slash at its end: a new folder of files, with a subfolder for each class
+            if there are classes.
         count: number of samples, `DEFAULT_COUNT` by default, and `GRID_COUNT` of one label in a picture.
         label: class of the samples, by number or by name, by default each class in turn.
         complete: write a picture of completions of held-out examples instead.
@@ -70,11 +71,12 @@ def sample_run(
     model, config = load_model(run)
     modality = modality_of(config.modality)
     one, many = modality.noun
-    check_ending(path, (*plots.FORMATS, ".npy"), folder=many)
+    check_ending(path, (*plots.FORMATS, *sorted(modality.played - {*plots.FORMATS}), ".npy"), folder=many)
     check_outside_data(path, run, data)
     folder, array = is_folder(path), Path(path).suffix.lower() == ".npy"
     if not folder and not array:
-        if count is not None or label is not None:
+        plays = Path(path).suffix.lower() in modality.played
+        if count is not None or label is not None or (plays and not complete):
             if complete:
                 raise ConfigError("complete: a picture of completions takes neither count nor label")
             return _write_grid(run, path, GRID_COUNT if count is None else count, label, seed, settings)
@@ -108,25 +110,30 @@ def sample_run(
 def _write_grid(
     run: StrPath, path: StrPath, count: int, label: int | str | None, seed: int, settings: dict[str, Any]
 ) -> list[str]:
-    """Draw a number of samples in rows and columns."""
+    """Draw a number of samples in rows and columns, or write a file in which the modality plays them."""
     if not 1 <= count <= _MOST_IN_GRID:
         more = "; a folder or an .npy holds more" if count > _MOST_IN_GRID else ""
         raise ConfigError(f"count must be between 1 and {_MOST_IN_GRID} in a picture, got {count}{more}")
     model, config = load_model(run)
     prior, modality = load_prior_of(run, model), modality_of(config.modality)
     number = label_number(prior, label)
-    images, names = [], []
+    signals, names = [], []
     with torch.no_grad():
         for indices, labels in _sample_batches(prior, count, number, seed, settings):
-            images.append(modality.as_images(model.restore(indices), config))
+            signals.append(model.restore(indices))
             names += [prior.class_names[row] if prior.class_names else f"class {row}" for row in labels or []]
-    plots.save_samples(
-        path,
-        torch.cat(images),
-        names,
-        title=f"{Path(run).resolve().name}: {counted(count, 'sample')}",
-        caption="Indices sampled one after the other from the prior and decoded." + sampled_with(settings),
-    )
+    sampled = torch.cat(signals)
+    if Path(path).suffix.lower() in modality.played:
+        with whole(path) as file:
+            modality.play(file, {"sampled": sampled}, config, Path(path).suffix)
+    else:
+        plots.save_samples(
+            path,
+            modality.as_images(sampled, config),
+            names,
+            title=f"{Path(run).resolve().name}: {counted(count, 'sample')}",
+            caption="Indices sampled one after the other from the prior and decoded." + sampled_with(settings),
+        )
     return [f"picture of {counted(count, 'sample')}: {path}"]
 
 

@@ -22,7 +22,7 @@ from fastvq.models import VQVAE, Prior
 from fastvq.training.config import TrainConfig
 
 from . import plots
-from .pictures import failures_as_warnings, shown_rows, spread
+from .pictures import MEDIA, failures_as_warnings, shown_rows, spread
 
 _REAL, _SAMPLED = 3, 7
 _COMPLETED = 8
@@ -54,8 +54,9 @@ def picture_prior_samples(
         ("neighbors", picture_neighbors),
     ):
         path = Path(folder) / f"{name}.png"
+        more = {} if name == "neighbors" else {"media": Path(folder) / MEDIA}
         with failures_as_warnings(f"picture of {name}"):
-            picture(path, prior, model, config, examples, seed=seed, captioned=False, **settings)
+            picture(path, prior, model, config, examples, seed=seed, captioned=False, **more, **settings)
             paths.append(path)
     return paths
 
@@ -70,6 +71,7 @@ def picture_samples(
     *,
     seed: int = 0,
     captioned: bool = True,
+    media: StrPath | None = None,
     **settings: Any,
 ) -> None:
     """Draw samples beside held-out examples: a row for each class, twenty at most, or four rows without classes.
@@ -78,9 +80,10 @@ def picture_samples(
         path: file to write; its ending is in `plots.FORMATS`.
         prior, model: the prior, and the model that decodes its indices.
         config: the settings of the model.
-        images: the data set of the run.
+        examples: the data set of the run.
         seed: seed of the samples.
         captioned: whether title and caption stand in the figure.
+        media: folder that gets files of the samples to play beside the picture.
         settings: arguments of `Prior.sample`: temperature, top_k, top_p, guidance.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -94,7 +97,10 @@ def picture_samples(
     indices = prior.sample(len(classes) * _SAMPLED, labels, generator=generator, **settings)
     modality = modality_of(config.modality)
     many = modality.noun[1]
-    sampled = model.restore(indices).split(_SAMPLED)
+    restored = model.restore(indices)
+    if media is not None:
+        modality.write_media(media, "samples", {"sampled": restored}, config)
+    sampled = restored.split(_SAMPLED)
     rows, names = [], []
     for row, label in enumerate(classes):
         own = (
@@ -129,6 +135,7 @@ def picture_completions(
     *,
     seed: int = 0,
     captioned: bool = True,
+    media: StrPath | None = None,
     **settings: Any,
 ) -> None:
     """Draw held-out examples and three completions of each from the first half of its indices."""
@@ -148,13 +155,18 @@ def picture_completions(
         model.restore(prior.sample(len(rows), labels, given=given, generator=generator, **settings)) for _ in range(3)
     ]
     known = originals.clone()
-    known[:, :, known.shape[2] * half // indices.shape[1] :] = sum(model.value_range) / 2
-    columns = [modality.as_images(x, config) for x in (originals, model.restore(indices), known, *completed)]
+    known[:, :, known.shape[2] - (indices.shape[1] - half) * model.strides[0] :] = sum(model.value_range) / 2
+    names = ["original", "decoded", "given", "sampled", "sampled", "sampled"]
+    signals = [originals, model.restore(indices), known, *completed]
+    if media is not None:
+        played = {"original": originals, "decoded": signals[1], "completed": completed[0]}
+        modality.write_media(media, "completions", played, config)
+    columns = [modality.as_images(x, config) for x in signals]
     plots.save_grid(
         path,
         list(torch.stack(columns, 1)),
         [examples.test_names[row] for row in rows],
-        ["original", "decoded", "given", "sampled", "sampled", "sampled"],
+        names,
         title=f"{examples.name}: the prior completes held-out {many}",
         caption=f"The first {half} of {indices.shape[1]} indices along the first axis are given; the prior samples the"
         " others. The seam should not show, and the samples should differ where one half does not determine the other.",
@@ -181,6 +193,7 @@ def picture_neighbors(
     indices = prior.sample(count, labels, generator=torch.Generator().manual_seed(seed), **settings)
     modality = modality_of(config.modality)
     many = modality.noun[1]
+    mirrored = f" and the mirrored {many}" if config.mirrored else ""
     sampled = modality.as_images(model.restore(indices), config)
     nearest = nearest_images(
         sampled,
@@ -196,8 +209,8 @@ def picture_neighbors(
         [class_name(examples, label) for label in classes] or [""] * count,
         ["sampled", *(["nearest"] + [f"{n + 1}." for n in range(1, _NEIGHBORS)])],
         title=f"{examples.name}: samples and their nearest training {many}",
-        caption="Nearest by the squared difference of all pixels, among all training images and their mirror images. A"
-        " copy would look like its first neighbor in every detail.",
+        caption=f"Nearest by the squared difference of all pixels, among all training {many}{mirrored}. A copy would"
+        " look like its first neighbor in every detail.",
         captioned=captioned,
     )
 

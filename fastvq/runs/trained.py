@@ -44,7 +44,8 @@ class TrainedModel(nn.Module):
         vqvae, config, prior, no_prior: see Args.
         modality: what the run is trained on.
         channels: channels of a signal: 1 for gray images, 3 for images in color.
-        strides: the sizes of a signal are multiples of them, axis by axis.
+        strides, first: the sizes of a signal are `first` plus multiples of `strides`, axis by axis; the first frame of
+            a video has positions of its own, all other axes have only multiples.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class TrainedModel(nn.Module):
         self.vqvae, self.config, self.prior = vqvae, config, prior
         self.modality = modality_of(config.modality)
         self.channels = config.example_format.shape[0]
-        self.strides = vqvae.strides
+        self.strides, self.first = vqvae.strides, vqvae.first
         self.no_prior = no_prior
         self.eval()
 
@@ -81,8 +82,8 @@ class TrainedModel(nn.Module):
 
         Args:
             x: (B, C, *size) in the stored dtype, or floats: images (B, C, H, W), uint8 or in [0, 1]; video
-                (B, C, T, H, W) likewise; audio (B, C, T), int16 or in [-1, 1]. Sizes are multiples of `strides`; the
-                model knows best what looks like the examples that it learned from, in size as well.
+                (B, C, T, H, W) likewise; audio (B, C, T), int16 or in [-1, 1]. For sizes see `strides`; the model
+                knows best what looks like the examples that it learned from, in size as well.
 
         Raises:
             TypeError, ValueError: signals of another shape, dtype or range; the message says what they may be.
@@ -169,12 +170,15 @@ class TrainedModel(nn.Module):
     def _shape_text(self) -> str:
         """Return the shapes of signals as text, such as "(B, 1, H, W) with H and W multiples of 4"."""
         names = _SIZES[len(self.strides)]
-        strides = set(self.strides)
-        if len(strides) == 1:
-            last = names[-1] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-            rule = f"{last} {'a multiple' if len(names) == 1 else 'multiples'} of {strides.pop()}"
-        else:
-            rule = ", ".join(f"{name} a multiple of {n}" for name, n in zip(names, self.strides, strict=True))
+        rules: dict[tuple[int, int], list[str]] = {}
+        for name, stride, first in zip(names, self.strides, self.first, strict=True):
+            rules.setdefault((stride, first), []).append(name)
+        texts = []
+        for (stride, first), own in rules.items():
+            joined = own[0] if len(own) == 1 else f"{', '.join(own[:-1])} and {own[-1]}"
+            multiple = "a multiple" if len(own) == 1 or first else "multiples"
+            texts.append(f"{joined} {f'{first} plus ' if first else ''}{multiple} of {stride}")
+        rule = ", ".join(texts)
         return f"(B, {self.channels}, {', '.join(names)}) with {rule}"
 
     def _check_indices(self) -> None:
@@ -199,7 +203,8 @@ class TrainedModel(nn.Module):
         given = f"{tuple(x.shape)} {x.dtype}"
         sizes = x.shape[2:]
         fit = len(sizes) == len(self.strides) and all(
-            n > 0 and n % stride == 0 for n, stride in zip(sizes, self.strides, strict=True)
+            n > 0 and (n - first) % stride == 0
+            for n, stride, first in zip(sizes, self.strides, self.first, strict=True)
         )
         if not fit or x.shape[1] != self.channels:
             raise ValueError(f"{expected}; got {given}" + self._advice(x))

@@ -111,10 +111,11 @@ def to_device(batch: Tensor, device: torch.device) -> Tensor:
 
 
 def flip_randomly(images: Tensor, step: int, *, seed: int) -> Tensor:
-    """Return this rank's images (B, C, H, W) of a batch, each mirrored left to right with probability 1/2."""
+    """Return this rank's images or clips (B, ..., W) of a batch, each mirrored left to right with probability 1/2."""
     coins = torch.rand(len(images) * world_size(), generator=_generator(seed, "flip", step)) < 0.5
     coins = coins[share(len(coins))]
-    return torch.where(to_device(coins, images.device)[:, None, None, None], images.flip(-1), images)
+    coins = to_device(coins, images.device).reshape(-1, *[1] * (images.dim() - 1))
+    return torch.where(coins, images.flip(-1), images)
 
 
 def crop_randomly(images: Tensor, step: int, *, height: int, width: int, seed: int) -> Tensor:

@@ -67,7 +67,8 @@ class Trainer(Loop[Evaluation]):
         torch.manual_seed(config.seed)
         # In channels-last format the features reach the quantizer without a copy: a quarter of a CPU step's time.
         model = build_model(config).to(self.device)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        video = len(config.feature_grid) == 3
+        model.to(memory_format=torch.channels_last_3d if video else torch.channels_last)  # type: ignore[call-overload]
         self._quantizer = model.bottleneck if isinstance(model.bottleneck, Monitored) else None
         self._adversary: Adversary | None = None
         if isinstance(config, ImageConfig) and config.adversarial_weight:

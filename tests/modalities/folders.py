@@ -34,6 +34,21 @@ def _write_images(folder: Path) -> None:
         Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{number}.png")
 
 
+def _write_clips(folder: Path) -> None:
+    import torch
+
+    from fastvq.data.video_io import write_video
+
+    folder.mkdir(exist_ok=True)
+    for number in range(_COUNT):
+        noise = torch.rand(3, 5, 16, 16, generator=torch.Generator().manual_seed(number))
+        write_video(folder / f"v{number}.webp", noise, 12, "webp")
+    write_video(folder / "film.mp4", noise, 12, "mp4")
+
+
 _SMALL = {"width": 8, "residual_width": 4, "encoder_blocks": 1, "decoder_blocks": 1}
-FOLDERS = {"image": FolderOfFiles(_write_images, {"image_size": 16, **_SMALL})}
+FOLDERS = {
+    "image": FolderOfFiles(_write_images, {"image_size": 16, **_SMALL}),
+    "video": FolderOfFiles(_write_clips, {"frame_size": 16, "frames": 5, "frame_rate": 12.0, **_SMALL}),
+}
 """By the name of the modality."""

@@ -30,7 +30,7 @@ def test_the_first_frame_has_a_position_and_groups_of_the_others_have_one(
 ) -> None:
     encoder, decoder = networks(times, halvings)
     time, space = 2**times, 2**halvings
-    assert encoder.strides == decoder.strides == (time, space)
+    assert encoder.strides == decoder.strides == (time, space, space)
     x = torch.randn(2, 3, 1 + positions * time, space, 2 * space)
     z = encoder(x)
     assert z.shape == (2, 6, 1 + positions, 1, 2)

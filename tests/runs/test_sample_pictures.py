@@ -39,6 +39,7 @@ class FakeModel:
         return (images[:, 0, ::2, ::2] * 255).round().long()
 
     value_range = (0.0, 1.0)
+    strides = (2, 2)
 
     @property
     def adapter(self):
