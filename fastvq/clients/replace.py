@@ -116,14 +116,21 @@ def _replace(module: nn.Module, *, is_holder: bool) -> list[str]:
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Give all modules that `accelerate` has changed their own methods again, and return their names."""
-    restored = []
-    for name, module in model.named_modules():
-        client = client_class(module)
-        if client is not None:
-            module.__class__ = client
-            restored.append(name)
-    return restored
+    """Give all modules that `accelerate` has changed their own methods again, and return their names.
+
+    Raises:
+        ValueError: the class of a module has been changed again since, as by a parametrization or by fully_shard.
+    """
+    accelerated = {name: module for name, module in model.named_modules() if is_accelerated(module)}
+    changed = [name for name, module in accelerated.items() if client_class(module) is None]
+    if changed:
+        raise ValueError(
+            f"model: the class of {', '.join(changed)} has been changed after accelerate, to"
+            f" {type(accelerated[changed[0]]).__name__}; undo that first"
+        )
+    for module in accelerated.values():
+        module.__class__ = client_class(module)
+    return list(accelerated)
 
 
 def _adapter_of(module: nn.Module) -> ClientAdapter:
