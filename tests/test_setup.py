@@ -45,7 +45,7 @@ def clone(tmp_path):
     folder.mkdir(parents=True)
     for name in ("setup.py", "fastvq_command.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, folder)
-    built = shutil.ignore_patterns("*.so", "native_build.json", "__pycache__", "*.xz")
+    built = shutil.ignore_patterns("*.so", "native_build.json", "__pycache__", "*.xz", "*.zip")
     for name in ("fastvq", "kernels", "csrc"):
         shutil.copytree(ROOT / name, folder / name, ignore=built)
     return folder

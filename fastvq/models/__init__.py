@@ -6,13 +6,17 @@ x -- Encoder --> features -- bottleneck --> codes -- Decoder --> reconstruction
 
 from __future__ import annotations
 
+from .audio import AudioDecoder, AudioEncoder
 from .conv import Decoder, Encoder, ResidualBlock
 from .priors import LSTMPrior, PixelCNNPrior, Prior, TransformerPrior
+from .streaming import StreamingDecoder, StreamingEncoder
 from .video import VideoDecoder, VideoEncoder
 from .vqvae import VQVAE, Bottleneck, NoBottleneck, VQVAEOutput
 
 __all__ = [
     "VQVAE",
+    "AudioDecoder",
+    "AudioEncoder",
     "Bottleneck",
     "Decoder",
     "Encoder",
@@ -21,6 +25,8 @@ __all__ = [
     "PixelCNNPrior",
     "Prior",
     "ResidualBlock",
+    "StreamingDecoder",
+    "StreamingEncoder",
     "TransformerPrior",
     "VQVAEOutput",
     "VideoDecoder",
