@@ -38,6 +38,7 @@ QUANTIZERS: dict[str, tuple[partial, int]] = {
     "residual": (rvq, 6),
     "residual, k-means and replacement": (partial(rvq, kmeans_init=True, threshold_ema_dead_code=2), 6),
     "residual, dropout": (partial(rvq, num_quantizers=4, quantize_dropout=True, codebook_dim=4), 6),
+    "residual, dropout of items": (partial(rvq, quantize_dropout=True, quantize_dropout_per_item=True), 6),
     "residual, one codebook": (partial(rvq, shared_codebook=True), 6),
     "residual, sizes": (partial(fastvq.ResidualVQ, dim=6, codebook_size=(12, 8), codebook_dim=4), 6),
     "residual, cosine": (partial(rvq, use_cosine_sim=True), 6),

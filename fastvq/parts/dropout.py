@@ -36,18 +36,40 @@ def draw_stage_count(stages: int, *, cutoff_index: int = 0, multiple_of: int = 1
 
     Source: Zeghidour et al., SoundStream, 2021, section III-C; Défossez et al., EnCodec, 2022, for the multiple.
     """
-    last = random.Random(draw_seed() if seed is None else seed).randrange(cutoff_index, stages)
-    return min(math.ceil((last + 1) / multiple_of) * multiple_of, stages)
+    return draw_stage_counts(1, stages, cutoff_index=cutoff_index, multiple_of=multiple_of, seed=seed)[0]
+
+
+def draw_stage_counts(
+    items: int, stages: int, *, cutoff_index: int = 0, multiple_of: int = 1, seed: int | None = None
+) -> list[int]:
+    """Draw the number of leading stages for each of several items independently, as `draw_stage_count` does for one."""
+    generator = random.Random(draw_seed() if seed is None else seed)
+    return [
+        min(math.ceil((generator.randrange(cutoff_index, stages) + 1) / multiple_of) * multiple_of, stages)
+        for _ in range(items)
+    ]
 
 
 class ActiveStages(NamedTuple):
     """The leading stages that take part in one call.
 
     In eager mode `number` is an int, and a stage that `skips` need not be computed. A compiled graph can't branch on a
-    random number: there `number` is a tensor (), every stage is computed, and `fill` overwrites the inactive ones.
+    random number: there `number` is a tensor (), every stage is computed, and `fill` overwrites the inactive ones. A
+    tensor (R,) has a number for each row.
     """
 
     number: int | Tensor
+
+    @staticmethod
+    def of_items(numbers: Tensor, rows: int) -> ActiveStages:
+        """Return the stages of items (B,) with as many rows each."""
+        return ActiveStages(numbers.repeat_interleave(rows))
+
+    def of_any_row(self) -> ActiveStages:
+        """Return the stages that take part in some row."""
+        if isinstance(self.number, int) or self.number.dim() == 0:
+            return self
+        return ActiveStages(self.number.amax() if self.number.numel() else self.number.new_zeros(()))
 
     def skips(self, stage: int) -> bool:
         """Return whether the stage is inactive and this is known before it runs."""
@@ -74,6 +96,7 @@ class QuantizeDropout(NamedTuple):
     enabled: bool = False
     cutoff_index: int = 0
     multiple_of: int = 1
+    per_item: bool = False
 
     def check(self) -> QuantizeDropout:
         """Validate the settings and return self.
@@ -87,13 +110,25 @@ class QuantizeDropout(NamedTuple):
             raise ValueError(f"quantize_dropout_multiple_of: must be at least 1, got {self.multiple_of}")
         return self
 
-    def draw(self, training: bool, x: Tensor, seed: int | Tensor | None = None) -> ActiveStages:
+    def draw(
+        self, training: bool, x: Tensor, seed: int | Tensor | None = None, *, items: int = 1, rows: int = 1
+    ) -> ActiveStages:
         """Draw the active stages of a call on x's device.
 
         All stages are active in eval mode, without dropout, and if there is only one.
+
+        Args:
+            training: whether the layer is in training mode.
+            x: a tensor of the call.
+            seed: see `draw_stage_count`.
+            items, rows: the number of items and of rows of each, where a number is drawn for each item.
         """
         if not (training and self.enabled and self.stages > 1):
             return ActiveStages(self.stages)
+        if self.per_item:
+            given = torch.tensor(seed) if isinstance(seed, int) else seed
+            counts = _draw_stage_counts(x, items, self.stages, self.cutoff_index, self.multiple_of, given)
+            return ActiveStages.of_items(counts, rows)
         if torch.compiler.is_compiling():
             seed = torch.tensor(seed) if isinstance(seed, int) else seed
             return ActiveStages(_draw_stage_count(x, self.stages, self.cutoff_index, self.multiple_of, seed))
@@ -169,6 +204,21 @@ def _draw_stage_count(x: Tensor, stages: int, cutoff_index: int, multiple_of: in
 @_draw_stage_count.register_fake
 def _(x: Tensor, stages: int, cutoff_index: int, multiple_of: int, seed: Tensor | None) -> Tensor:
     return x.new_empty((), dtype=torch.int64)
+
+
+@torch.library.custom_op("fastvq::draw_stage_counts", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _draw_stage_counts(
+    x: Tensor, items: int, stages: int, cutoff_index: int, multiple_of: int, seed: Tensor | None
+) -> Tensor:
+    """Return `draw_stage_counts` as a tensor (items,) on x's device; the seed is on the CPU."""
+    given = None if seed is None else int(seed)
+    counts = draw_stage_counts(items, stages, cutoff_index=cutoff_index, multiple_of=multiple_of, seed=given)
+    return torch.tensor(counts, dtype=torch.int64, device=x.device)
+
+
+@_draw_stage_counts.register_fake
+def _(x: Tensor, items: int, stages: int, cutoff_index: int, multiple_of: int, seed: Tensor | None) -> Tensor:
+    return x.new_empty((items,), dtype=torch.int64)
 
 
 @torch.library.custom_op("fastvq::draw_nested_count", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))

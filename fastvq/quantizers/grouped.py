@@ -157,6 +157,7 @@ class GroupedResidualVQ(Grouped):
             *,
             lens: Tensor | None = None,
             accum_ema_update: bool = False,
+            n_quantizers: int | Tensor | None = None,
         ) -> tuple[Tensor, Tensor, Tensor]: ...
         @overload
         def __call__(
@@ -179,6 +180,7 @@ class GroupedResidualVQ(Grouped):
         *,
         lens: Tensor | None = None,
         accum_ema_update: bool = False,
+        n_quantizers: int | Tensor | None = None,
     ) -> tuple[Any, ...]:
         """Return (quantized, indices, losses) of x, and all codes if requested.
 
@@ -196,6 +198,7 @@ class GroupedResidualVQ(Grouped):
             "mask": mask,
             "lens": lens,
             "accum_ema_update": accum_ema_update,
+            "n_quantizers": n_quantizers,
         }
         if indices is not None:
             quantized, losses = self.quantize_groups(x, indices, **options)

@@ -56,7 +56,9 @@ class ResidualStack(SharedState, Monitored, nn.Module):
 
     layers: nn.ModuleList
 
-    def _set_dropout(self, stages: int, enabled: bool, cutoff_index: int, multiple_of: int) -> None:
+    def _set_dropout(
+        self, stages: int, enabled: bool, cutoff_index: int, multiple_of: int, per_item: bool = False
+    ) -> None:
         """Set the number of stages, and the settings of `fastvq.parts.dropout`.
 
         Raises:
@@ -68,6 +70,7 @@ class ResidualStack(SharedState, Monitored, nn.Module):
         self.quantize_dropout = enabled and stages > 1
         self.quantize_dropout_cutoff_index = cutoff_index
         self.quantize_dropout_multiple_of = multiple_of
+        self.quantize_dropout_per_item = per_item
         self._dropout.check()
 
     @property
@@ -77,6 +80,7 @@ class ResidualStack(SharedState, Monitored, nn.Module):
             self.quantize_dropout,
             self.quantize_dropout_cutoff_index,
             self.quantize_dropout_multiple_of,
+            self.quantize_dropout_per_item,
         )
 
     @property

@@ -55,6 +55,7 @@ class ResidualVQ(Projected, ResidualStack):
         quantize_dropout: in training, leave out the stages after a random one.
         quantize_dropout_cutoff_index: the lowest index that the last active stage may have.
         quantize_dropout_multiple_of: the number of active stages is rounded up to a multiple of this.
+        quantize_dropout_per_item: draw a number of active stages for each item of a batch, not one for all.
         channel_last: vectors are (B, N, dim); if False, (B, dim, N).
         accept_image_fmap, accept_3d_fmap: x is (B, dim, H, W), or (B, dim, T, H, W).
         implicit_neural_codebook: every stage but the first transforms its codes by a network, conditioned on the sum
@@ -97,6 +98,7 @@ class ResidualVQ(Projected, ResidualStack):
         return_zeros_for_masked_padding: bool = True,
         channel_last: bool = True,
         accept_3d_fmap: bool = False,
+        quantize_dropout_per_item: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -122,7 +124,15 @@ class ResidualVQ(Projected, ResidualStack):
         if len(weights) != len(sizes):
             raise ValueError(f"beam_score_quantizer_weights: must be {len(sizes)} numbers, got {weights}")
         check_fractions(quant_grad_frac=quant_grad_frac)
-        self._set_dropout(len(sizes), quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
+        if quantize_dropout_per_item and beam_size is not None and beam_size > 1:
+            raise ValueError(f"quantize_dropout_per_item: must be False beside beam_size={beam_size}")
+        self._set_dropout(
+            len(sizes),
+            quantize_dropout,
+            quantize_dropout_cutoff_index,
+            quantize_dropout_multiple_of,
+            quantize_dropout_per_item,
+        )
         if shared_codebook:
             settings["manual_ema_update"] = False  # the codes follow after the last stage anyway
             settings["manual_in_place_optimizer_update"] = True
@@ -202,6 +212,7 @@ class ResidualVQ(Projected, ResidualStack):
             *,
             lens: Tensor | None = None,
             accum_ema_update: bool = False,
+            n_quantizers: int | Tensor | None = None,
         ) -> tuple[Tensor, Tensor, Tensor]: ...
         @overload
         def __call__(
@@ -226,6 +237,7 @@ class ResidualVQ(Projected, ResidualStack):
         *,
         lens: Tensor | None = None,
         accum_ema_update: bool = False,
+        n_quantizers: int | Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Return (quantized, indices, losses) of x; with indices given, (quantized, the sum of cross entropies).
 
@@ -241,6 +253,8 @@ class ResidualVQ(Projected, ResidualStack):
             rand_quantize_dropout_fixed_seed: seed of dropout; by default torch's generator draws one.
             lens: int (B,), a mask for sequences: the first lens[b] vectors take part.
             accum_ema_update: keep this batch's statistics for the next learning step, or for `commit_ema_update`.
+            n_quantizers: number of leading stages that take part, in training instead of a random one: for all items
+                of the batch, or int (B,) with one for each; all stages by default. Not beside `indices`.
 
         Returns:
             quantized, shaped and typed as x; indices int64 (B, N, Q), (B, Q), (B, ..., Q) or (B, H, W, Q), -1 for
@@ -257,7 +271,8 @@ class ResidualVQ(Projected, ResidualStack):
         learning = self.training and frozen < self.num_quantizers
         partly = learning and frozen > 0
         repeatable = learning and may_be_recomputed()
-        no_options = mask is indices is beam_size is lens is None and not (return_all_codes or accum_ema_update)
+        no_options = mask is indices is beam_size is lens is n_quantizers is None
+        no_options = no_options and not (return_all_codes or accum_ema_update)
         if no_options and not (repeatable or partly) and self._is_plain(stages, learning):
             return self._forward_plain(x, stages, learning)
 
@@ -273,7 +288,13 @@ class ResidualVQ(Projected, ResidualStack):
         if beam_size is not None and not beam_size >= 1:
             raise ValueError(f"beam_size: must be at least 1, got {beam_size}")
         targets = None if indices is None else layout.indices_to_rows(indices).flatten(0, 1)[None]
-        active = self._dropout.draw(self.training and targets is None, x, rand_quantize_dropout_fixed_seed)
+        if n_quantizers is None:
+            drops, seed = self.training and targets is None, rand_quantize_dropout_fixed_seed
+            active = self._dropout.draw(drops, x, seed, items=layout.batch, rows=layout.rows)
+        elif targets is not None:
+            raise ValueError("n_quantizers: must be None beside indices, the targets of all stages")
+        else:
+            active = self._leading(n_quantizers, layout, x.device)
         if repeatable:
             self._history.replay(projected, self._unique_codebooks)
         learns = [learning and not (partly and stage.freeze_codebook) for stage in stages]
@@ -502,7 +523,7 @@ class ResidualVQ(Projected, ResidualStack):
             losses = [step.cross_entropy for step in steps if step.cross_entropy is not None]
         elif self.training:
             losses = [
-                active.fill(place, stage.losses(step, learns[place])[0], 0)
+                active.of_any_row().fill(place, stage.losses(step, learns[place])[0], 0)
                 for place, (stage, step) in enumerate(zip(stages, steps, strict=True))
             ]
         else:
@@ -520,7 +541,8 @@ class ResidualVQ(Projected, ResidualStack):
         """Move the codebooks of the stages towards their rows x (1, R, D) with indices (1, R)."""
         weights = None
         if active is not None and isinstance(active.number, Tensor):  # a dropped stage doesn't decay
-            weights = [(active.number > self._stages.index(stage)).float() for stage in stages]
+            number = active.of_any_row().number
+            weights = [(number > self._stages.index(stage)).float() for stage in stages]  # type: ignore[union-attr]
         codebooks = [stage._codebook for stage in stages]
         learn_together(codebooks, x, indices, weight=weights, accumulate_only=accumulate_only)
 
@@ -603,6 +625,8 @@ class ResidualVQ(Projected, ResidualStack):
         beams = own if beam_size is None else beam_size
         if beams is None or beams <= 1:
             return None
+        if isinstance(active.number, Tensor) and active.number.dim():
+            raise ValueError(f"n_quantizers: must be one number for all items beside beam_size={beams}")
         x = x.detach()
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         stages = [
@@ -629,23 +653,63 @@ class ResidualVQ(Projected, ResidualStack):
 
         return propose
 
-    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the indices of all stages, shaped as `forward` returns them. No state changes."""
+    def encode(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lens: Tensor | None = None,
+        n_quantizers: int | Tensor | None = None,
+    ) -> Tensor:
+        """Return the indices of x, shaped as `forward` returns them, with the same arguments. No state changes."""
         layout = self._layout(x)
-        rows_mask = layout.rows_mask(mask)
+        rows_mask = layout.rows_mask(mask, lens)
         flat_mask = None if rows_mask is None else rows_mask.reshape(1, -1)
         projected = self._project_in(layout.to_rows(x)).detach()
-        found = self._beam_search(projected, flat_mask, self.eval_beam_size, ActiveStages(self.num_quantizers), 0.0)
+        active = (
+            ActiveStages(self.num_quantizers) if n_quantizers is None else self._leading(n_quantizers, layout, x.device)
+        )
+        found = self._beam_search(projected, flat_mask, self.eval_beam_size, active, 0.0)
         if found is None:
-            found = self._greedy_search(projected, flat_mask)
+            found = self._greedy_search(projected, flat_mask, active)
+        if isinstance(active.number, Tensor):
+            found = torch.stack([active.fill(place, one, -1) for place, one in enumerate(found.unbind(-1))], -1)
+        elif dropped := self.num_quantizers - found.shape[-1]:
+            found = nn.functional.pad(found, (0, dropped), value=-1)
         return layout.indices(found.view(layout.batch, layout.rows, self.num_quantizers))
 
-    def _greedy_search(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the indices (1, R, Q) of x (1, R, D)."""
+    def _leading(self, number: int | Tensor, layout: Layout, device: torch.device) -> ActiveStages:
+        """Return the stages of an argument `n_quantizers`.
+
+        Raises:
+            ValueError: a number is out of range, or there is not one for each item. TypeError: they are no integers.
+        """
+        most = self.num_quantizers
+        if not isinstance(number, Tensor):
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"n_quantizers: must be an int or a tensor of ints, got {number!r}")
+            if not 1 <= number <= most:
+                raise ValueError(f"n_quantizers: must lie in [1, {most}], got {number}")
+            return ActiveStages(number)
+        if number.is_floating_point() or number.dtype == torch.bool:
+            raise TypeError(f"n_quantizers: must be an int or a tensor of ints, got {number.dtype}")
+        if number.shape != (layout.batch,):
+            raise ValueError(f"n_quantizers: must have shape (B,) = ({layout.batch},), got {tuple(number.shape)}")
+        if (
+            not torch.compiler.is_compiling()
+            and number.numel()
+            and not 1 <= int(number.min()) <= int(number.max()) <= most
+        ):
+            raise ValueError(f"n_quantizers: must lie in [1, {most}], got {number.tolist()}")
+        return ActiveStages.of_items(number.to(device), layout.rows)
+
+    def _greedy_search(self, x: Tensor, mask: Tensor | None, active: ActiveStages) -> Tensor:
+        """Return the indices (1, R, active) of x (1, R, D)."""
         only_mask = None if mask is None else mask[0]
+        count = active.number if isinstance(active.number, int) else self.num_quantizers
         if self._shares_space:
-            return residual_search(x[0], self._stack(self._stages), mask=only_mask)[None]
-        stages = [self._beam_stage(place, 0.0) for place in range(self.num_quantizers)]
+            return residual_search(x[0], self._stack(self._stages[:count]), mask=only_mask)[None]
+        stages = [self._beam_stage(place, 0.0) for place in range(count)]
         return beam_search(x[0].float() if x.dtype != torch.float64 else x[0], stages, 1, mask=only_mask)[None]
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:

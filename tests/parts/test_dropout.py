@@ -9,7 +9,14 @@ from collections import Counter
 import pytest
 import torch
 
-from fastvq.parts.dropout import QuantizeDropout, common_seed, draw_seed, draw_stage_count
+from fastvq.parts.dropout import (
+    ActiveStages,
+    QuantizeDropout,
+    common_seed,
+    draw_seed,
+    draw_stage_count,
+    draw_stage_counts,
+)
 
 
 @pytest.mark.parametrize(("cutoff", "multiple"), [(0, 1), (3, 1), (0, 4), (2, 3), (7, 1)])
@@ -95,3 +102,17 @@ def test_one_seed_for_several():
         first, second = function(torch.zeros(1)).chunk(2)
         assert torch.equal(first, second)
         assert int((first == 0).sum()) == draw_stage_count(64, seed=int(torch.manual_seed(1) and draw_seed()))
+
+
+def test_a_number_for_each_item():
+    counts = draw_stage_counts(2000, 8, cutoff_index=1, multiple_of=2, seed=3)
+    assert counts[0] == draw_stage_count(8, cutoff_index=1, multiple_of=2, seed=3)
+    shares = Counter(counts)
+    assert set(shares) == {2, 4, 6, 8}
+    assert shares[2] < 0.75 * min(shares[4], shares[6], shares[8])  # one of the seven last indices, not two
+    dropout = QuantizeDropout(8, True, 1, 2, per_item=True)
+    active = dropout.draw(True, torch.zeros(1), 3, items=5, rows=2)
+    assert active.number.tolist() == [count for count in counts[:5] for _ in range(2)]
+    assert int(active.of_any_row().number) == max(counts[:5])
+    assert dropout.draw(False, torch.zeros(1), items=5).number == 8
+    assert ActiveStages(3).of_any_row() == ActiveStages(3)

@@ -151,6 +151,135 @@ def test_dropout_keeps_a_prefix_and_rounds_up():
     close(coarse, layer.get_codes_from_indices(indices)[:3].sum(0))
 
 
+BY_STAGE = {"quant_grad_frac": 0.5}
+"""A setting that has the stages run one after the other."""
+
+
+OPTIONS = [{}, BY_STAGE, {"use_cosine_sim": True}, {"codebook_dim": 5}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_each_item_has_the_results_of_its_number_of_stages(options, training):
+    layer = fastvq.ResidualVQ(dim=12, num_quantizers=4, codebook_size=16, **options).train(training)
+    x = vectors(3, 10, 12).requires_grad_()
+    numbers = torch.tensor([1, 4, 2])
+    quantized, indices, losses = copy.deepcopy(layer)(x, n_quantizers=numbers)
+    for row, number in enumerate(numbers.tolist()):
+        own = x.detach()[row : row + 1].requires_grad_()
+        expected, few, _ = copy.deepcopy(layer)(own, n_quantizers=number)
+        assert torch.equal(few, indices[row : row + 1])
+        assert ((few >= 0).sum(-1) == number).all()
+        close(quantized[row], expected[0])
+        if training:
+            wanted = torch.autograd.grad(expected.square().sum(), own)[0]
+            close(torch.autograd.grad(quantized[row].square().sum(), x, retain_graph=True)[0][row], wanted[0])
+        else:
+            assert torch.equal(layer.encode(own, n_quantizers=number), few)
+            close(layer.get_output_from_indices(few[..., :number]), expected)
+    if not training:
+        assert torch.equal(layer.encode(x, n_quantizers=numbers), indices)
+        assert not losses.any()
+
+
+def test_codes_learn_from_the_items_of_their_stage_alone():
+    layer = fastvq.ResidualVQ(dim=12, num_quantizers=4, codebook_size=16)
+    codebooks, x, numbers = layer.codebooks.clone(), vectors(3, 10, 12), torch.tensor([1, 4, 2])
+    _, indices, losses = layer(x, n_quantizers=numbers)
+    residual = x.clone()
+    for place, stage in enumerate(layer.layers):
+        rows = numbers > place
+        codes = nn.functional.embedding(indices[rows][..., place], codebooks[place])
+        close(losses[place], (residual[rows] - codes).square().mean())
+        residual[rows] -= codes
+        assert torch.equal(stage.code_counts, torch.bincount(indices[rows][..., place].flatten(), minlength=16))
+
+
+def test_a_stage_without_rows_does_not_decay():
+    for options in ({}, BY_STAGE):
+        layer = fastvq.ResidualVQ(dim=12, num_quantizers=3, codebook_size=16, **options)
+        before = copy.deepcopy(layer.layers[2].state_dict())
+        layer(vectors(2, 10, 12), n_quantizers=torch.tensor([2, 1]))
+        assert all(torch.equal(value, before[name]) for name, value in layer.layers[2].state_dict().items())
+        assert not torch.equal(layer.layers[1]._codebook.cluster_size, torch.ones(1, 16))
+
+
+@pytest.mark.parametrize("options", [{}, BY_STAGE], ids=str)
+def test_dropout_draws_a_number_for_each_item(options):
+    layer = fastvq.ResidualVQ(
+        dim=12, num_quantizers=6, codebook_size=16, quantize_dropout=True, quantize_dropout_per_item=True, **options
+    )
+    x = vectors(40, 5, 12)
+    twin = copy.deepcopy(layer)
+    quantized, indices, losses = layer(x, rand_quantize_dropout_fixed_seed=7)
+    numbers = (indices[:, 0] >= 0).sum(-1)
+    assert ((indices >= 0).sum(-1) == numbers[:, None]).all()
+    assert set(numbers.tolist()) == {1, 2, 3, 4, 5, 6}
+    for result, expected in zip((quantized, indices, losses), twin(x, n_quantizers=numbers), strict=True):
+        assert torch.equal(result, expected)
+    layer.eval()
+    assert (layer(x)[1] >= 0).all()
+    grouped = fastvq.GroupedResidualVQ(
+        dim=12, groups=2, num_quantizers=3, codebook_size=16, quantize_dropout=True, quantize_dropout_per_item=True
+    )
+    first, second = grouped(x)[1] >= 0
+    assert torch.equal(first, second)  # all groups leave out the same
+    assert len(first[:, 0].sum(-1).unique()) > 1
+    assert torch.equal((grouped(x, n_quantizers=2)[1] >= 0).sum(-1), torch.full((2, 40, 5), 2))
+
+
+def test_dropout_of_items_compiles():
+    layer = fastvq.ResidualVQ(
+        dim=12, num_quantizers=4, codebook_size=16, quantize_dropout=True, quantize_dropout_per_item=True
+    )
+    twin = copy.deepcopy(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    x = vectors(6, 10, 12)
+    for result, expected in zip(
+        compiled(x, rand_quantize_dropout_fixed_seed=2), layer(x, rand_quantize_dropout_fixed_seed=2), strict=True
+    ):
+        close(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "message"),
+    [
+        (0, ValueError, r"n_quantizers: must lie in \[1, 3\], got 0"),
+        (4, ValueError, r"n_quantizers: must lie in \[1, 3\], got 4"),
+        (1.0, TypeError, "n_quantizers: must be an int or a tensor of ints, got 1.0"),
+        (True, TypeError, "n_quantizers: must be an int or a tensor of ints, got True"),
+        (torch.tensor([1, 4]), ValueError, r"n_quantizers: must lie in \[1, 3\], got \[1, 4\]"),
+        (torch.tensor([1, 2, 3]), ValueError, r"n_quantizers: must have shape \(B,\) = \(2,\), got \(3,\)"),
+        (torch.tensor([1.0, 2.0]), TypeError, "n_quantizers: must be an int or a tensor of ints, got torch.float32"),
+    ],
+)
+def test_numbers_of_stages_that_are_refused(number, error, message):
+    layer = fastvq.ResidualVQ(dim=12, num_quantizers=3, codebook_size=16)
+    for call in (layer, layer.encode):
+        with pytest.raises(error, match=message):
+            call(vectors(2, 5, 12), n_quantizers=number)
+
+
+def test_items_of_several_numbers_have_no_beams_and_no_targets():
+    layer = fastvq.ResidualVQ(dim=12, num_quantizers=3, codebook_size=16, beam_size=2).eval()
+    x = vectors(2, 5, 12)
+    assert ((layer(x, n_quantizers=2)[1] >= 0).sum(-1) == 2).all()
+    assert torch.equal(layer.encode(x, n_quantizers=2), layer(x, n_quantizers=2)[1])
+    with pytest.raises(ValueError, match="n_quantizers: must be one number for all items beside beam_size=2"):
+        layer(x, n_quantizers=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="quantize_dropout_per_item: must be False beside beam_size=2"):
+        fastvq.ResidualVQ(dim=12, num_quantizers=3, codebook_size=16, beam_size=2, quantize_dropout_per_item=True)
+    with pytest.raises(ValueError, match="n_quantizers: must be None beside indices"):
+        layer(x, indices=torch.zeros(2, 5, 3, dtype=torch.int64), n_quantizers=2)
+
+
+def test_encode_takes_lengths():
+    layer = fastvq.ResidualVQ(dim=12, num_quantizers=3, codebook_size=16).eval()
+    x, lens = vectors(2, 5, 12), torch.tensor([5, 2])
+    assert torch.equal(layer.encode(x, lens=lens), layer(x, lens=lens)[1])
+
+
 def test_frozen_is_frozen():
     for frozen, options in (({"freeze_codebook": True}, {}), ({}, {"freeze_codebook": True})):
         layer = fastvq.ResidualVQ(dim=12, num_quantizers=3, codebook_size=32, **frozen)
