@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
 import inspect
@@ -100,17 +101,22 @@ class ClientAdapter:
 
         Forks keep the names of classes and attributes, and change what methods do.
         """
+        devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
         found = ""
-        devices = {tensor.device for tensor in module.parameters() if tensor.device.type == "cuda"}
-        for seed in range(_DRAWS):
-            with torch.random.fork_rng(list(devices)), torch.enable_grad(), torch.inference_mode(False):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng([device for device in devices if device.type == "cuda"]))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for kind in {device.type for device in devices}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            for seed in range(_DRAWS):
                 torch.manual_seed(seed)
                 try:
                     found = self._differs(module, seed)
                 except Exception as error:  # a fork may fail in any way
                     found = f"a trial on random values failed: {type(error).__name__}: {first_line(error)}"
-            if not found:
-                break
+                if not found:
+                    break
         return found
 
     def _differs(self, module: nn.Module, seed: int) -> str:
@@ -201,6 +207,12 @@ def near(codes: Tensor, number: int = 16) -> Tensor:
     return chosen + 0.01 * torch.randn_like(chosen)
 
 
+def noise(module: nn.Module, *shape: int) -> Tensor:
+    """Return normal random numbers in the dtype and on the device of a module's weights."""
+    tensors = (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())
+    return torch.randn_like(next(tensors).new_empty(shape))
+
+
 def _copied(module: nn.Module) -> nn.Module:
     """Return a deep copy in float32 or float64; tensors with a history, as weight_norm keeps, are detached."""
     memo: dict[int, Any] = {}
@@ -209,6 +221,8 @@ def _copied(module: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     copied = copy.deepcopy(module, memo)
+    for buffer in copied.buffers():  # LlamaGen registers a parameter as one, and writes to it
+        buffer.requires_grad_(False)
     halves = [t for t in (*copied.parameters(), *copied.buffers()) if t.is_floating_point() and t.itemsize < 4]
     return copied.float() if halves else copied
 

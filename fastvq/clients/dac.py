@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import Call, ClientAdapter, is_accelerated, near
+from .adapter import Call, ClientAdapter, is_accelerated, near, noise
 from .nearest import nearest
 
 TRANSFORMERS = "transformers 5.24.0"
@@ -174,8 +174,7 @@ def _stage_trial(module: Any) -> list[Call]:
 
 
 def _stages_trial(module: Any) -> list[Call]:
-    conv = module.quantizers[0].in_proj
-    x = torch.randn(2, conv.in_channels, 8, device=next(module.parameters()).device)
+    x = noise(module, 2, module.quantizers[0].in_proj.in_channels, 8)
     return [Call("forward", x), Call("forward", x, training=True)]
 
 

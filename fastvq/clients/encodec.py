@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Call, ClientAdapter, is_accelerated, near
+from .adapter import Call, ClientAdapter, is_accelerated, near, noise
 from .nearest import nearest, nearest_while_learning, residual_nearest, statistics
 
 TRANSFORMERS = "transformers 5.24.0"
@@ -129,8 +129,7 @@ class _MoshiStages(nn.Module):
 
 
 def _encode_trial(module: Any, dim: int) -> list[Call]:
-    x = torch.randn(2, dim, 8, device=next(module.buffers()).device)
-    return [Call("encode", x)]
+    return [Call("encode", noise(module, 2, dim, 8))]
 
 
 def _transformers_trial(module: Any) -> list[Call]:

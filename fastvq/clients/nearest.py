@@ -21,7 +21,7 @@ def nearest(rows: Tensor, codes: Tensor, *, metric: str = "l2") -> Tensor:
     Returns:
         int64 (N,).
     """
-    return search(rows.detach(), codes.detach(), metric=metric).clamp_min_(0)
+    return search(rows.detach(), codes.detach(), metric=metric, missing=0)
 
 
 def nearest_while_learning(rows: Tensor, codes: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def residual_nearest(x: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
     """
     batch, dim, length = x.shape
     rows = x.detach().transpose(1, 2).reshape(batch * length, dim)
-    found = residual_search(rows, [codes.detach() for codes in codebooks]).clamp_min_(0)
+    found = residual_search(rows, [codes.detach() for codes in codebooks], missing=0)
     return found.view(batch, length, len(codebooks)).permute(2, 0, 1).contiguous()
 
 

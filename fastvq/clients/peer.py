@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import Call, ClientAdapter, client_globals, is_accelerated, near
+from .adapter import Call, ClientAdapter, client_globals, is_accelerated, near, noise
 from .nearest import nearest, statistics
 
 PEER = "vector_quantize_pytorch 1.32.0"
@@ -141,11 +141,9 @@ def _reads_distances(layer: Any) -> bool:
 
 def _trial(module: Any) -> list[Call]:
     module._codebook.initted.fill_(True)
-    if module.accept_image_fmap or module.accept_3d_fmap or not module.channel_last:
-        x = torch.randn(2, module.dim, *[2] * (1 + module.accept_image_fmap + 2 * module.accept_3d_fmap))
-    else:
-        x = torch.randn(2, 8, module.dim)
-    x = x.to(module._codebook.embed)
+    axes = 1 + module.accept_image_fmap + 2 * module.accept_3d_fmap
+    channels_last = axes == 1 and module.channel_last
+    x = noise(module, 2, 8, module.dim) if channels_last else noise(module, 2, module.dim, *[2] * axes)
     return [Call("forward", x), Call("forward", x, training=True)]
 
 

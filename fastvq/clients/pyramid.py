@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import Call, ClientAdapter
+from .adapter import Call, ClientAdapter, noise
 from .nearest import nearest
 
 VAR = "VAR 2241199"
@@ -58,7 +58,7 @@ def _nearest(module: _Pyramid, rows: Tensor) -> Tensor:
 def _trial(module: Any) -> list[Call]:
     last = module.v_patch_nums[-1]
     size = (last, last) if isinstance(last, int) else tuple(last)
-    x = torch.randn(1, module.embedding.weight.shape[1], *size, device=module.embedding.weight.device)
+    x = noise(module, 1, module.embedding.weight.shape[1], *size)
     return [Call("f_to_idxBl_or_fhat", x, to_fhat) for to_fhat in (False, True)]
 
 

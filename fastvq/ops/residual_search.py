@@ -14,7 +14,7 @@ from fastvq.backends.support import METRICS
 from .checks import check_codes, check_mask, check_metric, check_values
 from .packed import PackedCodebook, packed_residual_search
 from .registry import explain, op, option
-from .search import search_masked
+from .search import fill_missing_, search_masked
 
 Codebooks = Tensor | Sequence[Tensor]
 """Codes (Q, K, D), or a sequence with codes (K, D) of a stage or (n, K, D) of several in each place."""
@@ -73,7 +73,12 @@ def _residual_search(x: Tensor, codebooks: list[Tensor], *, metric: int = 0, mas
 
 
 def residual_search(
-    x: Tensor, codebooks: Codebooks | PackedCodebook, *, metric: str = "l2", mask: Tensor | None = None
+    x: Tensor,
+    codebooks: Codebooks | PackedCodebook,
+    *,
+    metric: str = "l2",
+    mask: Tensor | None = None,
+    missing: int = -1,
 ) -> Tensor:
     """Return the indices of each vector in a stack of codebooks, each of which codes the residual of the one before.
 
@@ -88,11 +93,11 @@ def residual_search(
             whose numbers may differ. A sequence is read where it is, so that codebooks of modules need not be stacked.
             Its entries may also be (n, K, D), the codes of n stages. Or a `PackedCodebook` of one of these.
         metric: "l2" or "dot".
-        mask: bool (N,), as for `search`.
+        mask: bool (N,), and missing: as for `search`.
 
     Returns:
-        int64 indices (N, Q): the same as one `search` a stage, and -1 as there. A stage without a finite code leaves
-        the residual as it is.
+        int64 indices (N, Q): the same as one `search` a stage, and `missing` as there. A stage without a finite code
+        leaves the residual as it is.
 
     Raises:
         TypeError, ValueError: as `search`.
@@ -105,8 +110,9 @@ def residual_search(
     books = codebooks if type(codebooks) is list else as_list(codebooks)
     try:
         if packed is not None:
-            found: Tensor = packed_residual_search(x, packed[0], METRICS[metric], mask)
-            return found
-        return _residual_search(x, books, metric=METRICS[metric], mask=mask)
+            found = packed_residual_search(x, packed[0], METRICS[metric], mask)
+            return found if missing == -1 else fill_missing_(found, missing)
+        found = _residual_search(x, books, metric=METRICS[metric], mask=mask)
+        return found if missing == -1 else fill_missing_(found, missing)
     except (RuntimeError, KeyError, TypeError) as error:
         raise explain(error, _check_residual_search, x, books, metric, mask) from None

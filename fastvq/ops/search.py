@@ -61,7 +61,25 @@ def _search(x: Tensor, codebook: Tensor, *, metric: int = 0, mask: Tensor | None
     return run(x, codebook) if mask is None else search_masked(run, x, codebook, mask)
 
 
-def search(x: Tensor, codebook: Tensor | PackedCodebook, *, metric: str = "l2", mask: Tensor | None = None) -> Tensor:
+def fill_missing_(indices: Tensor, missing: int) -> Tensor:
+    """Replace -1 by `missing`, in place.
+
+    Raises:
+        TypeError: missing is no integer.
+    """
+    if type(missing) is not int:
+        raise TypeError(f"missing: must be an integer, got {missing!r}")
+    return indices.masked_fill_(indices < 0, missing)
+
+
+def search(
+    x: Tensor,
+    codebook: Tensor | PackedCodebook,
+    *,
+    metric: str = "l2",
+    mask: Tensor | None = None,
+    missing: int = -1,
+) -> Tensor:
     """Return the index of the exact nearest code of each vector.
 
         metric="l2"    index_n = argmin_k sum_j (x_nj - e_kj)^2
@@ -78,10 +96,11 @@ def search(x: Tensor, codebook: Tensor | PackedCodebook, *, metric: str = "l2", 
         metric: "l2" or "dot".
         mask: bool (N,) or (H, N); a row with False gets -1. The CPU doesn't search it; other devices do, since to
             leave it out would wait for the device.
+        missing: the index of rows without a nearest code. With 0, the result can be looked up, as by `F.embedding`.
 
     Returns:
-        int64 indices (N,) or (H, N). A row with a NaN or an infinity gets -1. A code with one is never chosen; without
-        any finite code, every index is -1.
+        int64 indices (N,) or (H, N). A row with a NaN or an infinity gets `missing`. A code with one is never chosen;
+        without any finite code, every index is `missing`.
 
     Raises:
         TypeError: a dtype isn't listed. ValueError: a shape, a device or the metric is invalid. The message names the
@@ -95,8 +114,9 @@ def search(x: Tensor, codebook: Tensor | PackedCodebook, *, metric: str = "l2", 
         if isinstance(codebook, PackedCodebook):
             packed, codebook = codebook.number_for(x), codebook.tensor
             if packed is not None and codebook.dim() == x.dim():
-                found: Tensor = packed_search(x, packed[0], METRICS[metric], mask)
-                return found
-        return _search(x, codebook, metric=METRICS[metric], mask=mask)
+                found = packed_search(x, packed[0], METRICS[metric], mask)
+                return found if missing == -1 else fill_missing_(found, missing)
+        found = _search(x, codebook, metric=METRICS[metric], mask=mask)
+        return found if missing == -1 else fill_missing_(found, missing)
     except (RuntimeError, KeyError, TypeError) as error:
         raise explain(error, check_search, x, codebook, metric, mask) from None

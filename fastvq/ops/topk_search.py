@@ -12,7 +12,7 @@ from fastvq.backends.support import METRICS
 
 from .packed import PackedCodebook, packed_topk_search
 from .registry import explain, op, option
-from .search import check_search, search_masked
+from .search import check_search, fill_missing_, search_masked
 
 
 def _check_topk_search(x: Tensor, codebook: Tensor, k: int, metric: str, mask: Tensor | None) -> None:
@@ -36,7 +36,13 @@ def _topk_search(x: Tensor, codebook: Tensor, k: int, *, metric: int = 0, mask: 
 
 
 def topk_search(
-    x: Tensor, codebook: Tensor | PackedCodebook, k: int, *, metric: str = "l2", mask: Tensor | None = None
+    x: Tensor,
+    codebook: Tensor | PackedCodebook,
+    k: int,
+    *,
+    metric: str = "l2",
+    mask: Tensor | None = None,
+    missing: int = -1,
 ) -> Tensor:
     """Return the indices of the k nearest codes of each vector, nearest first.
 
@@ -44,12 +50,12 @@ def topk_search(
     `search` returns. The result is the same on every backend, and the N x K matrix is never materialized.
 
     Args:
-        x, codebook, metric, mask: as for `search`.
+        x, codebook, metric, mask, missing: as for `search`.
         k: number of codes, from 1 to K.
 
     Returns:
-        int64 indices (N, k) or (H, N, k). All are -1 in a row that is non-finite or masked out. If fewer than k
-        codes are finite, the last ones are -1.
+        int64 indices (N, k) or (H, N, k). All are `missing` in a row that is non-finite or masked out. If fewer than k
+        codes are finite, the last ones are `missing`.
 
     Raises:
         TypeError, ValueError: as `search`.
@@ -60,8 +66,9 @@ def topk_search(
         if isinstance(codebook, PackedCodebook):
             packed, codebook = codebook.number_for(x), codebook.tensor
             if packed is not None and codebook.dim() == x.dim():
-                found: Tensor = packed_topk_search(x, packed[0], k, METRICS[metric], mask)
-                return found
-        return _topk_search(x, codebook, k, metric=METRICS[metric], mask=mask)
+                found = packed_topk_search(x, packed[0], k, METRICS[metric], mask)
+                return found if missing == -1 else fill_missing_(found, missing)
+        found = _topk_search(x, codebook, k, metric=METRICS[metric], mask=mask)
+        return found if missing == -1 else fill_missing_(found, missing)
     except (RuntimeError, KeyError, TypeError) as error:
         raise explain(error, _check_topk_search, x, codebook, k, metric, mask) from None

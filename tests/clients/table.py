@@ -104,10 +104,15 @@ CLIENTS = {
         fills=True,
     ),
     "transformers X-Codec": Client(
-        transformers("xcodec", "XcodecResidualVectorQuantization", "XcodecConfig", codebook_size=32, codebook_dim=8),
+        transformers(
+            *("xcodec", "XcodecResidualVectorQuantization", "XcodecConfig"),
+            codebook_size=32,
+            codebook_dim=8,
+            target_bandwidths=[0.5, 1.0],
+        ),
         (2, 8, 20),
         encode,
-        17,
+        5,
         fills=True,
     ),
     "transformers DAC": Client(

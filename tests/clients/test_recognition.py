@@ -154,6 +154,22 @@ def test_a_trial_changes_nothing_and_draws_no_random_number():
     assert module.training
 
 
+@pytest.mark.parametrize("client", CLIENTS.values(), ids=CLIENTS)
+def test_modules_are_recognized_in_any_dtype_and_under_any_mode(client):
+    for module in (client.make().double(), client.make().bfloat16()):
+        assert len(fastvq.accelerate(module).replaced) == client.replaced
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert len(fastvq.accelerate(client.make()).replaced) == client.replaced
+
+
+def test_a_buffer_that_is_a_parameter_is_no_obstacle():
+    """LlamaGen's codebook_used; in training mode its own writes fail as long as it is a leaf."""
+    module = CLIENTS["LlamaGen"].make()
+    module._buffers["codebook_used"] = nn.Parameter(torch.zeros(1000))
+    assert fastvq.accelerate(module).replaced
+    assert module.codebook_used.requires_grad
+
+
 def test_parametrized_modules_are_recognized():
     class Scale(nn.Module):
         def forward(self, weight):

@@ -363,6 +363,25 @@ def test_masked_rows_are_not_searched(name, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_without_a_nearest_code_get_the_index_that_is_asked_for(name, packed):
+    x, codes = torch.randn(30, 4), torch.randn(9, 4)
+    x[3, 1], x[5, 0] = torch.nan, torch.inf
+    mask = torch.arange(30) != 7
+    if name == "residual_search":
+        codes = codes.expand(2, -1, -1).contiguous()
+    arguments = (fastvq.PackedCodebook(codes) if packed else codes, *([3] if name == "topk_search" else []))
+    search = getattr(fastvq, name)
+    expected = search(x, *arguments, mask=mask)
+    assert (expected[[3, 5, 7]] == -1).all()
+    for missing in (-1, 0, 9):
+        found = search(x, *arguments, mask=mask, missing=missing)
+        assert torch.equal(found, expected.where(expected >= 0, missing))
+    with pytest.raises(TypeError, match=r"missing: must be an integer, got 0\.5"):
+        search(x, *arguments, missing=0.5)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
 def test_refuses_an_invalid_mask(name):
     x, codes = torch.randn(30, 4), torch.randn(9, 4)
     with pytest.raises(TypeError, match="mask: must be bool, got torch"):
