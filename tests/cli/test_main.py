@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastvq.cli.main import _with_options, main
-from fastvq.demo import run as demo
+from fastvq.demo import images as demo
 from fastvq.training.checkpoint import checkpoint_folders
 from fastvq.training.config import PriorConfig
 from fastvq.training.metrics import read_metrics

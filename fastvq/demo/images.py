@@ -66,9 +66,11 @@ CEILING_STEPS = 600
 def run_demo(
     folder: StrPath,
     *,
-    config: ImageConfig = DEMO,
+    config: ImageConfig | None = None,
+    steps: int | None = None,
     ceiling_steps: int = CEILING_STEPS,
-    prior_config: PriorConfig = DEMO_PRIOR,
+    prior_config: PriorConfig | None = None,
+    prior_steps: int | None = None,
     classifier_steps: int = STEPS,
     resume: bool = False,
     overwrite: bool = False,
@@ -78,10 +80,12 @@ def run_demo(
     Args:
         folder: gets `index.html`, the pictures, `metrics.json`, `metrics.jsonl`, `checkpoints/`, `images.fvq`, the
             prior in `prior/` and the ceiling run in `ceiling/`.
-        config: settings of the VQ-VAE; the ceiling run differs only in `bottleneck` and `steps`.
+        config: settings of the VQ-VAE, by default `DEMO`; the ceiling run differs only in `bottleneck` and `steps`.
+        steps: training steps of the VQ-VAE, instead of those in `config`.
         ceiling_steps: training steps of the network without a bottleneck. More steps would raise its PSNR: it is a
             lower bound of the ceiling.
-        prior_config: settings of the prior.
+        prior_config: settings of the prior, by default `DEMO_PRIOR`.
+        prior_steps: training steps of the prior, instead of those in `prior_config`.
         classifier_steps: training steps of the classifier that judges samples.
         resume: continue an interrupted demo.
         overwrite: replace the demo that is in the folder. A finished one moves to `earlier/` and is deleted when this
@@ -92,7 +96,11 @@ def run_demo(
             given; `resume` and there is nothing to continue; another process is writing there.
         ConfigError: `resume` and the settings differ from those of the demo, other than by more steps.
     """
-    folder = Path(folder)
+    folder, config, prior_config = Path(folder), config or DEMO, prior_config or DEMO_PRIOR
+    if steps is not None:
+        config = dataclasses.replace(config, steps=steps)
+    if prior_steps is not None:
+        prior_config = dataclasses.replace(prior_config, steps=prior_steps)
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other")
     examples = load_examples(config)
