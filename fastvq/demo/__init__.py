@@ -4,8 +4,8 @@ images.py       VQ-VAE, prior, samples and small files of the shipped images
 classifier.py   a judge of samples        sizes.py   the held-out images as files of every format
 page.py         index.html
 
-A demo NAME is a module of this name with `run_demo(folder, *, resume, overwrite, **steps)`, which returns the content of
-its metrics.json, or None if it was interrupted, and a line in `DEMOS`. `steps` are numbers of steps, by name.
+A demo NAME is a module of this name with `run_demo(folder, *, resume, overwrite, **steps)`, which returns the content
+of its metrics.json, or None if it was interrupted, and a line in `DEMOS`. `steps` are numbers of steps, by name.
 """
 
 from __future__ import annotations
