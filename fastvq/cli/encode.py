@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastvq.errors import CodingError
 
-from .options import add_data, add_skip_unreadable, check_sources
+from .options import add_data, add_skip_unreadable, check_sources, refuse_without_effect
 
 SUMMARY = "write the indices of images or other data, or of an array, to a small file"
 
@@ -58,6 +58,8 @@ def run(options: argparse.Namespace) -> int:
         raise CodingError(f"IN: an .npy file is encoded alone, got {', '.join(sources)}")
     if not arrays and options.codebook_size is not None:
         raise CodingError("codebook_size: only for an .npy file of indices; files have the run's")
+    if arrays or options.held_out:
+        refuse_without_effect(options, ("skip_unreadable",), "with --held-out or an .npy file")
     if arrays:
         lines = encode_array(sources[0], options.out, options.codebook_size, model=model, run=options.run_folder)
     elif options.run_folder is None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvq.errors import DataError
+from fastvq.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from fastvq.training.config import Settings
@@ -112,6 +112,20 @@ def take_named(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         else:
             taken[name] = "true"
     return taken, others
+
+
+def refuse_without_effect(options: argparse.Namespace, names: Sequence[str], where: str) -> None:
+    """Raise a ConfigError if one of these options is given where it has no effect.
+
+    Args:
+        options: the parsed options.
+        names: of options whose absence is None, False, or no attribute.
+        where: the circumstance, such as "with --held-out".
+    """
+    for name in names:
+        value = getattr(options, name, None)
+        if value is not None and value is not False:
+            raise ConfigError(f"{name}: has no effect {where}")
 
 
 def add_skip_unreadable(parser: argparse.ArgumentParser) -> None:

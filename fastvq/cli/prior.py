@@ -10,7 +10,7 @@ from pathlib import Path
 from fastvq.errors import ConfigError
 
 from . import INTERRUPTED
-from .options import add_config, add_data, add_logger, add_settings, given_settings
+from .options import add_config, add_data, add_logger, add_settings, given_settings, refuse_without_effect
 
 SUMMARY = "train a prior over the indices of a run's examples"
 
@@ -63,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
     given = given_settings(options, "prior", PriorConfig)
     resumed = resumed_prior(options.run_folder) if options.resume else None
     config = PriorConfig(**given) if resumed is None else dataclasses.replace(resumed.config, **given)
+    if config.kind != "transformer":
+        refuse_without_effect(options, ("heads",), f"on a prior of kind {config.kind}")
     if options.seconds is not None:
         from fastvq.runs.compare_priors import FIXED_SETTINGS, compare_priors
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import add_data, add_skip_unreadable, check_sources
+from .options import add_data, add_skip_unreadable, check_sources, refuse_without_effect
 
 SUMMARY = "draw images or other data beside their reconstructions by a trained model"
 
@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
         skip = options.skip_unreadable
         lines = reconstruct_files(options.run_folder, options.sources, options.out, skip_unreadable=skip)
     else:
+        refuse_without_effect(options, ("skip_unreadable",), "with --held-out")
         lines = reconstruct_held_out(options.run_folder, options.out, data=options.data)
     print("\n".join([*lines, f"picture: {options.out}"]))
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import add_skip_unreadable
+from .options import add_skip_unreadable, refuse_without_effect
 
 SUMMARY = "write the indices of a whole data set as sharded arrays"
 
@@ -24,15 +24,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-files", type=int, default=1000, metavar="N", help="files in an array (default: 1000); a tar is one"
     )
-    parser.add_argument("--workers", type=int, default=0, help="processes that read files (default: 0)")
+    parser.add_argument("--workers", type=int, help="processes that read files (default: 0)")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     add_skip_unreadable(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the arrays."""
+    from fastvq.data import DATA_SETS
     from fastvq.runs.tokenize import tokenize
 
-    given = {name: getattr(options, name) for name in ("shard_files", "skip_unreadable", "workers", "device")}
+    if options.data in DATA_SETS:
+        refuse_without_effect(options, ("skip_unreadable", "workers"), f"on the data set {options.data}")
+    given = {name: getattr(options, name) for name in ("shard_files", "skip_unreadable", "device")}
+    given["workers"] = options.workers or 0
     print("\n".join(tokenize(options.run_folder, options.data, options.out, **given)))
     return 0

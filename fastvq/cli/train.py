@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastvq.errors import ConfigError
 
 from . import INTERRUPTED
-from .options import add_config, add_logger, add_settings, given_settings, take_named
+from .options import add_config, add_logger, add_settings, given_settings, refuse_without_effect, take_named
 
 if TYPE_CHECKING:
     from fastvq.training import TrainConfig
@@ -74,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
     check_logger(options.logger)
     config = _settings(options)
+    _refuse_without_effect(options, config)
     usable_device(config.device)  # before files are read
     if options.resume:
         print(describe_resumed(load_latest(options.out, tensors=False), config), flush=True)
@@ -147,6 +148,23 @@ def _settings(options: argparse.Namespace) -> TrainConfig:
     if preset not in settings.presets:
         raise ConfigError(f"preset must be one of {', '.join(settings.presets)} for {modality}s, got {preset}")
     return settings(**(defaults | settings.presets[preset] | given))
+
+
+def _refuse_without_effect(options: argparse.Namespace, config: TrainConfig) -> None:
+    """Raise a ConfigError if an option on the command line has no effect beside the others.
+
+    A file of settings may have them: that of a run has all.
+    """
+    from fastvq.data import DATA_SETS
+    from fastvq.models.bottlenecks import SHARED
+
+    if config.data in DATA_SETS:
+        refuse_without_effect(options, ("test_fraction", "skip_unreadable"), f"on the data set {config.data}")
+    if config.bottleneck == "none":
+        refuse_without_effect(options, tuple(SHARED), "on the bottleneck none")
+    if not getattr(config, "adversarial_weight", 0):
+        names = ("adversarial_start", "discriminator_width", "discriminator_layers")
+        refuse_without_effect(options, names, "without an adversarial_weight")
 
 
 def _bottleneck_options(name: str, given: dict[str, str]) -> dict[str, Any]:

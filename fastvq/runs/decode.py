@@ -79,7 +79,8 @@ def decode_array(
     Args:
         source: the coded file.
         path: the .npy file to write.
-        run: folder of the run whose prior the file was coded with, if it was coded with one.
+        run: folder of the run whose prior the file was coded with, if it was coded with one; a file of another model is
+            refused.
         limits: a file that exceeds one of them is refused.
 
     Raises:
@@ -87,7 +88,11 @@ def decode_array(
         ConfigError: `path` has another ending.
     """
     check_ending(path, [".npy"])
-    indices = _decoded(coding.load(source), run, limits=limits).numpy()
+    data = coding.load(source)
+    fingerprint = None
+    if run is not None and any(coding.read_header(data).fingerprint):
+        fingerprint = coding.fingerprint(load_model(run)[0])
+    indices = _decoded(data, run, fingerprint=fingerprint, limits=limits).numpy()
     with whole(path) as file:
         np.save(file, indices)
     return [f"{path}: indices of shape {indices.shape}"]

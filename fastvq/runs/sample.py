@@ -74,6 +74,8 @@ def sample_run(
     check_ending(path, (*plots.FORMATS, *sorted(modality.played - {*plots.FORMATS}), ".npy"), folder=many)
     check_outside_data(path, run, data)
     folder, array = is_folder(path), Path(path).suffix.lower() == ".npy"
+    if data is not None and (array or (not folder and (count is not None or label is not None))):
+        raise ConfigError(f"data: has no effect on {path}, which shows no held-out {many}")
     if not folder and not array:
         plays = Path(path).suffix.lower() in modality.played
         if count is not None or label is not None or (plays and not complete):

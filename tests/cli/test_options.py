@@ -141,3 +141,28 @@ def test_a_model_is_built_of_every_preset(name):
 def test_settings_of_networks_are_validated(settings, message):
     with pytest.raises(ConfigError, match=message):
         build_model(ImageConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--out=x", "--skip-unreadable"], "--skip-unreadable: has no effect on the data set fashion-mnist"),
+        (["train", "--out=x", "--test-fraction=0.2"], "--test-fraction: has no effect on the data set fashion-mnist"),
+        (["train", "--out=x", "--bottleneck=none", "--decay=0.9"], "--decay: has no effect on the bottleneck none"),
+        (["train", "--out=x", "--adversarial-start=5"], "--adversarial-start: has no effect without an"),
+        (["train", "--out=x", "--discriminator-width=16"], "--discriminator-width: has no effect without an"),
+        (["prior", "x", "--kind=lstm", "--heads=2"], "--heads: has no effect on a prior of kind lstm"),
+        (["encode", "--held-out", "x.fvq", "--run=x", "--skip-unreadable"], "--skip-unreadable: has no effect with"),
+        (["encode", "x.npy", "x.fvq", "--skip-unreadable"], "--skip-unreadable: has no effect with --held-out or an"),
+        (["reconstruct", "x", "--out=x.png", "--skip-unreadable"], "--skip-unreadable: has no effect with --held-out"),
+        (
+            ["tokenize", "digits", "--run=x", "--out=y", "--workers=2"],
+            "--workers: has no effect on the data set",
+        ),
+    ],
+)
+def test_an_option_without_effect_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -33,6 +33,8 @@ def test_a_damaged_or_foreign_file_leaves_nothing_behind(run, tmp_path, capsys):
     coded.write_bytes(coding.encode(coding.decode(data), 24, fingerprint=b"somebody"))
     assert main(["decode", str(coded), str(out), f"--run={folder}"]) == 2
     assert "indices of another model" in capsys.readouterr().err
+    assert main(["decode", str(coded), str(tmp_path / "out.npy"), f"--run={folder}"]) == 2
+    assert "indices of another model" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["images.fvq"]
 
 

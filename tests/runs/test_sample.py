@@ -185,6 +185,8 @@ def test_sampled_indices_go_through_files(plain, tmp_path, how):
         (["--out=x", "--seed=-1"], f"--seed must be between 0 and {2**63 - 1}, got -1"),
         (["--out=x.npy", f"--seed={2**64}"], f"got {2**64}"),
         (["--out=x.png", f"--seed={2**64}"], f"got {2**64}"),
+        (["--out=x.npy", "--data=elsewhere"], "--data: has no effect on x.npy, which shows no held-out images"),
+        (["--out=x.png", "--label=1", "--data=elsewhere"], "--data: has no effect on x.png"),
         (["--out=x", "--top-k=0"], "--top-k: must be at least 1, got 0"),
         (["--out=x.npy", "--temperature=-1"], "--temperature: must not be negative, nor infinite, got -1.0"),
     ],
