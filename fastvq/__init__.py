@@ -118,7 +118,18 @@ if TYPE_CHECKING:
     from .runs.trained import load
 else:
     _MODULES = {
-        *("backends", "codebook", "distributed", "errors", "functional", "ops", "parts", "precision", "quantizers"),
+        *(
+            "backends",
+            "clients",
+            "codebook",
+            "distributed",
+            "errors",
+            "functional",
+            "ops",
+            "parts",
+            "precision",
+            "quantizers",
+        ),
         *aliases.MODULES,
     }
     _FUNCTIONS = {

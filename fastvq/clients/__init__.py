@@ -6,5 +6,16 @@ One file has the adapters of a family of projects; `registry` lists them all.
 from __future__ import annotations
 
 from .replace import AccelerationReport, Replaced, Skipped, accelerate, restore
+from .weights import MimiLayers, from_encodec, from_mimi, from_vqgan
 
-__all__ = ["AccelerationReport", "Replaced", "Skipped", "accelerate", "restore"]
+__all__ = [
+    "AccelerationReport",
+    "MimiLayers",
+    "Replaced",
+    "Skipped",
+    "accelerate",
+    "from_encodec",
+    "from_mimi",
+    "from_vqgan",
+    "restore",
+]

@@ -1,0 +1,185 @@
+"""Layers of fastvq with the codebooks of other projects' checkpoints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvq.quantizers import ResidualVQ, VectorQuantize
+
+State = Mapping[str, Tensor]
+
+
+class MimiLayers(NamedTuple):
+    """Result of `from_mimi`: the quantized vectors of Mimi are the sum of both layers' ones."""
+
+    semantic: ResidualVQ
+    acoustic: ResidualVQ
+
+
+def from_encodec(state_dict: State, *, prefix: str = "", **settings: Any) -> ResidualVQ:
+    """Return a residual quantizer with the codebooks and averages of EnCodec, of a project with its code, or of moshi.
+
+    Args:
+        state_dict: of a model or of its quantizer; encodec's own names, or those of transformers.
+        prefix: the beginning of the names of the stack, where the model has several.
+        settings: arguments of `ResidualVQ`. The defaults are those that learn as EnCodec does: decay=0.99,
+            rotation_trick=False, quant_grad_frac=1.0; and channel_last=False, vectors (B, D, T).
+
+    Raises:
+        ValueError: the state has no such codebooks, several stacks of them, or projections within stages.
+    """
+    return _residual_layer("from_encodec", state_dict, prefix, settings)
+
+
+def from_mimi(state_dict: State, *, prefix: str = "", **settings: Any) -> MimiLayers:
+    """Return the semantic and the acoustic residual quantizer of Mimi, with its projections.
+
+    Args:
+        state_dict: of a model or of its quantizer; of transformers, or of moshi.
+        prefix: the beginning of the names of the quantizer, where the model has several.
+        settings: arguments of both `ResidualVQ`, as for `from_encodec`.
+
+    Raises:
+        ValueError: the state has no such codebooks.
+    """
+    first, rest = _beginnings(state_dict, prefix, ("semantic_residual_vector_quantizer", "acoustic_residual_vector"))
+    if first is None or rest is None:
+        first, rest = _beginnings(state_dict, prefix, ("rvq_first", "rvq_rest"))
+    if first is None or rest is None:
+        raise ValueError(
+            "state_dict: must have the codebooks of Mimi, semantic_residual_vector_quantizer and"
+            f" acoustic_residual_vector_quantizer, or rvq_first and rvq_rest, got {_some(state_dict)}"
+        )
+    layers = [_residual_layer("from_mimi", state_dict, beginning, settings) for beginning in (first, rest)]
+    return MimiLayers(*layers)
+
+
+def from_vqgan(state_dict: State, *, prefix: str = "", cosine: bool = False, **settings: Any) -> VectorQuantize:
+    """Return a quantizer with the table of a VQGAN: taming-transformers, diffusers, LlamaGen, Janus.
+
+    Args:
+        state_dict: of a model or of its quantizer, with one `embedding.weight`.
+        prefix: the beginning of the table's name, where the model has several tables.
+        cosine: compare directions, as LlamaGen does. The codes are unit vectors then, and don't learn.
+        settings: arguments of `VectorQuantize`. The defaults are accept_image_fmap=True, vectors (B, D, H, W), and,
+            unless cosine, learnable_codebook=True, ema_update=False, rotation_trick=False.
+
+    Raises:
+        ValueError: the state has no such table, or several of them.
+    """
+    names = [name for name in state_dict if name.startswith(prefix) and name.endswith("embedding.weight")]
+    if len(names) != 1:
+        found = f"{len(names)}: {', '.join(names)}; choose by prefix" if names else f"none in {_some(state_dict)}"
+        raise ValueError(f"state_dict: must have one embedding.weight, got {found}")
+    codes = state_dict[names[0]].detach().float()
+    if cosine:
+        codes = torch.nn.functional.normalize(codes, dim=-1)
+        own = {"use_cosine_sim": True, "freeze_codebook": True}
+    else:
+        own = {"learnable_codebook": True, "ema_update": False}
+    defaults = {**own, "accept_image_fmap": True, "rotation_trick": False}
+    layer = VectorQuantize(codes.shape[1], codes.shape[0], **{**defaults, **settings})
+    _load(layer, {"_codebook": (codes, torch.ones(len(codes)), codes)})
+    return layer
+
+
+def _residual_layer(caller: str, state_dict: State, prefix: str, settings: dict[str, Any]) -> ResidualVQ:
+    stages, beginning = _stages(caller, state_dict, prefix)
+    into, back = (_projection(state_dict, beginning, name) for name in ("input_proj.weight", "output_proj.weight"))
+    size, codebook_dim = stages[0][0].shape
+    dim = codebook_dim if into is None else into.shape[1]
+    defaults = {"decay": 0.99, "rotation_trick": False, "quant_grad_frac": 1.0, "channel_last": False}
+    layer = ResidualVQ(
+        dim=dim,
+        codebook_dim=codebook_dim,
+        num_quantizers=len(stages),
+        codebook_size=size,
+        **{**defaults, **settings},
+    )
+    _load(layer, {f"layers.{place}._codebook": stage for place, stage in enumerate(stages)}, into, back)
+    return layer
+
+
+def _load(
+    layer: ResidualVQ | VectorQuantize,
+    codebooks: dict[str, tuple[Tensor, Tensor, Tensor]],
+    into: Tensor | None = None,
+    back: Tensor | None = None,
+) -> None:
+    """Load (codes, cluster sizes, averages) of each codebook, and projections without bias."""
+    state = layer.state_dict()
+    for name, tensors in codebooks.items():
+        for key, tensor in zip(("embed", "cluster_size", "embed_avg"), tensors, strict=True):
+            state[f"{name}.{key}"] = tensor[None]
+        state[f"{name}.initted"] = torch.ones_like(state[f"{name}.initted"])
+    for key, weight in (("project_in", into), ("project_out", back)):
+        if weight is not None:
+            state[f"{key}.weight"] = weight
+            state[f"{key}.bias"] = torch.zeros_like(state[f"{key}.bias"])
+    layer.load_state_dict(state)
+
+
+def _stages(caller: str, state_dict: State, prefix: str) -> tuple[list[tuple[Tensor, Tensor, Tensor]], str]:
+    """Return (codes, cluster sizes, averages) of each stage, and the beginning of their names up to `layers`."""
+    stacks: dict[str, dict[int, str]] = {}
+    for name in state_dict:
+        found = _STAGE.fullmatch(name)
+        if found and name.startswith(prefix):
+            stacks.setdefault(found["beginning"], {})[int(found["stage"])] = name.rpartition(".")[0]
+    if len(stacks) != 1:
+        found_stacks = f"{len(stacks)}: {', '.join(sorted(stacks))}; choose by prefix" if stacks else _some(state_dict)
+        raise ValueError(f"state_dict: {caller} needs the codebooks of one residual quantizer, got {found_stacks}")
+    [(beginning, names)] = stacks.items()
+    projected = [name for name in state_dict if name.startswith(f"{beginning}layers.") and ".project_in." in name]
+    if projected:
+        raise ValueError(f"state_dict: must have no projections within stages, got {projected[0]}")
+    return [_codebook(state_dict, names[stage]) for stage in sorted(names)], beginning
+
+
+def _codebook(state_dict: State, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (codes, cluster sizes, averages) of one stage; Mimi and moshi keep no codes."""
+    sizes = _first(state_dict, f"{name}.cluster_size", f"{name}.cluster_usage")
+    sums = _first(state_dict, f"{name}.embed_avg", f"{name}.embed_sum", f"{name}.embedding_sum")
+    codes = state_dict.get(f"{name}.embed")
+    if codes is None:
+        codes = sums / sizes.clamp(min=_MIMI_EPS)[:, None]
+    return codes.float(), sizes.float(), sums.float()
+
+
+def _projection(state_dict: State, beginning: str, key: str) -> Tensor | None:
+    """Return the weight (out, in) of a convolution of width 1 beside the stages, or None."""
+    weight = state_dict.get(beginning.removesuffix("vq.") + key)
+    return None if weight is None else weight.squeeze(-1).float()
+
+
+def _beginnings(state_dict: State, prefix: str, words: tuple[str, str]) -> list[str | None]:
+    """Return the beginnings of names, each up to the end of the part that has a word."""
+    found: list[str | None] = []
+    for word in words:
+        name = next((one for one in state_dict if one.startswith(prefix) and word in one), None)
+        end = None if name is None else name.index(".", name.index(word)) + 1
+        found.append(None if name is None else name[:end])
+    return found
+
+
+def _first(state_dict: State, *names: str) -> Tensor:
+    for name in names:
+        if name in state_dict:
+            return state_dict[name]
+    raise ValueError(f"state_dict: must have one of {', '.join(names)}")
+
+
+def _some(state_dict: State) -> str:
+    names = list(state_dict)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
+
+
+_STAGE = re.compile(
+    r"(?P<beginning>(?:.*\.)?)layers\.(?P<stage>\d+)\._?codebook\.(?:embed_avg|embed_sum|embedding_sum)"
+)
+_MIMI_EPS = 1e-5

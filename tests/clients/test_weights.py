@@ -1,0 +1,87 @@
+"""Layers with the codebooks of other projects' checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastvq.clients import from_encodec, from_mimi, from_vqgan
+
+from .stand_ins import llamagen, taming, wavtokenizer
+from .table import CLIENTS
+
+
+@pytest.mark.parametrize("name", ["transformers EnCodec", "encodec", "WavTokenizer", "moshi"])
+@torch.no_grad()
+def test_residual_layers_have_the_indices_and_outputs_of_the_project(name):
+    client = CLIENTS[name]
+    theirs, x = client.make(), client.input()
+    for buffer in theirs.buffers():
+        if buffer.numel() == 1:
+            buffer.fill_(1)
+    model = nn.ModuleDict({"quantizer": theirs})
+    ours = from_encodec(model.state_dict()).eval()
+    quantized, indices, _ = ours(x)
+    expected = theirs.encode(x)
+    assert torch.equal(indices.movedim(-1, 0)[: len(expected)], expected)
+    if hasattr(theirs, "decode"):
+        torch.testing.assert_close(quantized, theirs.decode(indices.movedim(-1, 0)))
+
+
+@torch.no_grad()
+def test_averages_go_on_as_the_project_takes_them():
+    torch.manual_seed(0)
+    theirs = wavtokenizer.ResidualVectorQuantization(num_quantizers=2, dim=8, codebook_size=16)
+    for layer in theirs.layers:
+        layer._codebook.cluster_size.fill_(2)
+    ours = from_encodec(theirs.state_dict(), decay=0.9)
+    for _ in range(3):
+        x = torch.randn(2, 8, 30)
+        theirs.train()(x)
+        ours(x)
+    for mine, their in zip(ours.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(mine.codebook, their._codebook.embed, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_mimi():
+    client = CLIENTS["transformers Mimi"]
+    theirs, x = client.make(), client.input()
+    layers = [layer.eval() for layer in from_mimi(nn.ModuleDict({"quantizer": theirs}).state_dict())]
+    results = [layer(x) for layer in layers]
+    indices = torch.cat([result[1] for result in results], -1)
+    assert torch.equal(indices.movedim(-1, 0), theirs.encode(x))
+    torch.testing.assert_close(results[0][0] + results[1][0], theirs.decode(indices.movedim(-1, 1)))
+
+
+@torch.no_grad()
+def test_tables_of_image_tokenizers():
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 5, 5)
+    theirs = taming.VectorQuantizer2(32, 4, 0.25, sane_index_shape=True)
+    ours = from_vqgan(nn.ModuleDict({"quantize": theirs}).state_dict()).eval()
+    assert torch.equal(ours(x)[1], theirs(x)[2][2])
+    assert any(parameter.requires_grad for parameter in ours.parameters())
+    theirs = llamagen.VectorQuantizer(32, 4, 0.25, 0.0, True, False).eval()
+    ours = from_vqgan(theirs.state_dict(), cosine=True).eval()
+    quantized, indices, _ = ours(x)
+    assert torch.equal(indices.flatten(), theirs(x)[2][2])
+    torch.testing.assert_close(quantized, theirs(x)[0])
+
+
+def test_what_is_missing_or_ambiguous_is_named():
+    with pytest.raises(ValueError, match="needs the codebooks of one residual quantizer, got weight, bias"):
+        from_encodec(nn.Linear(2, 2).state_dict())
+    stack = wavtokenizer.ResidualVectorQuantization(num_quantizers=2, dim=8, codebook_size=16)
+    two = nn.ModuleDict({"a": stack, "b": stack}).state_dict()
+    with pytest.raises(ValueError, match=r"got 2: a\., b\.; choose by prefix"):
+        from_encodec(two)
+    assert from_encodec(two, prefix="b.").num_quantizers == 2
+    with pytest.raises(ValueError, match="must have the codebooks of Mimi"):
+        from_mimi(two)
+    with pytest.raises(ValueError, match=r"must have one embedding\.weight, got none in"):
+        from_vqgan(two)
+    projected = CLIENTS["encodec with projections"].make().state_dict()
+    with pytest.raises(ValueError, match="no projections within stages"):
+        from_encodec(projected)
