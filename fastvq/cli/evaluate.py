@@ -34,9 +34,11 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.runs.evaluate import evaluate_run
     from fastvq.runs.pictures import failures_as_warnings
     from fastvq.runs.run_page import write_run_page
+    from fastvq.training import ranks
 
     given = {name: getattr(options, name) for name in ("data", "device", "download")}
     print("\n".join(evaluate_run(options.run_folder, options.out, **given)))
-    with failures_as_warnings("page of the run"):
-        write_run_page(options.run_folder)
+    if ranks.leads():
+        with failures_as_warnings("page of the run"):
+            write_run_page(options.run_folder)
     return 0

@@ -111,7 +111,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-_TOGETHER = (train.run, prior.run, tokenize.run)
+_TOGETHER = (train.run, prior.run, evaluate.run, encode.run, tokenize.run)
 """Commands that several processes can run together."""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun"}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvq import coding
+from fastvq import coding, distributed
 from fastvq.data.arrays import read_array
 from fastvq.data.examples import to_float
 from fastvq.data.folder import read_files
@@ -19,6 +19,7 @@ from fastvq.extras import tracked
 from fastvq.files import StrPath
 from fastvq.modalities import modality_of
 from fastvq.models import VQVAE, Prior
+from fastvq.training import ranks
 from fastvq.training.config import TrainConfig
 
 from .load import load_model, load_prior, run_examples
@@ -40,6 +41,8 @@ def encode_files(
     skip_unreadable: bool = False,
 ) -> list[str]:
     """Write the indices of images, or of what the run is trained on, to one file; return lines to print.
+
+    Called by several processes of torchrun, each encodes a part; rank 0 writes, and returns the lines.
 
     Args:
         run: folder of the run whose model encodes.
@@ -71,7 +74,7 @@ def encode_held_out(run: StrPath, path: StrPath, *, model: str = "adaptive", dat
     """
     check_ending(path, [ENDING])
     vqvae, config, prior = _models(run, model)
-    examples = run_examples(run, data)
+    examples = ranks.rank_0_first(lambda: run_examples(run, data))
     labels = examples.test_labels if prior is not None and prior.classes else None
     return _encode(vqvae, config, examples.test, path, model, prior, labels)
 
@@ -95,8 +98,14 @@ def _encode(
     labels: Tensor | None,
 ) -> list[str]:
     noun = modality_of(config.modality).noun
-    batches = tracked(stored.split(_BATCH), len(stored), noun[0], count=len)
-    indices = torch.cat([vqvae.encode(to_float(batch)) for batch in batches])
+    batches = list(enumerate(stored.split(_BATCH)))
+    own = batches[distributed.rank() :: distributed.world_size()]
+    shown = tracked(own, sum(len(batch) for _, batch in own), noun[0], count=lambda b: len(b[1]), shown=ranks.leads())
+    encoded = {number: vqvae.encode(to_float(batch)) for number, batch in shown}
+    found = {number: part for parts in ranks.gathered_objects(encoded) for number, part in parts.items()}
+    if not ranks.leads():
+        return []
+    indices = torch.cat([found[number] for number, _ in batches])
     fingerprint, codebook_size = coding.fingerprint(vqvae), vqvae.codebook_size
     data = coding.encode(indices, codebook_size, model=model, fingerprint=fingerprint, prior=prior, labels=labels)
     if not torch.equal(coding.decode(data, prior=prior, **_UNLIMITED), indices):

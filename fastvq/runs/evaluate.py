@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import fastvq
+from fastvq import distributed
 from fastvq.data import DATA_SETS, Examples
 from fastvq.data.examples import to_float
 from fastvq.errors import DataError, aligned, counted
@@ -26,6 +27,7 @@ from fastvq.files import StrPath, write_whole
 from fastvq.modalities import Modality
 from fastvq.modalities.base import Measure
 from fastvq.models import NoBottleneck
+from fastvq.training import ranks
 from fastvq.training.build import load_examples
 from fastvq.training.checkpoint import load_latest
 
@@ -80,6 +82,8 @@ def evaluate_run(
 ) -> list[str]:
     """Measure a run on examples, write the results as JSON and return the lines of a table.
 
+    Called by several processes of torchrun, each measures a part of the examples; rank 0 writes, and returns the lines.
+
     Args:
         run: folder of the run.
         out: the JSON file; by default `FILE` in the folder of the run.
@@ -96,8 +100,10 @@ def evaluate_run(
     out = Path(run) / FILE if out is None else Path(out)
     check_ending(out, [".json"])
     model = load(run, device=device)
-    name, parts, labels, digest = _examples(run, model, data)
+    name, parts, labels, digest = ranks.rank_0_first(lambda: _examples(run, model, data))
     record = _evaluate(model, parts, labels, download=download)
+    if not ranks.leads():
+        return []
     step = load_latest(run).step
     about = {"run": str(run), "step": step, "data": name, "fingerprint": digest}
     write_whole(out, json.dumps(about | record, indent=2) + "\n")
@@ -216,6 +222,9 @@ def _pass_over(
     objective = modality.objective(config).to(model.device)
     taken = modality.measures_of(config, count, model.device, download=download)
     refused = dict(taken.refused)
+    if not ranks.alone():
+        refused |= dict.fromkeys(taken.distances, "it needs all examples in one process")
+        taken.distances.clear()
     without = isinstance(model.vqvae.bottleneck, NoBottleneck)
     adapter = model.vqvae.adapter
     sizes = () if without else adapter.stage_sizes()
@@ -228,8 +237,15 @@ def _pass_over(
     errors: list[Tensor] = []
     counts = [torch.zeros(size, dtype=torch.int64) for size in sizes]
     stage_indices: tuple[int, ...] = ()
-    with Progress(count, modality.noun[0]) as progress:
-        for stored, classes in _batches(parts, labels if prior is not None and prior.classes else None):
+    batches = 0
+    with Progress(count, modality.noun[0], shown=ranks.leads()) as progress:
+        for number, (stored, classes) in enumerate(
+            _batches(parts, labels if prior is not None and prior.classes else None)
+        ):
+            progress.update(len(stored))
+            batches += 1
+            if number % distributed.world_size() != distributed.rank():
+                continue
             originals = to_float(stored.to(model.device))
             if without:
                 restored = model.reconstruct(originals)
@@ -248,10 +264,23 @@ def _pass_over(
                 values.setdefault(name, []).append(measure(restored, originals).double().reshape(-1).cpu())
             for distance in taken.distances.values():
                 distance.update(restored, originals)
-            progress.update(len(stored))
     distances = {name: distance.result() for name, distance in taken.distances.items()}
-    per_example = {name: torch.cat(own) for name, own in values.items()}
-    return _Sums(torch.cat(errors), per_example, tuple(counts), sizes, stage_indices, distances), refused
+    per_example = {name: _of_all(own, batches) for name, own in _common(values).items()}
+    ranks.sum_over_ranks_(*counts)
+    stage_indices = max(ranks.gathered_objects(stage_indices), key=len)
+    return _Sums(_of_all(errors, batches), per_example, tuple(counts), sizes, stage_indices, distances), refused
+
+
+def _common(values: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """Return the lists of this rank for the names that any rank has: one without a batch has none."""
+    names = dict.fromkeys(name for own in ranks.gathered_objects(list(values)) for name in own)
+    return {name: values.get(name, []) for name in names}
+
+
+def _of_all(own: list[Tensor], batches: int) -> Tensor:
+    """Return the numbers of all examples, whose batches the ranks have measured in turn, in the order of the examples."""
+    found = ranks.gathered_objects(own)
+    return torch.cat([found[number % len(found)][number // len(found)] for number in range(batches)])
 
 
 def _batches(parts: Sequence[Tensor], labels: Sequence[Tensor] | None) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -127,6 +127,15 @@ def gathered(state: Tensor) -> list[Tensor]:
     return states
 
 
+def gathered_objects(own: ResultT) -> list[ResultT]:
+    """Return an object of each rank, which must survive pickling, in their order."""
+    if not distributed.active():
+        return [own]
+    objects: list[Any] = [None] * distributed.world_size()
+    dist.all_gather_object(objects, own)
+    return objects
+
+
 class _Call(nn.Module):
     """Module whose forward pass is a method of another one: DDP synchronizes the gradients of forward passes alone."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -15,11 +16,15 @@ import torch
 from fastvq.cli.main import main
 from fastvq.errors import ConfigError
 from fastvq.modalities import ImageConfig
+from fastvq.runs.encode import encode_files
+from fastvq.runs.evaluate import evaluate_run
+from fastvq.runs.train_prior import train_prior
 from fastvq.training.checkpoint import checkpoint_folders, load_latest
 from fastvq.training.config import PriorConfig
 from fastvq.training.data_order import batch_rows, own_rows
 from fastvq.training.metrics import read_metrics
 
+from ..tiny_runs import tiny_run
 from . import together
 from .tiny import TINY
 
@@ -123,6 +128,22 @@ def test_ranks_divide_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.cat(parts), whole)
     with pytest.raises(ConfigError, match="batch_size must be a multiple of 3, the number of processes, got 8"):
         own_rows(0, count=40, batch_size=8, seed=1)
+
+
+def test_evaluation_and_encoding_are_those_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, images = tiny_run(tmp_path, count=40, grayscale=True)
+    train_prior(run, PriorConfig(steps=1, batch_size=4, dim=8, depth=1, heads=2), progress=False)
+    monkeypatch.setattr("fastvq.runs.evaluate._BATCH", 7)
+    monkeypatch.setattr("fastvq.runs.encode._BATCH", 7)
+    evaluate_run(run, tmp_path / "one.json", data=images)
+    encode_files(run, images, tmp_path / "one.fvq", model="prior")
+    trained("measured", tmp_path)
+    assert (tmp_path / "two.fvq").read_bytes() == (tmp_path / "one.fvq").read_bytes()
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert two["measures"].keys() == one["measures"].keys() - {"rfid"}
+    for name, measured in two["measures"].items():
+        for end, value in measured.items():
+            assert value == pytest.approx(one["measures"][name][end], rel=1e-6), (name, end)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from fastvq import distributed
+from fastvq.runs import encode, evaluate
 from fastvq.training import PriorConfig, Trainer, ranks
 from fastvq.training.prior import IndexData, PriorTrainer
 from tests.training.tiny import TINY, tiny_images
@@ -80,6 +81,13 @@ def killed(folder: Path) -> None:
 
     trainer.learn = learn
     trainer.fit(progress=False)
+
+
+def measured(folder: Path) -> None:
+    """Evaluate and encode the run in a folder on its images, in batches of seven."""
+    evaluate._BATCH = encode._BATCH = 7
+    evaluate.evaluate_run(folder / "run", folder / "two.json", data=folder / "images")
+    encode.encode_files(folder / "run", folder / "images", folder / "two.fvq", model="prior")
 
 
 if __name__ == "__main__":
