@@ -278,7 +278,7 @@ def _common(values: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
 
 
 def _of_all(own: list[Tensor], batches: int) -> Tensor:
-    """Return the numbers of all examples, whose batches the ranks have measured in turn, in the order of the examples."""
+    """Return the numbers of all examples in their order; the ranks have measured batches in turn."""
     found = ranks.gathered_objects(own)
     return torch.cat([found[number % len(found)][number // len(found)] for number in range(batches)])
 
