@@ -16,8 +16,12 @@ from .candidates import Candidates, Reservoir, compacted, random_rows, slots, sp
 class Replacement:
     """Policy for dead codes, which are replaced by vectors.
 
-    A code is dead if its moving cluster size N_k is below `threshold`, or, if `relative`, below `threshold` times the
-    mean cluster size sum_k N_k / K.
+    A code is dead if its moving cluster size N_k is below `threshold`. The new one begins with the cluster size `size`
+    and the average of one vector that occurs that often. If `relative`, both numbers are multiples of the mean cluster
+    size sum_k N_k / K.
+
+        Replacement(0.1, relative=True, size=1.0, every=5, before_update=True)    Mimi
+        Replacement(1.0, keep_averages=True)                                      Jukebox
 
     Args:
         threshold: limit of the cluster size; 0 for no replacement. threshold_ema_dead_code of vector_quantize_pytorch
@@ -27,13 +31,18 @@ class Replacement:
         rows: "random" vectors, or "kmeans++": vectors drawn one after another by their squared distance from the codes.
         reservoir: number of recent vectors to draw from; 0 to draw from the batch.
         at_once: the largest number of codes that a step replaces; by default K with random rows, 32 with "kmeans++".
-        size: initial cluster size of a new code; by default the limit below which a code is dead.
+        size: initial cluster size of a new code; by default the limit below which a code is dead. With a larger one,
+            such as the mean cluster size (1.0 if `relative`), it isn't dead again soon.
+        before_update: replace the codes that were dead before this step, and then move the averages, which pull the new
+            codes towards the vectors of those before; by default the averages move first.
+        keep_averages: replace the codes alone. Cluster sizes and averages stay, so that a new code is replaced again
+            unless it gets enough vectors, and then is mixed with the average that was there.
 
     Raises:
         ValueError: a value is invalid; the message names it.
 
     Source: Dhariwal et al., Jukebox, 2020, section 3.1 (random restarts); Defossez et al., Moshi, 2024 (relative
-    threshold, every 5 steps); Arthur and Vassilvitskii 2007 (k-means++).
+    threshold, every 5 steps); for sizes, averages and order, their code; Arthur and Vassilvitskii 2007 (k-means++).
     """
 
     threshold: float = 2.0
@@ -43,6 +52,8 @@ class Replacement:
     reservoir: int = 0
     at_once: int | None = None
     size: float | None = None
+    before_update: bool = False
+    keep_averages: bool = False
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
@@ -57,6 +68,9 @@ class Replacement:
             raise ValueError(f"at_once: must be at least 1, got {self.at_once}")
         if self.size is not None and not self.size > 0:
             raise ValueError(f"size: must be positive, got {self.size}")
+        if self.keep_averages and (self.before_update or self.size is not None):
+            name = "before_update" if self.before_update else "size"
+            raise ValueError(f"keep_averages: must be False beside {name}: the averages would undo the replacement")
 
     def most(self, size: int) -> int:
         """Return the largest number of K codes that one step may replace."""
@@ -104,10 +118,9 @@ class Replacer(Unsaved, nn.Module):
     @torch.no_grad()
     def replace_(self, codes: Tensor, cluster_size: Tensor, embed_avg: Tensor, found: Candidates) -> None:
         """Replace dead codes of (K, D) by the rows found, in ascending order, until the rows are used up."""
-        # A sum, because `full_like` would be compiled anew for a changing threshold.
-        limit = torch.zeros_like(cluster_size[0]) + self.policy.threshold
-        if self.policy.relative:
-            limit = limit * cluster_size.mean()
+        # Sums, because `full_like` would be compiled anew for a changing number.
+        unit = cluster_size.mean() if self.policy.relative else torch.ones_like(cluster_size[0])
+        limit = (torch.zeros_like(unit) + self.policy.threshold) * unit
         dead = cluster_size < limit
         if self.policy.every > 1:
             dead = dead & (self.steps % self.policy.every == 0)
@@ -115,7 +128,9 @@ class Replacer(Unsaved, nn.Module):
         rank = dead.cumsum(0) - 1
         dead = dead & (rank < available)
         new = rows[rank.clamp(0, len(rows) - 1)]
-        size = limit if self.policy.size is None else torch.zeros_like(limit) + self.policy.size
         codes.copy_(torch.where(dead[:, None], new, codes))
+        if self.policy.keep_averages:
+            return
+        size = limit if self.policy.size is None else (torch.zeros_like(unit) + self.policy.size) * unit
         cluster_size.copy_(torch.where(dead, size, cluster_size))
         embed_avg.copy_(torch.where(dead[:, None], new * size, embed_avg))

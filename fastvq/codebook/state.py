@@ -486,7 +486,10 @@ def learn_together(
     if codebooks[0].together():
         distributed.sum_(*counts, *sums, *(t for found in candidates.values() for pair in found for t in pair))
     for codebook, places in entries.items():
+        before = codebook.replacer is not None and codebook.replacer.policy.before_update
+        if codebook in candidates and before:
+            codebook.replace_from_(candidates[codebook])
         for place in places:
             codebook.move_averages_(counts[place], sums[place], weights[place], ema_update)
-        if codebook in candidates:
+        if codebook in candidates and not before:
             codebook.replace_from_(candidates[codebook])

@@ -87,6 +87,47 @@ def test_at_once_and_size():
     assert codebook.cluster_size[0].tolist() == [7.0] * 3 + [0.0] * 7
 
 
+def test_a_relative_size_is_a_multiple_of_the_mean():
+    """As Mimi's replaced_usage_ratio: a code begins with the mean cluster size, ten times the limit."""
+    codebook = Codebook(4, 4, replacement=Replacement(0.1, relative=True, size=1.0))
+    codebook.cluster_size[0] = torch.tensor([1.0, 1.0, 0.05, 0.06])
+    replace(codebook, torch.randn(9, 4))
+    close(codebook.cluster_size[0], torch.tensor([1.0, 1.0, 0.5275, 0.06]))
+    close(codebook.embed_avg[0, 2], 0.5275 * codebook.embed[0, 2])
+
+
+def test_replacement_before_the_averages_move():
+    """A code that was dead is replaced although this batch revives it, and its average then moves from the new one."""
+    codebook = Codebook(4, 2, decay=0.5, eps=0.0, replacement=Replacement(1.0, size=3.0, before_update=True))
+    codebook.cluster_size[0] = torch.tensor([0.5, 4.0])
+    row = torch.randn(4)
+    codebook.learn_(row.expand(1, 8, 4), torch.zeros(1, 8, dtype=torch.int64))
+    close(codebook.cluster_size[0], torch.tensor([0.5 * 3 + 0.5 * 8, 2.0]))
+    close(codebook.embed[0, 0], row)
+    later = Codebook(4, 2, decay=0.5, eps=0.0, replacement=Replacement(1.0, size=3.0))
+    later.cluster_size[0] = torch.tensor([0.5, 4.0])
+    later.learn_(row.expand(1, 8, 4), torch.zeros(1, 8, dtype=torch.int64))
+    close(later.cluster_size[0], torch.tensor([0.5 * 0.5 + 0.5 * 8, 2.0]))  # no longer dead
+
+
+def test_replacement_that_keeps_the_averages():
+    """As in Jukebox: the code is replaced at each step until its old average is large enough again."""
+    codebook = Codebook(4, 2, decay=0.5, eps=0.0, replacement=Replacement(1.0, keep_averages=True))
+    codebook.cluster_size[0] = torch.tensor([0.5, 4.0])
+    average, x = codebook.embed_avg[0, 0].clone(), torch.randn(8, 4)
+    codebook.learn_(x[None], torch.ones(1, 8, dtype=torch.int64))
+    assert (x == codebook.embed[0, 0]).all(1).any()
+    close(codebook.cluster_size[0], torch.tensor([0.25, 6.0]))
+    close(codebook.embed_avg[0, 0], 0.5 * average)
+    codebook.learn_(x[None], torch.zeros(1, 8, dtype=torch.int64))
+    close(codebook.embed[0, 0], (0.25 * average + 0.5 * x.sum(0)) / 4.125)
+
+
+def test_kept_averages_take_no_size():
+    with pytest.raises(ValueError, match=r"^keep_averages: must be False beside size"):
+        Replacement(2.0, keep_averages=True, size=1.0)
+
+
 def test_replacement_by_rows_of_earlier_batches():
     codebook = Codebook(4, 6, replacement=Replacement(2.0, reservoir=64))
     codebook.cluster_size.fill_(5.0)

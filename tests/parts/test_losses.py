@@ -124,6 +124,23 @@ def test_entropies_are_those_of_the_softmax(metric, temperature):
     close(loss, expected[0] - 0.7 * expected[1])
 
 
+def test_eps_is_that_of_llamagen():
+    """LlamaGen and IBQ add 1e-5 to the mean in its logarithm: with many codes this changes the gradient by percents."""
+    x, codebook = vectors(64, 8), vectors(8192, 8, seed=1)
+    x, codebook = (torch.nn.functional.normalize(t, dim=-1).requires_grad_() for t in (x, codebook))
+    logits = scores(x, codebook, "l2") / 0.01
+    p, log_p = logits.softmax(-1), (logits + 1e-5).log_softmax(-1)
+    mean = p.mean(0)
+    expected = -(p * log_p).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
+    expected_grads = torch.autograd.grad(expected, (x, codebook))
+    loss = entropy_loss(x, codebook, eps=1e-5)
+    close(loss, expected)
+    exact = torch.autograd.grad(entropy_loss(x, codebook), (x, codebook))
+    for found, grad, other in zip(torch.autograd.grad(loss, (x, codebook)), expected_grads, exact, strict=True):
+        torch.testing.assert_close(found, grad, rtol=1e-6, atol=1e-10)
+        assert (other - grad).norm() > 0.02 * grad.norm()
+
+
 def test_the_loss_ranks_assignments():
     codes = 10 * torch.eye(4)
     spread, lumped, unsure = codes, codes[:1].expand(4, 4), torch.full((4, 4), 2.5)
@@ -160,6 +177,7 @@ def test_a_full_share_is_the_whole_mask():
     ("call", "message"),
     [
         (lambda: entropy_loss(torch.zeros(3, 2), torch.zeros(4, 2), temperature=0.0), "temperature: must be positive"),
+        (lambda: entropy_loss(torch.zeros(3, 2), torch.zeros(4, 2), eps=-1.0), "eps: must not be negative"),
         (
             lambda: entropy_loss(torch.zeros(3, 2), torch.zeros(4, 2), mask=torch.ones(4).bool()),
             "mask: must have shape",
