@@ -271,10 +271,17 @@ def _first_difference(theirs: Any, ours: Any, where: str = "") -> str:
     return next((found for found in (_first_difference(a, b, name) for name, a, b in pairs) if found), "")
 
 
-def _names(function: Any) -> set[str]:
-    """Return the names that a function's code uses, those of the functions within it included."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return _names_in(code) if code else set()
+def _names(function: Any, seen: frozenset[Any] = frozenset()) -> set[str]:
+    """Return the names that a function's code uses, and those of the plain functions of its package that it calls."""
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None)
+    if code is None or code in seen:
+        return set()
+    names = _names_in(code)
+    called = [one for one in map(function.__globals__.get, names) if inspect.isfunction(one)]
+    package = function.__module__.split(".")[0]
+    own = [one for one in called if one.__module__.split(".")[0] == package]
+    return names.union(*(_names(one, seen | {code}) for one in own))
 
 
 def _names_in(code: Any) -> set[str]:

@@ -52,7 +52,7 @@ class _OneHot(nn.Module):
     def forward(self, z: Tensor) -> Any:
         quantized, loss, found = _quantize(self, z, 1.0, self.beta)
         one_hot = F.one_hot(found, self.n_e).to(z)
-        mean = torch.bincount(found, minlength=self.n_e).to(z) / len(found)
+        mean = one_hot.mean(0)
         perplexity = torch.exp(-(mean * torch.log(mean + 1e-10)).sum())
         return quantized, loss, (perplexity, one_hot, found[:, None])
 

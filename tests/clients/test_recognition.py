@@ -88,6 +88,18 @@ def test_a_fork_that_computes_something_else_is_skipped(method, change, words):
     assert not is_accelerated(module)
 
 
+def synchronized(tensor):
+    torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def test_a_collective_within_a_function_of_the_fork_is_seen():
+    def forward(self, x):
+        return (synchronized(x), self.encode(x)) if x is None else wavtokenizer.EuclideanCodebook.forward(self, x)
+
+    assert "forward calls all_reduce" in reason(made(fork(wavtokenizer.EuclideanCodebook, forward=forward), 8, 32))
+
+
 def test_a_fork_that_learns_otherwise_is_skipped():
     def forward(self, x):
         result = wavtokenizer.EuclideanCodebook.forward(self, x)
