@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 import fastvq
 from fastvq.data.image_io import IMAGES
 
+from .demo.clips import few_clips
 from .tiny_runs import tiny_run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -50,6 +52,20 @@ def test_train_prior(tmp_path: Path) -> None:
     for name in ("samples.png", "completions.png"):
         with Image.open(tmp_path / "run" / name) as image:
             assert min(image.size) > 500
+
+
+def test_train_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    few_clips(monkeypatch)
+    script = EXAMPLES / "train_video.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--steps=1", "--prior-steps=1", "--run", str(tmp_path / "run")])
+    runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "bits per index; a uniform prior has 9.00" in printed
+    assert "clips (3, 3, 17, 32, 32) become indices (3, 5, 8, 8)" in printed
+    assert "equal indices of first frames: 100.0%" in printed
+    with Image.open(tmp_path / "run" / "decoded.webp") as image:
+        assert image.n_frames == 17
+    assert (tmp_path / "run" / "samples.gif").exists()
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

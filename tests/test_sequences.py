@@ -81,7 +81,7 @@ def place(tmp_path, monkeypatch):
         clothes.test_labels[test],
     )
     known = DATA_SETS["fashion-mnist"]
-    small = DataSet(lambda: few, known.name, known.note, image_size=28, grayscale=True)
+    small = DataSet(lambda: few, known.name, known.note, form=known.form, settings=known.settings)
     monkeypatch.setitem(DATA_SETS, "fashion-mnist", small)
 
 

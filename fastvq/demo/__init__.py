@@ -1,7 +1,8 @@
 """Demos on the data sets that ship with the package: train, measure and show the results on one page.
 
 images.py       VQ-VAE, prior, samples and small files of the shipped images
-classifier.py   a judge of samples        sizes.py   the held-out images as files of every format
+video.py        the same of the shipped clips
+classifier.py   a judge of samples        sizes.py   held-out images or clips as files of every format
 page.py         index.html
 
 A demo NAME is a module of this name with `run_demo(folder, *, resume, overwrite, **steps)`, which returns the content
@@ -12,5 +13,6 @@ from __future__ import annotations
 
 DEMOS: dict[str, str] = {
     "images": "a VQ-VAE of Fashion-MNIST, its prior, samples and small files; 7 minutes on 2 cores",
+    "video": "a VQ-VAE of animated emoji, its prior, samples in motion and small files; 6 minutes on 2 cores",
 }
 """The demos by name, with what each does; importing this imports no torch."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -82,6 +86,72 @@ def format_sizes(images: Tensor, psnr_target: float) -> list[dict[str, Any]]:
             sizes.append({"name": f"WebP, quality {quality}", "bytes": len(data), "psnr_db": psnr})
             break
     return sizes
+
+
+def animation_sizes(clips: Tensor, psnr_target: float, *, frame_rate: float) -> list[dict[str, Any]]:
+    """Return name, bytes and PSNR (None: lossless) of uint8 clips (N, C, T, H, W) as animated WebP and as H.264.
+
+    All clips are on one sheet, which saves headers. Lossy WebP has its lowest quality, and the lowest whose PSNR is at
+    least `psnr_target`, in dB; H.264 likewise, where PyAV is installed.
+    """
+    library = require("PIL.Image")
+    sheets = np.stack([_sheet(frames) for frames in clips.unbind(2)])
+    pictures = [library.fromarray(sheet) for sheet in sheets]
+    duration, kind = round(1000 / frame_rate), "gray" if sheets.ndim == 3 else "rgb24"
+
+    def animated(**options: Any) -> bytes:
+        more = {"save_all": True, "append_images": pictures[1:], "duration": duration, "method": 6}
+        return _saved(pictures[0], "WEBP", **more, **options)
+
+    def webp_frames(data: bytes) -> Any:
+        with library.open(io.BytesIO(data)) as file:
+            numbers = range(file.n_frames)
+            return np.stack([np.asarray(_frame(file, number).convert(pictures[0].mode)) for number in numbers])
+
+    sizes: list[dict[str, Any]] = [
+        {"name": "animated WebP, lossless", "bytes": len(animated(lossless=True, quality=100)), "psnr_db": None}
+    ]
+    codecs: list[tuple[str, Sequence[int], Callable[[int], bytes], Callable[[bytes], Any]]] = [
+        ("animated WebP, quality", range(BEST + 1), lambda quality: animated(quality=quality), webp_frames)
+    ]
+    if importlib.util.find_spec("av"):
+        film = partial(_h264, sheets, kind, frame_rate)
+        codecs.append(("H.264, crf", range(51, -1, -1), film, partial(_film_frames, kind)))
+    for name, settings, encode, decode in codecs:
+        for setting in settings:
+            data = encode(setting)
+            error = decode(data).astype(np.float64).reshape(sheets.shape) - sheets
+            psnr = psnr_db(float(np.mean((error / 255) ** 2)))
+            reached = psnr >= psnr_target or setting == settings[-1]
+            if reached or setting == settings[0]:
+                sizes.append({"name": f"{name} {setting}", "bytes": len(data), "psnr_db": psnr})
+            if reached:
+                break
+    return sizes
+
+
+def _frame(file: Any, number: int) -> Any:
+    file.seek(number)
+    return file
+
+
+def _h264(sheets: Any, kind: str, frame_rate: float, crf: int) -> bytes:
+    """Return an MP4 file of frames (T, h, w), gray, or (T, h, w, 3), rgb24."""
+    av, stream = require("av", "video"), io.BytesIO()
+    with av.open(stream, "w", format="mp4") as container:
+        video = container.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
+        video.height, video.width = sheets.shape[1:3]
+        video.pix_fmt = "yuv420p"
+        video.options = {"crf": str(crf), "preset": "veryslow"}
+        for sheet in sheets:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(sheet, format=kind)))
+        container.mux(video.encode())
+    return stream.getvalue()
+
+
+def _film_frames(kind: str, data: bytes) -> Any:
+    with require("av", "video").open(io.BytesIO(data)) as container:
+        return np.stack([frame.to_ndarray(format=kind) for frame in container.decode(video=0)])
 
 
 def _sheet(images: Tensor) -> Any:

@@ -32,9 +32,13 @@ class VideoConfig(PixelConfig):
     grayscale: bool = setting(False, "one channel instead of three")
     time_downsamples: int = setting(2, "strided convolutions, the last ones, that halve the frames after the first")
 
-    steps: int = setting(1500, "optimizer steps")
+    steps: int = setting(1200, "optimizer steps")
     batch_size: int = setting(8, "examples per step")
     learning_rate: float = setting(1e-3, "peak learning rate of Adam")
+    # Without a limit the loss rises again and again while the codebook forms.
+    clip_norm: float | None = setting(1.0, "largest norm of the gradient, to which longer ones are scaled")
+    evaluate_every: int = setting(300, "steps between evaluations on the held-out examples")
+    checkpoint_every: int = setting(300, "steps between checkpoints")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,9 +6,10 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from fastvq.demo.sizes import _sheet, format_sizes
+from fastvq.demo.sizes import _sheet, animation_sizes, format_sizes
 
 from .squares import squares
 
@@ -28,3 +29,18 @@ def test_sizes_of_the_usual_formats(channels):
     assert lossy["psnr_db"] >= 25.0
     assert lossy["bytes"] < lossless["bytes"]
     assert format_sizes(images, 28.0)[2]["psnr_db"] > lossy["psnr_db"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sizes_of_moving_formats(channels):
+    images, _ = squares(8, channels)
+    clips = torch.stack([images.roll(frame, -1) for frame in range(3)], 2)[..., :12, :12]
+    lossless, *lossy = animation_sizes(clips, 24.0, frame_rate=5)
+    assert lossless["psnr_db"] is None
+    for name in ("animated WebP", "H.264"):
+        smallest, *enough = [size for size in lossy if size["name"].startswith(name)]
+        best = enough[0] if enough else smallest
+        assert best["psnr_db"] >= 24.0
+        assert smallest["bytes"] <= best["bytes"] < lossless["bytes"]
+        assert not enough or smallest["psnr_db"] < 24.0
+    pytest.importorskip("av")

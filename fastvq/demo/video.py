@@ -1,0 +1,238 @@
+"""Demo of video, in four parts.
+
+A VQ-VAE on the shipped clips, a prior over its indices, samples in motion, and the held-out clips in one small file
+beside the usual formats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastvq
+from fastvq import coding
+from fastvq.data.examples import describe
+from fastvq.errors import CheckpointError, ConfigError
+from fastvq.files import StrPath, delete_folder, exclusive, write_whole
+from fastvq.modalities import VideoConfig
+from fastvq.runs.encode import encode_held_out
+from fastvq.runs.load import load_model
+from fastvq.runs.page import Media, Part, Picture, Section, TextTable, write_page
+from fastvq.runs.pictures import MEDIA, failures_as_warnings, picture_prior, picture_reconstructions, picture_run
+from fastvq.runs.sample_pictures import picture_prior_samples
+from fastvq.runs.train_prior import delete_prior, train_prior
+from fastvq.training.build import load_examples
+from fastvq.training.checkpoint import checkpoint_folders
+from fastvq.training.config import PriorConfig
+from fastvq.training.evaluation import Evaluation
+from fastvq.training.loop import delete_run
+from fastvq.training.trainer import Trainer
+
+from .sizes import animation_sizes
+
+DEMO = VideoConfig()
+DEMO_PRIOR = PriorConfig(
+    steps=300, batch_size=16, learning_rate=2e-3, dropout=0.2, evaluate_every=100, checkpoint_every=100
+)
+SAMPLING: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95}
+_PARTS = [
+    ("training a VQ-VAE of clips", 170),
+    ("training a prior over the indices", 110),
+    ("samples and completions", 30),
+    ("the held-out clips as files of every format", 30),
+]
+"""Description of each part, and its approximate time in seconds on 2 idle cores."""
+_MARKER = ".demo"
+_FILES = (
+    *("index.html", "clips.fvq", "metrics.json", "evaluation.json", "prior/curves.png"),
+    *(f"{n}.png" for n in ("reconstructions", "curves", "usage", "indices", "samples", "completions", "neighbors")),
+)
+
+
+def run_demo(
+    folder: StrPath,
+    *,
+    config: VideoConfig = DEMO,
+    steps: int | None = None,
+    prior_config: PriorConfig = DEMO_PRIOR,
+    prior_steps: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any] | None:
+    """Train, measure and draw; return the content of metrics.json, or None if interrupted.
+
+    Args:
+        folder: gets `index.html`, the pictures, `metrics.json`, `clips.fvq` and what a run and its prior consist of.
+        config: settings of the VQ-VAE.
+        steps: training steps of the VQ-VAE, instead of those in `config`.
+        prior_config: settings of the prior.
+        prior_steps: training steps of the prior, instead of those in `prior_config`.
+        resume: continue an interrupted demo.
+        overwrite: delete the demo that is in the folder first.
+
+    Raises:
+        CheckpointError: the folder holds a run that is not a demo, or a demo, and neither `resume` nor `overwrite` is
+            given; `resume` and there is nothing to continue; another process is writing there.
+        ConfigError: `resume` and the settings differ from those of the demo, other than by more steps.
+    """
+    folder = Path(folder)
+    if resume and overwrite:
+        raise ConfigError("resume and overwrite exclude each other")
+    config = config if steps is None else dataclasses.replace(config, steps=steps)
+    prior_config = prior_config if prior_steps is None else dataclasses.replace(prior_config, steps=prior_steps)
+    with exclusive(folder):
+        if checkpoint_folders(folder) and not (folder / _MARKER).exists():
+            raise CheckpointError(f"{folder} holds a run that is not a demo: choose another folder")
+        if checkpoint_folders(folder) and not resume and not overwrite:
+            raise CheckpointError(
+                f"{folder} holds a demo: resume it (--resume), replace it (--overwrite), or choose another folder"
+            )
+        if overwrite:
+            _delete(folder)
+        (folder / _MARKER).touch()
+        return _run(folder, config, prior_config, resume=resume)
+
+
+def _delete(folder: Path) -> None:
+    """Delete what a demo has written to a folder, and nothing else."""
+    delete_run(folder)
+    delete_prior(folder)
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
+    if (folder / MEDIA).exists():
+        delete_folder(folder / MEDIA)
+
+
+def _run(folder: Path, config: VideoConfig, prior_config: PriorConfig, *, resume: bool) -> dict[str, Any] | None:
+    started = time.monotonic()
+    clips = load_examples(config)
+    print(describe(clips), flush=True)
+
+    _announce(1)
+
+    def draw(trainer: Trainer, evaluation: Evaluation) -> None:
+        with failures_as_warnings("picture of reconstructions"):
+            picture_reconstructions(trainer, evaluation, captioned=False)
+
+    trainer = Trainer(config, clips, folder, resume=resume)
+    evaluation = trainer.fit(on_evaluation=draw)
+    if evaluation is None:
+        return None
+    picture_run(trainer, evaluation, captioned=False)
+
+    _announce(2)
+    trained = train_prior(folder, prior_config, resume=resume)
+    if trained is None:
+        return None
+    with failures_as_warnings("picture of curves of the prior"):
+        picture_prior(folder, captioned=False)
+
+    _announce(3)
+    model, _ = load_model(folder)
+    picture_prior_samples(folder, trained.prior, model, config, clips, **SAMPLING)
+
+    _announce(4)
+    print("\n".join(encode_held_out(folder, folder / "clips.fvq", model="prior")), flush=True)
+    indices = trained.data.test.long()
+    measured = coding.measure(indices, config.codebook_size)
+    sizes = [
+        *animation_sizes(clips.test, evaluation.value, frame_rate=config.frame_rate),
+        *(
+            {"name": f"indices, {name}", "bytes": int(measured[name]["bytes"]), "psnr_db": evaluation.value}
+            for name in ("uniform", "static", "adaptive")
+        ),
+        {
+            "name": "indices, learned prior",
+            "bytes": (folder / "clips.fvq").stat().st_size,
+            "psnr_db": evaluation.value,
+        },
+    ]
+    metrics: dict[str, Any] = {
+        "data": clips.name,
+        "train_clips": len(clips.train),
+        "test_clips": len(clips.test),
+        "frames": config.frames,
+        "psnr_db": evaluation.value,
+        "perplexity": evaluation.perplexity,
+        "usage": evaluation.usage,
+        "grid": list(config.feature_grid),
+        "codebook_size": config.codebook_size,
+        "prior_bits_per_index": trained.bits_per_index,
+        "adaptive_bits_per_index": measured["adaptive"]["bits_per_index"],
+        "pixel_bytes": clips.test.numel(),
+        "sizes": sizes,
+        "steps": trainer.step,
+        "seconds": round(trainer.seconds, 1),
+        "prior_steps": prior_config.steps,
+        "total_seconds": round(time.monotonic() - started, 1),
+        "threads": torch.get_num_threads(),
+        "versions": {"fastvq": fastvq.__version__, "torch": torch.__version__},
+    }
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    print(f"all pictures and tables: {_write_page(folder, metrics)}")
+    return metrics
+
+
+def _announce(part: int) -> None:
+    description, seconds = _PARTS[part - 1]
+    print(f"\n[{part}/{len(_PARTS)}] {description}: about {seconds} s on 2 idle cores", flush=True)
+
+
+def _write_page(folder: Path, metrics: dict[str, Any]) -> Path:
+    """Write the page beside the pictures that it shows, and return its path."""
+    grid, frames = metrics["grid"], metrics["frames"]
+    positions = " x ".join(map(str, grid))
+    rows = [
+        [size["name"], f"{size['bytes']:,}", "lossless" if size["psnr_db"] is None else f"{size['psnr_db']:.2f} dB"]
+        for size in metrics["sizes"]
+    ]
+    clips: list[Part] = [
+        f"The encoder turns {frames} frames into a grid of {positions} vectors. Each is replaced by the nearest of"
+        f" {metrics['codebook_size']} codes, and the decoder receives nothing but the indices of these codes. The first"
+        f" frame has {grid[1]} x {grid[2]} indices of its own; each later {grid[1]} x {grid[2]} of them stand for"
+        f" {(frames - 1) // max(1, grid[0] - 1)} frames. Held-out clips are decoded with {metrics['psnr_db']:.2f} dB.",
+        Media(f"{MEDIA}/reconstructions", "Held-out clips above what is decoded from their indices"),
+        Picture("reconstructions.png", "Frames of held-out clips above their reconstructions"),
+        Picture("indices.png", "Clips, their indices as colored grids, and the reconstructions from them"),
+        Picture("usage.png", "Number of times that each code is chosen"),
+        Picture("curves.png", "Loss, PSNR and perplexity over the training steps"),
+    ]
+    prior: list[Part] = [
+        f"A transformer goes through the grid frame by frame and predicts each index from those before it: a held-out"
+        f" index takes {metrics['prior_bits_per_index']:.2f} bits, {metrics['adaptive_bits_per_index']:.2f} under the"
+        " adaptive model of coded files. Indices drawn from it decode to new clips.",
+        Picture("prior/curves.png", "Bits per index over the steps of the prior's training"),
+        Media(f"{MEDIA}/samples", "Samples of the prior"),
+        Picture("samples.png", "Samples of the prior beside held-out clips"),
+        "The first frames of held-out clips can be continued: below each clip, the decoded one and a continuation from"
+        " its first positions.",
+        Media(f"{MEDIA}/completions", "Held-out clips, decoded, and continued by the prior"),
+        Picture("completions.png", "Held-out clips, continued three times from their first frames"),
+        Picture("neighbors.png", "Samples and their nearest training clips"),
+    ]
+    files: list[Part] = [
+        f"The {metrics['test_clips']} held-out clips in one file. Formats hold all clips on one sheet, which saves"
+        f" headers; their pixels take {metrics['pixel_bytes']:,} bytes. Each lossy format has its smallest file, and"
+        " the smallest that is as good as the decoded clips.",
+        TextTable(["held-out clips as", "bytes", "PSNR"], rows),
+    ]
+    made = (
+        f"`fastvq demo video`: {metrics['total_seconds']:.0f} s on {metrics['threads']} threads, of which"
+        f" {metrics['seconds']:.0f} s for {metrics['steps']} steps of the VQ-VAE. All numbers: `metrics.json`."
+    )
+    return write_page(
+        folder,
+        "From clips to indices, to new clips and small files",
+        f"A VQ-VAE was trained on {metrics['train_clips']} clips ({metrics['data']}).",
+        [
+            Section("1. A clip becomes a few indices", clips),
+            Section("2. The distribution of the indices: the prior", prior),
+            Section("3. Small files", files),
+            Section("How this was made", [made]),
+        ],
+    )
