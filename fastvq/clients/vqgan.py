@@ -121,7 +121,10 @@ class _LlamaGen(nn.Module):
 
 
 def _entropy_loss(rows: Tensor, codes: Tensor) -> Tensor:
-    """Return LlamaGen's entropy loss without the softmax over all codes; its 1e-5 stands within the logarithm."""
+    """Return LlamaGen's entropy loss without the softmax over all codes.
+
+    It is that of this process's vectors; `fastvq.parts.entropy_loss` takes the mean over all ranks.
+    """
     assignment = soft_assign(rows, codes, metric="l2", scale=100.0)
     return assignment.entropy.mean() + (assignment.mean * torch.log(assignment.mean + 1e-5)).sum()
 

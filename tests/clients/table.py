@@ -1,4 +1,12 @@
-"""The clients that are tested: how to make one, and what to call."""
+"""The clients that are tested: how to make one, and what to call.
+
+Those of packages that are not installed are skipped. To run them all, without what their packages require:
+
+    pip install transformers==5.24.0 diffusers==0.42.1
+    pip install --no-deps encodec==0.1.1 speechtokenizer==1.0.1 moshi==0.2.13 snac==1.2.1 descript-audio-codec==1.0.0
+
+descript-audio-codec also installs a package `tests`, which hides this one from `python -m tests...`: delete it.
+"""
 
 from __future__ import annotations
 
