@@ -60,6 +60,7 @@ format: $(VENV)/lint.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/fastvq bench --suite --out docs --readme README.md
 	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
+	for threads in 1 2; do $(BIN)/python -m benchmarks.bench_clients --threads $$threads; done
 
 gpu-check: $(VENV)/test.stamp
 	@echo "Each kernel compiled for sm_80, sm_90, sm_100 and gfx942, and what the compiler made of it:"
