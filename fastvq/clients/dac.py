@@ -17,6 +17,9 @@ from .nearest import nearest
 TRANSFORMERS = "transformers 5.24.0"
 DESCRIPT = "descript-audio-codec 1.0.0"
 
+_OFFLOADED = "_hf_hook"
+"""Attribute of modules whose weights the package accelerate moves to the device when they are called."""
+
 
 class _CosineStage(nn.Module):
     codebook: nn.Embedding
@@ -29,7 +32,7 @@ class _TransformersCosineStage(nn.Module):
     codebook: nn.Embedding
 
     def decode_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        if "_hf_hook" in vars(self.codebook):  # accelerate's offloading: the client's method fetches the weight
+        if _OFFLOADED in vars(self.codebook):  # the client's method fetches the weight
             result: tuple[Tensor, Tensor] = super().decode_latents(hidden_states)  # type: ignore[misc]
             return result
         return _decode_latents(self.codebook, hidden_states)
@@ -145,7 +148,8 @@ def _all_stages(stages: Any, x: Tensor, number: int | None) -> _Found | None:
 
 def _weights(stage: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """Return W (D, C), b (D,), O (C, D), c (C,) of a stage, or None if a projection is something else."""
-    if type(stage.codebook) is not nn.Embedding or stage.codebook._forward_hooks:
+    codebook = stage.codebook
+    if type(codebook) is not nn.Embedding or codebook._forward_hooks or vars(codebook).keys() & {"forward", _OFFLOADED}:
         return None
     into, back = _matrix(stage.in_proj), _matrix(stage.out_proj)
     return None if into is None or back is None else (*into, *back)
