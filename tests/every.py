@@ -24,6 +24,10 @@ QUANTIZERS: dict[str, tuple[partial, int]] = {
     "cosine": (partial(vq, use_cosine_sim=True), 6),
     "k-means and replacement": (partial(vq, kmeans_init=True, threshold_ema_dead_code=2), 6),
     "learnable": (partial(vq, learnable_codebook=True, ema_update=False), 6),
+    "cosine, learnable": (
+        partial(vq, use_cosine_sim=True, learnable_codebook=True, commitment_weight=0.25, codebook_weight=1.0),
+        6,
+    ),
     "heads": (partial(vq, heads=2, codebook_dim=3), 6),
     "separate heads": (partial(vq, heads=2, codebook_dim=3, separate_codebook_per_head=True), 6),
     "affine": (partial(vq, affine_param=True), 6),

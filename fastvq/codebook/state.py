@@ -28,6 +28,13 @@ Weight = float | Tensor | Callable[[Tensor, Tensor], Tensor]
 """Factor that multiplies 1 - decay in one step: (), (K,) or (H, K), or a function of (sums, counts) that returns it."""
 
 
+def checked_decay(decay: float | Tensor) -> float | Tensor:
+    """Return a decay that lies in [0, 1]; a tensor () isn't read, as this would wait for the device."""
+    if not isinstance(decay, Tensor) and not 0 <= decay <= 1:
+        raise ValueError(f"decay: must lie in [0, 1], got {decay}")
+    return decay
+
+
 class Codebook(KeepsPrecision, Unsaved, nn.Module):
     """K codes of D dimensions for each of H heads, with the state that they learn by.
 
@@ -43,6 +50,8 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
         sync_kmeans: the same for k-means.
         manual_ema_update: the codes follow their averages only when `update_ema` is called.
         replacement: the policy for dead codes, or None.
+        cosine: codes are compared by direction. Averages and writes normalize them; a learnable codebook without
+            averages is a free parameter, and its normalized form is compared.
         affine: decays and sync of an `Affine` reparametrization, or None.
         bridge: a module that maps embed to the codes in use, (H, K, D) -> (H, K, D), before the affine map; or None.
         The others: see `fastvq.VectorQuantize`.
@@ -82,8 +91,7 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
         bridge: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay: must lie in [0, 1], got {decay}")
+        checked_decay(decay)
         if not eps >= 0:
             raise ValueError(f"eps: must not be negative, got {eps}")
         rounds: Any = kmeans_iters
@@ -92,10 +100,12 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
         if kmeans_seeding not in SEEDINGS:
             raise ValueError(f"kmeans_seeding: must be one of {', '.join(SEEDINGS)}, got {kmeans_seeding!r}")
         self.dim, self.size, self.heads = dim, size, heads
-        self.decay, self.eps = decay, eps
+        self.decay: float | Tensor = decay
+        self.eps = eps
         self.kmeans_init, self.kmeans_iters, self.kmeans_seeding = kmeans_init, kmeans_iters, kmeans_seeding
         self.cosine = cosine
         self.metric = "dot" if cosine else "l2"
+        self._normalizes = cosine and learnable and not ema_update
         self.ema_update, self.manual_ema_update = ema_update, manual_ema_update
         self.sync, self.sync_kmeans = sync, sync_kmeans
 
@@ -157,6 +167,7 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
             refuse_dtensor("embed", codes)
         codes = codes if self.vq_bridge is None else self.vq_bridge(codes)
         codes = codes if self.affine is None else self.affine.of_codes(self, codes)
+        codes = unit_norm(codes) if self._normalizes else codes
         # Checkpointing may stop a recomputation as soon as it has what it needs, before the layer ends its pass.
         if self.replayed is None or not distributed.recomputing():
             return codes

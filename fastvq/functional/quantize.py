@@ -81,6 +81,32 @@ def quantize(
     Quantization with the Rotation Trick, 2024, section 4.2 (rotation).
     """
     check_choices(gradient, commitment_weight=commitment_weight, codebook_weight=codebook_weight)
+    found = quantize_errors(x, codebook, metric=metric, gradient=gradient, mask=mask, indices=indices)
+    loss = weighted(found.error, commitment_weight)
+    if isinstance(codebook_weight, Tensor) or codebook_weight:
+        loss = loss + weighted(found.codebook_error, codebook_weight)
+    return Quantized(found.quantized, found.indices, loss)
+
+
+class QuantizedErrors(NamedTuple):
+    """Result of `quantize_errors`: both errors () have one value, of which x and the codebook get the gradients."""
+
+    quantized: Tensor
+    indices: Tensor
+    error: Tensor
+    codebook_error: Tensor
+
+
+def quantize_errors(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = "l2",
+    gradient: str = "ste",
+    mask: Tensor | None = None,
+    indices: Tensor | None = None,
+) -> QuantizedErrors:
+    """Return `quantize` with its two losses apart, each without a weight."""
     rows = flatten_rows(x)
     row_mask = None if mask is None else rows_of_mask(mask, x.shape[:-1])
     if indices is None:
@@ -96,12 +122,9 @@ def quantize(
     else:
         quantized, _, loss = quantize_forward(rows, codebook, indices, False)
         codebook_loss = None
-    error, loss = loss, weighted(loss, commitment_weight)
-    if isinstance(codebook_weight, Tensor) or codebook_weight:
-        loss = loss + weighted(error.detach() if codebook_loss is None else codebook_loss, codebook_weight)
     if x.dim() != 2:
         quantized, indices = quantized.reshape(x.shape), indices.reshape(x.shape[:-1])
-    return Quantized(quantized, indices, loss)
+    return QuantizedErrors(quantized, indices, loss, loss.detach() if codebook_loss is None else codebook_loss)
 
 
 def check_some_code(name: str, indices: Tensor, codebook: Tensor | Sequence[Tensor]) -> None:

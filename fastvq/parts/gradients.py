@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastvq.backends.arithmetic import compute_dtype
-from fastvq.functional.quantize import check_some_code, quantize, unit_norm
+from fastvq.functional.quantize import check_some_code, quantize_errors, unit_norm
 from fastvq.functional.soft_assign import soft_lookup
 from fastvq.ops import quantize_backward
 
@@ -146,6 +146,7 @@ class EstimatorOutput(NamedTuple):
 
     quantized: Tensor  # (C, R, D), or (C, R, k, D), dtype of x
     error: Tensor  # (), or (C, R, k)
+    codebook_error: Tensor | None = None  # as error, whose value it has: the gradient of learned codes, if separate
 
 
 class Estimator(NamedTuple):
@@ -158,6 +159,7 @@ class Estimator(NamedTuple):
         route: whether x gets the output's gradient; otherwise learned codes get it.
         soft_temperature: without `route`, x gets the gradient of the soft assignment at this temperature instead
             (`fastvq.soft_lookup`): straight-through Gumbel-softmax, for sampled indices.
+        separate: whether the error has the gradient of x alone, and learned codes get that of a second one.
     """
 
     kind: str = "rotation"
@@ -165,6 +167,7 @@ class Estimator(NamedTuple):
     sync_update_v: float = 0.0
     route: bool = True
     soft_temperature: float | None = None
+    separate: bool = False
 
     def output(self, x: Tensor, table: Table, indices: Tensor, *, learned: bool) -> EstimatorOutput:
         """Return the codes of rows x (C, R, D), and the mean squared error over the rows with a code.
@@ -181,16 +184,16 @@ class Estimator(NamedTuple):
             for head, (codes, chosen) in enumerate(zip(table.codes.unbind(), indices.unbind(), strict=True)):
                 check_some_code("codebook" if len(indices) == 1 else f"codebook[{head}]", chosen, codes)
         if isinstance(table, Shared) and indices.dim() == 2 and self.kind != "directional":
-            quantized, error = self._fused(x, table, indices, learned)
+            quantized, error, codebook_error = self._fused(x, table, indices, learned)
             if not routed and self.soft_temperature is not None:
                 quantized = self._soft(x, table, indices)
             elif not routed:
                 quantized = table.lookup(indices).to(x.dtype) if learned else quantized.detach()
         else:
-            quantized, error = self._composed(x, table, indices, learned, routed)
+            quantized, error, codebook_error = self._composed(x, table, indices, learned, routed)
         if routed and learned and self.sync_update_v > 0:
             quantized = synchronous(quantized, table.lookup(indices), self.sync_update_v)
-        return EstimatorOutput(quantized, error)
+        return EstimatorOutput(quantized, error, codebook_error)
 
     def _soft(self, x: Tensor, table: Shared, indices: Tensor) -> Tensor:
         assert self.soft_temperature is not None
@@ -202,31 +205,38 @@ class Estimator(NamedTuple):
 
     def _fused(self, x: Tensor, table: Shared, indices: Tensor, learned: bool) -> EstimatorOutput:
         codes = table.codes.flatten(0, 1)
-        quantized, _, error = quantize(
+        quantized, _, error, codebook_error = quantize_errors(
             x.flatten(0, 1),
             codes if learned else codes.detach(),
             gradient=self.kind,
-            commitment_weight=1.0,
-            codebook_weight=1.0 if learned else 0.0,
             indices=offset_indices(indices, table.size),
         )
+        quantized = quantized.view(x.shape)
+        if not learned:
+            return EstimatorOutput(quantized, error)
+        if self.separate:
+            return EstimatorOutput(quantized, error, codebook_error)
         # If the codes learn, the error is commitment plus codebook loss. They have one value and different gradients:
         # subtracting half of it, without a gradient, leaves that value once and both gradients.
-        return EstimatorOutput(quantized.view(x.shape), error - error.detach() / 2 if learned else error)
+        error = error + codebook_error
+        return EstimatorOutput(quantized, error - error.detach() / 2)
 
     def _composed(self, x: Tensor, table: Table, indices: Tensor, learned: bool, routed: bool) -> EstimatorOutput:
         codes = table.lookup(indices)
         codes = codes if learned else codes.detach()
         rows = x if indices.dim() == 2 else x.unsqueeze(2).expand(*indices.shape, x.shape[-1])
-        errors = mean_squared_errors(rows, codes, indices)
+        apart = learned and self.separate
+        errors = mean_squared_errors(rows, codes.detach() if apart else codes, indices)
+        pull = mean_squared_errors(rows.detach(), codes, indices) if apart else None
         if indices.dim() == 2:
-            errors = errors.sum() / (indices >= 0).sum().clamp_min(1)
+            count = (indices >= 0).sum().clamp_min(1)
+            errors, pull = errors.sum() / count, None if pull is None else pull.sum() / count
         if not routed:
-            return EstimatorOutput(codes.to(x.dtype), errors)
+            return EstimatorOutput(codes.to(x.dtype), errors, pull)
         if self.kind == "directional":
             absent = (indices < 0).unsqueeze(-1)
             # Filled on both sides: a non-finite value would enter the backward pass as 0 * inf.
             quantized = directional_reparam(rows.masked_fill(absent, 0), codes, self.noise_variance)
-            return EstimatorOutput(quantized.masked_fill(absent, 0), errors)
+            return EstimatorOutput(quantized.masked_fill(absent, 0), errors, pull)
         estimate = rotate_to if self.kind == "rotation" else straight_through
-        return EstimatorOutput(estimate(rows, codes, indices), errors)
+        return EstimatorOutput(estimate(rows, codes, indices), errors, pull)

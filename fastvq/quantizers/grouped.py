@@ -143,6 +143,16 @@ class GroupedResidualVQ(Grouped):
         for rvq in self._groups:
             rvq.freeze_codebook = frozen
 
+    @property
+    def decay(self) -> float | Tensor:
+        """The decay of the moving averages of the first group; assigning sets it for all groups."""
+        return self._groups[0].decay
+
+    @decay.setter
+    def decay(self, decay: float | Tensor) -> None:
+        for rvq in self._groups:
+            rvq.decay = decay
+
     if TYPE_CHECKING:  # nn.Module declares that calls return Any
 
         @overload

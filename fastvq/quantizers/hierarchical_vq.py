@@ -181,6 +181,16 @@ class HierarchicalVQ(Monitored, nn.Module):
         return None if self.vqs is None else [cast(Monitored, vq) for vq in self.vqs]
 
     @property
+    def decay(self) -> float | Tensor:
+        """The decay of the moving averages of the first scale; assigning sets it for all scales."""
+        return self.get_vq(0).decay
+
+    @decay.setter
+    def decay(self, decay: float | Tensor) -> None:
+        for level in range(self.num_levels):
+            self.get_vq(level).decay = decay
+
+    @property
     def freeze_codebook(self) -> bool:
         """True if the codebooks of all scales are frozen; assigning sets it for each of them."""
         return all(self.get_vq(level).freeze_codebook for level in range(self.num_levels))

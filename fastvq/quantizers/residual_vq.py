@@ -186,6 +186,16 @@ class ResidualVQ(Projected, ResidualStack):
             stage.freeze_codebook = frozen
 
     @property
+    def decay(self) -> float | Tensor:
+        """The decay of the moving averages of the first stage; assigning sets it for all stages."""
+        return self._stages[0].decay
+
+    @decay.setter
+    def decay(self, decay: float | Tensor) -> None:
+        for stage in self._stages:
+            stage.decay = decay
+
+    @property
     def codebook_size(self) -> int:
         """K of the first stage."""
         return self.codebook_sizes[0]

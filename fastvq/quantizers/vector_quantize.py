@@ -13,6 +13,7 @@ from fastvq.codebook import Codebook, Replacement, learn_together
 from fastvq.codebook.health import Health, Monitored
 from fastvq.codebook.in_place import InPlaceStep
 from fastvq.codebook.recompute import History
+from fastvq.codebook.state import checked_decay
 from fastvq.codebook.storage import refuse_sharded
 from fastvq.distributed import may_be_recomputed, recomputing, tie_parameters
 from fastvq.functional.quantize import lookup, quantize, unit_norm, weighted
@@ -48,6 +49,7 @@ class QuantizedRows(NamedTuple):
     cross_entropy: Tensor | None  # (), with targets
     in_place: Tensor | None  # (), with an in-place optimizer
     learned: bool  # whether the codebook has learned from these rows already
+    codebook_error: Tensor | None = None  # as commitment, with a weight of its own for the codebook loss
 
 
 class VectorQuantize(Projected, Monitored, nn.Module):
@@ -72,7 +74,8 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         kmeans_init: initialize the codebook by k-means on the first training batch; until then it is zero.
         kmeans_iters: number of k-means iterations.
         sync_kmeans: run k-means over all ranks.
-        use_cosine_sim: compare directions: x and the codes are normalized, and the largest product wins.
+        use_cosine_sim: compare directions: x and the codes are normalized, and the largest product wins. A learnable
+            codebook is a parameter of any length, and its codes are normalized when they are used.
         layernorm_after_project_in: apply a layer norm after the input projection.
         threshold_ema_dead_code: replace codes whose moving cluster size is below this by random vectors of the batch; 0
             for never.
@@ -98,7 +101,8 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         vq_bridge: a module (1, K, D) -> (1, K, D) whose output the vectors are compared with; requires a learnable
             codebook.
         manual_ema_update: move the averages in training, but the codes only by `update_ema` of the codebook.
-        learnable_codebook: make the codebook a parameter that the loss pulls to the vectors with the same weight.
+        learnable_codebook: make the codebook a parameter that the loss pulls to the vectors, with the commitment weight
+            unless codebook_weight is given.
         in_place_codebook_optimizer: a function that makes an optimizer of the codebook's parameters; it steps before
             the output is computed, see `fastvq.codebook.in_place`.
         manual_in_place_optimizer_update: only accumulate its gradients; `update_in_place_optimizer` steps.
@@ -109,6 +113,9 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         route_gradients_to_input: if False, the output's gradient reaches the codes, if learnable, instead of x.
         kmeans_seeding: the rows that k-means starts from: "k-means++", far from each other, or "random".
         replacement: policy for dead codes, instead of threshold_ema_dead_code (`fastvq.Replacement`).
+        codebook_weight: weight of a codebook loss of its own, for learnable codes:
+            loss = commitment_weight mean (x - sg[e])^2 + codebook_weight mean (sg[x] - e)^2 + the other losses. 1, with
+            commitment_weight = beta, are the losses of VQ-VAE.
 
     Raises:
         ValueError: an argument or a combination of arguments is invalid; the message names them.
@@ -171,6 +178,7 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         *,
         replacement: Replacement | None = None,
         kmeans_seeding: str = "k-means++",
+        codebook_weight: float | None = None,
     ) -> None:
         super().__init__()
         by_gradient = directional_reparam or vq_bridge is not None
@@ -203,9 +211,18 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         replacement = Replacement(threshold_ema_dead_code) if replacement is None else replacement
         if learnable and ema_update:
             raise ValueError("ema_update: must be False beside learnable_codebook=True: one of them moves the codebook")
-        if use_cosine_sim and (learnable or affine_param):
-            name = "learnable_codebook" if learnable else "affine_param"
-            raise ValueError(f"{name}: must be False beside use_cosine_sim=True")
+        if use_cosine_sim and affine_param:
+            raise ValueError("affine_param: must be False beside use_cosine_sim=True")
+        if codebook_weight is not None:
+            check_not_negative(codebook_weight=codebook_weight)
+            for name, given in (
+                ("learnable_codebook must be True", not learnable),
+                ("directional_reparam must be False", directional_reparam),
+                ("in_place_codebook_optimizer must be None", in_place_codebook_optimizer is not None),
+                ("commitment_use_cross_entropy_loss must be False", commitment_use_cross_entropy_loss),
+            ):
+                if given:
+                    raise ValueError(f"codebook_weight: {name} beside it, got {codebook_weight}")
         estimators = {
             "straight_through": straight_through,
             "rotation_trick": rotation_trick,
@@ -237,7 +254,7 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         self.channel_last = channel_last
         self.accept_image_fmap, self.accept_3d_fmap = accept_image_fmap, accept_3d_fmap
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
-        self.commitment_weight = commitment_weight
+        self.commitment_weight, self.codebook_weight = commitment_weight, codebook_weight
         self.commitment_use_cross_entropy_loss = commitment_use_cross_entropy_loss
         self.orthogonal_reg_weight = orthogonal_reg_weight
         self.orthogonal_reg_active_codes_only = orthogonal_reg_active_codes_only
@@ -300,6 +317,15 @@ class VectorQuantize(Projected, Monitored, nn.Module):
             like = "(H, K, D)" if self.separate_codebook_per_head else "(K, D)"
             raise ValueError(f"codebook: must have shape {like} = {tuple(shape)}, got {tuple(codes.shape)}")
         self._codebook.set_(codes if self.separate_codebook_per_head else codes[None])
+
+    @property
+    def decay(self) -> float | Tensor:
+        """The decay of the moving averages, which a schedule may assign at each step: a number, or a tensor ()."""
+        return self._codebook.decay
+
+    @decay.setter
+    def decay(self, decay: float | Tensor) -> None:
+        self._codebook.decay = checked_decay(decay)
 
     @property
     def _synchronizes(self) -> bool:
@@ -580,7 +606,8 @@ class VectorQuantize(Projected, Monitored, nn.Module):
             current = current_table()
             indices = self.choose(current, x, mask, topk, temperature) if given is None else given
         # As in vector_quantize_pytorch, no gradient flows in eval.
-        quantized, error = estimator.output(x if self.training else x.detach(), current, indices, learned=learned)
+        found = estimator.output(x if self.training else x.detach(), current, indices, learned=learned)
+        quantized, error = found.quantized, found.error
         if (self.training or self._measures) and topk is None:
             self._health.observe_(indices if self.separate_codebook_per_head else indices.flatten(), error)
         diversity = cross_entropy = None
@@ -591,7 +618,7 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         if targets is not None:
             cross_entropy = current.cross_entropy(x, targets if mask is None else targets.masked_fill(~mask, -1))
         return QuantizedRows(
-            x, quantized, indices, error, diversity, cross_entropy, in_place, learned=in_place is not None
+            x, quantized, indices, error, diversity, cross_entropy, in_place, in_place is not None, found.codebook_error
         )
 
     def choose(self, table: Table, x: Tensor, mask: Tensor | None, topk: int | None, temperature: float) -> Tensor:
@@ -605,7 +632,12 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         kind = "rotation" if self.rotation_trick else "directional" if self.directional_reparam else "ste"
         soft = temperature if self.straight_through and self.training and _positive(temperature) else None
         return Estimator(
-            kind, self.directional_reparam_variance, self.sync_update_v, self.route_gradients_to_input, soft
+            kind,
+            self.directional_reparam_variance,
+            self.sync_update_v,
+            self.route_gradients_to_input,
+            soft,
+            separate=self.codebook_weight is not None,
         )
 
     def losses(self, step: QuantizedRows, learning: bool) -> tuple[Tensor, VectorQuantizeLosses]:
@@ -621,6 +653,8 @@ class VectorQuantize(Projected, Monitored, nn.Module):
             loss = weighted(commitment, self.commitment_weight)
         elif by_code and not self.training:
             loss = commitment = step.commitment
+        if step.codebook_error is not None and self.codebook_weight is not None:
+            loss = loss + weighted(step.codebook_error, self.codebook_weight)
         if step.diversity is not None:
             loss = loss + step.diversity * self.codebook_diversity_loss_weight
         if self.training and self.orthogonal_reg_weight > 0:

@@ -29,12 +29,13 @@ ARGUMENTS = {
     "ema_update_weight": (vq, "ema_update_weight"),
 }
 ATTRIBUTES = {
-    "decay": (vq, "_codebook.decay"),
-    "decay, residual": (rvq, "layers.1._codebook.decay"),
+    "decay": (vq, "decay"),
+    "decay, residual": (rvq, "decay"),
     "eps": (vq, "_codebook.eps"),
     "commitment_weight from zero": (partial(vq, commitment_weight=0.0), "commitment_weight"),
     "batch_decay": (partial(vq, affine_param=True), "_codebook.affine.batch_decay"),
     "commitment_weight": (vq, "commitment_weight"),
+    "codebook_weight": (partial(vq, learnable_codebook=True, codebook_weight=0.5), "codebook_weight"),
     "sample_codebook_temp": (partial(vq, **sampled), "sample_codebook_temp"),
     "codebook_diversity_temperature": (
         partial(vq, codebook_diversity_loss_weight=0.1), "codebook_diversity_temperature"

@@ -7,7 +7,9 @@ import torch
 
 import fastvq
 from fastvq.backends import reference
+from fastvq.codebook import Codebook
 from fastvq.functional.quantize import lookup, unit_norm
+from fastvq.parts import rotate_to
 
 from ..cases import close, generator
 from ..layers import DIM, SIZE, assert_same_state, batch, layer, state, train
@@ -109,6 +111,64 @@ def test_cosine_similarity():
     assert torch.equal(quantized, codes[indices])
     close(loss, (unit_norm(x) - codes[indices]).square().mean())
     close(module.codebook.norm(dim=1), torch.ones(SIZE))
+
+
+@pytest.mark.parametrize("options", [{}, {"topk": 1}], ids=str)
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("weights", [(0.25, 1.0), (0.0, 1.0), (2.0, 0.0)], ids=str)
+def test_the_codebook_loss_has_a_weight_of_its_own(cosine, weights, options):
+    """The losses of VQ-VAE and, on unit vectors and codes, of LlamaGen."""
+    commitment, pull = weights
+    module = layer(learnable_codebook=True, use_cosine_sim=cosine, commitment_weight=commitment, codebook_weight=pull)
+    with torch.no_grad():
+        module.codebook.mul_(3)
+    x = batch().requires_grad_()
+    quantized, indices, loss = module(x, **options)
+    (loss.mean() + quantized.square().mean()).backward()
+    own_x, codes = x.detach().clone().requires_grad_(), module.codebook.detach().clone().requires_grad_()
+    rows, table = (unit_norm(t) if cosine else t for t in (own_x, codes))
+    chosen = table[indices.reshape(x.shape[:-1])]
+    close(quantized.reshape(x.shape), chosen.detach())
+    expected = commitment * (rows - chosen.detach()).square().mean() + pull * (rows.detach() - chosen).square().mean()
+    close(loss.mean(), expected)
+    estimate = rotate_to(rows, chosen.detach(), indices.reshape(x.shape[:-1]))
+    (expected + estimate.square().mean()).backward()
+    close(x.grad, own_x.grad)
+    grad = module._codebook.embed.grad
+    close(torch.zeros_like(codes) if grad is None and not pull else grad[0], codes.grad)
+
+
+def test_stages_have_separate_weights():
+    """Each stage of a residual quantizer adds both losses, as DAC does."""
+    options = {"learnable_codebook": True, "commitment_weight": 0.25}
+    torch.manual_seed(0)
+    together = fastvq.ResidualVQ(dim=DIM, codebook_size=SIZE, num_quantizers=2, **options)
+    apart = fastvq.ResidualVQ(dim=DIM, codebook_size=SIZE, num_quantizers=2, codebook_weight=1.0, **options)
+    apart.load_state_dict(together.state_dict())
+    x = batch()
+    losses = [module(x)[2] for module in (together, apart)]
+    close(losses[1], 5 * losses[0])
+    for loss in losses:
+        loss.sum().backward()
+    for one, other in zip(together.parameters(), apart.parameters(), strict=True):
+        close(other.grad, 4 * one.grad)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: layer(),
+        lambda: fastvq.ResidualVQ(dim=DIM, codebook_size=SIZE, num_quantizers=2),
+        lambda: fastvq.GroupedResidualVQ(dim=DIM, groups=2, codebook_size=SIZE, num_quantizers=2),
+        lambda: fastvq.HierarchicalVQ(dim=DIM, codebook_size=SIZE, scales=(1, 4), channel_first=False),
+    ],
+)
+def test_the_decay_can_be_scheduled(make):
+    module = make()
+    module.decay = 0.5
+    assert {part.decay for part in module.modules() if isinstance(part, Codebook)} == {0.5} == {module.decay}
+    with pytest.raises(ValueError, match=r"^decay: must lie in"):
+        module.decay = 1.5
 
 
 def test_a_learnable_codebook_trains():
@@ -304,7 +364,8 @@ def test_backends_agree():
         ({"kmeans_iters": -1}, ValueError, "kmeans_iters: must be an integer that isn't negative"),
         ({"threshold_ema_dead_code": -1}, ValueError, "threshold_ema_dead_code: must not be negative"),
         ({"learnable_codebook": True, "ema_update": True}, ValueError, "ema_update: must be False"),
-        ({"learnable_codebook": True, "use_cosine_sim": True}, ValueError, "learnable_codebook: must be False"),
+        ({"codebook_weight": 1.0}, ValueError, "codebook_weight: learnable_codebook must be True"),
+        ({"codebook_weight": -1.0, "learnable_codebook": True}, ValueError, "codebook_weight: must not be negative"),
         ({"heads": 0}, ValueError, "heads: must be an integer of at least 1"),
         ({"orthogonal_reg_weight": -1.0}, ValueError, "orthogonal_reg_weight: must not be negative"),
         ({"orthogonal_reg_max_codes": 0}, ValueError, "orthogonal_reg_max_codes: must be an integer of at least 1"),
