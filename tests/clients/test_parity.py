@@ -95,7 +95,7 @@ def test_twenty_steps_of_training_are_the_clients(client):
             x = client.input(step).requires_grad_()
             result = client.train(module, x)
             sum(t.square().mean() for t in tensors(result) if t.requires_grad).backward()
-            history.append((result, x.grad))
+            history.append((result, x.grad, torch.random.get_rng_state()))
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()
