@@ -188,6 +188,20 @@ def kmeans_on_all_rows() -> None:
 
 
 @scenario
+def fit_on_all_ranks() -> None:
+    """Check that a fit ends where k-means on all rows rests, on every rank, though ranks have different batches."""
+    ranks, own = dist.get_world_size(), dist.get_rank()
+    shares = [list(batch(3, rows=50, rank=rank)[0].split(50 if rank else 20)) for rank in range(ranks)]
+    layer = fastvq.VectorQuantize(DIM, 8)
+    fitted = layer.fit(shares[own], iterations=30)
+    joined = torch.cat([rows for share in shares for rows in share])
+    assert fitted.rows == len(joined)
+    fastvq.distributed.check_synchronized(layer)
+    counts, sums = fastvq.accumulate(joined, fastvq.search(joined, layer.codebook), 8)
+    torch.testing.assert_close(layer.codebook, sums / counts[:, None])
+
+
+@scenario
 def kmeans_of_rows_that_repeat() -> None:
     """Nearly all rows are equal, on every rank; the others are seeds, whichever rank has them."""
     others = torch.randn(30, DIM, generator=torch.Generator().manual_seed(dist.get_rank()))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .fit import Fitted
 from .kmeans import kmeans
 from .replacement import Replacement
 from .state import Codebook, learn_together
 
-__all__ = ["Codebook", "Replacement", "kmeans", "learn_together"]
+__all__ = ["Codebook", "Fitted", "Replacement", "kmeans", "learn_together"]

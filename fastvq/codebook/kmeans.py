@@ -43,6 +43,19 @@ def kmeans(
 
     Source: Lloyd, Least Squares Quantization in PCM, 1982; Dhillon and Modha, 2001, for the spherical form.
     """
+    means = first_means(x, size, mask=mask, seeding=seeding, together=together)
+    counts = means.new_zeros(size)
+    for _ in range(iterations):
+        indices = search(x, means, metric=metric).masked_fill(~mask, -1)
+        counts, sums = accumulate(x, indices, size)
+        if together:
+            distributed.sum_(counts, sums)
+        means = moved_means(means, counts, sums, metric)
+    return means, counts
+
+
+def first_means(x: Tensor, size: int, *, mask: Tensor, seeding: str, together: bool) -> Tensor:
+    """Return the means (K, D) float32 that `kmeans` starts from, with its arguments."""
     if seeding == "k-means++":
         seeds = spread_seeds(x, mask, size, together=together)
     else:
@@ -51,16 +64,13 @@ def kmeans(
             seeds = spread_over_ranks(seeds)
             distributed.sum_(*seeds)
     rows, available = compacted(seeds)
-    means = rows[torch.arange(size, device=x.device) % available.clamp(1, min(size, len(rows)))]
-    counts = means.new_zeros(size)
-    for _ in range(iterations):
-        indices = search(x, means, metric=metric).masked_fill(~mask, -1)
-        counts, sums = accumulate(x, indices, size)
-        if together:
-            distributed.sum_(counts, sums)
-        new = sums / counts.clamp_min(1)[:, None]
-        if metric == "dot":
-            new = unit_norm(new)
-        # A sum of giant rows may overflow float32: the code then stays at the row that it began with.
-        means = torch.where((counts > 0)[:, None] & new.isfinite().all(1, keepdim=True), new, means)
-    return means, counts
+    return rows[torch.arange(size, device=x.device) % available.clamp(1, min(size, len(rows)))]
+
+
+def moved_means(means: Tensor, counts: Tensor, sums: Tensor, metric: str) -> Tensor:
+    """Return the means (K, D) after a round that has found counts (K,) and sums (K, D)."""
+    new = (sums / counts.clamp_min(1)[:, None]).to(means.dtype)
+    if metric == "dot":
+        new = unit_norm(new)
+    # A sum of giant rows may overflow float32: the code then stays at the row that it began with.
+    return torch.where((counts > 0)[:, None] & new.isfinite().all(1, keepdim=True), new, means)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from fastvq.codebook.fit import Fitted
 from fastvq.codebook.health import Monitored
 from fastvq.parts.dropout import common_seed
 from fastvq.parts.shapes import CHANNEL_LAST, IMAGES, VIDEO, Options, channel_first_options, propose_layout
@@ -219,6 +222,19 @@ class GroupedResidualVQ(Grouped):
         """Call `ResidualVQ.reinitialize_` of every group."""
         for rvq in self._groups:
             rvq.reinitialize_()
+
+    def fit(
+        self, batches: Iterable[Any], *, inputs: Callable[[Any], Tensor] | None = None, iterations: int = 10
+    ) -> list[list[Fitted]]:
+        """Call `ResidualVQ.fit` of every group, with its channels of the batches; the result has one for each group."""
+
+        def channels(group: int, batch: Any) -> Tensor:
+            return self._split(batch if inputs is None else inputs(batch))[group]
+
+        return [
+            rvq.fit(batches, inputs=partial(channels, group), iterations=iterations)
+            for group, rvq in enumerate(self._groups)
+        ]
 
     def commit_ema_update(self) -> None:
         """Call `ResidualVQ.commit_ema_update` of every group."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastvq.codebook import Codebook, learn_together
+from fastvq.codebook.fit import Fitted, passes
 from fastvq.codebook.health import observe_stages_
 from fastvq.codebook.recompute import History
 from fastvq.distributed import may_be_recomputed, tie_parameters
@@ -793,6 +795,41 @@ class ResidualVQ(Projected, ResidualStack):
         self.reset_health()
 
     @torch.no_grad()
+    @torch.no_grad()
+    def fit(
+        self, batches: Iterable[Any], *, inputs: Callable[[Any], Tensor] | None = None, iterations: int = 10
+    ) -> list[Fitted]:
+        """Fit the codebooks to a data set, one stage after another, as `VectorQuantize.fit` does one codebook.
+
+        Each stage reads the data set iterations + 1 times, and is fitted to what the stages before leave. Arguments and
+        errors are those of `VectorQuantize.fit`; the result has one for each stage.
+
+        Raises:
+            ValueError: the stages share their codebook, or their codes are computed from others.
+        """
+        for name in ("shared_codebook", "implicit_neural_codebook"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: must be False to fit the stages one by one")
+        start = passes(batches, inputs)
+        device = self._stages[0]._codebook.embed_avg.device
+
+        def residuals(place: int) -> Iterator[Tensor]:
+            for x in start():
+                rows = self._layout(x).to_rows(x).to(device)
+                residual = self._project_in(rows, None).float()
+                for stage in self._stages[:place]:
+                    indices = stage._codebook(self._rows_of(stage, residual))
+                    codes = Shared(stage._codebook.codes).lookup(indices)
+                    residual = residual - self._output_of(stage, codes, indices)
+                yield residual[0]
+
+        fitted = [
+            stage.fit(_Passes(partial(residuals, place)), iterations=iterations)
+            for place, stage in enumerate(self._stages)
+        ]
+        self._history.clear()
+        return fitted
+
     def commit_ema_update(self) -> None:
         """Learn from the statistics that `forward(..., accum_ema_update=True)` has kept, if there are any."""
         held = [codebook for codebook in self._unique_codebooks if codebook.held_counts is not None]
@@ -824,6 +861,15 @@ class ResidualVQ(Projected, ResidualStack):
     @property
     def _channel_first(self) -> bool:
         return self.accept_image_fmap or self.accept_3d_fmap or not self.channel_last
+
+
+class _Passes(NamedTuple):
+    """An iterable that starts anew at each pass."""
+
+    start: Callable[[], Iterator[Tensor]]
+
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+        return self.start()
 
 
 _SETTINGS_OF_ONE_PASS = (

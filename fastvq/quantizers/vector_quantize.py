@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastvq.codebook import Codebook, Replacement, learn_together
+from fastvq.codebook.fit import Fitted, fit_, passes
 from fastvq.codebook.health import Health, Monitored
 from fastvq.codebook.in_place import InPlaceStep
 from fastvq.codebook.recompute import History
@@ -724,6 +725,44 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         if self._in_place is not None:
             self._in_place.optimizer.state.clear()
         self.reset_health()
+
+    @torch.no_grad()
+    def fit(
+        self, batches: Iterable[Any], *, inputs: Callable[[Any], Tensor] | None = None, iterations: int = 10
+    ) -> Fitted:
+        """Fit the codebook to a data set by k-means over all of its batches, instead of kmeans_init's first one.
+
+        The data set is read iterations + 1 times; nothing but the codebook and a sample of 32 K vectors is kept. The
+        cluster sizes become the mean counts of a batch. With several ranks all of them must call this, each with its
+        own share of the data, unless sync_codebook=False.
+
+        Args:
+            batches: a DataLoader, a list, or another iterable that starts anew at each pass.
+            inputs: maps a batch to x, laid out as for `forward`; by default the batches are x themselves. It may hold
+                the encoder.
+            iterations: number of rounds of k-means.
+
+        Returns:
+            errors (iterations,), the mean squared error per element in each round; and the number of vectors.
+
+        Raises:
+            ValueError: the codes are computed from others (affine_param, vq_bridge), or no vector is finite.
+            TypeError: batches can be iterated only once, or a batch is no tensor.
+        """
+        check_sizes(iterations=iterations)
+        for name in ("affine_param", "vq_bridge"):
+            if getattr(self._codebook, name.removesuffix("_param")) is not None:
+                raise ValueError(f"{name}: its codes are computed from others, which k-means can't set")
+        start = passes(batches, inputs)
+
+        def rows() -> Iterator[tuple[Tensor, Tensor | None]]:
+            for x in start():
+                yield self.split_rows(self._layout(x).to_rows(x).to(self._codebook.embed_avg.device)), None
+
+        fitted = fit_(self._codebook, rows, iterations=iterations)
+        self._history.clear()
+        self.reset_health()
+        return fitted
 
     def commit_ema_update(self) -> None:
         """Learn from the statistics that `forward(..., accum_ema_update=True)` has kept, if there are any."""
