@@ -3,7 +3,7 @@
 images.py       VQ-VAE, prior, samples and small files of the shipped images
 video.py        the same of the shipped clips
 classifier.py   a judge of samples        sizes.py   held-out images or clips as files of every format
-page.py         index.html
+page.py         index.html                folder.py  where a demo writes, and what it replaces
 
 A demo NAME is a module of this name with `run_demo(folder, *, resume, overwrite, **steps)`, which returns the content
 of its metrics.json, or None if it was interrupted, and a line in `DEMOS`. `steps` are numbers of steps, by name.

@@ -6,10 +6,8 @@ the held-out images in one small file, and a page that shows all of it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import platform
 import time
 from pathlib import Path
@@ -20,22 +18,21 @@ import torch
 import fastvq
 from fastvq.data import Examples
 from fastvq.data.examples import describe
-from fastvq.errors import CheckpointError, ConfigError
-from fastvq.files import StrPath, delete_folder, exclusive, make_folder, write_whole
+from fastvq.files import StrPath, write_whole
 from fastvq.modalities import ImageConfig
 from fastvq.runs.encode import encode_held_out
 from fastvq.runs.load import PRIOR_FOLDER
 from fastvq.runs.pictures import failures_as_warnings, picture_prior, picture_reconstructions, picture_run
 from fastvq.runs.sample_pictures import picture_prior_samples
-from fastvq.runs.train_prior import delete_prior, train_prior
+from fastvq.runs.train_prior import train_prior
 from fastvq.training.build import load_examples
 from fastvq.training.checkpoint import checkpoint_folders, load_latest
 from fastvq.training.config import PriorConfig
 from fastvq.training.evaluation import Evaluation
-from fastvq.training.loop import delete_run
 from fastvq.training.trainer import Trainer
 
 from .classifier import STEPS, judge_samples
+from .folder import METRICS, check_request, demo_folder
 from .page import write_demo_page
 from .sizes import measure_sizes
 
@@ -50,16 +47,6 @@ _PARTS = [
     ("the held-out images as files of every format", 30),
 ]
 """Description of each part, and its approximate time in seconds on 2 idle cores."""
-_MARKER = ".demo"
-_EARLIER = "earlier"
-"""Subfolder that keeps a finished demo until the one that replaces it is finished."""
-_PICTURES = ("reconstructions", "curves", "usage", "indices", "samples", "completions", "neighbors")
-_FILES = (
-    *("index.html", "images.fvq", "config.toml", "evaluation.json", "metrics.jsonl"),
-    *(f"{name}.png" for name in _PICTURES),
-    "metrics.json",
-)
-_FOLDERS = ("checkpoints", "tensorboard", "ceiling", "prior")
 CEILING_STEPS = 600
 
 
@@ -101,57 +88,10 @@ def run_demo(
         config = dataclasses.replace(config, steps=steps)
     if prior_steps is not None:
         prior_config = dataclasses.replace(prior_config, steps=prior_steps)
-    if resume and overwrite:
-        raise ConfigError("resume and overwrite exclude each other")
+    check_request(resume=resume, overwrite=overwrite)
     examples = load_examples(config)
-    with exclusive(folder):
-        if checkpoint_folders(folder) and not (folder / _MARKER).exists():
-            raise CheckpointError(f"{folder} holds a run that is not a demo: choose another folder")
-        if checkpoint_folders(folder) and not resume and not overwrite:
-            kind = "a finished" if (folder / "metrics.json").exists() else "an unfinished"
-            raise CheckpointError(
-                f"{folder} holds {kind} demo: resume it (--resume), replace it (--overwrite), or choose another folder"
-            )
-        if overwrite:
-            _set_aside(folder)
-        (folder / _MARKER).touch()
-        metrics = _run(folder, examples, config, ceiling_steps, prior_config, classifier_steps, resume=resume)
-        if metrics is not None:
-            _delete(folder / _EARLIER)
-    return metrics
-
-
-def _set_aside(folder: Path) -> None:
-    """Move a finished demo to its subfolder `earlier`, or delete an unfinished one."""
-    if not (folder / "metrics.json").exists():
-        _delete(folder)
-        return
-    earlier = folder / _EARLIER
-    if (earlier / "metrics.json").exists():
-        _delete(earlier)
-    make_folder(earlier)
-    # metrics.json comes last: until then, an interrupted move is continued.
-    for name in (*_FOLDERS, *_FILES):
-        if (folder / name).exists():
-            os.rename(folder / name, earlier / name)
-
-
-def _delete(folder: Path) -> None:
-    """Delete what a demo has written to a folder, and the folder if nothing else is in it."""
-    delete_run(folder)
-    delete_run(folder / "ceiling")
-    delete_prior(folder)
-    for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
-    (folder / "prior" / "curves.png").unlink(missing_ok=True)
-    for part in (folder / "ceiling", folder / "prior" / "successor", folder / "prior", folder):
-        for name in ("tensorboard", "checkpoints"):
-            if (part / name).is_dir() and (name == "tensorboard" or not any((part / name).iterdir())):
-                delete_folder(part / name)
-        if part != folder or folder.name == _EARLIER:
-            (part / ".lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                part.rmdir()
+    with demo_folder(folder, resume=resume, overwrite=overwrite):
+        return _run(folder, examples, config, ceiling_steps, prior_config, classifier_steps, resume=resume)
 
 
 def _run(
@@ -244,7 +184,7 @@ def _run(
         "total_seconds": round(time.monotonic() - started, 1),
         **_circumstances(trainer, examples),
     }
-    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_whole(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
     page = write_demo_page(folder, metrics)
     print(_table(metrics))
     print(f"all pictures and tables: {page}")

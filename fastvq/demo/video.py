@@ -16,23 +16,22 @@ import torch
 
 import fastvq
 from fastvq import coding
+from fastvq.data import Examples
 from fastvq.data.examples import describe
-from fastvq.errors import CheckpointError, ConfigError
-from fastvq.files import StrPath, delete_folder, exclusive, write_whole
+from fastvq.files import StrPath, write_whole
 from fastvq.modalities import VideoConfig
 from fastvq.runs.encode import encode_held_out
 from fastvq.runs.load import load_model
 from fastvq.runs.page import Media, Part, Picture, Section, TextTable, write_page
 from fastvq.runs.pictures import MEDIA, failures_as_warnings, picture_prior, picture_reconstructions, picture_run
 from fastvq.runs.sample_pictures import picture_prior_samples
-from fastvq.runs.train_prior import delete_prior, train_prior
+from fastvq.runs.train_prior import train_prior
 from fastvq.training.build import load_examples
-from fastvq.training.checkpoint import checkpoint_folders
 from fastvq.training.config import PriorConfig
 from fastvq.training.evaluation import Evaluation
-from fastvq.training.loop import delete_run
 from fastvq.training.trainer import Trainer
 
+from .folder import METRICS, check_request, demo_folder
 from .sizes import animation_sizes
 
 DEMO = VideoConfig()
@@ -47,19 +46,14 @@ _PARTS = [
     ("the held-out clips as files of every format", 30),
 ]
 """Description of each part, and its approximate time in seconds on 2 idle cores."""
-_MARKER = ".demo"
-_FILES = (
-    *("index.html", "clips.fvq", "metrics.json", "evaluation.json", "prior/curves.png"),
-    *(f"{n}.png" for n in ("reconstructions", "curves", "usage", "indices", "samples", "completions", "neighbors")),
-)
 
 
 def run_demo(
     folder: StrPath,
     *,
-    config: VideoConfig = DEMO,
+    config: VideoConfig | None = None,
     steps: int | None = None,
-    prior_config: PriorConfig = DEMO_PRIOR,
+    prior_config: PriorConfig | None = None,
     prior_steps: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -68,49 +62,35 @@ def run_demo(
 
     Args:
         folder: gets `index.html`, the pictures, `metrics.json`, `clips.fvq` and what a run and its prior consist of.
-        config: settings of the VQ-VAE.
+        config: settings of the VQ-VAE, by default `DEMO`.
         steps: training steps of the VQ-VAE, instead of those in `config`.
-        prior_config: settings of the prior.
+        prior_config: settings of the prior, by default `DEMO_PRIOR`.
         prior_steps: training steps of the prior, instead of those in `prior_config`.
         resume: continue an interrupted demo.
-        overwrite: delete the demo that is in the folder first.
+        overwrite: replace the demo that is in the folder. A finished one moves to `earlier/` and is deleted when this
+            one is finished.
 
     Raises:
         CheckpointError: the folder holds a run that is not a demo, or a demo, and neither `resume` nor `overwrite` is
             given; `resume` and there is nothing to continue; another process is writing there.
         ConfigError: `resume` and the settings differ from those of the demo, other than by more steps.
     """
-    folder = Path(folder)
-    if resume and overwrite:
-        raise ConfigError("resume and overwrite exclude each other")
-    config = config if steps is None else dataclasses.replace(config, steps=steps)
-    prior_config = prior_config if prior_steps is None else dataclasses.replace(prior_config, steps=prior_steps)
-    with exclusive(folder):
-        if checkpoint_folders(folder) and not (folder / _MARKER).exists():
-            raise CheckpointError(f"{folder} holds a run that is not a demo: choose another folder")
-        if checkpoint_folders(folder) and not resume and not overwrite:
-            raise CheckpointError(
-                f"{folder} holds a demo: resume it (--resume), replace it (--overwrite), or choose another folder"
-            )
-        if overwrite:
-            _delete(folder)
-        (folder / _MARKER).touch()
-        return _run(folder, config, prior_config, resume=resume)
-
-
-def _delete(folder: Path) -> None:
-    """Delete what a demo has written to a folder, and nothing else."""
-    delete_run(folder)
-    delete_prior(folder)
-    for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
-    if (folder / MEDIA).exists():
-        delete_folder(folder / MEDIA)
-
-
-def _run(folder: Path, config: VideoConfig, prior_config: PriorConfig, *, resume: bool) -> dict[str, Any] | None:
-    started = time.monotonic()
+    folder, config, prior_config = Path(folder), config or DEMO, prior_config or DEMO_PRIOR
+    if steps is not None:
+        config = dataclasses.replace(config, steps=steps)
+    if prior_steps is not None:
+        prior_config = dataclasses.replace(prior_config, steps=prior_steps)
+    check_request(resume=resume, overwrite=overwrite)
     clips = load_examples(config)
+    with demo_folder(folder, resume=resume, overwrite=overwrite):
+        return _run(folder, clips, config, prior_config, resume=resume)
+
+
+def _run(
+    folder: Path, clips: Examples, config: VideoConfig, prior_config: PriorConfig, *, resume: bool
+) -> dict[str, Any] | None:
+    """Run the four parts in a folder without a demo, or continue the one that is there."""
+    started = time.monotonic()
     print(describe(clips), flush=True)
 
     _announce(1)
@@ -173,7 +153,7 @@ def _run(folder: Path, config: VideoConfig, prior_config: PriorConfig, *, resume
         "threads": torch.get_num_threads(),
         "versions": {"fastvq": fastvq.__version__, "torch": torch.__version__},
     }
-    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_whole(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
     print(f"all pictures and tables: {_write_page(folder, metrics)}")
     return metrics
 

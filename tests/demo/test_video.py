@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastvq.cli.main import main
+from fastvq.demo import folder as room
 from fastvq.demo import video
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.modalities import VideoConfig
@@ -50,12 +51,12 @@ def test_the_demo_writes_a_page_of_what_moves_and_of_sizes(tmp_path: Path, monke
         assert f'src="{name}.png"' in page
     assert all(f"<td>{name}</td>" in page for name in names)
 
-    with pytest.raises(CheckpointError, match="holds a demo: resume it"):
+    with pytest.raises(CheckpointError, match="holds a finished demo: resume it"):
         video.run_demo(folder, config=SMALL, prior_config=SMALL_PRIOR)
     with pytest.raises(ConfigError, match="resume and overwrite exclude each other"):
         video.run_demo(folder, resume=True, overwrite=True)
     (folder / "mine.txt").write_text("to keep")
-    video._delete(folder)
+    room._delete(folder)
     left = {path.name for path in folder.rglob("*") if path.is_file()}
     assert {"mine.txt", ".demo"} <= left
     assert not left & {"index.html", "metrics.json", "clips.fvq", "metrics.jsonl", "samples.png", "samples.webp"}
