@@ -228,7 +228,7 @@ def _copied(module: nn.Module) -> nn.Module:
 
 
 def _outcome(module: nn.Module, call: Call) -> dict[str, Any]:
-    """Return the results of a call, its gradients, and the state after it."""
+    """Return the results of a call, its gradients, and the states of the module and of the generator after it."""
     arguments = [a.detach().clone() if isinstance(a, Tensor) else a for a in call.arguments]
     inputs = [a.requires_grad_() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
     with torch.set_grad_enabled(call.training):
@@ -237,7 +237,7 @@ def _outcome(module: nn.Module, call: Call) -> dict[str, Any]:
     weighted = [torch.linalg.vector_norm(t + 1) for t in _tensors(result) if t.requires_grad]
     grads = torch.autograd.grad(sum(weighted[1:], weighted[0]), sources, allow_unused=True) if weighted else ()
     state = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    return {"result": result, "gradient": grads, "state": state}
+    return {"result": result, "gradient": grads, "state": state, "draws": torch.random.get_rng_state()}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

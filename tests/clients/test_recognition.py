@@ -110,6 +110,14 @@ def test_a_fork_that_learns_otherwise_is_skipped():
     assert "state cluster_size" in reason(made(fork(wavtokenizer.EuclideanCodebook, forward=forward), 8, 32))
 
 
+def test_a_fork_that_draws_other_random_numbers_is_skipped():
+    def forward(self, x):
+        torch.rand(())
+        return wavtokenizer.EuclideanCodebook.forward(self, x)
+
+    assert "draws" in reason(made(fork(wavtokenizer.EuclideanCodebook, forward=forward), 8, 32))
+
+
 def test_a_gradient_that_differs_is_noticed():
     class VectorQuantizer2(taming.VectorQuantizer2):
         pass
