@@ -53,6 +53,8 @@ QUANTIZERS: dict[str, tuple[partial, int]] = {
     "grouped": (partial(fastvq.GroupedResidualVQ, dim=6, groups=2, num_quantizers=2, codebook_size=8), 6),
     "SimVQ": (partial(fastvq.SimVQ, 6, 12), 6),
     "residual SimVQ": (partial(fastvq.ResidualSimVQ, dim=6, num_quantizers=3, codebook_size=12), 6),
+    "Gumbel": (partial(fastvq.GumbelQuantize, 6, 12), 6),
+    "Gumbel, hard": (partial(fastvq.GumbelQuantize, 6, 12, logits="distance", hard=True, temperature=0.5), 6),
     "LFQ": (partial(fastvq.LFQ, codebook_size=64, entropy_loss_weight=0.1, commitment_loss_weight=0.2), 6),
     "residual LFQ": (partial(fastvq.ResidualLFQ, dim=6, codebook_size=16, num_quantizers=3), 6),
     "grouped LFQ": (partial(fastvq.GroupedResidualLFQ, dim=6, groups=2, codebook_size=8, num_quantizers=2), 6),

@@ -28,6 +28,7 @@ from fastvq.quantizers import (
     GroupedResidualFSQ,
     GroupedResidualLFQ,
     GroupedResidualVQ,
+    GumbelQuantize,
     HierarchicalVQ,
     LatentQuantize,
     ResidualFSQ,
@@ -139,6 +140,8 @@ KINDS: dict[str, Kind] = {
     "fsp": Kind(FSP, defaults=_LEVELS),
     "latent": Kind(LatentQuantize, settings={"commitment_weight": "commitment_loss_weight"}, defaults=_LEVELS),
     "hierarchical": Kind(HierarchicalVQ, settings=_VQ),
+    # Its indices in eval are the most probable ones: those of training become them as the temperature falls.
+    "gumbel": Kind(GumbelQuantize, settings={"codebook_size": "codebook_size"}, defaults={"final_temperature": 0.0625}),
     "none": Kind(NoBottleneck, settings=dict.fromkeys(SHARED, "")),
 }
 """Bottlenecks by name."""

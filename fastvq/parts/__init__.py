@@ -8,6 +8,8 @@
 | `gradients` | straight-through estimator, rotation trick, DiVeQ, synchronous updates |
 | `tables` | codes of all rows, of each row, or of each row by a network; index backpropagation |
 | `losses` | orthogonality, entropies, moments |
+| `gumbel` | Gumbel-softmax samples of codes |
+| `schedules` | numbers that move in training |
 | `dropout` | quantize dropout, nested dropout |
 | `beam` | beam search through residual stages |
 | `scalar` | squashing functions, grids of levels, thresholds |
@@ -20,13 +22,16 @@ from __future__ import annotations
 from .binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
 from .dropout import ActiveStages, QuantizeDropout, common_seed, draw_seed, draw_stage_count
 from .gradients import directional_reparam, rotate_to, scale_gradient, straight_through, synchronous
+from .gumbel import gumbel_lookup
 from .losses import assignment_entropies, binary_entropies, entropy_loss
 from .scalar import Bound, Thresholds, with_slope
+from .schedules import Annealed
 from .shapes import Layout
 from .tables import index_backpropagation
 
 __all__ = [
     "ActiveStages",
+    "Annealed",
     "Bound",
     "CosineSimLinear",
     "Layout",
@@ -39,6 +44,7 @@ __all__ = [
     "draw_seed",
     "draw_stage_count",
     "entropy_loss",
+    "gumbel_lookup",
     "index_backpropagation",
     "on_sphere",
     "random_rotation",

@@ -7,6 +7,7 @@ from .evo_lfq import EvoLFQ
 from .fsp import FSP
 from .fsq import FSQ
 from .grouped import GroupedResidualVQ
+from .gumbel import GumbelQuantize
 from .hierarchical_vq import HierarchicalVQ
 from .latent_quantize import LatentQuantize
 from .lfq import LFQ
@@ -28,6 +29,7 @@ __all__ = [
     "GroupedResidualFSQ",
     "GroupedResidualLFQ",
     "GroupedResidualVQ",
+    "GumbelQuantize",
     "HierarchicalVQ",
     "LatentQuantize",
     "RandomProjectionQuantizer",

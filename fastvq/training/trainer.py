@@ -16,6 +16,7 @@ from fastvq.errors import CodebookError, ConfigError, DataError
 from fastvq.files import StrPath
 from fastvq.modalities import ImageConfig, modality_of
 from fastvq.models import VQVAE, Decoder
+from fastvq.parts import Annealed
 
 from . import ranks
 from .adversary import Adversary
@@ -70,6 +71,7 @@ class Trainer(Loop[Evaluation]):
         video = len(config.feature_grid) == 3
         model.to(memory_format=torch.channels_last_3d if video else torch.channels_last)  # type: ignore[call-overload]
         self._quantizer = model.bottleneck if isinstance(model.bottleneck, Monitored) else None
+        self._annealed = [module for module in model.modules() if isinstance(module, Annealed)]
         self._adversary: Adversary | None = None
         if isinstance(config, ImageConfig) and config.adversarial_weight:
             if not ranks.alone():
@@ -97,6 +99,8 @@ class Trainer(Loop[Evaluation]):
     def learn(self) -> None:
         """Minimize the reconstruction and bottleneck losses of one batch."""
         config = self.config
+        for module in self._annealed:
+            module.anneal_(self.step / config.steps)
         x = self._batch()
         self.optimizer.zero_grad()
         adversary = self._adversary

@@ -22,13 +22,15 @@ LAYERS = {
     "residual": lambda: fastvq.ResidualVQ(dim=4, codebook_size=8, num_quantizers=2),
     "grouped": lambda: fastvq.GroupedResidualVQ(dim=4, groups=2, codebook_size=8, num_quantizers=2),
     "sim": lambda: fastvq.SimVQ(4, 8),
+    "gumbel": lambda: fastvq.GumbelQuantize(4, 8),
+    "gumbel of distances": lambda: fastvq.GumbelQuantize(4, 8, logits="distance"),
 }
 
 
 def spoil(layer, share):
     with torch.no_grad():
         for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-            if name.endswith(("embed", "frozen_codebook")):
+            if name.endswith(("embed", "codebook")):
                 tensor[..., : round(share * tensor.shape[-2]), 0] = torch.nan
 
 

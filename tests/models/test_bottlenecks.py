@@ -29,12 +29,14 @@ OPTIONS = {
     "latent": {"levels": [4, 3]},
     "fsp": {"levels": [4, 3]},
     "hierarchical": {"shared_codebook": False},
+    "gumbel": {"logits": "distance", "hard": True},
 }
 """Options by which each kind returns several indices, or indices of another size than by default."""
 SIZES = {
     "vq": (16, 16), "rvq": (16, 8, 4), "grouped-rvq": (16,) * 6, "sim-vq": 16, "residual-sim-vq": (16, 16),
     "fsq": (60, 60), "residual-fsq": (12, 12), "grouped-residual-fsq": (12,) * 4, "lfq": (16, 16),
     "residual-lfq": (16,) * 4, "grouped-residual-lfq": (16,) * 4, "fsp": 12, "latent": 12, "hierarchical": 16,
+    "gumbel": 16,
 }  # fmt: skip
 QUANTIZERS = [name for name in KINDS if name != "none"]
 
@@ -125,6 +127,7 @@ def test_quantizers_without_codes_are_refused_by_name(quantizer):
         ("latent", "levels", "8", 8),
         ("latent", "levels", "8,5", [8, 5]),
         ("hierarchical", "scales", "1,2,4", [1, 2, 4]),
+        ("gumbel", "final_temperature", "0.5", 0.5),
         ("residual-fsq", "soft_clamp_input_value", "1.5,2", [1.5, 2.0]),
     ],
 )

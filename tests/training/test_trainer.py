@@ -44,10 +44,11 @@ def test_each_step_has_its_learning_rate(tmp_path: Path) -> None:
         assert [group["lr"] for group in trainer.optimizer.param_groups] == [TINY.learning_rate_at(step)]
 
 
-@pytest.mark.parametrize("bottleneck", ["vq", "none"])
+@pytest.mark.parametrize("bottleneck", ["vq", "gumbel", "none"])
 @pytest.mark.parametrize("interrupted_at", [4, 7, 11])
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, bottleneck: str, interrupted_at: int) -> None:
-    config = dataclasses.replace(TINY, bottleneck=bottleneck)
+    threshold = TINY.dead_code_threshold if bottleneck != "gumbel" else 1.0
+    config = dataclasses.replace(TINY, bottleneck=bottleneck, dead_code_threshold=threshold)
     whole = Trainer(config, tiny_images(), tmp_path / "whole")
     assert whole.fit(progress=False)
 
@@ -59,6 +60,17 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, bottleneck: st
 
     assert_same_state(whole, resumed)
     assert read_metrics(tmp_path / "parts" / "metrics.jsonl") == read_metrics(tmp_path / "whole" / "metrics.jsonl")
+
+
+def test_schedules_of_a_bottleneck_follow_the_steps(tmp_path: Path) -> None:
+    options = {"temperature": 1.0, "final_temperature": 0.2, "kl_weight": 0.0, "final_kl_weight": 0.6, "annealing": 0.5}
+    changes = {"bottleneck": "gumbel", "bottleneck_options": options, "dead_code_threshold": 1.0, "steps": 8}
+    trainer = Trainer(dataclasses.replace(TINY, **changes), tiny_images(), tmp_path)
+    for step in range(6):
+        trainer.train_step()
+        share = min(1.0, step / 4)
+        assert float(trainer.model.bottleneck.temperature) == pytest.approx(1 - 0.8 * share)
+        assert float(trainer.model.bottleneck.kl_weight) == pytest.approx(0.6 * share)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
