@@ -37,7 +37,7 @@ def psnr_db(mean_squared_error: float) -> float:
     return -10 * math.log10(mean_squared_error) if mean_squared_error > 0 else math.inf
 
 
-class SquaredError(Objective):
+class PixelObjective(Objective):
     """`mean((y - x)^2) / variance`, or `mean|y - x| / sqrt(variance)` for l1; judged by the PSNR for a peak of 1.
 
     Args:
@@ -100,8 +100,8 @@ class Images(Modality):
             raise ConfigError(re.sub("^groups", "norm_groups", str(error))) from error
         return encoder, decoder
 
-    def objective(self, config: ImageConfig) -> SquaredError:
-        return SquaredError(config.reconstruction_variance, l1=config.reconstruction_loss == "l1")
+    def objective(self, config: ImageConfig) -> PixelObjective:
+        return PixelObjective(config.reconstruction_variance, l1=config.reconstruction_loss == "l1")
 
     def augmented(
         self, stored: Tensor, examples: Examples, config: ImageConfig, step: int, device: torch.device

@@ -20,7 +20,7 @@ from fastvq.models import VideoDecoder, VideoEncoder
 from fastvq.training.data_order import flip_randomly, to_device
 
 from .base import Distance, Measure, Measures, Modality, PerExample
-from .image import SquaredError
+from .image import PixelObjective
 from .image_measures import image_measures
 from .video_config import VideoConfig
 
@@ -71,8 +71,8 @@ class Clips(Modality):
             raise ConfigError(re.sub("^groups", "norm_groups", str(error))) from error
         return encoder, decoder
 
-    def objective(self, config: VideoConfig) -> SquaredError:
-        return SquaredError(config.reconstruction_variance, l1=config.reconstruction_loss == "l1")
+    def objective(self, config: VideoConfig) -> PixelObjective:
+        return PixelObjective(config.reconstruction_variance, l1=config.reconstruction_loss == "l1")
 
     def augmented(
         self, stored: Tensor, examples: Examples, config: VideoConfig, step: int, device: torch.device

@@ -112,7 +112,7 @@ class Snake(nn.Module):
         return x + (self.alpha * x).sin().square() / (self.alpha + 1e-9)
 
 
-class CausalBlock(nn.Module):
+class CausalBlock1d(nn.Module):
     """`x + conv_1(f(conv_dilated(f(x))))`, with half the channels between the two convolutions.
 
     Args:
@@ -177,7 +177,7 @@ class AudioEncoder(nn.Module):
         self.stride = math.prod(strides)
         layers: list[nn.Module] = [CausalConv1d(in_channels, width, kernel)]
         for stride in strides:
-            layers += [CausalBlock(width, dilation=dilation, activation=activation) for dilation in dilations]
+            layers += [CausalBlock1d(width, dilation=dilation, activation=activation) for dilation in dilations]
             layers += [_activation(activation, width), CausalConv1d(width, 2 * width, 2 * stride, stride=stride)]
             width *= 2
         layers += [_activation(activation, width), CausalConv1d(width, dim, kernel)]
@@ -232,9 +232,9 @@ class AudioDecoder(nn.Module):
         channels = width * 2 ** len(strides)
         layers: list[nn.Module] = [CausalConv1d(dim, channels, kernel)]
         for stride in reversed(strides):
-            layers += [_activation(activation, channels), CausalUpsample(channels, channels // 2, stride)]
+            layers += [_activation(activation, channels), CausalUpsample1d(channels, channels // 2, stride)]
             channels //= 2
-            layers += [CausalBlock(channels, dilation=dilation, activation=activation) for dilation in dilations]
+            layers += [CausalBlock1d(channels, dilation=dilation, activation=activation) for dilation in dilations]
         layers += [_activation(activation, channels), CausalConv1d(channels, out_channels, kernel)]
         self.layers = nn.ModuleList(layers)
 
@@ -248,7 +248,7 @@ class AudioDecoder(nn.Module):
         return _run(self.layers, codes, past)
 
 
-class CausalUpsample(nn.Module):
+class CausalUpsample1d(nn.Module):
     """Transposed convolution as wide as two strides.
 
     Shapes: (B, in_channels, N) -> (B, out_channels, N * stride).
@@ -268,7 +268,7 @@ def _run(layers: nn.ModuleList, x: Tensor, past: Past | None) -> Tensor:
     if past is not None:
         past.begin()
     for layer in layers:
-        x = layer(x, past) if isinstance(layer, CausalConv1d | CausalBlock | CausalUpsample) else layer(x)
+        x = layer(x, past) if isinstance(layer, CausalConv1d | CausalBlock1d | CausalUpsample1d) else layer(x)
     return x
 
 

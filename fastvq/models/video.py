@@ -45,7 +45,7 @@ class CausalConv(nn.Conv3d):
         return super().forward(F.pad(x, (0, 0, 0, 0, self.past, 0)) if self.past else x)
 
 
-class CausalUpsample(nn.ConvTranspose3d):
+class CausalUpsample3d(nn.ConvTranspose3d):
     """Transposed 3-D convolution that doubles height and width and, on request, the frames after the first.
 
     A frame sees the position that holds it and the one before.
@@ -73,7 +73,7 @@ class FrameNorm(nn.GroupNorm):
         return super().forward(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
-class CausalBlock(nn.Module):
+class CausalBlock3d(nn.Module):
     """`x + conv1(gelu(conv3(gelu(x))))` like `ResidualBlock`, causal in time.
 
     Args:
@@ -149,9 +149,9 @@ class VideoEncoder(nn.Module):
             channels = channels_here
             # The first residual block starts with its own nonlinearity.
             if level < downsamples:
-                layers += [CausalBlock(channels, residual_width, groups=groups) for _ in range(level_blocks)]
+                layers += [CausalBlock3d(channels, residual_width, groups=groups) for _ in range(level_blocks)]
                 layers.append(nn.GELU())
-        layers += [CausalBlock(width, residual_width, groups=groups) for _ in range(residual_blocks)]
+        layers += [CausalBlock3d(width, residual_width, groups=groups) for _ in range(residual_blocks)]
         layers += [*norm_layers(width, groups, FrameNorm), nn.GELU(), CausalConv(width, dim, (1, 1))]
         self.layers = nn.Sequential(*layers)
 
@@ -204,14 +204,14 @@ class VideoDecoder(nn.Module):
         check_positive(out_channels=out_channels, dim=dim, width=width, upsamples=upsamples)
         self.strides = _strides(upsamples, time_upsamples)
         layers: list[nn.Module] = [CausalConv(dim, width, (3, 3))]
-        layers += [CausalBlock(width, residual_width, groups=groups) for _ in range(residual_blocks)]
+        layers += [CausalBlock3d(width, residual_width, groups=groups) for _ in range(residual_blocks)]
         layers += norm_layers(width, groups, FrameNorm)
         channels = width
         finer = [*stage_widths(width, upsamples, multipliers)[-2::-1], out_channels]
         for level, next_channels in enumerate(finer, start=1):
-            layers += [nn.GELU(), CausalUpsample(channels, next_channels, 2 if level <= time_upsamples else 1)]
+            layers += [nn.GELU(), CausalUpsample3d(channels, next_channels, 2 if level <= time_upsamples else 1)]
             if level < upsamples:
-                layers += [CausalBlock(next_channels, residual_width, groups=groups) for _ in range(level_blocks)]
+                layers += [CausalBlock3d(next_channels, residual_width, groups=groups) for _ in range(level_blocks)]
             channels = next_channels
         self.layers = nn.Sequential(*layers)
 

@@ -34,7 +34,7 @@ class Trainer(Loop[Evaluation]):
         loss = the objective of the modality + the bottleneck's loss
 
     For images the objective is mean((reconstruction - x)^2) / reconstruction_variance, see
-    `fastvq.modalities.image.SquaredError`; on request the loss of an `Adversary` is added.
+    `fastvq.modalities.image.PixelObjective`; on request the loss of an `Adversary` is added.
 
     Data order and augmentation depend on seed and step alone. The constructor sets torch's global random state.
 

@@ -14,7 +14,7 @@ import torch
 import fastvq
 from fastvq.errors import CheckpointError, ConfigError, DataError, MeasureError
 from fastvq.modalities import image_measures as measures
-from fastvq.modalities.image import MODALITY, SquaredError
+from fastvq.modalities.image import MODALITY, PixelObjective
 from fastvq.modalities.image_measures import image_measures, psnr
 from fastvq.runs.evaluate import RESAMPLES, bootstrap_means, evaluate_run, rows_of, table
 from fastvq.runs.load import load_prior, run_examples
@@ -42,7 +42,7 @@ def test_measures_are_those_of_the_images(tiny: tuple[Path, Path], monkeypatch: 
     record = json.loads((run / "evaluation.json").read_text())
     prior, vqvae = load_prior(run)
     images = run_examples(run)
-    expected = evaluate(vqvae, images.test, SquaredError(1.0))
+    expected = evaluate(vqvae, images.test, PixelObjective(1.0))
     measured = {name: values["value"] for name, values in record["measures"].items()}
     restored, indices = reconstruct(vqvae, images.test / 255)
     errors = (restored - images.test / 255).square().flatten(1).mean(1)

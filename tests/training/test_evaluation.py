@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from fastvq.modalities.image import SquaredError, psnr_db
+from fastvq.modalities.image import PixelObjective, psnr_db
 from fastvq.training import build_model, evaluate
 from fastvq.training.evaluation import reconstruct
 
@@ -28,7 +28,7 @@ def test_evaluation_is_of_all_pixels_and_all_codes_whatever_the_batches() -> Non
     x = images.float() / 255
     model(x)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    result = evaluate(model, images, SquaredError(1.0), batch_size=7)
+    result = evaluate(model, images, PixelObjective(1.0), batch_size=7)
 
     assert model.training
     assert model.bottleneck.training
@@ -44,6 +44,8 @@ def test_evaluation_is_of_all_pixels_and_all_codes_whatever_the_batches() -> Non
 
 
 def test_the_ceiling_has_no_codes() -> None:
-    result = evaluate(build_model(dataclasses.replace(TINY, bottleneck="none")), tiny_images().test, SquaredError(1.0))
+    result = evaluate(
+        build_model(dataclasses.replace(TINY, bottleneck="none")), tiny_images().test, PixelObjective(1.0)
+    )
     assert (result.perplexity, result.usage, result.counts.numel()) == (None, None, 0)
     assert 0 < result.psnr_db < 20
