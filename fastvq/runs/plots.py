@@ -37,6 +37,8 @@ _LINE = 1.35  # height of a line, in units of the font's size
 _TITLE_SIZE, _CAPTION_SIZE, _LABEL_SIZE = 12, 9, 8
 _SMALLEST_NUMBER = 5.0  # points, below which digits cannot be read
 _FEW_POINTS = 30
+_WIDE = 2
+"""Width over height beyond which pictures, such as the frames of a clip, get wider panels."""
 _IN_LEGEND, _DRAWN_CODEBOOKS = 8, 4
 """Largest numbers of codebooks with a line in the legend, and with a grid in the picture of indices."""
 
@@ -147,12 +149,13 @@ def save_reconstructions(
         title, caption: texts above and below the figure.
         captioned: whether title and caption stand in the figure.
     """
-    columns = min(8, len(originals))
+    height, width = originals.shape[2:]
+    wide = width > _WIDE * height
+    columns = min(max(1, 16 * height // width) if wide else 8, len(originals))
     rows = math.ceil(len(originals) / columns)
-    panel = 1.2 if columns > 4 else 1.7
+    panel = 3.2 if wide else 1.2 if columns > 4 else 1.7
     labels = [label(name, int(panel * _POINTS / (_LABEL_SIZE * _LETTER)) - 1) for name in names]
     lines = 1 + max(text.count("\n") for text in labels)
-    height, width = originals.shape[2:]
     tall = panel * 2 * height / width + (lines + 2.5) * _LABEL_SIZE * _LINE / _POINTS
     figure = _figure(max(6.0, panel * columns + 0.6), tall * rows, *((title, caption) if captioned else ("", "")))
     panels = figure.subplots(rows, columns, squeeze=False)
@@ -192,8 +195,10 @@ def save_grid(
     labels = [label(name, 18) for name in row_names]
     letters = max(len(line) for text in labels for line in (text.split("\n") or [""]))
     beside = 0.2 + letters * _CAPTION_SIZE * _LETTER / _POINTS
-    height = 1.05 * len(rows) + 0.3
-    figure = _figure(1.0 * columns + beside, height, *((title, caption) if captioned else ("", "")))
+    sides = rows[0].shape[2:]
+    panel, ratio = (2.0, sides[0] / sides[1]) if sides[1] > _WIDE * sides[0] else (1.0, 1.0)
+    height = (panel * ratio + 0.05) * len(rows) + 0.3
+    figure = _figure(panel * columns + beside, height, *((title, caption) if captioned else ("", "")))
     for row, panels in enumerate(figure.subplots(len(rows), columns, squeeze=False)):
         for column, panel in enumerate(panels):
             _show(panel, rows[row][column])
@@ -443,8 +448,9 @@ def save_indices(
     )
     panel = 2.3
     columns = 2 + len(shown)
+    ratio = min(1.0, max(height / width, originals.shape[2] / originals.shape[3]))
     figure = _figure(
-        columns * panel + 0.4, (panel + 0.1) * count + 0.25, *((title, caption) if captioned else ("", ""))
+        columns * panel + 0.4, (panel * ratio + 0.1) * count + 0.25, *((title, caption) if captioned else ("", ""))
     )
     for row, panels in enumerate(figure.subplots(count, columns, squeeze=False)):
         _show(panels[0], originals[row])

@@ -318,3 +318,21 @@ def test_where_one_folder_has_few_images_others_show_more() -> None:
     assert len(rows) == 16
     assert rows.count(0) == 1
     assert max(rows) > 50
+
+
+def test_wide_pictures_have_wide_and_low_panels(tmp_path):
+    strips = torch.rand(10, 3, 8, 40)
+    indices, codes = torch.randint(0, 9, (3, 4, 20)), torch.rand(9, 2)
+    plots.save_reconstructions(
+        tmp_path / "a.png", strips, strips, ["strip"] * 10, ["1 dB"] * 10, title="", caption="", captioned=False
+    )
+    plots.save_indices(tmp_path / "b.png", strips[:3], [indices], strips[:3], [codes], title="", captioned=False)
+    plots.save_grid(tmp_path / "c.png", [strips[:5]] * 2, ["", ""], ["s"] * 5, title="", caption="", captioned=False)
+    inches = {}
+    for name in "abc":
+        with Image.open(tmp_path / f"{name}.png") as file:
+            inches[name] = tuple(side / plots._DPI for side in file.size)
+    assert inches["a"][0] == pytest.approx(3 * 3.2 + 0.6, abs=0.1)  # in three columns instead of eight
+    assert inches["b"][1] < 0.4 * inches["b"][0]
+    assert inches["c"][0] == pytest.approx(5 * 2.0 + 0.2, abs=0.1)
+    assert inches["c"][1] < 0.2 * inches["c"][0]
