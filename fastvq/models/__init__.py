@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from .audio import AudioDecoder, AudioEncoder
 from .conv import Decoder, Encoder, ResidualBlock
+from .gaussian import GaussianBottleneck
+from .likelihood import discretized_logistic, elbo_bits_per_dimension
 from .priors import LSTMPrior, PixelCNNPrior, Prior, TransformerPrior
 from .streaming import StreamingDecoder, StreamingEncoder
 from .video import VideoDecoder, VideoEncoder
-from .vqvae import VQVAE, Bottleneck, NoBottleneck, VQVAEOutput
+from .vqvae import VQVAE, Bottleneck, Continuous, NoBottleneck, VQVAEOutput
 
 __all__ = [
     "VQVAE",
     "AudioDecoder",
     "AudioEncoder",
     "Bottleneck",
+    "Continuous",
     "Decoder",
     "Encoder",
+    "GaussianBottleneck",
     "LSTMPrior",
     "NoBottleneck",
     "PixelCNNPrior",
@@ -31,4 +35,6 @@ __all__ = [
     "VQVAEOutput",
     "VideoDecoder",
     "VideoEncoder",
+    "discretized_logistic",
+    "elbo_bits_per_dimension",
 ]

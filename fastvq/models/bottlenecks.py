@@ -40,7 +40,8 @@ from fastvq.quantizers import (
 )
 
 from .adapters import adapter_of
-from .vqvae import NoBottleneck
+from .gaussian import GaussianBottleneck
+from .vqvae import Continuous, NoBottleneck
 
 LARGEST_CODEBOOK = 1 << 24
 """Largest number of codes, in all stages together, that indices of a run may have, as in coded files."""
@@ -142,6 +143,7 @@ KINDS: dict[str, Kind] = {
     "hierarchical": Kind(HierarchicalVQ, settings=_VQ),
     # Its indices in eval are the most probable ones: those of training become them as the temperature falls.
     "gumbel": Kind(GumbelQuantize, settings={"codebook_size": "codebook_size"}, defaults={"final_temperature": 0.0625}),
+    "vae": Kind(GaussianBottleneck),
     "none": Kind(NoBottleneck, settings=dict.fromkeys(SHARED, "")),
 }
 """Bottlenecks by name."""
@@ -191,6 +193,8 @@ def build_bottleneck(
             f"scales: must end with the grid of the features, {'x'.join(map(str, grid))}, got {quantizer.scales}"
             f" (bottleneck {name})"
         )
+    if isinstance(quantizer, Continuous):
+        return quantizer
     codes = sum(adapter_of(quantizer).stage_sizes())
     if codes > LARGEST_CODEBOOK:
         raise ConfigError(f"the bottleneck {name} would have {codes} codes, of which a run may have {LARGEST_CODEBOOK}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .adapters import Adapter, Scales
 from .audio import AudioDecoder, AudioEncoder, Past, fold_weights_
-from .vqvae import VQVAE, NoBottleneck
+from .vqvae import VQVAE, Continuous
 
 
 class StreamingEncoder:
@@ -130,7 +130,7 @@ def _adapter_of_copy(model: VQVAE) -> Adapter:
     Raises:
         TypeError: the bottleneck needs the whole signal, or has no indices.
     """
-    if isinstance(model.bottleneck, NoBottleneck):
+    if isinstance(model.bottleneck, Continuous):
         raise TypeError("model: must have a bottleneck, whose indices are streamed")
     bottleneck = copy.deepcopy(model.bottleneck)
     bottleneck.train(False)

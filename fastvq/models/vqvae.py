@@ -36,7 +36,19 @@ class Bottleneck(Protocol):
     def train(self, mode: bool = True) -> Any: ...
 
 
-class NoBottleneck(nn.Module):
+class Continuous(nn.Module):
+    """Base class of bottlenecks without indices: codes (B, N, D) of real numbers, indices (B, N, 0)."""
+
+    def no_indices(self, x: Tensor) -> Tensor:
+        """Return the indices (B, N, 0) of features x (B, N, D)."""
+        return torch.empty(*x.shape[:-1], 0, dtype=torch.int64, device=x.device)
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """Raise a RuntimeError: there is nothing to decode from."""
+        raise RuntimeError(f"a VQVAE with a {type(self).__name__} has no codes to decode from: call forward")
+
+
+class NoBottleneck(Continuous):
     """Bottleneck that passes the features through unchanged, like a quantizer without stages.
 
     A VQVAE with this bottleneck is a plain autoencoder: its error is that of the two networks alone, a lower bound for
@@ -46,11 +58,7 @@ class NoBottleneck(nn.Module):
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        indices = torch.empty(*x.shape[:-1], 0, dtype=torch.int64, device=x.device)
-        return x, indices, x.new_zeros(())
-
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        raise RuntimeError("a VQVAE without a bottleneck has no codes to decode from: call forward")
+        return x, self.no_indices(x), x.new_zeros(())
 
 
 class VQVAE(nn.Module):
@@ -133,10 +141,15 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Return x as it is restored from its indices, or without a bottleneck from its features."""
-        if isinstance(self.bottleneck, NoBottleneck):
+        """Return x as it is restored from its indices, or without indices from its features. Nothing learns."""
+        if not isinstance(self.bottleneck, Continuous):
+            return self.restore(self.encode(x))
+        training = self.bottleneck.training
+        self.bottleneck.train(False)
+        try:
             return self(x).reconstruction.float().clamp(*self.value_range)
-        return self.restore(self.encode(x))
+        finally:
+            self.bottleneck.train(training)
 
     @property
     def strides(self) -> tuple[int, ...]:

@@ -46,8 +46,8 @@ def decode_examples(run: StrPath, source: StrPath, path: StrPath, *, limits: cod
         check_new(Path(path))
     check_outside_data(path, run)
     data = coding.load(source)
-    if config.bottleneck == "none":
-        raise CodingError(f"{run} was trained without a bottleneck: it has no indices")
+    if config.without_indices:
+        raise CodingError(f"{run} {config.without_indices}")
     shape, size = vqvae.adapter.index_shape(config.feature_grid), vqvae.codebook_size
     header = coding.read_header(data)
     if (header.codebook_size, header.shape[1:], header.missing) != (size, shape, False):

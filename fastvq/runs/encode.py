@@ -81,8 +81,8 @@ def encode_held_out(run: StrPath, path: StrPath, *, model: str = "adaptive", dat
 
 def _models(run: StrPath, model: str) -> tuple[VQVAE, TrainConfig, Prior | None]:
     vqvae, config = load_model(run)
-    if config.bottleneck == "none":
-        raise CodingError(f"{run} was trained without a bottleneck: it has no indices")
+    if config.without_indices:
+        raise CodingError(f"{run} {config.without_indices}")
     if model not in coding.MODELS:
         raise CodingError(f"model: must be one of {', '.join(coding.MODELS)}, got {model!r}")
     return vqvae, config, load_prior(run)[0] if model == "prior" else None
@@ -154,8 +154,8 @@ def encode_array(
         prior = load_prior(run)[0]
     if run is not None:
         vqvae, config = load_model(run)
-        if config.bottleneck == "none":
-            raise CodingError(f"{run} was trained without a bottleneck: it has no indices")
+        if config.without_indices:
+            raise CodingError(f"{run} {config.without_indices}")
         own = vqvae.codebook_size
         if codebook_size not in (None, own):
             raise CodingError(f"--codebook-size: {run} has indices in {range_of(own)}, got {codebook_size}")

@@ -26,7 +26,7 @@ from fastvq.extras import Progress
 from fastvq.files import StrPath, write_whole
 from fastvq.modalities import Modality
 from fastvq.modalities.base import Measure
-from fastvq.models import NoBottleneck
+from fastvq.models import Continuous
 from fastvq.training import ranks
 from fastvq.training.build import load_examples
 from fastvq.training.checkpoint import load_latest
@@ -225,12 +225,12 @@ def _pass_over(
     if not ranks.alone():
         refused |= dict.fromkeys(taken.distances, "it needs all examples in one process")
         taken.distances.clear()
-    without = isinstance(model.vqvae.bottleneck, NoBottleneck)
+    without = isinstance(model.vqvae.bottleneck, Continuous)
     adapter = model.vqvae.adapter
     sizes = () if without else adapter.stage_sizes()
     prior = model.prior
     if without:
-        refused |= dict.fromkeys(("bits_per_index", "usage", "perplexity"), "the run was trained without a bottleneck")
+        refused |= dict.fromkeys(("bits_per_index", "usage", "perplexity"), f"the run {model.config.without_indices}")
     elif prior is None:
         refused["prior_bits_per_index"] = model.no_prior
     values: dict[str, list[Tensor]] = {}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastvq.errors import ConfigError, first_line
 from fastvq.extras import require
 from fastvq.files import StrPath
-from fastvq.models import VQVAE, NoBottleneck
+from fastvq.models import VQVAE
 
 from .outputs import check_ending
 from .trained import TrainedModel, load
@@ -65,8 +65,8 @@ def export_run(run: StrPath, out: StrPath) -> list[str]:
     check_ending(out, [".onnx"])
     onnx = require("fastvq.onnx", "onnx")
     model = load(run)
-    if isinstance(model.vqvae.bottleneck, NoBottleneck):
-        raise ConfigError(f"{run} was trained without a bottleneck: it has no indices, between two halves of a network")
+    if model.config.without_indices:
+        raise ConfigError(f"{run} {model.config.without_indices}, between two halves of a network")
     out = Path(out)
     paths = [out.with_name(f"{out.stem}-{part}.onnx") for part in ("encode", "decode")]
     generator = torch.Generator().manual_seed(0)

@@ -42,8 +42,8 @@ def run_indices(run: StrPath, data: StrPath | None = None) -> tuple[VQVAE, Index
         DataError: the data are missing, or differ from those that the run was trained on.
     """
     model, config = load_model(run)
-    if config.bottleneck == "none":
-        raise ConfigError(f"{run} was trained without a bottleneck: it has no indices to learn a prior from")
+    if config.without_indices:
+        raise ConfigError(f"{run} {config.without_indices} to learn a prior from")
     return model, index_examples(run, model, run_examples(run, data), mirrored=config.mirrored), model.codebook_size
 
 

@@ -25,7 +25,6 @@ from fastvq.data.source import Item, Source, open_source
 from fastvq.errors import ConfigError, DataError, counted
 from fastvq.extras import Progress
 from fastvq.files import StrPath, exclusive, make_folder, whole, write_whole
-from fastvq.models import NoBottleneck
 from fastvq.training import ranks
 
 from .trained import TrainedModel, load
@@ -107,8 +106,8 @@ def tokenize(
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
     model = load(run, device=str(ranks.local_device(torch.device(device))) if device == "cuda" else device)
-    if isinstance(model.vqvae.bottleneck, NoBottleneck):
-        raise ConfigError(f"{run} was trained without a bottleneck: it has no indices")
+    if model.config.without_indices:
+        raise ConfigError(f"{run} {model.config.without_indices}")
     check_outside(out, str(data), "out")
     source = _source(model, data)
     parts, out = source.parts(shard_files), Path(out)

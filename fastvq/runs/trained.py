@@ -12,7 +12,7 @@ from fastvq.data.examples import to_float
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.files import StrPath
 from fastvq.modalities import modality_of
-from fastvq.models import VQVAE, NoBottleneck, Prior
+from fastvq.models import VQVAE, Prior
 from fastvq.training.checkpoint import checkpoint_folders, is_checkpoint, load_checkpoint
 from fastvq.training.config import TrainConfig
 from fastvq.training.loop import usable_device
@@ -182,8 +182,8 @@ class TrainedModel(nn.Module):
         return f"(B, {self.channels}, {', '.join(names)}) with {rule}"
 
     def _check_indices(self) -> None:
-        if isinstance(self.vqvae.bottleneck, NoBottleneck):
-            raise ConfigError("bottleneck: this run was trained without one and has no indices; reconstruct works")
+        if self.config.without_indices:
+            raise ConfigError(f"bottleneck: this run {self.config.without_indices}; reconstruct works")
 
     def _checked(self, x: Tensor) -> Tensor:
         """Return signals as floats on the device.

@@ -29,7 +29,7 @@ PATTERNS = ("flat", "delay")
 # The keys of `fastvq.models.bottlenecks.KINDS`.
 BOTTLENECKS = (
     *("vq", "rvq", "grouped-rvq", "sim-vq", "residual-sim-vq", "fsq", "residual-fsq", "grouped-residual-fsq"),
-    *("lfq", "residual-lfq", "grouped-residual-lfq", "fsp", "latent", "hierarchical", "gumbel", "none"),
+    *("lfq", "residual-lfq", "grouped-residual-lfq", "fsp", "latent", "hierarchical", "gumbel", "vae", "none"),
 )
 _NO_BOTTLENECKS = {
     "random-projection": "it only returns indices, the targets of self-supervised learning: no codes to decode",
@@ -136,7 +136,7 @@ class TrainConfig(Settings):
     test_fraction: float = setting(0.1, "share of a folder's files to hold out")
     skip_unreadable: bool = setting(False, "leave out files of a folder that cannot be read, and name them")
 
-    bottleneck: str = setting("vq", f"quantizer: {', '.join(BOTTLENECKS)}, the last for no quantization")
+    bottleneck: str = setting("vq", f"quantizer: {', '.join(BOTTLENECKS)}, vae and none have no indices")
     bottleneck_options: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata={"help": "further arguments of the quantizer, by name"}
     )
@@ -193,6 +193,13 @@ class TrainConfig(Settings):
     def feature_grid(self) -> tuple[int, ...]:
         """Shape of the grid of features of an example."""
         raise NotImplementedError
+
+    @property
+    def without_indices(self) -> str | None:
+        """What a command that needs indices says of a run that has none, after its name; None if it has."""
+        if self.bottleneck == "none":
+            return "was trained without a bottleneck: it has no indices"
+        return "was trained with the bottleneck vae: it has no indices" if self.bottleneck == "vae" else None
 
     @property
     def mirrored(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 import fastvq
 from fastvq.data.examples import to_float
 from fastvq.modalities.base import Objective
-from fastvq.models import VQVAE, NoBottleneck
+from fastvq.models import VQVAE, Continuous
 
 from .ranks import every_rank_its_own, sum_over_ranks_
 
@@ -87,7 +87,7 @@ def reconstruct(model: VQVAE, x: Tensor) -> tuple[Tensor, Tensor]:
     training = model.training
     model.eval()
     try:
-        if isinstance(model.bottleneck, NoBottleneck):
+        if isinstance(model.bottleneck, Continuous):
             restored, indices, _ = model(x)
             restored = restored.clamp(*model.value_range)
         else:
@@ -113,7 +113,7 @@ def evaluate(
     """
     device = next(model.parameters()).device
     adapter = model.adapter
-    sizes = () if isinstance(model.bottleneck, NoBottleneck) else adapter.stage_sizes()
+    sizes = () if isinstance(model.bottleneck, Continuous) else adapter.stage_sizes()
     counts = tuple(torch.zeros(size, dtype=torch.int64) for size in sizes)
     error = torch.zeros((), dtype=torch.float64)
     for part in (every_rank_its_own(stored) if together else stored).split(batch_size):

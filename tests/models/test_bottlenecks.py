@@ -38,7 +38,7 @@ SIZES = {
     "residual-lfq": (16,) * 4, "grouped-residual-lfq": (16,) * 4, "fsp": 12, "latent": 12, "hierarchical": 16,
     "gumbel": 16,
 }  # fmt: skip
-QUANTIZERS = [name for name in KINDS if name != "none"]
+QUANTIZERS = [name for name in KINDS if name not in ("vae", "none")]
 
 
 def small(name, **options):

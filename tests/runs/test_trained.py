@@ -11,6 +11,7 @@ import torch
 
 import fastvq
 from fastvq.errors import CheckpointError, ConfigError
+from fastvq.models.bottlenecks import SHARED
 from fastvq.runs.load import load_model, run_examples
 from fastvq.runs.train_prior import train_prior
 from fastvq.runs.trained import TrainedModel
@@ -144,12 +145,14 @@ def test_damage(run: Path, tmp_path: Path) -> None:
             fastvq.load(damaged)
 
 
-def test_a_run_without_a_bottleneck_reconstructs(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bottleneck", ["none", "vae"])
+def test_a_run_without_indices_reconstructs(run: Path, tmp_path: Path, bottleneck: str) -> None:
     _, config = load_model(run)
-    config = dataclasses.replace(config, bottleneck="none", steps=1)
+    shared = {} if bottleneck == "none" else SHARED
+    config = dataclasses.replace(config, bottleneck=bottleneck, steps=1, **shared)
     Trainer(config, load_examples(config), tmp_path / "plain").fit(progress=False)
     plain = fastvq.load(tmp_path / "plain")
     assert plain.reconstruct(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
     for call in (lambda: plain.encode(torch.rand(1, 3, 16, 16)), lambda: plain.decode(torch.zeros(1, 4, 4).long())):
-        with pytest.raises(ConfigError, match="trained without one"):
+        with pytest.raises(ConfigError, match=r"trained with.* bottleneck.*: it has no indices"):
             call()

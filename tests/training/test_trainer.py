@@ -44,11 +44,13 @@ def test_each_step_has_its_learning_rate(tmp_path: Path) -> None:
         assert [group["lr"] for group in trainer.optimizer.param_groups] == [TINY.learning_rate_at(step)]
 
 
-@pytest.mark.parametrize("bottleneck", ["vq", "gumbel", "none"])
+@pytest.mark.parametrize("bottleneck", ["vq", "gumbel", "vae", "none"])
 @pytest.mark.parametrize("interrupted_at", [4, 7, 11])
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, bottleneck: str, interrupted_at: int) -> None:
-    threshold = TINY.dead_code_threshold if bottleneck != "gumbel" else 1.0
-    config = dataclasses.replace(TINY, bottleneck=bottleneck, dead_code_threshold=threshold)
+    threshold = TINY.dead_code_threshold if bottleneck in ("vq", "none") else 1.0
+    size = TINY.codebook_size if bottleneck != "vae" else 512
+    changes = {"dead_code_threshold": threshold, "codebook_size": size}
+    config = dataclasses.replace(TINY, bottleneck=bottleneck, **changes)
     whole = Trainer(config, tiny_images(), tmp_path / "whole")
     assert whole.fit(progress=False)
 
