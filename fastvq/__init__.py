@@ -26,6 +26,8 @@ __version__ = "0.1.0"
 __all__ = [
     "FSP",
     "FSQ",
+    "IBQ",
+    "IFSQ",
     "LFQ",
     "BinaryAssignment",
     "BinaryMapper",
@@ -37,6 +39,7 @@ __all__ = [
     "HealthReport",
     "HierarchicalVQ",
     "LatentQuantize",
+    "LlamaGenVQ",
     "PackedCodebook",
     "Quantized",
     "RandomProjectionQuantizer",
@@ -99,6 +102,8 @@ if TYPE_CHECKING:
     from .quantizers import (
         FSP,
         FSQ,
+        IBQ,
+        IFSQ,
         LFQ,
         BinaryMapper,
         EvoLFQ,
@@ -108,6 +113,7 @@ if TYPE_CHECKING:
         GumbelQuantize,
         HierarchicalVQ,
         LatentQuantize,
+        LlamaGenVQ,
         RandomProjectionQuantizer,
         ResidualFSQ,
         ResidualLFQ,

@@ -62,6 +62,9 @@ QUANTIZERS: dict[str, tuple[partial, int]] = {
     "FSQ, symmetric": (partial(fastvq.FSQ, [5, 4, 3], dim=6, preserve_symmetry=True, noise_dropout=0.5), 6),
     "residual FSQ": (partial(fastvq.ResidualFSQ, dim=6, levels=[5, 4, 3], num_quantizers=3), 6),
     "grouped FSQ": (partial(fastvq.GroupedResidualFSQ, dim=6, groups=2, levels=[5, 4, 3], num_quantizers=2), 6),
+    "iFSQ": (partial(fastvq.IFSQ, [5, 7, 3], dim=6), 6),
+    "IBQ": (partial(fastvq.IBQ, 6, 12, entropy_temperature=1.0), 6),
+    "LlamaGen": (partial(fastvq.LlamaGenVQ, 6, 12, entropy_loss_weight=0.1, entropy_temperature=1.0), 6),
     "FSP": (partial(fastvq.FSP, [5, 4, 3], dim=6), 6),
     "LatentQuantize": (partial(fastvq.LatentQuantize, [5, 4, 3], 6), 6),
     "random projections": (

@@ -28,10 +28,10 @@ class Bound(Unsaved, nn.Module):
         relaxed = gain f(z + shift) - lift,   code = the nearest of (2 k - a) / a, k = 0 ... L - 1
         d code / d z = gain f'(z + shift)
 
-    With f = tanh, or clamp to [-1, 1] if hard. Symmetric (2411.19842, section 3.2): a = L - 1, gain = 1, shift = lift =
-    0, so that the levels are symmetric about zero and the ends are -1 and 1. Otherwise (2309.15505, equations 1 to 3):
-    a = 2 floor(L / 2), gain = (L - 1) (1 + eps) / a, and lift and shift, zero for odd L, keep f's image on the levels
-    and its zero at zero.
+    With f = tanh, or clamp to [-1, 1] if hard, or the function of `SYMMETRIC` that `squash` names. Symmetric
+    (2411.19842, section 3.2): a = L - 1, gain = 1, shift = lift = 0, so that the levels are symmetric about zero and
+    the ends are -1 and 1. Otherwise (2309.15505, equations 1 to 3): a = 2 floor(L / 2), gain = (L - 1) (1 + eps) / a,
+    and lift and shift, zero for odd L, keep f's image on the levels and its zero at zero.
 
     Ties are rounded up. `Thresholds` decides the level, so that it is the same on every device; codes are correctly
     rounded quotients of integers, so that symmetric ones are symmetric to the last bit.
@@ -45,10 +45,18 @@ class Bound(Unsaved, nn.Module):
     shift: Tensor
     lift: Tensor
 
-    def __init__(self, levels: Sequence[int], *, symmetric: bool, hard: bool = False, eps: float = 1e-3) -> None:
+    def __init__(
+        self,
+        levels: Sequence[int],
+        *,
+        symmetric: bool,
+        hard: bool = False,
+        eps: float = 1e-3,
+        squash: str | None = None,
+    ) -> None:
         super().__init__()
         self.levels, self.symmetric, self.hard = tuple(levels), symmetric, hard
-        self.squash = "clamp" if hard else "tanh"
+        self.squash = squash or ("clamp" if hard else "tanh")
         inverse = SYMMETRIC[self.squash].inverse
 
         def place(value: float) -> float:
@@ -178,9 +186,24 @@ def cauchy_inv_act(p: Tensor) -> Tensor:
     return torch.tan(math.pi * (p - 0.5))
 
 
+STEEPNESS = 1.6
+"""Factor of z in the sigmoid of iFSQ, with which the image of a standard normal variable is nearly uniform."""
+
+
+def wide_sigmoid(z: Tensor) -> Tensor:
+    """Return 2 / (1 + exp(-1.6 z)) - 1."""
+    return torch.tanh(z * (STEEPNESS / 2))
+
+
+def wide_sigmoid_inverse(value: Tensor) -> Tensor:
+    """Invert `wide_sigmoid`."""
+    return torch.arctanh(value) / (STEEPNESS / 2)
+
+
 SYMMETRIC = {
     "tanh": Squash(torch.tanh, torch.arctanh, lambda z, value: 1 - value * value),
     "clamp": Squash(clamp, lambda value: value, lambda z, value: (z.abs() <= 1).to(z.dtype)),
+    "sigmoid": Squash(wide_sigmoid, wide_sigmoid_inverse, lambda z, value: (1 - value * value) * (STEEPNESS / 2)),
 }
 """Squashing functions to [-1, 1]."""
 

@@ -9,8 +9,11 @@ from .fsq import FSQ
 from .grouped import GroupedResidualVQ
 from .gumbel import GumbelQuantize
 from .hierarchical_vq import HierarchicalVQ
+from .ibq import IBQ
+from .ifsq import IFSQ
 from .latent_quantize import LatentQuantize
 from .lfq import LFQ
+from .llamagen_vq import LlamaGenVQ
 from .random_projection import RandomProjectionQuantizer
 from .residual_fsq import GroupedResidualFSQ, ResidualFSQ
 from .residual_lfq import GroupedResidualLFQ, ResidualLFQ
@@ -23,6 +26,8 @@ from .vector_quantize import VectorQuantize
 __all__ = [
     "FSP",
     "FSQ",
+    "IBQ",
+    "IFSQ",
     "LFQ",
     "BinaryMapper",
     "EvoLFQ",
@@ -32,6 +37,7 @@ __all__ = [
     "GumbelQuantize",
     "HierarchicalVQ",
     "LatentQuantize",
+    "LlamaGenVQ",
     "RandomProjectionQuantizer",
     "ResidualFSQ",
     "ResidualLFQ",
