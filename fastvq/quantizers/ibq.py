@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fastvq.backends.arithmetic import compute_dtype
 from fastvq.codebook.health import Health, Monitored
 from fastvq.distributed import common_seed
 from fastvq.functional.quantize import lookup, quantize_errors, weighted
@@ -107,7 +108,6 @@ class IBQ(Monitored, KeepsPrecision, nn.Module):
         rows, rows_mask = exclude_non_finite(layout.to_rows(x), layout.rows_mask(mask, lens))
         indices = search(rows.detach().flatten(0, -2), self.embed.detach(), metric="dot").view(rows.shape[:-1])
         indices = indices.masked_fill(~rows_mask, -1)
-        # The parameter may step before the backward pass.
         hard = quantize_errors(rows, self.embed, metric="dot", indices=indices)
         if self.training or self._measures:
             self._health.observe_(indices, hard.error)
@@ -118,7 +118,8 @@ class IBQ(Monitored, KeepsPrecision, nn.Module):
                 torch.zeros_like(hard.error),
             )
         quantized = soft_lookup(rows, self.embed, indices, metric="dot")
-        difference = (quantized.float() - rows.float()).masked_fill(~rows_mask.unsqueeze(-1), 0)
+        dtype = compute_dtype(rows, self.embed)
+        difference = (quantized.to(dtype) - rows.to(dtype)).masked_fill(~rows_mask.unsqueeze(-1), 0)
         soft_error = difference.square().sum() / (rows_mask.sum() * self.dim).clamp_min(1)
         loss = soft_error + hard.error + weighted(hard.codebook_error, self.beta)
         if isinstance(self.entropy_loss_weight, Tensor) or self.entropy_loss_weight:
