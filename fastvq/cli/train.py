@@ -132,8 +132,9 @@ def _settings(options: argparse.Namespace) -> TrainConfig:
     arguments = getattr(options, "bottleneck_arguments", {})
     if arguments:
         earlier = settings() if own is None else own
-        chosen = _bottleneck_options(given.get("bottleneck", earlier.bottleneck), arguments)
-        given["bottleneck_options"] = given.get("bottleneck_options", earlier.bottleneck_options) | chosen
+        bottleneck = given.get("bottleneck", earlier.bottleneck)
+        kept = earlier.bottleneck_options if bottleneck == earlier.bottleneck else {}
+        given["bottleneck_options"] = given.get("bottleneck_options", kept) | _bottleneck_options(bottleneck, arguments)
     if data in DATA_SETS:
         defaults = DATA_SETS[data].settings
     else:

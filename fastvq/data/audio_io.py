@@ -17,6 +17,7 @@ from fastvq.extras import require
 from fastvq.files import StrPath
 
 from .audio_format import AudioFormat
+from .reader import Reader
 
 SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav"})
 """Endings of the files that are audio."""
@@ -140,3 +141,7 @@ def write_audio(path: StrPath | BinaryIO, audio: Tensor, sample_rate: int, endin
     ) as file:
         for start in range(0, len(samples), _BLOCK):  # libsndfile's Vorbis encoder crashes on long blocks
             file.write(samples[start : start + _BLOCK])
+
+
+SOUNDS = Reader(("clip", "clips"), SUFFIXES, read_audio, "int16", WRITTEN)
+"""Files of audio, each cut into clips."""

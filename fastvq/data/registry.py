@@ -68,6 +68,12 @@ def _emoji_clips() -> Examples:
     return load_emoji_clips()
 
 
+def _music_loops() -> Examples:
+    from .music_loops import load_music_loops
+
+    return load_music_loops()
+
+
 def _full_is_missing() -> str:
     return "" if FULL_FOLDER.is_dir() else "Debian's package dataset-fashion-mnist"
 
@@ -76,8 +82,12 @@ def _digits_are_missing() -> str:
     return "" if importlib.util.find_spec("sklearn") else "scikit-learn: pip install scikit-learn"
 
 
+def _soundfile_is_missing() -> str:
+    return "" if importlib.util.find_spec("soundfile") else 'soundfile: pip install "fastvq-torch[audio]"'
+
+
 SUBSET, FULL, DIGITS = "Fashion-MNIST subset", "Fashion-MNIST", "handwritten digits"
-EMOJI = "animated emoji"
+EMOJI, LOOPS = "animated emoji", "music loops"
 """Names in reports and pictures."""
 FULL_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Folder of Debian's package of Fashion-MNIST."""
@@ -86,6 +96,7 @@ _FASHION: dict[str, Any] = {
     "settings": {"image_size": 28, "grayscale": True},
     "license": "MIT",
 }
+LOOPS_SETTINGS: dict[str, Any] = {"sample_rate": 16000, "channels": 1, "clip_length": 20480}
 DATA_SETS = {
     "fashion-mnist": DataSet(_shipped, SUBSET, "shipped subset", count=(5700, 1000), **_FASHION),
     "fashion-mnist-full": DataSet(_full, FULL, "Debian's", count=(60000, 10000), missing=_full_is_missing, **_FASHION),
@@ -108,6 +119,17 @@ DATA_SETS = {
         modality="video",
         count=(124, 10),
         license="MIT",
+    ),
+    "music-loops": DataSet(
+        _music_loops,
+        LOOPS,
+        "shipped clips of 1.28 s",
+        form="1.28 s in mono at 16 kHz",
+        settings=LOOPS_SETTINGS,
+        modality="audio",
+        count=(242, 32),
+        license="CC0",
+        missing=_soundfile_is_missing,
     ),
 }
 """Every data set by name, the default first; settings, command line and trainer take any other name for a folder."""

@@ -17,18 +17,24 @@ if TYPE_CHECKING:
     from fastvq.files import StrPath
     from fastvq.training.config import TrainConfig
 
+    from .audio_config import AudioConfig
     from .base import Modality
     from .image_config import ImageConfig
     from .video_config import VideoConfig
 else:
     __getattr__, __dir__ = lazy_attributes(
         __name__,
-        {"base": ("Modality",), "image_config": ("ImageConfig",), "video_config": ("VideoConfig",)},
+        {
+            "audio_config": ("AudioConfig",),
+            "base": ("Modality",),
+            "image_config": ("ImageConfig",),
+            "video_config": ("VideoConfig",),
+        },
     )
 
-__all__ = ["NAMES", "ImageConfig", "Modality", "VideoConfig", "config_of", "modality_of", "recognized"]
+__all__ = ["NAMES", "AudioConfig", "ImageConfig", "Modality", "VideoConfig", "config_of", "modality_of", "recognized"]
 
-NAMES = ("image", "video")
+NAMES = ("image", "video", "audio")
 """Modalities by name; where a folder holds nothing but files that several can read, the first of them takes these."""
 
 

@@ -179,6 +179,10 @@ class Modality(ABC):
         """
         raise NotImplementedError
 
+    def seconds(self, config: Any) -> float | None:
+        """Return the duration of an example, or None for what has none."""
+        return None
+
     def write_media(self, folder: StrPath, name: str, signals: Mapping[str, Tensor], config: Any) -> None:
         """Write what a page plays beside the picture `name`: files of that name, or that begin with it and a dash.
 

@@ -93,6 +93,9 @@ class Clips(Modality):
         distances = {name: _OfFrames(distance) for name, distance in taken.distances.items()}
         return Measures(per_example, {**distances}, taken.refused)
 
+    def seconds(self, config: VideoConfig) -> float:
+        return config.frames / config.frame_rate
+
     def write(self, path: StrPath | BinaryIO, x: Tensor, config: VideoConfig, ending: str) -> None:
         write_video(path, x, config.frame_rate, ending)
 

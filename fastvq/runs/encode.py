@@ -97,7 +97,8 @@ def _encode(
     prior: Prior | None,
     labels: Tensor | None,
 ) -> list[str]:
-    noun = modality_of(config.modality).noun
+    modality = modality_of(config.modality)
+    noun, duration = modality.noun, modality.seconds(config)
     batches = list(enumerate(stored.split(_BATCH)))
     own = batches[distributed.rank() :: distributed.world_size()]
     shown = tracked(own, sum(len(batch) for _, batch in own), noun[0], count=lambda b: len(b[1]), shown=ranks.leads())
@@ -113,10 +114,14 @@ def _encode(
     coding.save(path, data)
     ratio = stored.nbytes / len(data)
     size = counted(stored[0].nbytes, "byte")
+    rate = ""
+    if duration is not None:
+        seconds = duration * len(stored)
+        rate = f"; {seconds:.2f} seconds at {8 * len(data) / seconds / 1000:.2f} kbit/s"
     return [
         f"{counted(len(stored), *noun)} of {size}, {counted(indices[0].numel(), 'index', 'indices')} each",
         f"{_summary(path, data, indices.numel(), codebook_size)}, {ratio:.0f} times smaller than the"
-        f" {_VALUES[stored.dtype]}",
+        f" {_VALUES[stored.dtype]}{rate}",
     ]
 
 

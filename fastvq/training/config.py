@@ -283,7 +283,9 @@ SIDE, _DEPTH, _CODES, _COUNT = 2**16, 2**10, 2**24, 2**53
 """Largest width, depth, K, and number that a float holds exactly: more would end in a failed allocation or a hang."""
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("image_size", "image_width", "crop_from", "dim", "width", "residual_width", "heads"), (1, SIDE)),
-    **dict.fromkeys(("frames", "frame_size", "frame_width"), (1, SIDE)),
+    **dict.fromkeys(("frames", "frame_size", "frame_width", "kernel"), (1, SIDE)),
+    **dict.fromkeys(("sample_rate", "clip_length", "crop_length"), (1, 2**31)),
+    "channels": (1, 2),
     **dict.fromkeys(("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"), (1, _COUNT)),
     **dict.fromkeys(("encoder_blocks", "decoder_blocks", "level_blocks"), (0, _DEPTH)),
     "norm_groups": (0, SIDE),
@@ -292,6 +294,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "adversarial_weight": (0, _FINITE),
     "adversarial_start": (0, _COUNT),
     **dict.fromkeys(("commitment_weight", "dead_code_threshold", "weight_decay"), (0, _FINITE)),
+    **dict.fromkeys(("waveform_weight", "stft_weight", "mel_weight"), (0, _FINITE)),
     **dict.fromkeys(("learning_rate", "reconstruction_variance", "frame_rate"), (_SMALLEST, _FINITE)),
     "depth": (1, _DEPTH),
     "workers": (0, _DEPTH),

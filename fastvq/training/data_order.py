@@ -126,3 +126,11 @@ def crop_randomly(images: Tensor, step: int, *, height: int, width: int, seed: i
     own = share(count)
     places = zip(images, tops[own].tolist(), lefts[own].tolist(), strict=True)
     return torch.stack([image[:, top : top + height, left : left + width] for image, top, left in places])
+
+
+def crop_clips_randomly(clips: Tensor, step: int, *, length: int, seed: int) -> Tensor:
+    """Return random parts (B, C, length) of this rank's clips (B, C, T) of a batch, from all places alike."""
+    count = len(clips) * world_size()
+    starts = torch.randint(clips.shape[-1] - length + 1, (count,), generator=_generator(seed, "crop", step))
+    places = zip(clips, starts[share(count)].tolist(), strict=True)
+    return torch.stack([clip[:, start : start + length] for clip, start in places])

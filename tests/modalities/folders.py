@@ -46,9 +46,25 @@ def _write_clips(folder: Path) -> None:
     write_video(folder / "film.mp4", noise, 12, "mp4")
 
 
+def _write_sounds(folder: Path) -> None:
+    import torch
+
+    from fastvq.data.audio_io import write_audio
+
+    folder.mkdir(exist_ok=True)
+    for number in range(_COUNT):
+        noise = torch.rand(1, 128, generator=torch.Generator().manual_seed(number)) - 0.5
+        ending = ("wav", "flac")[number % 2]
+        write_audio(folder / f"s{number}.{ending}", noise, 8000, ending)
+
+
 _SMALL = {"width": 8, "residual_width": 4, "encoder_blocks": 1, "decoder_blocks": 1}
 FOLDERS = {
     "image": FolderOfFiles(_write_images, {"image_size": 16, **_SMALL}),
     "video": FolderOfFiles(_write_clips, {"frame_size": 16, "frames": 5, "frame_rate": 12.0, **_SMALL}),
+    "audio": FolderOfFiles(
+        _write_sounds,
+        {"sample_rate": 8000, "clip_length": 128, "crop_length": 64, "width": 4, "strides": "4,8", "kernel": 3},
+    ),
 }
 """By the name of the modality."""

@@ -1,0 +1,108 @@
+"""Settings of a VQ-VAE of audio."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fastvq.data import DATA_SETS
+from fastvq.data.audio_format import AudioFormat
+from fastvq.errors import ConfigError
+from fastvq.training.config import TrainConfig, setting
+
+ACTIVATIONS = ("elu", "snake")
+"""Those of `fastvq.models.audio`, repeated so that reading settings imports no model."""
+_STAGES: dict[str, Any] = {"num_quantizers": 8, "quantize_dropout": True, "quantize_dropout_per_item": True}
+"""Options of the residual quantizer where none are given: a codec of 1 to 8 stages."""
+
+
+@dataclass(frozen=True)
+class AudioConfig(TrainConfig):
+    """Settings of a codec of audio and of its training; see `TrainConfig`.
+
+    The defaults are for the music loops of the package.
+    """
+
+    modality: ClassVar[str] = "audio"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"codec": {}}
+
+    data: str = setting("music-loops", "a data set with a name, or a folder of files or tar shards")
+    sample_rate: int = setting(16000, "samples per second, to which files of other rates are resampled")
+    channels: int = setting(1, "1 for mono, to which stereo is mixed down, or 2 for stereo")
+    clip_length: int = setting(20480, "samples of a clip, a multiple of the product of the strides")
+    crop_length: int = setting(10240, "samples of the random part of a clip that is learned from at a time")
+
+    bottleneck: str = setting("rvq", "quantizer, as for images; by default 8 residual stages, which dropout leaves out")
+    codebook_size: int = setting(256, "number of codes K")
+
+    width: int = setting(16, "channels at the rate of the samples, doubled by each stride")
+    strides: str = setting("2,4,5,8", "strides of the encoder's convolutions, the first at the rate of the samples")
+    dilations: str = setting("1", "dilations of the residual blocks at each rate, one block for each")
+    kernel: int = setting(7, "width of the first and of the last convolution")
+    activation: str = setting("elu", f"nonlinearity: {', '.join(ACTIVATIONS)}")
+
+    waveform_weight: float = setting(1.0, "weight of the mean absolute difference of samples")
+    stft_weight: float = setting(1.0, "weight of the multi-resolution STFT loss")
+    mel_weight: float = setting(1.0, "weight of the multi-resolution mel loss")
+
+    steps: int = setting(1000, "optimizer steps")
+    batch_size: int = setting(8, "examples per step")
+    learning_rate: float = setting(2e-3, "peak learning rate of Adam")
+
+    def __post_init__(self) -> None:
+        if self.bottleneck == "rvq" and self.bottleneck_options == {}:
+            object.__setattr__(self, "bottleneck_options", dict(_STAGES))
+        super().__post_init__()
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        _numbers("dilations", self.dilations)
+        for name in ("clip_length", "crop_length"):
+            if getattr(self, name) % self.stride:
+                raise ConfigError(
+                    f"{name} must be a multiple of the product of the strides, {self.stride}, got {getattr(self, name)}"
+                )
+        if self.crop_length > self.clip_length:
+            raise ConfigError(f"crop_length must be at most clip_length = {self.clip_length}, got {self.crop_length}")
+        known = DATA_SETS.get(self.data)
+        if known and self.example_format != AudioFormat(
+            known.settings["sample_rate"], known.settings["channels"], known.settings["clip_length"]
+        ):
+            raise ConfigError(f"{self.data} is {known.form}: sample_rate, channels and clip_length cannot be changed")
+
+    @property
+    def example_format(self) -> AudioFormat:
+        """Sample rate, channels and length of the clips."""
+        return AudioFormat(self.sample_rate, self.channels, self.clip_length)
+
+    @property
+    def stride(self) -> int:
+        """Number of samples for each index."""
+        return math.prod(_numbers("strides", self.strides))
+
+    @property
+    def feature_grid(self) -> tuple[int]:
+        """Number of features of a clip."""
+        return (self.clip_length // self.stride,)
+
+    def network(self) -> dict[str, Any]:
+        """Return the arguments that encoder and decoder share."""
+        return {
+            "strides": _numbers("strides", self.strides),
+            "width": self.width,
+            "dilations": _numbers("dilations", self.dilations),
+            "kernel": self.kernel,
+            "activation": self.activation,
+        }
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    """Return the numbers in a text.
+
+    Raises:
+        ConfigError: they are no numbers of 1 to 1024, or more than 16.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) > 16 or not all(part.isdecimal() and 1 <= int(part) <= 1024 for part in parts):
+        raise ConfigError(f"{name} must be numbers from 1 to 1024, such as 2,4,5,8, got {text!r}")
+    return tuple(map(int, parts))
