@@ -41,6 +41,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--codebook-size", type=int, help="K for an .npy file (default: the run's, or the largest index + 1)"
     )
+    parser.add_argument(
+        "--stages",
+        type=int,
+        metavar="N",
+        help="write the indices of the first N stages of a residual quantizer alone: less space, a coarser signal",
+    )
     add_data(parser)
     add_skip_unreadable(parser)
 
@@ -60,13 +66,17 @@ def run(options: argparse.Namespace) -> int:
         raise CodingError("codebook_size: only for an .npy file of indices; files have the run's")
     if arrays or options.held_out:
         refuse_without_effect(options, ("skip_unreadable",), "with --held-out or an .npy file")
+    if arrays and options.stages is not None:
+        raise CodingError("stages: only for files that a run encodes, not for an .npy file of indices")
     if arrays:
         lines = encode_array(sources[0], options.out, options.codebook_size, model=model, run=options.run_folder)
     elif options.run_folder is None:
         raise CodingError("--run: needed to encode files, by the model of that run")
     elif options.held_out:
-        lines = encode_held_out(options.run_folder, options.out, model=model, data=options.data)
+        lines = encode_held_out(options.run_folder, options.out, model=model, data=options.data, stages=options.stages)
     else:
-        lines = encode_files(options.run_folder, sources, options.out, model=model, skip_unreadable=skip)
+        lines = encode_files(
+            options.run_folder, sources, options.out, model=model, skip_unreadable=skip, stages=options.stages
+        )
     print("\n".join(lines))
     return 0

@@ -72,6 +72,11 @@ class Adapter:
             raise TypeError(f"{type(quantizer).__name__} has no codebook_size: the number of its codes is unknown")
         return number
 
+    @property
+    def decodes_leading(self) -> bool:
+        """Whether the indices of the first codebooks alone can be decoded, to a coarser signal."""
+        return isinstance(self.quantizer, ResidualStack)
+
     def index_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of one sample's indices for features of a grid."""
         size = self.codebook_size

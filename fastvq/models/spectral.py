@@ -14,25 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FLOOR = 1e-5
-"""Least magnitude of which a logarithm is taken: -100 dB."""
+FLOOR = 1e-4
+"""Least magnitude of which a logarithm is taken, -80 dB: what is softer counts as silence."""
+_BELOW = FLOOR / 100
+"""Least magnitude before those of a band are added up, so that the sum stays below `FLOOR`."""
 RESOLUTIONS = ((256, 64), (512, 128), (1024, 256))
 """Windows and hops in samples."""
 MEL_WINDOWS = ((128, 8), (256, 16), (512, 32), (1024, 64))
 """Windows in samples, and numbers of mel bands; the hop is a quarter of the window."""
 
 
-def magnitudes(x: Tensor, window: int, hop: int) -> Tensor:
-    """Return the magnitudes (..., window / 2 + 1, frames) of a short-time Fourier transform, at least `FLOOR`.
+def magnitudes(x: Tensor, window: int, hop: int, *, floor: float = FLOOR) -> Tensor:
+    """Return the magnitudes (..., window / 2 + 1, frames) of a short-time Fourier transform, at least `floor`.
 
-    A sine of amplitude 1 has magnitude window / 4.
+    They are divided by window / 4, so that a sine of amplitude 1 has magnitude 1.
     """
     rows = F.pad(x.reshape(-1, x.shape[-1]).float(), (window // 2, window // 2))
-    taper = torch.hann_window(window, device=x.device)
+    taper = torch.hann_window(window, device=x.device) * (4 / window)
     spectrum = torch.stft(rows, window, hop, window=taper, center=False, return_complex=True)
     power = spectrum.real.square() + spectrum.imag.square()
     # The root of the floor, as the gradient of a root is infinite at zero.
-    return power.clamp_min(FLOOR**2).sqrt().reshape(*x.shape[:-1], *power.shape[1:])
+    return power.clamp_min(floor**2).sqrt().reshape(*x.shape[:-1], *power.shape[1:])
 
 
 def mel_filters(sample_rate: int, window: int, bands: int) -> Tensor:
@@ -64,12 +66,12 @@ def _mel_filters(sample_rate: int, window: int, bands: int) -> Tensor:
 
 
 def log_mel(x: Tensor, sample_rate: int, *, window: int = 1024, hop: int = 256, bands: int = 80) -> Tensor:
-    """Return the log-mel spectrum (..., bands, frames) in dB: `20 log10 max(FLOOR, sum_f filter_f |X_f| 4 / window)`.
+    """Return the log-mel spectrum (..., bands, frames) in dB: `20 log10 max(FLOOR, sum_f filter_f |X_f|)`.
 
-    A sine of amplitude 1 in the middle of a band has about 0 dB, and digital silence -100 dB.
+    A sine of amplitude 1 in the middle of a band has about 0 dB, and digital silence -80 dB.
     """
     filters = mel_filters(sample_rate, window, bands).to(x.device)
-    return 20 * (filters @ magnitudes(x, window, hop) * (4 / window)).clamp_min(FLOOR).log10()
+    return 20 * (filters @ magnitudes(x, window, hop, floor=_BELOW)).clamp_min(FLOOR).log10()
 
 
 def log_mel_distance(x: Tensor, y: Tensor, sample_rate: int) -> Tensor:
@@ -102,11 +104,9 @@ def mel_loss(
     """
     total = estimate.new_zeros(())
     for window, bands in windows:
-        filters = mel_filters(sample_rate, window, bands).to(target.device) * (4 / window)
-        own, wanted = (
-            (filters @ magnitudes(x, window, window // 4)).clamp_min(FLOOR).log() for x in (estimate, target)
-        )
-        total = total + (own - wanted).abs().mean()
+        filters = mel_filters(sample_rate, window, bands).to(target.device)
+        own, wanted = (filters @ magnitudes(x, window, window // 4, floor=_BELOW) for x in (estimate, target))
+        total = total + (own.clamp_min(FLOOR).log() - wanted.clamp_min(FLOOR).log()).abs().mean()
     return total / len(windows)
 
 

@@ -50,6 +50,8 @@ def decode_examples(run: StrPath, source: StrPath, path: StrPath, *, limits: cod
         raise CodingError(f"{run} {config.without_indices}")
     shape, size = vqvae.adapter.index_shape(config.feature_grid), vqvae.codebook_size
     header = coding.read_header(data)
+    if vqvae.adapter.decodes_leading and isinstance(size, tuple) and len(header.shape) == len(shape) + 1:
+        size, shape = size[: header.shape[-1]], (*shape[:-1], min(shape[-1], header.shape[-1]))
     if (header.codebook_size, header.shape[1:], header.missing) != (size, shape, False):
         missing = ", some of them missing" if header.missing else ""
         raise CodingError(

@@ -39,6 +39,7 @@ def encode_files(
     *,
     model: str = "adaptive",
     skip_unreadable: bool = False,
+    stages: int | None = None,
 ) -> list[str]:
     """Write the indices of images, or of what the run is trained on, to one file; return lines to print.
 
@@ -50,6 +51,8 @@ def encode_files(
         path: the file to write, which ends in .fvq.
         model: probability model of the indices, see `fastvq.coding.encode`; "prior" is the run's own.
         skip_unreadable: see `load_folder`.
+        stages: number of leading stages of a residual quantizer whose indices are written: fewer take less space and
+            decode to a coarser signal; all by default.
 
     Raises:
         CheckpointError, DataError, CodingError: an invalid run, file or model.
@@ -63,10 +66,17 @@ def encode_files(
         config.example_format,
         skip_unreadable=skip_unreadable,
     )
-    return _encode(vqvae, config, stored, path, model, prior, None)
+    return _encode(vqvae, config, stored, path, model, prior, None, stages)
 
 
-def encode_held_out(run: StrPath, path: StrPath, *, model: str = "adaptive", data: StrPath | None = None) -> list[str]:
+def encode_held_out(
+    run: StrPath,
+    path: StrPath,
+    *,
+    model: str = "adaptive",
+    data: StrPath | None = None,
+    stages: int | None = None,
+) -> list[str]:
     """Write the indices of a run's held-out examples to one file, like `encode_files`.
 
     The prior is given the classes of the examples if they have any. `data` is where the data set of the run is now, see
@@ -76,7 +86,7 @@ def encode_held_out(run: StrPath, path: StrPath, *, model: str = "adaptive", dat
     vqvae, config, prior = _models(run, model)
     examples = ranks.rank_0_first(lambda: run_examples(run, data))
     labels = examples.test_labels if prior is not None and prior.classes else None
-    return _encode(vqvae, config, examples.test, path, model, prior, labels)
+    return _encode(vqvae, config, examples.test, path, model, prior, labels, stages)
 
 
 def _models(run: StrPath, model: str) -> tuple[VQVAE, TrainConfig, Prior | None]:
@@ -96,7 +106,9 @@ def _encode(
     model: str,
     prior: Prior | None,
     labels: Tensor | None,
+    stages: int | None,
 ) -> list[str]:
+    codebook_size = _leading_sizes(vqvae, stages, model)
     modality = modality_of(config.modality)
     noun, duration = modality.noun, modality.seconds(config)
     batches = list(enumerate(stored.split(_BATCH)))
@@ -107,7 +119,9 @@ def _encode(
     if not ranks.leads():
         return []
     indices = torch.cat([found[number] for number, _ in batches])
-    fingerprint, codebook_size = coding.fingerprint(vqvae), vqvae.codebook_size
+    if stages is not None:
+        indices = indices[..., :stages]
+    fingerprint = coding.fingerprint(vqvae)
     data = coding.encode(indices, codebook_size, model=model, fingerprint=fingerprint, prior=prior, labels=labels)
     if not torch.equal(coding.decode(data, prior=prior, **_UNLIMITED), indices):
         raise CodingError(f"{path}: the indices do not survive coding; nothing was written")
@@ -123,6 +137,24 @@ def _encode(
         f"{_summary(path, data, indices.numel(), codebook_size)}, {ratio:.0f} times smaller than the"
         f" {_VALUES[stored.dtype]}{rate}",
     ]
+
+
+def _leading_sizes(vqvae: VQVAE, stages: int | None, model: str) -> int | tuple[int, ...]:
+    """Return the sizes of the codebooks whose indices are written.
+
+    Raises:
+        CodingError: there are not so many stages, or their indices cannot be coded.
+    """
+    sizes = vqvae.codebook_size
+    if stages is None:
+        return sizes
+    if isinstance(sizes, int) or not vqvae.adapter.decodes_leading:
+        raise CodingError("stages: only for a run with a residual quantizer")
+    if not 1 <= stages <= len(sizes):
+        raise CodingError(f"stages: must lie in [1, {len(sizes)}], got {stages}")
+    if model == "prior" and stages < len(sizes):
+        raise CodingError(f"stages: a prior codes all {len(sizes)}, got {stages}")
+    return sizes[:stages]
 
 
 def encode_array(

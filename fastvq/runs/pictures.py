@@ -181,12 +181,13 @@ def picture_run(trainer: Trainer, evaluation: Evaluation, *, captioned: bool = T
         rows = shown_rows(examples, _SHOWN_AS_INDICES)
         originals = to_float(examples.test[rows].to(trainer.device))
         restored, indices = reconstruct(model, originals)
+        grids, vectors = _in_rows([flat_grid(own) for own in adapter.stages(indices)], _vectors_to_color(adapter))
         plots.save_indices(
             path,
             modality.as_images(originals, trainer.config),
-            [flat_grid(own) for own in adapter.stages(indices)],
+            grids,
             modality.as_images(restored, trainer.config),
-            _vectors_to_color(adapter),
+            vectors,
             title=f"{examples.name}: {many} as indices",
             noun=one,
             captioned=captioned,
@@ -200,6 +201,14 @@ def flat_grid(indices: Tensor) -> Tensor:
     if indices.dim() == 2:
         return indices[:, None]
     return indices if indices.dim() == 3 else indices.movedim(1, 2).flatten(2, 3)
+
+
+def _in_rows(grids: list[Tensor], vectors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return several sequences (N, 1, T) as the rows of one grid (N, Q, T) of all codebooks together."""
+    if len(grids) == 1 or {grid.shape[1] for grid in grids} != {1} or len({own.shape[1] for own in vectors}) > 1:
+        return grids, vectors
+    starts = [sum(map(len, vectors[:place])) for place in range(len(vectors))]
+    return [torch.cat([grid + start for grid, start in zip(grids, starts, strict=True)], 1)], [torch.cat(vectors)]
 
 
 def _vectors_to_color(adapter: Adapter) -> list[Tensor]:

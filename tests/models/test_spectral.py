@@ -21,8 +21,8 @@ def sine(frequency: float, samples: int = 8000, amplitude: float = 1.0) -> Tenso
 def test_magnitudes_of_a_sine() -> None:
     found = spectral.magnitudes(sine(1000), 512, 128)
     assert found.shape == (257, 8000 // 128 + 1)
-    assert float(found[32, 30]) == pytest.approx(512 / 4, rel=1e-3)  # 1000 Hz is bin 32
-    assert float(found[100, 30]) < 0.05
+    assert float(found[32, 30]) == pytest.approx(1, rel=1e-3)  # 1000 Hz is bin 32
+    assert float(found[100, 30]) < 0.0005
     batch = torch.stack([sine(1000), sine(500)]).view(2, 1, -1)
     torch.testing.assert_close(spectral.magnitudes(batch, 512, 128)[0, 0], found)
 
@@ -45,8 +45,9 @@ def test_log_mel_is_in_decibels() -> None:
     tone = spectral.log_mel(sine(1000), RATE)
     assert tone.shape[0] == 80
     assert abs(float(tone[:, 10].max())) < 4
-    torch.testing.assert_close(spectral.log_mel(sine(1000, amplitude=0.1), RATE)[:, 10].max(), tone[:, 10].max() - 20)
-    assert (spectral.log_mel(torch.zeros(4000), RATE) == -100).all()
+    softer = spectral.log_mel(sine(1000, amplitude=0.1), RATE)
+    assert float(softer[:, 10].max()) == pytest.approx(float(tone[:, 10].max()) - 20, abs=0.01)
+    assert (spectral.log_mel(torch.zeros(4000), RATE) == -80).all()
 
 
 def test_log_mel_distance() -> None:
@@ -63,7 +64,7 @@ def test_stft_loss_is_its_formula() -> None:
     assert float(spectral.stft_loss(target, target)) == 0
     window, hop = 256, 64
     padded = [torch.nn.functional.pad(x[:, 0], (128, 128)) for x in (target, estimate)]
-    taper = torch.hann_window(window)
+    taper = torch.hann_window(window) * (4 / window)
     wanted, own = (
         torch.stack([torch.fft.rfft(x[:, at : at + window] * taper) for at in range(0, 2001, hop)], -1).abs()
         for x in padded
@@ -95,6 +96,6 @@ def test_si_sdr() -> None:
     found = spectral.si_sdr(target + 0.1 * noise, target)
     assert found.shape == (5, 1)
     torch.testing.assert_close(found, torch.full((5, 1), 20.0, dtype=torch.float64), rtol=0, atol=0.1)
-    torch.testing.assert_close(spectral.si_sdr(3 * (target + 0.1 * noise), target), found)  # whatever the scale
-    assert (spectral.si_sdr(target, target) > 90).all()
+    torch.testing.assert_close(spectral.si_sdr(3 * (target + 0.1 * noise), target), found, rtol=0, atol=1e-4)
+    assert (spectral.si_sdr(target, target) > 75).all()
     assert spectral.si_sdr(torch.zeros(1, 100), torch.zeros(1, 100)).isfinite().all()
