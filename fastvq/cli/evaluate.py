@@ -12,7 +12,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.description = (
         "Measures a run on examples: quality (for images PSNR, SSIM, MS-SSIM, LPIPS, rFID), bits, usage and perplexity,"
-        " with 95 %% intervals."
+        " with 95 % intervals."
         " What cannot be measured is named with the reason. The protocol is in docs/evaluation.md."
     )
     parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")

@@ -83,6 +83,9 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if resumed is not None:
         print(describe_resumed(resumed, config), flush=True)
+        if resumed.finished and config.steps > resumed.step:
+            lost = f"files that were coded with the prior of step {resumed.step} cannot be decoded afterwards"
+            print(f"{lost}: copy the run to keep it", flush=True)
     trained = train_prior(
         options.run_folder,
         config,

@@ -31,6 +31,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="continue from the latest checkpoint in --out, with its settings; --steps may be more, and --data where"
         " the same files are now",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="with --resume and more --steps: change the model of a finished run although its prior, and files that"
+        " were coded with it, are lost",
+    )
     presets = [preset for name in NAMES for preset in config_of(name).presets]
     parser.add_argument(
         "--preset",
@@ -77,7 +83,10 @@ def run(options: argparse.Namespace) -> int:
     _refuse_without_effect(options, config)
     usable_device(config.device)  # before files are read
     if options.resume:
-        print(describe_resumed(load_latest(options.out, tensors=False), config), flush=True)
+        latest = load_latest(options.out, tensors=False)
+        print(describe_resumed(latest, config), flush=True)
+        if latest.finished and config.steps > latest.step:
+            _check_nothing_is_lost(options)
     examples = ranks.rank_0_first(lambda: load_examples(config, progress=ranks.leads()))
     if not options.resume:
         check_outside(options.out, config.data, "out")
@@ -110,6 +119,18 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_nothing_is_lost(options: argparse.Namespace) -> None:
+    """Raise a ConfigError if more steps of a finished run would make its prior useless, unless that is requested."""
+    from fastvq.runs.load import PRIOR_FOLDER
+    from fastvq.training.checkpoint import checkpoint_folders
+
+    if checkpoint_folders(options.out / PRIOR_FOLDER) and not options.overwrite:
+        raise ConfigError(
+            f"steps: more steps change the model of {options.out}, so that its prior and the files that were coded with"
+            " it are lost: copy the run first, and give --overwrite"
+        )
+
+
 def _settings(options: argparse.Namespace) -> TrainConfig:
     """Return the requested settings; those not given are the resumed run's own, or the defaults."""
     from fastvq.data import DATA_SETS
@@ -126,6 +147,8 @@ def _settings(options: argparse.Namespace) -> TrainConfig:
     settings = config_of(modality)
     if own is not None and not isinstance(own, settings):
         raise ConfigError(f"modality: a resumed run keeps its settings, {own.modality}, got {modality}")
+    if own is None and data in DATA_SETS and DATA_SETS[data].modality != modality:
+        raise ConfigError(f"modality: {data} has {DATA_SETS[data].modality}s, not {modality}s")
     others = given.keys() - {field.name for field in dataclasses.fields(settings)}
     if others:
         raise ConfigError(f"{min(others)} is no setting of the modality {modality}")
@@ -141,7 +164,9 @@ def _settings(options: argparse.Namespace) -> TrainConfig:
         defaults = settings.of_folders
         # A run that is resumed from another working directory must find the same folder.
         given["data"] = str(Path(data).resolve())
-    if own is not None:
+    if own is None:
+        refuse_without_effect(options, ("overwrite",), "without --resume: give another folder")
+    else:
         if options.preset is not None:
             raise ConfigError(f"preset: a resumed run keeps its settings, got {options.preset}")
         return dataclasses.replace(own, **given)

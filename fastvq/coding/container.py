@@ -17,10 +17,11 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastvq.errors import CodingError
 
@@ -158,8 +159,13 @@ def fingerprint(model: nn.Module) -> bytes:
 
     Fingerprint the part that turns indices into data: codebooks and decoder, or the whole model.
     """
+    return fingerprint_of(model.state_dict())
+
+
+def fingerprint_of(state: Mapping[str, Tensor]) -> bytes:
+    """Return the `fingerprint` of a model with this state dict."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.digest()

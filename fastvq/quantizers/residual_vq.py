@@ -15,7 +15,7 @@ from fastvq.codebook.fit import Fitted, passes
 from fastvq.codebook.health import observe_stages_
 from fastvq.codebook.recompute import History
 from fastvq.distributed import may_be_recomputed, tie_parameters
-from fastvq.functional.quantize import weighted
+from fastvq.functional.quantize import check_some_code, weighted
 from fastvq.functional.residual_quantize import residual_quantize
 from fastvq.ops import residual_quantize_forward, residual_search
 from fastvq.parts.arguments import check_fractions
@@ -673,7 +673,11 @@ class ResidualVQ(Projected, ResidualStack):
         lens: Tensor | None = None,
         n_quantizers: int | Tensor | None = None,
     ) -> Tensor:
-        """Return the indices of x, shaped as `forward` returns them, with the same arguments. No state changes."""
+        """Return the indices of x, shaped as `forward` returns them, with the same arguments. No state changes.
+
+        Raises:
+            CodebookError: no code of a stage is finite, so that no vector has an index.
+        """
         layout = self._layout(x)
         rows_mask = layout.rows_mask(mask, lens)
         flat_mask = None if rows_mask is None else rows_mask.reshape(1, -1)
@@ -684,6 +688,8 @@ class ResidualVQ(Projected, ResidualStack):
         found = self._beam_search(projected, flat_mask, self.eval_beam_size, active, 0.0)
         if found is None:
             found = self._greedy_search(projected, flat_mask, active)
+        held = [stage._codebook.codes[0] for stage in self._stages[: found.shape[-1]]]
+        check_some_code("codebooks", found[0], held)
         if isinstance(active.number, Tensor):
             found = torch.stack([active.fill(place, one, -1) for place, one in enumerate(found.unbind(-1))], -1)
         elif dropped := self.num_quantizers - found.shape[-1]:

@@ -17,7 +17,7 @@ from fastvq.codebook.recompute import History
 from fastvq.codebook.state import checked_decay
 from fastvq.codebook.storage import refuse_sharded
 from fastvq.distributed import may_be_recomputed, recomputing, tie_parameters
-from fastvq.functional.quantize import lookup, quantize, unit_norm, weighted
+from fastvq.functional.quantize import check_some_code, lookup, quantize, unit_norm, weighted
 from fastvq.ops import search
 from fastvq.parts.arguments import check_fractions, check_not_negative, check_sizes
 from fastvq.parts.gradients import Estimator
@@ -670,10 +670,16 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         return loss, VectorQuantizeLosses(commitment, diversity, orthogonal, in_place)
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the indices alone, shaped as `forward` returns them. No state changes, not even in training."""
+        """Return the indices alone, shaped as `forward` returns them. No state changes, not even in training.
+
+        Raises:
+            CodebookError: no code is finite, so that no vector has an index.
+        """
         layout = self._layout(x)
         inputs = self.split_rows(layout.to_rows(x))
         indices = self._codebook(inputs, self._heads.split_mask(layout.rows_mask(mask)))
+        for chosen, codes in zip(indices, self._codebook.codes, strict=True):
+            check_some_code("codebook", chosen, codes)
         return layout.indices(self._heads.join_indices(indices, layout.batch, layout.rows))
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:

@@ -7,11 +7,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fastvq.coding.container import fingerprint_of
 from fastvq.data.registry import name_of
 from fastvq.errors import CheckpointError, FastvqError, aligned, first_line
 from fastvq.files import StrPath
 from fastvq.modalities import modality_of
 from fastvq.training.checkpoint import checkpoint_folders, load_latest
+from fastvq.training.config import PriorConfig
 
 from .load import PRIOR_FOLDER
 from .run_page import latest_record
@@ -58,8 +60,7 @@ def _record(folder: Path, root: Path) -> dict[str, Any]:
     try:
         checkpoint = load_latest(folder, tensors=False)
         latest = latest_record(folder)
-        prior = folder / PRIOR_FOLDER
-        bits = latest_record(prior).get("bits_per_index") if checkpoint_folders(prior) else None
+        bits = _prior_bits(folder)
     except (FastvqError, OSError) as error:
         return about | {"error": first_line(error)}
     config = checkpoint.config
@@ -78,6 +79,18 @@ def _record(folder: Path, root: Path) -> dict[str, Any]:
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         "date": saved.isoformat(timespec="seconds"),
     }
+
+
+def _prior_bits(folder: Path) -> float | None:
+    """Return the bits per index of a run's prior; None if there is none, or the model has changed since."""
+    prior = folder / PRIOR_FOLDER
+    if not checkpoint_folders(prior):
+        return None
+    learned_from = load_latest(prior, PriorConfig, tensors=False).data_fingerprint
+    if learned_from != fingerprint_of(load_latest(folder).trained()).hex():
+        return None
+    bits: float | None = latest_record(prior).get("bits_per_index")
+    return bits
 
 
 def _quality(latest: dict[str, Any], modality: str) -> dict[str, Any]:

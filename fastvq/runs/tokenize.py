@@ -18,9 +18,9 @@ from fastvq.coding import fingerprint
 from fastvq.data import DATA_SETS, Examples
 from fastvq.data.examples import to_float
 from fastvq.data.folder import numbered, report_failures
-from fastvq.data.index_shards import MANIFEST, digest_of_file
+from fastvq.data.index_shards import MANIFEST, digest_of_file, seal_of
 from fastvq.data.reader import Format
-from fastvq.data.registry import check_outside
+from fastvq.data.registry import check_outside, describe_choices
 from fastvq.data.source import Item, Source, open_source
 from fastvq.errors import ConfigError, DataError, counted
 from fastvq.extras import Progress
@@ -116,13 +116,17 @@ def tokenize(
         _begin(out, plan)
     ranks.wait()
     own = range(distributed.rank(), len(parts), distributed.world_size())
+    failures: dict[str, str] = {}
     with exclusive(out) if ranks.leads() else contextlib.nullcontext():
         with Progress(len(own), "shard", shown=ranks.leads()) as progress:
             for number in own:
                 if _written(out, number, plan) is None:
-                    _write_shard(out, number, parts[number], model, plan, workers, skip_unreadable=skip_unreadable)
+                    keep = skip_unreadable
+                    failures |= _write_shard(out, number, parts[number], model, plan, workers, skip_unreadable=keep)
                 progress.update()
-        ranks.wait()
+        failures = {name: reason for found in ranks.gathered_objects(failures) for name, reason in found.items()}
+        files = sum(len(part.items()) for part in parts) if failures else 0
+        report_failures(failures, files - len(failures), model.modality.reader, skip_unreadable=skip_unreadable)
         if not ranks.leads():
             return []
         return _finish(out, plan, model)
@@ -134,6 +138,8 @@ def _source(model: TrainedModel, data: StrPath) -> Source:
     Raises:
         DataError: it is of another modality or size than the run's examples.
     """
+    if str(data) not in DATA_SETS and not Path(data).exists():
+        raise DataError(f"{data} doesn't exist: data must be {describe_choices()}")
     if str(data) not in DATA_SETS:
         return open_source(data, model.modality.reader)
     known, config = DATA_SETS[str(data)], model.config
@@ -167,6 +173,8 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
         DataError: the folder holds something else.
     """
     manifest = out / MANIFEST
+    if manifest.exists() and not list(out.glob("shard-*")):
+        manifest.unlink()  # of a call that ended before it wrote indices
     if manifest.exists():
         try:
             there = json.loads(manifest.read_bytes())
@@ -192,7 +200,7 @@ def _written(out: Path, number: int, plan: dict[str, Any]) -> dict[str, Any] | N
     try:
         described: dict[str, Any] = json.loads(description.read_bytes())
         same = described["model"] == plan["model"] and described["sha256"] == digest_of_file(array)
-        return described if same and len(described["names"]) == described["examples"] else None
+        return described if same and described["seal"] == seal_of(described) else None
     except (OSError, DataError, ValueError, KeyError, TypeError):
         return None
 
@@ -206,7 +214,11 @@ def _write_shard(
     workers: int,
     *,
     skip_unreadable: bool,
-) -> None:
+) -> dict[str, str]:
+    """Write the indices of some of the files; return why others of them cannot be read.
+
+    Unless these are to be skipped, nothing is written then.
+    """
     items = {item.name: item for item in part.items()}
     failures: dict[str, str] = {}
     names: list[str] = []
@@ -229,8 +241,10 @@ def _write_shard(
         waiting.append(result)
         encode(_BATCH)
     encode(1)
-    report_failures(failures, len(names), model.modality.reader, skip_unreadable=skip_unreadable)
-    indices = torch.cat(encoded).numpy().astype(plan["dtype"])
+    if failures and not skip_unreadable:
+        return failures
+    nothing = np.empty((0, *plan["grid"]), plan["dtype"])
+    indices = torch.cat(encoded).numpy().astype(plan["dtype"]) if encoded else nothing
     array, description = _paths(out, number)
     with whole(array) as file:
         np.save(file, indices)
@@ -245,7 +259,8 @@ def _write_shard(
         "failures": failures,
     }
     # Last: a shard is there when its description is.
-    write_whole(description, json.dumps(described) + "\n")
+    write_whole(description, json.dumps(described | {"seal": seal_of(described)}) + "\n")
+    return failures
 
 
 def _finish(out: Path, plan: dict[str, Any], model: TrainedModel) -> list[str]:
@@ -261,7 +276,7 @@ def _finish(out: Path, plan: dict[str, Any], model: TrainedModel) -> list[str]:
         if described is None:
             raise DataError(f"{_paths(out, number)[0]} is missing: the same fastvq tokenize continues")
         failed |= described["failures"]
-        shards.append({name: described[name] for name in ("file", "sha256", "examples")})
+        shards.append({name: described[name] for name in ("file", "sha256", "examples", "seal")})
     total = sum(shard["examples"] for shard in shards)
     manifest = plan | {"complete": True, "examples": total, "failures": failed, "shards": shards}
     write_whole(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")

@@ -63,7 +63,8 @@ def train_prior(
 
     Raises:
         CheckpointError: the run has no checkpoint; it has a prior, and neither `resume` nor `overwrite` is given;
-            `resume` and the prior belongs to another model or is damaged; another process is training it.
+            `resume` and the prior belongs to another model or is damaged; another process is training it, or the run
+            itself.
         ConfigError: invalid settings, or a run without a bottleneck.
         DataError: the data are missing, or differ from those that the run was trained on.
         FloatingPointError: the loss is not finite.
@@ -73,9 +74,12 @@ def train_prior(
         raise ConfigError("resume and overwrite exclude each other: an interrupted successor is resumed as well")
     if not resume and not overwrite:
         _check_no_prior(run)
-    model, indices, codebook_size = ranks.rank_0_first(lambda: run_indices(run, data))
-    identity = fingerprint(model).hex()
-    with exclusive(folder) if ranks.leads() else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        if ranks.leads():
+            held.enter_context(exclusive(run))  # a training of the run would change the model meanwhile
+            held.enter_context(exclusive(folder))
+        model, indices, codebook_size = ranks.rank_0_first(lambda: run_indices(run, data))
+        identity = fingerprint(model).hex()
         ranks.rank_0_first(lambda: _adopt_successor(folder) if successor_is_finished(folder) else None)
         if not resume and not overwrite:
             _check_no_prior(run)

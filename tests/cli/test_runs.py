@@ -64,6 +64,13 @@ def test_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (records[0]["measure"], records[0]["value"]) == ("psnr_db", test["psnr_db"])
     assert records[0]["prior_bits"] == read_metrics(run / "prior" / "metrics.jsonl")[-1]["bits_per_index"]
     assert records[0]["bytes"] == sum(path.stat().st_size for path in (tmp_path / "a").rglob("*") if path.is_file())
+    resume = ["train", f"--out={tmp_path / 'a'}", "--resume", "--steps=4", "--quiet"]
+    assert main(resume) == 2
+    assert "are lost: copy the run first, and give --overwrite" in capsys.readouterr().err
+    assert main([*resume, "--overwrite"]) == 0
+    capsys.readouterr()
+    assert main(["runs", str(tmp_path / "a"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["prior_bits"] is None  # of the model before
     assert main(["runs", str(run)]) == 0  # a run itself
     assert capsys.readouterr().out.splitlines()[1].startswith("run ")
 
@@ -88,7 +95,7 @@ def test_more_steps_say_what_the_schedule_does(
 ) -> None:
     monkeypatch.setattr(plots, "save_figure", lambda *_: None)  # the pictures have tests of their own
     copy = shutil.copytree(run, tmp_path / "run")
-    assert main(["train", "--out", str(copy), "--resume", "--steps", "6", "--quiet"]) == 0
+    assert main(["train", "--out", str(copy), "--resume", "--steps", "6", "--overwrite", "--quiet"]) == 0
     printed = capsys.readouterr()
     # 3e-3 (1 + cos(2 pi / 3)) / 2 at step 2 of 3, 3e-3 / 2 at step 3 of 6.
     assert printed.out.splitlines()[0] == (
@@ -106,6 +113,7 @@ def test_more_steps_say_what_the_schedule_does(
     assert main(["prior", str(run), "--resume", "--steps", "2", "--quiet"]) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith("resuming at step 1 of 1, to 2: the learning rate goes on")
+    assert "files that were coded with the prior of step 1 cannot be decoded afterwards" in printed.out
     assert printed.err == ""
 
 

@@ -41,6 +41,9 @@ def test_without_a_finite_code_a_layer_says_so(kind, training):
     spoil(layer, 1)
     with pytest.raises(CodebookError, match=r"^codebook.*: none of its 8 codes is finite"):
         layer(torch.randn(2, 5, 4))
+    if isinstance(layer, fastvq.VectorQuantize | fastvq.ResidualVQ):
+        with pytest.raises(CodebookError, match=r"^codebook.*: none of its 8 codes is finite"):
+            layer.encode(torch.randn(2, 5, 4))
     assert (layer.health().non_finite == 1).all()
 
 

@@ -110,7 +110,9 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 def test_a_run_is_resumed(run: tuple[str, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, folder, _ = run
     folder = shutil.copytree(folder, tmp_path / "run")
-    assert "resuming at step 3 of 3, to 4" in printed(capsys, "train", "--out", folder, "--resume", "--steps", 4)
+    more = ["train", "--out", folder, "--resume", "--steps", 4]
+    assert cli.main([*map(str, more)]) == 2  # the prior would be lost
+    assert "resuming at step 3 of 3, to 4" in printed(capsys, *more, "--overwrite")
     one = modality_of(name).noun[0]
     assert f"held-out {one}" in printed(capsys, "train", "--out", folder, "--resume")
 

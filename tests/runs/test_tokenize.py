@@ -118,6 +118,26 @@ def test_damage_is_named(whole: Path, tmp_path: Path) -> None:
         IndexShards(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("shard-000000.json", lambda text: text.replace("class0", "class1"), r"shard-000000\.json is damaged"),
+        ("shard-000001.json", lambda text: "{", "copy is damaged"),
+        ("shard-000001.json", None, "copy is damaged"),
+        ("manifest.json", lambda text: text.replace('"shards"', '"shreds"'), "copy is damaged: 'shards'"),
+        ("manifest.json", lambda text: text.replace("shard-000002.npy", "../x/shard-000002.npy"), "names '../x"),
+    ],
+)
+def test_damaged_descriptions_are_named(whole, tmp_path, name, change, message) -> None:
+    folder = shutil.copytree(whole, tmp_path / "copy")
+    if change is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(change((folder / name).read_text()))
+    with pytest.raises(DataError, match=message):
+        IndexShards(folder, verify=False)
+
+
 def test_what_cannot_be_done_is_refused(tiny: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
     run, data = tiny
     with pytest.raises(DataError, match=r"holds indices of other settings \(shard_files, shard_count\)"):
@@ -130,6 +150,8 @@ def test_what_cannot_be_done_is_refused(tiny: tuple[Path, Path], whole: Path, tm
         tokenize(run, data, data / "out")
     with pytest.raises(ConfigError, match="shard_files must be at least 1, got 0"):
         tokenize(run, data, tmp_path / "x", shard_files=0)
+    with pytest.raises(DataError, match=r"cifar10 doesn't exist: data must be 'fashion-mnist' \("):
+        tokenize(run, "cifar10", tmp_path / "x")
     with pytest.raises(DataError, match="data: fashion-mnist has 28x28 gray images; the run has images of 1 x 16 x 16"):
         tokenize(run, "fashion-mnist", tmp_path / "x")
     assert not (tmp_path / "x").exists()
@@ -141,6 +163,14 @@ def test_unreadable_files_are_named_or_counted(tiny: tuple[Path, Path], tmp_path
     (data / "class1" / "bad.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"bad\.png is not a readable image"):
         tokenize(run, data, tmp_path / "out", shard_files=30)
+    (data / "class0" / "worse.png").write_bytes(b"none either")
+    with pytest.raises(DataError, match=r"2 of 25 files cannot be read(.|\n)*worse\.png(.|\n)*bad\.png"):
+        tokenize(run, data, tmp_path / "out", shard_files=1)
+    with pytest.warns(SkippedFilesWarning):
+        tokenize(run, data, tmp_path / "each", shard_files=1, skip_unreadable=True)
+    assert len(IndexShards(tmp_path / "each")) == COUNT
+    (data / "class0" / "worse.png").unlink()
+    shutil.rmtree(tmp_path / "out")
     with pytest.warns(SkippedFilesWarning):
         lines = tokenize(run, data, tmp_path / "out", shard_files=30, skip_unreadable=True)
     assert lines[0] == f"{COUNT} images as 4 x 4 indices each, in 1 shard, 1 file skipped"
