@@ -68,6 +68,15 @@ def test_train_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert (tmp_path / "run" / "samples.gif").exists()
 
 
+def test_semantic_ids(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = str(EXAMPLES / "semantic_ids.py")
+    monkeypatch.setattr(sys, "argv", [script, "--items=500", "--dim=8", "--size=12"])
+    runpy.run_path(script, run_name="__main__")
+    found = re.search(r"nearest codes: (\d+) of 500 items .*unique: (\d+) items moved", capsys.readouterr().out, re.S)
+    assert found
+    assert 0 < int(found[2]) < int(found[1])
+
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 

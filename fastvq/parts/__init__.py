@@ -10,6 +10,8 @@
 | `losses` | orthogonality, entropies, moments |
 | `gumbel` | Gumbel-softmax samples of codes |
 | `schedules` | numbers that move in training |
+| `balance` | assignments that use all codes about equally |
+| `semantic_ids` | indices that name items: collisions, and unique ones |
 | `dropout` | quantize dropout, nested dropout |
 | `beam` | beam search through residual stages |
 | `scalar` | squashing functions, grids of levels, thresholds |
@@ -19,6 +21,7 @@
 
 from __future__ import annotations
 
+from .balance import balanced_assignment
 from .binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
 from .dropout import ActiveStages, QuantizeDropout, common_seed, draw_seed, draw_stage_count
 from .gradients import directional_reparam, rotate_to, scale_gradient, straight_through, synchronous
@@ -26,6 +29,7 @@ from .gumbel import gumbel_lookup
 from .losses import assignment_entropies, binary_entropies, entropy_loss
 from .scalar import Bound, Thresholds, with_slope
 from .schedules import Annealed
+from .semantic_ids import collisions, unique_ids
 from .shapes import Layout
 from .tables import index_backpropagation
 
@@ -38,7 +42,9 @@ __all__ = [
     "QuantizeDropout",
     "Thresholds",
     "assignment_entropies",
+    "balanced_assignment",
     "binary_entropies",
+    "collisions",
     "common_seed",
     "directional_reparam",
     "draw_seed",
@@ -53,5 +59,6 @@ __all__ = [
     "soft_clamp",
     "straight_through",
     "synchronous",
+    "unique_ids",
     "with_slope",
 ]
