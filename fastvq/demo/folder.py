@@ -19,13 +19,18 @@ METRICS = "metrics.json"
 _MARKER = ".demo"
 _EARLIER = "earlier"
 """Subfolder that keeps a finished demo until the one that replaces it is finished."""
-_PICTURES = ("reconstructions", "curves", "usage", "indices", "samples", "completions", "neighbors")
+LADDER = ("autoencoder", "vae", "gumbel")
+"""Subfolders with the runs of the demo of several models."""
+_PICTURES = (
+    *("reconstructions", "curves", "usage", "indices", "samples", "completions", "neighbors"),
+    *("subspace", "latents", "divergence", "interpolations"),
+)
 _FILES = (
     *("index.html", "images.fvq", "clips.fvq", "config.toml", "evaluation.json", "metrics.jsonl"),
     *(f"{name}.png" for name in _PICTURES),
     METRICS,
 )
-_FOLDERS = ("checkpoints", "tensorboard", "ceiling", "prior", MEDIA)
+_FOLDERS = ("checkpoints", "tensorboard", "ceiling", *LADDER, "prior", MEDIA)
 
 
 def check_request(*, resume: bool, overwrite: bool) -> None:
@@ -82,14 +87,16 @@ def _set_aside(folder: Path) -> None:
 def _delete(folder: Path) -> None:
     """Delete what a demo has written to a folder, and the folder if nothing else is in it."""
     delete_run(folder)
-    delete_run(folder / "ceiling")
+    for run in ("ceiling", *LADDER):
+        delete_run(folder / run)
     delete_prior(folder)
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
     (folder / "prior" / "curves.png").unlink(missing_ok=True)
     if (folder / MEDIA).is_dir():
         delete_folder(folder / MEDIA)
-    for part in (folder / "ceiling", folder / "prior" / "successor", folder / "prior", folder):
+    runs = [folder / run for run in ("ceiling", *LADDER)]
+    for part in (*runs, folder / "prior" / "successor", folder / "prior", folder):
         for name in ("tensorboard", "checkpoints"):
             if (part / name).is_dir() and (name == "tensorboard" or not any((part / name).iterdir())):
                 delete_folder(part / name)

@@ -175,8 +175,6 @@ def build_bottleneck(
         **{argument: shared[setting] for setting, argument in kind.settings.items() if argument},
         **{option: _frozen(value) for option, value in options.items()},
     }
-    if name == "none":
-        return NoBottleneck()
     if "codebook_sizes" in arguments:
         arguments["codebook_size"] = arguments.pop("codebook_sizes")
         if "num_quantizers" not in options:
@@ -230,7 +228,8 @@ def _listed(name: str) -> str:
 def _in_settings(message: str, kind: Kind) -> str:
     """Return a constructor's message with the names of settings in place of its arguments."""
     for setting, argument in kind.settings.items():
-        message = re.sub(rf"(?<!\w){argument}(?!\w)", setting, message)
+        if argument:
+            message = re.sub(rf"(?<!\w){argument}(?!\w)", setting, message)
     return message
 
 

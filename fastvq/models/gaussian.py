@@ -61,6 +61,10 @@ class GaussianBottleneck(Annealed, KeepsBuffers, Continuous):
         mean, log_variance = (moments if moments.dtype == torch.float64 else moments.float()).chunk(2, -1)
         return mean, log_variance.clamp(-LARGEST_LOG_VARIANCE, LARGEST_LOG_VARIANCE)
 
+    def latents(self, x: Tensor) -> Tensor:
+        """Return the means (..., latent_dim) of features (..., dim)."""
+        return self.moments(x)[0]
+
     def divergences(self, x: Tensor) -> Tensor:
         """Return the KL of each coordinate from the standard normal distribution in nats, (..., latent_dim)."""
         mean, log_variance = self.moments(x)

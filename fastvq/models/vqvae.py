@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastvq.parts.arguments import check_sizes
+
 from .adapters import Adapter, adapter_of
 
 
@@ -39,6 +41,10 @@ class Bottleneck(Protocol):
 class Continuous(nn.Module):
     """Base class of bottlenecks without indices: codes (B, N, D) of real numbers, indices (B, N, 0)."""
 
+    def latents(self, x: Tensor) -> Tensor:
+        """Return the numbers (..., latent_dim) that stand for features (..., D) in eval mode."""
+        raise NotImplementedError
+
     def no_indices(self, x: Tensor) -> Tensor:
         """Return the indices (B, N, 0) of features x (B, N, D)."""
         return torch.empty(*x.shape[:-1], 0, dtype=torch.int64, device=x.device)
@@ -49,16 +55,36 @@ class Continuous(nn.Module):
 
 
 class NoBottleneck(Continuous):
-    """Bottleneck that passes the features through unchanged, like a quantizer without stages.
+    """Bottleneck that quantizes nothing: that of a plain autoencoder.
 
-    A VQVAE with this bottleneck is a plain autoencoder: its error is that of the two networks alone, a lower bound for
-    every quantizer in its place.
+    Its error is that of the two networks alone, a lower bound for every quantizer in its place. Without a `latent_dim`
+    it passes the features through unchanged and has no parameters.
 
-    Shapes: x (B, N, D) -> (x, indices (B, N, 0), zero loss).
+    Args:
+        dim: dimension of the features, for a `latent_dim`.
+        latent_dim: dimension to which linear maps reduce the features, and from which they restore them.
+
+    Shapes: x (B, N, D) -> (codes (B, N, D), indices (B, N, 0), zero loss).
     """
 
+    def __init__(self, dim: int | None = None, *, latent_dim: int | None = None) -> None:
+        super().__init__()
+        if latent_dim is not None:
+            check_sizes(dim=dim, latent_dim=latent_dim)
+            assert dim is not None
+            self.project_in, self.project_out = nn.Linear(dim, latent_dim), nn.Linear(latent_dim, dim)
+        self.latent_dim = latent_dim
+
+    def latents(self, x: Tensor) -> Tensor:
+        """Return the latents (..., latent_dim) of features (..., D)."""
+        return x if self.latent_dim is None else self.project_in(x)
+
+    def features(self, latents: Tensor) -> Tensor:
+        """Return the features (..., D) that the decoder gets for latents (..., latent_dim)."""
+        return latents if self.latent_dim is None else self.project_out(latents)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return x, self.no_indices(x), x.new_zeros(())
+        return self.features(self.latents(x)), self.no_indices(x), x.new_zeros(())
 
 
 class VQVAE(nn.Module):

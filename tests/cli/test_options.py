@@ -99,7 +99,7 @@ def test_no_option_of_a_bottleneck_is_taken_for_an_abbreviation_of_another():
             ["--bottleneck=fsq", "--num-quantizers=2"],
             "nor one of --bottleneck fsq, which has --levels, --num",
         ),
-        (["--bottleneck=none", "--levels=8"], "nor one of --bottleneck none, which has none"),
+        (["--bottleneck=none", "--levels=8"], "nor one of --bottleneck none, which has --latent-dim"),
         (["--bottleneck=rqv", "--levels=8"], "--bottleneck must be one of vq, rvq, grouped-rvq, "),
         (["--bottleneck=random-projection"], "--bottleneck cannot be random-projection: it only returns indices"),
         (["--bottleneck=rvq", "--num-quantizers=two"], "num_quantizers must be an integer or none, got 'two'"),

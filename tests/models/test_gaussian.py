@@ -1,4 +1,4 @@
-"""Gaussian bottleneck: moments, divergence, samples, schedules."""
+"""Bottlenecks without indices: moments, divergence, samples, schedules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from fastvq.models import GaussianBottleneck
+from fastvq.errors import ConfigError
+from fastvq.models import GaussianBottleneck, NoBottleneck
+from fastvq.models.bottlenecks import build_bottleneck
 
 from ..cases import close
 
@@ -53,3 +55,14 @@ def test_schedule_and_arguments() -> None:
         GaussianBottleneck(2, latent_dim=0)
     with pytest.raises(ValueError, match="kl_weight: must not be negative, got -1"):
         GaussianBottleneck(2, kl_weight=-1)
+
+
+def test_a_narrow_autoencoder() -> None:
+    bottleneck = NoBottleneck(4, latent_dim=2)
+    x = torch.randn(2, 5, 4)
+    codes, indices, loss = bottleneck(x)
+    assert torch.equal(codes, bottleneck.features(bottleneck.latents(x)))
+    assert (bottleneck.latents(x).shape, indices.shape, float(loss)) == ((2, 5, 2), (2, 5, 0), 0.0)
+    assert not NoBottleneck().state_dict()
+    with pytest.raises(ConfigError, match="latent_dim: must be an integer of at least 1, got 0"):
+        build_bottleneck("none", 4, (1,), {}, {"latent_dim": 0})
