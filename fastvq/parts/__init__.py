@@ -12,6 +12,7 @@
 | `schedules` | numbers that move in training |
 | `balance` | assignments that use all codes about equally |
 | `semantic_ids` | indices that name items: collisions, and unique ones |
+| `bridge` | the network of FVQ through which all codes learn |
 | `dropout` | quantize dropout, nested dropout |
 | `beam` | beam search through residual stages |
 | `scalar` | squashing functions, grids of levels, thresholds |
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 from .balance import balanced_assignment
 from .binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
+from .bridge import VQBridge
 from .dropout import ActiveStages, QuantizeDropout, common_seed, draw_seed, draw_stage_count
 from .gradients import directional_reparam, rotate_to, scale_gradient, straight_through, synchronous
 from .gumbel import gumbel_lookup
@@ -41,6 +43,7 @@ __all__ = [
     "Layout",
     "QuantizeDropout",
     "Thresholds",
+    "VQBridge",
     "assignment_entropies",
     "balanced_assignment",
     "binary_entropies",
