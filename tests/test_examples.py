@@ -13,9 +13,12 @@ import pytest
 from PIL import Image
 
 import fastvq
+from fastvq.cli import main as cli
+from fastvq.data.audio_io import read_signal
 from fastvq.data.image_io import IMAGES
 
 from .demo.clips import few_clips
+from .modalities.folders import FOLDERS
 from .tiny_runs import tiny_run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -130,3 +133,26 @@ def test_tokenize_ray(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_every_example_is_tested_here(path: Path) -> None:
     assert f"test_{path.stem}" in globals()
+
+
+def test_train_audio(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "train_audio.py"), "--steps=2", "--out", str(tmp_path / "out.wav")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "step 2: loss " in done.stdout
+    assert "8 stages, 3.2 kbit/s: log-mel distance " in done.stdout
+    assert read_signal(tmp_path / "out.wav", 16000, 1).shape == (1, 16 * 20480)
+
+
+def test_stream_audio(tmp_path: Path) -> None:
+    FOLDERS["audio"].write(tmp_path / "data")
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in FOLDERS["audio"].settings.items()]
+    train = ["train", f"--out={tmp_path / 'run'}", f"--data={tmp_path / 'data'}", *settings, "--codebook-size=8"]
+    assert cli.main([*train, "--dim=4", "--steps=1", "--batch-size=4", "--quiet"]) == 0
+    files = [str(tmp_path / "run"), str(tmp_path / "data" / "s1.flac")]
+    command = [sys.executable, str(EXAMPLES / "stream_audio.py"), *files, "--stages=2", "--chunk-ms=5", "--out=out.wav"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0 of 8 indices differ from those of the whole file" in done.stdout
+    assert "x real time" in done.stdout
+    assert read_signal(tmp_path / "out.wav", 8000, 1).shape == (1, 128)
