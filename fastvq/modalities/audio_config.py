@@ -35,6 +35,8 @@ class AudioConfig(TrainConfig):
 
     bottleneck: str = setting("rvq", "quantizer, as for images; by default 8 residual stages, which dropout leaves out")
     codebook_size: int = setting(256, "number of codes K")
+    decay: float = setting(0.95, "decay of the codebook's moving averages")
+    dead_code_threshold: float = setting(0.1, "a code used less often per batch, on average, is dead and replaced")
 
     width: int = setting(16, "channels at the rate of the samples, doubled by each stride")
     strides: str = setting("2,4,5,8", "strides of the encoder's convolutions, the first at the rate of the samples")

@@ -69,11 +69,11 @@ class CausalConv1d(nn.Module):
         self.stride, self.dilation = stride, dilation
         self.look_back = dilation * (kernel - 1) - (stride - 1)
         direction = torch.empty(out_channels, in_channels, kernel)
-        nn.init.kaiming_uniform_(direction, a=math.sqrt(5))  # as torch's convolutions start
+        # Signals keep their size from layer to layer: soft ones would otherwise drown in the biases.
+        nn.init.normal_(direction, std=1 / math.sqrt(in_channels * kernel))
         self.direction = nn.Parameter(direction)
         self.magnitude = nn.Parameter(direction.detach().flatten(1).norm(dim=1))
-        bound = 1 / math.sqrt(in_channels * kernel)
-        self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
         self.folded: Tensor | None = None
         """The weight, where it was computed once for many calls."""
 
