@@ -181,7 +181,8 @@ def picture_run(trainer: Trainer, evaluation: Evaluation, *, captioned: bool = T
         rows = shown_rows(examples, _SHOWN_AS_INDICES)
         originals = to_float(examples.test[rows].to(trainer.device))
         restored, indices = reconstruct(model, originals)
-        grids, vectors = _in_rows([flat_grid(own) for own in adapter.stages(indices)], _vectors_to_color(adapter))
+        stages = adapter.stages(indices)
+        grids, vectors = _in_rows([flat_grid(own) for own in stages], _vectors_to_color(adapter))
         plots.save_indices(
             path,
             modality.as_images(originals, trainer.config),
@@ -190,6 +191,7 @@ def picture_run(trainer: Trainer, evaluation: Evaluation, *, captioned: bool = T
             vectors,
             title=f"{examples.name}: {many} as indices",
             noun=one,
+            grid=tuple(stages[0].shape[1:]) if stages[0].dim() == 4 else None,
             captioned=captioned,
         )
         paths.append(path)

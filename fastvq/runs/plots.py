@@ -416,6 +416,7 @@ def save_indices(
     *,
     title: str,
     noun: str = "image",
+    grid: tuple[int, ...] | None = None,
     captioned: bool = True,
 ) -> None:
     """Draw images, their indices as colored grids, and the reconstructions from these indices.
@@ -429,18 +430,20 @@ def save_indices(
         codebooks: for each, (K, D), for the colors.
         title: text above the figure.
         noun: the word for an example.
+        grid: shape of the indices of an example in the caption, by default h and w.
         captioned: whether title and caption stand in the figure.
     """
     shown = list(zip(indices, map(code_colors, codebooks), strict=False))[:_DRAWN_CODEBOOKS]
     count, height, width = indices[0].shape
-    grids = f"{height} x {width} indices below {len(codebooks[0])}"
+    size = " x ".join(map(str, grid or (height, width)))
+    grids = f"{size} indices below {len(codebooks[0])}"
     names = ["indices"]
     if len(indices) > 1:
         names = [f"indices, codebook {number}" for number in range(1, len(shown) + 1)]
         sizes = {(*own.shape[1:], len(codes)) for own, codes in zip(indices, codebooks, strict=True)}
         grids = f"{len(indices)} grids of indices"
         if len(sizes) == 1:
-            grids = f"{len(indices)} grids of {height} x {width} indices below {len(codebooks[0])}"
+            grids = f"{len(indices)} grids of {size} indices below {len(codebooks[0])}"
         grids += f", the first {len(shown)} of which are shown" if len(shown) < len(indices) else ""
     caption = (
         f"Each {noun} becomes {grids}, and the right picture is decoded from"

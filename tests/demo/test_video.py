@@ -7,12 +7,14 @@ import math
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fastvq.cli.main import main
 from fastvq.demo import folder as room
 from fastvq.demo import video
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.modalities import VideoConfig
+from fastvq.runs import plots
 from fastvq.training.config import PriorConfig
 
 from .clips import few_clips
@@ -35,6 +37,10 @@ def test_the_demo_writes_a_page_of_what_moves_and_of_sizes(tmp_path: Path, monke
     few_clips(monkeypatch)
     for name in ("picture_run", "picture_prior"):
         monkeypatch.setattr(video, name, lambda *_, **__: None)
+    for name in ("save_grid", "save_reconstructions"):
+        monkeypatch.setattr(plots, name, lambda path, *_, **__: Image.new("L", (1, 1)).save(path))
+    lossless = {"name": "animated WebP, lossless", "bytes": 7, "psnr_db": None}
+    monkeypatch.setattr(video, "animation_sizes", lambda *_, **__: [lossless])
     folder = tmp_path / "demo"
     metrics = video.run_demo(folder, config=SMALL, prior_config=SMALL_PRIOR)
     assert metrics is not None

@@ -149,6 +149,7 @@ def test_a_run_shows_and_writes_what_moves(tmp_path: Path, capsys: pytest.Captur
     prior = ["prior", run, "--kind=pixelcnn", "--steps=1", "--dim=4", "--depth=1", "--batch-size=4", "--quiet"]
     assert cli.main(prior) == 0
     page = (tmp_path / "run" / "index.html").read_text()
+    assert "Each clip becomes 2 x 4 x 4 indices below 8" in page
     for name in ("reconstructions", "samples", "completions"):
         assert f'src="media/{name}.webp"' in page
         with Image.open(tmp_path / "run" / "media" / f"{name}.webp") as file:
