@@ -35,6 +35,10 @@ def checked_decay(decay: float | Tensor) -> float | Tensor:
     return decay
 
 
+SPLIT = 0.01
+"""Distance of a code that has been split from the original, in units of its length."""
+
+
 class Codebook(KeepsPrecision, Unsaved, nn.Module):
     """K codes of D dimensions for each of H heads, with the state that they learn by.
 
@@ -270,6 +274,50 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
         if self.replacer is not None:
             self.replacer.reset_()
         self._mark_ready_(not self.kmeans_init)
+
+    @torch.no_grad()
+    def resize_(self, size: int) -> None:
+        """Change the number of codes to `size`, and keep the averages of those that stay.
+
+        Fewer: the codes of the largest cluster sizes stay, in their order. More: the codes of the largest cluster sizes
+        are split, each into nearby ones that share its cluster size. Ranks that learn together get the same codes if
+        all of them call this. Reservoirs and what `learn_(accumulate_only=True)` has kept are dropped.
+
+        Raises:
+            ValueError: the codes have a bridge, which may depend on their number.
+        """
+        if self.vq_bridge is not None:
+            raise ValueError("vq_bridge: must be None to change the number of codes")
+        refuse_dtensor("embed", self.embed)
+        ready, codes, old = self.ready(), read(self, "embed"), self.size
+        order = self.cluster_size.argsort(dim=1, descending=True, stable=True)
+        kept = order[:, :size].sort(1).values if size < old else torch.arange(old, device=codes.device).expand_as(order)
+        added = order[:, torch.arange(max(0, size - old), device=codes.device) % old]
+        source = torch.cat([kept, added], 1)
+        shares = torch.zeros_like(self.cluster_size).scatter_add_(
+            1, source, torch.ones_like(source, dtype=torch.float32)
+        )
+        sizes = (self.cluster_size / shares.clamp_min(1)).gather(1, source)
+        places = source[..., None].expand(-1, -1, self.dim)
+        averages = (self.embed_avg / shares.clamp_min(1)[..., None]).gather(1, places)
+        codes = codes.gather(1, places)
+        limit = 2**63 - 1
+        seed = distributed.common_seed(limit) if self.together() else int(torch.randint(limit, ()))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        noise = torch.randn(self.heads, added.shape[1], self.dim, generator=generator, device="cpu").to(codes)
+        near = codes[:, kept.shape[1] :]
+        moved = near + SPLIT * noise * near.square().mean(-1, keepdim=True).sqrt()
+        codes[:, kept.shape[1] :] = unit_norm(moved) if self.cosine else moved
+        averages[:, kept.shape[1] :] = codes[:, kept.shape[1] :] * sizes[:, kept.shape[1] :, None]
+        self.size, self.cluster_size, self.embed_avg = size, sizes, averages
+        learnable = "embed" in self._parameters
+        self.embed = nn.Parameter(codes, self.embed.requires_grad) if learnable else codes
+        self.held_counts = self.held_sums = None
+        if self.replacer is not None:
+            self.replacer = Replacer(self.replacer.policy, size, self.dim, self.heads)
+            self.replacer.follow_(codes.device)
+        self._write_check = WriteCheck()
+        self._mark_ready_(ready)
 
     def learns(self, ema_update: bool | None = None) -> bool:
         """Return whether a learning step would change anything; `ema_update` overrides the codebook's own setting."""

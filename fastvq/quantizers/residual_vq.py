@@ -836,6 +836,20 @@ class ResidualVQ(Projected, ResidualStack):
         self._history.clear()
         return fitted
 
+    def resize_(self, codebook_size: int) -> None:
+        """Change the number of codes of each stage, as `VectorQuantize.resize_` does.
+
+        Raises:
+            ValueError: the stages share their codebook, or `VectorQuantize.resize_` refuses.
+        """
+        if self.shared_codebook:
+            raise ValueError("shared_codebook: must be False to change the number of codes")
+        for stage in self._stages:
+            stage.resize_(codebook_size)
+        self.codebook_sizes = (codebook_size,) * self.num_quantizers
+        self.uniform_codebook_size = True
+        self._history.clear()
+
     def commit_ema_update(self) -> None:
         """Learn from the statistics that `forward(..., accum_ema_update=True)` has kept, if there are any."""
         held = [codebook for codebook in self._unique_codebooks if codebook.held_counts is not None]

@@ -770,6 +770,25 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         self.reset_health()
         return fitted
 
+    def resize_(self, codebook_size: int) -> None:
+        """Change the number of codes in place, and keep the averages of those that stay.
+
+        With fewer codes those of the largest cluster sizes stay, in their order; with more, those are split into nearby
+        codes that share the cluster size, after the others, so that old indices keep their meaning. The health is
+        reset. A learnable codebook is a new parameter, which optimizers have to be given. With several ranks all of
+        them must call this.
+
+        Raises:
+            ValueError: codebook_size is less than 1; the layer has a vq_bridge or an in_place_codebook_optimizer.
+        """
+        check_sizes(codebook_size=codebook_size)
+        if self._in_place is not None:
+            raise ValueError("in_place_codebook_optimizer: must be None to change the number of codes")
+        self._codebook.resize_(codebook_size)
+        self.codebook_size = codebook_size
+        self._health = Health(codebook_size, self.heads if self.separate_codebook_per_head else None)
+        self._history.clear()
+
     def commit_ema_update(self) -> None:
         """Learn from the statistics that `forward(..., accum_ema_update=True)` has kept, if there are any."""
         self._codebook.commit_()
