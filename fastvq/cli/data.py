@@ -17,13 +17,14 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.data import DATA_SETS
     from fastvq.data.decoded import cache_folder, cache_size, clear_cache
     from fastvq.errors import counted
+    from fastvq.modalities import plural
 
     width = max(map(len, DATA_SETS))
     for name, data in DATA_SETS.items():
         counts = f"{data.count[0]} + {data.count[1]} held out"
         missing = data.missing()
         print(
-            f"{name:{width}}  {data.modality}s, {data.form}, {counts}, {data.license}"
+            f"{name:{width}}  {plural(data.modality)}, {data.form}, {counts}, {data.license}"
             + (f"; missing: {missing}" if missing else "")
         )
     print(f"{'FOLDER':{width}}  any folder of files (subfolders are classes), or of tar shards")

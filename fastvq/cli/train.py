@@ -134,7 +134,7 @@ def _check_nothing_is_lost(options: argparse.Namespace) -> None:
 def _settings(options: argparse.Namespace) -> TrainConfig:
     """Return the requested settings; those not given are the resumed run's own, or the defaults."""
     from fastvq.data import DATA_SETS
-    from fastvq.modalities import NAMES, config_of, recognized
+    from fastvq.modalities import NAMES, config_of, plural, recognized
     from fastvq.training.checkpoint import load_latest
     from fastvq.training.config import TrainConfig
 
@@ -148,7 +148,7 @@ def _settings(options: argparse.Namespace) -> TrainConfig:
     if own is not None and not isinstance(own, settings):
         raise ConfigError(f"modality: a resumed run keeps its settings, {own.modality}, got {modality}")
     if own is None and data in DATA_SETS and DATA_SETS[data].modality != modality:
-        raise ConfigError(f"modality: {data} has {DATA_SETS[data].modality}s, not {modality}s")
+        raise ConfigError(f"modality: {data} has {plural(DATA_SETS[data].modality)}, not {plural(modality)}")
     others = given.keys() - {field.name for field in dataclasses.fields(settings)}
     if others:
         raise ConfigError(f"{min(others)} is no setting of the modality {modality}")
@@ -172,7 +172,7 @@ def _settings(options: argparse.Namespace) -> TrainConfig:
         return dataclasses.replace(own, **given)
     preset = options.preset or next(iter(settings.presets))
     if preset not in settings.presets:
-        raise ConfigError(f"preset must be one of {', '.join(settings.presets)} for {modality}s, got {preset}")
+        raise ConfigError(f"preset must be one of {', '.join(settings.presets)} for {plural(modality)}, got {preset}")
     return settings(**(defaults | settings.presets[preset] | given))
 
 

@@ -32,7 +32,17 @@ else:
         },
     )
 
-__all__ = ["NAMES", "AudioConfig", "ImageConfig", "Modality", "VideoConfig", "config_of", "modality_of", "recognized"]
+__all__ = [
+    "NAMES",
+    "AudioConfig",
+    "ImageConfig",
+    "Modality",
+    "VideoConfig",
+    "config_of",
+    "modality_of",
+    "plural",
+    "recognized",
+]
 
 NAMES = ("image", "video", "audio")
 """Modalities by name; where a folder holds nothing but files that several can read, the first of them takes these."""
@@ -59,6 +69,11 @@ def modality_of(name: str) -> Modality:
     _check(name)
     found: Modality = importlib.import_module(f"{__name__}.{name}").MODALITY
     return found
+
+
+def plural(name: str) -> str:
+    """Return the word for data of a modality in a sentence: "images", "audio" or "video"."""
+    return {"image": "images"}.get(name, name)
 
 
 def _check(name: object) -> None:

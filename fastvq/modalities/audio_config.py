@@ -26,6 +26,7 @@ class AudioConfig(TrainConfig):
 
     modality: ClassVar[str] = "audio"
     presets: ClassVar[dict[str, dict[str, Any]]] = {"codec": {}}
+    of_folders: ClassVar[dict[str, Any]] = {"skip_unreadable": True}
 
     data: str = setting("music-loops", "a data set with a name, or a folder of files or tar shards")
     sample_rate: int = setting(16000, "samples per second, to which files of other rates are resampled")

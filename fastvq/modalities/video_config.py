@@ -22,7 +22,7 @@ class VideoConfig(PixelConfig):
 
     modality: ClassVar[str] = "video"
     presets: ClassVar[dict[str, dict[str, Any]]] = {"causal": {}}
-    of_folders: ClassVar[dict[str, Any]] = {"frame_size": 64, "frame_rate": 12.0}
+    of_folders: ClassVar[dict[str, Any]] = {"frame_size": 64, "frame_rate": 12.0, "skip_unreadable": True}
 
     data: str = setting("emoji-clips", "a data set with a name, or a folder of files or tar shards")
     frames: int = setting(17, "frames of a clip, 1 plus a multiple of 2**time_downsamples")

@@ -24,7 +24,7 @@ from fastvq.data.examples import to_float
 from fastvq.errors import DataError, aligned, counted
 from fastvq.extras import Progress
 from fastvq.files import StrPath, write_whole
-from fastvq.modalities import Modality
+from fastvq.modalities import Modality, plural
 from fastvq.modalities.base import Measure
 from fastvq.models import Continuous
 from fastvq.training import ranks
@@ -151,7 +151,10 @@ def _examples(
         theirs: dict[str, Any] = {}
     elif known.modality != config.modality or any(getattr(config, n) != v for n, v in known.settings.items()):
         ours = ", ".join(f"{name} {getattr(config, name, None)}" for name in known.settings)
-        raise DataError(f"data: {other} has {known.form} {known.modality}s; the run learned {config.modality}s, {ours}")
+        raise DataError(
+            f"data: {other} has {plural(known.modality)}, {known.form}; the run learned from"
+            f" {plural(config.modality)}, {ours}"
+        )
     else:
         # As they are, whatever the run does with files.
         defaults = {field.name: field.default for field in dataclasses.fields(config)}

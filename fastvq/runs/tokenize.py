@@ -25,6 +25,7 @@ from fastvq.data.source import Item, Source, open_source
 from fastvq.errors import ConfigError, DataError, counted
 from fastvq.extras import Progress
 from fastvq.files import StrPath, exclusive, make_folder, whole, write_whole
+from fastvq.modalities import plural
 from fastvq.training import ranks
 
 from .trained import TrainedModel, load
@@ -145,7 +146,9 @@ def _source(model: TrainedModel, data: StrPath) -> Source:
     known, config = DATA_SETS[str(data)], model.config
     if known.modality != config.modality or any(getattr(config, n) != v for n, v in known.settings.items()):
         shape = " x ".join(map(str, config.example_format.shape))
-        raise DataError(f"data: {data} has {known.form} {known.modality}s; the run has {config.modality}s of {shape}")
+        raise DataError(
+            f"data: {data} has {plural(known.modality)}, {known.form}; the run has {plural(config.modality)}, {shape}"
+        )
     return _Known(known.load())
 
 

@@ -134,7 +134,9 @@ class TrainConfig(Settings):
 
     data: str = setting(next(iter(DATA_SETS)), describe_choices())
     test_fraction: float = setting(0.1, "share of a folder's files to hold out")
-    skip_unreadable: bool = setting(False, "leave out files of a folder that cannot be read, and name them")
+    skip_unreadable: bool = setting(
+        False, "leave out files of a folder that cannot be read, and name them; on for a folder of audio or video"
+    )
 
     bottleneck: str = setting("vq", f"quantizer: {', '.join(BOTTLENECKS)}, vae and none have no indices")
     bottleneck_options: dict[str, Any] = dataclasses.field(

@@ -151,7 +151,7 @@ def test_settings_of_networks_are_validated(settings, message):
         (["train", "--out=x", "--bottleneck=none", "--decay=0.9"], "--decay: has no effect on the bottleneck none"),
         (["train", "--out=x", "--adversarial-start=5"], "--adversarial-start: has no effect without an"),
         (["train", "--out=x", "--discriminator-width=16"], "--discriminator-width: has no effect without an"),
-        (["train", "--out=x", "--data=digits", "--modality=video"], "--modality: digits has images, not videos"),
+        (["train", "--out=x", "--data=digits", "--modality=video"], "--modality: digits has images, not video"),
         (["train", "--out=x", "--overwrite"], "--overwrite: has no effect without --resume"),
         (["prior", "x", "--kind=lstm", "--heads=2"], "--heads: has no effect on a prior of kind lstm"),
         (["encode", "--held-out", "x.fvq", "--run=x", "--skip-unreadable"], "--skip-unreadable: has no effect with"),

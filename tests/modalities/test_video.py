@@ -142,10 +142,11 @@ def test_a_run_shows_and_writes_what_moves(tmp_path: Path, capsys: pytest.Captur
     options = [f"--{name.replace('_', '-')}={value}" for name, value in FOLDERS["video"].settings.items()]
     train = ["train", f"--out={run}", f"--data={data}", *options, "--codebook-size=8", "--dim=4", "--steps=2"]
     train += ["--batch-size=4", "--quiet"]
-    assert cli.main(train) != 0
+    assert cli.main([*train, "--no-skip-unreadable"]) != 0
     assert "broken.mp4 is not a readable video" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    assert cli.main([*train, "--skip-unreadable"]) == 0
+    assert cli.main(train) == 0
+    assert "skipped 1 file of" in capsys.readouterr().err
     prior = ["prior", run, "--kind=pixelcnn", "--steps=1", "--dim=4", "--depth=1", "--batch-size=4", "--quiet"]
     assert cli.main(prior) == 0
     page = (tmp_path / "run" / "index.html").read_text()

@@ -91,7 +91,7 @@ def test_bad_input_is_named(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         evaluate_run(tmp_path / "absent")
     with pytest.raises(
-        DataError, match="data: fashion-mnist has 28x28 gray images; the run learned images, image_size 16"
+        DataError, match="data: fashion-mnist has images, 28x28 gray; the run learned from images, image_size 16"
     ):
         evaluate_run(run, tmp_path / "x.json", data="fashion-mnist")
     with pytest.raises(DataError, match="doesn't exist"):

@@ -152,7 +152,7 @@ def test_what_cannot_be_done_is_refused(tiny: tuple[Path, Path], whole: Path, tm
         tokenize(run, data, tmp_path / "x", shard_files=0)
     with pytest.raises(DataError, match=r"cifar10 doesn't exist: data must be 'fashion-mnist' \("):
         tokenize(run, "cifar10", tmp_path / "x")
-    with pytest.raises(DataError, match="data: fashion-mnist has 28x28 gray images; the run has images of 1 x 16 x 16"):
+    with pytest.raises(DataError, match="data: fashion-mnist has images, 28x28 gray; the run has images, 1 x 16 x 16"):
         tokenize(run, "fashion-mnist", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
