@@ -226,6 +226,7 @@ def test_all_files_are_written_here():
     root = Path(files.__file__).parent
     allowed = {"files.py", "training/metrics.py", "training/checkpoint.py", "bench/measure.py"}
     allowed |= {"bench/gpu/recorder.py", "bench/gpu/run.py", "data/decoded.py", "training/loggers.py"}
+    allowed |= {"data/video_io.py", "demo/sizes.py"}  # PyAV, in a file that is open
     found = set()
     for path in [*root.rglob("*.py"), *(root.parent / "kernels").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

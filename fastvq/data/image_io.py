@@ -67,9 +67,9 @@ def fit_image(image: Any, format: ImageFormat) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def why_unreadable(path: Path, error: Exception, content: bytes | None) -> str:
+def why_unreadable(path: StrPath, error: Exception, content: bytes | None) -> str:
     """Return in words why a decoder has failed on a file, or on the content of one in an archive."""
-    pillow = require("PIL.Image")
+    pillow, path = require("PIL.Image"), Path(path)
     if isinstance(error, pillow.DecompressionBombError):
         return f"it has more than {2 * pillow.MAX_IMAGE_PIXELS} pixels, scale it down first"
     if path.is_dir():

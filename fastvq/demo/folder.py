@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastvq.errors import CheckpointError, ConfigError
-from fastvq.files import delete_folder, exclusive, make_folder
+from fastvq.files import StrPath, delete_folder, exclusive, make_folder
 from fastvq.runs.pictures import MEDIA
 from fastvq.runs.train_prior import delete_prior
 from fastvq.training.checkpoint import checkpoint_folders
@@ -40,7 +40,7 @@ def check_request(*, resume: bool, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def demo_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+def demo_folder(folder: StrPath, *, resume: bool, overwrite: bool) -> Iterator[None]:
     """Let a demo write to a folder, alone; when it is finished, delete the one that it replaces.
 
     Args:
@@ -53,6 +53,7 @@ def demo_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None
         CheckpointError: the folder holds a run that is not a demo, or a demo, and neither `resume` nor `overwrite` is
             given; another process is writing there.
     """
+    folder = Path(folder)
     with exclusive(folder):
         if checkpoint_folders(folder) and not (folder / _MARKER).exists():
             raise CheckpointError(f"{folder} holds a run that is not a demo: choose another folder")

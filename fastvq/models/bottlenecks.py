@@ -24,6 +24,8 @@ from fastvq.errors import ConfigError
 from fastvq.quantizers import (
     FSP,
     FSQ,
+    IBQ,
+    IFSQ,
     LFQ,
     GroupedResidualFSQ,
     GroupedResidualLFQ,
@@ -31,6 +33,7 @@ from fastvq.quantizers import (
     GumbelQuantize,
     HierarchicalVQ,
     LatentQuantize,
+    LlamaGenVQ,
     ResidualFSQ,
     ResidualLFQ,
     ResidualSimVQ,
@@ -138,10 +141,13 @@ KINDS: dict[str, Kind] = {
     "grouped-residual-lfq": Kind(
         GroupedResidualLFQ, (ResidualLFQ, LFQ), _LFQ, {"groups": 2, "num_quantizers": 2}, _LFQ_STAGE
     ),
+    "ifsq": Kind(IFSQ, (FSQ,), {}, {"levels": [7, 7, 7]}, frozenset({"preserve_symmetry", "bound_hard_clamp"})),
     "fsp": Kind(FSP, defaults=_LEVELS),
     "latent": Kind(LatentQuantize, settings={"commitment_weight": "commitment_loss_weight"}, defaults=_LEVELS),
     "hierarchical": Kind(HierarchicalVQ, settings=_VQ),
     # Its indices in eval are the most probable ones: those of training become them as the temperature falls.
+    "ibq": Kind(IBQ, settings={"codebook_size": "codebook_size", "commitment_weight": "beta"}),
+    "llamagen": Kind(LlamaGenVQ, settings={name: name for name in ("codebook_size", "commitment_weight")}),
     "gumbel": Kind(GumbelQuantize, settings={"codebook_size": "codebook_size"}, defaults={"final_temperature": 0.0625}),
     "vae": Kind(GaussianBottleneck),
     "none": Kind(NoBottleneck, settings=dict.fromkeys(SHARED, "")),

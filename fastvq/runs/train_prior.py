@@ -74,6 +74,7 @@ def train_prior(
         raise ConfigError("resume and overwrite exclude each other: an interrupted successor is resumed as well")
     if not resume and not overwrite:
         _check_no_prior(run)
+    load_latest(run, tensors=False)  # before anything is written to a folder that holds no run
     with contextlib.ExitStack() as held:
         if ranks.leads():
             held.enter_context(exclusive(run))  # a training of the run would change the model meanwhile

@@ -29,7 +29,20 @@ PATTERNS = ("flat", "delay")
 # The keys of `fastvq.models.bottlenecks.KINDS`.
 BOTTLENECKS = (
     *("vq", "rvq", "grouped-rvq", "sim-vq", "residual-sim-vq", "fsq", "residual-fsq", "grouped-residual-fsq"),
-    *("lfq", "residual-lfq", "grouped-residual-lfq", "fsp", "latent", "hierarchical", "gumbel", "vae", "none"),
+    *(
+        "lfq",
+        "residual-lfq",
+        "grouped-residual-lfq",
+        "ifsq",
+        "fsp",
+        "latent",
+        "hierarchical",
+        "ibq",
+        "llamagen",
+        "gumbel",
+        "vae",
+        "none",
+    ),
 )
 _NO_BOTTLENECKS = {
     "random-projection": "it only returns indices, the targets of self-supervised learning: no codes to decode",

@@ -29,6 +29,7 @@ OPTIONS = {
     "latent": {"levels": [4, 3]},
     "fsp": {"levels": [4, 3]},
     "hierarchical": {"shared_codebook": False},
+    "ifsq": {"levels": [5, 3]},
     "gumbel": {"logits": "distance", "hard": True},
 }
 """Options by which each kind returns several indices, or indices of another size than by default."""
@@ -36,7 +37,7 @@ SIZES = {
     "vq": (16, 16), "rvq": (16, 8, 4), "grouped-rvq": (16,) * 6, "sim-vq": 16, "residual-sim-vq": (16, 16),
     "fsq": (60, 60), "residual-fsq": (12, 12), "grouped-residual-fsq": (12,) * 4, "lfq": (16, 16),
     "residual-lfq": (16,) * 4, "grouped-residual-lfq": (16,) * 4, "fsp": 12, "latent": 12, "hierarchical": 16,
-    "gumbel": 16,
+    "ifsq": 15, "ibq": 16, "llamagen": 16, "gumbel": 16,
 }  # fmt: skip
 QUANTIZERS = [name for name in KINDS if name not in ("vae", "none")]
 

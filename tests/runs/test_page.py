@@ -95,7 +95,7 @@ def test_another_page_is_not_replaced(finished: Path, tmp_path: Path) -> None:
 def test_training_writes_the_page(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = shutil.copytree(finished, tmp_path / "run")
     (copy / "index.html").unlink()
-    assert main(["train", "--out", str(copy), "--resume", "--steps", "4"]) == 0
+    assert main(["train", "--out", str(copy), "--resume", "--steps", "4", "--overwrite"]) == 0
     assert f"pictures and settings: {copy / 'index.html'}\n" in capsys.readouterr().out
     page = (copy / "index.html").read_text()
     for name in ("reconstructions", "indices", "usage", "curves"):
