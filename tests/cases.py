@@ -1,4 +1,4 @@
-"""What the tests share: dtypes, shapes, tolerances, and data made to break a nearest-code search.
+"""Shared parts of tests: dtypes, shapes, tolerances, and data made to break a nearest-code search.
 
 As a script it checks the native backend on all of this data, on the instruction set that FASTVQ_ISA names.
 """

@@ -32,7 +32,7 @@ def add_settings(parser: argparse.ArgumentParser, *settings: type[Settings]) -> 
     common = parser.add_argument_group("settings")
     groups = dict.fromkeys(settings, common)
     if len(settings) > 1:
-        groups = {record: parser.add_argument_group(f"settings of {plural(record.modality)}") for record in settings}  # type: ignore[attr-defined]
+        groups = {record: parser.add_argument_group(f"settings of {plural(record.modality)}") for record in settings}
     for name, field in fields.items():
         kind = typing.get_type_hints(owners[name][0])[name]
         # An optional number is parsed as a number; None stands for an option that is not given.

@@ -95,7 +95,7 @@ class _TransformersStages(nn.Module):
 
 
 class _Found(NamedTuple):
-    """What all stages make of vectors (B, C, T)."""
+    """The results of all stages for vectors (B, C, T)."""
 
     quantized: Tensor  # (B, C, T)
     indices: list[Tensor]  # (B, T) each

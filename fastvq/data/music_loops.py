@@ -24,7 +24,7 @@ from .registry import LOOPS, LOOPS_SETTINGS
 
 SHIPPED = Path(__file__).with_name("music_loops.zip")
 _EACH, _HELD_OUT = 8, 3
-"""Of a class, one of so many files is held out: those with this remainder, in the order of their names."""
+"""Divisor and remainder: the files of a class whose number by name leaves this remainder are held out."""
 CLASSES = {
     "ambi": "ambience",
     "bass": "bass",

@@ -5,6 +5,7 @@ ladder.py       PCA, autoencoder, VAE, VQ-VAE and Gumbel dVAE of the shipped ima
 video.py        the same of the shipped clips
 classifier.py   a judge of samples        sizes.py   held-out images or clips as files of every format
 page.py         index.html                folder.py  where a demo writes, and what it replaces
+parts.py        announcements, and settings with fewer steps
 
 A demo NAME is a module of this name with `run_demo(folder, *, resume, overwrite, **steps)`, which returns the content
 of its metrics.json, or None if it was interrupted, and a line in `DEMOS`. `steps` are numbers of steps, by name.

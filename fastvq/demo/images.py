@@ -34,6 +34,7 @@ from fastvq.training.trainer import Trainer
 from .classifier import STEPS, judge_samples
 from .folder import METRICS, check_request, demo_folder
 from .page import write_demo_page
+from .parts import announce, with_steps
 from .sizes import measure_sizes
 
 DEMO = ImageConfig(evaluate_every=400)
@@ -83,11 +84,8 @@ def run_demo(
             given; `resume` and there is nothing to continue; another process is writing there.
         ConfigError: `resume` and the settings differ from those of the demo, other than by more steps.
     """
-    folder, config, prior_config = Path(folder), config or DEMO, prior_config or DEMO_PRIOR
-    if steps is not None:
-        config = dataclasses.replace(config, steps=steps)
-    if prior_steps is not None:
-        prior_config = dataclasses.replace(prior_config, steps=prior_steps)
+    folder, config = Path(folder), with_steps(config or DEMO, steps)
+    prior_config = with_steps(prior_config or DEMO_PRIOR, prior_steps)
     check_request(resume=resume, overwrite=overwrite)
     examples = load_examples(config)
     with demo_folder(folder, resume=resume, overwrite=overwrite):
@@ -109,7 +107,7 @@ def _run(
     ceiling_config = dataclasses.replace(config, bottleneck="none", steps=ceiling_steps)
     print(describe(examples), flush=True)
 
-    _announce(1)
+    announce(_PARTS, 1)
 
     def draw(trainer: Trainer, evaluation: Evaluation) -> None:
         with failures_as_warnings("picture of reconstructions"):
@@ -123,14 +121,14 @@ def _run(
         return None
     picture_run(trainer, evaluation, captioned=False)
 
-    _announce(2)
+    announce(_PARTS, 2)
     began = bool(checkpoint_folders(folder / "ceiling"))
     ceiling_trainer = Trainer(ceiling_config, examples, folder / "ceiling", resume=resume and began)
     ceiling = ceiling_trainer.fit()
     if ceiling is None:
         return None
 
-    _announce(3)
+    announce(_PARTS, 3)
     prior_started = time.monotonic()
     trained = train_prior(folder, prior_config, resume=resume)
     if trained is None:
@@ -140,12 +138,12 @@ def _run(
     with failures_as_warnings("picture of curves of the prior"):
         picture_prior(folder, captioned=False)
 
-    _announce(4)
+    announce(_PARTS, 4)
     sampling = SAMPLING if prior.classes else {name: SAMPLING[name] for name in SAMPLING if name != "guidance"}
     picture_prior_samples(folder, prior, trainer.model, config, examples, **sampling)
     judged = judge_samples(prior, trainer.model, examples, sampling, steps=classifier_steps)
 
-    _announce(5)
+    announce(_PARTS, 5)
     print("\n".join(encode_held_out(folder, folder / "images.fvq", model="prior")), flush=True)
     coded = (folder / "images.fvq").stat().st_size
     bits, sizes = measure_sizes(
@@ -189,11 +187,6 @@ def _run(
     print(_table(metrics))
     print(f"all pictures and tables: {page}")
     return metrics
-
-
-def _announce(part: int) -> None:
-    description, seconds = _PARTS[part - 1]
-    print(f"\n[{part}/{len(_PARTS)}] {description}: about {seconds} s on 2 idle cores", flush=True)
 
 
 def _circumstances(trainer: Trainer, examples: Examples) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from fastvq.training.data_order import batch_rows
 from fastvq.training.trainer import Trainer
 
 from .folder import METRICS, check_request, demo_folder
+from .parts import announce, with_steps
 
 DEMO = ImageConfig(steps=1000)
 DEMO_PRIOR = PriorConfig(steps=600)
@@ -115,11 +116,8 @@ def run_demo(
         CheckpointError: see `demo_folder`; or `resume` and there is nothing to continue.
         ConfigError: `resume` and the settings differ from those of the demo, other than by more steps.
     """
-    folder, config, prior_config = Path(folder), config or DEMO, prior_config or DEMO_PRIOR
-    if steps is not None:
-        config = dataclasses.replace(config, steps=steps)
-    if prior_steps is not None:
-        prior_config = dataclasses.replace(prior_config, steps=prior_steps)
+    folder, config = Path(folder), with_steps(config or DEMO, steps)
+    prior_config = with_steps(prior_config or DEMO_PRIOR, prior_steps)
     check_request(resume=resume, overwrite=overwrite)
     examples = load_examples(config)
     with demo_folder(folder, resume=resume, overwrite=overwrite):
@@ -131,11 +129,11 @@ def _run(
 ) -> dict[str, Any] | None:
     started = time.monotonic()
     print(describe(examples), flush=True)
-    _announce(1)
+    announce(_PARTS, 1)
     angles = subspace_angles(seed=config.seed)
     _draw_angles(folder / "subspace.png", angles)
 
-    _announce(2)
+    announce(_PARTS, 2)
     models: dict[str, VQVAE] = {}
     for name in ("vq-vae", "autoencoder", "vae", "gumbel"):
         kind, options = RUNGS[name]
@@ -150,18 +148,18 @@ def _run(
             return None
         models[name] = trainer.model.eval()
 
-    _announce(3)
+    announce(_PARTS, 3)
     planes = {
         name: _train_plane(name, config, examples, min(config.steps, PLANE_STEPS)) for name in ("autoencoder", "vae")
     }
     _draw_planes(folder / "latents.png", planes, examples)
 
-    _announce(4)
+    announce(_PARTS, 4)
     trained = train_prior(folder, prior_config, resume=resume)
     if trained is None:
         return None
 
-    _announce(5)
+    announce(_PARTS, 5)
     vae = models["vae"]
     divergence = _divergences(vae, to_float(examples.test))
     _draw_divergences(folder / "divergence.png", divergence)
@@ -203,11 +201,6 @@ def _run(
         print("  ".join(f"{cell:>22}" for cell in one))
     print(f"all pictures and tables: {page}")
     return metrics
-
-
-def _announce(part: int) -> None:
-    description, seconds = _PARTS[part - 1]
-    print(f"\n[{part}/{len(_PARTS)}] {description}: about {seconds} s on 2 idle cores", flush=True)
 
 
 def subspace_angles(*, seed: int, counts: tuple[int, ...] = (30, 100, 300, 1000, 3000, 10000)) -> dict[int, float]:

@@ -6,7 +6,6 @@ beside the usual formats.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -32,6 +31,7 @@ from fastvq.training.evaluation import Evaluation
 from fastvq.training.trainer import Trainer
 
 from .folder import METRICS, check_request, demo_folder
+from .parts import announce, with_steps
 from .sizes import animation_sizes
 
 DEMO = VideoConfig()
@@ -75,11 +75,8 @@ def run_demo(
             given; `resume` and there is nothing to continue; another process is writing there.
         ConfigError: `resume` and the settings differ from those of the demo, other than by more steps.
     """
-    folder, config, prior_config = Path(folder), config or DEMO, prior_config or DEMO_PRIOR
-    if steps is not None:
-        config = dataclasses.replace(config, steps=steps)
-    if prior_steps is not None:
-        prior_config = dataclasses.replace(prior_config, steps=prior_steps)
+    folder, config = Path(folder), with_steps(config or DEMO, steps)
+    prior_config = with_steps(prior_config or DEMO_PRIOR, prior_steps)
     check_request(resume=resume, overwrite=overwrite)
     clips = load_examples(config)
     with demo_folder(folder, resume=resume, overwrite=overwrite):
@@ -93,7 +90,7 @@ def _run(
     started = time.monotonic()
     print(describe(clips), flush=True)
 
-    _announce(1)
+    announce(_PARTS, 1)
 
     def draw(trainer: Trainer, evaluation: Evaluation) -> None:
         with failures_as_warnings("picture of reconstructions"):
@@ -105,18 +102,18 @@ def _run(
         return None
     picture_run(trainer, evaluation, captioned=False)
 
-    _announce(2)
+    announce(_PARTS, 2)
     trained = train_prior(folder, prior_config, resume=resume)
     if trained is None:
         return None
     with failures_as_warnings("picture of curves of the prior"):
         picture_prior(folder, captioned=False)
 
-    _announce(3)
+    announce(_PARTS, 3)
     model, _ = load_model(folder)
     picture_prior_samples(folder, trained.prior, model, config, clips, **SAMPLING)
 
-    _announce(4)
+    announce(_PARTS, 4)
     print("\n".join(encode_held_out(folder, folder / "clips.fvq", model="prior")), flush=True)
     indices = trained.data.test.long()
     measured = coding.measure(indices, config.codebook_size)
@@ -156,11 +153,6 @@ def _run(
     write_whole(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
     print(f"all pictures and tables: {_write_page(folder, metrics)}")
     return metrics
-
-
-def _announce(part: int) -> None:
-    description, seconds = _PARTS[part - 1]
-    print(f"\n[{part}/{len(_PARTS)}] {description}: about {seconds} s on 2 idle cores", flush=True)
 
 
 def _write_page(folder: Path, metrics: dict[str, Any]) -> Path:

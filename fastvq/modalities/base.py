@@ -96,7 +96,7 @@ class Objective(nn.Module):
 
 
 class Modality(ABC):
-    """What training, commands and pages know about a kind of data.
+    """Kind of data, as training, commands and pages see it.
 
     Attributes:
         name: its name in settings.

@@ -47,7 +47,7 @@ class PixelConfig(TrainConfig):
 
     @property
     def mirrored(self) -> bool:
-        """Whether the model also learns from mirrored examples."""
+        """True if the model also learns from mirrored examples."""
         return self.flip
 
     def network(self) -> dict[str, Any]:

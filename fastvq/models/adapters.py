@@ -74,7 +74,7 @@ class Adapter:
 
     @property
     def decodes_leading(self) -> bool:
-        """Whether the indices of the first codebooks alone can be decoded, to a coarser signal."""
+        """True if the indices of the first codebooks alone can be decoded, to a coarser signal."""
         return isinstance(self.quantizer, ResidualStack)
 
     def index_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:

@@ -187,6 +187,6 @@ class VQVAE(nn.Module):
 
     @property
     def first(self) -> tuple[int, ...]:
-        """How many values of a signal have a position of their own along each axis, before those that share one."""
+        """Number of values along each axis that have a position of their own, before those that share one."""
         encoder: Any = self.encoder
         return tuple(getattr(encoder, "first", (0,) * len(self.strides)))

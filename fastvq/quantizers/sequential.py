@@ -54,7 +54,7 @@ class Sequential(Monitored, nn.Module):
 
     @property
     def freeze_codebook(self) -> bool:
-        """That of the quantizer. Assigning sets it there."""
+        """The quantizer's own attribute; assignment sets it there."""
         return self.quantizer.freeze_codebook
 
     @freeze_codebook.setter

@@ -143,7 +143,7 @@ def _leading_sizes(vqvae: VQVAE, stages: int | None, model: str) -> int | tuple[
     """Return the sizes of the codebooks whose indices are written.
 
     Raises:
-        CodingError: there are not so many stages, or their indices cannot be coded.
+        CodingError: `stages` is more than the codebooks of the run, or the indices cannot be coded.
     """
     sizes = vqvae.codebook_size
     if stages is None:

@@ -30,7 +30,7 @@ _PLAYERS = {
     ".ogg": _SOUND,
     ".wav": _SOUND,
 }
-"""What plays a file, by its ending."""
+"""HTML element that plays a file, by its ending."""
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }

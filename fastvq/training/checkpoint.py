@@ -69,7 +69,7 @@ class Checkpoint:
 
     @property
     def finished(self) -> bool:
-        """Whether the training has done all its steps."""
+        """True if the training has done all its steps."""
         return self.step >= self.config.steps
 
     def part(self, prefix: str) -> dict[str, Tensor]:

@@ -74,6 +74,9 @@ class Settings:
         ConfigError: a value is out of range; the message names the field.
     """
 
+    modality: ClassVar[str] = ""
+    """Name of the modality that the settings are of; empty for those of any."""
+
     if TYPE_CHECKING:
         steps: int
         seed: int
@@ -141,7 +144,6 @@ class TrainConfig(Settings):
         of_folders: settings that have other defaults for a folder of files.
     """
 
-    modality: ClassVar[str] = ""
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
     of_folders: ClassVar[dict[str, Any]] = {}
 
@@ -211,14 +213,14 @@ class TrainConfig(Settings):
 
     @property
     def without_indices(self) -> str | None:
-        """What a command that needs indices says of a run that has none, after its name; None if it has."""
+        """Message of a command that needs indices, after the name of a run that has none; None if the run has them."""
         if self.bottleneck == "none":
             return "was trained without a bottleneck: it has no indices"
         return "was trained with the bottleneck vae: it has no indices" if self.bottleneck == "vae" else None
 
     @property
     def mirrored(self) -> bool:
-        """Whether the model also learns from mirrored examples."""
+        """True if the model also learns from mirrored examples."""
         return False
 
     def to_json(self) -> dict[str, Any]:

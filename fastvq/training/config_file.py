@@ -47,7 +47,7 @@ def read_settings(path: StrPath, section: str, *settings: type[Settings]) -> dic
             raise ConfigError(f"config: {path} is divided into {listed}, but has {', '.join(others)} outside of them")
         content = content.get(section, {})
     known = list(dict.fromkeys(field.name for record in settings for field in dataclasses.fields(record)))
-    if any(hasattr(record, "modality") for record in settings):
+    if any(record.modality for record in settings):
         known.append("modality")
     given = {name.replace("-", "_"): value for name, value in content.items()}
     for name in given:
@@ -61,7 +61,7 @@ def read_settings(path: StrPath, section: str, *settings: type[Settings]) -> dic
 def to_toml(config: Settings) -> str:
     """Return settings as a TOML file, each with its description; those that are None are left out."""
     lines, tables = [], []
-    if hasattr(config, "modality"):
+    if config.modality:
         lines.append(f"modality = {_value(config.modality)}  # what the model learns from")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

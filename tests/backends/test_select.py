@@ -1,4 +1,4 @@
-"""Which backend serves a call: requests are met or fail with the reason, and a fallback says so, once."""
+"""Choice of the backend for a call: requests are met or fail with the reason, and a fallback says so, once."""
 
 from __future__ import annotations
 

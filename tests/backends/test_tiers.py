@@ -1,4 +1,4 @@
-"""What the cheap tiers save, and what they may cost: data that defeat int16 take hardly longer than float32 alone.
+"""Savings and costs of the cheap tiers: data that defeat int16 take hardly longer than float32 alone.
 
 Each side runs in its own process, since FASTVQ_TIER is read once, and the two take turns. As a script, this file is one
 such process.

@@ -1,4 +1,4 @@
-"""What all commands share: errors in one line, refusals, missing packages."""
+"""Common behavior of all commands: errors in one line, refusals, missing packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `accelerate` recognizes, skips and refuses, and its report."""
+"""Recognition by `accelerate`, its refusals, and its report."""
 
 from __future__ import annotations
 

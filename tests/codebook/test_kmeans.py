@@ -88,7 +88,7 @@ def test_layers_use_their_codes(make, compiled):
 
 
 def test_seeds_reach_far_clusters():
-    """Of 40 clusters with one row each beside a dense one, all get a seed; random rows miss most of them."""
+    """All of 40 clusters with one row each beside a dense one get a seed; random rows miss most of them."""
     x = torch.cat(
         [0.01 * torch.randn(2000, 2, generator=generator()), 100 * torch.randn(40, 2, generator=generator(1))]
     )

@@ -1,4 +1,4 @@
-"""What every modality does: it is found, trains, resumes, and serves the commands of a run by the same code."""
+"""Common behavior of modalities: each is found, trains, resumes, and serves the commands of a run by the same code."""
 
 from __future__ import annotations
 

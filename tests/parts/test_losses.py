@@ -58,7 +58,7 @@ def test_used_codes_alone():
 
 
 def test_at_most_that_many():
-    """Of three codes, two are equal: a pair of them is either parallel or not."""
+    """Two of three codes are equal: a pair of them is either parallel or not."""
     codes = torch.tensor([[[1.0, 0], [1, 0], [0, 1]]])
     found = {round(orthogonality(codes, most=2).item(), 4) for _ in range(50)}
     assert found == {0.0, 0.5}

@@ -186,7 +186,7 @@ FROZEN = {
 
 
 def learns(layer, **forward):
-    """Whether a step changes the state, or gives a codebook a gradient."""
+    """Return whether a step changes the state, or gives a codebook a gradient."""
     before = {name: t.clone() for name, t in layer.state_dict().items()}
     x = torch.randn(2, 5, DIM, generator=generator(), requires_grad=True)
     layer.zero_grad()
