@@ -15,7 +15,7 @@ from fastvq.coding import fingerprint
 from fastvq.data import DATA_SETS, Examples
 from fastvq.errors import CheckpointError, ConfigError, DataError
 from fastvq.files import StrPath
-from fastvq.models import VQVAE, Prior
+from fastvq.models import VQVAE, Continuous, Prior
 from fastvq.training.build import build_model, load_examples
 from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, damage_named, load_latest
 from fastvq.training.config import PriorConfig, TrainConfig
@@ -116,6 +116,8 @@ def load_prior_checkpoint(run: StrPath, model: VQVAE) -> Checkpoint:
     if not checkpoint_folders(folder) and successor_is_finished(folder):
         folder = folder / SUCCESSOR_FOLDER
     if not checkpoint_folders(folder):
+        if isinstance(model.bottleneck, Continuous):
+            raise CheckpointError(f"{run} was trained with a bottleneck that has no indices, so it has no prior")
         raise CheckpointError(f"{run} has no prior yet: fastvq prior {run} learns one")
     checkpoint = load_latest(folder, PriorConfig)
     if checkpoint.data_fingerprint != fingerprint(model).hex():

@@ -156,3 +156,5 @@ def test_a_run_without_indices_reconstructs(run: Path, tmp_path: Path, bottlenec
     for call in (lambda: plain.encode(torch.rand(1, 3, 16, 16)), lambda: plain.decode(torch.zeros(1, 4, 4).long())):
         with pytest.raises(ConfigError, match=r"trained with.* bottleneck.*: it has no indices"):
             call()
+    with pytest.raises(CheckpointError, match="a bottleneck that has no indices, so it has no prior"):
+        plain.sample()
