@@ -64,9 +64,9 @@ _NAMES = {
 }
 _PARTS = [
     ("PCA of linear data, whose subspace is known", 2),
-    ("training four models with the same encoder and decoder", 220),
-    ("training an autoencoder and a VAE with two latents", 40),
-    ("training a prior over the indices of the VQ-VAE", 80),
+    ("training four models with the same encoder and decoder", 280),
+    ("training an autoencoder and a VAE with two latents", 30),
+    ("training a prior over the indices of the VQ-VAE", 75),
     ("one table, interpolations", 15),
 ]
 """Description of each part, and its approximate time in seconds on 2 idle cores."""
@@ -512,7 +512,7 @@ def write_ladder_page(folder: StrPath, metrics: dict[str, Any]) -> Path:
         [
             Section("1. Linear data: PCA", linear),
             Section("2. Latents: autoencoder and VAE", latents),
-            Section("3. Equal bits", table),
+            Section("3. Bits and quality", table),
             Section("How this was made", made),
         ],
     )
