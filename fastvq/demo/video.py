@@ -40,10 +40,10 @@ DEMO_PRIOR = PriorConfig(
 )
 SAMPLING: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95}
 _PARTS = [
-    ("training a VQ-VAE of clips", 170),
-    ("training a prior over the indices", 110),
-    ("samples and completions", 30),
-    ("the held-out clips as files of every format", 30),
+    ("training a VQ-VAE of clips", 300),
+    ("training a prior over the indices", 90),
+    ("samples and completions", 15),
+    ("the held-out clips as files of every format", 15),
 ]
 """Description of each part, and its approximate time in seconds on 2 idle cores."""
 
