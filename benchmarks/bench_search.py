@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastvq
-from fastvq.bench.data import DATA, OTHER_SHAPES, SHAPES
+from fastvq.bench.data import DATA, OTHER_SHAPES, SHAPES, Shape
 from fastvq.bench.exact import nearest
 from fastvq.bench.measure import checked_rows
 from fastvq.bench.peers import CONTESTANTS
@@ -37,3 +37,15 @@ def bench_dtypes_and_metrics(benchmark, dtype, metric):
     assert torch.equal(fastvq.search(x, codebook, metric=metric), nearest(x, codebook, metric=metric))
     benchmark.group = f"search {SHAPES[1]} by dtype and metric"
     benchmark.pedantic(fastvq.search, (x, codebook), {"metric": metric}, rounds=7, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("data", ["latents", "gaussian"])
+@pytest.mark.parametrize("size", [1024, 2048, 8192])
+def bench_two_stages(benchmark, data, size):
+    """Random residuals of the first stage are the codes of the second."""
+    x, first = DATA[data](Shape(16384, size, 64))
+    residual = x - first[fastvq.search(x, first)]
+    second = residual[torch.randint(len(x), (size,), generator=torch.Generator().manual_seed(0))]
+    assert torch.equal(fastvq.residual_search(x, [first, second])[:, 1], fastvq.search(residual, second))
+    benchmark.group = f"residual search, two stages of {size}"
+    benchmark.pedantic(fastvq.residual_search, (x, [first, second]), rounds=7, warmup_rounds=1)

@@ -18,6 +18,8 @@ constexpr int64_t RARE = 4;
 // Residuals of fewer elements stay in a cache from stage to stage, and one stage is packed after the other, into the
 // same memory.
 constexpr int64_t FEW_ELEMENTS = 1 << 17;
+// Among fewer codes, short vectors save less than it costs to pass all rows through one stage at a time.
+constexpr int64_t MANY_CODES = 2048;
 
 // out = rows - their codes, rounded to float32 once; rows without a code stay what they are. `out` may be what `rows`
 // reads. float16 and bfloat16 are read as the float32 numbers that they are; float64 is subtracted in float64.
@@ -47,19 +49,19 @@ void subtract_codes(const Isa& isa, const Matrix& rows, const Matrix& codes, con
   }
 }
 
-// Without keeping rows together: every stage searches all rows. forms_of(stage) returns the forms of its codes.
-template <class FormsOf>
-void stage_by_stage(const Isa& isa, Precision precision, const Matrix& x, int64_t stages, const FormsOf& forms_of,
-                    int64_t* indices, const Parallel& parallel) {
+// Without keeping rows together: every stage searches all rows.
+void stage_by_stage(const Isa& isa, Precision precision, const Matrix& x, const std::vector<CodeForms*>& stages,
+                    int64_t* indices, int64_t stride, const Parallel& parallel) {
   const Scratch<float> residual(x.rows * x.dim);
+  const auto count = static_cast<int64_t>(stages.size());
   std::vector<int64_t> found(x.rows);
   Matrix rows = x;
-  for (int64_t stage = 0; stage < stages; ++stage) {
-    auto&& forms = forms_of(stage);
-    search(isa, precision, rows, forms, found.data(), parallel);
-    for (int64_t n = 0; n < x.rows; ++n) indices[n * stages + stage] = found[n];
-    if (stage + 1 == stages) break;
-    subtract_codes(isa, rows, forms.codes, found.data(), residual.get());
+  for (int64_t stage = 0; stage < count; ++stage) {
+    CodeForms own(isa, stages[stage]->codes, stages[stage]->metric, Lifetime::one_search);
+    search(isa, precision, rows, stages[stage]->kept ? *stages[stage] : own, found.data(), parallel);
+    for (int64_t n = 0; n < x.rows; ++n) indices[n * stride + stage] = found[n];
+    if (stage + 1 == count) break;
+    subtract_codes(isa, rows, own.codes, found.data(), residual.get());
     rows = {DType::f32, residual.get(), x.rows, x.dim};
   }
 }
@@ -81,7 +83,7 @@ void serially(int64_t count, int64_t, const std::function<void(int64_t, int64_t)
 
 // Searches a block of rows through all stages. Returns false where a stage defers too many of them.
 bool search_block(const Isa& isa, const std::vector<std::unique_ptr<Stage>>& stages, const Matrix& block,
-                  bool may_defer, float* residual, int64_t* indices) {
+                  bool may_defer, float* residual, int64_t* indices, int64_t stride) {
   const auto count = static_cast<int64_t>(stages.size());
   std::vector<int64_t> found(block.rows), deferred;
   Matrix rows = block;
@@ -94,7 +96,7 @@ bool search_block(const Isa& isa, const std::vector<std::unique_ptr<Stage>>& sta
       if (static_cast<int64_t>(deferred.size()) * RARE > rows.rows || !direct_serves(rows, own.codes)) return false;
       direct_pass(isa, rows, own.codes, own.frame.metric, deferred, found.data(), serially);
     }
-    for (int64_t i = 0; i < rows.rows; ++i) indices[i * count + stage] = found[i];
+    for (int64_t i = 0; i < rows.rows; ++i) indices[i * stride + stage] = found[i];
     if (stage + 1 == count) break;
     subtract_codes(isa, rows, own.codes, found.data(), residual);
     rows = {DType::f32, residual, block.rows, block.dim};
@@ -102,26 +104,11 @@ bool search_block(const Isa& isa, const std::vector<std::unique_ptr<Stage>>& sta
   return true;
 }
 
-}  // namespace
-
-void residual_search(const Isa& isa, Precision precision, const Matrix& x, const std::vector<CodeForms*>& stages,
-                     int64_t* indices, const Parallel& parallel) {
+// A block of rows passes all stages before the next block begins; where the stages defer many rows of one, its rows and
+// those after it are searched stage by stage.
+void block_by_block(const Isa& isa, Precision precision, const Matrix& x, const std::vector<CodeForms*>& stages,
+                    int64_t* indices, int64_t stride, const Parallel& parallel) {
   const int64_t dim = x.dim, stage_count = static_cast<int64_t>(stages.size());
-  const auto all_rows = [&](const Matrix& rows, int64_t* out) {
-    if (stages[0]->kept) {
-      const auto forms_of = [&](int64_t stage) -> CodeForms& { return *stages[stage]; };
-      stage_by_stage(isa, precision, rows, stage_count, forms_of, out, parallel);
-      return;
-    }
-    const auto forms_of = [&](int64_t stage) {
-      return CodeForms(isa, stages[stage]->codes, stages[stage]->metric, Lifetime::one_search);
-    };
-    stage_by_stage(isa, precision, rows, stage_count, forms_of, out, parallel);
-  };
-  if (precision == Precision::direct || (precision == Precision::automatic && x.rows * dim <= FEW_ELEMENTS)) {
-    all_rows(x, indices);
-    return;
-  }
   const bool integer = precision != Precision::float32 && isa.int16 && dim <= LARGEST_INTEGER_DIM;
   std::vector<std::unique_ptr<Stage>> packed(stage_count);
   parallel(stage_count, 1, [&](int64_t begin, int64_t end) {
@@ -143,7 +130,7 @@ void residual_search(const Isa& isa, Precision precision, const Matrix& x, const
     int64_t row = begin;
     for (bool going = fits; going && row < end; row += going ? block : 0) {
       const Matrix rows{x.dtype, x.row(row), std::min(block, end - row), dim};
-      going = search_block(isa, packed, rows, integer, residual.get(), indices + row * stage_count);
+      going = search_block(isa, packed, rows, integer, residual.get(), indices + row * stride, stride);
     }
     const std::lock_guard<std::mutex> lock(merging);
     for (; row < end; ++row) again.push_back(row);
@@ -154,9 +141,42 @@ void residual_search(const Isa& isa, Precision precision, const Matrix& x, const
   for (int64_t i = 0; i < count; ++i)
     std::copy_n(static_cast<const char*>(x.row(again[i])), row_bytes, gathered.get() + i * row_bytes);
   std::vector<int64_t> found(count * stage_count);
-  all_rows({x.dtype, gathered.get(), count, dim}, found.data());
+  stage_by_stage(isa, precision, {x.dtype, gathered.get(), count, dim}, stages, found.data(), stage_count, parallel);
   for (int64_t i = 0; i < count; ++i)
-    std::copy_n(found.begin() + i * stage_count, stage_count, indices + again[i] * stage_count);
+    std::copy_n(found.begin() + i * stage_count, stage_count, indices + again[i] * stride);
+}
+
+}  // namespace
+
+void residual_search(const Isa& isa, Precision precision, const Matrix& x, const std::vector<CodeForms*>& stages,
+                     int64_t* indices, const Parallel& parallel) {
+  const auto count = static_cast<int64_t>(stages.size());
+  const bool automatic = precision == Precision::automatic, forced = precision == Precision::projected;
+  if (precision == Precision::direct || (automatic && x.rows * x.dim <= FEW_ELEMENTS)) {
+    stage_by_stage(isa, precision, x, stages, indices, count, parallel);
+    return;
+  }
+  // The first stages whose codes lie in few directions: short vectors save more there than blocks do.
+  Scratch<float> residual;
+  std::vector<int64_t> found;
+  Matrix rows = x;
+  int64_t stage = 0;
+  const auto shortens = [&](CodeForms& forms) {
+    return (forced || (automatic && forms.codes.rows >= MANY_CODES)) && forms.shortened(x.rows, forced, parallel);
+  };
+  for (; shortens(*stages[stage]); ++stage) {
+    if (stage == 0) residual = Scratch<float>(x.rows * x.dim), found.resize(x.rows);
+    CodeForms& own = *stages[stage];
+    search(isa, precision, rows, own, found.data(), parallel);
+    for (int64_t n = 0; n < x.rows; ++n) indices[n * count + stage] = found[n];
+    if (stage + 1 == count) return;
+    parallel(x.rows, std::max<int64_t>(1, GRAIN / x.dim), [&](int64_t begin, int64_t end) {
+      const Matrix part{rows.dtype, rows.row(begin), end - begin, x.dim};
+      subtract_codes(isa, part, own.codes, found.data() + begin, residual.get() + begin * x.dim);
+    });
+    rows = {DType::f32, residual.get(), x.rows, x.dim};
+  }
+  block_by_block(isa, precision, rows, {stages.begin() + stage, stages.end()}, indices + stage, count, parallel);
 }
 
 void residual_search(const Isa& isa, Precision precision, const Matrix& x, const std::vector<Matrix>& codebooks,

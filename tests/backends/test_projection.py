@@ -165,3 +165,22 @@ def test_masks_heads_and_splits():
         assert torch.equal(fastvq.search(x.repeat(20, 1), codes), expected.repeat(20))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_first_stages_of_a_residual_search(packed):
+    """The first two stages lie near few directions, the third in all of them."""
+    g = generator(5)
+    turn = rotation(D, g)
+    x, first = (t @ turn for t in near_few_directions(4000, 2048, g))
+    near, _ = near_few_directions(2048, 1, g)
+    stages = [first.float(), 0.3 * (near @ turn).float(), 0.05 * torch.randn(64, D, generator=g)]
+    x = x.float()
+    x[::50] = math.nan
+    found = fastvq.residual_search(x, fastvq.PackedCodebook(stages) if packed else stages)
+    residual = x
+    for place, codes in enumerate(stages):
+        with fastvq.use_backend("torch"):
+            expected = fastvq.search(residual, codes)
+        assert torch.equal(found[:, place], expected)
+        residual = torch.where((expected >= 0)[:, None], residual - codes[expected.clamp_min(0)], residual)
