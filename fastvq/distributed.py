@@ -54,6 +54,12 @@ def rank() -> int:
     return dist.get_rank() if active() else 0
 
 
+def share(count: int) -> slice:
+    """Return this rank's part of `count` rows, which the number of ranks divides."""
+    size = count // world_size()
+    return slice(rank() * size, (rank() + 1) * size)
+
+
 def sum_(*tensors: Tensor) -> None:
     """Replace each tensor by its sum over the ranks, in one all-reduce.
 

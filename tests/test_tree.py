@@ -169,6 +169,20 @@ def test_the_walk_sees_each_form_of_import(tmp_path):
     assert sorted(imports("fastvq.backends.module", path)) == [f"fastvq.backends.{name}" for name in names]
 
 
+UPWARD = ("data", "models", "modalities", "training", "runs", "demo", "cli")
+
+
+def test_rooms_import_one_way():
+    """A room imports those before it in `UPWARD`, and none after it."""
+    found = []
+    for level, room in enumerate(UPWARD):
+        above = tuple(f"fastvq.{one}." for one in UPWARD[level + 1 :])
+        for name, path in modules():
+            if name.startswith(f"fastvq.{room}."):
+                found += [(name, imported) for imported in imports(name, path) if f"{imported}.".startswith(above)]
+    assert not found
+
+
 # The ops that a backend leaves to another one, and why.
 SIGNS = "its codes are vectors of signs: the torch backend computes it from tables of 2^(D/2) entries"
 NO_KERNEL = "has no Triton kernel yet: the torch backend serves it on GPUs too"

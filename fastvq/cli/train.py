@@ -134,9 +134,8 @@ def _check_nothing_is_lost(options: argparse.Namespace) -> None:
 def _settings(options: argparse.Namespace) -> TrainConfig:
     """Return the requested settings; those not given are the resumed run's own, or the defaults."""
     from fastvq.data import DATA_SETS
-    from fastvq.modalities import NAMES, config_of, plural, recognized
+    from fastvq.modalities import NAMES, TrainConfig, config_of, plural, recognized
     from fastvq.training.checkpoint import load_latest
-    from fastvq.training.config import TrainConfig
 
     given = given_settings(options, "train", *map(config_of, NAMES))
     own = load_latest(options.out).config if options.resume else None

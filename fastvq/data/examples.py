@@ -80,3 +80,9 @@ def digest_of(*splits: Tensor) -> str:
 def to_float(stored: Tensor) -> Tensor:
     """Return stored examples as float32: uint8 in [0, 1], int16 in [-1, 1)."""
     return stored.to(torch.float32) / _SCALES[stored.dtype]
+
+
+def to_device(batch: Tensor, device: torch.device) -> Tensor:
+    """Return a batch on a device; a copy from the CPU does not wait for the work queued there."""
+    # A non-blocking copy to the CPU would be read before it has arrived.
+    return batch.to(device, non_blocking=batch.device.type == "cpu")

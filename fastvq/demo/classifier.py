@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.data import Examples
+from fastvq.data.augmentation import flip_randomly
 from fastvq.data.examples import to_float
+from fastvq.data.order import batch_rows
 from fastvq.extras import tracked
 from fastvq.models import VQVAE, Prior
-from fastvq.training.data_order import batch_rows, flip_randomly
 from fastvq.training.evaluation import reconstruct
 
 STEPS = 500

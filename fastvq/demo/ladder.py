@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fastvq
 from fastvq.data import Examples
 from fastvq.data.examples import describe, to_float
+from fastvq.data.order import batch_rows
 from fastvq.extras import tracked
 from fastvq.files import StrPath, write_whole
 from fastvq.modalities import ImageConfig
@@ -39,7 +40,6 @@ from fastvq.runs.train_prior import train_prior
 from fastvq.training.build import load_examples
 from fastvq.training.checkpoint import checkpoint_folders
 from fastvq.training.config import PriorConfig
-from fastvq.training.data_order import batch_rows
 from fastvq.training.trainer import Trainer
 
 from .folder import METRICS, check_request, demo_folder

@@ -2,7 +2,7 @@
 
 A modality NAME has two modules here: `NAME_config`, its settings, which import no torch, and `NAME`, whose `MODALITY`
 ties together its files (`fastvq.data`), its networks and losses (`fastvq.models`), and how its examples are drawn and
-written. `base` describes what a modality is.
+written. `base` describes what a modality is, `train_config` has the settings that all have.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from fastvq.extras import lazy_attributes
 
 if TYPE_CHECKING:
     from fastvq.files import StrPath
-    from fastvq.training.config import TrainConfig
 
     from .audio_config import AudioConfig
     from .base import Modality
     from .image_config import ImageConfig
+    from .train_config import TrainConfig
     from .video_config import VideoConfig
 else:
     __getattr__, __dir__ = lazy_attributes(
@@ -28,6 +28,7 @@ else:
             "audio_config": ("AudioConfig",),
             "base": ("Modality",),
             "image_config": ("ImageConfig",),
+            "train_config": ("TrainConfig",),
             "video_config": ("VideoConfig",),
         },
     )
@@ -37,6 +38,7 @@ __all__ = [
     "AudioConfig",
     "ImageConfig",
     "Modality",
+    "TrainConfig",
     "VideoConfig",
     "config_of",
     "modality_of",

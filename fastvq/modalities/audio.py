@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from fastvq.data import Examples
 from fastvq.data.audio_io import SOUNDS, write_audio
-from fastvq.data.examples import to_float
+from fastvq.data.augmentation import crop_clips_randomly
+from fastvq.data.examples import to_device, to_float
 from fastvq.files import StrPath, make_folder, whole
 from fastvq.models import AudioDecoder, AudioEncoder
 from fastvq.models.spectral import log_mel, log_mel_distance, mel_loss, si_sdr, stft_loss
-from fastvq.training.data_order import crop_clips_randomly, to_device
 
 from .audio_config import AudioConfig
 from .base import Measure, Measures, Modality, Objective

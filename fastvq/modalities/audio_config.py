@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 from fastvq.data import DATA_SETS
 from fastvq.data.audio_format import AudioFormat
 from fastvq.errors import ConfigError
-from fastvq.training.config import TrainConfig, setting
+from fastvq.settings import setting
+
+from .train_config import TrainConfig
 
 ACTIVATIONS = ("elu", "snake")
 """Those of `fastvq.models.audio`, repeated so that reading settings imports no model."""

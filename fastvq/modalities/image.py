@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.data import Examples
-from fastvq.data.examples import to_float
+from fastvq.data.augmentation import crop_randomly, flip_randomly
+from fastvq.data.examples import to_device, to_float
 from fastvq.data.image_io import IMAGES, write_image
 from fastvq.data.images import load_image_folder
 from fastvq.errors import ConfigError
 from fastvq.files import StrPath
 from fastvq.models import Decoder, Encoder
-from fastvq.training.data_order import crop_randomly, flip_randomly, to_device
 
 from .base import Measure, Measures, Modality, Objective
 from .image_config import ImageConfig

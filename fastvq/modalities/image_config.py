@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from fastvq.data import DATA_SETS
 from fastvq.data.image_format import ImageFormat
 from fastvq.errors import ConfigError
-from fastvq.training.config import setting
+from fastvq.settings import setting
 
 from .pixel_config import PixelConfig
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from fastvq.data.image_format import FITS
 from fastvq.errors import ConfigError
-from fastvq.training.config import SIDE, TrainConfig, setting
+from fastvq.settings import SIDE, setting
+
+from .train_config import TrainConfig
 
 
 @dataclass(frozen=True)

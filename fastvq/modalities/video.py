@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.data import Examples
-from fastvq.data.examples import to_float
+from fastvq.data.augmentation import flip_randomly
+from fastvq.data.examples import to_device, to_float
 from fastvq.data.video_io import CLIPS, write_video
 from fastvq.errors import ConfigError
 from fastvq.files import StrPath
 from fastvq.models import VideoDecoder, VideoEncoder
-from fastvq.training.data_order import flip_randomly, to_device
 
 from .base import Distance, Measure, Measures, Modality, PerExample
 from .image import PixelObjective

@@ -7,7 +7,8 @@ and the decoder is the mirror image. `ndim` selects 1-D, 2-D or 3-D convolutions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,6 +59,60 @@ def norm_layers(channels: int, groups: int, kind: type[nn.GroupNorm] = nn.GroupN
     return [kind(groups, channels)] if groups else []
 
 
+@dataclass(frozen=True)
+class Layers:
+    """Constructors of the layers of which `encoder_layers` and `decoder_layers` build networks for a kind of signal.
+
+    Attributes:
+        plain: a convolution that keeps the grid, from (channels, channels after it, an odd size).
+        down, up: a strided or transposed convolution, from (channels, channels after it, level 1, 2, ...).
+        block: a residual block of so many channels.
+        norm: a normalization of so many channels, or none.
+        attention: an attention over the coarsest grid of so many channels, or none.
+    """
+
+    plain: Callable[[int, int, int], nn.Module]
+    down: Callable[[int, int, int], nn.Module]
+    up: Callable[[int, int, int], nn.Module]
+    block: Callable[[int], nn.Module]
+    norm: Callable[[int], list[nn.Module]]
+    attention: Callable[[int], list[nn.Module]] = lambda width: []
+
+
+def encoder_layers(
+    layers: Layers, in_channels: int, dim: int, widths: Sequence[int], residual_blocks: int, level_blocks: int
+) -> nn.Sequential:
+    """Return the layers of an `Encoder` whose grids have `widths` channels, from the finest to the coarsest."""
+    stack: list[nn.Module] = []
+    channels = in_channels
+    for level, next_channels in enumerate(widths, start=1):
+        stack.append(layers.down(channels, next_channels, level))
+        channels = next_channels
+        # The first residual block starts with its own nonlinearity.
+        if level < len(widths):
+            stack += [layers.block(channels) for _ in range(level_blocks)]
+            stack.append(nn.GELU())
+    stack += [layers.block(channels) for _ in range(residual_blocks)]
+    stack += [*layers.attention(channels), *layers.norm(channels)]
+    return nn.Sequential(*stack, nn.GELU(), layers.plain(channels, dim, 1))
+
+
+def decoder_layers(
+    layers: Layers, dim: int, out_channels: int, widths: Sequence[int], residual_blocks: int, level_blocks: int
+) -> nn.Sequential:
+    """Return the layers of a `Decoder` whose grids have `widths` channels, from the finest to the coarsest."""
+    channels = widths[-1]
+    stack: list[nn.Module] = [layers.plain(dim, channels, 3)]
+    stack += [layers.block(channels) for _ in range(residual_blocks)]
+    stack += [*layers.attention(channels), *layers.norm(channels)]
+    for level, next_channels in enumerate([*widths[-2::-1], out_channels], start=1):
+        stack += [nn.GELU(), layers.up(channels, next_channels, level)]
+        if level < len(widths):
+            stack += [layers.block(next_channels) for _ in range(level_blocks)]
+        channels = next_channels
+    return nn.Sequential(*stack)
+
+
 class ResidualBlock(nn.Module):
     """`x + conv1(gelu(conv3(gelu(x))))`: a 3-wide convolution into `hidden` channels, a 1-wide one back.
 
@@ -105,6 +160,20 @@ class GridAttention(nn.Module):
         return x + self.out(attended.unflatten(2, x.shape[2:]))
 
 
+def _layers(ndim: int, residual_width: int, groups: int, attention: bool) -> Layers:
+    """Return the layers of `Encoder` and `Decoder` for signals of some spatial dimensions."""
+    _check_ndim(ndim)
+    conv, conv_transpose = _CONV[ndim], _CONV_TRANSPOSE[ndim]
+    return Layers(
+        plain=lambda channels, after, size: conv(channels, after, size, padding=size // 2),
+        down=lambda channels, after, level: conv(channels, after, 4, stride=2, padding=1),
+        up=lambda channels, after, level: conv_transpose(channels, after, 4, stride=2, padding=1),
+        block=lambda channels: ResidualBlock(channels, residual_width, ndim=ndim, groups=groups),
+        norm=lambda channels: norm_layers(channels, groups),
+        attention=lambda channels: [GridAttention(channels, ndim=ndim, groups=groups)] if attention else [],
+    )
+
+
 class Encoder(nn.Module):
     """Map a signal to a grid of feature vectors, `2**downsamples` times smaller along every axis.
 
@@ -144,25 +213,12 @@ class Encoder(nn.Module):
         attention: bool = False,
     ) -> None:
         super().__init__()
-        _check_ndim(ndim)
         check_positive(in_channels=in_channels, dim=dim, width=width, downsamples=downsamples)
+        layers = _layers(ndim, residual_width, groups, attention)
+        widths = stage_widths(width, downsamples, multipliers)
+        self.layers = encoder_layers(layers, in_channels, dim, widths, residual_blocks, level_blocks)
         self.ndim = ndim
         self.stride = 2**downsamples
-        conv = _CONV[ndim]
-        layers: list[nn.Module] = []
-        channels = in_channels
-        block = {"ndim": ndim, "groups": groups}
-        for level, channels_here in enumerate(stage_widths(width, downsamples, multipliers), start=1):
-            layers.append(conv(channels, channels_here, 4, stride=2, padding=1))
-            channels = channels_here
-            # The first residual block starts with its own nonlinearity.
-            if level < downsamples:
-                layers += [ResidualBlock(channels, residual_width, **block) for _ in range(level_blocks)]
-                layers.append(nn.GELU())
-        layers += [ResidualBlock(width, residual_width, **block) for _ in range(residual_blocks)]
-        layers += [GridAttention(width, **block)] if attention else []
-        layers += [*norm_layers(width, groups), nn.GELU(), conv(width, dim, 1)]
-        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         size = tuple(x.shape[2:])
@@ -206,20 +262,10 @@ class Decoder(nn.Module):
         attention: bool = False,
     ) -> None:
         super().__init__()
-        _check_ndim(ndim)
         check_positive(out_channels=out_channels, dim=dim, width=width, upsamples=upsamples)
-        block = {"ndim": ndim, "groups": groups}
-        layers: list[nn.Module] = [_CONV[ndim](dim, width, 3, padding=1)]
-        layers += [ResidualBlock(width, residual_width, **block) for _ in range(residual_blocks)]
-        layers += [GridAttention(width, **block)] if attention else []
-        layers += norm_layers(width, groups)
-        channels = width
-        for next_channels in stage_widths(width, upsamples, multipliers)[-2::-1]:
-            layers += [nn.GELU(), _CONV_TRANSPOSE[ndim](channels, next_channels, 4, stride=2, padding=1)]
-            layers += [ResidualBlock(next_channels, residual_width, **block) for _ in range(level_blocks)]
-            channels = next_channels
-        layers += [nn.GELU(), _CONV_TRANSPOSE[ndim](channels, out_channels, 4, stride=2, padding=1)]
-        self.layers = nn.Sequential(*layers)
+        layers = _layers(ndim, residual_width, groups, attention)
+        widths = stage_widths(width, upsamples, multipliers)
+        self.layers = decoder_layers(layers, dim, out_channels, widths, residual_blocks, level_blocks)
 
     @property
     def last_weight(self) -> Tensor:

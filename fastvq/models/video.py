@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv import check_positive, norm_layers, stage_widths
+from .conv import Layers, check_positive, decoder_layers, encoder_layers, norm_layers, stage_widths
 
 
 class CausalConv(nn.Conv3d):
@@ -96,6 +96,22 @@ class CausalBlock3d(nn.Module):
         return x + self.branch(x)
 
 
+def _layers(residual_width: int, groups: int, downsamples: int, time_downsamples: int) -> Layers:
+    """Return the layers of `VideoEncoder` and `VideoDecoder`; the coarsest levels halve or double time as well."""
+
+    def down(channels: int, after: int, level: int) -> CausalConv:
+        halved = level > downsamples - time_downsamples
+        return CausalConv(channels, after, (4 if halved else 1, 4), (2 if halved else 1, 2))
+
+    return Layers(
+        plain=lambda channels, after, size: CausalConv(channels, after, (size, size)),
+        down=down,
+        up=lambda channels, after, level: CausalUpsample3d(channels, after, 2 if level <= time_downsamples else 1),
+        block=lambda channels: CausalBlock3d(channels, residual_width, groups=groups),
+        norm=lambda channels: norm_layers(channels, groups, FrameNorm),
+    )
+
+
 class VideoEncoder(nn.Module):
     """Map a video to a grid of feature vectors, smaller along time and along height and width.
 
@@ -141,19 +157,9 @@ class VideoEncoder(nn.Module):
         super().__init__()
         check_positive(in_channels=in_channels, dim=dim, width=width, downsamples=downsamples)
         self.strides = _strides(downsamples, time_downsamples)
-        layers: list[nn.Module] = []
-        channels = in_channels
-        for level, channels_here in enumerate(stage_widths(width, downsamples, multipliers), start=1):
-            halved = level > downsamples - time_downsamples
-            layers.append(CausalConv(channels, channels_here, (4 if halved else 1, 4), (2 if halved else 1, 2)))
-            channels = channels_here
-            # The first residual block starts with its own nonlinearity.
-            if level < downsamples:
-                layers += [CausalBlock3d(channels, residual_width, groups=groups) for _ in range(level_blocks)]
-                layers.append(nn.GELU())
-        layers += [CausalBlock3d(width, residual_width, groups=groups) for _ in range(residual_blocks)]
-        layers += [*norm_layers(width, groups, FrameNorm), nn.GELU(), CausalConv(width, dim, (1, 1))]
-        self.layers = nn.Sequential(*layers)
+        layers = _layers(residual_width, groups, downsamples, time_downsamples)
+        widths = stage_widths(width, downsamples, multipliers)
+        self.layers = encoder_layers(layers, in_channels, dim, widths, residual_blocks, level_blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         time, _, space = self.strides
@@ -203,17 +209,9 @@ class VideoDecoder(nn.Module):
         super().__init__()
         check_positive(out_channels=out_channels, dim=dim, width=width, upsamples=upsamples)
         self.strides = _strides(upsamples, time_upsamples)
-        layers: list[nn.Module] = [CausalConv(dim, width, (3, 3))]
-        layers += [CausalBlock3d(width, residual_width, groups=groups) for _ in range(residual_blocks)]
-        layers += norm_layers(width, groups, FrameNorm)
-        channels = width
-        finer = [*stage_widths(width, upsamples, multipliers)[-2::-1], out_channels]
-        for level, next_channels in enumerate(finer, start=1):
-            layers += [nn.GELU(), CausalUpsample3d(channels, next_channels, 2 if level <= time_upsamples else 1)]
-            if level < upsamples:
-                layers += [CausalBlock3d(next_channels, residual_width, groups=groups) for _ in range(level_blocks)]
-            channels = next_channels
-        self.layers = nn.Sequential(*layers)
+        layers = _layers(residual_width, groups, upsamples, time_upsamples)
+        widths = stage_widths(width, upsamples, multipliers)
+        self.layers = decoder_layers(layers, dim, out_channels, widths, residual_blocks, level_blocks)
 
     @property
     def last_weight(self) -> Tensor:

@@ -17,10 +17,9 @@ from fastvq.data.folder import read_files
 from fastvq.errors import CodingError, counted
 from fastvq.extras import tracked
 from fastvq.files import StrPath
-from fastvq.modalities import modality_of
+from fastvq.modalities import TrainConfig, modality_of
 from fastvq.models import VQVAE, Prior
 from fastvq.training import ranks
-from fastvq.training.config import TrainConfig
 
 from .load import load_model, load_prior, run_examples
 from .outputs import check_ending

@@ -15,10 +15,11 @@ from fastvq.coding import fingerprint
 from fastvq.data import DATA_SETS, Examples
 from fastvq.errors import CheckpointError, ConfigError, DataError
 from fastvq.files import StrPath
+from fastvq.modalities import TrainConfig
 from fastvq.models import VQVAE, Continuous, Prior
 from fastvq.training.build import build_model, load_examples
 from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, damage_named, load_latest
-from fastvq.training.config import PriorConfig, TrainConfig
+from fastvq.training.config import PriorConfig
 from fastvq.training.prior import build_prior
 
 PRIOR_FOLDER = "prior"

@@ -11,9 +11,8 @@ from torch import Tensor
 from fastvq.data.registry import check_outside
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.files import StrPath, lock_of
-from fastvq.modalities import NAMES, Modality, modality_of
+from fastvq.modalities import NAMES, Modality, TrainConfig, modality_of
 from fastvq.training.checkpoint import load_latest
-from fastvq.training.config import TrainConfig
 
 from . import plots
 

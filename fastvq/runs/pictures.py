@@ -19,11 +19,11 @@ from fastvq.data.examples import to_float
 from fastvq.data.registry import name_of
 from fastvq.errors import counted
 from fastvq.files import StrPath, whole
-from fastvq.modalities import Modality, modality_of
+from fastvq.modalities import Modality, TrainConfig, modality_of
 from fastvq.models import VQVAE
 from fastvq.models.adapters import Adapter
 from fastvq.training.checkpoint import load_latest
-from fastvq.training.config import PriorConfig, TrainConfig
+from fastvq.training.config import PriorConfig
 from fastvq.training.evaluation import Evaluation, reconstruct
 from fastvq.training.metrics import read_metrics
 from fastvq.training.trainer import Trainer

@@ -13,8 +13,9 @@ from fastvq.errors import counted, with_article
 from fastvq.extras import clock
 from fastvq.files import StrPath
 from fastvq.modalities import Modality, modality_of
+from fastvq.settings import Settings
 from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, load_latest
-from fastvq.training.config import PriorConfig, Settings
+from fastvq.training.config import PriorConfig
 from fastvq.training.metrics import Record, read_metrics
 
 from .evaluate import FILE, measures_of, rows_of

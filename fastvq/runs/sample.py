@@ -14,9 +14,9 @@ from torch import Tensor
 from fastvq.errors import ConfigError, counted
 from fastvq.extras import Progress
 from fastvq.files import StrPath, check_new, whole, whole_folder
-from fastvq.modalities import modality_of
+from fastvq.modalities import TrainConfig, modality_of
 from fastvq.models import VQVAE, Prior
-from fastvq.training.config import TrainConfig, check_range
+from fastvq.settings import check_range
 
 from . import plots
 from .load import label_number, load_model, load_prior_of, run_examples

@@ -17,9 +17,8 @@ from fastvq.data import Examples
 from fastvq.data.examples import to_float
 from fastvq.errors import ConfigError
 from fastvq.files import StrPath
-from fastvq.modalities import modality_of
+from fastvq.modalities import TrainConfig, modality_of
 from fastvq.models import VQVAE, Prior
-from fastvq.training.config import TrainConfig
 
 from . import plots
 from .pictures import MEDIA, failures_as_warnings, shown_rows, spread

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from fastvq.data.examples import to_float
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.files import StrPath
-from fastvq.modalities import modality_of
+from fastvq.modalities import TrainConfig, modality_of
 from fastvq.models import VQVAE, Prior
 from fastvq.training.checkpoint import checkpoint_folders, is_checkpoint, load_checkpoint
-from fastvq.training.config import TrainConfig
 from fastvq.training.loop import usable_device
 
 from .load import PRIOR_FOLDER, checkpoint_model, label_number, load_model, load_prior_of

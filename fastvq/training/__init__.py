@@ -1,12 +1,14 @@
 """Training of a VQ-VAE and of a prior over its indices.
 
-config.py       settings                 data_order.py   rows of a step's batch
+config.py       settings of the prior    config_file.py  settings in TOML
 loop.py         steps, records, resume   checkpoint.py   state on disk, whole or absent
 trainer.py      the VQ-VAE               metrics.py      metrics.jsonl and TensorBoard
 prior.py        the prior                interrupt.py    Ctrl-C between two steps
 build.py        data set and model       evaluation.py   quality, perplexity and usage on held-out examples
 ranks.py        several processes        adversary.py    the discriminator of an adversarial loss
-config_file.py  settings in TOML         loggers.py      records for TensorBoard, wandb or CSV
+loggers.py      records for TensorBoard, wandb or CSV
+
+The settings of the VQ-VAE are those of its modality, in `fastvq.modalities`.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from typing import TYPE_CHECKING
 
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.extras import lazy_attributes
+from fastvq.modalities import TrainConfig
 
-from .config import PriorConfig, TrainConfig
+from .config import PriorConfig
 
 # Settings are read without torch: the command line makes its options of them.
 if TYPE_CHECKING:

@@ -6,11 +6,9 @@ from pathlib import Path
 
 from fastvq.data import DATA_SETS, DataError, Examples
 from fastvq.data.registry import describe_choices
-from fastvq.modalities import modality_of
+from fastvq.modalities import TrainConfig, modality_of
 from fastvq.models import VQVAE
 from fastvq.models.bottlenecks import SHARED, build_bottleneck
-
-from .config import TrainConfig
 
 
 def load_examples(config: TrainConfig, *, progress: bool = False) -> Examples:

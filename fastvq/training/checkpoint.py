@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from fastvq.errors import CheckpointError, ConfigError, listed
 from fastvq.extras import require
 from fastvq.files import StrPath, delete_folder, make_folder, whole_folder
-
-from .config import Settings, TrainConfig
+from fastvq.modalities import TrainConfig
+from fastvq.settings import Settings
 
 _FORMAT = 2
 _KEEP = 2

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from fastvq import distributed
 from fastvq.backends import devices
+from fastvq.data.order import seed_of
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.extras import Progress, require
 from fastvq.files import StrPath, delete_abandoned, delete_folder, exclusive, lock_of, write_whole
+from fastvq.settings import Settings
 
 from . import config_file, ranks
 from .checkpoint import Checkpoint, checkpoint_folders, damage_named, load_latest, save
-from .config import Settings
-from .data_order import seed_of
 from .interrupt import Interrupt
 from .loggers import CSV_FILE
 from .metrics import MetricsLog

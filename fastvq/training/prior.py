@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from fastvq import distributed
+from fastvq.data.examples import to_device
+from fastvq.data.order import own_rows, seed_of
 from fastvq.errors import ConfigError
 from fastvq.files import StrPath
 from fastvq.models.priors import PRIORS, Prior
 
 from . import ranks
 from .config import PriorConfig
-from .data_order import own_rows, seed_of, to_device
 from .loop import Loop, Measures, delete_run, usable_device
 from .ranks import every_rank_its_own, sum_over_ranks_
 

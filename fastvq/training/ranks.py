@@ -66,12 +66,6 @@ def local_device(device: torch.device) -> torch.device:
     return device
 
 
-def share(count: int) -> slice:
-    """Return this rank's part of `count` rows, which the number of ranks divides."""
-    size = count // distributed.world_size()
-    return slice(distributed.rank() * size, (distributed.rank() + 1) * size)
-
-
 def every_rank_its_own(samples: Tensor) -> Tensor:
     """Return this rank's part of samples (N, ...) whose number the ranks need not divide."""
     return samples[distributed.rank() :: distributed.world_size()]

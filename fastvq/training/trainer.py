@@ -11,10 +11,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastvq.codebook.health import Monitored
 from fastvq.data import Examples
+from fastvq.data.order import Batches, own_rows
 from fastvq.data.registry import check_outside
 from fastvq.errors import CodebookError, ConfigError, DataError
 from fastvq.files import StrPath
-from fastvq.modalities import ImageConfig, modality_of
+from fastvq.modalities import ImageConfig, TrainConfig, modality_of
 from fastvq.models import VQVAE, Decoder
 from fastvq.parts import Annealed
 
@@ -22,8 +23,6 @@ from . import ranks
 from .adversary import Adversary
 from .build import build_model
 from .checkpoint import AVERAGED
-from .config import TrainConfig
-from .data_order import Batches, own_rows
 from .evaluation import Evaluation, evaluate, usage_record
 from .loop import Loop, Measures, usable_device
 

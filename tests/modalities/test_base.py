@@ -14,8 +14,7 @@ import fastvq
 from fastvq.cli import main as cli
 from fastvq.data import DATA_SETS
 from fastvq.errors import ConfigError
-from fastvq.modalities import NAMES, config_of, modality_of, recognized
-from fastvq.training.config import TrainConfig
+from fastvq.modalities import NAMES, TrainConfig, config_of, modality_of, recognized
 
 from .folders import FOLDERS
 

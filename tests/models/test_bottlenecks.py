@@ -10,10 +10,10 @@ import torch
 import fastvq
 from fastvq.errors import ConfigError
 from fastvq.modalities import ImageConfig
+from fastvq.modalities.train_config import _NO_BOTTLENECKS, BOTTLENECKS
 from fastvq.models import VQVAE, Decoder, Encoder
 from fastvq.models.adapters import UNSUITABLE, adapter_of
 from fastvq.models.bottlenecks import KINDS, SHARED, build_bottleneck, parse_options
-from fastvq.training.config import _NO_BOTTLENECKS, BOTTLENECKS
 
 GRID = (3, 4)
 SMALL = {"codebook_size": 16}

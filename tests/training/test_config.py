@@ -14,7 +14,8 @@ import pytest
 from fastvq.errors import ConfigError
 from fastvq.modalities import ImageConfig
 from fastvq.models.priors import PRIORS
-from fastvq.training.config import PRIOR_KINDS, PriorConfig, Settings
+from fastvq.settings import Settings
+from fastvq.training.config import PRIOR_KINDS, PriorConfig
 
 from .tiny import TINY
 

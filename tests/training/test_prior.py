@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
+from fastvq.data.order import batch_rows
 from fastvq.training.config import PriorConfig
-from fastvq.training.data_order import batch_rows
 from fastvq.training.prior import IndexData, PriorTrainer
 
 from ..cases import generator

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastvq.cli.main import main
+from fastvq.data.order import batch_rows, own_rows
 from fastvq.errors import ConfigError
 from fastvq.modalities import ImageConfig
 from fastvq.runs.encode import encode_files
@@ -21,7 +22,6 @@ from fastvq.runs.evaluate import evaluate_run
 from fastvq.runs.train_prior import train_prior
 from fastvq.training.checkpoint import checkpoint_folders, load_latest
 from fastvq.training.config import PriorConfig
-from fastvq.training.data_order import batch_rows, own_rows
 from fastvq.training.metrics import read_metrics
 
 from ..tiny_runs import tiny_run
@@ -118,7 +118,7 @@ def test_the_commands_run_on_ranks(tmp_path: Path) -> None:
 
 
 def test_ranks_divide_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastvq.training.data_order.world_size", lambda: 3)
+    monkeypatch.setattr("fastvq.data.order.world_size", lambda: 3)
     monkeypatch.setattr("fastvq.distributed.world_size", lambda: 3)
     whole = batch_rows(4, count=40, batch_size=9, seed=1)
     parts = []

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvq.training.data_order import Batches, batch_rows, crop_randomly, flip_randomly
+from fastvq.data.augmentation import crop_randomly, flip_randomly
+from fastvq.data.order import Batches, batch_rows
 
 
 @given(st.integers(1, 50), st.integers(1, 50), st.integers(0, 9))

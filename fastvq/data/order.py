@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastvq.distributed import world_size
+from fastvq.distributed import share, world_size
 from fastvq.errors import ConfigError
-
-from .ranks import share
 
 
 def seed_of(seed: int, purpose: str, number: int) -> int:
@@ -23,13 +21,14 @@ def seed_of(seed: int, purpose: str, number: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _generator(seed: int, purpose: str, number: int) -> torch.Generator:
+def generator_of(seed: int, purpose: str, number: int) -> torch.Generator:
+    """Return a generator that is seeded by `seed_of`."""
     return torch.Generator().manual_seed(seed_of(seed, purpose, number))
 
 
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    return torch.randperm(count, generator=_generator(seed, "order", epoch))
+    return torch.randperm(count, generator=generator_of(seed, "order", epoch))
 
 
 def batch_rows(step: int, *, count: int, batch_size: int, seed: int) -> Tensor:
@@ -102,35 +101,3 @@ class _Rows(Dataset[Tensor]):
 
 def _unchanged(batch: Tensor) -> Tensor:
     return batch
-
-
-def to_device(batch: Tensor, device: torch.device) -> Tensor:
-    """Return a batch on a device; a copy from the CPU does not wait for the work queued there."""
-    # A non-blocking copy to the CPU would be read before it has arrived.
-    return batch.to(device, non_blocking=batch.device.type == "cpu")
-
-
-def flip_randomly(images: Tensor, step: int, *, seed: int) -> Tensor:
-    """Return this rank's images or clips (B, ..., W) of a batch, each mirrored left to right with probability 1/2."""
-    coins = torch.rand(len(images) * world_size(), generator=_generator(seed, "flip", step)) < 0.5
-    coins = coins[share(len(coins))]
-    coins = to_device(coins, images.device).reshape(-1, *[1] * (images.dim() - 1))
-    return torch.where(coins, images.flip(-1), images)
-
-
-def crop_randomly(images: Tensor, step: int, *, height: int, width: int, seed: int) -> Tensor:
-    """Return this rank's images (B, C, H, W) of a batch, cropped at random to (height, width), to all places alike."""
-    generator, count = _generator(seed, "crop", step), len(images) * world_size()
-    tops = torch.randint(images.shape[-2] - height + 1, (count,), generator=generator)
-    lefts = torch.randint(images.shape[-1] - width + 1, (count,), generator=generator)
-    own = share(count)
-    places = zip(images, tops[own].tolist(), lefts[own].tolist(), strict=True)
-    return torch.stack([image[:, top : top + height, left : left + width] for image, top, left in places])
-
-
-def crop_clips_randomly(clips: Tensor, step: int, *, length: int, seed: int) -> Tensor:
-    """Return random parts (B, C, length) of this rank's clips (B, C, T) of a batch, from all places alike."""
-    count = len(clips) * world_size()
-    starts = torch.randint(clips.shape[-1] - length + 1, (count,), generator=_generator(seed, "crop", step))
-    places = zip(clips, starts[share(count)].tolist(), strict=True)
-    return torch.stack([clip[:, start : start + length] for clip, start in places])
