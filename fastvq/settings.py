@@ -107,6 +107,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"), (1, _COUNT)),
     **dict.fromkeys(("encoder_blocks", "decoder_blocks", "level_blocks"), (0, _DEPTH)),
     "norm_groups": (0, SIDE),
+    "grids": (1, 3),
     "discriminator_width": (1, SIDE),
     "discriminator_layers": (1, 32),
     "adversarial_weight": (0, _FINITE),

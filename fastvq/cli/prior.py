@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.runs.sample import sample_run
     from fastvq.runs.train_prior import resumed_prior, train_prior
     from fastvq.training import ranks
-    from fastvq.training.config import PriorConfig
+    from fastvq.training.config import WITH_HEADS, PriorConfig
     from fastvq.training.loggers import check_logger
     from fastvq.training.loop import describe_resumed
 
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     given = given_settings(options, "prior", PriorConfig)
     resumed = resumed_prior(options.run_folder) if options.resume else None
     config = PriorConfig(**given) if resumed is None else dataclasses.replace(resumed.config, **given)
-    if config.kind != "transformer":
+    if config.kind not in WITH_HEADS:
         refuse_without_effect(options, ("heads",), f"on a prior of kind {config.kind}")
     if options.seconds is not None:
         from fastvq.runs.compare_priors import FIXED_SETTINGS, compare_priors

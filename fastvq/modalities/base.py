@@ -141,6 +141,14 @@ class Modality(ABC):
             ConfigError: the settings fit no networks.
         """
 
+    def bottleneck(self, config: Any, build: Callable[[tuple[int, ...]], Any]) -> Any:
+        """Return the bottleneck; `build` returns the quantizer of the settings for a grid of features.
+
+        Raises:
+            ConfigError: the settings fit no bottleneck.
+        """
+        return build(config.feature_grid)
+
     @abstractmethod
     def objective(self, config: Any) -> Objective:
         """Return the reconstruction loss."""

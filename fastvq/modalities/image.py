@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import BinaryIO
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from fastvq.data.image_io import IMAGES, write_image
 from fastvq.data.images import load_image_folder
 from fastvq.errors import ConfigError
 from fastvq.files import StrPath
-from fastvq.models import Decoder, Encoder
+from fastvq.models import Decoder, Encoder, GridsBottleneck, halved_grids
 
 from .base import Measure, Measures, Modality, Objective
 from .image_config import ImageConfig
@@ -99,6 +100,23 @@ class Images(Modality):
         except ValueError as error:
             raise ConfigError(re.sub("^groups", "norm_groups", str(error))) from error
         return encoder, decoder
+
+    def bottleneck(self, config: ImageConfig, build: Callable[[tuple[int, ...]], Any]) -> Any:
+        if config.grids == 1:
+            return build(config.feature_grid)
+        try:
+            return GridsBottleneck(
+                config.dim,
+                [build(grid) for grid in halved_grids(config.feature_grid, config.grids)],
+                config.feature_grid,
+                width=config.width,
+                residual_width=config.residual_width,
+                encoder_blocks=config.encoder_blocks,
+                decoder_blocks=config.decoder_blocks,
+                groups=config.norm_groups,
+            )
+        except (ValueError, TypeError) as error:
+            raise ConfigError(re.sub("^groups", "norm_groups", str(error))) from error
 
     def objective(self, config: ImageConfig) -> PixelObjective:
         return PixelObjective(config.reconstruction_variance, l1=config.reconstruction_loss == "l1")

@@ -17,8 +17,8 @@ from .pixel_config import PixelConfig
 class ImageConfig(PixelConfig):
     """Settings of a VQ-VAE of images and of its training; see `TrainConfig`.
 
-    Presets are today's network, and one in the style of VQGAN (arXiv 2012.09841). A folder holds photographs rather
-    than the small gray images that the defaults are for.
+    Presets are today's network, one in the style of VQGAN (arXiv 2012.09841), and a VQ-VAE-2 (arXiv 1906.00446). A
+    folder holds photographs rather than the small gray images that the defaults are for.
     """
 
     modality: ClassVar[str] = "image"
@@ -32,6 +32,7 @@ class ImageConfig(PixelConfig):
             "attention": True,
             "learning_rate": 1e-3,
         },
+        "vqvae2": {"grids": 2, "learning_rate": 1e-3},
     }
     of_folders: ClassVar[dict[str, Any]] = {"image_size": 64, "grayscale": False}
 
@@ -40,6 +41,7 @@ class ImageConfig(PixelConfig):
     crop_from: int | None = setting(
         None, "height that images are scaled to, before random crops of image_size (default: no crops)"
     )
+    grids: int = setting(1, "grids of indices, each half of the next; 2 or 3 make a VQ-VAE-2")
     attention: bool = setting(False, "attend over all positions of the coarsest grid")
     adversarial_weight: float = setting(0.0, "weight of the loss of a discriminator, as in VQGAN; 0 for none")
     adversarial_start: int = setting(1000, "step from which the discriminator and its loss take part")
@@ -59,6 +61,17 @@ class ImageConfig(PixelConfig):
                 f"{self.data} is {known.form}: image_size, image_width, grayscale, fit and crop_from cannot be changed"
             )
         self.check_sides(image_size=own.height, image_width=own.width)
+        if self.grids > 1 and self.bottleneck in ("vae", "none"):
+            raise ConfigError(
+                f"grids must be 1 for the bottleneck {self.bottleneck}, which has no indices, got {self.grids}"
+            )
+        factor = 2 ** (self.grids - 1)
+        if any(length % factor for length in self.feature_grid):
+            sides = "x".join(map(str, self.feature_grid))
+            raise ConfigError(
+                f"grids must be 1 where the grid of features, {sides}, cannot be halved {self.grids - 1} times, got"
+                f" {self.grids}"
+            )
         if self.crop_from is not None and self.crop_from < self.image_size:
             raise ConfigError(f"crop_from must be at least image_size = {self.image_size}, got {self.crop_from}")
 

@@ -10,10 +10,11 @@ from .audio import AudioDecoder, AudioEncoder
 from .conv import Decoder, Encoder, ResidualBlock
 from .gaussian import GaussianBottleneck
 from .likelihood import discretized_logistic, elbo_bits_per_dimension
-from .priors import LSTMPrior, PixelCNNPrior, Prior, TransformerPrior
+from .priors import HierarchicalPrior, LSTMPrior, NextScalePrior, PixelCNNPrior, Prior, TransformerPrior
 from .streaming import StreamingDecoder, StreamingEncoder
 from .video import VideoDecoder, VideoEncoder
 from .vqvae import VQVAE, Bottleneck, Continuous, NoBottleneck, VQVAEOutput
+from .vqvae2 import GridsBottleneck, halved_grids
 
 __all__ = [
     "VQVAE",
@@ -24,7 +25,10 @@ __all__ = [
     "Decoder",
     "Encoder",
     "GaussianBottleneck",
+    "GridsBottleneck",
+    "HierarchicalPrior",
     "LSTMPrior",
+    "NextScalePrior",
     "NoBottleneck",
     "PixelCNNPrior",
     "Prior",
@@ -37,4 +41,5 @@ __all__ = [
     "VideoEncoder",
     "discretized_logistic",
     "elbo_bits_per_dimension",
+    "halved_grids",
 ]

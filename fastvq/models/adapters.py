@@ -77,6 +77,11 @@ class Adapter:
         """True if the indices of the first codebooks alone can be decoded, to a coarser signal."""
         return isinstance(self.quantizer, ResidualStack)
 
+    @property
+    def scales(self) -> tuple[tuple[int, ...], ...] | None:
+        """Shapes of the grids whose indices follow each other in one sequence, or None for a single grid."""
+        return None
+
     def index_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of one sample's indices for features of a grid."""
         size = self.codebook_size
@@ -185,8 +190,12 @@ class Scales(Adapter):
             raise TypeError(f"a HierarchicalVQ in a VQVAE must have one codebook_size for all scales, got {sizes}")
         return next(iter(sizes))
 
+    @property
+    def scales(self) -> tuple[tuple[int, ...], ...]:
+        return self.quantizer.level_shapes
+
     def index_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
-        return (sum(map(math.prod, self.quantizer.level_shapes)),)
+        return (sum(map(math.prod, self.scales)),)
 
     def quantize(self, z: Tensor, *, accumulate: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         codes, indices, loss = self.quantizer(z if self.quantizer.channel_first else z.movedim(1, -1))
@@ -215,7 +224,7 @@ class Scales(Adapter):
 
 
 def adapter_of(quantizer: Any) -> Adapter:
-    """Return the adapter of a quantizer.
+    """Return the adapter of a quantizer, its own if it has one.
 
     Raises:
         TypeError: the quantizer has no codes to decode from, or no indices.
@@ -223,6 +232,8 @@ def adapter_of(quantizer: Any) -> Adapter:
     for kind, reason in UNSUITABLE.items():
         if isinstance(quantizer, kind):
             raise TypeError(f"{kind.__name__} cannot be the bottleneck of a VQVAE: {reason}")
+    if isinstance(own := getattr(quantizer, "adapter", None), Adapter):
+        return own
     if isinstance(quantizer, HierarchicalVQ):
         return Scales(quantizer)
     if isinstance(quantizer, LatentQuantize):

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastvq.coding import fingerprint
 from fastvq.errors import ConfigError
 from fastvq.files import StrPath, write_whole
+from fastvq.models.priors import PRIORS
 from fastvq.training.config import PRIOR_KINDS, PriorConfig
 from fastvq.training.loop import usable_device
 from fastvq.training.prior import IndexData, PriorTrainer
@@ -63,8 +64,10 @@ def compare_priors(
     identity, vectors = fingerprint(model).hex(), model.adapter.code_vectors()
     records: list[dict[str, Any]] = []
     # A PixelCNN takes one index at each position.
-    kinds = PRIOR_KINDS if isinstance(codebook_size, int) else [kind for kind in PRIOR_KINDS if kind != "pixelcnn"]
+    kinds = [kind for kind in PRIOR_KINDS if kind != "pixelcnn" or isinstance(codebook_size, int)]
     for kind in kinds:
+        if PRIORS[kind].in_scales and indices.scales is None:
+            continue
         settings = dataclasses.replace(
             config or PriorConfig(),
             kind=kind,

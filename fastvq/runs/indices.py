@@ -79,7 +79,9 @@ def index_examples(run: StrPath, model: VQVAE, examples: Examples, *, mirrored: 
     labels = examples.train_labels
     if labels is not None and mirrored:
         labels = labels.repeat(2)
-    return IndexData(arrays["train"], arrays["test"], labels, examples.test_labels, examples.class_names)
+    return IndexData(
+        arrays["train"], arrays["test"], labels, examples.test_labels, examples.class_names, model.adapter.scales
+    )
 
 
 def delete_indices(run: StrPath) -> None:

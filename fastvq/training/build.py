@@ -36,12 +36,10 @@ def build_model(config: TrainConfig) -> VQVAE:
         ConfigError: the bottleneck has no such option, an option has an invalid value, or the networks do not fit.
     """
     modality = modality_of(config.modality)
-    bottleneck = build_bottleneck(
-        config.bottleneck,
-        config.dim,
-        config.feature_grid,
-        {name: getattr(config, name) for name in SHARED},
-        config.bottleneck_options,
+    shared = {name: getattr(config, name) for name in SHARED}
+    bottleneck = modality.bottleneck(
+        config,
+        lambda grid: build_bottleneck(config.bottleneck, config.dim, grid, shared, config.bottleneck_options),
     )
     # Drawn after the bottleneck, as the runs that the documents show were.
     encoder, decoder = modality.networks(config)

@@ -10,7 +10,9 @@ from fastvq.errors import ConfigError
 from fastvq.settings import Settings, setting
 
 # The keys of `fastvq.models.priors.PRIORS`, repeated so that reading settings imports no model.
-PRIOR_KINDS = ("transformer", "pixelcnn", "lstm")
+PRIOR_KINDS = ("transformer", "pixelcnn", "lstm", "hierarchical", "next-scale")
+WITH_HEADS = ("transformer", "hierarchical", "next-scale")
+"""Kinds of priors with attention."""
 # Those of `fastvq.models.priors.transformer`.
 PATTERNS = ("flat", "delay")
 
@@ -22,7 +24,7 @@ class PriorConfig(Settings):
     kind: str = setting("transformer", f"one of {', '.join(PRIOR_KINDS)}")
     dim: int | None = setting(None, "width (default: the kind's own)")
     depth: int | None = setting(None, "blocks or layers (default: the kind's own)")
-    heads: int = setting(4, "attention heads of the transformer, which divide its width")
+    heads: int = setting(4, f"attention heads of {', '.join(WITH_HEADS)}, which divide the width")
     pattern: str = setting("flat", "order of several indices at a position: flat, or delay for the transformer")
     dropout: float = setting(0.1, "dropout rate of the layers")
     label_dropout: float = setting(0.1, "share of training samples without their label, which guidance needs")
@@ -59,4 +61,5 @@ class PriorConfig(Settings):
         """Return the arguments of a prior of this kind that do not depend on the data."""
         settings: dict[str, Any] = {"dropout": self.dropout, "label_dropout": self.label_dropout}
         settings |= {name: getattr(self, name) for name in ("dim", "depth") if getattr(self, name) is not None}
-        return settings | ({"heads": self.heads, "pattern": self.pattern} if self.kind == "transformer" else {})
+        settings |= {"heads": self.heads} if self.kind in WITH_HEADS else {}
+        return settings | ({"pattern": self.pattern} if self.kind == "transformer" else {})

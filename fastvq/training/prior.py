@@ -36,6 +36,7 @@ class IndexData:
         train, test: (N, *grid), any integer type; those to learn from and those held out.
         train_labels, test_labels: (N,), int64, or None for samples without classes.
         class_names: the name of each label, or None.
+        scales: shapes of the grids whose indices follow each other in a sample, or None for a single grid.
     """
 
     train: Tensor
@@ -43,6 +44,7 @@ class IndexData:
     train_labels: Tensor | None
     test_labels: Tensor | None
     class_names: tuple[str, ...] | None = None
+    scales: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def classes(self) -> int:
@@ -102,6 +104,17 @@ class PriorTrainer(Loop[float]):
         self.data, self.device = data, usable_device(config.device)
         torch.manual_seed(config.seed)
         settings = {"grid": tuple(data.train.shape[1:]), "classes": data.classes, **config.model_settings()}
+        if PRIORS[config.kind].in_scales:
+            if data.scales is None:
+                raise ConfigError(
+                    f"kind must be one for a single grid of indices, got {config.kind}, which is for several: those of"
+                    " the bottleneck hierarchical, or of a VQ-VAE-2"
+                )
+            settings["scales"] = data.scales
+        if isinstance(vectors, tuple) and isinstance(codebook_size, int):
+            # Codebooks of several scales start a prior that knows scales, unless a scale has several codebooks.
+            apart = "scales" in settings and len(vectors) == len(data.scales or ())
+            vectors = vectors if apart else None
         # Built on the CPU, so that it starts from the same weights on every device.
         model = build_prior(config.kind, codebook_size=codebook_size, vectors=vectors, **settings).to(self.device)
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=config.weight_decay)

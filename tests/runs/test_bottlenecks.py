@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -23,15 +24,18 @@ PRIOR = PriorConfig(steps=3, batch_size=8, dim=8, depth=1, heads=2, warmup_steps
 RUNS = {
     "rvq": {"bottleneck": "rvq", "bottleneck_options": {"codebook_sizes": [24, 8, 4]}, "codebook_size": 512},
     "hierarchical": {"bottleneck": "hierarchical"},
+    "vqvae2": {"grids": 3, "bottleneck_options": {"heads": 2}},
 }
-SHAPES = {"rvq": (4, 4, 3), "hierarchical": (1 + 4 + 16,)}
+SHAPES = {"rvq": (4, 4, 3), "hierarchical": (1 + 4 + 16,), "vqvae2": (2 * (1 + 4 + 16),)}
+KINDS = {"rvq": "transformer", "hierarchical": "next-scale", "vqvae2": "hierarchical"}
+COUNTS = {"rvq": (16, 16, 16), "hierarchical": (1, 4, 16), "vqvae2": (1, 1, 4, 4, 16, 16)}
 
 
 @pytest.fixture(scope="module", params=RUNS)
 def run(request, tmp_path_factory):
     """Return (name of the bottleneck, run of a few steps with a prior)."""
     folder, _ = tiny_run(tmp_path_factory.mktemp(request.param), count=30, grayscale=False, **RUNS[request.param])
-    train_prior(folder, PRIOR, progress=False)
+    train_prior(folder, dataclasses.replace(PRIOR, kind=KINDS[request.param]), progress=False)
     return request.param, folder
 
 
@@ -71,13 +75,13 @@ def test_an_evaluation_has_each_codebook(run, tmp_path, capsys):
     assert main(["evaluate", str(folder), f"--out={tmp_path / 'e.json'}"]) == 0
     printed = capsys.readouterr().out
     measured = json.loads((tmp_path / "e.json").read_text())["measures"]
-    sizes = (24, 8, 4) if name == "rvq" else (24, 24, 24)
-    counts = (16, 16, 16) if name == "rvq" else (1, 4, 16)
+    counts = COUNTS[name]
+    sizes = (24, 8, 4) if name == "rvq" else (24,) * len(counts)
     bits = sum(count * np.log2(size) for count, size in zip(counts, sizes, strict=True)) / sum(counts)
     assert measured["bits_per_index"]["value"] == pytest.approx(bits)
     for measure in ("usage", "perplexity"):
-        assert len(measured[measure]["codebooks"]) == 3
-        assert sum(measured[measure]["codebooks"]) / 3 == pytest.approx(measured[measure]["value"])
+        assert len(measured[measure]["codebooks"]) == len(counts)
+        assert sum(measured[measure]["codebooks"]) / len(counts) == pytest.approx(measured[measure]["value"])
     assert printed.count("of codebook 3 ") == 2
 
 
@@ -87,7 +91,7 @@ def test_a_loaded_run_decodes_what_it_encodes(run):
     images = to_float(run_examples(folder).test)
     assert torch.equal(model.decode(model.encode(images)), model.reconstruct(images))
     assert model.sample(2).shape == (2, *images.shape[1:])
-    expected = r"\(B, h, w, 3\), got \(1, 4, 4\)" if name == "rvq" else r"\(B, 21\), got \(1, 4, 4\)"
+    expected = r"\(B, h, w, 3\), got \(1, 4, 4\)" if name == "rvq" else rf"\(B, {sum(COUNTS[name])}\), got \(1, 4, 4\)"
     with pytest.raises(ValueError, match=f"indices: must be {expected}"):
         model.decode(torch.zeros(1, 4, 4, dtype=torch.int64))
 
@@ -144,7 +148,7 @@ def test_what_a_run_of_stages_cannot_do_is_named(run, arguments, message, tmp_pa
 def test_scales_have_no_upper_half(run, tmp_path, capsys):
     name, folder = run
     status = main(["sample", str(folder), f"--out={tmp_path / 'c.png'}", "--complete"])
-    if name == "hierarchical":
+    if name != "rvq":
         assert status == 2
         assert "--complete: the indices of this run are scales of whole images" in capsys.readouterr().err
     else:
@@ -155,7 +159,7 @@ def test_the_delay_pattern_belongs_to_stages(run, tmp_path, capsys):
     name, folder = run
     arguments = ["--pattern=delay", "--steps=1", "--batch-size=8", "--dim=8", "--heads=2", "--depth=1"]
     status = main(["prior", str(folder), "--overwrite", *arguments])
-    if name == "hierarchical":
+    if name != "rvq":
         assert status == 2
         assert "--pattern: 'delay' is for several indices at each position" in capsys.readouterr().err
     else:

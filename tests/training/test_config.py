@@ -42,7 +42,7 @@ def test_a_setting_out_of_range_is_named(name: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("kind", "oracle", "one of transformer, pixelcnn, lstm, got 'oracle'"),
+        ("kind", "oracle", "one of transformer, pixelcnn, lstm, hierarchical, next-scale, got 'oracle'"),
         ("dim", 0, "at least 1, got 0"),
         ("depth", -2, "at least 1, got -2"),
         ("heads", 0, "at least 1, got 0"),

@@ -52,6 +52,8 @@ class Prior(nn.Module):
     """
 
     class_names: tuple[str, ...] = ()
+    in_scales = False
+    """Whether the indices of a sample are a sequence of grids, whose shapes are the argument `scales`."""
 
     def __init__(
         self,
@@ -90,6 +92,11 @@ class Prior(nn.Module):
     def staged(self) -> bool:
         """True if the last axis of the indices runs over codebooks."""
         return not isinstance(self.codebook_size, int)
+
+    @property
+    def drawn_together(self) -> Sequence[Sequence[int]]:
+        """The places in `order`, grouped: those of a group do not depend on each other, and are drawn at once."""
+        return [(place,) for place in self.order]
 
     def forward(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return logits (B, places, K): at place i those of index i, given the indices before it.
@@ -182,14 +189,16 @@ class Prior(nn.Module):
         state = self.begin(floats, rows)
         given = None if given is None else given.flatten(1).to(device)
         indices = torch.zeros(len(rows), self.places, dtype=torch.int64, device=device)
-        for place in self.order:
-            logits = self.step(floats, state, indices, place).float()
+        for places in self.drawn_together:
+            logits = torch.cat([self.step(floats, state, indices, place) for place in places]).float()
             if guided:
-                logits = guidance * logits[:count] + (1 - guidance) * logits[count:]
-            index = draw(logits, temperature, top_k, top_p, generator)
-            if given is not None:
-                index = torch.where(given[:, place] >= 0, given[:, place], index)
-            indices[:, place] = torch.cat([index, index]) if guided else index
+                with_label, without = logits.unflatten(0, (len(places), 2, count)).unbind(1)
+                logits = (guidance * with_label + (1 - guidance) * without).flatten(0, 1)
+            drawn = draw(logits, temperature, top_k, top_p, generator).unflatten(0, (len(places), count))
+            for place, index in zip(places, drawn, strict=True):
+                if given is not None:
+                    index = torch.where(given[:, place] >= 0, given[:, place], index)
+                indices[:, place] = torch.cat([index, index]) if guided else index
         return indices[:count].unflatten(1, self.grid)
 
     def label_rows(self, labels: Tensor | None, count: int, device: torch.device) -> Tensor:

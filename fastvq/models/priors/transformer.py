@@ -15,7 +15,7 @@ from .base import Prior
 from .inputs import DelayedInputs, Inputs, StageHeads, start_weights, zero_head
 
 PATTERNS = ("flat", "delay")
-_Cache = list[Tensor]  # keys and values (B, heads, places, D) of a block, filled up to the known places
+Cache = list[Tensor]  # keys and values (B, heads, places, D) of a block, filled up to the known places
 
 
 class TransformerPrior(Prior):
@@ -78,7 +78,7 @@ class TransformerPrior(Prior):
             self.order = self.inputs.order
         else:
             self.inputs = Inputs(self.sizes, self.grid, classes, dim, staged=self.staged)
-        self.blocks: Any = nn.ModuleList([_Block(dim, heads, dropout) for _ in range(depth)])
+        self.blocks: Any = nn.ModuleList([Block(dim, heads, dropout) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
         self.head = StageHeads(dim, self.sizes) if self.staged else zero_head(dim, self.sizes[0])
         if vectors is not None:
@@ -120,12 +120,14 @@ class _State:
     """State of a transformer after some steps."""
 
     begun: tuple[Tensor, Tensor]
-    caches: list[_Cache]
+    caches: list[Cache]
     step: int = -1
     hidden: Tensor | None = None  # (B, dim), the features of this step, from which each stage is predicted
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
+    """Pre-normalized block of a transformer: attention, then a perceptron four times as wide."""
+
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
@@ -134,25 +136,31 @@ class _Block(nn.Module):
         self.widen, self.narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the block to x (B, places, dim)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Apply the block to x (B, places, dim); place i attends to j where mask (i, j) is true, by default up to i."""
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.narrow(F.gelu(self.widen(self.mlp_norm(x)))))
 
-    def cache(self, like: Tensor, places: int) -> _Cache:
+    def cache(self, like: Tensor, places: int) -> Cache:
         """Allocate the keys and values of a batch of vectors (B, dim)."""
         return [like.new_zeros(len(like), self.heads, places, like.shape[1] // self.heads) for _ in range(2)]
 
-    def step(self, arithmetic: Arithmetic, x: Tensor, cache: _Cache, place: int) -> Tensor:
+    def step(self, arithmetic: Arithmetic, x: Tensor, cache: Cache, place: int) -> Tensor:
         """Apply the block to x (B, dim) at one place after those in the cache."""
+        return self.extend(arithmetic, x[:, None], cache, place)[:, 0]
+
+    def extend(self, arithmetic: Arithmetic, x: Tensor, cache: Cache, first: int) -> Tensor:
+        """Apply the block to x (B, n, dim) at n places from `first` on, which see each other and those in the cache."""
         normed = arithmetic.norm(x, self.attention_norm)
         qkv = arithmetic.linear(normed, self.qkv.weight, self.qkv.bias).unflatten(-1, (3, self.heads, -1))
-        for kept, new in zip(cache, (qkv[:, 1], qkv[:, 2]), strict=True):
-            kept[:, :, place] = new
-        keys, values = (kept[:, :, : place + 1] for kept in cache)
-        attended = arithmetic.attend(qkv[:, 0, :, None], keys, values)[:, :, 0].flatten(1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        end = first + x.shape[1]
+        for kept, new in zip(cache, (k, v), strict=True):
+            kept[:, :, first:end] = new
+        keys, values = (kept[:, :, :end] for kept in cache)
+        attended = arithmetic.attend(q, keys, values).transpose(1, 2).flatten(2)
         x = x + arithmetic.linear(attended, self.out.weight, self.out.bias)
         hidden = arithmetic.linear(arithmetic.norm(x, self.mlp_norm), self.widen.weight, self.widen.bias)
         return x + arithmetic.linear(arithmetic.gelu(hidden), self.narrow.weight, self.narrow.bias)

@@ -1,0 +1,215 @@
+"""VQ-VAE-2: quantizers at several grids, each finer one conditioned on the codes of the coarser ones.
+
+A `VQVAE` with this bottleneck is a VQ-VAE-2. Its indices are one sequence, the coarsest grid first, so that files,
+priors and samples treat them like any others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvq.codebook.health import HealthReport, Monitored, Totals
+from fastvq.parts.arguments import check_sizes
+
+from .adapters import Adapter, adapter_of
+from .conv import Decoder, Encoder
+from .vqvae import Continuous
+
+
+class GridsBottleneck(Monitored, nn.Module):
+    """Bottleneck of a VQ-VAE-2: one quantizer for each grid, from the coarsest to the finest.
+
+        f_L = z,   f_l = encoder_l(f_{l+1})                        features, from fine to coarse
+        u_l = decoder_l(m_{l-1}),   q_l = quantizer_l(join_l(f_l, u_l)),   m_l = merge_l(q_l, u_l)
+
+    The coarsest grid has u = 0, neither join nor merge; the decoder of the VQ-VAE gets m_L. The loss is the sum of
+    those of the quantizers.
+
+    Args:
+        dim: dimension D of the features and of the codes of every grid.
+        quantizers: any bottlenecks with indices, from coarse to fine, all with the same codebook size.
+        grid: shape of the finest grid. Each coarser one has half as many positions along every axis.
+        width, residual_width, groups: of the encoders and decoders between grids, see `Encoder`.
+        encoder_blocks, decoder_blocks: number of their residual blocks.
+
+    Shapes: x (B, D, *grid) -> (codes (B, D, *grid), indices (B, T), loss ()), where T counts the indices of all grids.
+
+    Raises:
+        ValueError: an invalid argument, by name; x of another grid.
+        TypeError: a quantizer without indices, or with another number of codes than the others.
+
+    Source: Razavi, van den Oord, Vinyals, Generating Diverse High-Fidelity Images with VQ-VAE-2, 2019, section 3.1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        quantizers: Sequence[nn.Module],
+        grid: tuple[int, ...],
+        *,
+        width: int = 128,
+        residual_width: int = 32,
+        encoder_blocks: int = 2,
+        decoder_blocks: int = 2,
+        groups: int = 0,
+    ) -> None:
+        super().__init__()
+        check_sizes(dim=dim)
+        if len(quantizers) < 2:
+            raise ValueError(f"quantizers: must be at least 2, one for each grid, got {len(quantizers)}")
+        self.grids = halved_grids(grid, len(quantizers))
+        self.dim, ndim, finer = dim, len(grid), len(quantizers) - 1
+        shared: dict[str, Any] = {"width": width, "residual_width": residual_width, "ndim": ndim, "groups": groups}
+        self.quantizers = nn.ModuleList(quantizers)
+        _check_quantizers(quantizers)
+        self.encoders = nn.ModuleList(
+            [Encoder(dim, dim, downsamples=1, residual_blocks=encoder_blocks, **shared) for _ in range(finer)]
+        )
+        self.decoders = nn.ModuleList(
+            [Decoder(dim, dim, upsamples=1, residual_blocks=decoder_blocks, **shared) for _ in range(finer)]
+        )
+        conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 1]
+        self.joins = nn.ModuleList([conv(2 * dim, dim, 3, padding=1) for _ in range(finer)])
+        self.merges = nn.ModuleList([conv(2 * dim, dim, 1) for _ in range(finer)])
+
+    @property
+    def adapter(self) -> Adapter:
+        """The form in which a VQ-VAE calls this bottleneck."""
+        return GridsAdapter(self)
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The form in which each quantizer is called, from the coarsest grid on."""
+        return [adapter_of(quantizer) for quantizer in self.quantizers]
+
+    def forward(self, x: Tensor, accumulate: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize features; `accumulate` as in `VQVAE.forward`."""
+        if x.shape[2:] != self.grids[-1]:
+            raise ValueError(
+                f"x: must have the grid {'x'.join(map(str, self.grids[-1]))} that the bottleneck was built for, got"
+                f" {'x'.join(map(str, x.shape[2:]))}"
+            )
+        features = [x]
+        for encoder in self.encoders:
+            features.insert(0, encoder(features[0]))
+        indices, losses = [], []
+
+        def quantized(place: int, above: Tensor | None) -> Tensor:
+            own = features[place]
+            if above is not None:
+                own = self.joins[place - 1](torch.cat([own, above], 1))
+            codes, chosen, loss = self.adapters[place].quantize(own, accumulate=accumulate)
+            indices.append(chosen.flatten(1))
+            losses.append(loss)
+            return codes
+
+        return self._merged(quantized), torch.cat(indices, 1), torch.stack(losses).sum()
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """Return the codes (B, D, *grid) of indices (B, T)."""
+        parts, ndim = self.split(indices), len(self.grids[-1])
+        return self._merged(lambda place, _: self.adapters[place].codes(parts[place], ndim))
+
+    def split(self, indices: Tensor) -> list[Tensor]:
+        """Return the indices of each grid, (B, *grid) or (B, *grid, Q), from those of all, (B, T)."""
+        shapes = self.index_shapes
+        counts = [math.prod(shape) for shape in shapes]
+        if indices.dim() != 2 or indices.shape[1] != sum(counts):
+            raise ValueError(
+                f"indices: must have shape (B, {sum(counts)}), got {tuple(indices.shape)}: those of the grids"
+                f" {', '.join('x'.join(map(str, shape)) for shape in shapes)}"
+            )
+        parts = indices.split(counts, 1)
+        return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    @property
+    def index_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of one sample's indices at each grid, from the coarsest."""
+        return tuple(own.index_shape(grid) for own, grid in zip(self.adapters, self.grids, strict=True))
+
+    @property
+    def codebook_size(self) -> int:
+        """K of all codebooks."""
+        return self.adapters[0].stage_sizes()[0]
+
+    def _merged(self, codes_at: Callable[[int, Tensor | None], Tensor]) -> Tensor:
+        """Return m of the finest grid, for codes by the number of a grid and the features from above."""
+        merged = codes_at(0, None)
+        for place, (decoder, merge) in enumerate(zip(self.decoders, self.merges, strict=True), start=1):
+            above = decoder(merged)
+            merged = merge(torch.cat([codes_at(place, above), above], 1))
+        return merged
+
+    @property
+    def _monitored(self) -> list[Monitored]:
+        return [quantizer for quantizer in self.quantizers if isinstance(quantizer, Monitored)]
+
+    def _report(self, totals: Totals) -> HealthReport:
+        # Quantizers with one codebook and with several may stand side by side.
+        reports = [one._report(totals) for one in self._monitored]
+        return HealthReport(*(torch.cat([v.reshape(-1) for v in values]) for values in zip(*reports, strict=True)))
+
+
+class GridsAdapter(Adapter):
+    """Adapter of `GridsBottleneck`: the indices of all grids, from the coarsest on, are one sequence (B, T)."""
+
+    @property
+    def codebook_size(self) -> int:
+        return self.quantizer.codebook_size
+
+    @property
+    def scales(self) -> tuple[tuple[int, ...], ...]:
+        return self.quantizer.index_shapes
+
+    def index_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        return (sum(map(math.prod, self.scales)),)
+
+    def quantize(self, z: Tensor, *, accumulate: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        return self.quantizer(z, accumulate)
+
+    def codes(self, indices: Tensor, ndim: int) -> Tensor:
+        return self.quantizer.get_output_from_indices(indices)
+
+    def stages(self, indices: Tensor) -> list[Tensor]:
+        parts = zip(self.quantizer.adapters, self.quantizer.split(indices), strict=True)
+        return [stage for own, part in parts for stage in own.stages(part)]
+
+    def stage_sizes(self) -> tuple[int, ...]:
+        return tuple(size for own in self.quantizer.adapters for size in own.stage_sizes())
+
+    def code_vectors(self) -> tuple[Tensor, ...] | None:
+        found: list[Tensor] = []
+        for own in self.quantizer.adapters:
+            vectors = own.code_vectors()
+            if vectors is None:
+                return None
+            found += [vectors] * len(own.stage_sizes()) if isinstance(vectors, Tensor) else vectors
+        return tuple(found)
+
+
+def _check_quantizers(quantizers: Sequence[nn.Module]) -> None:
+    for quantizer in quantizers:
+        if isinstance(quantizer, Continuous):
+            raise TypeError(f"quantizers: must have indices, got a {type(quantizer).__name__}")
+    sizes = [size for quantizer in quantizers for size in adapter_of(quantizer).stage_sizes()]
+    if len(set(sizes)) > 1:
+        raise TypeError(f"quantizers: must all have one codebook size, got {', '.join(map(str, sizes))}")
+
+
+def halved_grids(grid: tuple[int, ...], count: int) -> tuple[tuple[int, ...], ...]:
+    """Return `count` grids from the coarsest to `grid`, each with half as many positions along every axis as the next.
+
+    Raises:
+        ValueError: an axis cannot be halved as often.
+    """
+    factor = 2 ** (count - 1)
+    if any(length % factor for length in grid):
+        raise ValueError(
+            f"grids: {count} need a finest grid whose sides are multiples of {factor}, got {'x'.join(map(str, grid))}"
+        )
+    return tuple(tuple(length >> halvings for length in grid) for halvings in reversed(range(count)))
