@@ -170,9 +170,11 @@ def test_a_vqvaes_training_step(tmp_path, monkeypatch):
 def test_a_priors_training(kind, classes, tmp_path, monkeypatch):
     """Indices and labels on the CPU move to the model's device; a step reads nothing back, an evaluation its result."""
     monkeypatch.setattr(devices, "usable_device", torch.device)  # as if it were a device with values
-    train, test = (torch.randint(0, 24, (count, 4, 4), dtype=torch.int32) for count in (16, 300))
+    scales = ((2, 2), (4, 4)) if PRIORS[kind].in_scales else None
+    shape = (20,) if scales else (4, 4)
+    train, test = (torch.randint(0, 24, (count, *shape), dtype=torch.int32) for count in (16, 300))
     labels = [torch.arange(len(codes)) % classes if classes else None for codes in (train, test)]
-    codes = IndexData(train, test, *labels)
+    codes = IndexData(train, test, *labels, scales=scales)
     config = PriorConfig(kind=kind, dim=16, depth=2, batch_size=8, device="meta")
     trainer = PriorTrainer(config, codes, 24, tmp_path, identity="", vectors=torch.randn(24, 8))
     assert {tensor.device.type for tensor in trainer.model.state_dict().values()} == {"meta"}

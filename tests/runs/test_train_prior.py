@@ -60,7 +60,10 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("kind", PRIORS)
-def test_interrupted_and_resumed_equals_uninterrupted(run, monkeypatch, kind):
+def test_interrupted_and_resumed_equals_uninterrupted(run, monkeypatch, kind, tmp_path):
+    if PRIORS[kind].in_scales:
+        (tmp_path / "grids").mkdir()
+        run, _ = tiny_run(tmp_path / "grids", count=40, grayscale=True, grids=2)
     config = dataclasses.replace(TINY, kind=kind)
     assert train_prior(run, config, progress=False) is not None
     whole = weights(run)
