@@ -68,6 +68,12 @@ def _emoji_clips() -> Examples:
     return load_emoji_clips()
 
 
+def _noto_emoji() -> Examples:
+    from .noto_emoji import load_noto_emoji
+
+    return load_noto_emoji()
+
+
 def _music_loops() -> Examples:
     from .music_loops import load_music_loops
 
@@ -87,7 +93,7 @@ def _soundfile_is_missing() -> str:
 
 
 SUBSET, FULL, DIGITS = "Fashion-MNIST subset", "Fashion-MNIST", "handwritten digits"
-EMOJI, LOOPS = "animated emoji", "music loops"
+EMOJI, LOOPS, NOTO = "animated emoji", "music loops", "Noto emoji"
 """Names in reports and pictures."""
 FULL_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Folder of Debian's package of Fashion-MNIST."""
@@ -109,6 +115,15 @@ DATA_SETS = {
         count=(1500, 297),
         license="CC BY 4.0",
         missing=_digits_are_missing,
+    ),
+    "noto-emoji": DataSet(
+        _noto_emoji,
+        NOTO,
+        "shipped, 32x32 with captions",
+        form="32x32 color",
+        settings={"image_size": 32, "grayscale": False},
+        count=(1507, 175),
+        license="Apache-2.0",
     ),
     "emoji-clips": DataSet(
         _emoji_clips,

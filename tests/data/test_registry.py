@@ -10,6 +10,7 @@ import torch
 
 from fastvq.cli import train
 from fastvq.data import DATA_SETS, DataError, DataSet, Examples
+from fastvq.data.noto_emoji import SHIPPED, load_noto_emoji
 from fastvq.data.registry import name_of
 from fastvq.errors import ConfigError
 from fastvq.modalities import ImageConfig, config_of, modality_of
@@ -42,10 +43,12 @@ def test_an_entry_of_the_table_is_all_that_a_data_set_needs(dots: None) -> None:
 
 @pytest.mark.parametrize("name", [name for name, known in DATA_SETS.items() if known.modality == "image"])
 def test_each_data_set_has_its_settings(name: str) -> None:
-    config, side = settings(f"--data={name}"), DATA_SETS[name].settings["image_size"]
-    assert (config.data, config.image_size, config.grayscale) == (name, side, True)
-    for changed in ("--no-grayscale", "--fit=pad", f"--image-width={2 * side}", f"--crop-from={2 * side}"):
-        with pytest.raises(ConfigError, match=f"{name} is {side}x{side} gray: image_size, image_width"):
+    config, known = settings(f"--data={name}"), DATA_SETS[name]
+    side, gray = known.settings["image_size"], known.settings["grayscale"]
+    assert (config.data, config.image_size, config.grayscale) == (name, side, gray)
+    other = "--no-grayscale" if gray else "--grayscale"
+    for changed in (other, "--fit=pad", f"--image-width={2 * side}", f"--crop-from={2 * side}"):
+        with pytest.raises(ConfigError, match=f"{name} is {known.form}: image_size, image_width"):
             settings(f"--data={name}", changed)
 
 
@@ -66,9 +69,31 @@ def test_the_table_says_what_a_data_set_holds(name: str) -> None:
         assert set(images.train_labels.tolist()) == set(range(len(images.class_names)))
     else:
         assert images.train_captions is not None
-        assert all(images.train_captions)
+    if images.train_captions is not None:
+        assert images.test_captions is not None
+        assert (len(images.train_captions), len(images.test_captions)) == known.count
+        assert all(images.train_captions + images.test_captions)
     assert len(images.train.unique()) > 10
     assert int(images.train.max()) > 200
+
+
+def test_the_emoji_are_held_out_by_name_and_show_what_they_are_called() -> None:
+    emoji = load_noto_emoji()
+    assert emoji.class_names is not None
+    assert emoji.train_captions is not None
+    captions = [*emoji.train_captions, *(emoji.test_captions or ())]
+    names = [name for text in captions for name in text.split("\n")]
+    assert len(names) == len(set(names)) == 2 * 1689
+    assert not any("skin tone" in name for name in names)
+    assert len(torch.cat([emoji.train, emoji.test]).flatten(1).unique(dim=0)) == len(captions) == 1682
+    assert emoji.test_names[:3] == ("ab button blood type", "airplane", "angry face with horns")
+    row = emoji.train_captions.index("red heart\nred heart, smileys & emotion")
+    red, green, blue = emoji.train[row, :, 16, 16].tolist()
+    assert red > 200 > 100 > max(green, blue)
+    assert emoji.train[row, :, 0, 0].tolist() == [255, 255, 255]
+    license = SHIPPED.with_name("noto_emoji.LICENSE").read_text()
+    assert "Apache License" in license
+    assert SHIPPED.name in license
 
 
 def test_images_have_the_name_of_their_data_set() -> None:
