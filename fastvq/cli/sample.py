@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         " drawn for the page of the run, DIR/index.html. Otherwise the ending of OUT decides what is written: a picture"
         " (.png, .pdf,"
         " .svg, .jpg, .tif, .webp) of some samples beside real ones, of each class if there are classes, or of N"
-        " samples in rows and columns with --count; .npy, the"
+        " samples in rows and columns with --count or --text; .npy, the"
         " indices alone, which `fastvq encode` accepts; no ending, or a / at its end, a new folder of files, with a"
         " subfolder for each class if there are classes."
     )
@@ -29,10 +29,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--count",
         type=int,
         metavar="N",
-        help="number of samples (default: 100 in an .npy or a folder, 16 of one --label)",
+        help="number of samples (default: 100 in an .npy or a folder, 16 of one --label or --text)",
     )
     parser.add_argument(
         "--label", metavar="L", help="class of the samples, by name or by number from 0 (default: each class in turn)"
+    )
+    parser.add_argument(
+        "--text",
+        metavar="TEXT",
+        help="what the samples show, such as 'red heart', for a prior of `fastvq prior --text`",
+    )
+    parser.add_argument(
+        "--rerank",
+        type=int,
+        metavar="M",
+        help="draw M samples and keep the ones that the model of `fastvq contrast` finds most similar to the text",
     )
     parser.add_argument(
         "--complete", action="store_true", help="draw completions of held-out examples from their first halves"
@@ -47,7 +58,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="sample from the likeliest indices whose probabilities sum to P (default: 1)",
     )
-    parser.add_argument("--guidance", type=float, default=1.0, help="above 1 to favor the class (default: 1)")
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, help="above 1 to favor the class or the text (default: 1)"
+    )
     parser.add_argument(
         "--seed",
         type=int,
@@ -61,7 +74,19 @@ def run(options: argparse.Namespace) -> int:
     """Sample from the prior of a run, and write the samples."""
     from fastvq.runs.sample import sample_run
 
-    given = ("count", "label", "complete", "seed", "data", "temperature", "top_k", "top_p", "guidance")
+    given = (
+        "count",
+        "label",
+        "text",
+        "rerank",
+        "complete",
+        "seed",
+        "data",
+        "temperature",
+        "top_k",
+        "top_p",
+        "guidance",
+    )
     try:
         lines = sample_run(options.run_folder, options.out, **{name: getattr(options, name) for name in given})
     except ValueError as error:

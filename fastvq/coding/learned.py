@@ -44,6 +44,8 @@ def encode(encoder: SymbolEncoder, header: Header, symbols: Ints, prior: Prior |
             prior.label_rows(labels, len(symbols), torch.device("cpu"))
         except ValueError as error:
             raise CodingError(str(error)) from error
+        if not prior.classes:
+            raise CodingError("labels: files have none of captions, which this prior takes in their place")
         for label in labels.tolist():
             encoder.number(label, prior.classes - 1)
     _code_symbols(symbols, labels, prior, encoder, known=True)

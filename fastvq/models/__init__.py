@@ -7,11 +7,21 @@ x -- Encoder --> features -- bottleneck --> codes -- Decoder --> reconstruction
 from __future__ import annotations
 
 from .audio import AudioDecoder, AudioEncoder
+from .contrastive import ContrastiveModel
 from .conv import Decoder, Encoder, ResidualBlock
 from .gaussian import GaussianBottleneck
 from .likelihood import discretized_logistic, elbo_bits_per_dimension
-from .priors import HierarchicalPrior, LSTMPrior, NextScalePrior, PixelCNNPrior, Prior, TransformerPrior
+from .priors import (
+    HierarchicalPrior,
+    LSTMPrior,
+    NextScalePrior,
+    PixelCNNPrior,
+    Prior,
+    TextPrior,
+    TransformerPrior,
+)
 from .streaming import StreamingDecoder, StreamingEncoder
+from .text import TextTokenizer
 from .video import VideoDecoder, VideoEncoder
 from .vqvae import VQVAE, Bottleneck, Continuous, NoBottleneck, VQVAEOutput
 from .vqvae2 import GridsBottleneck, halved_grids
@@ -22,6 +32,7 @@ __all__ = [
     "AudioEncoder",
     "Bottleneck",
     "Continuous",
+    "ContrastiveModel",
     "Decoder",
     "Encoder",
     "GaussianBottleneck",
@@ -35,6 +46,8 @@ __all__ = [
     "ResidualBlock",
     "StreamingDecoder",
     "StreamingEncoder",
+    "TextPrior",
+    "TextTokenizer",
     "TransformerPrior",
     "VQVAEOutput",
     "VideoDecoder",

@@ -3,6 +3,7 @@
 trained.py        `fastvq.load`: the models of a run as one object
 load.py           model and prior of a run      train_prior.py      a run's prior, trained on its indices
 indices.py        a run's examples as indices    compare_priors.py   the kinds of priors after equal time
+contrast.py       a run's contrastive model of images and captions, and the order it gives samples
 encode.py         examples or arrays to a file   sample.py           samples in files
 decode.py         a file to examples or arrays   sample_pictures.py  samples, completions and neighbors drawn
 tokenize.py       a whole data set as arrays of indices

@@ -58,6 +58,8 @@ def compare_priors(
     """
     if not 0 < seconds < math.inf:
         raise ConfigError(f"seconds must be positive and finite, got {seconds}")
+    if config is not None and config.text:
+        raise ConfigError("text: kinds of priors are compared without captions")
     if config is not None and usable_device(config.device).type != "cpu":
         raise ConfigError(f"device must be 'cpu' where kinds are compared by processor time, got '{config.device}'")
     model, indices, codebook_size = run_indices(run, data)

@@ -76,11 +76,19 @@ def index_examples(run: StrPath, model: VQVAE, examples: Examples, *, mirrored: 
                 np.save(file, indices.numpy().astype(np.int32))
         write_whole(description_path, json.dumps(description | {"sha256": _digests(paths)}) + "\n")
         arrays = _mapped(paths)
-    labels = examples.train_labels
+    labels, captions = examples.train_labels, None
     if labels is not None and mirrored:
         labels = labels.repeat(2)
+    if examples.train_captions is not None and examples.test_captions is not None:
+        captions = examples.train_captions * (2 if mirrored else 1), examples.test_captions
     return IndexData(
-        arrays["train"], arrays["test"], labels, examples.test_labels, examples.class_names, model.adapter.scales
+        arrays["train"],
+        arrays["test"],
+        labels,
+        examples.test_labels,
+        examples.class_names,
+        model.adapter.scales,
+        captions,
     )
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastvq.coding import fingerprint
 from fastvq.data import DATA_SETS, Examples
 from fastvq.errors import CheckpointError, ConfigError, DataError
 from fastvq.files import StrPath
 from fastvq.modalities import TrainConfig
-from fastvq.models import VQVAE, Continuous, Prior
+from fastvq.models import VQVAE, Continuous, Prior, TextPrior, TextTokenizer
 from fastvq.training.build import build_model, load_examples
 from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, damage_named, load_latest
 from fastvq.training.config import PriorConfig
@@ -39,7 +39,7 @@ def load_model(run: StrPath) -> tuple[VQVAE, TrainConfig]:
         CheckpointError: the run has no checkpoint, or it is damaged.
     """
     checkpoint = load_latest(run)
-    _warn_of_unfinished(run, checkpoint, f"fastvq train --out {run} --resume")
+    warn_of_unfinished(run, checkpoint, f"fastvq train --out {run} --resume")
     return checkpoint_model(checkpoint), checkpoint.config
 
 
@@ -50,7 +50,7 @@ def checkpoint_model(checkpoint: Checkpoint) -> VQVAE:
         CheckpointError: the checkpoint is damaged.
     """
     with damage_named(checkpoint.folder):
-        return _build(lambda: build_model(checkpoint.config), checkpoint).eval()
+        return built(lambda: build_model(checkpoint.config), checkpoint).eval()
 
 
 def run_examples(run: StrPath, data: StrPath | None = None) -> Examples:
@@ -98,11 +98,13 @@ def load_prior(run: StrPath) -> tuple[Prior, VQVAE]:
 def load_prior_of(run: StrPath, model: VQVAE) -> Prior:
     """Return the trained prior of a run whose model is loaded, like `load_prior`."""
     checkpoint = load_prior_checkpoint(run, model)
-    _warn_of_unfinished(Path(run) / PRIOR_FOLDER, checkpoint, f"fastvq prior {run} --resume")
+    warn_of_unfinished(Path(run) / PRIOR_FOLDER, checkpoint, f"fastvq prior {run} --resume")
     with damage_named(checkpoint.folder):
         built_from = checkpoint.built_from
-        prior = _build(lambda: build_prior(built_from["kind"], **built_from["settings"]), checkpoint)
+        prior = built(lambda: build_prior(built_from["kind"], **built_from["settings"]), checkpoint)
         prior.class_names = tuple(built_from.get("class_names", ()))
+        if isinstance(prior, TextPrior):
+            prior.tokenizer = TextTokenizer(built_from["tokenizer"])
     return prior.eval()
 
 
@@ -135,7 +137,8 @@ def label_number(prior: Prior, label: int | str | None) -> int | None:
     if label is None:
         return None
     if not prior.classes:
-        raise ConfigError(f"label: this prior was trained without classes, got {label}")
+        instead = " with captions: give a text instead" if isinstance(prior, TextPrior) else " without classes"
+        raise ConfigError(f"label: this prior was trained{instead}, got {label}")
     if label in prior.class_names:
         return prior.class_names.index(str(label))
     number = int(label) if not isinstance(label, str) or label.lstrip("-").isdecimal() else -1
@@ -145,19 +148,53 @@ def label_number(prior: Prior, label: int | str | None) -> int | None:
     return number
 
 
+def text_row(prior: Prior, text: str | None) -> Tensor | None:
+    """Return the text indices (length,) of a text, or None without one.
+
+    Raises:
+        ConfigError: the prior takes no text, or the text is empty or too long.
+    """
+    if text is None:
+        return None
+    if not isinstance(prior, TextPrior) or prior.tokenizer is None:
+        raise ConfigError(
+            f"text: this prior was trained without captions, got {text!r}: fastvq prior RUN --text --overwrite learns"
+            " one that takes text"
+        )
+    return prior.tokenizer.encode(text)
+
+
 def successor_is_finished(prior: StrPath) -> bool:
     """Return whether the successor of a prior has done all its steps."""
     successor = Path(prior) / SUCCESSOR_FOLDER
     return bool(checkpoint_folders(successor)) and load_latest(successor, PriorConfig).finished
 
 
-def _warn_of_unfinished(folder: StrPath, checkpoint: Checkpoint, command: str) -> None:
+def conditions(prior: Prior, first: int, count: int, label: int | None, text: Tensor | None) -> Tensor | None:
+    """Return what a prior takes as labels of the samples from number `first` on, (count, ...), or None.
+
+    Args:
+        prior: the prior.
+        first: number of the first sample: without a label, each class comes in turn.
+        count: number of samples.
+        label: the class of all samples.
+        text: the text indices (length,) of all samples, see `text_row`.
+    """
+    if text is not None:
+        return text.expand(count, -1)
+    if not prior.classes:
+        return None
+    return torch.arange(first, first + count) % prior.classes if label is None else torch.full((count,), label)
+
+
+def warn_of_unfinished(folder: StrPath, checkpoint: Checkpoint, command: str) -> None:
+    """Warn of a training that has not done all its steps; `command` continues it."""
     if not checkpoint.finished:
         steps = f"{checkpoint.step} of {checkpoint.config.steps} steps"
         warnings.warn(f"{folder} is unfinished, {steps}: {command}", RuntimeWarning, stacklevel=3)
 
 
-def _build(build: Callable[[], ModelT], checkpoint: Checkpoint) -> ModelT:
+def built(build: Callable[[], ModelT], checkpoint: Checkpoint) -> ModelT:
     """Return the model of a checkpoint, with its weights.
 
     It is built on "meta" first, where wrong sizes cost neither memory nor time.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from fastvq.models import VQVAE, Prior
 from fastvq.settings import check_range
 
 from . import plots
-from .load import label_number, load_model, load_prior_of, run_examples
+from .contrast import check_text, load_contrastive, similarity
+from .load import conditions, label_number, load_model, load_prior_of, run_examples, text_row
 from .outputs import check_ending, check_outside_data, is_folder, write_numbered
 from .run_page import write_run_page
 from .sample_pictures import picture_completions, picture_prior_samples, picture_samples, sampled_with
@@ -36,6 +38,8 @@ def sample_run(
     *,
     count: int | None = None,
     label: int | str | None = None,
+    text: str | None = None,
+    rerank: int | None = None,
     complete: bool = False,
     seed: int = 0,
     data: StrPath | None = None,
@@ -47,19 +51,22 @@ def sample_run(
         run: folder of a run with a prior.
         path: without it, samples, completions and neighbors are drawn for the page of the run, which is written again.
             Else its ending decides what is written. One of `plots.FORMATS`: a picture of samples, of each class if
-            there are classes, beside real ones; or, with a count or a label, of that many samples. One that the
+            there are classes, beside real ones; or, with a count, a label or a text, of that many samples. One that the
             modality plays, such as .gif for video: that many samples in motion. ".npy": the indices alone,
             (count, *grid) int64. None, or a slash at its end: a new folder of files, with a subfolder for each class
             if there are classes.
-        count: number of samples, `DEFAULT_COUNT` by default, and `GRID_COUNT` of one label in a picture.
+        count: number of samples, `DEFAULT_COUNT` by default, and `GRID_COUNT` of one label or text in a picture.
         label: class of the samples, by number or by name, by default each class in turn.
+        text: what the samples show, for a prior that was trained on captions.
+        rerank: number of samples that are drawn for a text, of which the `count` most similar to it by the run's
+            contrastive model are kept, the most similar first.
         complete: write a picture of completions of held-out examples instead.
         seed: equal seeds give equal samples, and a smaller count gives the first samples of a larger one.
         data: where the data set of the run is now, see `run_examples`.
         settings: arguments of `Prior.sample`: temperature, top_k, top_p, guidance.
 
     Raises:
-        CheckpointError: the run has no prior.
+        CheckpointError: the run has no prior, or no contrastive model to rank samples.
         DataError: real examples or names of classes are needed, and the data are missing or others.
         ConfigError: an invalid argument or combination of arguments, by name.
         ValueError: an invalid argument of `Prior.sample`.
@@ -67,21 +74,24 @@ def sample_run(
     """
     check_range("seed", seed)
     if path is None:
-        return _sample_for_page(run, count=count, label=label, complete=complete, seed=seed, data=data, **settings)
+        given = {"count": count, "label": label, "text": text, "rerank": rerank, "complete": complete}
+        return _sample_for_page(run, given, seed=seed, data=data, **settings)
     model, config = load_model(run)
     modality = modality_of(config.modality)
     one, many = modality.noun
     check_ending(path, (*plots.FORMATS, *sorted(modality.played - {*plots.FORMATS}), ".npy"), folder=many)
     check_outside_data(path, run, data)
     folder, array = is_folder(path), Path(path).suffix.lower() == ".npy"
-    if data is not None and (array or (not folder and (count is not None or label is not None))):
+    some = count is not None or label is not None or text is not None or rerank is not None
+    if data is not None and (array or (not folder and some)):
         raise ConfigError(f"data: has no effect on {path}, which shows no held-out {many}")
     if not folder and not array:
         plays = Path(path).suffix.lower() in modality.played
-        if count is not None or label is not None or (plays and not complete):
+        if some or (plays and not complete):
             if complete:
-                raise ConfigError("complete: a picture of completions takes neither count nor label")
-            return _write_grid(run, path, GRID_COUNT if count is None else count, label, seed, settings)
+                raise ConfigError("complete: a picture of completions takes neither count nor label nor text")
+            count = GRID_COUNT if count is None else count
+            return _write_grid(run, path, _Request(count, label, text, rerank, seed, settings))
         prior = load_prior_of(run, model)
         examples = run_examples(run, data)
         picture = picture_completions if complete else picture_samples
@@ -95,8 +105,7 @@ def sample_run(
     count = DEFAULT_COUNT if count is None else count
     if count < 1:
         raise ConfigError(f"count must be at least 1, got {count}")
-    number = label_number(prior, label)
-    batches = _sample_batches(prior, count, number, seed, settings)
+    batches = _sample_batches(run, model, config, prior, _Request(count, label, text, rerank, seed, settings))
     if array:
         _write_array(path, (count, *prior.grid), batches)
         order = f", row n of class n mod {prior.classes}" if prior.classes and label is None else ""
@@ -109,19 +118,29 @@ def sample_run(
     return [f"{counted(count, one, many)}: {path}" + (", in a subfolder for each class" if names else "")]
 
 
-def _write_grid(
-    run: StrPath, path: StrPath, count: int, label: int | str | None, seed: int, settings: dict[str, Any]
-) -> list[str]:
+@dataclass(frozen=True)
+class _Request:
+    """What to sample; the fields are the arguments of `sample_run`."""
+
+    count: int
+    label: int | str | None
+    text: str | None
+    rerank: int | None
+    seed: int
+    settings: dict[str, Any]
+
+
+def _write_grid(run: StrPath, path: StrPath, request: _Request) -> list[str]:
     """Draw a number of samples in rows and columns, or write a file in which the modality plays them."""
+    count, settings = request.count, request.settings
     if not 1 <= count <= _MOST_IN_GRID:
         more = "; a folder or an .npy holds more" if count > _MOST_IN_GRID else ""
         raise ConfigError(f"count must be between 1 and {_MOST_IN_GRID} in a picture, got {count}{more}")
     model, config = load_model(run)
     prior, modality = load_prior_of(run, model), modality_of(config.modality)
-    number = label_number(prior, label)
     signals, names = [], []
     with torch.no_grad():
-        for indices, labels in _sample_batches(prior, count, number, seed, settings):
+        for indices, labels in _sample_batches(run, model, config, prior, request):
             signals.append(model.restore(indices))
             names += [prior.class_names[row] if prior.class_names else f"class {row}" for row in labels or []]
     sampled = torch.cat(signals)
@@ -133,36 +152,57 @@ def _write_grid(
             path,
             modality.as_images(sampled, config),
             names,
-            title=f"{Path(run).resolve().name}: {counted(count, 'sample')}",
-            caption="Indices sampled one after the other from the prior and decoded." + sampled_with(settings),
+            title=f"{Path(run).resolve().name}: {counted(count, 'sample')}{_following(request)}",
+            caption="Indices sampled one after the other from the prior and decoded."
+            + ("" if request.rerank is None else f" The most similar to the text of {request.rerank}, best first.")
+            + sampled_with(settings),
         )
-    return [f"picture of {counted(count, 'sample')}: {path}"]
+    return [f"picture of {counted(count, 'sample')}{_following(request)}: {path}"]
 
 
-def _sample_for_page(run: StrPath, *, seed: int, data: StrPath | None, **arguments: Any) -> list[str]:
-    """Draw the samples of a run's page, and write it."""
-    for name in ("count", "label", "complete"):
-        value = arguments.pop(name)
+def _sample_for_page(
+    run: StrPath, given: dict[str, Any], *, seed: int, data: StrPath | None, **settings: Any
+) -> list[str]:
+    """Draw the samples of a run's page, and write it; of what is `given` the page takes nothing."""
+    for name, value in given.items():
         if value is not None and value is not False:
             raise ConfigError(f"{name}: the page of the run has its own samples: give an output")
     model, config = load_model(run)
     prior = load_prior_of(run, model)
-    paths = picture_prior_samples(run, prior, model, config, run_examples(run, data), seed=seed, **arguments)
+    paths = picture_prior_samples(run, prior, model, config, run_examples(run, data), seed=seed, **settings)
     drawn = [f"pictures: {', '.join(map(str, paths))}"] if paths else []
     return [*drawn, f"page: {write_run_page(run)}"]
 
 
-def _sample_batches(prior: Prior, count: int, label: int | None, seed: int, settings: dict[str, Any]) -> _Batches:
-    generator = torch.Generator().manual_seed(seed)
+def _following(request: _Request) -> str:
+    return "" if request.text is None else f" of {' '.join(request.text.split())!r}"
+
+
+def _sample_batches(run: StrPath, model: VQVAE, config: TrainConfig, prior: Prior, request: _Request) -> _Batches:
+    """Yield batches of samples as they are requested, after all arguments have been validated."""
+    count, text, rerank = request.count, request.text, request.rerank
+    check_text(text, label=request.label, rerank=rerank, count=count)
+    label, row = label_number(prior, request.label), text_row(prior, text)
+    if rerank is None or text is None:
+        return _drawn(prior, count, label, row, request)
+    ranking, modality = load_contrastive(run, model), modality_of(config.modality)
+    found, similar = [], []
+    for indices, _ in _drawn(prior, rerank, label, row, request):
+        with torch.no_grad():
+            similar.append(similarity(ranking, modality.as_images(model.restore(indices), config), text))
+        found.append(indices)
+    best = torch.cat(found)[torch.cat(similar).topk(count).indices]
+    return ((part, None) for part in best.split(_BATCH))
+
+
+def _drawn(prior: Prior, count: int, label: int | None, row: Tensor | None, request: _Request) -> _Batches:
+    generator = torch.Generator().manual_seed(request.seed)
     with Progress(count, "sample") as bar:
         for first in range(0, count, _BATCH):
-            labels = None
-            if prior.classes:
-                turn = torch.arange(first, first + _BATCH) % prior.classes
-                labels = turn if label is None else torch.full_like(turn, label)
+            labels = conditions(prior, first, _BATCH, label, row)
             # The last batch is complete too, so that a sample depends on the seed and its number, not on the count.
-            indices = prior.sample(_BATCH, labels, generator=generator, **settings)[: count - first]
-            yield indices, None if labels is None else labels[: len(indices)].tolist()
+            indices = prior.sample(_BATCH, labels, generator=generator, **request.settings)[: count - first]
+            yield indices, labels[: len(indices)].tolist() if prior.classes and labels is not None else None
             bar.update(len(indices))
 
 

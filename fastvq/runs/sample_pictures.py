@@ -5,9 +5,9 @@ This module samples and searches; `plots` draws the result. Pictures that need n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from fastvq.data.examples import to_float
 from fastvq.errors import ConfigError
 from fastvq.files import StrPath
 from fastvq.modalities import TrainConfig, modality_of
-from fastvq.models import VQVAE, Prior
+from fastvq.models import VQVAE, Prior, TextPrior
+from fastvq.models.text import first_caption
 
 from . import plots
 from .pictures import MEDIA, failures_as_warnings, shown_rows, spread
@@ -75,6 +76,8 @@ def picture_samples(
 ) -> None:
     """Draw samples beside held-out examples: a row for each class, twenty at most, or four rows without classes.
 
+    A prior of text draws what held-out captions say, beside the examples that have them.
+
     Args:
         path: file to write; its ending is in `plots.FORMATS`.
         prior, model: the prior, and the model that decodes its indices.
@@ -86,14 +89,14 @@ def picture_samples(
         settings: arguments of `Prior.sample`: temperature, top_k, top_p, guidance.
     """
     generator = torch.Generator().manual_seed(seed)
-    classes = spread(prior.classes, _CLASSES) if prior.classes else [None] * 4
-    labels = None
-    if prior.classes:
-        labels = torch.tensor(classes).repeat_interleave(_SAMPLED)
-    beside, quality = ("", "")
-    if prior.classes:
+    kinds = _kinds(prior, examples, _CLASSES)
+    beside, quality, real = "", "", _REAL
+    if isinstance(prior, TextPrior):
+        beside, quality, real = " of the caption", "show what the caption says, ", 1
+    elif prior.classes:
         beside, quality = " of the class", "look like their class, "
-    indices = prior.sample(len(classes) * _SAMPLED, labels, generator=generator, **settings)
+    labels = _labels(kinds, _SAMPLED)
+    indices = prior.sample(len(kinds) * _SAMPLED, labels, generator=generator, **settings)
     modality = modality_of(config.modality)
     many = modality.noun[1]
     restored = model.restore(indices)
@@ -101,21 +104,16 @@ def picture_samples(
         modality.write_media(media, "samples", {"sampled": restored}, config)
     sampled = restored.split(_SAMPLED)
     rows, names = [], []
-    for row, label in enumerate(classes):
-        own = (
-            examples.test
-            if label is None or examples.test_labels is None
-            else examples.test[examples.test_labels == label]
-        )
-        start = row * _REAL if label is None else 0
-        real = _real_examples(own, start, like=sampled[row], range=model.value_range)
-        rows.append(modality.as_images(torch.cat([real, sampled[row]]), config))
-        names.append("" if label is None else class_name(examples, label))
+    for row, kind in enumerate(kinds):
+        start = row * real if kind.label is None else 0
+        shown = _real_examples(kind.held_out, start, real, like=sampled[row], range=model.value_range)
+        rows.append(modality.as_images(torch.cat([shown, sampled[row]]), config))
+        names.append(kind.name)
     plots.save_grid(
         path,
         rows,
         names,
-        ["real"] * _REAL + ["sampled"] * _SAMPLED,
+        ["real"] * real + ["sampled"] * _SAMPLED,
         title=f"{examples.name}: samples of the prior",
         caption=f"Indices sampled one after the other from the prior and decoded, beside held-out {many}"
         f"{beside}. Samples should {quality}differ from each other, and be coherent from beginning to end."
@@ -150,6 +148,8 @@ def picture_completions(
     given = indices.clone()
     given[:, half:] = -1
     labels = examples.test_labels[rows] if prior.classes and examples.test_labels is not None else None
+    if isinstance(prior, TextPrior) and prior.tokenizer is not None and examples.test_captions is not None:
+        labels = prior.tokenizer.rows([examples.test_captions[row] for row in rows])[:, 0]
     completed = [
         model.restore(prior.sample(len(rows), labels, given=given, generator=generator, **settings)) for _ in range(3)
     ]
@@ -185,11 +185,10 @@ def picture_neighbors(
     captioned: bool = True,
     **settings: Any,
 ) -> None:
-    """Draw samples, one of each class or ten, beside their nearest training examples, mirrored ones included."""
-    classes = spread(prior.classes, _CLASSES) if prior.classes else []
-    count = len(classes) or 10
-    labels = torch.tensor(classes) if classes else None
-    indices = prior.sample(count, labels, generator=torch.Generator().manual_seed(seed), **settings)
+    """Draw samples beside their nearest training examples, mirrored ones included: of classes, of captions, or ten."""
+    kinds = _kinds(prior, examples, _CLASSES, without=10)
+    labels = _labels(kinds, 1)
+    indices = prior.sample(len(kinds), labels, generator=torch.Generator().manual_seed(seed), **settings)
     modality = modality_of(config.modality)
     many = modality.noun[1]
     mirrored = f" and the mirrored {many}" if config.mirrored else ""
@@ -205,7 +204,7 @@ def picture_neighbors(
     plots.save_grid(
         path,
         rows,
-        [class_name(examples, label) for label in classes] or [""] * count,
+        [kind.name for kind in kinds],
         ["sampled", *(["nearest"] + [f"{n + 1}." for n in range(1, _NEIGHBORS)])],
         title=f"{examples.name}: samples and their nearest training {many}",
         caption=f"Nearest by the squared difference of all pixels, among all training {many}{mirrored}. A copy would"
@@ -249,11 +248,49 @@ def sampled_with(settings: dict[str, Any]) -> str:
     return f" Sampled with {', '.join(given)}." if given else ""
 
 
-def _real_examples(stored: Tensor, start: int, *, like: Tensor, range: tuple[float, float]) -> Tensor:
-    """Return `_REAL` examples from `start` on, cyclically; if there are none, the middle of the range."""
+class _Kind(NamedTuple):
+    """What a row of a picture shows.
+
+    Attributes:
+        name: its class or caption; empty without.
+        label: what a prior takes as the label of one sample, (1, ...), or None.
+        held_out: examples of it, or all.
+    """
+
+    name: str
+    label: Tensor | None
+    held_out: Tensor
+
+
+def _kinds(prior: Prior, examples: Examples, most: int, *, without: int = 4) -> list[_Kind]:
+    """Return at most `most` classes, or captions of held-out examples, or else `without` kinds without a name."""
+    if isinstance(prior, TextPrior) and prior.tokenizer is not None:
+        captions = [(row, first_caption(text)) for row, text in enumerate(examples.test_captions or ())]
+        captions = [(row, text) for row, text in captions if text]
+        chosen = [captions[place] for place in spread(len(captions), most)]
+        return [
+            _Kind(text, prior.tokenizer.rows([text])[:, 0], examples.test[row : row + 1]) for row, text in chosen
+        ] or [_Kind("", None, examples.test)] * without
+    if not prior.classes:
+        return [_Kind("", None, examples.test)] * without
+    kinds = []
+    for label in spread(prior.classes, most):
+        own = examples.test if examples.test_labels is None else examples.test[examples.test_labels == label]
+        kinds.append(_Kind(class_name(examples, label), torch.tensor([label]), own))
+    return kinds
+
+
+def _labels(kinds: Sequence[_Kind], count: int) -> Tensor | None:
+    """Return what a prior takes as labels of `count` samples of each kind, or None."""
+    own = [kind.label for kind in kinds if kind.label is not None]
+    return torch.cat(own).repeat_interleave(count, 0) if own else None
+
+
+def _real_examples(stored: Tensor, start: int, count: int, *, like: Tensor, range: tuple[float, float]) -> Tensor:
+    """Return `count` examples from `start` on, cyclically; if there are none, the middle of the range."""
     if len(stored) == 0:
-        return torch.full_like(like[:1], sum(range) / 2).expand(_REAL, *like.shape[1:])
-    return to_float(stored[torch.arange(start, start + _REAL) % len(stored)])
+        return torch.full_like(like[:1], sum(range) / 2).expand(count, *like.shape[1:])
+    return to_float(stored[torch.arange(start, start + count) % len(stored)])
 
 
 def class_name(examples: Examples, label: int) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fastvq.coding import fingerprint
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.files import StrPath, delete_folder, exclusive, flush_folder
-from fastvq.models import Prior
+from fastvq.models import Prior, TextTokenizer
 from fastvq.training import config_file, ranks
 from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, load_latest
 from fastvq.training.config import PriorConfig
@@ -65,7 +65,7 @@ def train_prior(
         CheckpointError: the run has no checkpoint; it has a prior, and neither `resume` nor `overwrite` is given;
             `resume` and the prior belongs to another model or is damaged; another process is training it, or the run
             itself.
-        ConfigError: invalid settings, or a run without a bottleneck.
+        ConfigError: invalid settings, or a run without a bottleneck or, for a prior of text, without captions.
         DataError: the data are missing, or differ from those that the run was trained on.
         FloatingPointError: the loss is not finite.
     """
@@ -94,6 +94,8 @@ def train_prior(
                 raise CheckpointError(f"{target} holds the prior of another model: train it again with --overwrite")
             config = config or latest.config
         config = config or PriorConfig()
+        if config.text:
+            indices = _with_text(run, indices, config, latest.built_from.get("tokenizer") if resume else None)
         device = usable_device(config.device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             trainer = PriorTrainer(
@@ -112,6 +114,24 @@ def train_prior(
         if replaces:
             ranks.rank_0_first(lambda: _adopt_successor(folder) if successor_is_finished(folder) else None)
     return TrainedPrior(trainer.model.eval().cpu(), indices, bits)
+
+
+def _with_text(run: StrPath, data: IndexData, config: PriorConfig, tokenizer: dict[str, Any] | None) -> IndexData:
+    """Return a run's indices with its captions, by the tokenizer of the training that is resumed or by a new one.
+
+    Raises:
+        ConfigError: there are no captions.
+    """
+    learned, _ = data.captions or ((), ())
+    if not any(learned):
+        raise ConfigError(
+            f"text: the data of {run} have no captions to learn from: a folder has them in captions.jsonl, or in a .txt"
+            " file beside each example"
+        )
+    if tokenizer is not None:
+        return data.with_text(TextTokenizer(tokenizer))
+    length = config.text_length
+    return data.with_text(TextTokenizer.train(learned, vocabulary=config.text_vocabulary, length=length))
 
 
 def _check_no_prior(run: StrPath) -> None:

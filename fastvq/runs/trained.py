@@ -12,11 +12,12 @@ from fastvq.data.examples import to_float
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.files import StrPath
 from fastvq.modalities import TrainConfig, modality_of
-from fastvq.models import VQVAE, Prior
+from fastvq.models import VQVAE, ContrastiveModel, Prior
 from fastvq.training.checkpoint import checkpoint_folders, is_checkpoint, load_checkpoint
 from fastvq.training.loop import usable_device
 
-from .load import PRIOR_FOLDER, checkpoint_model, label_number, load_model, load_prior_of
+from .contrast import check_text, load_contrastive, similarity
+from .load import PRIOR_FOLDER, checkpoint_model, conditions, label_number, load_model, load_prior_of, text_row
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,9 +39,11 @@ class TrainedModel(nn.Module):
         config: the settings that it was trained with.
         prior: the prior over its indices, or None.
         no_prior: why there is none.
+        contrastive: the contrastive model of images and captions, or None.
+        no_contrastive: why there is none.
 
     Attributes:
-        vqvae, config, prior, no_prior: see Args.
+        vqvae, config, prior, no_prior, contrastive, no_contrastive: see Args.
         modality: what the run is trained on.
         channels: channels of a signal: 1 for gray images, 3 for images in color.
         strides, first: the sizes of a signal are `first` plus multiples of `strides`, axis by axis; the first frame of
@@ -48,14 +51,21 @@ class TrainedModel(nn.Module):
     """
 
     def __init__(
-        self, vqvae: VQVAE, config: TrainConfig, prior: Prior | None = None, *, no_prior: str = "there is no prior"
+        self,
+        vqvae: VQVAE,
+        config: TrainConfig,
+        prior: Prior | None = None,
+        contrastive: ContrastiveModel | None = None,
+        *,
+        no_prior: str = "there is no prior",
+        no_contrastive: str = "there is no contrastive model",
     ) -> None:
         super().__init__()
-        self.vqvae, self.config, self.prior = vqvae, config, prior
+        self.vqvae, self.config, self.prior, self.contrastive = vqvae, config, prior, contrastive
         self.modality = modality_of(config.modality)
         self.channels = config.example_format.shape[0]
         self.strides, self.first = vqvae.strides, vqvae.first
-        self.no_prior = no_prior
+        self.no_prior, self.no_contrastive = no_prior, no_contrastive
         self.eval()
 
     @property
@@ -125,6 +135,8 @@ class TrainedModel(nn.Module):
         count: int = 1,
         *,
         label: int | str | None = None,
+        text: str | None = None,
+        rerank: int | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -136,11 +148,15 @@ class TrainedModel(nn.Module):
         Args:
             count: number of signals.
             label: their class, by number or by name; by default each class in turn, if the prior has classes.
+            text: what they show, for a prior that was trained on captions; by default they follow none.
+            rerank: number of samples that are drawn, at least `count`: the ones that the contrastive model of the run
+                finds most similar to the text are returned, the most similar first. By default all that are drawn.
             temperature, top_k, top_p, guidance: see `fastvq.models.Prior.sample`.
             seed: equal seeds give equal samples, on equal devices; by default torch's random state decides.
 
         Raises:
-            CheckpointError: the run has no prior, or none that can be read; the message says which command learns one.
+            CheckpointError: the run has no prior or, to rank samples, no contrastive model, or none that can be read;
+                the message says which command learns one.
             ValueError: an invalid argument, by name.
         """
         prior = self.prior
@@ -148,19 +164,24 @@ class TrainedModel(nn.Module):
             raise CheckpointError(self.no_prior)
         if count < 1:
             raise ValueError(f"count: must be at least 1, got {count}")
-        label = label_number(prior, label)
+        check_text(text, label=label, rerank=rerank, count=count)
+        label, row = label_number(prior, label), text_row(prior, text)
+        ranking = self.contrastive if rerank is not None else None
+        if rerank is not None and ranking is None:
+            raise CheckpointError(self.no_contrastive)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-        labels: Tensor | None = None
-        if prior.classes:
-            labels = torch.arange(count) % prior.classes if label is None else torch.full((count,), label)
-        sampled = []
-        for first in range(0, count, _BATCH):
-            part = None if labels is None else labels[first : first + _BATCH].to(self.device)
-            number = min(_BATCH, count - first)
-            indices = prior.sample(number, part, generator=generator, **settings)  # type: ignore[arg-type]
+        sampled, drawn = [], rerank or count
+        for first in range(0, drawn, _BATCH):
+            number = min(_BATCH, drawn - first)
+            labels = conditions(prior, first, number, label, row)
+            labels = None if labels is None else labels.to(self.device)
+            indices = prior.sample(number, labels, generator=generator, **settings)  # type: ignore[arg-type]
             sampled.append(self.decode(indices))
-        return torch.cat(sampled)
+        signals = torch.cat(sampled)
+        if ranking is None or text is None:
+            return signals
+        return signals[similarity(ranking, self.modality.as_images(signals, self.config), text).topk(count).indices]
 
     def extra_repr(self) -> str:
         """Return what the model takes, for `repr`."""
@@ -262,12 +283,17 @@ def load(run: StrPath, *, device: str | torch.device = "cpu") -> TrainedModel:
             _refuse_prior(run)
         vqvae, config = load_model(run)
     prior, no_prior = None, f"{run} is a checkpoint away from its run, which has the prior"
+    contrastive, no_contrastive = None, f"{run} is a checkpoint away from its run, which has the contrastive model"
     if folder is not None:
         try:
             prior = load_prior_of(folder, vqvae)
         except CheckpointError as error:
             no_prior = str(error)
-    return TrainedModel(vqvae, config, prior, no_prior=no_prior).to(target)
+        try:
+            contrastive = load_contrastive(folder, vqvae)
+        except CheckpointError as error:
+            no_contrastive = str(error)
+    return TrainedModel(vqvae, config, prior, contrastive, no_prior=no_prior, no_contrastive=no_contrastive).to(target)
 
 
 def _check_tensor(name: str, value: object) -> None:

@@ -4,6 +4,7 @@ config.py       settings of the prior    config_file.py  settings in TOML
 loop.py         steps, records, resume   checkpoint.py   state on disk, whole or absent
 trainer.py      the VQ-VAE               metrics.py      metrics.jsonl and TensorBoard
 prior.py        the prior                interrupt.py    Ctrl-C between two steps
+contrastive.py  images and captions
 build.py        data set and model       evaluation.py   quality, perplexity and usage on held-out examples
 ranks.py        several processes        adversary.py    the discriminator of an adversarial loss
 loggers.py      records for TensorBoard, wandb or CSV
@@ -19,11 +20,12 @@ from fastvq.errors import CheckpointError, ConfigError
 from fastvq.extras import lazy_attributes
 from fastvq.modalities import TrainConfig
 
-from .config import PriorConfig
+from .config import ContrastiveConfig, PriorConfig
 
 # Settings are read without torch: the command line makes its options of them.
 if TYPE_CHECKING:
     from .build import build_model, load_examples
+    from .contrastive import ContrastiveTrainer
     from .evaluation import Evaluation, evaluate
     from .prior import IndexData, PriorTrainer, bits_per_index
     from .trainer import Trainer
@@ -32,6 +34,7 @@ else:
         __name__,
         {
             "build": ("build_model", "load_examples"),
+            "contrastive": ("ContrastiveTrainer",),
             "evaluation": ("Evaluation", "evaluate"),
             "prior": ("IndexData", "PriorTrainer", "bits_per_index"),
             "trainer": ("Trainer",),
@@ -41,6 +44,8 @@ else:
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "ContrastiveConfig",
+    "ContrastiveTrainer",
     "Evaluation",
     "IndexData",
     "PriorConfig",

@@ -16,7 +16,7 @@ from fastvq.settings import Settings
 
 NAME = "config.toml"
 """Name of the file in the folder of a run, and in that of its prior."""
-SECTIONS = ("train", "prior")
+SECTIONS = ("train", "prior", "contrast")
 """Tables that a file may be divided into, one for each command that reads it."""
 
 

@@ -59,6 +59,7 @@ class Loop(Generic[EvaluationT]):
     """
 
     config: Settings
+    learns_from = "indices"
     device = torch.device("cpu")
 
     def __init__(
@@ -307,8 +308,8 @@ class Loop(Generic[EvaluationT]):
         learned_from, own = checkpoint.built_from.get("data"), self._built_from.get("data")
         if learned_from not in (None, own):
             raise CheckpointError(
-                f"the indices differ from those that {self.folder} started with: they have the fingerprint {own}, those"
-                f" had {learned_from}"
+                f"the {self.learns_from} differ from those that {self.folder} started with: they have the fingerprint"
+                f" {own}, those had {learned_from}"
             )
         with damage_named(checkpoint.folder):
             self._restore_state(checkpoint)

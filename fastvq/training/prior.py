@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from fastvq.data.examples import to_device
 from fastvq.data.order import own_rows, seed_of
 from fastvq.errors import ConfigError
 from fastvq.files import StrPath
-from fastvq.models.priors import PRIORS, Prior
+from fastvq.models import TextPrior, TextTokenizer
+from fastvq.models.priors import PRIORS, TEXT_PRIORS, Prior
 
 from . import ranks
 from .config import PriorConfig
@@ -34,9 +36,12 @@ class IndexData:
 
     Attributes:
         train, test: (N, *grid), any integer type; those to learn from and those held out.
-        train_labels, test_labels: (N,), int64, or None for samples without classes.
+        train_labels, test_labels: (N,), int64, or None for samples without classes; with a tokenizer, the captions as
+            its text indices (N, V, length).
         class_names: the name of each label, or None.
         scales: shapes of the grids whose indices follow each other in a sample, or None for a single grid.
+        captions: texts of the samples to learn from and of those held out, or None.
+        tokenizer: what made text indices of them, or None.
     """
 
     train: Tensor
@@ -45,11 +50,24 @@ class IndexData:
     test_labels: Tensor | None
     class_names: tuple[str, ...] | None = None
     scales: tuple[tuple[int, ...], ...] | None = None
+    captions: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    tokenizer: TextTokenizer | None = None
 
     @property
     def classes(self) -> int:
-        """Number of classes; 0 for samples without labels."""
-        return 0 if self.train_labels is None else int(self.train_labels.max()) + 1
+        """Number of classes; 0 for samples without labels, or with captions in their place."""
+        return 0 if self.train_labels is None or self.tokenizer else int(self.train_labels.max()) + 1
+
+    def with_text(self, tokenizer: TextTokenizer) -> IndexData:
+        """Return the data set with captions as text indices in place of labels."""
+        train, test = self.captions or ((), ())
+        return dataclasses.replace(
+            self,
+            train_labels=tokenizer.rows(train),
+            test_labels=tokenizer.rows(test),
+            class_names=None,
+            tokenizer=tokenizer,
+        )
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of all indices and labels."""
@@ -115,6 +133,8 @@ class PriorTrainer(Loop[float]):
             # Codebooks of several scales start a prior that knows scales, unless a scale has several codebooks.
             apart = "scales" in settings and len(vectors) == len(data.scales or ())
             vectors = vectors if apart else None
+        if data.tokenizer is not None:
+            settings |= {"vocabulary": data.tokenizer.vocabulary, "text_length": data.tokenizer.length}
         # Built on the CPU, so that it starts from the same weights on every device.
         model = build_prior(config.kind, codebook_size=codebook_size, vectors=vectors, **settings).to(self.device)
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=config.weight_decay)
@@ -122,8 +142,10 @@ class PriorTrainer(Loop[float]):
         built_from = {"kind": config.kind, "settings": model.settings, "data": data.fingerprint()}
         if data.class_names:
             built_from["class_names"] = list(data.class_names)
+        if isinstance(model, TextPrior) and data.tokenizer is not None:
+            model.tokenizer, built_from["tokenizer"] = data.tokenizer, data.tokenizer.to_json()
         super().__init__(config, model, optimizer, folder, identity=identity, built_from=built_from)
-        self._loss = ranks.synchronized(model, "loss")
+        self._losses = ranks.synchronized(model, "losses")
         if distributed.rank():
             # Each rank drops others of its inputs; the model was built from the same state.
             torch.manual_seed(seed_of(config.seed, "rank", distributed.rank()))
@@ -134,17 +156,17 @@ class PriorTrainer(Loop[float]):
         self.begin(resume=resume)
 
     def learn(self) -> None:
-        """Minimize the negative log-likelihood of one batch."""
+        """Minimize the loss of one batch."""
         config, data = self.config, self.data
         rows = own_rows(self.step, count=len(data.train), batch_size=config.batch_size, seed=config.seed)
         labels = None if data.train_labels is None else to_device(data.train_labels[rows], self.device)
         # Gathered from the mapped file on the CPU: only the batch is copied to the device.
-        loss = self._loss(to_device(data.train[rows], self.device).long(), labels)
+        loss, nats = self._losses(to_device(data.train[rows], self.device).long(), labels)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        self._window += torch.stack([loss.detach(), torch.zeros_like(loss), torch.ones_like(loss)])
+        self._window += torch.stack([nats.detach(), torch.zeros_like(nats), torch.ones_like(nats)])
 
     def recent(self) -> tuple[Measures, str]:
         """Return the mean bits per index since the last record, and a text for the progress bar."""
@@ -166,7 +188,7 @@ def build_prior(kind: str, *, codebook_size: int | Sequence[int], grid: Any, **s
         ConfigError: a setting that this kind does not accept.
     """
     try:
-        return PRIORS[kind](codebook_size, tuple(grid), **settings)
+        return (TEXT_PRIORS if "text_length" in settings else PRIORS)[kind](codebook_size, tuple(grid), **settings)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

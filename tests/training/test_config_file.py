@@ -65,7 +65,10 @@ def test_a_file_may_have_a_table_for_each_command(tmp_path: Path) -> None:
         (b"\xff", "is no TOML file"),
         (b"stepz = 3", "has 'stepz', which is no setting of fastvq train: perhaps steps"),
         (b"xyzzy = 3", "has 'xyzzy', which is no setting of fastvq train: fastvq train --help lists them"),
-        (b"steps = 3\n[prior]\nsteps = 4", r"is divided into \[train\], \[prior\], but has steps outside of them"),
+        (
+            b"steps = 3\n[prior]\nsteps = 4",
+            r"is divided into \[train\], \[prior\], \[contrast\], but has steps outside of them",
+        ),
         (b"[sample]\nx = 4", "has 'sample', which is no setting"),
     ],
 )

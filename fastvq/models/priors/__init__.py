@@ -7,6 +7,7 @@ from .hierarchical import HierarchicalPrior
 from .lstm import LSTMPrior
 from .next_scale import NextScalePrior
 from .pixel_cnn import PixelCNNPrior
+from .text import TextPrior
 from .transformer import TransformerPrior
 
 PRIORS: dict[str, type[Prior]] = {
@@ -17,13 +18,17 @@ PRIORS: dict[str, type[Prior]] = {
     "next-scale": NextScalePrior,
 }
 """Classes of priors by their name in settings."""
+TEXT_PRIORS: dict[str, type[Prior]] = {"transformer": TextPrior}
+"""Those of priors over text and indices."""
 
 __all__ = [
     "PRIORS",
+    "TEXT_PRIORS",
     "HierarchicalPrior",
     "LSTMPrior",
     "NextScalePrior",
     "PixelCNNPrior",
     "Prior",
+    "TextPrior",
     "TransformerPrior",
 ]

@@ -138,6 +138,11 @@ class Prior(nn.Module):
         logits = self(indices, labels)
         return F.cross_entropy(logits.flatten(0, 1).float(), indices.flatten())
 
+    def losses(self, indices: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the loss to minimize and `loss`, both (); here they are the same."""
+        loss = self.loss(indices, labels)
+        return loss, loss
+
     @torch.no_grad()
     def bits(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return -log2 p(indices | label) of each sample, (B,) float64: the length of an ideal code.
@@ -210,8 +215,12 @@ class Prior(nn.Module):
             raise ValueError("labels: this prior was built without classes")
         if labels.shape != (count,) or labels.dtype != torch.int64:
             raise ValueError(f"labels: must be int64 of shape ({count},), got {labels.dtype} {tuple(labels.shape)}")
-        _check_range("labels", labels, self.classes)
+        self.check_labels(labels, self.classes)
         return labels.to(device)
+
+    def check_labels(self, labels: Tensor, limit: int) -> None:
+        """Raise a ValueError unless labels lie in [0, limit)."""
+        _check_range("labels", labels, limit)
 
     def rows_to_learn(self, labels: Tensor | None, count: int, device: torch.device) -> Tensor:
         """Return `label_rows`; in training a random share of them is replaced by "no label"."""
@@ -256,7 +265,7 @@ class Prior(nn.Module):
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p: must lie in (0, 1], got {top_p}")
         if guidance != 1.0 and labels is None:
-            raise ValueError(f"guidance: needs labels, got {guidance} without")
+            raise ValueError(f"guidance: needs labels or a text, got {guidance} without")
         if given is not None and (given.shape != (count, *self.grid) or given.dtype != torch.int64):
             raise ValueError(
                 f"given: must be int64 of shape {(count, *self.grid)}, got {given.dtype} {tuple(given.shape)}"

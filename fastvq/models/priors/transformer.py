@@ -43,9 +43,14 @@ class TransformerPrior(Prior):
     Raises:
         ValueError: an invalid argument, by name; indices or labels of another shape, dtype or range.
 
+    Attributes:
+        prefix: number of steps before those of the grid, which a subclass may have.
+
     Source: Vaswani et al., Attention Is All You Need, 2017; the delay pattern: Copet et al., Simple and Controllable
     Music Generation (MusicGen), 2023, section 2.2; see `Prior` for the others.
     """
+
+    prefix = 0
 
     def __init__(
         self,
@@ -86,10 +91,17 @@ class TransformerPrior(Prior):
 
     def forward(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
         flat = self.flattened(indices)
-        x = self.inputs(flat, self.rows_to_learn(labels, len(flat), flat.device))
+        return self.predict(self.hidden(self.inputs(flat, self.rows_to_learn(labels, len(flat), flat.device))))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Return the features (B, steps, dim) after all blocks of the inputs of all steps."""
         for block in self.blocks:
             x = block(x)
-        hidden, stages = self.norm(x), len(self.sizes)
+        return self.norm(x)
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """Return logits (B, places, K) of the features (B, steps, dim) of the steps of the grid."""
+        stages = len(self.sizes)
         if self.delayed:
             cells = self.places // stages
             hidden = torch.stack([hidden[:, stage : stage + cells] for stage in range(stages)], 2)
@@ -97,17 +109,22 @@ class TransformerPrior(Prior):
             hidden = hidden.unflatten(1, (-1, stages))
         return self.head(hidden)
 
-    def begin(self, arithmetic: Arithmetic, labels: Tensor) -> _State:
+    def begin(self, arithmetic: Arithmetic, labels: Tensor) -> State:
         begun = self.inputs.begin(arithmetic, labels)
-        return _State(begun, [block.cache(begun[1], self.inputs.steps) for block in self.blocks])
+        return State(begun, [block.cache(begun[1], self.prefix + self.inputs.steps) for block in self.blocks])
 
-    def step(self, arithmetic: Arithmetic, state: _State, indices: Tensor, place: int) -> Tensor:
+    def advance(self, arithmetic: Arithmetic, x: Tensor, state: State, number: int) -> Tensor:
+        """Return the features (B, dim) after all blocks of the inputs of step `number`, those of the prefix counted."""
+        for block, cache in zip(self.blocks, state.caches, strict=True):
+            x = block.step(arithmetic, x, cache, number)
+        return x
+
+    def step(self, arithmetic: Arithmetic, state: State, indices: Tensor, place: int) -> Tensor:
         cell, stage = divmod(place, len(self.sizes))
         step = cell + stage if self.delayed else place
         if step != state.step:
             x = self.inputs.at(arithmetic, state.begun, indices, step)
-            for block, cache in zip(self.blocks, state.caches, strict=True):
-                x = block.step(arithmetic, x, cache, step)
+            x = self.advance(arithmetic, x, state, self.prefix + step)
             state.step, state.hidden = step, arithmetic.norm(x, self.norm)
         assert state.hidden is not None
         if isinstance(self.head, StageHeads):
@@ -116,7 +133,7 @@ class TransformerPrior(Prior):
 
 
 @dataclass
-class _State:
+class State:
     """State of a transformer after some steps."""
 
     begun: tuple[Tensor, Tensor]
