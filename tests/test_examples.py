@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,50 +20,54 @@ from fastvq.data.image_io import IMAGES
 
 from .demo.clips import few_clips
 from .modalities.folders import FOLDERS
-from .tiny_runs import tiny_run
+from .tiny_runs import few_clothes, tiny_run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def test_train_vqvae(tmp_path: Path) -> None:
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a function that runs an example here, on few of the shipped data, and returns what it prints."""
+    few_clips(monkeypatch)
+    few_clothes(monkeypatch)
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_train_vqvae(tmp_path: Path, example: Callable[..., str]) -> None:
     picture = tmp_path / "out.png"
-    command = [sys.executable, str(EXAMPLES / "train_vqvae.py"), "--steps", "3", "--out", str(picture)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "step 3: " in done.stdout
-    assert "an image as 49 indices: [" in done.stdout
+    printed = example("train_vqvae.py", "--steps=3", f"--out={picture}")
+    assert "step 3: " in printed
+    assert "an image as 49 indices: [" in printed
     with Image.open(picture) as image:
         assert image.width > 500
 
 
-def test_compress(tmp_path: Path) -> None:
+def test_compress(tmp_path: Path, example: Callable[..., str]) -> None:
     coded = tmp_path / "out.fvq"
-    command = [sys.executable, str(EXAMPLES / "compress.py"), "--steps=3", "--prior-steps=3", "--out", str(coded)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert f"out.fvq: {coded.stat().st_size} bytes for 784000 pixels" in done.stdout
+    printed = example("compress.py", "--steps=3", "--prior-steps=3", f"--out={coded}", f"--run={tmp_path / 'run'}")
+    assert f"out.fvq: {coded.stat().st_size} bytes for 15680 pixels" in printed
     for model in ("uniform", "huffman", "static", "adaptive", "prior"):
-        assert f"\n{model}: " in f"\n{done.stdout}"
-    assert "decoded again: " in done.stdout
+        assert f"\n{model}: " in f"\n{printed}"
+    assert "decoded again: " in printed
 
 
-def test_train_prior(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "train_prior.py"), "--steps=3", "--prior-steps=3", "--run", "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "bits per index; a uniform prior has 9.00" in done.stdout
-    assert "indices (3, 7, 7) become images (3, 1, 28, 28)" in done.stdout
+def test_train_prior(tmp_path: Path, example: Callable[..., str]) -> None:
+    printed = example("train_prior.py", "--steps=3", "--prior-steps=3", f"--run={tmp_path / 'run'}")
+    assert "bits per index; a uniform prior has 9.00" in printed
+    assert "indices (3, 7, 7) become images (3, 1, 28, 28)" in printed
     for name in ("samples.png", "completions.png"):
         with Image.open(tmp_path / "run" / name) as image:
             assert min(image.size) > 500
 
 
-def test_train_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    few_clips(monkeypatch)
-    script = EXAMPLES / "train_video.py"
-    monkeypatch.setattr(sys, "argv", [str(script), "--steps=1", "--prior-steps=1", "--run", str(tmp_path / "run")])
-    runpy.run_path(str(script), run_name="__main__")
-    printed = capsys.readouterr().out
+def test_train_video(tmp_path: Path, example: Callable[..., str]) -> None:
+    printed = example("train_video.py", "--steps=1", "--prior-steps=1", f"--run={tmp_path / 'run'}")
     assert "bits per index; a uniform prior has 9.00" in printed
     assert "clips (3, 3, 17, 32, 32) become indices (3, 5, 8, 8)" in printed
     assert "equal indices of first frames: 100.0%" in printed
@@ -71,11 +76,9 @@ def test_train_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert (tmp_path / "run" / "samples.gif").exists()
 
 
-def test_semantic_ids(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    script = str(EXAMPLES / "semantic_ids.py")
-    monkeypatch.setattr(sys, "argv", [script, "--items=500", "--dim=8", "--size=12"])
-    runpy.run_path(script, run_name="__main__")
-    found = re.search(r"nearest codes: (\d+) of 500 items .*unique: (\d+) items moved", capsys.readouterr().out, re.S)
+def test_semantic_ids(example: Callable[..., str]) -> None:
+    printed = example("semantic_ids.py", "--items=500", "--dim=8", "--size=12")
+    found = re.search(r"nearest codes: (\d+) of 500 items .*unique: (\d+) items moved", printed, re.S)
     assert found
     assert 0 < int(found[2]) < int(found[1])
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from fastvq.cli.main import main
-from fastvq.data import DATA_SETS, DataSet, Examples, load_fashion_mnist
+
+from .tiny_runs import few_clothes
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "docs/training.md", "docs/prior.md", "docs/coding.md"]
@@ -70,19 +70,7 @@ def place(tmp_path, monkeypatch):
         Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8)).save(f"PATH/{n:02d}.png")
     Image.open("PATH/00.png").save("photo.png")
     np.save("codes.npy", random.integers(0, 1024, (2, 5, 4)))
-    clothes = load_fashion_mnist()
-    train, test = torch.arange(0, 5700, 95), torch.arange(0, 1000, 50)
-    few = Examples(
-        clothes.name,
-        clothes.train[train],
-        clothes.test[test],
-        tuple(clothes.test_names[row] for row in test),
-        clothes.train_labels[train],
-        clothes.test_labels[test],
-    )
-    known = DATA_SETS["fashion-mnist"]
-    small = DataSet(lambda: few, known.name, known.note, form=known.form, settings=known.settings)
-    monkeypatch.setitem(DATA_SETS, "fashion-mnist", small)
+    few_clothes(monkeypatch)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,15 +1,36 @@
-"""A run of three steps on a folder of random images, for what is done with a trained model."""
+"""Small data and short runs: a few of the shipped images, and a run of three steps on a folder of random images."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
+from fastvq.data import DATA_SETS, Examples, load_fashion_mnist
 from fastvq.modalities import ImageConfig
 from fastvq.training import Trainer, load_examples
+
+
+def few_clothes(monkeypatch: pytest.MonkeyPatch) -> Examples:
+    """Let the Fashion-MNIST subset be sixty images to learn from and twenty held out, and return them."""
+    clothes = load_fashion_mnist()
+    train, test = torch.arange(0, 5700, 95), torch.arange(0, 1000, 50)
+    few = Examples(
+        clothes.name,
+        clothes.train[train],
+        clothes.test[test],
+        tuple(clothes.test_names[row] for row in test),
+        clothes.train_labels[train],
+        clothes.test_labels[test],
+    )
+    small = dataclasses.replace(DATA_SETS["fashion-mnist"], load=lambda: few)
+    monkeypatch.setitem(DATA_SETS, "fashion-mnist", small)
+    return few
 
 
 def tiny_run(root: Path, *, count: int, grayscale: bool, **settings: Any) -> tuple[Path, Path]:

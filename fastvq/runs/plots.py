@@ -37,6 +37,9 @@ _LINE = 1.35  # height of a line, in units of the font's size
 _TITLE_SIZE, _CAPTION_SIZE, _LABEL_SIZE = 12, 9, 8
 _SMALLEST_NUMBER = 5.0  # points, below which digits cannot be read
 _FEW_POINTS = 30
+_PAIR = ("original", "decoded")
+_GAP = 14
+"""Sides of an image divided by the gap between images."""
 _WIDE = 2
 """Width over height beyond which pictures, such as the frames of a clip, get wider panels."""
 _IN_LEGEND, _DRAWN_CODEBOOKS = 8, 4
@@ -128,6 +131,32 @@ def _show(axes: Any, image: Tensor) -> None:
     axes.set_yticks([])
 
 
+def _show_table(axes: Any, rows: Sequence[Sequence[Tensor]], below: float = 0.0) -> tuple[list[float], list[float]]:
+    """Draw rows of images (C, H, W) in [0, 1], with room below each row in units of an image's width.
+
+    Axes for each image would take seconds to lay out: all images are on one canvas.
+
+    Returns:
+        centers of the columns and upper edges of the rows, in pixels.
+    """
+    channels, height, width = rows[0][0].shape
+    columns = max(map(len, rows))
+    gap = max(1, min(height, width) // _GAP)
+    right, down = width + gap, height + max(gap, math.ceil(below * width))
+    canvas = torch.ones(channels, (len(rows) - 1) * down + height, columns * right - gap)
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            canvas[:, row * down : row * down + height, column * right : column * right + width] = image.cpu()
+        frames = [(column * right - 0.5, width) for column in range(len(images))]
+        axes.broken_barh(frames, (row * down - 0.5, height), facecolor="none", edgecolor="black", linewidth=0.8)
+    _show(axes, canvas)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return [column * right + (width - 1) / 2 for column in range(columns)], [
+        row * down - 0.5 for row in range(len(rows))
+    ]
+
+
 def save_reconstructions(
     path: StrPath,
     originals: Tensor,
@@ -156,19 +185,24 @@ def save_reconstructions(
     panel = 3.2 if wide else 1.2 if columns > 4 else 1.7
     labels = [label(name, int(panel * _POINTS / (_LABEL_SIZE * _LETTER)) - 1) for name in names]
     lines = 1 + max(text.count("\n") for text in labels)
-    tall = panel * 2 * height / width + (lines + 2.5) * _LABEL_SIZE * _LINE / _POINTS
+    gap = max(1, height // 28)
+    pairs = [
+        torch.cat([original, torch.ones_like(original[:, :gap]), output], dim=1)
+        for original, output in zip(originals, restored, strict=True)
+    ]
+    below = (lines + 2) * _LABEL_SIZE * _LINE / _POINTS / panel
+    tall = panel * (pairs[0].shape[1] / width + below)
     figure = _figure(max(6.0, panel * columns + 0.6), tall * rows, *((title, caption) if captioned else ("", "")))
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for spare in panels.flat[len(originals) :]:
-        spare.set_axis_off()
-    for axes, original, output, text, note in zip(panels.flat, originals, restored, labels, notes, strict=False):
-        gap = torch.ones_like(original[:, : max(1, height // 28)])
-        _show(axes, torch.cat([original, gap, output], dim=1))
-        axes.set_title(text, fontsize=_LABEL_SIZE, **_LITERAL)
-        axes.set_xlabel(note, fontsize=_LABEL_SIZE, **_LITERAL)
-    for axes in panels[:, 0]:
-        axes.set_yticks([0.5 * height, 1.5 * height], ["original", "decoded"], rotation=90, va="center", fontsize=9)
-        axes.tick_params(length=0)
+    axes = figure.subplots()
+    table = [pairs[first : first + columns] for first in range(0, len(pairs), columns)]
+    centers, tops = _show_table(axes, table, below)
+    style = {"ha": "center", "fontsize": _LABEL_SIZE, "linespacing": _LINE, **_LITERAL}
+    for number, (text, note) in enumerate(zip(labels, notes, strict=True)):
+        x, y = centers[number % columns], tops[number // columns]
+        axes.annotate(text, (x, y), (0, 3), textcoords="offset points", va="bottom", **style)
+        axes.annotate(note, (x, y + pairs[0].shape[1]), (0, -3), textcoords="offset points", va="top", **style)
+    halves = [(top + height / 2 + part * (height + gap), name) for top in tops for part, name in enumerate(_PAIR)]
+    axes.set_yticks(*zip(*halves, strict=True), rotation=90, va="center", fontsize=9)
     save_figure(figure, path, caption, title)
 
 
@@ -199,12 +233,12 @@ def save_grid(
     panel, ratio = (2.0, sides[0] / sides[1]) if sides[1] > _WIDE * sides[0] else (1.0, 1.0)
     height = (panel * ratio + 0.05) * len(rows) + 0.3
     figure = _figure(panel * columns + beside, height, *((title, caption) if captioned else ("", "")))
-    for row, panels in enumerate(figure.subplots(len(rows), columns, squeeze=False)):
-        for column, panel in enumerate(panels):
-            _show(panel, rows[row][column])
-            if row == 0:
-                panel.set_title(column_names[column], fontsize=9, **_LITERAL)
-        panels[0].set_ylabel(labels[row], fontsize=9, rotation=0, ha="right", va="center", **_LITERAL)
+    axes = figure.subplots()
+    centers, tops = _show_table(axes, [list(row) for row in rows])
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.set_xticks(centers, column_names, fontsize=9, **_LITERAL)
+    axes.set_yticks([top + sides[0] / 2 for top in tops], labels, fontsize=9, **_LITERAL)
     save_figure(figure, path, caption, title)
 
 
@@ -223,16 +257,15 @@ def save_samples(path: StrPath, images: Tensor, names: Sequence[str], *, title: 
     rows = math.ceil(len(images) / columns)
     panel = max(0.9, 4.2 / columns)
     labels = [label(name, int(panel * _POINTS / (_LABEL_SIZE * _LETTER)) - 1) for name in names]
-    lines = 0.5 + max((text.count("\n") + 1 for text in labels), default=0)
-    tall = panel * height / width + lines * _LABEL_SIZE * _LINE / _POINTS
-    figure = _figure(panel * columns + 0.3, tall * rows, title, caption)
-    for number, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        if number >= len(images):
-            axes.set_axis_off()
-            continue
-        _show(axes, images[number])
-        if labels:
-            axes.set_title(labels[number], fontsize=_LABEL_SIZE, **_LITERAL)
+    lines = max((text.count("\n") + 1 for text in labels), default=0)
+    below = (lines + 0.5) * _LABEL_SIZE * _LINE / _POINTS / panel if lines else 0.0
+    figure = _figure(panel * columns + 0.3, panel * (height / width + below + 1 / _GAP) * rows, title, caption)
+    axes = figure.subplots()
+    centers, tops = _show_table(axes, [list(row) for row in images.split(columns)], below)
+    for number, text in enumerate(labels):
+        place = (centers[number % columns], tops[number // columns])
+        style = {"ha": "center", "va": "bottom", "fontsize": _LABEL_SIZE, "linespacing": _LINE, **_LITERAL}
+        axes.annotate(text, place, (0, 3), textcoords="offset points", **style)
     save_figure(figure, path, caption, title)
 
 
