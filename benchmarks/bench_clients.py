@@ -1,5 +1,7 @@
 """Quantizers of other projects as they are and after `fastvq.accelerate`: time, memory and wrong indices.
 
+Rows with "layer" compare them with the layer of fastvq that `fastvq.clients` makes from their weights instead.
+
     python -m benchmarks.bench_clients [--threads 1] [--only NAME] [--seconds 2]
 
 Both take turns in one process; the table has medians and the ratio of the medians. Weights are random, sizes those of
@@ -17,7 +19,8 @@ import platform
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 
 import fastvq
 from fastvq.bench.measure import extra_bytes, in_a_child, interleave
+from fastvq.clients import from_dac, from_snac
 from tests.clients import installed
 from tests.clients.stand_ins import jukebox, llamagen, rosinality, rq_vae, taming, var
 from tests.clients.table import transformers
@@ -41,6 +45,12 @@ class Row:
     training: bool = False
     dtype: torch.dtype = torch.float32
     scale: float = 1.0  # of the input
+    layer: Callable[..., nn.Module] | None = None  # makes a layer from a state dict, instead of `accelerate`
+
+
+def layer(load: Callable[..., nn.Module], row: Row, **settings: Any) -> Row:
+    """Return a row that compares a client with a layer that has its weights."""
+    return replace(row, layer=partial(load, **settings))
 
 
 def encode(module: Any, x: Tensor) -> Any:
@@ -96,6 +106,9 @@ MIMI = filled(transformers("mimi", "MimiSplitResidualVectorQuantizer", "MimiConf
 DAC = transformers("dac", "DacResidualVectorQuantizer", "DacConfig")
 DESCRIPT = package("dac.nn.quantize", "ResidualVectorQuantize", 1024)
 PEER = package("vector_quantize_pytorch.vector_quantize_pytorch", "VectorQuantize", 64, 1024)
+DESCRIPT_10_S = Row(DESCRIPT, (1, 1024, 870), forward)
+DESCRIPT_STEP = Row(DESCRIPT, (12, 1024, 33), step, training=True)
+SNAC_10_S = Row(package("snac.vq", "ResidualVectorQuantize", 768, 4096, 8, [4, 2, 1]), (1, 768, 480), forward)
 IMAGE = (8, 8, 16, 16)
 
 ROWS = {
@@ -120,13 +133,12 @@ ROWS = {
         encode,
     ),
     "DAC (transformers), 10 s": Row(DAC, (1, 1024, 870), forward),
-    "descript-audio-codec, 10 s": Row(
-        package("dac.nn.quantize", "ResidualVectorQuantize", 1024), (1, 1024, 870), forward
-    ),
-    "descript-audio-codec, training step, 12 x 0.4 s": Row(
-        package("dac.nn.quantize", "ResidualVectorQuantize", 1024), (12, 1024, 33), step, training=True
-    ),
-    "snac, 10 s": Row(package("snac.vq", "ResidualVectorQuantize", 768, 4096, 8, [4, 2, 1]), (1, 768, 480), forward),
+    "descript-audio-codec, 10 s": DESCRIPT_10_S,
+    "descript-audio-codec, 10 s, layer": layer(from_dac, DESCRIPT_10_S, stage_axis=1),
+    "descript-audio-codec, training step, 12 x 0.4 s": DESCRIPT_STEP,
+    "descript-audio-codec, training step, 12 x 0.4 s, layer": layer(from_dac, DESCRIPT_STEP, stage_axis=1),
+    "snac, 10 s": SNAC_10_S,
+    "snac, 10 s, layer": layer(from_snac, SNAC_10_S),
     "diffusers VQModel, K=8192": Row(
         package("diffusers.models.autoencoders.vae", "VectorQuantizer", 8192, 3, 0.25), (1, 3, 64, 64), forward
     ),
@@ -204,7 +216,10 @@ def measure(row: Row, seconds: float) -> list[str]:
     x = (row.scale * torch.randn(row.shape, generator=torch.Generator().manual_seed(1))).to(row.dtype)
     x.requires_grad_(row.training)
     modules = {"client": made(row), "fastvq": made(row)}
-    fastvq.accelerate(modules["fastvq"])
+    if row.layer is None:
+        fastvq.accelerate(modules["fastvq"])
+    else:
+        modules["fastvq"] = row.layer(modules["client"].state_dict()).train(row.training)
 
     def call(name: str) -> Callable[[], Any]:
         def run() -> None:

@@ -223,6 +223,7 @@ NOT_IN_EVERY = {
     "BinaryMapper": "it takes logits",
     "EvoLFQ": "it takes genes, an encoder and a decoder",
     "HierarchicalVQ": "it takes a grid of as many positions as its last scale has",
+    "StridedResidualVQ": "it returns indices of several lengths",
     "Sequential": "it wraps a quantizer among other modules, and computes nothing itself",
 }
 

@@ -6,16 +6,17 @@ One file has the adapters of a family of projects; `registry` lists them all.
 from __future__ import annotations
 
 from .replace import AccelerationReport, Replaced, Skipped, accelerate, restore
-from .weights import MimiLayers, from_encodec, from_mimi, from_vqgan
+from .weights import from_dac, from_encodec, from_mimi, from_snac, from_vqgan
 
 __all__ = [
     "AccelerationReport",
-    "MimiLayers",
     "Replaced",
     "Skipped",
     "accelerate",
+    "from_dac",
     "from_encodec",
     "from_mimi",
+    "from_snac",
     "from_vqgan",
     "restore",
 ]

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvq.parts.factorized import FactorizedStage, factorized_output, factorized_search, nearest_direction
+
 from .adapter import Call, ClientAdapter, is_accelerated, near, noise
-from .nearest import nearest
 
 TRANSFORMERS = "transformers 5.24.0"
 DESCRIPT = "descript-audio-codec 1.0.0"
@@ -40,14 +41,8 @@ class _TransformersCosineStage(nn.Module):
 
 def _decode_latents(codebook: nn.Embedding, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Return the codes (B, D, T) of the nearest directions, and their indices (B, T)."""
-    indices = _nearest_direction(latents, codebook.weight)
+    indices = nearest_direction(latents, codebook.weight, missing=0)
     return codebook(indices).transpose(1, 2), indices
-
-
-def _nearest_direction(latents: Tensor, codes: Tensor) -> Tensor:
-    batch, dim, length = latents.shape
-    rows = F.normalize(latents.detach().transpose(1, 2).reshape(batch * length, dim))
-    return nearest(rows, F.normalize(codes.detach())).view(batch, length)
 
 
 class _Stages(nn.Module):
@@ -58,8 +53,7 @@ class _Stages(nn.Module):
         if found is None:
             result: tuple[Tensor, ...] = super().forward(z, n_quantizers)
             return result
-        loss = found.loss()
-        return found.quantized, torch.stack(found.indices, 1), found.latents, loss, loss.clone()
+        return *found, found.loss.clone()
 
 
 class _NamedStages(nn.Module):
@@ -72,13 +66,12 @@ class _NamedStages(nn.Module):
         if found is None:
             result: dict[str, Tensor] = super().forward(z, n_quantizers)
             return result
-        loss = found.loss()
         return {
             "z": found.quantized,
-            "codes": torch.stack(found.indices, 1),
+            "codes": found.indices,
             "latents": found.latents,
-            "vq/commitment_loss": loss,
-            "vq/codebook_loss": loss.clone(),
+            "vq/commitment_loss": found.loss,
+            "vq/codebook_loss": found.loss.clone(),
         }
 
 
@@ -90,32 +83,23 @@ class _TransformersStages(nn.Module):
         if found is None:
             result: tuple[Tensor, ...] = super().forward(hidden_state, n_quantizers)
             return result
-        loss = found.loss().expand(len(hidden_state)).clone()  # the client repeats it for each item of the batch
-        return found.quantized, torch.stack(found.indices, 1), found.latents, loss, loss.clone()
+        loss = found.loss.expand(len(hidden_state)).clone()  # the client repeats it for each item of the batch
+        return *found[:3], loss, loss.clone()
 
 
 class _Found(NamedTuple):
     """The results of all stages for vectors (B, C, T)."""
 
     quantized: Tensor  # (B, C, T)
-    indices: list[Tensor]  # (B, T) each
-    latents: Tensor  # (B, sum of D, T), what each stage compares with its codes
-    codes: Tensor  # (B, sum of D, T)
-    dims: list[int]  # D of each stage
-
-    def loss(self) -> Tensor:
-        """Return the sum over the stages of the mean squared error, which is the value of both losses."""
-        pairs = zip(self.latents.split(self.dims, 1), self.codes.split(self.dims, 1), strict=True)
-        return torch.stack([F.mse_loss(latents, codes) for latents, codes in pairs]).sum()
+    indices: Tensor  # (B, stages, T)
+    latents: Tensor  # (B, sum of D, T)
+    loss: Tensor  # (), the value of both losses: the sum over the stages of the mean squared error
 
 
 def _all_stages(stages: Any, x: Tensor, number: int | None) -> _Found | None:
     """Quantize x (B, C, T) by the first stages, all projections of the residuals in one product.
 
-        latents_q = W_q (x - sum_{p<q} (O_p e_p + c_p)) + b_q = (W_q x + b_q) - sum_{p<q} ((W_q O_p) e_p + W_q c_p)
-
-    W_q, b_q project to the codes of stage q, O_q, c_q back. W_q O_p is a matrix of D x D, so that no residual of C
-    dimensions is made. Products of weights are made at each call, since weights may be written to unseen.
+    Products of weights are made at each call, since weights may be written to unseen.
 
     Returns:
         the results, or None where the client's loop has to run: with gradients, in half precision, or where a
@@ -126,33 +110,26 @@ def _all_stages(stages: Any, x: Tensor, number: int | None) -> _Found | None:
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
-    weights = [_weights(stage) for stage in chosen]
-    if any(one is None or one[0].dtype != x.dtype for one in weights):
+    weights = [one for one in map(_weights, chosen) if one is not None]
+    if len(weights) < len(chosen) or any(one.into.dtype != x.dtype for one in weights):
         return None
-    w_in, b_in, w_out, b_out = zip(*(one for one in weights if one is not None), strict=True)
-    into, back = torch.cat(w_in), torch.cat(w_out, 1)  # (sum of D, C), (C, sum of D)
-    taken = (into.double() @ back.double()).to(x.dtype)
-    shift = (into.double() @ torch.stack(b_out, 1).double()).to(x.dtype)  # (sum of D, stages)
-    latents = into @ x + torch.cat(b_in)[:, None]
-    codes, indices, start = torch.empty_like(latents), [], 0
-    for place, stage in enumerate(chosen):
-        end = start + w_in[place].shape[0]
-        indices.append(_nearest_direction(latents[:, start:end], stage.codebook.weight))
-        codes[:, start:end] = F.embedding(indices[-1], stage.codebook.weight).transpose(1, 2)
-        if end < latents.shape[1]:
-            latents[:, end:] -= taken[end:, start:end] @ codes[:, start:end] + shift[end:, place, None]
-        start = end
-    quantized = back @ codes + torch.stack(b_out).sum(0)[:, None]
-    return _Found(quantized, indices, latents, codes, [len(one) for one in w_in])
+    found = factorized_search(x, weights, missing=0)
+    losses = [F.mse_loss(*pair) for pair in zip(found.latents, found.codes, strict=True)]
+    return _Found(
+        factorized_output(weights, found.indices, found.codes),
+        torch.stack(found.indices, 1),
+        torch.cat(found.latents, 1),
+        torch.stack(losses).sum(),
+    )
 
 
-def _weights(stage: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Return W (D, C), b (D,), O (C, D), c (C,) of a stage, or None if a projection is something else."""
+def _weights(stage: Any) -> FactorizedStage | None:
+    """Return the weights of a stage, or None if a projection is something else."""
     codebook = stage.codebook
     if type(codebook) is not nn.Embedding or codebook._forward_hooks or vars(codebook).keys() & {"forward", _OFFLOADED}:
         return None
     into, back = _matrix(stage.in_proj), _matrix(stage.out_proj)
-    return None if into is None or back is None else (*into, *back)
+    return None if into is None or back is None else FactorizedStage(*into, *back, codebook.weight)
 
 
 def _matrix(conv: Any) -> tuple[Tensor, Tensor] | None:

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvq.quantizers import ResidualVQ, VectorQuantize
+from fastvq.parts.factorized import FactorizedStage
+from fastvq.quantizers import FactorizedResidualVQ, ResidualVQ, SplitResidualVQ, StridedResidualVQ, VectorQuantize
 
 State = Mapping[str, Tensor]
-
-
-class MimiLayers(NamedTuple):
-    """Result of `from_mimi`: the quantized vectors of Mimi are the sum of both layers' ones."""
-
-    semantic: ResidualVQ
-    acoustic: ResidualVQ
 
 
 def from_encodec(state_dict: State, *, prefix: str = "", **settings: Any) -> ResidualVQ:
@@ -33,16 +27,20 @@ def from_encodec(state_dict: State, *, prefix: str = "", **settings: Any) -> Res
     Raises:
         ValueError: the state has no such codebooks, several stacks of them, or projections within stages.
     """
-    return _residual_layer("from_encodec", state_dict, prefix, settings)
+    stack = _stack("from_encodec", state_dict, prefix)
+    layer = ResidualVQ(num_quantizers=len(stack.stages), **stack.sizes, **{**_AS_ENCODEC, **settings})
+    stack.load(layer)
+    return layer
 
 
-def from_mimi(state_dict: State, *, prefix: str = "", **settings: Any) -> MimiLayers:
-    """Return the semantic and the acoustic residual quantizer of Mimi, with its projections.
+def from_mimi(state_dict: State, *, prefix: str = "", **settings: Any) -> SplitResidualVQ:
+    """Return the semantic and acoustic quantizer of Mimi, with its projections.
 
     Args:
         state_dict: of a model or of its quantizer; of transformers, or of moshi.
         prefix: the beginning of the names of the quantizer, where the model has several.
-        settings: arguments of both `ResidualVQ`, as for `from_encodec`.
+        settings: arguments of `SplitResidualVQ`. The defaults are those that learn as moshi does: decay=0.99,
+            rotation_trick=False, gradient="once"; and channel_last=False, vectors (B, D, T).
 
     Raises:
         ValueError: the state has no such codebooks.
@@ -55,8 +53,64 @@ def from_mimi(state_dict: State, *, prefix: str = "", **settings: Any) -> MimiLa
             "state_dict: must have the codebooks of Mimi, semantic_residual_vector_quantizer and"
             f" acoustic_residual_vector_quantizer, or rvq_first and rvq_rest, got {_some(state_dict)}"
         )
-    layers = [_residual_layer("from_mimi", state_dict, beginning, settings) for beginning in (first, rest)]
-    return MimiLayers(*layers)
+    semantic, acoustic = (_stack("from_mimi", state_dict, beginning) for beginning in (first, rest))
+    layer = SplitResidualVQ(
+        **semantic.sizes,
+        num_semantic=len(semantic.stages),
+        num_quantizers=len(semantic.stages) + len(acoustic.stages),
+        **{**_AS_MOSHI, **settings},
+    )
+    semantic.load(layer.semantic)
+    acoustic.load(layer.acoustic)
+    return layer
+
+
+def from_dac(state_dict: State, *, prefix: str = "", **settings: Any) -> FactorizedResidualVQ:
+    """Return the residual quantizer of DAC with its projections and codebooks.
+
+    Args:
+        state_dict: of a model or of its quantizer; of descript-audio-codec, or of transformers. The projections may
+            have a weight norm: their product is loaded, which learns as weights without a norm do.
+        prefix: the beginning of the names of the stack, up to `quantizers`, where the model has several.
+        settings: arguments of `FactorizedResidualVQ`. The default is channel_first=True, vectors (B, D, T).
+
+    Raises:
+        ValueError: the state has no such stages, or several stacks of them.
+    """
+    stages = _factorized_stages("from_dac", state_dict, prefix)
+    size = len(stages[0].codes)
+    dims = [stage.codes.shape[1] for stage in stages]
+    defaults = {"channel_first": True}
+    layer = FactorizedResidualVQ(len(stages[0].back), size, len(stages), dims, **{**defaults, **settings})
+    _load_factorized(layer, stages)
+    return layer
+
+
+def from_snac(
+    state_dict: State, *, strides: Sequence[int] | None = None, prefix: str = "", **settings: Any
+) -> StridedResidualVQ:
+    """Return the residual quantizer of SNAC with its projections and codebooks.
+
+    Args:
+        state_dict: of a model or of its quantizer.
+        strides: of the stages, which the state doesn't have. By default they halve from stage to stage down to 1, as in
+            the published models: 4, 2, 1 for three stages.
+        prefix: the beginning of the names of the stack, up to `quantizers`, where the model has several.
+        settings: arguments of `StridedResidualVQ`. The default is channel_first=True, vectors (B, D, T).
+
+    Raises:
+        ValueError: the state has no such stages, several stacks of them, or another number of stages than strides.
+    """
+    stages = _factorized_stages("from_snac", state_dict, prefix)
+    if strides is None:
+        strides = [2**place for place in reversed(range(len(stages)))]
+    if len(strides) != len(stages):
+        raise ValueError(f"strides: must be {len(stages)}, one for each stage, got {tuple(strides)}")
+    size, dim = stages[0].codes.shape
+    defaults = {"channel_first": True}
+    layer = StridedResidualVQ(len(stages[0].back), size, strides, dim, **{**defaults, **settings})
+    _load_factorized(layer, stages)
+    return layer
 
 
 def from_vqgan(state_dict: State, *, prefix: str = "", cosine: bool = False, **settings: Any) -> VectorQuantize:
@@ -88,21 +142,72 @@ def from_vqgan(state_dict: State, *, prefix: str = "", cosine: bool = False, **s
     return layer
 
 
-def _residual_layer(caller: str, state_dict: State, prefix: str, settings: dict[str, Any]) -> ResidualVQ:
+class _Stack(NamedTuple):
+    """What a state has of a residual quantizer."""
+
+    stages: list[tuple[Tensor, Tensor, Tensor]]  # codes, cluster sizes and averages
+    into: Tensor | None
+    back: Tensor | None
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The sizes among the arguments of `ResidualVQ`."""
+        codebook_size, codebook_dim = self.stages[0][0].shape
+        dim = codebook_dim if self.into is None else self.into.shape[1]
+        return {"dim": dim, "codebook_dim": codebook_dim, "codebook_size": codebook_size}
+
+    def load(self, layer: ResidualVQ) -> None:
+        """Load codebooks and projections."""
+        codebooks = {f"layers.{place}._codebook": stage for place, stage in enumerate(self.stages)}
+        _load(layer, codebooks, self.into, self.back)
+
+
+def _stack(caller: str, state_dict: State, prefix: str) -> _Stack:
     stages, beginning = _stages(caller, state_dict, prefix)
     into, back = (_projection(state_dict, beginning, name) for name in ("input_proj.weight", "output_proj.weight"))
-    size, codebook_dim = stages[0][0].shape
-    dim = codebook_dim if into is None else into.shape[1]
-    defaults = {"decay": 0.99, "rotation_trick": False, "quant_grad_frac": 1.0, "channel_last": False}
-    layer = ResidualVQ(
-        dim=dim,
-        codebook_dim=codebook_dim,
-        num_quantizers=len(stages),
-        codebook_size=size,
-        **{**defaults, **settings},
-    )
-    _load(layer, {f"layers.{place}._codebook": stage for place, stage in enumerate(stages)}, into, back)
-    return layer
+    return _Stack(stages, into, back)
+
+
+def _factorized_stages(caller: str, state_dict: State, prefix: str) -> list[FactorizedStage]:
+    """Return the weights of each stage of DAC or SNAC."""
+    names: dict[str, dict[int, str]] = {}
+    for name in state_dict:
+        found = _FACTORIZED.fullmatch(name)
+        if found and name.startswith(prefix):
+            names.setdefault(found["beginning"], {})[int(found["stage"])] = name.removesuffix("codebook.weight")
+    if len(names) != 1:
+        got = f"{len(names)}: {', '.join(sorted(names))}; choose by prefix" if names else _some(state_dict)
+        raise ValueError(
+            f"state_dict: {caller} needs the stages of one quantizer, quantizers.0.codebook ..., got {got}"
+        )
+    [stages] = names.values()
+    return [
+        FactorizedStage(
+            *_convolution(state_dict, f"{stages[place]}in_proj"),
+            *_convolution(state_dict, f"{stages[place]}out_proj"),
+            state_dict[f"{stages[place]}codebook.weight"].float(),
+        )
+        for place in sorted(stages)
+    ]
+
+
+def _convolution(state_dict: State, name: str) -> tuple[Tensor, Tensor]:
+    """Return the weight (out, in) and the bias of a convolution of width 1, with or without a weight norm."""
+    weight = state_dict.get(f"{name}.weight")
+    if weight is None:
+        norm = _first(state_dict, f"{name}.weight_g", f"{name}.parametrizations.weight.original0")
+        direction = _first(state_dict, f"{name}.weight_v", f"{name}.parametrizations.weight.original1")
+        weight = direction * (norm / torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True))
+    return weight.squeeze(-1).float(), _first(state_dict, f"{name}.bias").float()
+
+
+@torch.no_grad()
+def _load_factorized(layer: FactorizedResidualVQ, stages: list[FactorizedStage]) -> None:
+    state = layer.state_dict()
+    names = ("project_in.weight", "project_in.bias", "project_out.weight", "project_out.bias", "embed")
+    for place, stage in enumerate(stages):
+        state.update({f"layers.{place}.{name}": tensor for name, tensor in zip(names, stage, strict=True)})
+    layer.load_state_dict(state)
 
 
 def _load(
@@ -182,4 +287,9 @@ def _some(state_dict: State) -> str:
 _STAGE = re.compile(
     r"(?P<beginning>(?:.*\.)?)layers\.(?P<stage>\d+)\._?codebook\.(?:embed_avg|embed_sum|embedding_sum)"
 )
+_FACTORIZED = re.compile(r"(?P<beginning>(?:.*\.)?)quantizers\.(?P<stage>\d+)\.codebook\.weight")
 _MIMI_EPS = 1e-5
+_AS_ENCODEC: dict[str, Any] = {"decay": 0.99, "rotation_trick": False, "quant_grad_frac": 1.0, "channel_last": False}
+"""Settings of `ResidualVQ` that learn as EnCodec does."""
+_AS_MOSHI: dict[str, Any] = {"decay": 0.99, "rotation_trick": False, "gradient": "once", "channel_last": False}
+"""Settings of `ResidualVQ` that learn as moshi does."""

@@ -63,6 +63,21 @@ def spread_rows(x: Tensor, mask: Tensor, codes: Tensor, count: int, metric: str)
     return _padded(x[torch.cat(chosen)], torch.cat(filled), count)
 
 
+def nearest_rows(x: Tensor, mask: Tensor, codes: Tensor, metric: str, *, together: bool) -> Candidates:
+    """Return, for each of the codes (K, D), the row of x (N, D) in the mask (N,) that is nearest to it.
+
+    Of several ranks that learn together each fills the slots of every R-th code: their sum has all of them.
+    """
+    if not len(x):
+        return _padded(x, mask, len(codes))
+    found = search(codes, torch.where(mask[:, None], x, torch.nan).to(codes.dtype), metric=metric)
+    filled = found >= 0
+    if together:
+        ranks = torch.arange(len(codes), device=codes.device) % distributed.world_size()
+        filled = filled & (ranks == distributed.rank())
+    return _padded(x[found.clamp_min(0)], filled, len(codes))
+
+
 SPARE_ROUNDS = 3
 """Rounds of `spread_seeds` that take the place of rows drawn twice; made even if none was, to read nothing back."""
 

@@ -30,7 +30,7 @@ class Fitted(NamedTuple):
 @torch.no_grad()
 def fit_(
     codebook: Codebook,
-    batches: Callable[[], Iterable[tuple[Tensor, Tensor | None]]],
+    batches: Callable[[Tensor | None], Iterable[tuple[Tensor, Tensor | None]]],
     *,
     iterations: int,
 ) -> Fitted:
@@ -40,7 +40,8 @@ def fit_(
     sizes become the mean counts of a batch, so that moving averages go on from there.
 
     Args:
-        batches: a function that starts a pass and yields (x (H, N, D), mask bool (H, N) or None).
+        batches: a function that starts a pass and yields (x (H, N, D), mask bool (H, N) or None). It gets the means
+            (H, K, D) of the pass, on which x may depend, or None in the first one.
         iterations: number of rounds of assignment and averaging.
 
     With several ranks that learn together, all of them must call this, each with its own batches; the number of batches
@@ -78,12 +79,12 @@ def fit_(
 
 
 def _sample(
-    codebook: Codebook, batches: Callable[[], Iterable[tuple[Tensor, Tensor | None]]], share: int
+    codebook: Codebook, batches: Callable[[Tensor | None], Iterable[tuple[Tensor, Tensor | None]]], share: int
 ) -> tuple[Tensor, int, int]:
     """Return up to `share` rows of one pass (H, S, D), NaN where there are fewer, their number and that of batches."""
     like, number, steps = codebook.embed_avg, torch.zeros((), dtype=torch.int64), 0
     rows, keys = like.new_zeros(codebook.heads, 0, codebook.dim), like.new_zeros(codebook.heads, 0)
-    for x, mask in batches():
+    for x, mask in batches(None):
         x, mask = _masked(x.to(like), mask)
         number, steps = number.to(x.device) + mask.sum(), steps + 1
         # The smallest of random keys are a uniform sample, however many rows follow.
@@ -97,14 +98,14 @@ def _sample(
 def _round(
     codebook: Codebook,
     means: Tensor,
-    batches: Callable[[], Iterable[tuple[Tensor, Tensor | None]]],
+    batches: Callable[[Tensor | None], Iterable[tuple[Tensor, Tensor | None]]],
     together: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the counts (H, K), the sums (H, K, D) and the squared error () of one pass, over all ranks."""
     wide = widest_dtype(means.device)
     counts, sums = torch.zeros_like(means[..., 0], dtype=wide), torch.zeros_like(means, dtype=wide)
     error = counts.new_zeros(())
-    for x, mask in batches():
+    for x, mask in batches(means):
         x, mask = _masked(x.to(means), mask)
         indices = search(x, means, metric=codebook.metric, mask=mask)
         for head, (own, chosen) in enumerate(zip(x, indices, strict=True)):
@@ -121,6 +122,15 @@ def _round(
 def _masked(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     finite = x.isfinite().all(-1)
     return x, finite if mask is None else finite & mask
+
+
+class Passes(NamedTuple):
+    """An iterable of batches that starts anew at each pass."""
+
+    start: Callable[[], Iterator[Tensor]]
+
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+        return self.start()
 
 
 def passes(data: Iterable[Any], inputs: Callable[[Any], Tensor] | None) -> Callable[[], Iterator[Tensor]]:

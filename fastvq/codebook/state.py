@@ -124,7 +124,7 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
         else:
             self.register_buffer("embed", embed)
         self.held_counts, self.held_sums = None, None
-        replaces = replacement is not None and replacement.threshold > 0
+        replaces = replacement is not None and (replacement.threshold > 0 or replacement.anchors)
         self.replacer = Replacer(replacement, size, dim, heads) if replaces and replacement is not None else None
         self.vq_bridge = bridge
         self.affine = None if affine is None else Affine(self, heads, dim, **affine)
@@ -430,7 +430,13 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
         in_place = "embed" in self._buffers
         codes = self.embed if in_place else read(self, "embed")
         for head, found in enumerate(candidates):
-            self.replacer.replace_(codes[head], self.cluster_size[head], self.embed_avg[head], found)
+            state = codes[head], self.cluster_size[head], self.embed_avg[head]
+            if self.replacer.policy.anchors:
+                self.replacer.move_to_anchors_(*state, found, self.decay)
+                if self.cosine:
+                    codes[head] = unit_norm(codes[head])
+            else:
+                self.replacer.replace_(*state, found)
         if not in_place:
             self._store_(codes)
 

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 BOTTLENECKS = (
     *("vq", "rvq", "grouped-rvq", "sim-vq", "residual-sim-vq", "fsq", "residual-fsq", "grouped-residual-fsq"),
     *("lfq", "residual-lfq", "grouped-residual-lfq", "ifsq", "fsp", "latent", "hierarchical", "ibq", "llamagen"),
-    *("gumbel", "vae", "none"),
+    *("gsq", "factorized", "factorized-rvq", "split-rvq", "sq-vae", "gumbel", "vae", "none"),
 )
 _NO_BOTTLENECKS = {
     "random-projection": "it only returns indices, the targets of self-supervised learning: no codes to decode",
     "binary-mapper": "it samples bits from logits and returns one-hot vectors, not codes",
     "evo-lfq": "it contains an encoder and a decoder of its own",
+    "strided-rvq": "it returns indices of several lengths, at strides in time",
     "sequential": "it is a sequence of modules around another quantizer",
 }
 """Quantizers of the package that cannot stand between encoder and decoder, with the reason."""

@@ -18,11 +18,14 @@ from fastvq.quantizers import (
     LFQ,
     BinaryMapper,
     EvoLFQ,
+    GroupedSphericalVQ,
     HierarchicalVQ,
     LatentQuantize,
     RandomProjectionQuantizer,
     ResidualVQ,
     Sequential,
+    SplitResidualVQ,
+    StridedResidualVQ,
     VectorQuantize,
 )
 from fastvq.quantizers.grouped import Grouped
@@ -33,6 +36,7 @@ UNSUITABLE: dict[type[nn.Module], str] = {
     BinaryMapper: "it samples bits from logits and returns one-hot vectors, not codes of the dimension of its input",
     EvoLFQ: "it contains an encoder and a decoder of its own",
     Sequential: "it is a sequence of modules: give the quantizer within it",
+    StridedResidualVQ: "it returns indices of several lengths, at strides in time",
 }
 """Quantizers that cannot be the bottleneck of a VQ-VAE, with the reason."""
 _MOST_VECTORS = 1 << 14
@@ -67,6 +71,8 @@ class Adapter:
             return (size,) * quantizer.num_codebooks if quantizer.keep_num_codebooks_dim else size
         if isinstance(quantizer, ResidualStack):
             return _stage_sizes(quantizer)
+        if isinstance(quantizer, SplitResidualVQ | GroupedSphericalVQ):
+            return (quantizer.codebook_size,) * len(quantizer.codebooks)
         number = getattr(quantizer, "codebook_size", None)
         if not isinstance(number, int):
             raise TypeError(f"{type(quantizer).__name__} has no codebook_size: the number of its codes is unknown")
@@ -75,7 +81,7 @@ class Adapter:
     @property
     def decodes_leading(self) -> bool:
         """True if the indices of the first codebooks alone can be decoded, to a coarser signal."""
-        return isinstance(self.quantizer, ResidualStack)
+        return isinstance(self.quantizer, ResidualStack | SplitResidualVQ)
 
     @property
     def scales(self) -> tuple[tuple[int, ...], ...] | None:
@@ -118,6 +124,8 @@ class Adapter:
         quantizer = self.quantizer
         if isinstance(quantizer, ResidualVQ):
             return None if quantizer.implicit_neural_codebook else tuple(quantizer.codebooks)
+        if isinstance(quantizer, SplitResidualVQ | GroupedSphericalVQ):
+            return tuple(quantizer.codebooks)
         if isinstance(quantizer, ResidualStack):
             codebooks: Any = quantizer.codebooks if max(self.stage_sizes()) <= _MOST_VECTORS else None
             return codebooks if codebooks is None else tuple(codebooks)

@@ -27,9 +27,12 @@ from fastvq.quantizers import (
     IBQ,
     IFSQ,
     LFQ,
+    FactorizedResidualVQ,
+    FactorizedVQ,
     GroupedResidualFSQ,
     GroupedResidualLFQ,
     GroupedResidualVQ,
+    GroupedSphericalVQ,
     GumbelQuantize,
     HierarchicalVQ,
     LatentQuantize,
@@ -39,6 +42,8 @@ from fastvq.quantizers import (
     ResidualSimVQ,
     ResidualVQ,
     SimVQ,
+    SplitResidualVQ,
+    StochasticVQ,
     VectorQuantize,
 )
 
@@ -58,7 +63,7 @@ SHARED: dict[str, Any] = {
 """Settings that several quantizers share, with the defaults of `TrainConfig`."""
 _LAYOUT = {
     *("dim", "channel_last", "channel_first", "is_channel_first", "accept_image_fmap", "accept_3d_fmap"),
-    *("return_indices", "return_zeros_for_masked_padding"),
+    *("return_indices", "return_zeros_for_masked_padding", "stage_axis"),
 }
 """Arguments that follow from the model around a quantizer."""
 _UNUSED = {
@@ -78,6 +83,7 @@ _SIM = {
     "rotation_trick": "rotation_trick",
 }
 _LFQ = {"codebook_size": "codebook_size", "commitment_weight": "commitment_loss_weight"}
+_BY_GRADIENT = {name: name for name in ("codebook_size", "commitment_weight")}
 _STAGES = {"num_quantizers": 4}
 _LEVELS = {"levels": [8, 8, 8]}
 
@@ -147,7 +153,12 @@ KINDS: dict[str, Kind] = {
     "hierarchical": Kind(HierarchicalVQ, settings=_VQ),
     # Its indices in eval are the most probable ones: those of training become them as the temperature falls.
     "ibq": Kind(IBQ, settings={"codebook_size": "codebook_size", "commitment_weight": "beta"}),
-    "llamagen": Kind(LlamaGenVQ, settings={name: name for name in ("codebook_size", "commitment_weight")}),
+    "llamagen": Kind(LlamaGenVQ, settings=_BY_GRADIENT),
+    "gsq": Kind(GroupedSphericalVQ, settings=_BY_GRADIENT),
+    "factorized": Kind(FactorizedVQ, settings=_BY_GRADIENT),
+    "factorized-rvq": Kind(FactorizedResidualVQ, settings=_BY_GRADIENT, defaults=_STAGES),
+    "split-rvq": Kind(SplitResidualVQ, (ResidualVQ, VectorQuantize), _VQ, _STAGES | _KMEANS, _NO_HEADS),
+    "sq-vae": Kind(StochasticVQ, settings={"codebook_size": "codebook_size"}),
     "gumbel": Kind(GumbelQuantize, settings={"codebook_size": "codebook_size"}, defaults={"final_temperature": 0.0625}),
     "vae": Kind(GaussianBottleneck),
     "none": Kind(NoBottleneck, settings=dict.fromkeys(SHARED, "")),

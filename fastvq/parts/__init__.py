@@ -14,6 +14,7 @@
 | `semantic_ids` | indices that name items: collisions, and unique ones |
 | `bridge` | the network of FVQ through which all codes learn |
 | `dropout` | quantize dropout, nested dropout |
+| `factorized` | residual search through projections |
 | `beam` | beam search through residual stages |
 | `scalar` | squashing functions, grids of levels, thresholds |
 | `binary` | transformations before binary codes |
@@ -26,6 +27,7 @@ from .balance import balanced_assignment
 from .binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
 from .bridge import VQBridge
 from .dropout import ActiveStages, QuantizeDropout, common_seed, draw_seed, draw_stage_count
+from .factorized import factorized_search
 from .gradients import directional_reparam, rotate_to, scale_gradient, straight_through, synchronous
 from .gumbel import gumbel_lookup
 from .losses import assignment_entropies, binary_entropies, entropy_loss
@@ -53,6 +55,7 @@ __all__ = [
     "draw_seed",
     "draw_stage_count",
     "entropy_loss",
+    "factorized_search",
     "gumbel_lookup",
     "index_backpropagation",
     "on_sphere",

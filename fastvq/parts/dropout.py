@@ -55,10 +55,11 @@ class ActiveStages(NamedTuple):
 
     In eager mode `number` is an int, and a stage that `skips` need not be computed. A compiled graph can't branch on a
     random number: there `number` is a tensor (), every stage is computed, and `fill` overwrites the inactive ones. A
-    tensor (R,) has a number for each row.
+    tensor (R,) has a number for each row. The stages before `start` are left out.
     """
 
     number: int | Tensor
+    start: int = 0
 
     @staticmethod
     def of_items(numbers: Tensor, rows: int) -> ActiveStages:
@@ -69,16 +70,16 @@ class ActiveStages(NamedTuple):
         """Return the stages that take part in some row."""
         if isinstance(self.number, int) or self.number.dim() == 0:
             return self
-        return ActiveStages(self.number.amax() if self.number.numel() else self.number.new_zeros(()))
+        return self._replace(number=self.number.amax() if self.number.numel() else self.number.new_zeros(()))
 
     def skips(self, stage: int) -> bool:
         """Return whether the stage is inactive and this is known before it runs."""
-        return isinstance(self.number, int) and stage >= self.number
+        return stage < self.start or (isinstance(self.number, int) and stage >= self.number)
 
     def fill(self, stage: int, value: Tensor, fill: float) -> Tensor:
         """Return `value` if the stage is active, else a tensor of `fill`: -1 for indices, 0 for losses and codes."""
         if isinstance(self.number, int):
-            return torch.full_like(value, fill) if stage >= self.number else value
+            return torch.full_like(value, fill) if self.skips(stage) else value
         return torch.where(self.number > stage, value, fill)
 
     def row_mask(self, stage: int, mask: Tensor | None, x: Tensor) -> Tensor | None:

@@ -165,11 +165,27 @@ class Implicit(Table):
 
     Codes (1, K, D) are transformed by a network conditioned on what is known of the row, condition (1, R, D). Memory is
     O(K D) and a chunk of rows.
+
+    With `preselect`, the network transforms only that number of codes for each row: those whose guides (K, D) are
+    nearest to it. The search is exact among them.
+
+    Source: Vallaeys et al., QINCo2: Vector Compression and Search with Improved Implicit Neural Codebooks, 2025
+    (arXiv 2501.03078), for the preselection by codes without a network.
     """
 
-    def __init__(self, codes: Tensor, network: NeuralCodes, condition: Tensor, metric: str = "l2") -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        network: NeuralCodes,
+        condition: Tensor,
+        metric: str = "l2",
+        *,
+        guides: Tensor | None = None,
+        preselect: int | None = None,
+    ) -> None:
         self.codes, self.network, self.condition = codes[0], network, condition[0]
         self.metric, self.size = metric, codes.shape[1]
+        self.guides, self.preselect = guides, preselect
 
     def nearest(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return self.nearest_k(x, 1, mask).squeeze(-1)
@@ -178,13 +194,30 @@ class Implicit(Table):
         rows = x[0].detach()
         found = rows.new_empty((len(rows), k), dtype=torch.int64)
         with torch.no_grad():
-            for place, codes in self.network.by_rows(self.codes, self.condition):
+            for place, codes, candidates in self._tables(rows):
                 chunk = rows[place, None]
                 if k == 1:
-                    found[place] = search(chunk, codes, metric=self.metric)
+                    best = search(chunk, codes, metric=self.metric)
                 else:
-                    found[place] = topk_search(chunk, codes, k, metric=self.metric)[:, 0]
+                    best = topk_search(chunk, codes, min(k, codes.shape[1]), metric=self.metric)[:, 0]
+                    best = F.pad(best, (0, k - best.shape[1]), value=-1)
+                if candidates is not None:
+                    best = candidates.gather(1, best.clamp_min(0)).masked_fill(best < 0, -1)
+                found[place] = best
         return (found if mask is None else found.masked_fill(~mask[0][:, None], -1))[None]
+
+    def _tables(self, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Yield (slice of rows (R, D), their codes (n, K or preselect, D), the indices of these codes or None)."""
+        if self.guides is None or self.preselect is None or self.preselect >= self.size:
+            for place, codes in self.network.by_rows(self.codes, self.condition):
+                yield place, codes, None
+            return
+        candidates = topk_search(rows, self.guides.detach().to(rows.dtype), self.preselect, metric=self.metric)
+        step = max(1, CHUNK_ELEMENTS // (self.preselect * self.network.widest))
+        for start in range(0, len(rows), step):
+            place = slice(start, start + step)
+            codes = self.network(lookup(self.codes, candidates[place]), condition=self.condition[place, None])
+            yield place, torch.where((candidates[place] < 0)[..., None], torch.nan, codes), candidates[place]
 
     def lookup(self, indices: Tensor) -> Tensor:
         chosen = indices[0]

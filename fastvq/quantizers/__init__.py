@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from .binary_mapper import BinaryMapper
 from .evo_lfq import EvoLFQ
+from .factorized_residual_vq import FactorizedResidualVQ
+from .factorized_vq import FactorizedVQ
 from .fsp import FSP
 from .fsq import FSQ
 from .grouped import GroupedResidualVQ
+from .grouped_spherical_vq import GroupedSphericalVQ
 from .gumbel import GumbelQuantize
 from .hierarchical_vq import HierarchicalVQ
 from .ibq import IBQ
@@ -21,6 +24,9 @@ from .residual_sim_vq import ResidualSimVQ
 from .residual_vq import ResidualVQ
 from .sequential import Sequential
 from .sim_vq import SimVQ
+from .split_residual_vq import SplitResidualVQ
+from .stochastic_vq import StochasticVQ
+from .strided_residual_vq import StridedResidualVQ
 from .vector_quantize import VectorQuantize
 
 __all__ = [
@@ -31,9 +37,12 @@ __all__ = [
     "LFQ",
     "BinaryMapper",
     "EvoLFQ",
+    "FactorizedResidualVQ",
+    "FactorizedVQ",
     "GroupedResidualFSQ",
     "GroupedResidualLFQ",
     "GroupedResidualVQ",
+    "GroupedSphericalVQ",
     "GumbelQuantize",
     "HierarchicalVQ",
     "LatentQuantize",
@@ -45,5 +54,8 @@ __all__ = [
     "ResidualVQ",
     "Sequential",
     "SimVQ",
+    "SplitResidualVQ",
+    "StochasticVQ",
+    "StridedResidualVQ",
     "VectorQuantize",
 ]

@@ -150,15 +150,7 @@ class FSP(Projected, LevelUse, Radix, nn.Module):
         Raises:
             ValueError, TypeError: z, mask or lens of another shape or dtype.
         """
-        self.follow_(z.device)
-        layout = Layout.of(z, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
-        rows, rows_mask = layout.to_rows(z), layout.rows_mask(mask, lens)
-        if self.has_projections:
-            rows, rows_mask = exclude_non_finite(rows, rows_mask)
-        projected = self.project_in(rows)
-        latents = feature_major(at_least_float32(projected)).flatten(0, 1)  # [B N, d]
-        rows_mask = finite_mask(latents) if rows_mask is None else finite_mask(latents) & rows_mask.flatten()
-        latents = torch.where(rows_mask[:, None], latents, 0)
+        layout, projected, latents, rows_mask = self._latents(z, mask, lens)
         norm_loss, norm_info = self.vector_norm(latents, rows_mask)
 
         levels = self._levels_of(latents, eps)
@@ -183,6 +175,27 @@ class FSP(Projected, LevelUse, Radix, nn.Module):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+    @torch.no_grad()
+    def encode(
+        self, z: Tensor, eps: float | None = None, *, mask: Tensor | None = None, lens: Tensor | None = None
+    ) -> Tensor:
+        """Return the indices of `forward` in eval mode, without changing any state."""
+        layout, _, latents, rows_mask = self._latents(z, mask, lens)
+        indices = join_levels(self._levels_of(latents, eps), self._sizes).masked_fill(~rows_mask, -1)
+        return layout.indices(indices.unflatten(0, (layout.batch, layout.rows)))
+
+    def _latents(self, z: Tensor, mask: Tensor | None, lens: Tensor | None) -> tuple[Layout, Tensor, Tensor, Tensor]:
+        """Return the layout, the projected rows (B, N, d), the latents (B N, d), and the mask (B N,) of finite ones."""
+        self.follow_(z.device)
+        layout = Layout.of(z, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
+        rows, rows_mask = layout.to_rows(z), layout.rows_mask(mask, lens)
+        if self.has_projections:
+            rows, rows_mask = exclude_non_finite(rows, rows_mask)
+        projected = self.project_in(rows)
+        latents = feature_major(at_least_float32(projected)).flatten(0, 1)
+        rows_mask = finite_mask(latents) if rows_mask is None else finite_mask(latents) & rows_mask.flatten()
+        return layout, projected, torch.where(rows_mask[:, None], latents, 0), rows_mask
 
     def _perturbed(self, p: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return `value`, with some coordinates replaced by their perturbed p at random, and the share accepted."""

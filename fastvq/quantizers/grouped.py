@@ -86,9 +86,11 @@ class Grouped(SharedState, Monitored, nn.Module):
         outputs = [rvq.get_output_from_indices(i) for rvq, i in zip(self._groups, indices, strict=True)]
         return torch.cat(outputs, dim=self.split_dim)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Return the indices alone, (G, B, ..., Q). No state changes."""
-        return torch.stack([rvq.encode(part) for rvq, part in zip(self._groups, self._split(x), strict=True)])
+    def encode(self, x: Tensor, **options: Any) -> Tensor:
+        """Return the indices alone, (G, B, ..., Q), with the options of the groups' `encode`. No state changes."""
+        return torch.stack(
+            [rvq.encode(part, **options) for rvq, part in zip(self._groups, self._split(x), strict=True)]
+        )
 
     def quantize_groups(self, x: Tensor, indices: Any = (), **forward: Any) -> tuple[Any, ...]:
         """Quantize each group, and return quantized as x and the other results of the groups, stacked (G, ...).
@@ -171,6 +173,8 @@ class GroupedResidualVQ(Grouped):
             lens: Tensor | None = None,
             accum_ema_update: bool = False,
             n_quantizers: int | Tensor | None = None,
+            start: int = 0,
+            codes_gradient: bool = False,
         ) -> tuple[Tensor, Tensor, Tensor]: ...
         @overload
         def __call__(
@@ -194,6 +198,8 @@ class GroupedResidualVQ(Grouped):
         lens: Tensor | None = None,
         accum_ema_update: bool = False,
         n_quantizers: int | Tensor | None = None,
+        start: int = 0,
+        codes_gradient: bool = False,
     ) -> tuple[Any, ...]:
         """Return (quantized, indices, losses) of x, and all codes if requested.
 
@@ -212,6 +218,8 @@ class GroupedResidualVQ(Grouped):
             "lens": lens,
             "accum_ema_update": accum_ema_update,
             "n_quantizers": n_quantizers,
+            "start": start,
+            "codes_gradient": codes_gradient,
         }
         if indices is not None:
             quantized, losses = self.quantize_groups(x, indices, **options)

@@ -146,6 +146,21 @@ class GumbelQuantize(Annealed, Monitored, KeepsBuffers, nn.Module):
     if TYPE_CHECKING:
         __call__ = forward
 
+    @torch.no_grad()
+    def encode(self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
+        """Return the indices of `forward` in eval mode, without changing any state."""
+        layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
+        rows, rows_mask = exclude_non_finite(layout.to_rows(x), layout.rows_mask(mask, lens))
+        found = self._search(at_least_float32(rows).flatten(0, 1), self.keys, rows_mask.flatten())
+        return layout.indices(found.view(layout.batch, layout.rows))
+
+    def _search(self, rows: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """Return the indices (N,) of the most probable codes of rows (N, dim)."""
+        metric = "dot" if self.logits == "linear" else "l2"
+        found = search(rows.detach(), keys.detach(), metric=metric, mask=mask)
+        check_some_code("codebook", found, keys)
+        return found
+
     def _quantize(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return `forward` of rows (B, N, dim)."""
         shape = rows.shape
@@ -167,8 +182,7 @@ class GumbelQuantize(Annealed, Monitored, KeepsBuffers, nn.Module):
             divergence = torch.where(mask, math.log(self.codebook_size) - entropy, 0).sum() / mask.sum().clamp_min(1)
             loss = divergence.to(entropy.dtype) * self.kl_weight
         else:
-            metric = "dot" if self.logits == "linear" else "l2"
-            indices = search(own.detach(), keys.detach(), metric=metric, mask=mask)
+            indices = self._search(own, keys, mask)
             quantized, loss = lookup(self.codebook, indices), own.new_zeros(())
         check_some_code("codebook", indices, keys)
         if self.training or self._measures:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvq.codebook.fit import Fitted, Passes, fit_, passes
 from fastvq.codebook.health import Health, Monitored
 from fastvq.codebook.recompute import REMEMBERED, History
 from fastvq.distributed import tie_parameters
+from fastvq.functional.quantize import lookup
+from fastvq.ops import search
+from fastvq.parts.arguments import check_sizes
 from fastvq.parts.dropout import NestedDropout
-from fastvq.parts.masking import finite_mask
+from fastvq.parts.masking import finite_mask, nan_fill
 from fastvq.parts.shapes import Layout, Options
 from fastvq.precision import at_least_float32
 
@@ -56,8 +62,9 @@ class HierarchicalVQ(Monitored, nn.Module):
         r_0 = x,   q_l = phi(up(VQ_l(pool_l(r_l)))),   r_{l+1} = r_l - q_l,   reconstruction = sum_l q_l
         loss = mean over l of the losses of VQ_l
 
-    pool_l averages over the cells of grid l and up interpolates to the size of x. Positions that are masked out or not
-    finite are excluded from the averages; the output is zero there. A cell without other positions gets index -1.
+    pool_l averages over the cells of grid l ("area") and up interpolates to the size of x. Positions that are masked
+    out or not finite are excluded from the averages; the output is zero there. A cell without other positions gets
+    index -1.
 
     Args:
         dim: dimension of the vectors.
@@ -67,6 +74,7 @@ class HierarchicalVQ(Monitored, nn.Module):
         channel_first: x is (B, dim, ...), else (B, ..., dim).
         quant_resi: the ratio of phi; 0 for none.
         share_quant_resi: 1: one phi for all scales; 0 or less: one for each; else this number, spread over the scales.
+        interpolation: "linear", along all axes, or "cubic", for images, as in VAR.
         nested_dropout: in training, the probability that only the first scales are put out. All scales learn anyway.
         nested_dropout_min_levels: least number of scales that are put out then.
         accept_image_fmap, accept_3d_fmap: x has 2 or 3 spatial axes, else 1.
@@ -113,8 +121,14 @@ class HierarchicalVQ(Monitored, nn.Module):
         accept_3d_fmap: bool = False,
         freeze_codebook: bool = False,
         kmeans_seeding: str = "k-means++",
+        interpolation: str = "linear",
     ) -> None:
         super().__init__()
+        if interpolation not in ("linear", "cubic"):
+            raise ValueError(f"interpolation: must be 'linear' or 'cubic', got {interpolation!r}")
+        if interpolation == "cubic" and not accept_image_fmap:
+            raise ValueError("interpolation: must be 'linear' without accept_image_fmap=True, got 'cubic'")
+        self.interpolation = interpolation
         if accept_image_fmap and accept_3d_fmap:
             raise ValueError("accept_image_fmap, accept_3d_fmap: only one of them may be True")
         self.dim, self.channel_first = dim, channel_first
@@ -272,11 +286,7 @@ class HierarchicalVQ(Monitored, nn.Module):
         """
         if indices is not None:
             raise ValueError("indices: must be None; get_output_from_indices reconstructs from them")
-        layout = Layout.of(x, self.dim, channel_first=self.channel_first, spatial=(self.spatial_dims,), options=SCALES)
-        rows = layout.to_rows(x)
-        finite, rows_mask = finite_mask(rows), layout.rows_mask(mask, lens)
-        rows_mask = layout.indices(finite if rows_mask is None else finite & rows_mask).unsqueeze(1)
-        residual = at_least_float32(x if self.channel_first else x.movedim(-1, 1)).masked_fill(~rows_mask, 0)
+        layout, residual, rows_mask = self._residual(x, mask, lens)
         options = {
             "sample_codebook_temp": sample_codebook_temp,
             "freeze_codebook": freeze_codebook,
@@ -302,6 +312,83 @@ class HierarchicalVQ(Monitored, nn.Module):
         result = tie_parameters(self, (total, tuple(found), torch.stack(losses).sum() / active.number))
         all_active = isinstance(active.number, int) and active.number == self.num_levels
         return (*result, None if all_active else active.number - 1) if return_cutoff else result
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return the indices of `forward` in eval mode, without changing any state."""
+        layout, residual, rows_mask = self._residual(x, mask, lens)
+        found = []
+        for level, shape in enumerate(self.level_shapes):
+            cells, cells_mask = self._pool(residual, rows_mask, shape)
+            vq = self.get_vq(level)
+            chosen = vq.encode(cells.flatten(2).transpose(1, 2), cells_mask.flatten(1))
+            codes = vq.get_output_from_indices(chosen).transpose(1, 2).unflatten(2, shape)
+            residual = residual - self._to_full(codes, layout.spatial, level)
+            found.append(chosen.unflatten(1, shape))
+        return tuple(found)
+
+    @torch.no_grad()
+    def fit(
+        self, batches: Iterable[Any], *, inputs: Callable[[Any], Tensor] | None = None, iterations: int = 10
+    ) -> list[Fitted]:
+        """Fit the codebooks to a data set, as `VectorQuantize.fit` does one codebook.
+
+        A codebook that all scales share is fitted to the cells of all of them, each round to the residuals that its
+        means leave. Codebooks of their own are fitted one after another, each of which reads the data set iterations +
+        1 times. phi stays: fit again once it has learned. Arguments and errors are those of `VectorQuantize.fit`; the
+        result has one for each codebook.
+        """
+        check_sizes(iterations=iterations)
+        start = passes(batches, inputs)
+        if self.vq is None:
+            return [
+                self.get_vq(level).fit(Passes(partial(self._cells_of_scale, start, level)), iterations=iterations)
+                for level in range(self.num_levels)
+            ]
+        codebook = self.vq._codebook
+
+        def cells(means: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+            for x in start():
+                found = self._cells(x.to(codebook.embed_avg.device), lambda _: None if means is None else means[0])
+                yield torch.cat([one.flatten(0, 1) for one in found])[None], None
+
+        fitted = fit_(codebook, cells, iterations=iterations)
+        self.vq._history.clear()
+        self.reset_health()
+        return [fitted]
+
+    def _cells_of_scale(self, start: Callable[[], Iterator[Tensor]], level: int) -> Iterator[Tensor]:
+        """Yield the cells of a scale in one pass over a data set, given the codes of the coarser scales."""
+        for x in start():
+            device = self.get_vq(level)._codebook.embed_avg.device
+            found = self._cells(x.to(device), lambda place: self.get_vq(place)._codebook.codes[0])
+            yield list(itertools.islice(found, level + 1))[-1]
+
+    def _cells(self, x: Tensor, codes_of: Callable[[int], Tensor | None]) -> Iterator[Tensor]:
+        """Yield the cells (B, N, dim) of the residual at each scale, NaN where all of their positions are excluded.
+
+        `codes_of` gives the codes (K, dim) of a scale, or None to subtract nothing.
+        """
+        layout, residual, rows_mask = self._residual(x, None, None)
+        for level, shape in enumerate(self.level_shapes):
+            cells, cells_mask = self._pool(residual, rows_mask, shape)
+            rows = nan_fill(cells.flatten(2).transpose(1, 2), cells_mask.flatten(1))
+            yield rows
+            codes = codes_of(level)
+            if codes is not None:
+                indices = search(rows.flatten(0, 1), codes).view(len(rows), *shape)
+                residual = residual - self._to_full(lookup(codes, indices).movedim(-1, 1), layout.spatial, level)
+
+    def _residual(self, x: Tensor, mask: Tensor | None, lens: Tensor | None) -> tuple[Layout, Tensor, Tensor]:
+        """Return the layout, x as (B, dim, ...) in float32 at least, and the mask (B, 1, ...) of positions to quantize.
+
+        Other positions are zero.
+        """
+        layout = Layout.of(x, self.dim, channel_first=self.channel_first, spatial=(self.spatial_dims,), options=SCALES)
+        finite, rows_mask = finite_mask(layout.to_rows(x)), layout.rows_mask(mask, lens)
+        positions = layout.indices(finite if rows_mask is None else finite & rows_mask).unsqueeze(1)
+        residual = at_least_float32(x if self.channel_first else x.movedim(-1, 1)).masked_fill(~positions, 0)
+        return layout, residual, positions
 
     def get_output_from_indices(self, indices: Sequence[Tensor], full_shape: Scale | None = None) -> Tensor:
         """Return the reconstruction of `forward` from the indices of all scales, without a mask.
@@ -345,6 +432,7 @@ class HierarchicalVQ(Monitored, nn.Module):
     def _to_full(self, codes: Tensor, size: tuple[int, ...], level: int) -> Tensor:
         if tuple(codes.shape[2:]) != size:
             mode = ("linear", "bilinear", "trilinear")[self.spatial_dims - 1]
+            mode = "bicubic" if self.interpolation == "cubic" else mode
             codes = F.interpolate(codes, size=size, mode=mode, align_corners=False)
         return self.choose_phi(level)(codes)
 

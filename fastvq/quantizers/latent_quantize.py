@@ -174,12 +174,7 @@ class LatentQuantize(Projected, LevelUse, Radix, nn.Module):
         Raises:
             ValueError, TypeError: z, mask or lens of another shape or dtype.
         """
-        layout = Layout.of(z, self.dim, channel_first=True)
-        rows, rows_mask = exclude_non_finite(layout.to_rows(z), layout.rows_mask(mask, lens))
-        projected = self.project_in(rows)
-        rows_mask = rows_mask & finite_mask(projected)
-        latents = at_least_float32(torch.where(rows_mask[..., None], projected, 0))
-        latents = latents.unflatten(-1, (self.num_codebooks, self.codebook_dim))  # [B, N, C, d]
+        layout, projected, latents, rows_mask = self._latents(z, mask, lens)
         if self.in_place_codebook_optimizer is not None and self.training and not recomputing():
             self._step(latents, rows_mask)
         levels = self._nearest(latents)
@@ -196,6 +191,22 @@ class LatentQuantize(Projected, LevelUse, Radix, nn.Module):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+    @torch.no_grad()
+    def encode(self, z: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
+        """Return the indices of `forward` in eval mode, without changing any state."""
+        layout, _, latents, rows_mask = self._latents(z, mask, lens)
+        indices = join_levels(self._nearest(latents), self._sizes).masked_fill(~rows_mask[..., None], -1)
+        return layout.indices(indices if self.keep_num_codebooks_dim else indices.squeeze(-1))
+
+    def _latents(self, z: Tensor, mask: Tensor | None, lens: Tensor | None) -> tuple[Layout, Tensor, Tensor, Tensor]:
+        """Return the layout, the projected rows (B, N, C d), the latents (B, N, C, d), and the mask (B, N)."""
+        layout = Layout.of(z, self.dim, channel_first=True)
+        rows, rows_mask = exclude_non_finite(layout.to_rows(z), layout.rows_mask(mask, lens))
+        projected = self.project_in(rows)
+        rows_mask = rows_mask & finite_mask(projected)
+        latents = at_least_float32(torch.where(rows_mask[..., None], projected, 0))
+        return layout, projected, latents.unflatten(-1, (self.num_codebooks, self.codebook_dim)), rows_mask
 
     def _loss(self, latents: Tensor, selected: Tensor, mask: Tensor) -> Tensor:
         commitment, quantization = self._weights

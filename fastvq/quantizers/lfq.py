@@ -283,6 +283,14 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
         result = LFQOutput(quantized, indices, loss)
         return (result, parts) if return_loss_breakdown else result
 
+    @torch.no_grad()
+    def encode(self, x: Tensor, mask: Tensor | None = None, *, lens: Tensor | None = None) -> Tensor:
+        """Return the indices of `forward` in eval mode, without changing any state."""
+        layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
+        rows, rows_mask = rows_and_mask(layout, x, mask, lens)
+        _, indices = self.nearest_rows(self.project_in(rows), rows_mask)
+        return layout.indices(indices if self.keep_num_codebooks_dim else indices.squeeze(-1))
+
     def quantize_rows(
         self, y: Tensor, mask: Tensor, *, inv_temperature: float | Tensor = 100.0, entropies: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, LFQLosses]:
@@ -292,15 +300,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
         even without weight.
         """
         with full_precision(y):
-            y, mask = exclude_non_finite(at_least_float32(y), mask)
-            if self.soft_clamp_input_value is not None:
-                y = soft_clamp(y, self.soft_clamp_input_value)
-            y = y.unflatten(-1, (self.num_codebooks, self.codebook_dim))
-            if self.orthogonal_rotation:
-                y = rotate(y, self.orthogonal_rot).to(y.dtype)
-            if self.spherical:
-                y = on_sphere(y, self.codebook_scale)
-            bits = y > 0
+            y, mask, bits = self._bits(y, mask)
             codes = self._signs(bits).to(y.dtype)
             indices = self.bits_to_indices(bits).masked_fill(~mask.unsqueeze(-1), -1)
             loss, parts = self._losses(y, codes, mask, inv_temperature, entropies)
@@ -311,6 +311,25 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
                 codes = straight_through(self.activation(y), codes)
             codes = self._place(codes).masked_fill(~mask[..., None, None], 0)
         return codes.flatten(-2), indices, loss, parts
+
+    def nearest_rows(self, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the codes (..., C D) and indices (..., C) of y (..., C D), as `quantize_rows` in eval mode."""
+        with full_precision(y):
+            y, mask, bits = self._bits(y, mask)
+            codes = self._place(self._signs(bits).to(y.dtype)).masked_fill(~mask[..., None, None], 0)
+        return codes.flatten(-2), self.bits_to_indices(bits).masked_fill(~mask.unsqueeze(-1), -1)
+
+    def _bits(self, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return y (..., C D) as it is compared with the codes, (..., C, D), the mask of its finite rows, and bits."""
+        y, mask = exclude_non_finite(at_least_float32(y), mask)
+        if self.soft_clamp_input_value is not None:
+            y = soft_clamp(y, self.soft_clamp_input_value)
+        y = y.unflatten(-1, (self.num_codebooks, self.codebook_dim))
+        if self.orthogonal_rotation:
+            y = rotate(y, self.orthogonal_rot).to(y.dtype)
+        if self.spherical:
+            y = on_sphere(y, self.codebook_scale)
+        return y, mask, y > 0
 
     def _losses(
         self, y: Tensor, codes: Tensor, mask: Tensor, inv_temperature: float | Tensor, entropies: bool

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastvq.codebook.health import Health, Monitored
-from fastvq.distributed import common_seed
-from fastvq.functional.quantize import lookup, quantize_errors, unit_norm, weighted
-from fastvq.parts.arguments import check_not_negative, check_sizes
-from fastvq.parts.indices import checked_indices
+from fastvq.functional.quantize import quantize_errors, unit_norm, weighted
+from fastvq.ops import search
+from fastvq.parts.arguments import check_not_negative
 from fastvq.parts.losses import entropy_loss
-from fastvq.parts.masking import exclude_non_finite
-from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
-from fastvq.precision import KeepsPrecision
+from fastvq.precision import at_least_float32
+
+from .learned_table import LearnedTable, TableRows, check_entropy
 
 
-class LlamaGenVQ(Monitored, KeepsPrecision, nn.Module):
+class LlamaGenVQ(LearnedTable):
     """Quantizer of directions with a codebook that learns by gradient.
 
         x' = x / |x|,   e' = e / |e|,   index = argmin_k |x' - e'_k|^2,   quantized = e'_index
@@ -57,67 +53,32 @@ class LlamaGenVQ(Monitored, KeepsPrecision, nn.Module):
         entropy_loss_weight: float = 0.0,
         entropy_temperature: float = 0.01,
     ) -> None:
-        super().__init__()
-        check_sizes(dim=dim, codebook_size=codebook_size)
-        check_not_negative(commitment_weight=commitment_weight, entropy_loss_weight=entropy_loss_weight)
-        if not entropy_temperature > 0:
-            raise ValueError(f"entropy_temperature: must be positive, got {entropy_temperature}")
-        self.dim, self.codebook_dim, self.codebook_size = dim, dim, codebook_size
-        self.channel_first, self.commitment_weight = channel_first, commitment_weight
+        check_not_negative(commitment_weight=commitment_weight)
+        check_entropy(entropy_loss_weight, entropy_temperature)
+        super().__init__(dim, codebook_size, channel_first=channel_first)
+        self.commitment_weight = commitment_weight
         self.entropy_loss_weight, self.entropy_temperature = entropy_loss_weight, entropy_temperature
-        self.embed = nn.Parameter(unit_norm(torch.randn(codebook_size, dim, dtype=torch.float32)))
-        self._health = Health(codebook_size)
+
+    def _new_codes(self, noise: Tensor) -> Tensor:
+        return unit_norm(noise)
 
     @property
     def codebook(self) -> Tensor:
         """The unit codes (K, dim), differentiable in embed."""
         return unit_norm(self.embed)
 
-    @torch.no_grad()
-    def reinitialize_(self) -> None:
-        """Draw a new codebook and reset the health. With several ranks all must call this, and get the same codes."""
-        generator = torch.Generator("cpu").manual_seed(common_seed(2**63 - 1))
-        self.embed.copy_(unit_norm(torch.randn(self.embed.shape, generator=generator, device="cpu")))
-        self.reset_health()
+    def nearest_rows(self, rows: Tensor, mask: Tensor) -> Tensor:
+        unit = unit_norm(at_least_float32(rows.detach())).flatten(0, -2)
+        return search(unit, self.codebook.detach(), metric="dot", mask=mask.flatten()).view(mask.shape)
 
-    @torch.no_grad()
-    def _non_finite(self) -> Tensor:
-        return 1 - self.embed.isfinite().all(-1).float().mean()
-
-    def forward(
-        self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (quantized, indices, loss) of x.
-
-        Args:
-            x: (B, ..., dim), or (B, dim, ...) if channel_first; any floating dtype.
-            mask: bool (B, ...), True for the vectors that take part; the others get index -1 and zeros.
-            lens: int (B,), a mask for sequences: the first lens[b] vectors take part.
-
-        Returns:
-            quantized, shaped and typed as x; indices int64 (B, ...); loss () float32.
-
-        Raises:
-            ValueError, TypeError: x of another shape or dtype.
-        """
-        layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
-        rows, rows_mask = exclude_non_finite(layout.to_rows(x), layout.rows_mask(mask, lens))
-        rows, codes = unit_norm(rows if rows.dtype == torch.float64 else rows.float()), self.codebook
+    def quantize_rows(self, rows: Tensor, mask: Tensor) -> TableRows:
+        rows, codes = unit_norm(at_least_float32(rows)), self.codebook
         if not self.training:
-            rows, codes = rows.detach(), codes.detach()
-        found = quantize_errors(rows, codes, metric="dot", mask=rows_mask)
-        if self.training or self._measures:
-            self._health.observe_(found.indices, found.error)
+            found = quantize_errors(rows.detach(), codes.detach(), metric="dot", mask=mask)
+            return TableRows(found.quantized, found.indices, torch.zeros_like(found.error), found.error)
+        found = quantize_errors(rows, codes, metric="dot", mask=mask)
         loss = found.codebook_error + weighted(found.error, self.commitment_weight)
         if isinstance(self.entropy_loss_weight, Tensor) or self.entropy_loss_weight:
-            entropy = entropy_loss(rows, codes, temperature=self.entropy_temperature, eps=1e-5, mask=rows_mask)
+            entropy = entropy_loss(rows, codes, temperature=self.entropy_temperature, eps=1e-5, mask=mask)
             loss = loss + weighted(entropy, self.entropy_loss_weight)
-        loss = loss if self.training else torch.zeros_like(found.error)
-        return layout.from_rows(found.quantized.to(x.dtype)), layout.indices(found.indices), loss
-
-    if TYPE_CHECKING:
-        __call__ = forward
-
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Return the codes of indices (B, ...), zeros for -1: (B, ..., dim), or (B, dim, ...) if channel_first."""
-        return codes_in_layout(lookup(self.codebook, checked_indices(indices, self.codebook_size)), self.channel_first)
+        return TableRows(found.quantized, found.indices, loss, found.error)

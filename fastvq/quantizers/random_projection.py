@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fastvq.codebook.health import Health, Monitored
 from fastvq.parts.arguments import check_sizes
-from fastvq.parts.shapes import layout_of
-from fastvq.precision import KeepsBuffers, full_precision
+from fastvq.parts.shapes import Layout, layout_of
+from fastvq.precision import KeepsBuffers, at_least_float32, full_precision
 
 from .vector_quantize import VectorQuantize
 
@@ -114,13 +114,7 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
         Raises:
             ValueError, TypeError: x or indices of another shape or dtype.
         """
-        layout = layout_of(x, self.dim, **self._layout_options, single=False)
-        rows_mask = layout.rows_mask(mask, lens)
-        x = layout.to_rows(x)
-        with full_precision(x):
-            normed = self.norm(x if x.dtype == torch.float64 else x.float())
-            projected = torch.einsum("bnd,hde->bnhe", normed, self.rand_projs.to(normed.dtype)).flatten(2)
-        projected = projected.to(next(self.vq.project_in.parameters(), projected).dtype)
+        layout, projected, rows_mask = self._project(x, mask, lens)
         if indices is not None:
             return self.vq(projected, indices=layout.indices_to_rows(indices), mask=rows_mask)[1]
         found = self.vq(projected, mask=rows_mask)[1]
@@ -130,3 +124,19 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
+        """Return the indices, as `forward` does, without counting them."""
+        layout, projected, rows_mask = self._project(x, mask, lens)
+        return layout.indices(self.vq.encode(projected, rows_mask))
+
+    def _project(self, x: Tensor, mask: Tensor | None, lens: Tensor | None) -> tuple[Layout, Tensor, Tensor | None]:
+        """Return the layout, the projections (B, N, H D) of all codebooks, and the mask (B, N)."""
+        layout = layout_of(x, self.dim, **self._layout_options, single=False)
+        rows_mask = layout.rows_mask(mask, lens)
+        rows = layout.to_rows(x)
+        with full_precision(rows):
+            normed = self.norm(at_least_float32(rows))
+            projected = torch.einsum("bnd,hde->bnhe", normed, self.rand_projs.to(normed.dtype)).flatten(2)
+        return layout, projected.to(next(self.vq.project_in.parameters(), projected).dtype), rows_mask

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.health import Monitored
-from fastvq.parts.dropout import QuantizeDropout
+from fastvq.parts.dropout import ActiveStages, QuantizeDropout
 from fastvq.parts.indices import checked_indices
 from fastvq.parts.projection import project_codes_out
+from fastvq.parts.shapes import Layout
 
 
 class SharedState:
@@ -55,6 +56,7 @@ class ResidualStack(SharedState, Monitored, nn.Module):
     """
 
     layers: nn.ModuleList
+    stage_axis = -1  # of indices
 
     def _set_dropout(
         self, stages: int, enabled: bool, cutoff_index: int, multiple_of: int, per_item: bool = False
@@ -86,6 +88,49 @@ class ResidualStack(SharedState, Monitored, nn.Module):
     @property
     def _stages(self) -> list[Any]:
         return list(self.layers)
+
+    def _set_stage_axis(self, stage_axis: int) -> None:
+        """Set the axis of the stages in indices: -1 for (B, ..., Q), 1 for (B, Q, ...), 0 for (Q, B, ...).
+
+        Raises:
+            ValueError: it is another number.
+        """
+        if stage_axis not in (-1, 0, 1):
+            raise ValueError(f"stage_axis: must be -1, 0 or 1, got {stage_axis}")
+        self.stage_axis = stage_axis
+
+    def _stages_out(self, indices: Tensor) -> Tensor:
+        """Return indices (..., Q) with the stages at `stage_axis`."""
+        return indices if self.stage_axis == -1 else indices.movedim(-1, self.stage_axis)
+
+    def _stages_last(self, indices: Tensor) -> Tensor:
+        """Return indices with the stages at `stage_axis` as (..., Q)."""
+        return indices if self.stage_axis == -1 else indices.movedim(self.stage_axis, -1)
+
+    def _leading(self, number: int | Tensor, layout: Layout, device: torch.device) -> ActiveStages:
+        """Return the stages of an argument `n_quantizers`.
+
+        Raises:
+            ValueError: a number is out of range, or there is not one for each item. TypeError: they are no integers.
+        """
+        most = self.num_quantizers
+        if not isinstance(number, Tensor):
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"n_quantizers: must be an int or a tensor of ints, got {number!r}")
+            if not 1 <= number <= most:
+                raise ValueError(f"n_quantizers: must lie in [1, {most}], got {number}")
+            return ActiveStages(number)
+        if number.is_floating_point() or number.dtype == torch.bool:
+            raise TypeError(f"n_quantizers: must be an int or a tensor of ints, got {number.dtype}")
+        if number.shape != (layout.batch,):
+            raise ValueError(f"n_quantizers: must have shape (B,) = ({layout.batch},), got {tuple(number.shape)}")
+        if (
+            not torch.compiler.is_compiling()
+            and number.numel()
+            and not 1 <= int(number.min()) <= int(number.max()) <= most
+        ):
+            raise ValueError(f"n_quantizers: must lie in [1, {most}], got {number.tolist()}")
+        return ActiveStages.of_items(number.to(device), layout.rows)
 
     @property
     def _monitored(self) -> list[Monitored]:

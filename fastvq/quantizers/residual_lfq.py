@@ -151,6 +151,19 @@ class ResidualLFQ(Projected, ResidualStack):
         result = (quantized, layout.indices(indices), torch.stack(losses))
         return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
 
+    @torch.no_grad()
+    def encode(self, x: Tensor, mask: Tensor | None = None, *, lens: Tensor | None = None) -> Tensor:
+        """Return the indices of `forward` in eval mode, without changing any state."""
+        layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
+        rows, rows_mask = rows_and_mask(layout, x, mask, lens)
+        residual, found = at_least_float32(self.project_in(rows)), []
+        for stage in self._stages:
+            codes, indices = stage.nearest_rows(project_rows_in(stage.project_in, residual), rows_mask)
+            found.append(indices.squeeze(-1))
+            residual = residual - self._output_of(stage, codes, found[-1])
+        indices = torch.stack(found, -1)
+        return layout.indices(indices.unsqueeze(-2) if self._stages[0].keep_num_codebooks_dim else indices)
+
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Return the codes (Q, B, ..., D) of indices (B, ..., Q), zeros for -1.
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from fastvq.distributed import tie_parameters
 from fastvq.functional.quantize import lookup
+from fastvq.ops import search
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
+from fastvq.precision import at_least_float32
 
 from .residual import ResidualStack
 from .sim_vq import SimVQ
@@ -145,6 +147,19 @@ class ResidualSimVQ(ResidualStack):
         losses = nn.functional.pad(torch.stack(stage_losses), (0, dropped))
         result = tie_parameters(self, (layout.from_rows(total.to(x.dtype)), indices, losses))
         return (*result, self._codes(codebooks, indices)) if return_all_codes else result
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
+        """Return the indices of `forward` in eval mode, without changing any state."""
+        layout = Layout.of(x, self.codebook_dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
+        rows_mask = layout.rows_mask(mask, lens)
+        flat_mask = None if rows_mask is None else rows_mask.flatten()
+        residual, found = at_least_float32(layout.to_rows(x)).flatten(0, 1), []
+        for stage in self._stages:
+            codebook = stage.codebook
+            found.append(search(residual, codebook, mask=flat_mask))
+            residual = residual - lookup(codebook, found[-1])
+        return layout.indices(torch.stack(found, -1).view(layout.batch, layout.rows, self.num_quantizers))
 
     def reinitialize_(self) -> None:
         """Call `SimVQ.reinitialize_` of every stage."""

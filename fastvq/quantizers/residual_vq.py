@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastvq.codebook import Codebook, learn_together
-from fastvq.codebook.fit import Fitted, passes
+from fastvq.codebook.fit import Fitted, Passes, passes
 from fastvq.codebook.health import observe_stages_
 from fastvq.codebook.recompute import History
 from fastvq.distributed import may_be_recomputed, tie_parameters
-from fastvq.functional.quantize import check_some_code, weighted
+from fastvq.functional.quantize import check_some_code, lookup, weighted
 from fastvq.functional.residual_quantize import residual_quantize
 from fastvq.ops import residual_quantize_forward, residual_search
-from fastvq.parts.arguments import check_fractions
+from fastvq.parts.arguments import check_fractions, check_sizes
 from fastvq.parts.beam import Stage, beam_search
 from fastvq.parts.dropout import ActiveStages
-from fastvq.parts.gradients import directional_reparam, scale_gradient
+from fastvq.parts.gradients import directional_reparam, rotate_to, scale_gradient, straight_through
+from fastvq.parts.losses import mean_squared_errors
 from fastvq.parts.masking import exclude_non_finite, nan_fill
 from fastvq.parts.projection import (
     Projected,
@@ -33,7 +34,9 @@ from fastvq.parts.shapes import Layout, codes_in_layout, layout_of
 from fastvq.parts.tables import Implicit, NeuralCodes, Shared, Table
 
 from .residual import ResidualStack
-from .vector_quantize import VectorQuantize
+from .vector_quantize import QuantizedRows, VectorQuantize
+
+GRADIENTS_OF_STACKS = ("stages", "once")
 
 
 class ResidualVQ(Projected, ResidualStack):
@@ -63,10 +66,18 @@ class ResidualVQ(Projected, ResidualStack):
         implicit_neural_codebook: every stage but the first transforms its codes by a network, conditioned on the sum
             of the codes before (`fastvq.parts.tables`); codes and networks learn by gradient.
         mlp_kwargs: dim_hidden and depth of these networks.
+        preselect: number of codes that such a network transforms for each vector, those with the nearest guides: codes
+            without a network, which learn from the residuals of their indices by a loss of weight 1. None: all K codes.
         beam_size, eval_beam_size: number of beams in training and in eval (`fastvq.parts.beam`).
         beam_score_quantizer_weights: weights of the stages' errors in the beam search.
-        quant_grad_frac: share of a stage's gradient that the stage before gets through the residual.
+        gradient: how the gradient g of the output reaches x: "stages", through the estimator of each stage, which is
+            Q g for the straight-through estimator; "once", as if the sum of all codes were the code of x.
+        quant_grad_frac: share of a stage's gradient that the stage before gets through the residual. 1 gives x the
+            output's gradient once too, and no gradient of the losses of all stages but the first.
         return_zeros_for_masked_padding: return zeros for masked vectors; if False, return them unchanged.
+        stage_axis: of the stages in indices: -1 for (B, N, Q), 1 for (B, Q, N), 0 for (Q, B, N).
+        kmeans_one_stage: with kmeans_init, run k-means for one stage at each step. A stage learns from its turn on, and
+            puts out zeros before: at once, later stages would start from the few residuals that one batch leaves them.
         settings: arguments of every stage's `VectorQuantize`: decay, kmeans_init, threshold_ema_dead_code ...
 
     Raises:
@@ -101,6 +112,10 @@ class ResidualVQ(Projected, ResidualStack):
         channel_last: bool = True,
         accept_3d_fmap: bool = False,
         quantize_dropout_per_item: bool = False,
+        gradient: str = "stages",
+        stage_axis: int = -1,
+        kmeans_one_stage: bool = False,
+        preselect: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -117,6 +132,10 @@ class ResidualVQ(Projected, ResidualStack):
             raise ValueError(f"heads: must be 1 for residual quantization, got {heads}")
         if implicit_neural_codebook and settings.get("codebook_diversity_loss_weight"):
             raise ValueError("codebook_diversity_loss_weight: must be 0 beside implicit_neural_codebook=True")
+        if preselect is not None:
+            check_sizes(preselect=preselect)
+            if not implicit_neural_codebook:
+                raise ValueError(f"preselect: must be None without implicit_neural_codebook=True, got {preselect}")
         if eval_beam_size is not None and beam_size is None:
             raise ValueError("beam_size: must be given beside eval_beam_size")
         for name, beams in (("beam_size", beam_size), ("eval_beam_size", eval_beam_size)):
@@ -126,6 +145,19 @@ class ResidualVQ(Projected, ResidualStack):
         if len(weights) != len(sizes):
             raise ValueError(f"beam_score_quantizer_weights: must be {len(sizes)} numbers, got {weights}")
         check_fractions(quant_grad_frac=quant_grad_frac)
+        if gradient not in GRADIENTS_OF_STACKS:
+            raise ValueError(f"gradient: must be one of {', '.join(GRADIENTS_OF_STACKS)}, got {gradient!r}")
+        for name, given in (
+            ("diveq", diveq),
+            ("route_gradients_to_input=False", not settings.get("route_gradients_to_input", True)),
+            ("sync_update_v", settings.get("sync_update_v", 0) > 0),
+            ("directional_reparam", settings.get("directional_reparam", False)),
+        ):
+            if given and gradient == "once":
+                raise ValueError(f"gradient: must be 'stages' beside {name}, got 'once'")
+        if kmeans_one_stage and (shared_codebook or not settings.get("kmeans_init")):
+            name = "shared_codebook must be False" if shared_codebook else "kmeans_init must be True"
+            raise ValueError(f"kmeans_one_stage: {name} beside it")
         if quantize_dropout_per_item and beam_size is not None and beam_size > 1:
             raise ValueError(f"quantize_dropout_per_item: must be False beside beam_size={beam_size}")
         self._set_dropout(
@@ -149,7 +181,9 @@ class ResidualVQ(Projected, ResidualStack):
         self.uniform_codebook_size = len(set(sizes)) == 1
         self.shared_codebook = shared_codebook
         self.diveq = diveq
-        self.quant_grad_frac = 1.0 if diveq else quant_grad_frac
+        self.gradient, self.quant_grad_frac = gradient, 1.0 if diveq else quant_grad_frac
+        self.kmeans_one_stage = kmeans_one_stage
+        self._set_stage_axis(stage_axis)
         self.channel_last = channel_last
         self.accept_image_fmap, self.accept_3d_fmap = accept_image_fmap, accept_3d_fmap
         self.implicit_neural_codebook = implicit_neural_codebook
@@ -168,6 +202,10 @@ class ResidualVQ(Projected, ResidualStack):
             if implicit_neural_codebook
             else (None,) * (len(sizes) - 1)
         )
+        self.preselect = preselect
+        self.guides: nn.ParameterList | None = None
+        if preselect is not None:
+            self.guides = nn.ParameterList([stage.codebook.detach().clone() for stage in self._stages[1:]])
         if shared_codebook:
             for stage in self._stages:
                 stage._codebook = self._stages[0]._codebook
@@ -225,6 +263,8 @@ class ResidualVQ(Projected, ResidualStack):
             lens: Tensor | None = None,
             accum_ema_update: bool = False,
             n_quantizers: int | Tensor | None = None,
+            start: int = 0,
+            codes_gradient: bool = False,
         ) -> tuple[Tensor, Tensor, Tensor]: ...
         @overload
         def __call__(
@@ -250,6 +290,8 @@ class ResidualVQ(Projected, ResidualStack):
         lens: Tensor | None = None,
         accum_ema_update: bool = False,
         n_quantizers: int | Tensor | None = None,
+        start: int = 0,
+        codes_gradient: bool = False,
     ) -> tuple[Tensor, ...]:
         """Return (quantized, indices, losses) of x; with indices given, (quantized, the sum of cross entropies).
 
@@ -267,10 +309,14 @@ class ResidualVQ(Projected, ResidualStack):
             accum_ema_update: keep this batch's statistics for the next learning step, or for `commit_ema_update`.
             n_quantizers: number of leading stages that take part, in training instead of a random one: for all items
                 of the batch, or int (B,) with one for each; all stages by default. Not beside `indices`.
+            start: the first stage that takes part, for x that the stages before have left as residual.
+            codes_gradient: return the codes as the stages put them out, from before the update, with the gradient of
+                their estimators: for losses on the first stages, such as distillation.
 
         Returns:
-            quantized, shaped and typed as x; indices int64 (B, N, Q), (B, Q), (B, ..., Q) or (B, H, W, Q), -1 for
-            dropped stages and excluded vectors; losses (Q,) float32, zero for dropped stages; codes (Q, B, N, D).
+            quantized, shaped and typed as x; indices int64 (B, N, Q), (B, Q), (B, ..., Q) or (B, H, W, Q), or with the
+            stages at `stage_axis`, -1 for dropped stages and excluded vectors; losses (Q,) float32, zero for dropped
+            stages; codes (Q, B, N, D).
 
         Raises:
             ValueError, TypeError: an argument is invalid; the message names it.
@@ -283,8 +329,10 @@ class ResidualVQ(Projected, ResidualStack):
         learning = self.training and frozen < self.num_quantizers
         partly = learning and frozen > 0
         repeatable = learning and may_be_recomputed()
+        if codes_gradient and not return_all_codes:
+            raise ValueError("codes_gradient: must be False without return_all_codes")
         no_options = mask is indices is beam_size is lens is n_quantizers is None
-        no_options = no_options and not (return_all_codes or accum_ema_update)
+        no_options = no_options and not (return_all_codes or accum_ema_update or start)
         if no_options and not (repeatable or partly) and self._is_plain(stages, learning):
             return self._forward_plain(x, stages, learning)
 
@@ -295,25 +343,29 @@ class ResidualVQ(Projected, ResidualStack):
         projected = self._project_in(rows, rows_mask)
         if isinstance(indices, list):
             indices = torch.stack(indices, -1)
+        elif indices is not None:
+            indices = self._stages_last(indices)
         if indices is not None and indices.shape[-1:] != (self.num_quantizers,):
             raise ValueError(f"indices: must have shape (..., Q={self.num_quantizers}), got {tuple(indices.shape)}")
         if beam_size is not None and not beam_size >= 1:
             raise ValueError(f"beam_size: must be at least 1, got {beam_size}")
         targets = None if indices is None else layout.indices_to_rows(indices).flatten(0, 1)[None]
-        if n_quantizers is None:
-            drops, seed = self.training and targets is None, rand_quantize_dropout_fixed_seed
-            active = self._dropout.draw(drops, x, seed, items=layout.batch, rows=layout.rows)
-        elif targets is not None:
-            raise ValueError("n_quantizers: must be None beside indices, the targets of all stages")
-        else:
-            active = self._leading(n_quantizers, layout, x.device)
+        if targets is not None and (n_quantizers is not None or start):
+            name, empty = ("start", "0") if n_quantizers is None else ("n_quantizers", "None")
+            raise ValueError(f"{name}: must be {empty} beside indices, the targets of all stages")
+        drops, seed = self.training and targets is None, rand_quantize_dropout_fixed_seed
+        active = self._active_stages(n_quantizers, start, layout, x, drops, seed)
         if repeatable:
             self._history.replay(projected, self._unique_codebooks)
         learns = [learning and not (partly and stage.freeze_codebook) for stage in stages]
         if learning:
-            self._initialize_stages(projected.detach(), flat_mask, learns)
+            self._initialize_stages(projected.detach(), flat_mask, learns, start)
+            if self.kmeans_one_stage:  # the others wait for their turn
+                learns = [learns[place] and stage._codebook.ready() for place, stage in enumerate(stages)]
+                partly = partly or not all(learns)
+        outputs: list[Tensor] | None = [] if codes_gradient else None
         known = self._beam_search(projected, flat_mask, beam_size, active, sample_codebook_temp)
-        if targets is None and not partly and self._fits_one_pass(stages, learning):
+        if targets is None and outputs is None and not partly and self._fits_one_pass(stages, learning):
             total, found, losses = self._quantize_in_one_pass(
                 projected.flatten(0, 1),
                 None if flat_mask is None else flat_mask[0],
@@ -336,17 +388,18 @@ class ResidualVQ(Projected, ResidualStack):
                 temperature=sample_codebook_temp,
                 repeatable=repeatable,
                 accumulate_only=accum_ema_update,
+                outputs=outputs,
             )
         if repeatable:
             self._history.finish(self._unique_codebooks)
         if targets is None and known is not None and not self.training:
-            stages = self._stages[: len(losses)]
+            stages = self._stages[start : start + len(losses)]
             losses = _weighted(losses, [s.commitment_weight if s.has_commitment_loss else 1 for s in stages])
         elif targets is None and not self.training:
             losses = torch.zeros_like(losses)
         if dropped := self.num_quantizers - found.shape[-1]:
-            found = nn.functional.pad(found, (0, dropped), value=-1)
-            losses = nn.functional.pad(losses, (0, dropped))
+            found = nn.functional.pad(found, (start, dropped - start), value=-1)
+            losses = nn.functional.pad(losses, (start, dropped - start))
         found = found.view(*rows.shape[:2], self.num_quantizers)
 
         quantized = total.view(*rows.shape[:2], self.codebook_dim)
@@ -357,8 +410,38 @@ class ResidualVQ(Projected, ResidualStack):
             quantized = torch.where(rows_mask[..., None], quantized, rows)
         if targets is not None:
             return tie_parameters(self, (layout.from_rows(quantized), losses.sum()))
-        result = tie_parameters(self, (layout.from_rows(quantized), layout.indices(found), losses))
-        return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
+        chosen = layout.indices(found)
+        result = tie_parameters(self, (layout.from_rows(quantized), self._stages_out(chosen), losses))
+        if outputs is not None:
+            zeros = torch.zeros_like(outputs[0])
+            after = self.num_quantizers - start - len(outputs)
+            codes = torch.stack([*[zeros] * start, *outputs, *[zeros] * after])
+            return (*result, codes.view(self.num_quantizers, *chosen.shape[:-1], self.codebook_dim))
+        return (*result, self._codes(chosen)) if return_all_codes else result
+
+    def _active_stages(
+        self,
+        n_quantizers: int | Tensor | None,
+        start: int,
+        layout: Layout,
+        x: Tensor,
+        drops: bool,
+        seed: int | Tensor | None = None,
+    ) -> ActiveStages:
+        """Return the stages of the arguments `n_quantizers` and `start`, or with `drops` a random number of them.
+
+        Raises:
+            ValueError, TypeError: a number is out of range, or no integer.
+        """
+        if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < self.num_quantizers:
+            raise ValueError(f"start: must be an integer in [0, {self.num_quantizers}), got {start!r}")
+        if n_quantizers is None:
+            dropout = self._dropout._replace(cutoff_index=max(start, self.quantize_dropout_cutoff_index))
+            return dropout.draw(drops, x, seed, items=layout.batch, rows=layout.rows)._replace(start=start)
+        active = self._leading(n_quantizers, layout, x.device)._replace(start=start)
+        if isinstance(active.number, int) and active.number <= start:
+            raise ValueError(f"n_quantizers: must be greater than start={start}, got {n_quantizers}")
+        return active
 
     def _is_plain(self, stages: list[VectorQuantize], learning: bool) -> bool:
         """Return whether `_forward_plain` can replace the general forward pass, by the settings and state of now."""
@@ -385,7 +468,7 @@ class ResidualVQ(Projected, ResidualStack):
         shape = (layout.batch, layout.rows)
         return (
             layout.from_rows(quantized.view(*shape, self.dim)),
-            layout.indices(indices.view(*shape, self.num_quantizers)),
+            self._stages_out(layout.indices(indices.view(*shape, self.num_quantizers))),
             losses,
         )
 
@@ -443,16 +526,15 @@ class ResidualVQ(Projected, ResidualStack):
         Returns:
             quantized (R, D), indices (R, active) and losses (active,).
         """
-        first = stages[0]
-        if active is not None and isinstance(active.number, int):
-            stages = stages[: active.number]
+        first, start = stages[0], 0 if active is None else active.start
+        stages = stages[start : active.number if active is not None and isinstance(active.number, int) else None]
         codebooks = self._stack(stages, copied=self.training)
         if known is not None:
             found = known[:, : len(stages)]
         else:
             found = residual_search(x.detach(), codebooks, mask=mask)
         if active is not None and isinstance(active.number, Tensor):
-            found = torch.stack([active.fill(place, one, -1) for place, one in enumerate(found.unbind(-1))], -1)
+            found = torch.stack([active.fill(place, one, -1) for place, one in enumerate(found.unbind(-1), start)], -1)
         quantized, _, losses, residuals = residual_quantize(
             x if self.training else x.detach(),
             codebooks,
@@ -472,7 +554,14 @@ class ResidualVQ(Projected, ResidualStack):
         weight = first.commitment_weight if self.training else 1
         if isinstance(weight, Tensor) or weight != 1:
             losses = weighted(losses, weight)
-        return quantized, found, losses
+        return self._estimated(x, quantized, found), found, losses
+
+    def _estimated(self, x: Tensor, quantized: Tensor, indices: Tensor) -> Tensor:
+        """Return quantized (..., D) of x with indices (..., stages), its gradient once if the layer passes it so."""
+        if self.gradient == "stages" or not self.training:
+            return quantized
+        estimate = rotate_to if self._stages[0].rotation_trick else straight_through
+        return estimate(x, quantized.detach(), indices.amax(-1))
 
     def _quantize_by_stage(
         self,
@@ -487,24 +576,28 @@ class ResidualVQ(Projected, ResidualStack):
         temperature: float | None,
         repeatable: bool,
         accumulate_only: bool,
+        outputs: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize rows x (1, R, D) one stage after another, with any options of the stages.
 
-        `learns` says which stages learn. The tensors are those of `_quantize_in_one_pass`, with the same leading axis.
-        With targets (1, R, Q), the losses are cross entropies.
+        `learns` says which stages learn. The outputs (1, R, D) of the stages are appended to `outputs`. The tensors are
+        those of `_quantize_in_one_pass`, with the same leading axis. With targets (1, R, Q), the losses are cross
+        entropies.
         """
         residual = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         start, total = residual, torch.zeros_like(residual)
-        stages, steps = [], []
+        stages: list[VectorQuantize] = []
+        steps: list[QuantizedRows] = []
+        learns = learns[active.start :]
         for place, stage in enumerate(self._stages):
             if active.skips(place):
-                break
+                continue
             step = stage.quantize_rows(
                 self._rows_of(stage, residual),
                 active.row_mask(place, mask, residual),
                 shape=shape,
-                learning=learns[place],
-                indices=None if known is None else active.fill(place, known[..., place], -1),
+                learning=learns[len(stages)],
+                indices=None if known is None else active.fill(place, known[..., len(stages)], -1),
                 targets=None if targets is None else targets[..., place],
                 temperature=temperature,
                 table=self._table(place, total),
@@ -514,10 +607,13 @@ class ResidualVQ(Projected, ResidualStack):
             total = total + output
             stages.append(stage)
             steps.append(step)
+            if outputs is not None:
+                outputs.append(output)
         found = torch.stack([step.indices for step in steps], -1)
         if self.diveq and self.training:  # before learning draws random numbers, which a repeated pass doesn't
             absent = (found < 0).all(-1, keepdim=True)
             total = directional_reparam(start.masked_fill(absent, 0), total).masked_fill(absent, 0)
+        total = self._estimated(start, total, found)
         if repeatable:
             self._history.record(x, self._unique_codebooks)
         pending = [place for place, step in enumerate(steps) if learns[place] and not step.learned]
@@ -535,8 +631,8 @@ class ResidualVQ(Projected, ResidualStack):
             losses = [step.cross_entropy for step in steps if step.cross_entropy is not None]
         elif self.training:
             losses = [
-                active.of_any_row().fill(place, stage.losses(step, learns[place])[0], 0)
-                for place, (stage, step) in enumerate(zip(stages, steps, strict=True))
+                active.of_any_row().fill(place, stage.losses(step, learning)[0] + self._guide_loss(place, step), 0)
+                for place, (stage, step, learning) in enumerate(zip(stages, steps, learns, strict=False), active.start)
             ]
         else:
             losses = [step.commitment for step in steps]
@@ -590,16 +686,18 @@ class ResidualVQ(Projected, ResidualStack):
         """The stages whose codebooks wait for k-means."""
         return [stage for stage in self._stages if not stage._codebook.ready()]
 
-    def _initialize_stages(self, x: Tensor, mask: Tensor | None, learns: list[bool]) -> None:
-        """Run k-means for the stages that learn on the residuals of a greedy search, stage by stage."""
+    def _initialize_stages(self, x: Tensor, mask: Tensor | None, learns: list[bool], start: int) -> None:
+        """Run k-means for the learning stages from `start` on, on the residuals of a greedy search, stage by stage."""
         if not self._unready_stages:
             return
         residual = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         total = torch.zeros_like(residual)
-        for place, stage in enumerate(self._stages):
+        for place, stage in list(enumerate(self._stages))[start:]:
             rows = self._rows_of(stage, residual).detach()
             if learns[place] and not stage._codebook.ready():
                 stage._codebook.initialize_(rows, mask)
+                if self.kmeans_one_stage:
+                    return
             table = self._table_of(place, total)
             indices = table.nearest(rows, mask)
             output = self._output_of(stage, table.lookup(indices), indices).detach()
@@ -621,7 +719,18 @@ class ResidualVQ(Projected, ResidualStack):
         if network is None:
             return None
         metric = self._stages[place]._codebook.metric
-        return lambda codes: Implicit(codes, cast(NeuralCodes, network), total, metric)
+        guides = None if self.guides is None else self.guides[place - 1]
+        return lambda codes: Implicit(
+            codes, cast(NeuralCodes, network), total, metric, guides=guides, preselect=self.preselect
+        )
+
+    def _guide_loss(self, place: int, step: QuantizedRows) -> Tensor | float:
+        """Return the mean squared distance of a stage's residuals to the guides of their indices; 0 without guides."""
+        if self.guides is None or place == 0:
+            return 0.0
+        guides = lookup(self.guides[place - 1], step.indices)
+        errors = mean_squared_errors(step.inputs.detach(), guides, step.indices)
+        return errors.sum() / (step.indices >= 0).sum().clamp_min(1)
 
     def _table_of(self, place: int, total: Tensor, detached: bool = True) -> Table:
         """Return the table of a stage with its current codes, given the sum (1, R, D) of those before."""
@@ -644,10 +753,11 @@ class ResidualVQ(Projected, ResidualStack):
         stages = [
             self._beam_stage(place, temperature) for place in range(self.num_quantizers) if not active.skips(place)
         ]
-        weights: Sequence[float] | Tensor = self.beam_score_weights[: len(stages)]
+        own_weights = self.beam_score_weights[active.start : active.start + len(stages)]
+        weights: Sequence[float] | Tensor = own_weights
         if isinstance(active.number, Tensor):  # after the last active stage, the best beam stays the first
-            is_active = torch.arange(len(stages), device=x.device) < active.number
-            weights = x.new_tensor(self.beam_score_weights, dtype=torch.float64) * is_active
+            is_active = active.start + torch.arange(len(stages), device=x.device) < active.number
+            weights = x.new_tensor(own_weights, dtype=torch.float64) * is_active
         return beam_search(x[0], stages, beams, weights=weights, mask=None if mask is None else mask[0])[None]
 
     def _beam_stage(self, place: int, temperature: float | None = None) -> Stage:
@@ -672,6 +782,7 @@ class ResidualVQ(Projected, ResidualStack):
         *,
         lens: Tensor | None = None,
         n_quantizers: int | Tensor | None = None,
+        start: int = 0,
     ) -> Tensor:
         """Return the indices of x, shaped as `forward` returns them, with the same arguments. No state changes.
 
@@ -682,60 +793,51 @@ class ResidualVQ(Projected, ResidualStack):
         rows_mask = layout.rows_mask(mask, lens)
         flat_mask = None if rows_mask is None else rows_mask.reshape(1, -1)
         projected = self._project_in(layout.to_rows(x)).detach()
-        active = (
-            ActiveStages(self.num_quantizers) if n_quantizers is None else self._leading(n_quantizers, layout, x.device)
-        )
+        active = self._active_stages(n_quantizers, start, layout, x, drops=False)
         found = self._beam_search(projected, flat_mask, self.eval_beam_size, active, 0.0)
         if found is None:
             found = self._greedy_search(projected, flat_mask, active)
-        held = [stage._codebook.codes[0] for stage in self._stages[: found.shape[-1]]]
+        held = [stage._codebook.codes[0] for stage in self._stages[start : start + found.shape[-1]]]
         check_some_code("codebooks", found[0], held)
         if isinstance(active.number, Tensor):
-            found = torch.stack([active.fill(place, one, -1) for place, one in enumerate(found.unbind(-1))], -1)
-        elif dropped := self.num_quantizers - found.shape[-1]:
-            found = nn.functional.pad(found, (0, dropped), value=-1)
-        return layout.indices(found.view(layout.batch, layout.rows, self.num_quantizers))
-
-    def _leading(self, number: int | Tensor, layout: Layout, device: torch.device) -> ActiveStages:
-        """Return the stages of an argument `n_quantizers`.
-
-        Raises:
-            ValueError: a number is out of range, or there is not one for each item. TypeError: they are no integers.
-        """
-        most = self.num_quantizers
-        if not isinstance(number, Tensor):
-            if isinstance(number, bool) or not isinstance(number, int):
-                raise TypeError(f"n_quantizers: must be an int or a tensor of ints, got {number!r}")
-            if not 1 <= number <= most:
-                raise ValueError(f"n_quantizers: must lie in [1, {most}], got {number}")
-            return ActiveStages(number)
-        if number.is_floating_point() or number.dtype == torch.bool:
-            raise TypeError(f"n_quantizers: must be an int or a tensor of ints, got {number.dtype}")
-        if number.shape != (layout.batch,):
-            raise ValueError(f"n_quantizers: must have shape (B,) = ({layout.batch},), got {tuple(number.shape)}")
-        if (
-            not torch.compiler.is_compiling()
-            and number.numel()
-            and not 1 <= int(number.min()) <= int(number.max()) <= most
-        ):
-            raise ValueError(f"n_quantizers: must lie in [1, {most}], got {number.tolist()}")
-        return ActiveStages.of_items(number.to(device), layout.rows)
+            found = torch.stack([active.fill(place, one, -1) for place, one in enumerate(found.unbind(-1), start)], -1)
+        if dropped := self.num_quantizers - found.shape[-1]:
+            found = nn.functional.pad(found, (start, dropped - start), value=-1)
+        return self._stages_out(layout.indices(found.view(layout.batch, layout.rows, self.num_quantizers)))
 
     def _greedy_search(self, x: Tensor, mask: Tensor | None, active: ActiveStages) -> Tensor:
         """Return the indices (1, R, active) of x (1, R, D)."""
         only_mask = None if mask is None else mask[0]
         count = active.number if isinstance(active.number, int) else self.num_quantizers
         if self._shares_space:
-            return residual_search(x[0], self._stack(self._stages[:count]), mask=only_mask)[None]
-        stages = [self._beam_stage(place, 0.0) for place in range(count)]
+            return residual_search(x[0], self._stack(self._stages[active.start : count]), mask=only_mask)[None]
+        stages = [self._beam_stage(place, 0.0) for place in range(active.start, count)]
         return beam_search(x[0].float() if x.dtype != torch.float64 else x[0], stages, 1, mask=only_mask)[None]
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """Return the codes (Q, ..., D) of indices (..., Q), zeros for -1. Indices of the first stages alone suffice."""
-        return self._codes(self._checked_stages(indices))
+        """Return the codes (Q, ..., D) of indices (..., Q), zeros for -1. Indices of the first stages alone suffice.
 
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """Return the quantized output of `forward` for these indices, in its layout."""
+        The stages of the indices are at `stage_axis`.
+        """
+        return self._codes(self._checked_stages(self._stages_last(indices)))
+
+    def get_output_from_indices(self, indices: Tensor, *, n_quantizers: int | None = None, start: int = 0) -> Tensor:
+        """Return the quantized output of `forward` for these indices, in its layout.
+
+        Args:
+            indices: as `forward` returns them, or those of the first stages alone.
+            n_quantizers, start: only the stages from start to n_quantizers - 1 take part; all by default.
+        """
+        indices = self._stages_last(indices)
+        if n_quantizers is not None or start:
+            end = indices.shape[-1] if n_quantizers is None else n_quantizers
+            if not 0 <= start < end <= indices.shape[-1]:
+                raise ValueError(
+                    f"start, n_quantizers: must be ascending numbers in [0, {indices.shape[-1]}], the stages of the"
+                    f" indices, got {start} and {n_quantizers}"
+                )
+            absent = torch.full_like(indices, -1) if start else indices
+            indices = torch.cat([absent[..., :start], indices[..., start:end]], -1)
         total = self._sum_of_codes(indices)
         if total is None:
             indices = self._checked_stages(indices)
@@ -797,10 +899,11 @@ class ResidualVQ(Projected, ResidualStack):
         """Call `VectorQuantize.reinitialize_` of every stage; implicit neural codebooks keep their networks."""
         for stage in {stage._codebook: stage for stage in self._stages}.values():
             stage.reinitialize_()
+        for place, guides in enumerate(self.guides or (), 1):
+            guides.data.copy_(self._stages[place].codebook)
         self._history.clear()
         self.reset_health()
 
-    @torch.no_grad()
     @torch.no_grad()
     def fit(
         self, batches: Iterable[Any], *, inputs: Callable[[Any], Tensor] | None = None, iterations: int = 10
@@ -830,7 +933,7 @@ class ResidualVQ(Projected, ResidualStack):
                 yield residual[0]
 
         fitted = [
-            stage.fit(_Passes(partial(residuals, place)), iterations=iterations)
+            stage.fit(Passes(partial(residuals, place)), iterations=iterations)
             for place, stage in enumerate(self._stages)
         ]
         self._history.clear()
@@ -881,15 +984,6 @@ class ResidualVQ(Projected, ResidualStack):
     @property
     def _channel_first(self) -> bool:
         return self.accept_image_fmap or self.accept_3d_fmap or not self.channel_last
-
-
-class _Passes(NamedTuple):
-    """An iterable that starts anew at each pass."""
-
-    start: Callable[[], Iterator[Tensor]]
-
-    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
-        return self.start()
 
 
 _SETTINGS_OF_ONE_PASS = (

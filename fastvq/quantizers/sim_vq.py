@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastvq.codebook.health import Health, Monitored
 from fastvq.distributed import common_seed
 from fastvq.functional.quantize import lookup, quantize
+from fastvq.ops import search
 from fastvq.parts.arguments import check_sizes
 from fastvq.parts.indices import checked_indices
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
@@ -141,6 +142,14 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
+        """Return the indices of `forward` in eval mode, without changing any state."""
+        layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
+        rows, rows_mask = layout.to_rows(x), layout.rows_mask(mask, lens)
+        indices = search(rows.flatten(0, 1), self.codebook, mask=None if rows_mask is None else rows_mask.flatten())
+        return layout.indices(indices.view(layout.batch, layout.rows))
 
     def quantize_rows(self, x: Tensor, codebook: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return `forward` of rows (..., dim), given the `codebook` and the mask (...) of rows that take part."""

@@ -669,7 +669,7 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         diversity, in_place = (zero if each is None else each for each in (step.diversity, step.in_place))
         return loss, VectorQuantizeLosses(commitment, diversity, orthogonal, in_place)
 
-    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def encode(self, x: Tensor, mask: Tensor | None = None, *, lens: Tensor | None = None) -> Tensor:
         """Return the indices alone, shaped as `forward` returns them. No state changes, not even in training.
 
         Raises:
@@ -677,7 +677,7 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         """
         layout = self._layout(x)
         inputs = self.split_rows(layout.to_rows(x))
-        indices = self._codebook(inputs, self._heads.split_mask(layout.rows_mask(mask)))
+        indices = self._codebook(inputs, self._heads.split_mask(layout.rows_mask(mask, lens)))
         for chosen, codes in zip(indices, self._codebook.codes, strict=True):
             check_some_code("codebook", chosen, codes)
         return layout.indices(self._heads.join_indices(indices, layout.batch, layout.rows))
@@ -761,7 +761,7 @@ class VectorQuantize(Projected, Monitored, nn.Module):
                 raise ValueError(f"{name}: its codes are computed from others, which k-means can't set")
         start = passes(batches, inputs)
 
-        def rows() -> Iterator[tuple[Tensor, Tensor | None]]:
+        def rows(_: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
             for x in start():
                 yield self.split_rows(self._layout(x).to_rows(x).to(self._codebook.embed_avg.device)), None
 

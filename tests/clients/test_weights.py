@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastvq.clients import from_encodec, from_mimi, from_vqgan
+from fastvq.clients import from_dac, from_encodec, from_mimi, from_snac, from_vqgan
 
 from .stand_ins import llamagen, taming, wavtokenizer
 from .table import CLIENTS
@@ -48,11 +48,78 @@ def test_averages_go_on_as_the_project_takes_them():
 def test_mimi():
     client = CLIENTS["transformers Mimi"]
     theirs, x = client.make(), client.input()
-    layers = [layer.eval() for layer in from_mimi(nn.ModuleDict({"quantizer": theirs}).state_dict())]
-    results = [layer(x) for layer in layers]
-    indices = torch.cat([result[1] for result in results], -1)
-    assert torch.equal(indices.movedim(-1, 0), theirs.encode(x))
-    torch.testing.assert_close(results[0][0] + results[1][0], theirs.decode(indices.movedim(-1, 1)))
+    layer = from_mimi(nn.ModuleDict({"quantizer": theirs}).state_dict(), stage_axis=0).eval()
+    quantized, indices, _ = layer(x)
+    assert torch.equal(indices, theirs.encode(x))
+    torch.testing.assert_close(quantized, theirs.decode(indices.movedim(0, 1)))
+    exact = client.make().double().encode(x.double())
+    assert torch.equal(indices, exact)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("moshi", {"gradient": "once"}), ("encodec", {})])
+def test_gradients_are_those_of_the_project(name, settings):
+    """Moshi passes the gradient of the output once and those of all losses; encodec 0.1.1 those of the first loss."""
+    client = CLIENTS[name]
+    theirs = client.make()
+    for buffer in theirs.buffers():
+        if buffer.numel() == 1:
+            buffer.fill_(1)
+    ours = from_encodec(theirs.state_dict(), **({"quant_grad_frac": 0.0} if settings else {}), **settings)
+    grads = []
+    for layer in (theirs.train(), ours.train()):
+        x = client.input().requires_grad_()
+        result = layer(x)
+        quantized, losses = result[0], result[2]
+        (quantized.square().sum() + 10 * losses.sum()).backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["transformers DAC", "descript-audio-codec"])
+def test_dac(name):
+    """Every index is that of float64; outputs, losses and gradients are the project's."""
+    client = CLIENTS[name]
+    theirs, x = client.make(), client.input()
+    ours = from_dac(nn.ModuleDict({"quantizer": theirs}).state_dict(), stage_axis=1).eval()
+    with torch.no_grad():
+        quantized, indices, _ = ours(x)
+        assert torch.equal(indices, client.make().double()(x.double())[1])
+        torch.testing.assert_close(quantized, theirs(x)[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.get_output_from_indices(indices), theirs.from_codes(indices)[0])
+    results = []
+    for layer in (theirs.train(), ours.train()):
+        own = x.clone().requires_grad_()
+        if layer is theirs:
+            layer.quantizer_dropout = 0.0
+            quantized, _, _, commitment, codebook = layer(own)
+            loss = (0.25 * commitment + codebook).mean()
+        else:
+            quantized, _, losses = layer(own)
+            loss = losses.sum()
+        (quantized.square().mean() + loss).backward()
+        results.append((quantized, loss, own.grad))
+    for mine, their in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(mine, their, rtol=1e-3, atol=1e-5)
+
+
+def test_snac():
+    client = CLIENTS["snac"]
+    theirs, x = client.make(), client.input()
+    ours = from_snac(nn.ModuleDict({"quantizer": theirs}).state_dict()).eval()
+    with torch.no_grad():
+        quantized, indices, _ = ours(x)
+        exact = client.make().double()(x.double())[1]
+        assert all(map(torch.equal, indices, exact))
+        torch.testing.assert_close(quantized, theirs(x)[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.get_output_from_indices(indices), theirs.from_codes(list(indices)))
+    grads = []
+    for layer in (theirs.train(), ours.train()):
+        own = x.clone().requires_grad_()
+        layer(own)[0].square().mean().backward()
+        grads.append(own.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match=r"strides: must be 3, one for each stage, got \(2, 1\)"):
+        from_snac(theirs.state_dict(), strides=(2, 1))
 
 
 @torch.no_grad()
@@ -78,6 +145,8 @@ def test_what_is_missing_or_ambiguous_is_named():
     with pytest.raises(ValueError, match=r"got 2: a\., b\.; choose by prefix"):
         from_encodec(two)
     assert from_encodec(two, prefix="b.").num_quantizers == 2
+    with pytest.raises(ValueError, match="from_dac needs the stages of one quantizer"):
+        from_dac(two)
     with pytest.raises(ValueError, match="must have the codebooks of Mimi"):
         from_mimi(two)
     with pytest.raises(ValueError, match=r"must have one embedding\.weight, got none in"):

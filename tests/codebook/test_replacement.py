@@ -123,6 +123,53 @@ def test_replacement_that_keeps_the_averages():
     close(codebook.embed[0, 0], (0.25 * average + 0.5 * x.sum(0)) / 4.125)
 
 
+@pytest.mark.parametrize("rows", ["nearest", "random", "kmeans++"])
+def test_codes_move_to_their_anchors_the_less_they_are_used(rows):
+    codebook = Codebook(4, 10, decay=0.9, replacement=Replacement(anchors=True, rows=rows))
+    codebook.cluster_size[0] = torch.tensor([0.0, 1e-3, 1e-2, 0.1, 1, 2, 3, 4, 5, 6])
+    codes, averages = codebook.embed[0].clone(), codebook.embed_avg[0].clone()
+    sizes = codebook.cluster_size[0].clone()
+    x = torch.randn(30, 4, generator=generator(1))
+    x[3] = torch.nan
+    replace(codebook, x, x.isfinite().all(1))
+    share = sizes / sizes.sum()
+    a = torch.exp(-10 * 10 * share / (1 - 0.9) - 1e-3)[:, None]
+    if rows == "nearest":
+        anchors = x[torch.cdist(codes, x.nan_to_num(1e6)).argmin(1)]
+        close(codebook.embed[0], (1 - a) * codes + a * anchors)
+    moved = codebook.embed[0] - codes
+    assert torch.equal(moved.any(1), a[:, 0] > 1e-20)
+    close(codebook.embed_avg[0], averages + moved * sizes[:, None])
+    assert torch.equal(codebook.cluster_size[0], sizes)
+    before = codebook.embed.clone()
+    replace(codebook, x, torch.zeros(30, dtype=torch.bool))
+    assert torch.equal(codebook.embed, before)
+
+
+def test_anchors_of_learnable_unit_codes():
+    codebook = Codebook(
+        4, 10, cosine=True, learnable=True, ema_update=False, replacement=Replacement(0.0, anchors=True)
+    )
+    codebook.cluster_size.zero_()
+    before = codebook.embed.detach().clone()
+    replace(codebook, torch.nn.functional.normalize(torch.randn(30, 4), dim=1))
+    close(codebook.embed.detach().norm(dim=2), torch.ones(1, 10))
+    assert (codebook.embed != before).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rows": "nearest"}, "rows: must be 'random' or 'kmeans\\+\\+' without anchors=True"),
+        ({"anchors": True, "keep_averages": True}, "anchors: must be False beside keep_averages"),
+        ({"anchors": True, "at_once": 2}, "anchors: must be False beside at_once"),
+    ],
+)
+def test_anchors_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Replacement(**settings)
+
+
 def test_kept_averages_take_no_size():
     with pytest.raises(ValueError, match=r"^keep_averages: must be False beside size"):
         Replacement(2.0, keep_averages=True, size=1.0)

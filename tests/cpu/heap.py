@@ -58,6 +58,7 @@ def layers() -> Iterator[tuple[str, torch.nn.Module, torch.Tensor]]:
     yield "EvoLFQ", fastvq.EvoLFQ(encoder, decoder, dim=6, entropy_loss_weight=0.1), x
     hierarchical = fastvq.HierarchicalVQ(dim=6, codebook_size=12, scales=(1, 4, 16), channel_first=False)
     yield "HierarchicalVQ", hierarchical, x
+    yield "StridedResidualVQ", fastvq.StridedResidualVQ(6, 12, (4, 2, 1), 4), x
     yield "Sequential", fastvq.Sequential(encoder, fastvq.VectorQuantize(6, 12), decoder), x
 
 

@@ -30,6 +30,10 @@ OPTIONS = {
     "fsp": {"levels": [4, 3]},
     "hierarchical": {"shared_codebook": False},
     "ifsq": {"levels": [5, 3]},
+    "gsq": {"groups": 3},
+    "factorized": {"codebook_dim": 3},
+    "factorized-rvq": {"codebook_dim": 3, "num_quantizers": 3},
+    "split-rvq": {"num_quantizers": 3, "num_semantic": 2},
     "gumbel": {"logits": "distance", "hard": True},
 }
 """Options by which each kind returns several indices, or indices of another size than by default."""
@@ -38,6 +42,7 @@ SIZES = {
     "fsq": (60, 60), "residual-fsq": (12, 12), "grouped-residual-fsq": (12,) * 4, "lfq": (16, 16),
     "residual-lfq": (16,) * 4, "grouped-residual-lfq": (16,) * 4, "fsp": 12, "latent": 12, "hierarchical": 16,
     "ifsq": 15, "ibq": 16, "llamagen": 16, "gumbel": 16,
+    "gsq": (16,) * 3, "factorized": 16, "factorized-rvq": (16,) * 3, "split-rvq": (16,) * 3, "sq-vae": 16,
 }  # fmt: skip
 QUANTIZERS = [name for name in KINDS if name not in ("vae", "none")]
 

@@ -97,7 +97,7 @@ def test_layers_export(kind, strict):
 
 
 # These take the number of vectors of the example: their searches go over the rows in pieces.
-ONE_SIZE = ("residual, beam", "residual, implicit")
+ONE_SIZE = ("residual, beam", "residual, implicit", "residual, implicit, preselected")
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)

@@ -220,3 +220,41 @@ def test_updates_held_for_a_commit(shared):
     assert all(torch.equal(layer.get_vq(level).codebook, before[level]) for level in range(3))
     layer.commit_ema_update()
     assert all(not torch.equal(layer.get_vq(level).codebook, before[level]) for level in range(3))
+
+
+@torch.no_grad()
+def test_cubic_interpolation_is_that_of_var():
+    torch.manual_seed(0)
+    layer = fastvq.HierarchicalVQ(
+        dim=6, codebook_size=12, scales=(1, 2, 4), quant_resi=0, accept_image_fmap=True, interpolation="cubic"
+    ).eval()
+    layer.vq.codebook = torch.randn(12, 6)
+    x = torch.randn(2, 6, 4, 4)
+    quantized, indices, _ = layer(x)
+    rest, total = x.clone(), torch.zeros_like(x)
+    for found, size in zip(indices, (1, 2, 4), strict=True):
+        rows = torch.nn.functional.interpolate(rest, size=(size, size), mode="area").permute(0, 2, 3, 1)
+        assert torch.equal(found, torch.cdist(rows.flatten(0, 2), layer.vq.codebook).argmin(1).view(2, size, size))
+        codes = layer.vq.codebook[found].permute(0, 3, 1, 2)
+        codes = codes if size == 4 else torch.nn.functional.interpolate(codes, size=(4, 4), mode="bicubic")
+        rest, total = rest - codes, total + codes
+    torch.testing.assert_close(quantized, total)
+    torch.testing.assert_close(layer.get_output_from_indices(indices), quantized)
+    with pytest.raises(ValueError, match="interpolation: must be 'linear' without accept_image_fmap=True"):
+        fastvq.HierarchicalVQ(dim=6, codebook_size=12, scales=(1, 4), interpolation="cubic")
+    with pytest.raises(ValueError, match="interpolation: must be 'linear' or 'cubic', got 'area'"):
+        fastvq.HierarchicalVQ(dim=6, codebook_size=12, scales=(1, 4), interpolation="area")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@torch.no_grad()
+def test_scales_are_fitted_to_a_data_set(shared):
+    torch.manual_seed(0)
+    layer = fastvq.HierarchicalVQ(dim=4, codebook_size=8, scales=(1, 4, 8), shared_codebook=shared, quant_resi=0)
+    batches = [torch.randn(n, 4, 8) + torch.randn(n, 4, 1) for n in (6, 1, 9)]
+    fitted = layer.fit(batches, iterations=5)
+    assert [one.rows for one in fitted] == ([16 * 13] if shared else [16, 16 * 4, 16 * 8])
+    assert all(one.errors[-1] < one.errors[0] for one in fitted)
+    layer.eval()
+    x = torch.cat(batches)
+    assert (layer(x)[0] - x).square().mean() < 0.5 * x.square().mean()
