@@ -53,6 +53,42 @@ def add_settings(parser: argparse.ArgumentParser, *settings: type[Settings]) -> 
         )
 
 
+SAMPLING = ("temperature", "top_k", "top_p", "guidance")
+"""Options of `add_sampling`: arguments of `Prior.sample`."""
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the options in `SAMPLING`; one that is not given sets no attribute."""
+    parser.add_argument(
+        "--temperature", type=float, default=argparse.SUPPRESS, help="below 1 for likelier samples (default: 1)"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        default=argparse.SUPPRESS,
+        help="sample from the K likeliest indices only (default: all)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        default=argparse.SUPPRESS,
+        help="sample from the likeliest indices whose probabilities sum to P (default: 1)",
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="above 1 to favor the class or the text (default: 1)",
+    )
+
+
+def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options in `SAMPLING` that are given."""
+    return {name: getattr(options, name) for name in SAMPLING if hasattr(options, name)}
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add `--config`."""
     parser.add_argument(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastvq.errors import ConfigError
 
-from .options import add_data
+from .options import add_data, add_sampling, given_sampling
 
 SUMMARY = "sample new images or other data from a run's prior"
 
@@ -48,19 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--complete", action="store_true", help="draw completions of held-out examples from their first halves"
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="below 1 for likelier samples (default: 1)")
-    parser.add_argument(
-        "--top-k", type=int, help="sample from the K likeliest indices only (default: all)", metavar="K"
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="sample from the likeliest indices whose probabilities sum to P (default: 1)",
-    )
-    parser.add_argument(
-        "--guidance", type=float, default=1.0, help="above 1 to favor the class or the text (default: 1)"
-    )
+    add_sampling(parser)
     parser.add_argument(
         "--seed",
         type=int,
@@ -74,21 +62,10 @@ def run(options: argparse.Namespace) -> int:
     """Sample from the prior of a run, and write the samples."""
     from fastvq.runs.sample import sample_run
 
-    given = (
-        "count",
-        "label",
-        "text",
-        "rerank",
-        "complete",
-        "seed",
-        "data",
-        "temperature",
-        "top_k",
-        "top_p",
-        "guidance",
-    )
+    names = ("count", "label", "text", "rerank", "complete", "seed", "data")
+    given = {name: getattr(options, name) for name in names}
     try:
-        lines = sample_run(options.run_folder, options.out, **{name: getattr(options, name) for name in given})
+        lines = sample_run(options.run_folder, options.out, **given, **given_sampling(options))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     print("\n".join(lines))

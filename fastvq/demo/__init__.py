@@ -3,7 +3,7 @@
 images.py       VQ-VAE, prior, samples and small files of the shipped images
 ladder.py       PCA, autoencoder, VAE, VQ-VAE and Gumbel dVAE of the shipped images
 video.py        the same of the shipped clips
-classifier.py   a judge of samples        sizes.py   held-out images or clips as files of every format
+sizes.py        held-out images or clips as files of every format
 page.py         index.html                folder.py  where a demo writes, and what it replaces
 parts.py        announcements, and settings with fewer steps
 

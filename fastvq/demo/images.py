@@ -20,6 +20,7 @@ from fastvq.data import Examples
 from fastvq.data.examples import describe
 from fastvq.files import StrPath, write_whole
 from fastvq.modalities import ImageConfig
+from fastvq.runs.classifier import STEPS, judge_samples
 from fastvq.runs.encode import encode_held_out
 from fastvq.runs.load import PRIOR_FOLDER
 from fastvq.runs.pictures import failures_as_warnings, picture_prior, picture_reconstructions, picture_run
@@ -31,7 +32,6 @@ from fastvq.training.config import PriorConfig
 from fastvq.training.evaluation import Evaluation
 from fastvq.training.trainer import Trainer
 
-from .classifier import STEPS, judge_samples
 from .folder import METRICS, check_request, demo_folder
 from .page import write_demo_page
 from .parts import announce, with_steps

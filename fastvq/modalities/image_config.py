@@ -32,7 +32,7 @@ class ImageConfig(PixelConfig):
             "attention": True,
             "learning_rate": 1e-3,
         },
-        "vqvae2": {"grids": 2, "learning_rate": 1e-3},
+        "vqvae2": {"grids": 2, "downsamples": 1, "learning_rate": 1e-3},
     }
     of_folders: ClassVar[dict[str, Any]] = {"image_size": 64, "grayscale": False}
 

@@ -9,6 +9,7 @@ decode.py         a file to examples or arrays   sample_pictures.py  samples, co
 tokenize.py       a whole data set as arrays of indices
 reconstruct.py    examples beside their reconstructions
 evaluate.py       a run measured on examples: quality, bits, use of the codebook, with intervals
+judge.py          samples of the prior judged   classifier.py   the classifier that judges them
 pictures.py       a run's curves, usage and reconstructions
 plots.py          the figures themselves
 export.py         a run's model as ONNX files

@@ -19,6 +19,8 @@ from fastvq.training.config import PriorConfig
 from fastvq.training.metrics import Record, read_metrics
 
 from .evaluate import FILE, measures_of, rows_of
+from .judge import FILE as SAMPLES_FILE
+from .judge import rows_of as rows_of_samples
 from .load import PRIOR_FOLDER
 from .page import PAGE, Media, Part, Picture, Section, TextTable, write_page
 from .pictures import MEDIA
@@ -141,7 +143,7 @@ def _prior(folder: Path, modality: Modality) -> list[Section]:
     checkpoint = load_latest(place, PriorConfig, tensors=False)
     bits = latest_record(place).get("bits_per_index")
     kind, steps = checkpoint.config.kind, counted(checkpoint.step, "step")
-    trained = f"A {kind} has learned the distribution of the indices in {steps}."
+    trained = f"A prior of kind {kind} has learned the distribution of the indices in {steps}."
     parts.append(
         trained
         + ("" if bits is None else f" An index of a held-out {modality.noun[0]} takes {bits:.2f} bits under it.")
@@ -151,8 +153,25 @@ def _prior(folder: Path, modality: Modality) -> list[Section]:
     for name, description in samples_of(modality).items():
         parts.append(Picture(f"{name}.png", description))
         parts += [Media(f"{MEDIA}/{name}", played[name])] if name in played else []
+    parts += _judged(folder, checkpoint.step, modality)
     parts.append(_all_settings("All settings of the prior", checkpoint.config))
     return [Section("The prior", parts)]
+
+
+def _judged(folder: Path, step: int, modality: Modality) -> list[Part]:
+    """Return the table of the latest `fastvq evaluate --samples`, if it is of this prior."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        record = json.loads((folder / SAMPLES_FILE).read_text())
+        if record["prior_step"] == step:
+            one, many = modality.noun
+            given = ", ".join(f"{name} {value}" for name, value in record["sampling"].items())
+            text = (
+                f"{counted(record['count'], 'sample')}, judged by `fastvq evaluate --samples` in the features of the"
+                f" {record['features']}" + (f", sampled with {given}." if given else ".")
+            )
+            head = ["measure", "samples", f"decoded held-out {many}"]
+            return [text, TextTable(head, [list(row) for row in rows_of_samples(record, one, many)])]
+    return []
 
 
 def _settings(folder: Path, checkpoint: Checkpoint, modality: Modality) -> Section:

@@ -69,7 +69,7 @@ def test_the_page_of_a_run_shows_what_is_there(finished: Path, tmp_path: Path) -
     assert "<td>PSNR of the mean squared error (dB)</td>" in page
     assert "<td>MS-SSIM</td><td>images of 16 x 16 are smaller" in page
     assert "<td><code>batch_size</code></td><td>8</td>" in page
-    assert "A transformer has learned the distribution of the indices in 1 step." in page
+    assert "A prior of kind transformer has learned the distribution of the indices in 1 step." in page
     assert "Use of the codebook" not in page  # there is no picture of it
     copy = shutil.copytree(finished, tmp_path / "a b")
     shutil.rmtree(copy / "prior")

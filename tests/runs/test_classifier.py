@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fastvq.data import Examples
-from fastvq.demo import classifier
-from fastvq.demo.classifier import agreement, train_classifier
+from fastvq.runs import classifier
+from fastvq.runs.classifier import agreement, train_classifier
 
-from .squares import squares
+from ..demo.squares import squares
 
 
 def test_the_judge_learns_classes_and_leaves_randomness_alone():

@@ -37,9 +37,13 @@ class Classifier(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(width << 2, classes)
 
+    def features(self, x: Tensor) -> Tensor:
+        """Return the features (B, 4 width) before the head."""
+        return self.layers(x).mean((2, 3))
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of each class."""
-        return self.head(self.layers(x).mean((2, 3)))
+        return self.head(self.features(x))
 
 
 def train_classifier(examples: Examples, *, steps: int = STEPS, seed: int = 0) -> Classifier:
