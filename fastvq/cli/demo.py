@@ -17,6 +17,7 @@ _STEPS = {
     "steps": "training steps of the VQ-VAE",
     "prior_steps": "of the prior",
     "ceiling_steps": "of the network without a bottleneck",
+    "contrastive_steps": "of the contrastive models that rank and judge samples",
     "classifier_steps": "of the classifier that judges samples",
 }
 

@@ -3,6 +3,7 @@
 images.py       VQ-VAE, prior, samples and small files of the shipped images
 ladder.py       PCA, autoencoder, VAE, VQ-VAE and Gumbel dVAE of the shipped images
 video.py        the same of the shipped clips
+text.py         emoji from their captions
 sizes.py        held-out images or clips as files of every format
 page.py         index.html                folder.py  where a demo writes, and what it replaces
 parts.py        announcements, and settings with fewer steps
@@ -16,6 +17,7 @@ from __future__ import annotations
 DEMOS: dict[str, str] = {
     "images": "a VQ-VAE of Fashion-MNIST, its prior, samples and small files; 7 minutes on 2 cores",
     "ladder": "from PCA to the VQ-VAE: five models of Fashion-MNIST; 7 minutes on 2 cores",
+    "text": "emoji from their captions: a VQ-VAE, a prior of text and a contrastive model; 9 minutes on 2 cores",
     "video": "a VQ-VAE of animated emoji, its prior, samples in motion and small files; 7 minutes on 2 cores",
 }
 """The demos by name, with what each does; importing this imports no torch."""

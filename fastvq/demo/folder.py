@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.files import StrPath, delete_folder, exclusive, make_folder
+from fastvq.runs.contrast import CONTRASTIVE_FOLDER
 from fastvq.runs.pictures import MEDIA
 from fastvq.runs.train_prior import delete_prior
 from fastvq.training.checkpoint import checkpoint_folders
@@ -21,16 +22,20 @@ _EARLIER = "earlier"
 """Subfolder that keeps a finished demo until the one that replaces it is finished."""
 LADDER = ("autoencoder", "vae", "gumbel")
 """Subfolders with the runs of the demo of several models."""
+JUDGE = "judge"
+"""Subfolder with the contrastive model of the demo of text that judges samples."""
+_RUNS = ("ceiling", *LADDER, CONTRASTIVE_FOLDER, JUDGE)
 _PICTURES = (
     *("reconstructions", "curves", "usage", "indices", "samples", "completions", "neighbors"),
     *("subspace", "latents", "divergence", "interpolations"),
+    *("learned", "held-out", "combinations"),
 )
 _FILES = (
     *("index.html", "images.fvq", "clips.fvq", "config.toml", "evaluation.json", "metrics.jsonl"),
     *(f"{name}.png" for name in _PICTURES),
     METRICS,
 )
-_FOLDERS = ("checkpoints", "tensorboard", "ceiling", *LADDER, "prior", MEDIA)
+_FOLDERS = ("checkpoints", "tensorboard", *_RUNS, "prior", MEDIA)
 
 
 def check_request(*, resume: bool, overwrite: bool) -> None:
@@ -88,7 +93,7 @@ def _set_aside(folder: Path) -> None:
 def _delete(folder: Path) -> None:
     """Delete what a demo has written to a folder, and the folder if nothing else is in it."""
     delete_run(folder)
-    for run in ("ceiling", *LADDER):
+    for run in _RUNS:
         delete_run(folder / run)
     delete_prior(folder)
     for name in _FILES:
@@ -96,7 +101,7 @@ def _delete(folder: Path) -> None:
     (folder / "prior" / "curves.png").unlink(missing_ok=True)
     if (folder / MEDIA).is_dir():
         delete_folder(folder / MEDIA)
-    runs = [folder / run for run in ("ceiling", *LADDER)]
+    runs = [folder / run for run in _RUNS]
     for part in (*runs, folder / "prior" / "successor", folder / "prior", folder):
         for name in ("tensorboard", "checkpoints"):
             if (part / name).is_dir() and (name == "tensorboard" or not any((part / name).iterdir())):

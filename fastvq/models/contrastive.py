@@ -119,10 +119,12 @@ class ContrastiveModel(nn.Module):
 
 
 @torch.no_grad()
-def retrieval(model: ContrastiveModel, x: Tensor, captions: Tensor) -> float:
-    """Return the share of images whose own caption is the most similar of all, of images (N, C, H, W) with captions.
+def retrieval(model: ContrastiveModel, x: Tensor, captions: Tensor, *, among: int = 1) -> float:
+    """Return the share of images whose own caption is among the `among` most similar of all.
 
-    By chance it is 1 / N.
+    By chance it is among / N, for images x (N, C, H, W) with captions (N, text_length).
     """
-    nearest = model(x, captions).argmax(1)
-    return (captions[nearest] == captions).all(-1).double().mean().item() if len(x) else 0.0
+    if len(x) == 0:
+        return 0.0
+    nearest = model(x, captions).topk(min(among, len(captions)), 1).indices
+    return (captions[nearest] == captions[:, None]).all(-1).any(1).double().mean().item()

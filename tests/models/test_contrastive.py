@@ -28,6 +28,7 @@ def test_pairs_are_learned():
     model.eval()
     assert retrieval(model, x, CAPTIONS) == 1.0
     assert retrieval(model, x, CAPTIONS.flip(0)) == 0.0
+    assert retrieval(model, x, CAPTIONS.flip(0), among=4) == 1.0
     similar = model(x, CAPTIONS)
     assert similar.abs().max() <= 1 + 1e-6
     close(similar[1:2, :2], model(x[1:2], CAPTIONS[:2]))
