@@ -110,7 +110,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "grids": (1, 3),
     "discriminator_width": (1, SIDE),
     "discriminator_layers": (1, 32),
-    "adversarial_weight": (0, _FINITE),
+    **dict.fromkeys(("adversarial_weight", "perceptual_weight"), (0, _FINITE)),
     "adversarial_start": (0, _COUNT),
     **dict.fromkeys(("commitment_weight", "dead_code_threshold", "weight_decay"), (0, _FINITE)),
     **dict.fromkeys(("waveform_weight", "stft_weight", "mel_weight"), (0, _FINITE)),

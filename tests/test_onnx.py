@@ -153,6 +153,18 @@ def test_a_model_around_a_layer(tmp_path):
     assert torch.equal(quantized, model.quantizer(features)[0])
 
 
+def test_networks_with_attention_and_group_norm(tmp_path):
+    """The networks of the preset vqgan, around a scalar quantizer."""
+    torch.manual_seed(0)
+    network = {"width": 16, "residual_width": 8, "residual_blocks": 1, "groups": 4, "attention": True}
+    encoder, decoder = models.Encoder(3, 8, downsamples=1, **network), models.Decoder(8, 3, upsamples=1, **network)
+    model = models.VQVAE(encoder, fastvq.FSQ([8, 5, 5], dim=8), decoder).eval()
+    x = torch.rand(5, 3, 8, 12)
+    path = tmp_path / "model.onnx"
+    fastvq_onnx.export(model, x[:2], path, method="reconstruct")
+    torch.testing.assert_close(run(path, x)[0], model.reconstruct(x), atol=1e-5, rtol=0)
+
+
 def test_half_precision_codes_and_vectors(tmp_path):
     class Half(nn.Module):
         def forward(self, x, codebook):

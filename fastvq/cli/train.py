@@ -24,7 +24,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     from fastvq.modalities import NAMES, config_of
 
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    out = parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument(
+        "--plan",
+        action=_InPlaceOf,
+        nargs=0,
+        const=True,
+        default=False,
+        other=out,
+        help="print parameters, memory, steps, traffic between processes and bits of these settings, and train nothing",
+    )
+    parser.add_argument(
+        "--help-bottleneck",
+        action=_InPlaceOf,
+        metavar="NAME",
+        other=out,
+        help="print the options of a bottleneck, and train nothing",
+    )
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -53,8 +69,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, *map(config_of, NAMES))
     parser.epilog = (
         "Further options are those of the bottleneck, such as --num-quantizers 8 beside --bottleneck rvq, or --levels"
-        " 8,5,5,5 beside --bottleneck fsq. An unknown one is answered with the list of those that there are."
+        " 8,5,5,5 beside --bottleneck fsq: --help-bottleneck NAME lists them."
     )
+
+
+class _InPlaceOf(argparse.Action):
+    """Option that stores its value, or that of `const`, and makes another one optional.
+
+    Args:
+        other: that one.
+        arguments: those of an action.
+    """
+
+    def __init__(self, *, other: argparse.Action, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.other = other
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        self.other.required = False
+        setattr(namespace, self.dest, values or self.const)
 
 
 def take_more_options(options: argparse.Namespace, arguments: list[str]) -> list[str]:
@@ -79,8 +114,20 @@ def run(options: argparse.Namespace) -> int:
     from fastvq.training.loop import describe_resumed, usable_device
 
     check_logger(options.logger)
+    if options.help_bottleneck is not None:
+        from fastvq.models.bottlenecks import describe_options
+
+        print("\n".join(describe_options(options.help_bottleneck)))
+        return 0
+    if options.out is None and options.resume:
+        raise ConfigError("out: --resume needs the folder of the run")
     config = _settings(options)
     _refuse_without_effect(options, config)
+    if options.plan:
+        from fastvq.training.plan import lines_of, plan_training
+
+        print("\n".join(lines_of(plan_training(config))))
+        return 0
     usable_device(config.device)  # before files are read
     if options.resume:
         latest = load_latest(options.out, tensors=False)
@@ -187,6 +234,8 @@ def _refuse_without_effect(options: argparse.Namespace, config: TrainConfig) -> 
         refuse_without_effect(options, ("test_fraction", "skip_unreadable"), f"on the data set {config.data}")
     if config.bottleneck == "none":
         refuse_without_effect(options, tuple(SHARED), "on the bottleneck none")
+    if not getattr(config, "perceptual_weight", 0):
+        refuse_without_effect(options, ("perceptual_network",), "without a perceptual_weight")
     if not getattr(config, "adversarial_weight", 0):
         names = ("adversarial_start", "discriminator_width", "discriminator_layers")
         refuse_without_effect(options, names, "without an adversarial_weight")

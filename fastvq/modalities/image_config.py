@@ -50,8 +50,6 @@ class ImageConfig(PixelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.accumulate > 1 and self.adversarial_weight:
-            raise ConfigError(f"accumulate must be 1 with an adversarial_weight, got {self.accumulate}")
         own, known = self.example_format, DATA_SETS.get(self.data)
         if known and (own, self.crop_from) != (
             ImageFormat(known.settings["image_size"], grayscale=known.settings["grayscale"]),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvq.errors import MeasureError, MissingExtraError, first_line
 from fastvq.extras import require
@@ -101,7 +101,13 @@ def _ms_ssim(size: tuple[int, int]) -> PerExample:
     return ms_ssim
 
 
-def _lpips(size: tuple[int, int], device: torch.device, *, download: bool) -> PerExample:
+def lpips_network(size: tuple[int, int], device: torch.device, *, download: bool = False) -> nn.Module:
+    """Return LPIPS with AlexNet for images of a size: a call with two batches (B, 3, H, W) returns (B, 1, 1, 1).
+
+    Raises:
+        MeasureError: the images are too small, torchvision is missing, or weights are not here.
+        MissingExtraError: torchmetrics is not installed.
+    """
     if min(size) < LPIPS_LEAST:
         least = f"{LPIPS_LEAST} x {LPIPS_LEAST}"
         raise MeasureError(f"images of {size[0]} x {size[1]} are smaller than {least}, which AlexNet needs")
@@ -109,11 +115,16 @@ def _lpips(size: tuple[int, int], device: torch.device, *, download: bool) -> Pe
     _need("torchvision", "AlexNet")
     torchvision = importlib.import_module("torchvision.models")
     _need_weights(torchvision.AlexNet_Weights.DEFAULT.url, download=download)
-    metric = _built(lambda: image.LearnedPerceptualImagePatchSimilarity(net_type="alex")).to(device)
+    network: nn.Module = _built(lambda: image.LearnedPerceptualImagePatchSimilarity(net_type="alex").net)
+    return network.to(device)
+
+
+def _lpips(size: tuple[int, int], device: torch.device, *, download: bool) -> PerExample:
+    network = lpips_network(size, device, download=download)
 
     def distance(restored: Tensor, originals: Tensor) -> Tensor:
         with torch.no_grad():
-            return metric.net(_rgb(restored), _rgb(originals), normalize=True).flatten()
+            return network(_rgb(restored), _rgb(originals), normalize=True).flatten()
 
     return distance
 

@@ -11,6 +11,8 @@ from fastvq.settings import SIDE, setting
 
 from .train_config import TrainConfig
 
+PERCEPTUAL_NETWORKS = ("features", "lpips")
+
 
 @dataclass(frozen=True)
 class PixelConfig(TrainConfig):
@@ -34,10 +36,18 @@ class PixelConfig(TrainConfig):
 
     reconstruction_variance: float = setting(0.08, "divisor of the squared error, about the variance of the data")
     reconstruction_loss: str = setting("l2", "l2, the squared error, or l1, the absolute error")
+    perceptual_weight: float = setting(0.0, "weight of the distance between the features of a network; 0 for none")
+    perceptual_network: str = setting(
+        "features", f"{' or '.join(PERCEPTUAL_NETWORKS)}: the small one in the package, or that of LPIPS"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _multipliers(self.channel_multipliers, self.downsamples)
+        if self.perceptual_network not in PERCEPTUAL_NETWORKS:
+            raise ConfigError(
+                f"perceptual_network must be {' or '.join(PERCEPTUAL_NETWORKS)}, got {self.perceptual_network!r}"
+            )
         if self.reconstruction_loss not in ("l1", "l2"):
             raise ConfigError(f"reconstruction_loss must be l1 or l2, got {self.reconstruction_loss!r}")
 

@@ -236,6 +236,43 @@ def parse_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return parsed
 
 
+def describe_options(name: str) -> list[str]:
+    """Return the settings and options of a bottleneck, with types and defaults, as lines to print.
+
+    Raises:
+        ConfigError: there is no such bottleneck.
+    """
+    if name not in KINDS:
+        raise ConfigError(f"bottleneck must be one of {', '.join(KINDS)}, got {name!r}")
+    kind = KINDS[name]
+    settings = [f"--{setting.replace('_', '-')}" for setting, argument in kind.settings.items() if argument]
+    lines = [f"{name}: {kind.quantizer.__name__}"]
+    lines += [f"settings that it shares with others: {', '.join(settings)}"] if settings else []
+    options = kind.options()
+    lines += [] if options else ["it has no options"]
+    for option, hint in options.items():
+        default = kind.defaults.get(option, _default(kind, option))
+        text = "" if default is None else f" (default: {_as_text(default)})"
+        lines.append(f"  --{option.replace('_', '-'):<36} {_described(hint)}{text}")
+    return lines
+
+
+def _default(kind: Kind, option: str) -> Any:
+    """Return the default of an option in the first signature that has it, or None."""
+    for owner in (kind.quantizer, *kind.passes_to):
+        parameter = inspect.signature(owner).parameters.get(option)
+        if parameter is not None:
+            return None if parameter.default is parameter.empty else parameter.default
+    return None
+
+
+def _as_text(value: Any) -> str:
+    """Return a value as it is typed on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(_as_text, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def _listed(name: str) -> str:
     settings = [setting for setting, argument in KINDS[name].settings.items() if argument]
     names = sorted({*settings, *KINDS[name].options()})

@@ -155,8 +155,9 @@ class GridAttention(nn.Module):
         self.qkv, self.out = _CONV[ndim](width, 3 * width, 1), _CONV[ndim](width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        # With an axis for the one head, without which the attention has no ONNX form.
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, -1)
+        attended = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
         return x + self.out(attended.unflatten(2, x.shape[2:]))
 
 

@@ -85,13 +85,20 @@ def export_run(run: StrPath, out: StrPath) -> list[str]:
                 onnx.export(module.eval(), example, path, input_names=[given], output_names=[returned])
         except torch.onnx.OnnxExporterError as error:
             kind = type(model.vqvae.bottleneck).__name__
-            raise ConfigError(f"{run} has no ONNX form with its {kind}: {first_line(error)}") from error
+            raise ConfigError(f"{run}, whose quantizer is {kind}, has no ONNX form: {_cause(error)}") from error
     lines = [
         f"{paths[0]}: {many} (B, {', '.join(map(str, shape))}), float32 in [{low:g}, {high:g}] -> indices"
         f" ({', '.join(map(str, ('B', *indices.shape[1:])))})",
         f"{paths[1]}: indices -> {many}",
     ]
     return [*lines, _checked(model, paths, x, indices)]
+
+
+def _cause(error: Exception) -> str:
+    """Return the first line of what made the exporter fail: its own message says no more than that it did."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return first_line(error)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ prior.py        the prior                interrupt.py    Ctrl-C between two step
 contrastive.py  images and captions
 build.py        data set and model       evaluation.py   quality, perplexity and usage on held-out examples
 ranks.py        several processes        adversary.py    the discriminator of an adversarial loss
-loggers.py      records for TensorBoard, wandb or CSV
+loggers.py      TensorBoard, wandb, CSV  perceptual.py   the distance between features
+plan.py         sizes without training   feature_network.py  the network of these features
 
 The settings of the VQ-VAE are those of its modality, in `fastvq.modalities`.
 """

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvq import distributed
 from fastvq.errors import ConfigError
 from fastvq.modalities import ImageConfig
 from fastvq.models.discriminator import PatchDiscriminator
@@ -20,8 +21,9 @@ class Adversary:
         loss of D = (mean max(0, 1 - D(x)) + mean max(0, 1 + D(y))) / 2
         loss of y = -weight ratio mean D(y),   ratio = |grad reconstruction loss| / (|grad mean D(y)| + 1e-4)
 
-    where gradients are those of the decoder's last layer, and the ratio at most 1e4. Both learn from step
-    `adversarial_start` on.
+    where gradients are those of the decoder's last layer, over the examples of all ranks, and the ratio at most 1e4.
+    Both learn from step `adversarial_start` on. A batch may come in parts, of which each has a ratio of its own; the
+    discriminator learns from all together. Discriminators are equal on every rank.
 
     Args:
         config: the settings.
@@ -49,33 +51,46 @@ class Adversary:
         for parameter in self.discriminator.parameters():
             moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
-        # Sums since the last record: loss of y, loss of D, ratio, steps.
-        self._window = torch.zeros(4, dtype=torch.float64, device=device)
+        # Sums since the last record, of this rank: loss of y, loss of D, ratio, parts of batches.
+        self.window = torch.zeros(4, dtype=torch.float64, device=device)
 
     def loss(self, reconstruction: Tensor, error: Tensor, last_layer: Tensor) -> Tensor:
         """Return the loss () of reconstructions, given their reconstruction loss and the decoder's last weight."""
+        self.discriminator.requires_grad_(False)  # the gradients below are its own
         fooled = -self.discriminator(reconstruction).mean()
-        norms = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (error, fooled)]
-        ratio = (norms[0] / (norms[1] + _EPS)).clamp(0, _LARGEST_RATIO).detach()
+        self.discriminator.requires_grad_(True)
+        gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (error, fooled)]
+        if distributed.active():
+            distributed.sum_(*gradients)
+        norms = [gradient.norm() / distributed.world_size() for gradient in gradients]
+        ratio = (norms[0] / (norms[1] + _EPS)).clamp(0, _LARGEST_RATIO)
         zero = torch.zeros_like(ratio)
-        self._window += torch.stack([fooled.detach(), zero, ratio, torch.ones_like(ratio)])
+        self.window += torch.stack([fooled.detach(), zero, ratio, torch.ones_like(ratio)])
         return self.weight * ratio * fooled
 
-    def learn(self, images: Tensor, reconstruction: Tensor, learning_rate: float) -> None:
-        """Let the discriminator learn to tell images from their reconstructions."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+    def accumulate(self, images: Tensor, reconstruction: Tensor, parts: int = 1) -> None:
+        """Add the gradients of one of the equal parts of a batch of images and their reconstructions."""
         real, fake = self.discriminator(images), self.discriminator(reconstruction.detach())
         loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-        self.optimizer.zero_grad()
-        loss.backward()
+        (loss / parts).backward()
+        self.window[1] += loss.detach()
+
+    def learn(self, learning_rate: float) -> None:
+        """Let the discriminator learn to tell images from their reconstructions, from what was accumulated."""
+        if distributed.active():
+            gradients = [parameter.grad for parameter in self.discriminator.parameters() if parameter.grad is not None]
+            distributed.sum_(*gradients)
+            for gradient in gradients:
+                gradient /= distributed.world_size()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         self.optimizer.step()
-        self._window[1] += loss.detach()
+        self.optimizer.zero_grad()
 
     def recent(self) -> dict[str, float | None]:
         """Return the mean losses and ratio since the last record, and begin anew; nothing before the start."""
-        fooled, own, ratio, steps = self._window.tolist()
-        self._window.zero_()
+        fooled, own, ratio, steps = self.window.tolist()
+        self.window.zero_()
         if not steps:
             return {}
         return {
@@ -90,4 +105,4 @@ class Adversary:
         for name, parameter in self.discriminator.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adversary.optimizer.{name}.{key}"] = value
-        return tensors | {"window.adversary": self._window}
+        return tensors

@@ -48,7 +48,7 @@ class Loop(Generic[EvaluationT]):
 
     A subclass defines a step (`learn`), the record of the steps since the last record (`recent`) and what is counted
     for it (`counted`), the evaluation on held-out data (`evaluate`), and what a checkpoint holds besides model and
-    optimizer (`more_state`).
+    optimizer (`more_state`, `replicated`).
 
     Args:
         config: the settings.
@@ -94,6 +94,10 @@ class Loop(Generic[EvaluationT]):
     def evaluate(self) -> tuple[EvaluationT, Measures]:
         """Return the evaluation on held-out data, and its measures for the record."""
         raise NotImplementedError
+
+    def replicated(self) -> list[nn.Module]:
+        """Return the modules that are equal to the last bit on all ranks, which each checkpoint checks."""
+        return [self.model]
 
     def more_state(self) -> dict[str, Tensor]:
         """Return tensors besides model and optimizer that training goes on from, which are restored in place."""
@@ -275,7 +279,8 @@ class Loop(Generic[EvaluationT]):
 
     def _checkpoint(self) -> Checkpoint:
         self._collect()
-        distributed.check_synchronized(self.model)
+        for module in self.replicated():
+            distributed.check_synchronized(module)
         tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():

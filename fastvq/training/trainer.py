@@ -13,9 +13,10 @@ from fastvq.codebook.health import Monitored
 from fastvq.data import Examples
 from fastvq.data.order import Batches, own_rows
 from fastvq.data.registry import check_outside
-from fastvq.errors import CodebookError, ConfigError, DataError
+from fastvq.errors import CodebookError, DataError
 from fastvq.files import StrPath
 from fastvq.modalities import ImageConfig, TrainConfig, modality_of
+from fastvq.modalities.pixel_config import PixelConfig
 from fastvq.models import VQVAE, Decoder
 from fastvq.parts import Annealed
 
@@ -25,6 +26,7 @@ from .build import build_model
 from .checkpoint import AVERAGED
 from .evaluation import Evaluation, evaluate, usage_record
 from .loop import Loop, Measures, usable_device
+from .perceptual import PerceptualLoss
 
 
 class Trainer(Loop[Evaluation]):
@@ -33,7 +35,7 @@ class Trainer(Loop[Evaluation]):
         loss = the objective of the modality + the bottleneck's loss
 
     For images the objective is mean((reconstruction - x)^2) / reconstruction_variance, see
-    `fastvq.modalities.image.PixelObjective`; on request the loss of an `Adversary` is added.
+    `fastvq.modalities.image.PixelObjective`; on request a `PerceptualLoss` and the loss of an `Adversary` are added.
 
     Data order and augmentation depend on seed and step alone. The constructor sets torch's global random state.
 
@@ -73,11 +75,10 @@ class Trainer(Loop[Evaluation]):
         self._annealed = [module for module in model.modules() if isinstance(module, Annealed)]
         self._adversary: Adversary | None = None
         if isinstance(config, ImageConfig) and config.adversarial_weight:
-            if not ranks.alone():
-                raise ConfigError(
-                    "adversarial_weight must be 0 on several ranks: a discriminator learns in one process"
-                )
             self._adversary = Adversary(config, self.device)
+        self._perceptual: PerceptualLoss | None = None
+        if isinstance(config, PixelConfig) and config.perceptual_weight:
+            self._perceptual = PerceptualLoss(config, self.device)
         optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
         super().__init__(config, model, optimizer, folder, identity=examples.fingerprint())
         self.objective = self.modality.objective(config).to(self.device)
@@ -112,18 +113,22 @@ class Trainer(Loop[Evaluation]):
                     output = self._forward(part, n < len(parts))
                 restored = output.reconstruction.float()
                 reconstruction_loss, error = self.objective.loss(restored, part)
+                if self._perceptual is not None:
+                    reconstruction_loss = reconstruction_loss + self._perceptual.loss(restored, part)
                 loss = reconstruction_loss + output.loss.float()
                 if adversary is not None:
                     last_weight = cast(Decoder, self.model.decoder).last_weight
                     loss = loss + adversary.loss(restored, reconstruction_loss, last_weight)
                 (loss / len(parts) if len(parts) > 1 else loss).backward()
+                if adversary is not None:
+                    adversary.accumulate(part, restored, len(parts))
             sums = torch.stack([loss.detach(), error.detach(), torch.ones_like(loss)])
             self._window += sums / len(parts) if len(parts) > 1 else sums
         if config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         self.optimizer.step()
         if adversary is not None:
-            adversary.learn(x, restored, config.learning_rate_at(self.step))
+            adversary.learn(config.learning_rate_at(self.step))
         if self._average is not None:
             self._average.update_parameters(self.model)
 
@@ -141,6 +146,10 @@ class Trainer(Loop[Evaluation]):
         """The model to evaluate: that of the averaged weights, if they are averaged."""
         return self.model if self._average is None else self._average.module  # type: ignore[return-value]
 
+    def replicated(self) -> list[torch.nn.Module]:
+        """Return the model and the discriminator."""
+        return [self.model] + ([] if self._adversary is None else [self._adversary.discriminator])
+
     def more_state(self) -> dict[str, Tensor]:
         """Return the averaged weights, and the state of the adversary."""
         state = {} if self._adversary is None else self._adversary.state()
@@ -153,8 +162,9 @@ class Trainer(Loop[Evaluation]):
         name, value = self.objective.measure, self.objective.value(error)
         values: Measures = {"loss": loss, name: value}
         text = f"loss {loss:.3f}, {self.modality.measures[name].text(value)}"
-        if self._adversary is not None:
-            values |= self._adversary.recent()
+        for loss_of_features in (self._perceptual, self._adversary):
+            if loss_of_features is not None:
+                values |= loss_of_features.recent()
         if self._quantizer is not None:
             used = usage_record(self._code_counts())
             lost = float(self._quantizer.health(together=False).non_finite.max())
@@ -173,13 +183,15 @@ class Trainer(Loop[Evaluation]):
         return result, {result.measure: result.value, **usage_record(result.stage_counts)}
 
     def counted(self) -> dict[str, Tensor]:
-        """Return the counts of chosen codes since the last record."""
+        """Return the counts of chosen codes and the sums of further losses since the last record."""
+        losses = {"window.adversary": self._adversary, "window.perceptual": self._perceptual}
+        windows = {name: loss.window for name, loss in losses.items() if loss is not None}
         if self._quantizer is None:
-            return {}
+            return windows
         counts = [health.code_counts for health in self._quantizer.healths()]
         if len(counts) == 1:
-            return {"window.code_counts": counts[0]}
-        return {f"window.code_counts.{number}": values for number, values in enumerate(counts)}
+            return windows | {"window.code_counts": counts[0]}
+        return windows | {f"window.code_counts.{number}": values for number, values in enumerate(counts)}
 
     def _code_counts(self) -> list[Tensor]:
         """Return the counts (K,) of each codebook since the last record; none where levels are counted, not codes."""

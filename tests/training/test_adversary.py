@@ -58,6 +58,7 @@ def test_the_adversarial_loss_is_scaled_by_the_gradients_of_the_last_layer() -> 
     image = (last @ features).view(1, 1, 28, 28)
     error = (image - 0.5).square().mean()
     loss = adversary.loss(image, error, last)
+    assert all(weight.requires_grad and weight.grad is None for weight in adversary.discriminator.parameters())
     fooled = -adversary.discriminator(image).mean()
     norms = [torch.autograd.grad(one, last, retain_graph=True)[0].norm().item() for one in (error, fooled)]
     ratio = norms[0] / (norms[1] + 1e-4)
@@ -71,9 +72,23 @@ def test_the_discriminator_learns_to_tell_images_apart() -> None:
     adversary = Adversary(CONFIG, CPU)
     images = (torch.arange(28) // 3 % 2).float().expand(8, 1, 28, 28)
     for _ in range(40):
-        adversary.learn(images, images.mT, 1e-2)
+        adversary.accumulate(images, images.mT)
+        adversary.learn(1e-2)
     assert adversary.discriminator(images).mean() > 0.5
     assert adversary.discriminator(images.mT).mean() < -0.5
+
+
+def test_parts_of_a_batch_teach_the_discriminator_what_the_whole_does() -> None:
+    images = torch.rand(8, 1, 28, 28)
+    gradients = []
+    for parts in (1, 4):
+        torch.manual_seed(0)
+        adversary = Adversary(CONFIG, CPU)
+        for part in images.chunk(parts):
+            adversary.accumulate(part, part.mT, parts)
+        gradients.append([weight.grad for weight in adversary.discriminator.parameters()])
+    for whole, added in zip(*gradients, strict=True):
+        assert torch.allclose(whole, added, atol=1e-6)
 
 
 @pytest.mark.parametrize(("loss", "scale"), [("l1", math.sqrt(0.08)), ("l2", 0.08)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -17,6 +18,10 @@ from fastvq.training import PriorConfig, Trainer, ranks
 from fastvq.training.prior import IndexData, PriorTrainer
 from tests.training.tiny import TINY, tiny_images
 
+# The discriminator, and the sums of further losses, are shared as well.
+VQVAE = dataclasses.replace(
+    TINY, adversarial_weight=0.8, adversarial_start=2, discriminator_width=8, perceptual_weight=0.1
+)
 PRIOR = PriorConfig(
     dim=16, depth=1, heads=2, steps=8, batch_size=4, warmup_steps=1, log_every=4, evaluate_every=4, checkpoint_every=4
 )
@@ -31,7 +36,7 @@ def prior_trainer(folder: Path, *, resume: bool = False) -> PriorTrainer:
 
 def whole(folder: Path) -> None:
     """Train without an interruption."""
-    assert Trainer(TINY, tiny_images(), folder / "vqvae").fit(progress=False)
+    assert Trainer(VQVAE, tiny_images(), folder / "vqvae").fit(progress=False)
     assert prior_trainer(folder / "prior").fit(progress=False)
 
 
@@ -41,7 +46,7 @@ def stopped(folder: Path) -> None:
     def prior() -> PriorTrainer:
         return prior_trainer(folder / "prior")
 
-    for train, steps in ((lambda: Trainer(TINY, tiny_images(), folder / "vqvae"), 7), (prior, 5)):
+    for train, steps in ((lambda: Trainer(VQVAE, tiny_images(), folder / "vqvae"), 7), (prior, 5)):
         trainer = train()
         original = trainer.learn
 
@@ -65,13 +70,13 @@ def both(folder: Path) -> None:
 def resumed(folder: Path) -> None:
     """Go on from there."""
     torch.rand(1000)
-    assert Trainer(TINY, tiny_images(), folder / "vqvae", resume=True).fit(progress=False)
+    assert Trainer(VQVAE, tiny_images(), folder / "vqvae", resume=True).fit(progress=False)
     assert prior_trainer(folder / "prior", resume=True).fit(progress=False)
 
 
 def killed(folder: Path) -> None:
     """Kill rank 1 in its sixth step."""
-    trainer = Trainer(TINY, tiny_images(), folder / "vqvae")
+    trainer = Trainer(VQVAE, tiny_images(), folder / "vqvae")
     original = trainer.learn
 
     def learn() -> None:
