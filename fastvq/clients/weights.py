@@ -22,13 +22,16 @@ def from_encodec(state_dict: State, *, prefix: str = "", **settings: Any) -> Res
         state_dict: of a model or of its quantizer; encodec's own names, or those of transformers.
         prefix: the beginning of the names of the stack, where the model has several.
         settings: arguments of `ResidualVQ`. The defaults are those that learn as EnCodec does: decay=0.99,
-            rotation_trick=False, quant_grad_frac=1.0; and channel_last=False, vectors (B, D, T).
+            rotation_trick=False, quant_grad_frac=1.0, or for moshi gradient="once"; and channel_last=False, vectors
+            (B, D, T).
 
     Raises:
         ValueError: the state has no such codebooks, several stacks of them, or projections within stages.
     """
     stack = _stack("from_encodec", state_dict, prefix)
-    layer = ResidualVQ(num_quantizers=len(stack.stages), **stack.sizes, **{**_AS_ENCODEC, **settings})
+    is_moshi = any(name.endswith(".embedding_sum") for name in state_dict)
+    defaults = _AS_MOSHI if is_moshi else _AS_ENCODEC
+    layer = ResidualVQ(num_quantizers=len(stack.stages), **stack.sizes, **{**defaults, **settings})
     stack.load(layer)
     return layer
 

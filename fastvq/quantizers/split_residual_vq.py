@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fastvq.codebook.fit import Fitted
 from fastvq.codebook.health import Monitored
 
 from .residual_vq import ResidualVQ
@@ -156,6 +157,15 @@ class SplitResidualVQ(Monitored, nn.Module):
         """Call `ResidualVQ.reinitialize_` of both."""
         self.semantic.reinitialize_()
         self.acoustic.reinitialize_()
+
+    def fit(
+        self, batches: Iterable[Any], *, inputs: Callable[[Any], Tensor] | None = None, iterations: int = 10
+    ) -> list[Fitted]:
+        """Call `ResidualVQ.fit` of both; the result has one for each stage."""
+        return [
+            *self.semantic.fit(batches, inputs=inputs, iterations=iterations),
+            *self.acoustic.fit(batches, inputs=inputs, iterations=iterations),
+        ]
 
     def commit_ema_update(self) -> None:
         """Call `ResidualVQ.commit_ema_update` of both."""

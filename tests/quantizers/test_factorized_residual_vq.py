@@ -138,6 +138,9 @@ def test_semantic_stages_stand_beside_the_acoustic_ones():
     assert torch.equal(layer.encode(x, lens=lens), indices)
     close(layer.get_output_from_indices(indices), quantized, tolerance=TOLERANCE)
     close(layer.get_output_from_indices(indices[..., :2]), parts[0][0], tolerance=TOLERANCE)
+    fitted = layer.fit([x], iterations=3)
+    assert len(fitted) == 4
+    assert fitted[1].errors[-1] < fitted[0].errors[-1]
     coarse = layer(x, n_quantizers=3)
     assert (coarse[1][..., 3] == -1).all()
     close(layer.get_output_from_indices(coarse[1][..., :3]), coarse[0], tolerance=TOLERANCE)
