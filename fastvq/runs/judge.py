@@ -25,7 +25,7 @@ from fastvq.training.config import PriorConfig
 
 from .classifier import STEPS, Classifier, train_classifier
 from .indices import run_indices
-from .load import PRIOR_FOLDER, load_model, load_prior_of, run_examples
+from .load import PRIOR_FOLDER, held_out_labels, load_model, load_prior_of, run_examples
 from .sample_pictures import nearest_images
 
 FILE = "samples.json"
@@ -124,7 +124,7 @@ def judge(
         raise ConfigError(f"samples must be at least {2 * _NEIGHBORS + 1}, and as many held-out examples, got {count}")
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(examples.test), generator=generator)[:count]
-    labels = examples.test_labels[rows] if prior.classes and examples.test_labels is not None else None
+    labels = held_out_labels(prior, examples, rows)
     indices = _sampled(prior, labels, count, generator, settings)
     originals = to_float(examples.test[rows])
     held_out = torch.cat([model.encode(part) for part in originals.split(_BATCH)])

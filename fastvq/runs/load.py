@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -168,6 +168,14 @@ def successor_is_finished(prior: StrPath) -> bool:
     """Return whether the successor of a prior has done all its steps."""
     successor = Path(prior) / SUCCESSOR_FOLDER
     return bool(checkpoint_folders(successor)) and load_latest(successor, PriorConfig).finished
+
+
+def held_out_labels(prior: Prior, examples: Examples, rows: Tensor | Sequence[int]) -> Tensor | None:
+    """Return what a prior takes as labels of some held-out examples: their classes, or captions, or None."""
+    if isinstance(prior, TextPrior) and prior.tokenizer is not None:
+        captions = examples.test_captions
+        return None if captions is None else prior.tokenizer.rows([captions[int(row)] for row in rows])[:, 0]
+    return examples.test_labels[rows] if prior.classes and examples.test_labels is not None else None
 
 
 def conditions(prior: Prior, first: int, count: int, label: int | None, text: Tensor | None) -> Tensor | None:

@@ -22,6 +22,7 @@ from fastvq.models import VQVAE, Prior, TextPrior
 from fastvq.models.text import first_caption
 
 from . import plots
+from .load import held_out_labels
 from .pictures import MEDIA, failures_as_warnings, shown_rows, spread
 
 _REAL, _SAMPLED = 3, 7
@@ -147,9 +148,7 @@ def picture_completions(
     half = indices.shape[1] // 2
     given = indices.clone()
     given[:, half:] = -1
-    labels = examples.test_labels[rows] if prior.classes and examples.test_labels is not None else None
-    if isinstance(prior, TextPrior) and prior.tokenizer is not None and examples.test_captions is not None:
-        labels = prior.tokenizer.rows([examples.test_captions[row] for row in rows])[:, 0]
+    labels = held_out_labels(prior, examples, rows)
     completed = [
         model.restore(prior.sample(len(rows), labels, given=given, generator=generator, **settings)) for _ in range(3)
     ]

@@ -17,7 +17,7 @@ from fastvq.cli.main import main
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.models import TextPrior
 from fastvq.runs.contrast import load_contrastive, similarity, train_contrastive
-from fastvq.runs.load import load_prior
+from fastvq.runs.load import held_out_labels, load_prior, run_examples
 from fastvq.runs.train_prior import delete_prior, train_prior
 from fastvq.training import ContrastiveTrainer
 from fastvq.training.config import ContrastiveConfig, PriorConfig
@@ -106,6 +106,15 @@ def test_the_page_shows_captions(trained, capsys):
     assert "samples.png" in capsys.readouterr().out
 
 
+def test_samples_for_pictures_and_judgements_follow_held_out_captions(trained):
+    prior, examples = load_prior(trained)[0], run_examples(trained)
+    assert isinstance(prior, TextPrior)
+    rows = list(range(len(examples.test)))
+    labels = held_out_labels(prior, examples, rows)
+    expected = [prior.tokenizer.encode(text) for text in examples.test_captions if text]
+    assert torch.equal(labels, torch.stack(expected))
+
+
 def test_requests_that_a_prior_of_text_refuses(trained, tmp_path, capsys):
     out = f"--out={tmp_path / 'x.png'}"
     for options, message in (
@@ -191,3 +200,17 @@ def test_interrupted_and_resumed_equals_uninterrupted(trained, tmp_path, monkeyp
     assert again.candidates == 0 or 0 <= again.retrieval <= 1
     train_prior(run, CONFIG, overwrite=True, progress=False)
     assert all(torch.equal(value, whole[0][name]) for name, value in load_prior(run)[0].state_dict().items())
+
+
+def test_a_gumbel_dvae_and_its_files(tmp_path):
+    """Files are coded without captions."""
+    run, images = tiny_run(tmp_path, count=20, grayscale=False, bottleneck="gumbel")
+    (images / "captions.jsonl").write_text(
+        "".join(json.dumps({"file_name": path.name, "text": "a star"}) + "\n" for path in images.glob("*.png"))
+    )
+    train_prior(run, dataclasses.replace(CONFIG, steps=1), progress=False)
+    assert fastvq.load(run).sample(2, text="a star", guidance=2.0).shape == (2, 3, 16, 16)
+    coded, again = tmp_path / "images.fvq", tmp_path / "again.npy"
+    assert main(["encode", str(images), str(coded), f"--run={run}", "--model=prior"]) == 0
+    assert main(["decode", str(coded), str(again), f"--run={run}"]) == 0
+    assert np.load(again).shape == (20, 4, 4)
