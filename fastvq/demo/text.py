@@ -47,7 +47,15 @@ DEMO = ImageConfig(
     evaluate_every=600,
     checkpoint_every=600,
 )
-DEMO_PRIOR = PriorConfig(text=True, text_length=20, steps=1000, batch_size=32, evaluate_every=250, checkpoint_every=250)
+DEMO_PRIOR = PriorConfig(
+    text=True,
+    text_length=20,
+    steps=1000,
+    batch_size=16,
+    learning_rate=2e-3,
+    evaluate_every=250,
+    checkpoint_every=250,
+)
 DEMO_CONTRASTIVE = ContrastiveConfig(steps=500, evaluate_every=250, checkpoint_every=250)
 SAMPLING: dict[str, Any] = {"guidance": 3.0, "top_p": 0.9}
 DRAWN = 8
