@@ -116,7 +116,6 @@ def test_a_setting_by_its_earlier_name_is_read():
     ("settings", "message"),
     [
         ({"accumulate": 5}, "accumulate must divide batch_size 32, got 5"),
-        ({"accumulate": 2, "adversarial_weight": 0.5}, "accumulate must be 1 with an adversarial_weight, got 2"),
         ({"precision": "fp16"}, "precision must be one of float32, bf16, got 'fp16'"),
         ({"weight_average": 1.0}, "weight_average must be at least 0 and below 1, got 1.0"),
         ({"data": "photos", "image_width": 30}, "image_width 30 is not a multiple of"),
