@@ -48,6 +48,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--complete", action="store_true", help="draw completions of held-out examples from their first halves"
     )
+    parser.add_argument(
+        "--begin",
+        metavar="FILE",
+        help="a file whose beginning all samples keep: the top of an image, the first frames of a video, the first"
+        " seconds of a sound (without --label, no class is given)",
+    )
+    parser.add_argument(
+        "--share", type=float, default=0.5, help="share of FILE that is kept (default: 0.5)", metavar="S"
+    )
     add_sampling(parser)
     parser.add_argument(
         "--seed",
@@ -62,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     """Sample from the prior of a run, and write the samples."""
     from fastvq.runs.sample import sample_run
 
-    names = ("count", "label", "text", "rerank", "complete", "seed", "data")
+    names = ("count", "label", "text", "rerank", "complete", "begin", "share", "seed", "data")
     given = {name: getattr(options, name) for name in names}
     try:
         lines = sample_run(options.run_folder, options.out, **given, **given_sampling(options))

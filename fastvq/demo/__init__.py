@@ -4,6 +4,7 @@ images.py       VQ-VAE, prior, samples and small files of the shipped images
 ladder.py       PCA, autoencoder, VAE, VQ-VAE and Gumbel dVAE of the shipped images
 video.py        the same of the shipped clips
 text.py         emoji from their captions
+audio.py        a codec of the shipped loops, its prior, samples, continuations, and rates.py, beside Opus and Codec2
 sizes.py        held-out images or clips as files of every format
 page.py         index.html                folder.py  where a demo writes, and what it replaces
 parts.py        announcements, and settings with fewer steps
@@ -18,6 +19,7 @@ DEMOS: dict[str, str] = {
     "images": "a VQ-VAE of Fashion-MNIST, its prior, samples and small files; 7 minutes on 2 cores",
     "ladder": "from PCA to the VQ-VAE: five models of Fashion-MNIST; 7 minutes on 2 cores",
     "text": "emoji from their captions: a VQ-VAE, a prior of text and a contrastive model; 9 minutes on 2 cores",
+    "audio": "a codec of music loops, its prior, samples, and quality beside Opus; 7 minutes on 2 cores",
     "video": "a VQ-VAE of animated emoji, its prior, samples in motion and small files; 7 minutes on 2 cores",
 }
 """The demos by name, with what each does; importing this imports no torch."""

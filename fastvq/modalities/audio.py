@@ -15,16 +15,25 @@ from fastvq.data.audio_io import SOUNDS, write_audio
 from fastvq.data.augmentation import crop_clips_randomly
 from fastvq.data.examples import to_device, to_float
 from fastvq.files import StrPath, make_folder, whole
-from fastvq.models import AudioDecoder, AudioEncoder
-from fastvq.models.spectral import log_mel, log_mel_distance, mel_loss, si_sdr, stft_loss
+from fastvq.models import AudioDecoder, AudioEncoder, TransformDecoder, TransformEncoder
+from fastvq.models.spectral import log_mel, log_mel_distance, mel_loss, stft_loss
 
 from .audio_config import AudioConfig
+from .audio_measures import audio_measures
 from .base import Measure, Measures, Modality, Objective
 
 MEASURES = {
     "log_mel_db": Measure("log-mel distance (dB)", 2, word="a log-mel distance of", unit=" dB", brief=1),
     "si_sdr_db": Measure("SI-SDR, mean over clips (dB)", 2, unit=" dB"),
+    "pesq_wide": Measure("PESQ, wide band at 16 kHz (MOS-LQO)", 2),
+    "pesq_narrow": Measure("PESQ, narrow band at 8 kHz (MOS-LQO)", 2),
+    "stoi": Measure("STOI at 10 kHz", 3),
 }
+NETWORKS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "seanet": (AudioEncoder, AudioDecoder),
+    "transform": (TransformEncoder, TransformDecoder),
+}
+"""Encoder and decoder by the setting `network`."""
 _RANGE_DB = 80.0
 """Range of levels in a spectrogram, below 0 dB."""
 _PAUSE_S = 0.25
@@ -76,9 +85,9 @@ class Sounds(Modality):
     played = SOUNDS.written
 
     def networks(self, config: AudioConfig) -> tuple[nn.Module, nn.Module]:
-        network = config.network()
-        encoder = AudioEncoder(config.channels, config.dim, **network)
-        return encoder, AudioDecoder(config.dim, config.channels, **network)
+        sizes = config.network_sizes()
+        encoder, decoder = NETWORKS[config.network]
+        return encoder(config.channels, config.dim, **sizes), decoder(config.dim, config.channels, **sizes)
 
     def objective(self, config: AudioConfig) -> SpectralLoss:
         return SpectralLoss(
@@ -98,7 +107,7 @@ class Sounds(Modality):
         return (1 + level / _RANGE_DB).clamp(0, 1).flip(1)[:, None]
 
     def measures_of(self, config: AudioConfig, count: int, device: torch.device, *, download: bool = False) -> Measures:
-        return Measures({"si_sdr_db": lambda restored, x: si_sdr(restored.flatten(1), x.flatten(1))}, {}, {})
+        return audio_measures(config.sample_rate, config.clip_length)
 
     def seconds(self, config: AudioConfig) -> float:
         return config.clip_length / config.sample_rate

@@ -13,8 +13,9 @@ from fastvq.settings import setting
 
 from .train_config import TrainConfig
 
+NETWORKS = ("seanet", "transform")
 ACTIVATIONS = ("elu", "snake")
-"""Those of `fastvq.models.audio`, repeated so that reading settings imports no model."""
+"""Those of `fastvq.modalities.audio` and `fastvq.models.audio`, repeated so that reading settings imports no model."""
 _STAGES: dict[str, Any] = {"num_quantizers": 8, "quantize_dropout": True, "quantize_dropout_per_item": True}
 """Options of the residual quantizer where none are given: a codec of 1 to 8 stages."""
 
@@ -27,7 +28,23 @@ class AudioConfig(TrainConfig):
     """
 
     modality: ClassVar[str] = "audio"
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"codec": {}}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "codec": {
+            "network": "transform",
+            "strides": "128",
+            "width": 256,
+            "dilations": "1,2",
+            "kernel": 3,
+            "decay": 0.98,
+            "batch_size": 16,
+            "crop_length": 8192,
+            "learning_rate": 1e-3,
+            "steps": 1100,
+            "waveform_weight": 10.0,
+            "stft_weight": 0.0,
+        },
+        "seanet": {},
+    }
     of_folders: ClassVar[dict[str, Any]] = {"skip_unreadable": True}
 
     data: str = setting("music-loops", "a data set with a name, or a folder of files or tar shards")
@@ -41,10 +58,15 @@ class AudioConfig(TrainConfig):
     decay: float = setting(0.95, "decay of the codebook's moving averages")
     dead_code_threshold: float = setting(0.1, "a code used less often per batch, on average, is dead and replaced")
 
-    width: int = setting(16, "channels at the rate of the samples, doubled by each stride")
-    strides: str = setting("2,4,5,8", "strides of the encoder's convolutions, the first at the rate of the samples")
-    dilations: str = setting("1", "dilations of the residual blocks at each rate, one block for each")
-    kernel: int = setting(7, "width of the first and of the last convolution")
+    network: str = setting("seanet", f"kind of encoder and decoder: {', '.join(NETWORKS)}")
+    width: int = setting(
+        16, "channels of a seanet at the rate of the samples, doubled by each stride; those of a transform's blocks"
+    )
+    strides: str = setting(
+        "2,4,5,8", "strides of a seanet, the first at the rate of the samples; their product is a transform's block"
+    )
+    dilations: str = setting("1", "dilations of the residual blocks, one block for each, at each rate of a seanet")
+    kernel: int = setting(7, "width of the first and of the last convolution, and of those in a transform's blocks")
     activation: str = setting("elu", f"nonlinearity: {', '.join(ACTIVATIONS)}")
 
     waveform_weight: float = setting(1.0, "weight of the mean absolute difference of samples")
@@ -59,8 +81,9 @@ class AudioConfig(TrainConfig):
         if self.bottleneck == "rvq" and self.bottleneck_options == {}:
             object.__setattr__(self, "bottleneck_options", dict(_STAGES))
         super().__post_init__()
-        if self.activation not in ACTIVATIONS:
-            raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        for name, choices in (("network", NETWORKS), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         _numbers("dilations", self.dilations)
         for name in ("clip_length", "crop_length"):
             if getattr(self, name) % self.stride:
@@ -90,7 +113,7 @@ class AudioConfig(TrainConfig):
         """Number of features of a clip."""
         return (self.clip_length // self.stride,)
 
-    def network(self) -> dict[str, Any]:
+    def network_sizes(self) -> dict[str, Any]:
         """Return the arguments that encoder and decoder share."""
         return {
             "strides": _numbers("strides", self.strides),

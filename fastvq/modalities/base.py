@@ -15,7 +15,7 @@ from fastvq.data.reader import Reader
 from fastvq.files import StrPath, make_folder, whole
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
-"""(reconstructions, originals), both (B, C, *size), to one number for each example, (B,)."""
+"""(reconstructions, originals), both (B, C, *size), to one number for each example, (B,), NaN where it has none."""
 
 
 class Distance(Protocol):

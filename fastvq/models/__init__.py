@@ -22,6 +22,7 @@ from .priors import (
 )
 from .streaming import StreamingDecoder, StreamingEncoder
 from .text import TextTokenizer
+from .transform import TransformDecoder, TransformEncoder
 from .video import VideoDecoder, VideoEncoder
 from .vqvae import VQVAE, Bottleneck, Continuous, NoBottleneck, VQVAEOutput
 from .vqvae2 import GridsBottleneck, halved_grids
@@ -48,6 +49,8 @@ __all__ = [
     "StreamingEncoder",
     "TextPrior",
     "TextTokenizer",
+    "TransformDecoder",
+    "TransformEncoder",
     "TransformerPrior",
     "VQVAEOutput",
     "VideoDecoder",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,11 @@ class Past:
         """Start with the first layer again, for the next chunk; return self."""
         self._next = 0
         return self
+
+    def end(self) -> Tensor:
+        """Return what the last layer looks back to, and make it the next one."""
+        self._next = len(self._ends) - 1
+        return self._ends[-1]
 
     def extend(self, x: Tensor, length: int) -> Tensor:
         """Return x (B, C, T) with the last `length` inputs of the layer before it, zeros before the first chunk."""
@@ -83,6 +89,12 @@ class CausalConv1d(nn.Module):
         norm = self.direction.flatten(1).norm(dim=1)
         return self.direction * (self.magnitude / norm)[:, None, None]
 
+    @torch.no_grad()
+    def start_from_(self, weight: Tensor) -> None:
+        """Set the weight (out_channels, in_channels, kernel)."""
+        self.direction.copy_(weight)
+        self.magnitude.copy_(weight.flatten(1).norm(dim=1))
+
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         x = F.pad(x, (self.look_back, 0)) if past is None else past.extend(x, self.look_back)
         weight = self.weight if self.folded is None else self.folded
@@ -113,23 +125,26 @@ class Snake(nn.Module):
 
 
 class CausalBlock1d(nn.Module):
-    """`x + conv_1(f(conv_dilated(f(x))))`, with half the channels between the two convolutions.
+    """`x + conv_1(f(conv_dilated(f(x))))`, with other channels between the two convolutions.
 
     Args:
         width: channels of input and output.
         kernel: width of the first convolution.
         dilation: of the first convolution.
         activation: f, one of `ACTIVATIONS`.
+        hidden: channels between the two convolutions, half of `width` by default.
 
     Shapes: (B, width, T) -> (B, width, T).
     """
 
-    def __init__(self, width: int, *, kernel: int = 3, dilation: int = 1, activation: str = "elu") -> None:
+    def __init__(
+        self, width: int, *, kernel: int = 3, dilation: int = 1, activation: str = "elu", hidden: int | None = None
+    ) -> None:
         super().__init__()
-        hidden = max(1, width // 2)
-        self.first = _activation(activation, width)
+        hidden = hidden or max(1, width // 2)
+        self.first = nonlinearity(activation, width)
         self.dilated = CausalConv1d(width, hidden, kernel, dilation=dilation)
-        self.second = _activation(activation, hidden)
+        self.second = nonlinearity(activation, hidden)
         self.out = CausalConv1d(hidden, width, 1)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
@@ -137,7 +152,80 @@ class CausalBlock1d(nn.Module):
         return x + self.out(self.second(hidden), past)
 
 
-class AudioEncoder(nn.Module):
+class CausalEncoder(nn.Module):
+    """Encoder of audio by layers in a row, of which an output depends on no later sample.
+
+    Args:
+        in_channels: channels of the waveform.
+        stride: samples for each feature.
+        layers: modules from (B, in_channels, T) to (B, D, T / stride).
+
+    Shapes: (B, in_channels, T) -> (B, D, T / stride).
+
+    Raises:
+        ValueError: T is not a multiple of `stride`.
+    """
+
+    ndim = 1
+
+    def __init__(self, in_channels: int, stride: int, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.in_channels, self.stride = in_channels, stride
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        if x.dim() != 3 or x.shape[1] != self.in_channels or x.shape[2] == 0 or x.shape[2] % self.stride:
+            raise ValueError(
+                f"the encoder takes (B, {self.in_channels}, T) with T a multiple of its stride {self.stride}; got x of"
+                f" shape {tuple(x.shape)}: pad x first"
+            )
+        return _run(self.layers, x, past)
+
+
+class CausalDecoder(nn.Module):
+    """Decoder of audio by layers in a row, of which a sample depends on no later code.
+
+    With a delay, a sample depends on the codes of the next `delay` samples as well: the layers give it that much later.
+    Without a `past`, the samples of the whole signal are returned in their places.
+
+    Args:
+        out_channels: channels of the waveform.
+        stride: samples for each code.
+        layers: modules from (B, D, N) to (B, out_channels, N * stride).
+        delay: in samples, less than `stride`; then the last layer is a `CausalUpsample1d`.
+
+    Shapes: (B, D, N) -> (B, out_channels, N * stride).
+    """
+
+    ndim = 1
+
+    def __init__(self, out_channels: int, stride: int, layers: Sequence[nn.Module], *, delay: int = 0) -> None:
+        super().__init__()
+        self.out_channels, self.stride, self.delay = out_channels, stride, delay
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def last_weight(self) -> Tensor:
+        """Weight of the last layer, whose gradients scale an adversarial loss."""
+        last: Any = self.layers[-1]
+        return (last.conv if isinstance(last, CausalUpsample1d) else last).direction
+
+    def forward(self, codes: Tensor, past: Past | None = None) -> Tensor:
+        if past is not None or not self.delay:
+            return _run(self.layers, codes, past)
+        hidden = _run(self.layers[:-1], codes, None)
+        samples = self.layers[-1](F.pad(hidden, (0, 1)))
+        return samples[..., self.delay : self.delay + codes.shape[-1] * self.stride]
+
+    def rest(self, past: Past) -> Tensor:
+        """Return the last `delay` samples (B, out_channels, delay) of a signal whose codes have all been decoded."""
+        end = past.end()
+        if not self.delay:
+            return end.new_empty(len(end), self.out_channels, 0)
+        return self.layers[-1](torch.zeros_like(end[..., :1]), past)[..., : self.delay]
+
+
+class AudioEncoder(CausalEncoder):
     """Map a waveform to one feature vector for every `stride` samples.
 
     A convolution is followed, for each of the strides, by residual blocks of growing dilation and a strided convolution
@@ -158,8 +246,6 @@ class AudioEncoder(nn.Module):
         ValueError: an argument is out of range, or T is not a multiple of `stride`.
     """
 
-    ndim = 1
-
     def __init__(
         self,
         in_channels: int,
@@ -171,28 +257,17 @@ class AudioEncoder(nn.Module):
         kernel: int = 7,
         activation: str = "elu",
     ) -> None:
-        super().__init__()
-        _check(in_channels=in_channels, dim=dim, strides=strides, width=width, dilations=dilations, kernel=kernel)
-        self.in_channels = in_channels
-        self.stride = math.prod(strides)
+        check_sizes(in_channels=in_channels, dim=dim, strides=strides, width=width, dilations=dilations, kernel=kernel)
         layers: list[nn.Module] = [CausalConv1d(in_channels, width, kernel)]
         for stride in strides:
             layers += [CausalBlock1d(width, dilation=dilation, activation=activation) for dilation in dilations]
-            layers += [_activation(activation, width), CausalConv1d(width, 2 * width, 2 * stride, stride=stride)]
+            layers += [nonlinearity(activation, width), CausalConv1d(width, 2 * width, 2 * stride, stride=stride)]
             width *= 2
-        layers += [_activation(activation, width), CausalConv1d(width, dim, kernel)]
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        if x.dim() != 3 or x.shape[1] != self.in_channels or x.shape[2] == 0 or x.shape[2] % self.stride:
-            raise ValueError(
-                f"the encoder takes (B, {self.in_channels}, T) with T a multiple of its stride {self.stride}; got x of"
-                f" shape {tuple(x.shape)}: pad x first"
-            )
-        return _run(self.layers, x, past)
+        layers += [nonlinearity(activation, width), CausalConv1d(width, dim, kernel)]
+        super().__init__(in_channels, math.prod(strides), layers)
 
 
-class AudioDecoder(nn.Module):
+class AudioDecoder(CausalDecoder):
     """Map code vectors back to a waveform: the mirror image of `AudioEncoder`.
 
     A transposed convolution twice as wide as its stride s sums, for each output, the products of two inputs. It is
@@ -212,8 +287,6 @@ class AudioDecoder(nn.Module):
     Source of the interleaved convolution: Shi et al., Real-Time Single Image and Video Super-Resolution, 2016.
     """
 
-    ndim = 1
-
     def __init__(
         self,
         dim: int,
@@ -225,27 +298,17 @@ class AudioDecoder(nn.Module):
         kernel: int = 7,
         activation: str = "elu",
     ) -> None:
-        super().__init__()
-        _check(out_channels=out_channels, dim=dim, strides=strides, width=width, dilations=dilations, kernel=kernel)
-        self.out_channels = out_channels
-        self.stride = math.prod(strides)
+        check_sizes(
+            out_channels=out_channels, dim=dim, strides=strides, width=width, dilations=dilations, kernel=kernel
+        )
         channels = width * 2 ** len(strides)
         layers: list[nn.Module] = [CausalConv1d(dim, channels, kernel)]
         for stride in reversed(strides):
-            layers += [_activation(activation, channels), CausalUpsample1d(channels, channels // 2, stride)]
+            layers += [nonlinearity(activation, channels), CausalUpsample1d(channels, channels // 2, stride)]
             channels //= 2
             layers += [CausalBlock1d(channels, dilation=dilation, activation=activation) for dilation in dilations]
-        layers += [_activation(activation, channels), CausalConv1d(channels, out_channels, kernel)]
-        self.layers = nn.ModuleList(layers)
-
-    @property
-    def last_weight(self) -> Tensor:
-        """Weight of the last layer, whose gradients scale an adversarial loss."""
-        last: CausalConv1d = self.layers[-1]  # type: ignore[assignment]
-        return last.direction
-
-    def forward(self, codes: Tensor, past: Past | None = None) -> Tensor:
-        return _run(self.layers, codes, past)
+        layers += [nonlinearity(activation, channels), CausalConv1d(channels, out_channels, kernel)]
+        super().__init__(out_channels, math.prod(strides), layers)
 
 
 class CausalUpsample1d(nn.Module):
@@ -264,21 +327,24 @@ class CausalUpsample1d(nn.Module):
         return phases.transpose(2, 3).flatten(2)
 
 
-def _run(layers: nn.ModuleList, x: Tensor, past: Past | None) -> Tensor:
+def _run(layers: Any, x: Tensor, past: Past | None) -> Tensor:
     if past is not None:
         past.begin()
     for layer in layers:
-        x = layer(x, past) if isinstance(layer, CausalConv1d | CausalBlock1d | CausalUpsample1d) else layer(x)
+        looks_back = any(isinstance(part, CausalConv1d) for part in layer.modules())
+        x = layer(x, past) if looks_back else layer(x)
     return x
 
 
-def _activation(name: str, channels: int) -> nn.Module:
+def nonlinearity(name: str, channels: int) -> nn.Module:
+    """Return one of `ACTIVATIONS` by its name."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation: must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return nn.ELU() if name == "elu" else Snake(channels)
 
 
-def _check(**arguments: int | Sequence[int]) -> None:
+def check_sizes(**arguments: int | Sequence[int]) -> None:
+    """Raise a ValueError that names the argument which is below 1, or is no number of at least 1."""
     for name, value in arguments.items():
         numbers = [value] if isinstance(value, int) else list(value)
         if not numbers or any(not isinstance(number, int) or number < 1 for number in numbers):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter, Scales
-from .audio import AudioDecoder, AudioEncoder, Past, fold_weights_
+from .audio import CausalDecoder, CausalEncoder, Past, fold_weights_
 from .vqvae import VQVAE, Continuous
 
 
@@ -27,7 +27,8 @@ class StreamingEncoder:
     A batch of streams runs in step: every chunk has the same number of samples for each of them.
 
     Args:
-        model: a VQ-VAE with an `AudioEncoder`. Its weights of now are taken; later changes have no effect.
+        model: a VQ-VAE with a causal encoder, such as `AudioEncoder`. Its weights of now are taken; later changes
+            have no effect.
         stages: number of leading codebooks whose indices are returned, of a bottleneck with several; all by default.
 
     Raises:
@@ -36,8 +37,8 @@ class StreamingEncoder:
     """
 
     def __init__(self, model: VQVAE, *, stages: int | None = None) -> None:
-        if not isinstance(model.encoder, AudioEncoder):
-            raise TypeError(f"model: must have an AudioEncoder, got {type(model.encoder).__name__}")
+        if not isinstance(model.encoder, CausalEncoder):
+            raise TypeError(f"model: must have a causal encoder, got {type(model.encoder).__name__}")
         self._adapter = _adapter_of_copy(model)
         self._encoder = copy.deepcopy(model.encoder).eval()
         fold_weights_(self._encoder)
@@ -93,15 +94,16 @@ class StreamingDecoder:
     """Decoder of indices that arrive in chunks.
 
     Args:
-        model: a VQ-VAE with an `AudioDecoder`. Its weights of now are taken; later changes have no effect.
+        model: a VQ-VAE with a causal decoder, such as `AudioDecoder`. Its weights of now are taken; later changes
+            have no effect.
 
     Raises:
         TypeError: as of `StreamingEncoder`.
     """
 
     def __init__(self, model: VQVAE) -> None:
-        if not isinstance(model.decoder, AudioDecoder):
-            raise TypeError(f"model: must have an AudioDecoder, got {type(model.decoder).__name__}")
+        if not isinstance(model.decoder, CausalDecoder):
+            raise TypeError(f"model: must have a causal decoder, got {type(model.decoder).__name__}")
         self._adapter = _adapter_of_copy(model)
         self._decoder = copy.deepcopy(model.decoder).eval()
         fold_weights_(self._decoder)
@@ -112,16 +114,40 @@ class StreamingDecoder:
         """Number of samples for each index."""
         return self._decoder.stride
 
+    @property
+    def delay(self) -> int:
+        """Number of samples that a stream is behind its indices; `flush` gives the last ones."""
+        return self._decoder.delay
+
     def reset(self) -> None:
         """Forget all indices: the next chunk begins new streams."""
         self._past = Past()
+        self._begun = False
 
     @torch.no_grad()
     def __call__(self, indices: Tensor) -> Tensor:
-        """Return the samples (B, C, N * stride) of indices (B, N) or (B, N, 1 to Q), which follow those before."""
+        """Return the samples (B, C, N * stride) of indices (B, N) or (B, N, 1 to Q), which follow those before.
+
+        With a delay, the first call returns so many fewer.
+        """
         if not indices.shape[1]:
             return torch.empty(len(indices), self._decoder.out_channels, 0)
-        return self._decoder(self._adapter.codes(indices, 1), self._past)
+        samples: Tensor = self._decoder(self._adapter.codes(indices, 1), self._past)
+        first, self._begun = not self._begun, True
+        return samples[..., self.delay :] if first else samples
+
+    @torch.no_grad()
+    def flush(self) -> Tensor:
+        """Return the last `delay` samples (B, C, delay), then reset.
+
+        Raises:
+            RuntimeError: no indices were given.
+        """
+        if not self._begun:
+            raise RuntimeError("flush: there is no stream: give indices first")
+        samples: Tensor = self._decoder.rest(self._past)
+        self.reset()
+        return samples
 
 
 def _adapter_of_copy(model: VQVAE) -> Adapter:

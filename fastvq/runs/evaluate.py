@@ -129,7 +129,8 @@ def rows_of(record: dict[str, Any], modality: Modality) -> list[tuple[str, str, 
         if measured is not None:
             low, high = measured.get("low"), measured.get("high")
             interval = "" if low is None else f"{measure.number(low)} to {measure.number(high)}"
-            rows.append((measure.label, measure.number(measured["value"]), interval))
+            fewer = f", of {measured['examples']} {modality.noun[1]}" if "examples" in measured else ""
+            rows.append((measure.label + fewer, measure.number(measured["value"]), interval))
             rows += [
                 (f"  of codebook {number}", measure.number(value), "")
                 for number, value in enumerate(measured.get("codebooks", ()), start=1)
@@ -179,7 +180,13 @@ def _evaluate(
     sums, refused = _pass_over(model, parts, labels, count, download=download)
     measures: dict[str, dict[str, Any]] = {}
     for name, values in sums.per_example.items():
-        measures[name] = _with_interval(values)
+        has_value = ~values.isnan()
+        if has_value.any():
+            measures[name] = _with_interval(values[has_value])
+        else:
+            refused[name] = f"it has a value for none of the {counted(count, *model.modality.noun)}"
+        if has_value.any() and not has_value.all():
+            measures[name]["examples"] = int(has_value.sum())
     objective = model.modality.objective(model.config)
     interval = {end: objective.value(error) for end, error in _with_interval(sums.error).items()}
     if interval.get("low", 0) > interval.get("high", 0):  # the measure falls with the error

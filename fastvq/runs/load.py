@@ -178,19 +178,22 @@ def held_out_labels(prior: Prior, examples: Examples, rows: Tensor | Sequence[in
     return examples.test_labels[rows] if prior.classes and examples.test_labels is not None else None
 
 
-def conditions(prior: Prior, first: int, count: int, label: int | None, text: Tensor | None) -> Tensor | None:
+def conditions(
+    prior: Prior, first: int, count: int, label: int | None, text: Tensor | None, *, in_turn: bool = True
+) -> Tensor | None:
     """Return what a prior takes as labels of the samples from number `first` on, (count, ...), or None.
 
     Args:
         prior: the prior.
-        first: number of the first sample: without a label, each class comes in turn.
+        first: number of the first sample.
         count: number of samples.
         label: the class of all samples.
         text: the text indices (length,) of all samples, see `text_row`.
+        in_turn: whether each class comes in turn; otherwise samples without a label have no class.
     """
     if text is not None:
         return text.expand(count, -1)
-    if not prior.classes:
+    if not prior.classes or (label is None and not in_turn):
         return None
     return torch.arange(first, first + count) % prior.classes if label is None else torch.full((count,), label)
 

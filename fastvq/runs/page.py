@@ -37,7 +37,8 @@ h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 h1, p, td, figcaption { overflow-wrap: anywhere; }
 figure { margin: 1rem 0; overflow-x: auto; }
 img { width: 100%; min-width: 40rem; height: auto; display: block; }
-img.moving { image-rendering: pixelated; } audio { width: 100%; }
+img.moving { image-rendering: pixelated; }
+figure:has(audio) { display: inline-block; width: 18rem; margin: .3rem .8rem .3rem 0; } audio { width: 100%; }
 figcaption { color: #444; font-size: .9rem; margin-top: .4rem; position: sticky; left: 0; }
 figcaption b { color: #222; display: block; }
 table { border-collapse: collapse; margin: 1rem 0; }

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvq.data.examples import to_float
+from fastvq.data.folder import read_files
 from fastvq.errors import ConfigError, counted
 from fastvq.extras import Progress
 from fastvq.files import StrPath, check_new, whole, whole_folder
@@ -24,7 +26,7 @@ from .contrast import check_text, load_contrastive, similarity
 from .load import conditions, label_number, load_model, load_prior_of, run_examples, text_row
 from .outputs import check_ending, check_outside_data, is_folder, write_numbered
 from .run_page import write_run_page
-from .sample_pictures import picture_completions, picture_prior_samples, picture_samples, sampled_with
+from .sample_pictures import beginnings, picture_completions, picture_prior_samples, picture_samples, sampled_with
 
 DEFAULT_COUNT, GRID_COUNT = 100, 16
 _MOST_IN_GRID = 1024
@@ -41,6 +43,8 @@ def sample_run(
     text: str | None = None,
     rerank: int | None = None,
     complete: bool = False,
+    begin: StrPath | None = None,
+    share: float = 0.5,
     seed: int = 0,
     data: StrPath | None = None,
     **settings: Any,
@@ -61,6 +65,9 @@ def sample_run(
         rerank: number of samples that are drawn for a text, of which the `count` most similar to it by the run's
             contrastive model are kept, the most similar first.
         complete: write a picture of completions of held-out examples instead.
+        begin: a file whose beginning all samples keep: the upper part of an image, the first frames of a video, the
+            first seconds of a sound. Without a label, they are sampled without a class.
+        share: length of that beginning, as a share of the whole.
         seed: equal seeds give equal samples, and a smaller count gives the first samples of a larger one.
         data: where the data set of the run is now, see `run_examples`.
         settings: arguments of `Prior.sample`: temperature, top_k, top_p, guidance.
@@ -74,17 +81,21 @@ def sample_run(
     """
     check_range("seed", seed)
     if path is None:
-        given = {"count": count, "label": label, "text": text, "rerank": rerank, "complete": complete}
+        given = {"count": count, "label": label, "text": text, "rerank": rerank, "complete": complete, "begin": begin}
         return _sample_for_page(run, given, seed=seed, data=data, **settings)
+    if begin is not None and complete:
+        raise ConfigError("begin: a picture of completions has held-out examples for beginnings")
     model, config = load_model(run)
     modality = modality_of(config.modality)
     one, many = modality.noun
     check_ending(path, (*plots.FORMATS, *sorted(modality.played - {*plots.FORMATS}), ".npy"), folder=many)
     check_outside_data(path, run, data)
     folder, array = is_folder(path), Path(path).suffix.lower() == ".npy"
-    some = count is not None or label is not None or text is not None or rerank is not None
+    some = any(value is not None for value in (count, label, text, rerank, begin))
     if data is not None and (array or (not folder and some)):
         raise ConfigError(f"data: has no effect on {path}, which shows no held-out {many}")
+    if begin is not None:
+        settings["given"] = _beginning(model, config, begin, share)
     if not folder and not array:
         plays = Path(path).suffix.lower() in modality.played
         if some or (plays and not complete):
@@ -108,10 +119,10 @@ def sample_run(
     batches = _sample_batches(run, model, config, prior, _Request(count, label, text, rerank, seed, settings))
     if array:
         _write_array(path, (count, *prior.grid), batches)
-        order = f", row n of class n mod {prior.classes}" if prior.classes and label is None else ""
+        order = f", row n of class n mod {prior.classes}" if prior.classes and label is None and begin is None else ""
         return [f"{path}: indices of shape {(count, *prior.grid)}{order}"]
     names = None
-    if prior.classes:
+    if prior.classes and (label is not None or begin is None):
         # Earlier priors do not name their classes.
         names = _folder_names(prior.class_names or run_examples(run, data).class_names or (), prior.classes)
     _write_examples(path, model, config, batches, names)
@@ -155,9 +166,17 @@ def _write_grid(run: StrPath, path: StrPath, request: _Request) -> list[str]:
             title=f"{Path(run).resolve().name}: {counted(count, 'sample')}{_following(request)}",
             caption="Indices sampled one after the other from the prior and decoded."
             + ("" if request.rerank is None else f" The most similar to the text of {request.rerank}, best first.")
-            + sampled_with(settings),
+            + (" All have the same beginning." if "given" in settings else "")
+            + sampled_with({name: value for name, value in settings.items() if name != "given"}),
         )
     return [f"picture of {counted(count, 'sample')}{_following(request)}: {path}"]
+
+
+def _beginning(model: VQVAE, config: TrainConfig, path: StrPath, share: float) -> Tensor:
+    """Return the indices (1, *grid) of the first example in a file, with -1 behind its beginning."""
+    stored, _ = read_files([path], modality_of(config.modality).reader, config.example_format)
+    with torch.no_grad():
+        return beginnings(model, config, model.encode(to_float(stored[:1])), share)[0]
 
 
 def _sample_for_page(
@@ -197,11 +216,14 @@ def _sample_batches(run: StrPath, model: VQVAE, config: TrainConfig, prior: Prio
 
 def _drawn(prior: Prior, count: int, label: int | None, row: Tensor | None, request: _Request) -> _Batches:
     generator = torch.Generator().manual_seed(request.seed)
+    settings, given = request.settings, request.settings.get("given")
+    if given is not None:
+        settings = settings | {"given": given.expand(_BATCH, *given.shape[1:])}
     with Progress(count, "sample") as bar:
         for first in range(0, count, _BATCH):
-            labels = conditions(prior, first, _BATCH, label, row)
+            labels = conditions(prior, first, _BATCH, label, row, in_turn=given is None)
             # The last batch is complete too, so that a sample depends on the seed and its number, not on the count.
-            indices = prior.sample(_BATCH, labels, generator=generator, **request.settings)[: count - first]
+            indices = prior.sample(_BATCH, labels, generator=generator, **settings)[: count - first]
             yield indices, labels[: len(indices)].tolist() if prior.classes and labels is not None else None
             bar.update(len(indices))
 

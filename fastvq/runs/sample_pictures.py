@@ -143,11 +143,7 @@ def picture_completions(
     rows = shown_rows(examples, _COMPLETED)
     originals = to_float(examples.test[rows])
     indices = model.encode(originals)
-    if len(model.adapter.index_shape(config.feature_grid)) < len(config.feature_grid):
-        raise ConfigError(f"complete: the indices of this run are scales of whole {many}, which have no half")
-    half = indices.shape[1] // 2
-    given = indices.clone()
-    given[:, half:] = -1
+    given, half = beginnings(model, config, indices, 0.5)
     labels = held_out_labels(prior, examples, rows)
     completed = [
         model.restore(prior.sample(len(rows), labels, given=given, generator=generator, **settings)) for _ in range(3)
@@ -170,6 +166,31 @@ def picture_completions(
         " others. The seam should not show, and the samples should differ where one half does not determine the other.",
         captioned=captioned,
     )
+
+
+def beginnings(model: VQVAE, config: TrainConfig, indices: Tensor, share: float) -> tuple[Tensor, int]:
+    """Return indices (N, *grid) with -1 behind their beginnings, and the length of a beginning along the first axis.
+
+    The first axis is that of rows of an image, of frames of a video, of time of a sound.
+
+    Args:
+        model, config: the model of the indices, and its settings.
+        indices: as `model.encode` returns them.
+        share: length of a beginning, as a share of the whole.
+
+    Raises:
+        ConfigError: the indices have no beginning, or the share leaves nothing to keep or nothing to sample.
+    """
+    if len(model.adapter.index_shape(config.feature_grid)) < len(config.feature_grid):
+        many = modality_of(config.modality).noun[1]
+        raise ConfigError(f"complete: the indices of this run are scales of whole {many}, which have no beginning")
+    length = indices.shape[1]
+    kept = int(share * length)
+    if not 0 < kept < length:
+        raise ConfigError(f"share must keep 1 to {length - 1} of {length} positions, got {share}, which keeps {kept}")
+    given = indices.clone()
+    given[:, kept:] = -1
+    return given, kept
 
 
 @torch.no_grad()

@@ -141,17 +141,21 @@ class TrainedModel(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: float = 1.0,
+        given: Tensor | None = None,
         seed: int | None = None,
     ) -> Tensor:
         """Return new signals (count, C, *size), float32 in their range, decoded from samples of the prior.
 
         Args:
             count: number of signals.
-            label: their class, by number or by name; by default each class in turn, if the prior has classes.
+            label: their class, by number or by name; by default each class in turn, if the prior has classes and
+                nothing is given.
             text: what they show, for a prior that was trained on captions; by default they follow none.
             rerank: number of samples that are drawn, at least `count`: the ones that the contrastive model of the run
                 finds most similar to the text are returned, the most similar first. By default all that are drawn.
             temperature, top_k, top_p, guidance: see `fastvq.models.Prior.sample`.
+            given: indices to keep, (count, *grid), or (1, *grid) for all, with -1 at the places to sample: those that
+                `encode` returns for a signal, of which the beginning is kept, are continued.
             seed: equal seeds give equal samples, on equal devices; by default torch's random state decides.
 
         Raises:
@@ -172,11 +176,16 @@ class TrainedModel(nn.Module):
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
         sampled, drawn = [], rerank or count
+        if given is not None:
+            if given.shape[:1] not in ((1,), (drawn,)):
+                raise ValueError(f"given: must be indices of 1 or {drawn} signals, got {tuple(given.shape)}")
+            given = given.expand(drawn, *given.shape[1:])
         for first in range(0, drawn, _BATCH):
             number = min(_BATCH, drawn - first)
-            labels = conditions(prior, first, number, label, row)
+            labels = conditions(prior, first, number, label, row, in_turn=given is None)
             labels = None if labels is None else labels.to(self.device)
-            indices = prior.sample(number, labels, generator=generator, **settings)  # type: ignore[arg-type]
+            own = None if given is None else given[first : first + number]
+            indices = prior.sample(number, labels, given=own, generator=generator, **settings)  # type: ignore[arg-type]
             sampled.append(self.decode(indices))
         signals = torch.cat(sampled)
         if ranking is None or text is None:

@@ -9,27 +9,33 @@ import pytest
 import torch
 
 import fastvq
-from fastvq.models import VQVAE, AudioDecoder, AudioEncoder
+from fastvq.models import VQVAE, AudioDecoder, AudioEncoder, TransformDecoder, TransformEncoder
 from fastvq.models.audio import ACTIVATIONS, CausalConv1d, Past, fold_weights_
 
 SMALL: dict[str, Any] = {"strides": (2, 4), "width": 4, "dilations": (1, 3), "kernel": 5}
 STRIDE = 8
+NETWORKS: dict[str, tuple[Any, Any]] = {
+    "seanet": (AudioEncoder, AudioDecoder),
+    "transform": (TransformEncoder, TransformDecoder),
+}
 
 
-def tiny_codec(channels: int = 1, *, bottleneck: Any = None, **settings: Any) -> VQVAE:
+def tiny_codec(channels: int = 1, *, network: str = "seanet", bottleneck: Any = None, **settings: Any) -> VQVAE:
     torch.manual_seed(0)
     settings = SMALL | settings
+    encoder, decoder = NETWORKS[network]
     return VQVAE(
-        AudioEncoder(channels, 6, **settings),
+        encoder(channels, 6, **settings),
         bottleneck or fastvq.ResidualVQ(dim=6, num_quantizers=3, codebook_size=16, kmeans_init=True),
-        AudioDecoder(6, channels, **settings),
+        decoder(6, channels, **settings),
     )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("channels", [1, 2])
-def test_shapes_and_gradients(channels: int, activation: str) -> None:
-    model = tiny_codec(channels, activation=activation)
+def test_shapes_and_gradients(channels: int, network: str, activation: str) -> None:
+    model = tiny_codec(channels, network=network, activation=activation)
     x = torch.randn(4, channels, 10 * STRIDE)
     output = model(x)
     assert output.reconstruction.shape == x.shape
@@ -42,9 +48,10 @@ def test_shapes_and_gradients(channels: int, activation: str) -> None:
     assert torch.equal(model.decode(model.encode(x)), model(x).reconstruction)
 
 
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nothing_depends_on_what_follows(activation: str) -> None:
-    model = tiny_codec(activation=activation).double()
+def test_nothing_depends_on_what_follows(activation: str, network: str) -> None:
+    model = tiny_codec(network=network, activation=activation).double()
     x = torch.randn(1, 1, 12 * STRIDE, dtype=torch.float64)
     z = model.encoder(x)
     for frame in (0, 3, 11):
@@ -57,7 +64,7 @@ def test_nothing_depends_on_what_follows(activation: str) -> None:
         later, own = z.clone(), z.clone()
         later[..., frame + 1 :] += 1
         own[..., frame] += 1
-        y, end = model.decoder(z), STRIDE * (frame + 1)
+        y, end = model.decoder(z), STRIDE * (frame + 1) - model.decoder.delay
         assert torch.equal(model.decoder(later)[..., :end], y[..., :end])
         assert not torch.allclose(model.decoder(own)[..., end - STRIDE], y[..., end - STRIDE])
 
@@ -94,23 +101,25 @@ def test_weights_keep_their_direction_and_copies_are_independent() -> None:
     assert not torch.equal(twin.encoder(x), model.encoder(x))
 
 
-def test_the_past_holds_what_each_layer_looks_back_to() -> None:
-    encoder = tiny_codec().double().encoder
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_past_holds_what_each_layer_looks_back_to(network: str) -> None:
+    encoder = tiny_codec(network=network).double().encoder
     x = torch.randn(3, 1, 12 * STRIDE, dtype=torch.float64)
     past = Past()
     chunks = [encoder(chunk, past) for chunk in x.split([STRIDE, 4 * STRIDE, 7 * STRIDE], -1)]
     torch.testing.assert_close(torch.cat(chunks, -1), encoder(x))
 
 
-def test_the_last_weight_belongs_to_the_last_layer() -> None:
-    model = tiny_codec()
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_last_weight_belongs_to_the_last_layer(network: str) -> None:
+    model = tiny_codec(network=network)
     output = model(torch.randn(2, 1, 4 * STRIDE)).reconstruction
     (gradient,) = torch.autograd.grad(output.square().mean(), model.decoder.last_weight)
     assert gradient.abs().sum() > 0
-    assert model.decoder.last_weight.shape[0] == 1
+    assert model.decoder.last_weight.shape[0] == {"seanet": 1, "transform": STRIDE}[network]
 
 
-@pytest.mark.parametrize("network", [AudioEncoder, AudioDecoder])
+@pytest.mark.parametrize("network", [AudioEncoder, AudioDecoder, TransformEncoder, TransformDecoder])
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

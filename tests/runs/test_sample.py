@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fastvq
 from fastvq import coding
 from fastvq.cli.main import main
 from fastvq.data import load_image_folder
@@ -176,6 +177,8 @@ def test_sampled_indices_go_through_files(plain, tmp_path, how):
         (["--out=x.png", "--count=1025"], "in a picture, got 1025; a folder or an .npy holds more"),
         (["--out=x.PNG", "--complete", "--label=1"], "--complete: a picture of completions takes neither count nor"),
         (["--out=x.npy", "--complete"], "--complete: draws a picture, whose ending is .png, "),
+        (["--begin=x.png"], "--begin: the page of the run has its own samples: give an output"),
+        (["--out=x.png", "--complete", "--begin=x.png"], "--begin: a picture of completions has held-out examples"),
         (["--out=x", "--complete"], "--complete: draws a picture"),
         (
             ["--out=x.gif"],
@@ -219,3 +222,35 @@ def test_half_of_the_samples_are_none(classed, tmp_path, monkeypatch, out):
     monkeypatch.setattr(TransformerPrior, "sample", once)
     assert main(["sample", str(classed), f"--out={tmp_path / out}", "--count=101"]) == 130
     assert not list(tmp_path.iterdir())
+
+
+def test_samples_keep_a_given_beginning(classed, tmp_path):
+    drawing = tmp_path / "drawing.png"
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(drawing)
+    own = fastvq.load(classed).encode(torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)).numpy()
+    begun = sample(classed, tmp_path / "begun.npy", f"--begin={drawing}", "--share=0.75", "--count=3")
+    assert begun.shape == (3, 4, 4)
+    assert (begun[:, :3] == own[:, :3]).all()
+    assert not (begun[0] == begun[1]).all()
+    named = sample(classed, tmp_path / "named.npy", f"--begin={drawing}", "--share=0.75", "--count=3", "--label=1")
+    given = torch.from_numpy(own).expand(100, 4, 4).clone()
+    given[:, 3:] = -1
+    for found, labels in ((begun, None), (named, torch.ones(100, dtype=torch.int64))):
+        generator = torch.Generator().manual_seed(0)
+        expected = load_prior(classed)[0].sample(100, labels, given=given, generator=generator)[:3]
+        assert np.array_equal(found, expected.numpy())
+    sample(classed, tmp_path / "begun.png", f"--begin={drawing}", "--count=2")
+    sample(classed, tmp_path / "begun", f"--begin={drawing}", "--count=2")
+    assert files(tmp_path / "begun") == ["000000.png", "000001.png"]
+
+
+def test_a_beginning_leaves_something_to_sample(classed, tmp_path, capsys):
+    drawing = tmp_path / "drawing.png"
+    Image.new("L", (16, 16), 90).save(drawing)
+    for share, kept in (("1", 4), ("0.2", 0)):
+        options = ["sample", str(classed), f"--out={tmp_path / 'x.npy'}", f"--begin={drawing}", f"--share={share}"]
+        assert main(options) == 2
+        assert (
+            f"share must keep 1 to 3 of 4 positions, got {float(share)}, which keeps {kept}" in capsys.readouterr().err
+        )
+    assert not (tmp_path / "x.npy").exists()
