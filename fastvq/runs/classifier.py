@@ -46,8 +46,14 @@ class Classifier(nn.Module):
         return self.head(self.features(x))
 
 
-def train_classifier(examples: Examples, *, steps: int = STEPS, seed: int = 0) -> Classifier:
+def train_classifier(examples: Examples, *, steps: int = STEPS, seed: int = 0, mirrored: bool = True) -> Classifier:
     """Train a classifier of a data set's classes and return it in eval mode; torch's random state stays unchanged.
+
+    Args:
+        examples: the data set.
+        steps: training steps.
+        seed: seed of weights and of the order of the images.
+        mirrored: whether it also learns from mirrored images.
 
     Raises:
         ValueError: the images have no classes.
@@ -61,7 +67,8 @@ def train_classifier(examples: Examples, *, steps: int = STEPS, seed: int = 0) -
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_RATE, total_steps=steps + 1)
         for step in tracked(range(steps), steps, "step"):
             rows = batch_rows(step, count=len(examples.train), batch_size=min(_BATCH, len(examples.train)), seed=seed)
-            x = flip_randomly(to_float(examples.train[rows]), step, seed=seed)
+            x = to_float(examples.train[rows])
+            x = flip_randomly(x, step, seed=seed) if mirrored else x
             loss = F.cross_entropy(model(x), examples.train_labels[rows])
             optimizer.zero_grad()
             loss.backward()

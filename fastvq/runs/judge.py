@@ -132,7 +132,7 @@ def judge(
     signals = {name: torch.cat([model.restore(p) for p in own.split(_BATCH)]) for name, own in found.items()}
     real = to_float(examples.train[torch.randperm(len(examples.train), generator=generator)[:count]])
     measures: dict[str, dict[str, float]] = {}
-    features, judged_by = _features(model, examples, steps)
+    features, judged_by = _features(model, examples, steps, mirrored=config.mirrored)
     if isinstance(features, Classifier) and examples.test_labels is not None:
         expected = examples.test_labels[rows]
         assigned = {name: _by_parts(features, own).argmax(1) for name, own in signals.items()}
@@ -179,11 +179,13 @@ def precision_and_recall(real: Tensor, other: Tensor, neighbors: int = _NEIGHBOR
     return float(precision.double().mean()), float(recall.double().mean())
 
 
-def _features(model: VQVAE, examples: Examples, steps: int) -> tuple[Callable[[Tensor], Tensor], str]:
+def _features(
+    model: VQVAE, examples: Examples, steps: int, *, mirrored: bool
+) -> tuple[Callable[[Tensor], Tensor], str]:
     """Return what turns signals into features to compare, and its name: a classifier of images with classes."""
     if examples.train_labels is not None and examples.train.dim() == 4:
         with torch.enable_grad():
-            return train_classifier(examples, steps=steps), "classifier"
+            return train_classifier(examples, steps=steps, mirrored=mirrored), "classifier"
     return lambda x: _halves(model.encoder(x)), "encoder"
 
 
