@@ -11,7 +11,6 @@ Source: Xiao, Rasul, Vollgraf 2017, Fashion-MNIST (MIT license, see fashion_mnis
 
 from __future__ import annotations
 
-import gzip
 import io
 import lzma
 from pathlib import Path
@@ -20,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastvq.errors import DataError
 from fastvq.files import StrPath, write_whole
 
+from .benchmark_files import read_idx
 from .examples import Examples
 from .registry import FULL, FULL_FOLDER, SUBSET
 
@@ -85,20 +84,9 @@ def load_full_fashion_mnist(root: StrPath = DEBIAN) -> Examples:
 
 
 def _read_split(root: StrPath, split: str) -> tuple[Array, Array]:
-    root = Path(root)
-    return _read_idx(root / f"{split}-images-idx3-ubyte.gz"), _read_idx(root / f"{split}-labels-idx1-ubyte.gz")
-
-
-def _read_idx(path: Path) -> Array:
-    """Read unsigned bytes in IDX format: two zero bytes, type 8, the number of axes, then each big-endian size."""
-    if not path.is_file():
-        raise DataError(f"{path} is missing: install Debian's package dataset-fashion-mnist")
-    content = gzip.decompress(path.read_bytes())
-    if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise DataError(f"{path} is not an IDX file of unsigned bytes")
-    axes = content[3]
-    shape = np.frombuffer(content, ">u4", axes, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
+    files = [Path(root) / f"{split}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+    images, labels = (read_idx(path, missing="install Debian's package dataset-fashion-mnist") for path in files)
+    return images, labels
 
 
 def _first_of_each_class(images: Array, labels: Array, count: int) -> tuple[Array, Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastvq.errors import DataError
 from fastvq.files import StrPath
 
+from .benchmark_files import load_benchmark_files
 from .examples import Examples
 from .folder import load_folder
 from .image_format import ImageFormat
@@ -29,7 +30,7 @@ def load_image_folder(
     See `fastvq.data.load_folder` for the split, the cache, classes and captions.
 
     Args:
-        root: a folder of image files, or of tar shards.
+        root: a folder of image files, of tar shards, or of the files of a benchmark set, see `load_benchmark_files`.
         image_size: height of the images in pixels, and their width unless `image_width` is given.
         image_width: width in pixels.
         grayscale: one channel instead of three.
@@ -44,6 +45,8 @@ def load_image_folder(
         MissingExtraError: Pillow is not installed, or webdataset for tar shards.
     """
     target = ImageFormat(image_size, image_width or image_size, grayscale, fit)
+    if crop_from is None and (found := load_benchmark_files(root, target)) is not None:
+        return found
     stored = target
     if crop_from is not None:
         if crop_from < image_size:

@@ -17,8 +17,9 @@ from .pixel_config import PixelConfig
 class ImageConfig(PixelConfig):
     """Settings of a VQ-VAE of images and of its training; see `TrainConfig`.
 
-    Presets are today's network, one in the style of VQGAN (arXiv 2012.09841), and a VQ-VAE-2 (arXiv 1906.00446). A
-    folder holds photographs rather than the small gray images that the defaults are for.
+    Presets are today's network, one in the style of VQGAN (arXiv 2012.09841), that of Sonnet's example of CIFAR-10, and
+    a VQ-VAE-2 (arXiv 1906.00446). A folder holds photographs rather than the small gray images that the defaults are
+    for.
     """
 
     modality: ClassVar[str] = "image"
@@ -31,6 +32,16 @@ class ImageConfig(PixelConfig):
             "norm_groups": 16,
             "attention": True,
             "learning_rate": 1e-3,
+        },
+        # Sonnet's example of CIFAR-10, which has no cosine decay and 2 residual blocks on both sides.
+        "sonnet": {
+            "width": 128,
+            "decoder_blocks": 2,
+            "flip": False,
+            "learning_rate": 3e-4,
+            "steps": 10_000,
+            "warmup_steps": 0,
+            "reconstruction_variance": 0.0633,
         },
         "vqvae2": {"grids": 2, "downsamples": 1, "learning_rate": 1e-3},
     }
