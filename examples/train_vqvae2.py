@@ -1,4 +1,4 @@
-"""Train a VQ-VAE with one grid of indices and a VQ-VAE-2 with two, of equal size and equal bits, and a prior.
+"""Train a VQ-VAE with one grid of indices and a VQ-VAE-2 with two, with the same networks and equal bits, and a prior.
 
 python examples/train_vqvae2.py [--data noto-emoji] [--image-size 32] [--steps 800] [--prior-steps 400] [--run DIR]
 
@@ -34,13 +34,13 @@ TWO = ImageConfig(
     grids=2,
     codebook_size=64,
     dim=32,
-    width=32,
-    residual_width=16,
+    width=56,
+    residual_width=24,
     batch_size=16,
     learning_rate=2e-3,
 )
 # Fine indices alone, each of log2 181 = 7.5 bits, take as many bits as fine and coarse ones of 6 bits each.
-ONE = dataclasses.replace(TWO, grids=1, codebook_size=181, width=56, residual_width=24)
+ONE = dataclasses.replace(TWO, grids=1, codebook_size=181)
 
 
 def main() -> None:

@@ -36,8 +36,7 @@ def load_benchmark_files(root: StrPath, format: ImageFormat) -> Examples | None:
     folder = Path(root)
     found = None
     if any((folder / f"train-images-idx3-ubyte{ending}").is_file() for ending in ("", ".gz")):
-        parts = [*_idx_split(folder, "train"), *_idx_split(folder, "t10k")]
-        found = _as_examples(folder, *parts, ())
+        found = _as_examples(folder, *_idx_split(folder, "train"), *_idx_split(folder, "t10k"), ())
     for held_out, (learned, labels, names) in _CIFAR.items():
         if (folder / held_out).is_file():
             train = [_cifar_batch(folder / name, labels) for name in learned]
@@ -56,7 +55,7 @@ def load_benchmark_files(root: StrPath, format: ImageFormat) -> Examples | None:
     return found
 
 
-def read_idx(path: Path, *, missing: str) -> Array:
+def read_idx(path: StrPath, *, missing: str) -> Array:
     """Read unsigned bytes in IDX format: two zero bytes, type 8, the number of axes, then each big-endian size.
 
     Args:
@@ -66,6 +65,7 @@ def read_idx(path: Path, *, missing: str) -> Array:
     Raises:
         DataError: there is no such file, or it is none of this format.
     """
+    path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} is missing: {missing}")
     try:
