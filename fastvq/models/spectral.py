@@ -37,7 +37,7 @@ def magnitudes(x: Tensor, window: int, hop: int, *, floor: float = FLOOR) -> Ten
     return power.clamp_min(floor**2).sqrt().reshape(*x.shape[:-1], *power.shape[1:])
 
 
-def mel_filters(sample_rate: int, window: int, bands: int) -> Tensor:
+def mel_filters(sample_rate: int, window: int, bands: int, device: torch.device | str = "cpu") -> Tensor:
     """Return triangular filters (bands, window / 2 + 1) whose centers are equidistant on the mel scale.
 
         mel(f) = 2595 log10(1 + f / 700)
@@ -48,21 +48,22 @@ def mel_filters(sample_rate: int, window: int, bands: int) -> Tensor:
 
     Source: O'Shaughnessy, Speech Communication, 1987, for the scale; Davis and Mermelstein 1980 for the filters.
     """
-    return _mel_filters(sample_rate, window, bands)
+    return _mel_filters(sample_rate, window, bands, torch.device(device))
 
 
+# Kept on the device: a copy in each step would let training wait for it.
 @functools.lru_cache(maxsize=32)
-def _mel_filters(sample_rate: int, window: int, bands: int) -> Tensor:
+def _mel_filters(sample_rate: int, window: int, bands: int, device: torch.device) -> Tensor:
     top = 2595 * math.log10(1 + sample_rate / 2 / 700)
-    mels = torch.linspace(0, top, bands + 2, dtype=torch.float64)
+    mels = torch.linspace(0, top, bands + 2, dtype=torch.float64, device="cpu")
     edges = 700 * (10 ** (mels / 2595) - 1)
-    frequencies = torch.linspace(0, sample_rate / 2, window // 2 + 1, dtype=torch.float64)
+    frequencies = torch.linspace(0, sample_rate / 2, window // 2 + 1, dtype=torch.float64, device="cpu")
     low, center, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     filters = torch.minimum((frequencies - low) / (center - low), (high - frequencies) / (high - center)).clamp_min(0)
     empty = filters.amax(1) == 0
     nearest = (frequencies - center).abs().argmin(1)
     filters[empty, nearest[empty]] = 1
-    return filters.float()
+    return filters.float().to(device, non_blocking=True)
 
 
 def log_mel(x: Tensor, sample_rate: int, *, window: int = 1024, hop: int = 256, bands: int = 80) -> Tensor:
@@ -70,7 +71,7 @@ def log_mel(x: Tensor, sample_rate: int, *, window: int = 1024, hop: int = 256, 
 
     A sine of amplitude 1 in the middle of a band has about 0 dB, and digital silence -80 dB.
     """
-    filters = mel_filters(sample_rate, window, bands).to(x.device)
+    filters = mel_filters(sample_rate, window, bands, x.device)
     return 20 * (filters @ magnitudes(x, window, hop, floor=_BELOW)).clamp_min(FLOOR).log10()
 
 
@@ -104,7 +105,7 @@ def mel_loss(
     """
     total = estimate.new_zeros(())
     for window, bands in windows:
-        filters = mel_filters(sample_rate, window, bands).to(target.device)
+        filters = mel_filters(sample_rate, window, bands, target.device)
         own, wanted = (filters @ magnitudes(x, window, window // 4, floor=_BELOW) for x in (estimate, target))
         total = total + (own.clamp_min(FLOOR).log() - wanted.clamp_min(FLOOR).log()).abs().mean()
     return total / len(windows)

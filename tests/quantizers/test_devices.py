@@ -18,8 +18,9 @@ from fastvq.backends import devices, reference
 from fastvq.backends.support import GRADIENTS
 from fastvq.backends.torch import search
 from fastvq.data import Examples
-from fastvq.modalities import ImageConfig
+from fastvq.modalities import AudioConfig, ImageConfig, VideoConfig
 from fastvq.models.priors import PRIORS
+from fastvq.quantizers import VectorQuantize
 from fastvq.training import Trainer
 from fastvq.training.config import PriorConfig
 from fastvq.training.prior import IndexData, PriorTrainer, bits_per_index
@@ -152,14 +153,30 @@ def test_the_other_mode_sees_two_devices_and_what_waits():
                 mistake()
 
 
-def test_a_vqvaes_training_step(tmp_path, monkeypatch):
+_AUDIO = {"clip_length": 2048, "crop_length": 1024, "strides": "4,8", "width": 4, "sample_rate": 8000}
+MODALITIES = {
+    "image": ImageConfig(data="some", image_size=16, width=8, device="meta", dim=8, codebook_size=24, batch_size=8),
+    "video": VideoConfig(
+        data="some", frame_size=16, frames=5, width=8, device="meta", dim=8, codebook_size=24, batch_size=8
+    ),
+    "audio": AudioConfig(data="some", device="meta", dim=8, codebook_size=24, batch_size=8, **_AUDIO),
+    "audio, transform": AudioConfig(
+        data="some", device="meta", dim=8, codebook_size=24, batch_size=8, network="transform", **_AUDIO
+    ),
+}
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_a_vqvaes_training_step(modality, tmp_path, monkeypatch):
     """K-means may wait once, nothing else."""
     monkeypatch.setattr(devices, "usable_device", torch.device)  # as if it were a device with values
-    pixels = torch.zeros(16, 1, 16, 16, dtype=torch.uint8)
-    images = Examples("gray", pixels, pixels, ("gray",) * 16)
-    config = ImageConfig(data="gray", image_size=16, width=8, dim=8, codebook_size=24, batch_size=8, device="meta")
-    trainer = Trainer(config, images, tmp_path)
-    trainer.model.bottleneck._codebook._ready = True
+    config = MODALITIES[modality]
+    dtype = torch.int16 if isinstance(config, AudioConfig) else torch.uint8
+    stored = torch.zeros(16, *config.example_format.shape, dtype=dtype)
+    trainer = Trainer(config, Examples("some", stored, stored, ("some",) * 16), tmp_path)
+    for part in trainer.model.modules():
+        if isinstance(part, VectorQuantize):
+            part._codebook._ready = True
     with Fed():
         for _ in range(2):
             trainer.train_step()
