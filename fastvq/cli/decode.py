@@ -16,7 +16,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "out",
         metavar="OUT",
-        help="a new folder for images or other examples; .png or the like for a single one; .npy for indices",
+        help="a new folder for images or other examples; .png or the like for a single one; .flac, .mp4 or the like for"
+        " all clips one after the other; .npy for indices",
     )
     parser.add_argument("--run", type=Path, metavar="DIR", dest="run_folder", help="the run whose model decodes")
     limits = parser.add_argument_group("limits of what a file from anywhere may cost")

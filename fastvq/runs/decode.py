@@ -29,8 +29,8 @@ def decode_examples(run: StrPath, source: StrPath, path: StrPath, *, limits: cod
     Args:
         run: folder of the run whose model decodes.
         source: the coded file.
-        path: a new folder for files; or, for a file of one example, a file to write, whose ending is one of those that
-            the modality writes.
+        path: a new folder for files; or a file to write, whose ending is one of those that the modality writes, for a
+            file of one example. Clips of audio or video go into one file one after the other, as a long file was cut.
         limits: a file that exceeds one of them is refused.
 
     Raises:
@@ -58,13 +58,17 @@ def decode_examples(run: StrPath, source: StrPath, path: StrPath, *, limits: cod
             f"{source} holds indices of shape {header.shape} in {range_of(header.codebook_size)}{missing};"
             f" {with_article(one)} of {run} is {' x '.join(map(str, shape))} indices in {range_of(size)}"
         )
-    if not is_folder(path) and header.shape[0] != 1:
+    joined = modality.seconds(config) is not None
+    if not is_folder(path) and header.shape[0] != 1 and not joined:
         raise ConfigError(f"out: {path} would hold one {one}, but {source} holds {header.shape[0]}: give a new folder")
     indices = _decoded(data, run, fingerprint=coding.fingerprint(vqvae), limits=limits)
     with torch.no_grad():
         if not is_folder(path):
+            batches = tracked(indices.split(_BATCH), len(indices), one, count=len)
+            # Time is the first axis of a clip (C, T, ...).
+            signal = torch.cat([clip for batch in batches for clip in vqvae.restore(batch)], 1)
             with whole(path) as file:
-                modality.write(file, vqvae.restore(indices)[0], config, Path(path).suffix)
+                modality.write(file, signal, config, Path(path).suffix)
         else:
             with whole_folder(path) as partial:
                 batches = tracked(indices.split(_BATCH), len(indices), one, count=len)
