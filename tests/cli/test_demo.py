@@ -21,29 +21,23 @@ from fastvq.demo import images as demo
 from fastvq.training.checkpoint import checkpoint_folders
 from fastvq.training.config import PriorConfig
 
-
-def test_the_demo_evaluates_and_draws_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: Counter[str]
-) -> None:
-    monkeypatch.setattr(demo, "DEMO_PRIOR", SMALL_PRIOR)
-    assert main(["demo", f"--out={tmp_path / 'demo'}", *SHORT_DEMO, "--steps=2"]) == 0
-    pictures = ("reconstructions", "curves", "usage", "indices", "samples", "completions", "neighbors")
-    expected = {f"demo/{name}.png": 1 for name in pictures} | {"prior/curves.png": 1}
-    assert calls == {**expected, "VectorQuantize": 1, "NoBottleneck": 1, "TransformerPrior": 1}
-
-
 SMALL_PRIOR = PriorConfig(dim=16, depth=1)
 
 
 SHORT_DEMO = ["--ceiling-steps=2", "--prior-steps=2", "--classifier-steps=2"]
 
 
+PICTURES = ("reconstructions", "curves", "usage", "indices", "samples", "completions", "neighbors")
+
+
 def test_demo_writes_pictures_metrics_a_page_and_a_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, calls: Counter[str]
 ) -> None:
     run = tmp_path / "demo"
     monkeypatch.setattr(demo, "DEMO_PRIOR", SMALL_PRIOR)
     assert main(["demo", f"--out={run}", *SHORT_DEMO, "--steps=3"]) == 0
+    drawn = {f"demo/{name}.png": 1 for name in PICTURES} | {"prior/curves.png": 1}
+    assert calls == {**drawn, "VectorQuantize": 1, "NoBottleneck": 1, "TransformerPrior": 1}  # each once
     metrics = json.loads((run / "metrics.json").read_text())
     assert 0 < metrics["psnr_db"] < 40
     assert 0 < metrics["ceiling_psnr_db"] < 40
@@ -76,16 +70,7 @@ def test_demo_writes_pictures_metrics_a_page_and_a_table(
     assert "http" not in page
     assert 0 < bits["prior"] < 10
     assert metrics["coded_bytes"] == (run / "images.fvq").stat().st_size < metrics["pixel_bytes"] / 10
-    for name in (
-        "reconstructions.png",
-        "curves.png",
-        "usage.png",
-        "indices.png",
-        "samples.png",
-        "completions.png",
-        "neighbors.png",
-        "prior/curves.png",
-    ):
+    for name in (*(f"{name}.png" for name in PICTURES), "prior/curves.png"):
         assert (run / name).stat().st_size > 10_000
     table = capsys.readouterr().out
     assert f"{metrics['psnr_db']:.2f} dB" in table
@@ -182,6 +167,7 @@ def test_ctrl_c_ends_the_demo_at_every_stage(tmp_path: Path, monkeypatch: pytest
     assert checkpoint_folders(tmp_path)[-1].name == "step-00000002"
 
 
+@pytest.mark.usefixtures("small_demo")
 def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastvq.training.trainer import Trainer
 
@@ -195,7 +181,6 @@ def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
             os.kill(os.getpid(), signal.SIGINT)
 
     arguments = ["demo", f"--out={tmp_path}", *SHORT_DEMO, "--steps=4", "--ceiling-steps=3"]
-    monkeypatch.setattr(demo, "DEMO_PRIOR", SMALL_PRIOR)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", step_and_interrupt)
         assert main(arguments) == 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,8 +19,9 @@ LIMIT_MB = 40
 if not Path("/proc/self/clear_refs").exists():
     pytest.skip("needs Linux's /proc/self/clear_refs to restart the peak", allow_module_level=True)
 
-MEASURE = """
-import re, sys
+# One process imports torch, and measures each request in a fork of its own.
+SERVER = """
+import json, os, re, sys
 import torch, fastvq
 
 n, k, d = map(int, sys.argv[1:4])
@@ -27,44 +29,62 @@ n, k, d = map(int, sys.argv[1:4])
 def status(field):
     return int(re.search(field + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1e3
 
-def rows(n, k):
-    return torch.randn(1, n, {dim}, requires_grad=True)
+def measure(layer, dim, forward, also):
+    make, width, options = (eval(f"lambda k: {code}") for code in (layer, dim, f"dict({forward})"))
 
-def step(layer, x):
-    results = layer(x, {forward})
-    results = results if isinstance(results, tuple) else (results,)
-    terms = [r.square().mean() for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
-    if terms:
-        sum(terms).backward()
+    def rows(n, k):
+        return torch.randn(1, n, width(k), requires_grad=True)
 
-def layer(k):
-    return {layer}
+    def step(layer, x):
+        results = layer(x, **options(k))
+        results = results if isinstance(results, tuple) else (results,)
+        terms = [r.square().mean() for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
+        if terms:
+            sum(terms).backward()
 
-step(layer(16), rows(16, 16))
-measured, x = layer(k), rows(n, k)
-open("/proc/self/clear_refs", "w").write("5")
-before = status("VmRSS")
-step(measured, x)
-{also}
-print(status("VmHWM") - before)
+    step(make(16), rows(16, 16))
+    measured, x = make(k), rows(n, k)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    step(measured, x)
+    exec(also)
+    return status("VmHWM") - before
+
+for line in sys.stdin:
+    request = json.loads(line)
+    backend = request.pop("backend")
+    child = os.fork()
+    if child == 0:
+        with fastvq.use_backend(backend) if backend else torch.enable_grad():
+            print(measure(**request), flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print("failed", flush=True)
 """
 
 
-def peak_mb(backend, layer, *, dim="d", forward="", also=""):
-    command = [sys.executable, "-c", MEASURE.format(layer=layer, dim=dim, forward=forward, also=also)]
+@pytest.fixture(scope="module")
+def peak_mb():
+    """Return a function that measures a training step in a process of its own."""
     # glibc then returns every larger block at once: what is measured is what is alive, not the holes in between.
-    environment = os.environ | {"FASTVQ_BACKEND": backend, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    run = subprocess.run(
-        [*command, str(N), str(K), str(D)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    return float(run.stdout)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", SERVER, str(N), str(K), str(D)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as server:
+
+        def measure(backend, layer, *, dim="d", forward="", also=""):
+            request = {"backend": backend, "layer": layer, "dim": dim, "forward": forward, "also": also}
+            print(json.dumps(request), file=server.stdin, flush=True)
+            return float(server.stdout.readline())
+
+        yield measure
+        server.stdin.close()
 
 
 @pytest.mark.parametrize(
     "options", ["", "use_cosine_sim=True", "learnable_codebook=True", "kmeans_init=True, kmeans_iters=1"]
 )
-def test_training_step(backend, options):
+def test_training_step(peak_mb, backend, options):
     # k-means++ also holds the rows drawn so far and those of a round, (K, D) each.
     limit = 1.25 * LIMIT_MB if "kmeans" in options else LIMIT_MB
     assert peak_mb(backend, f"fastvq.VectorQuantize(d, k, threshold_ema_dead_code=2, {options})") < limit
@@ -108,7 +128,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_training_step_of_every_quantizer(name):
+def test_training_step_of_every_quantizer(peak_mb, name):
     layer, dim, forward = LAYERS[name]
     # These hold several codes or scales of each vector, or the mean probabilities of some positions.
     several = 2 if name in ("topk", "beam", "hierarchical", "diversity") else 1
@@ -116,7 +136,7 @@ def test_training_step_of_every_quantizer(name):
     assert peak_mb("", layer, dim=dim, forward=forward) < several * LIMIT_MB
 
 
-def test_the_measurement_sees_a_matrix():
+def test_the_measurement_sees_a_matrix(peak_mb):
     matrix_mb = N * K * 4 / 1e6
     assert matrix_mb > 6 * LIMIT_MB
     layer = "fastvq.VectorQuantize(d, k)"
@@ -136,7 +156,7 @@ def test_the_measurement_sees_a_matrix():
         "*fastvq.binary_assign(x[:, :13], floor=1e-5)",
     ],
 )
-def test_streams(backend, results):
+def test_streams(peak_mb, backend, results):
     require_support(backend, "binary_assign_forward" if "binary_assign" in results else "search")
     layer = f"(lambda e: lambda rows: (lambda x: (x.sum(), {results}))(rows[0]))(torch.randn(k, d, requires_grad=True))"
     tiles = 2 if backend == "torch" else 1  # torch operations hold several temporaries of a tile
