@@ -84,6 +84,10 @@ inline const int64_t* integers(const Tensor& tensor) {
   return static_cast<const int64_t*>(tensor.const_data_ptr());
 }
 
+inline const int64_t* integers(const std::optional<Tensor>& tensor) {
+  return tensor ? integers(*tensor) : nullptr;
+}
+
 inline const float* floats(const Tensor& tensor) {
   return static_cast<const float*>(tensor.const_data_ptr());
 }

@@ -65,13 +65,14 @@ def sample_inputs():
         x, codebook = normal(2, 7, 5, dtype=dtype), normal(4, 5)
         settings = {"metric": "distance", "scale": 2.0, "floor": 1e-5}
         yield "soft_assign_forward", (x, codebook, kept), {**settings, "statistics": True}
-        yield "soft_assign_forward", (x, codebook, None), {**settings, "metric": "dot", "statistics": False}
-        logsumexp = reference.soft_assign_forward(x, codebook, kept, **settings, statistics=False)[0]
+        chosen = torch.stack([indices, indices.flip(0)])
+        yield "soft_assign_forward", (x, codebook, None, chosen), {**settings, "metric": "dot", "statistics": False}
+        sums = reference.soft_assign_forward(x, codebook, kept, **settings, statistics=False)[:2]
         grads = [normal(*shape, dtype=dtype) for shape in ((2, 7), (2, 7), (2, 4), (2, 7, 5))]
         needs = {"need_x": True, "need_codebook": True}
-        yield "soft_assign_backward", (x, codebook, kept, logsumexp, *grads), settings | needs
+        yield "soft_assign_backward", (x, codebook, kept, *sums, chosen, *grads), settings | needs
         needs = {"need_x": False, "need_codebook": True}
-        yield "soft_assign_backward", (x, codebook, kept, logsumexp, *grads[:2], None, None), settings | needs
+        yield "soft_assign_backward", (x, codebook, kept, *sums, None, *grads[:2], None, None), settings | needs
     for dtype in DTYPES:
         yield "min_distance_", (normal(7).abs(), normal(7, 5, dtype=dtype), normal(2, 5)), {}
     yield "min_distance_", (normal(14).abs()[::2], normal(5, 7).T, normal(1, 5, dtype=torch.float16)), {}

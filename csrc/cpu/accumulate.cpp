@@ -1,8 +1,6 @@
 #include "accumulate.h"
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 namespace fastvq {
 namespace {
@@ -20,8 +18,7 @@ void prefetch(const void* row, int64_t bytes) {
 RowsByCode::RowsByCode(const int64_t* indices, int64_t rows, int64_t size) : start_(size + 1) {
   for (int64_t n = 0; n < rows; ++n) {
     const int64_t k = indices[n];
-    if (k < -1 || k >= size)
-      throw std::out_of_range("indices: must lie in [-1, " + std::to_string(size) + "), got " + std::to_string(k));
+    check_index(k, size);
     if (k >= 0) ++start_[k + 1];
   }
   for (int64_t k = 0; k < size; ++k) start_[k + 1] += start_[k];

@@ -109,7 +109,7 @@ enum class SoftMetric { distance, l2, dot };
 
 // Parameters of u = dL/dp for the logits of a row, from upstream gradients; see soft_assign.h.
 struct Slope {
-  float logsumexp, entropy_grad, log_floor;
+  float maximum, log_sum, entropy_grad, log_floor;
   const float* share;  // dL/dmean / rows, or null
   bool products;       // u begins as its negated content
 };
@@ -124,7 +124,7 @@ struct SoftKernels {
   // The sum of exp(logit - shift).
   float (*exp_sum)(const float* logits, int64_t count, float shift);
   // mean += p; returns -sum p max(ln p, log_floor).
-  float (*assign)(const float* logits, int64_t count, float logsumexp, float log_floor, float* mean);
+  float (*assign)(const float* logits, int64_t count, float maximum, float log_sum, float log_floor, float* mean);
   // p and u; returns sum p u.
   float (*slopes)(const float* logits, int64_t count, const Slope& slope, float* p, float* u);
   // p to the weight of e - x in the gradient of x: p (u - center) scale, times 2 for l2, over |x - e| for distance.

@@ -1,8 +1,6 @@
 #include "residual_quantize.h"
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -18,9 +16,8 @@ std::vector<double> counted_elements(const Matrix& x, const Stages& stages) {
   std::vector<int64_t> rows(count);
   for (int64_t i = 0; i < x.rows; ++i)
     for (int64_t q = 0; q < count; ++q) {
-      const int64_t k = stages.indices[i * count + q], size = stages.codebooks[q].rows;
-      if (k < -1 || k >= size)
-        throw std::out_of_range("indices: must lie in [-1, " + std::to_string(size) + "), got " + std::to_string(k));
+      const int64_t k = stages.indices[i * count + q];
+      check_index(k, stages.codebooks[q].rows);
       rows[q] += k >= 0;
     }
   std::vector<double> elements(count);

@@ -47,6 +47,10 @@ class Problem {
       const bool takes_part = loaded.finite && any_usable_ && (!input.mask || input.mask[n]);
       count[n / rows_of_group] += takes_part;
       included[n] = takes_part && fits_float32(loaded.largest, largest_code_, dim, input.metric, input.scale);
+      if (included[n]) {
+        const float square = isa.load(input.x.dtype, input.x.row(n), shift(), 1.0, dim, row.data()).norm2;
+        included[n] = keeps_digits(std::sqrt(square), longest_code_, input.metric, input.scale);
+      }
       if (takes_part && !included[n]) wide.push_back(n);
     }
   }
@@ -116,6 +120,7 @@ class Problem {
       usable[k] = loaded.finite;
       good += usable[k];
       if (usable[k]) largest_code_ = std::max(largest_code_, loaded.largest);
+      if (usable[k]) longest_code_ = std::max(longest_code_, std::sqrt(loaded.norm2));
       if (usable[k]) isa.add(input.codes.dtype, input.codes.row(k), dim, sums.data());
     }
     any_usable_ = good > 0;
@@ -143,6 +148,10 @@ class Problem {
                          units_.get() + p * dim * width + half * isa.lanes, width);
       }
     });
+    if (input.metric == SoftMetric::dot) return;
+    longest_code_ = 0.0f;
+    for (int64_t k = 0; k < input.codes.rows; ++k)
+      if (usable[k]) longest_code_ = std::max(longest_code_, std::sqrt(2.0f * halves_[k]));
   }
 
   // |x - e|^2 of the numbers as they are.
@@ -157,7 +166,7 @@ class Problem {
 
   std::vector<float> center_;
   bool any_usable_ = false;
-  float largest_code_ = 0.0f;
+  float largest_code_ = 0.0f, longest_code_ = 0.0f;  // the largest element, and the largest norm less the center
   Scratch<uint32_t> units_;
   Scratch<float> halves_, zeros_;
 
@@ -181,7 +190,7 @@ struct Tile {
 
 }  // namespace
 
-void soft_assign_forward(const Isa& isa, const SoftInput& input, float* logsumexp, float* entropy, float* mean,
+void soft_assign_forward(const Isa& isa, const SoftInput& input, const SoftSums& own_sums, float* entropy, float* mean,
                          const Parallel& parallel) {
   const Problem problem(isa, input, parallel);
   const int64_t rows = problem.rows_of_group, tile = isa.tile_rows, size = problem.size;
@@ -204,12 +213,15 @@ void soft_assign_forward(const Isa& isa, const SoftInput& input, float* logsumex
                  std::fill_n(p.get(), size, 0.0f);
                  for (int64_t i = 0; i < live; ++i) {
                    const int64_t n = first + i;
-                   logsumexp[n] = 0.0f;
+                   own_sums.maximum[n] = own_sums.log_sum[n] = 0.0f;
+                   if (own_sums.gap) own_sums.gap[n] = 0.0f;
                    if (entropy) entropy[n] = 0.0f;
                    if (!problem.included[n]) continue;
                    const float* own = logits.get() + i * size;
-                   logsumexp[n] = largest[i] + std::log(isa.soft->exp_sum(own, size, largest[i]));
-                   if (mean) entropy[n] = isa.soft->assign(own, size, logsumexp[n], input.log_floor, p.get());
+                   const float log_sum = std::log(isa.soft->exp_sum(own, size, largest[i]));
+                   own_sums.maximum[n] = largest[i], own_sums.log_sum[n] = log_sum;
+                   if (own_sums.gap && input.indices[n] >= 0) own_sums.gap[n] = largest[i] - own[input.indices[n]];
+                   if (mean) entropy[n] = isa.soft->assign(own, size, largest[i], log_sum, input.log_floor, p.get());
                  }
                  if (mean)
                    for (int64_t k = 0; k < input.codes.rows; ++k) sums[item * input.codes.rows + k] += p[k];
@@ -218,7 +230,7 @@ void soft_assign_forward(const Isa& isa, const SoftInput& input, float* logsumex
            });
   const WideRows wide(input, problem.wide, problem.usable, problem.count);
   std::vector<double> wide_sums(mean && !problem.wide.empty() ? input.groups * input.codes.rows : 0);
-  wide.forward(logsumexp, entropy, mean ? wide_sums.data() : nullptr, parallel);
+  wide.forward(own_sums, entropy, mean ? wide_sums.data() : nullptr, parallel);
   if (!mean) return;
   for (int64_t group = 0; group < input.groups; ++group)
     for (int64_t k = 0; k < input.codes.rows; ++k) {
@@ -229,7 +241,7 @@ void soft_assign_forward(const Isa& isa, const SoftInput& input, float* logsumex
     }
 }
 
-void soft_assign_backward(const Isa& isa, const SoftInput& input, const float* logsumexp,
+void soft_assign_backward(const Isa& isa, const SoftInput& input, const float* maximum, const float* log_sum,
                           const SoftGradients& gradients, float* x_grad, float* codebook_grad,
                           const Parallel& parallel) {
   const Problem problem(isa, input, parallel);
@@ -255,12 +267,20 @@ void soft_assign_backward(const Isa& isa, const SoftInput& input, const float* l
         continue;
       }
       const float* share = gradients.mean ? &shares[n / problem.rows_of_group * size + begin * width] : nullptr;
-      const Slope slope{logsumexp[n], gradients.entropy ? gradients.entropy[n] : 0.0f, input.log_floor, share,
-                        gradients.code != nullptr};
+      const Slope slope{maximum[n],      log_sum[n], gradients.entropy ? gradients.entropy[n] : 0.0f,
+                        input.log_floor, share,      gradients.code != nullptr};
       const float sum = isa.soft->slopes(l + i * stride, columns, slope, p + i * stride, u + i * stride);
       if (sums) sums[n] = sum - (gradients.logsumexp ? gradients.logsumexp[n] : 0.0f);
-      isa.soft->weights(l + i * stride, columns, input.metric, input.scale, sums ? sums[n] : centers[n], u + i * stride,
-                        p + i * stride);
+      const float center = sums ? sums[n] : centers[n];
+      const int64_t column = input.indices && gradients.logsumexp ? input.indices[n] - begin * width : -1;
+      const bool chosen = column >= 0 && column < columns && problem.usable[input.indices[n]];
+      const int64_t place = i * stride + (chosen ? column : 0);
+      const float own_p = p[place];
+      isa.soft->weights(l + i * stride, columns, input.metric, input.scale, center, u + i * stride, p + i * stride);
+      if (!chosen) continue;
+      // p - 1 before all else, so that nothing is left of it where p is 1.
+      const float own_grad = gradients.logsumexp[n], of_logit = own_p * (u[place] - (center + own_grad));
+      p[place] = (of_logit + own_grad * (own_p - 1.0f)) * weight_of_logit(l[place], input);
     }
   };
   const auto load = [&](const Tile& own, int64_t first, int64_t live, int64_t room) {

@@ -48,10 +48,10 @@ float exp_sum(const float* logits, int64_t count, float shift) {
   return sum_of_lanes(sum);
 }
 
-float assign(const float* logits, int64_t count, float logsumexp, float log_floor, float* mean) {
+float assign(const float* logits, int64_t count, float maximum, float log_sum, float log_floor, float* mean) {
   FloatVec entropy{};
   for (int64_t i = 0; i < count; i += LANES) {
-    const FloatVec log_p = load<FloatVec>(logits + i) - logsumexp, p = exponential(log_p);
+    const FloatVec log_p = (load<FloatVec>(logits + i) - maximum) - log_sum, p = exponential(log_p);
     entropy -= p * higher(log_p, FloatVec{} + log_floor);
     store(mean + i, load<FloatVec>(mean + i) + p);
   }
@@ -61,7 +61,7 @@ float assign(const float* logits, int64_t count, float logsumexp, float log_floo
 float slopes(const float* logits, int64_t count, const Slope& slope, float* p, float* u) {
   FloatVec sum{};
   for (int64_t i = 0; i < count; i += LANES) {
-    const FloatVec log_p = load<FloatVec>(logits + i) - slope.logsumexp, own = exponential(log_p);
+    const FloatVec log_p = (load<FloatVec>(logits + i) - slope.maximum) - slope.log_sum, own = exponential(log_p);
     FloatVec value = slope.products ? -load<FloatVec>(u + i) : FloatVec{};
     if (slope.entropy_grad != 0.0f) {
       const FloatVec least = FloatVec{} + slope.log_floor;

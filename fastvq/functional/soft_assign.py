@@ -67,9 +67,9 @@ def soft_assign(
     x, codebook, scale = _scaled(x, _held(codebook), metric, scale)
     if x.dim() == 2:
         own_mask = None if mask is None else mask[None]
-        results = _SoftAssign.apply(x[None], codebook, own_mask, metric, scale, floor, True)
+        results = _SoftAssign.apply(x[None], codebook, own_mask, metric, scale, floor)
         return SoftAssignment(*(result[0] for result in results))
-    return SoftAssignment(*_SoftAssign.apply(x, codebook, mask, metric, scale, floor, True))
+    return SoftAssignment(*_SoftAssign.apply(x, codebook, mask, metric, scale, floor))
 
 
 def cross_entropy(
@@ -105,16 +105,8 @@ def cross_entropy(
     targets = indices.reshape(-1)
     target_mask = row_mask(rows, None if mask is None else mask.reshape(-1)) & (targets >= 0)
     rows, codebook, scale = _scaled(rows, _held(codebook), metric, scale)
-    logsumexp, _, _ = _SoftAssign.apply(rows[None], codebook, target_mask[None], metric, scale, 0.0, False)
-    dtype = compute_dtype(x, codebook)
-    own = rows.to(dtype).masked_fill(~target_mask[:, None], 0)
-    codes = F.embedding(targets.clamp_min(0), codebook).to(dtype).masked_fill(~target_mask[:, None], 0)
-    if metric == "dot":
-        target = (own * codes).sum(1)
-    else:
-        difference = own - codes
-        target = -difference.square().sum(1) if metric == "l2" else -torch.linalg.vector_norm(difference, dim=1)
-    return (logsumexp[0] - scale * target).sum() / target_mask.sum().clamp_min(1)
+    each = _CrossEntropy.apply(rows[None], codebook, target_mask[None], targets[None], metric, scale)
+    return each.sum() / target_mask.sum().clamp_min(1)
 
 
 def mean_assignment_entropy(
@@ -210,37 +202,42 @@ def _of_vectors(metric: str, scale: float | Tensor) -> float | Tensor:
 class _SoftAssign(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        codebook: Tensor,
-        mask: Tensor | None,
-        metric: str,
-        scale: float,
-        floor: float,
-        statistics: bool,
+        ctx: Any, x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, scale: float, floor: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.options = {"metric": metric, "scale": float(scale), "floor": float(floor)}
-        results = soft_assign_forward(x, codebook, mask, **ctx.options, statistics=statistics)
-        ctx.save_for_backward(x, codebook, mask, results[0])
+        maximum, log_sum, _, entropy, mean = soft_assign_forward(x, codebook, mask, **ctx.options, statistics=True)
+        ctx.save_for_backward(x, codebook, mask, maximum, log_sum)
         ctx.set_materialize_grads(False)
-        if not statistics:
-            ctx.mark_non_differentiable(*results[1:])
-        ctx.statistics = statistics
-        return results
+        return maximum + log_sum, entropy, mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        used = grads if ctx.statistics else (grads[0], None, None)
-        return *_gradients(ctx, *ctx.saved_tensors, *used, None), None, None, None, None, None
+        return *_gradients(ctx, *ctx.saved_tensors, None, *grads, None), None, None, None, None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codebook: Tensor, mask: Tensor, indices: Tensor, metric: str, scale: float
+    ) -> Tensor:
+        ctx.options = {"metric": metric, "scale": float(scale), "floor": 0.0}
+        maximum, log_sum, gap, *_ = soft_assign_forward(x, codebook, mask, indices, **ctx.options, statistics=False)
+        ctx.save_for_backward(x, codebook, mask, maximum, log_sum, indices)
+        return log_sum + gap
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, *ctx.saved_tensors, grad, None, None, None), None, None, None, None
 
 
 def _gradients(
-    ctx: Any, x: Tensor, codebook: Tensor, mask: Tensor | None, logsumexp: Tensor, *grads: Tensor | None
+    ctx: Any, x: Tensor, codebook: Tensor, mask: Tensor | None, *tensors: Any
 ) -> tuple[Tensor | None, Tensor | None]:
     need_x, need_codebook = ctx.needs_input_grad[:2]
     x_grad, codebook_grad = soft_assign_backward(
-        x, codebook, mask, logsumexp, *grads, **ctx.options, need_x=need_x, need_codebook=need_codebook
+        x, codebook, mask, *tensors, **ctx.options, need_x=need_x, need_codebook=need_codebook
     )
     return x_grad.to(x.dtype) if need_x else None, codebook_grad.to(codebook.dtype) if need_codebook else None
 
@@ -259,7 +256,7 @@ class _MeanAssignmentEntropy(torch.autograd.Function):
         ctx.save_for_backward(x, codebook, mask)
         total = x.new_zeros((), dtype=compute_dtype(x, codebook))
         for part, part_mask in _positions(x, codebook, mask):
-            _, _, mean = soft_assign_forward(part, codebook, part_mask, **ctx.options, statistics=True)
+            *_, mean = soft_assign_forward(part, codebook, part_mask, **ctx.options, statistics=True)
             total = total - (mean * mean.clamp_min(floor).log()).nan_to_num(0).sum()
         return total / _count_positions(x, mask)
 
@@ -271,9 +268,10 @@ class _MeanAssignmentEntropy(torch.autograd.Function):
         x_grads: list[Tensor] = []
         codebook_grad: Tensor | None = None
         for part, part_mask in _positions(x, codebook, mask):
-            logsumexp, _, mean = soft_assign_forward(part, codebook, part_mask, **ctx.options, statistics=True)
+            maximum, log_sum, *_, mean = soft_assign_forward(part, codebook, part_mask, **ctx.options, statistics=True)
             slope = mean.clamp_min(max(floor, torch.finfo(mean.dtype).tiny)).log() + (mean >= floor)
-            x_grad, own = _gradients(ctx, part, codebook, part_mask, logsumexp, None, None, -share * slope, None)
+            sums, grads = (maximum, log_sum, None), (None, None, -share * slope, None)
+            x_grad, own = _gradients(ctx, part, codebook, part_mask, *sums, *grads)
             if x_grad is not None:
                 x_grads.append(x_grad)
             codebook_grad = own if codebook_grad is None or own is None else codebook_grad + own
@@ -305,8 +303,9 @@ class _SoftLookup(torch.autograd.Function):
         index_mask = indices >= 0
         wide = grad.to(compute_dtype(x, codebook)).masked_fill(~index_mask[:, None], 0)
         own, mask, code_grad = x[None], index_mask[None], wide[None]
-        logsumexp, _, _ = soft_assign_forward(own, codebook, mask, **ctx.options, statistics=False)
-        x_grad, codebook_grad = _gradients(ctx, own, codebook, mask, logsumexp, None, None, None, code_grad)
+        maximum, log_sum, *_ = soft_assign_forward(own, codebook, mask, **ctx.options, statistics=False)
+        sums, grads = (maximum, log_sum, None), (None, None, None, code_grad)
+        x_grad, codebook_grad = _gradients(ctx, own, codebook, mask, *sums, *grads)
         if codebook_grad is not None:
             codebook_grad = codebook_grad.index_add(0, indices.clamp_min(0), wide.to(codebook.dtype))
         return None if x_grad is None else x_grad[0], codebook_grad, None, None, None

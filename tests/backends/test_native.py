@@ -20,6 +20,7 @@ N, K, D, Q = 6, 5, 4, 2
 X, CODES, STACK = torch.ones(N, D), torch.ones(K, D), torch.ones(Q, K, D)
 INDICES, GROUPS = torch.zeros(N, dtype=torch.int64), torch.ones(2, 3, D)
 SEED = torch.zeros((), dtype=torch.int64)
+SUMS = torch.ones(2, 3)
 SOFT = {"metric": 0, "scale": 1.0, "floor": 0.0}
 CALLS = {
     "search": ((X, CODES), {"metric": 0, "mask": torch.ones(N, dtype=torch.bool)}),
@@ -33,9 +34,12 @@ CALLS = {
         (X, [STACK], INDICES[:, None].repeat(1, Q), X, torch.ones(Q)),
         {"gradient": 1, "commitment_weight": 1.0},
     ),
-    "soft_assign_forward": ((GROUPS, CODES, torch.ones(2, 3, dtype=torch.bool)), {**SOFT, "statistics": True}),
+    "soft_assign_forward": (
+        (GROUPS, CODES, torch.ones(2, 3, dtype=torch.bool), INDICES.view(2, 3)),
+        {**SOFT, "statistics": True},
+    ),
     "soft_assign_backward": (
-        (GROUPS, CODES, None, torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, K), GROUPS),
+        (GROUPS, CODES, None, SUMS, SUMS, INDICES.view(2, 3), SUMS, SUMS, torch.ones(2, K), GROUPS),
         {**SOFT, "need_x": True, "need_codebook": True},
     ),
     "accumulate": ((X, INDICES, K), {}),
@@ -44,6 +48,15 @@ CALLS = {
         {"decay": 0.5, "eps": 0.1, "weight": torch.ones(K)},
     ),
     "min_distance_": ((torch.ones(N), X, CODES), {}),
+}
+
+PLACE_OF_INDICES = {
+    "quantize_forward": 2,
+    "quantize_backward": 2,
+    "residual_quantize_backward": 2,
+    "soft_assign_forward": 3,
+    "soft_assign_backward": 5,
+    "accumulate": 1,
 }
 
 
@@ -115,10 +128,10 @@ def test_calls_that_fit_nothing_are_refused(name, prefix):
 
 
 @pytest.mark.parametrize("prefix", ["native_", ""])
-@pytest.mark.parametrize("name", ["quantize_forward", "quantize_backward", "residual_quantize_backward", "accumulate"])
+@pytest.mark.parametrize("name", PLACE_OF_INDICES)
 def test_an_index_out_of_range(name, prefix):
     arguments, options = CALLS[name]
-    place = 1 if name == "accumulate" else 2
+    place = PLACE_OF_INDICES[name]
     beyond = () if name == "quantize_backward" else (K, 2**40)  # it has no codebook to index
     for bad in (-2, -(2**40), *beyond):
         indices = arguments[place].clone()

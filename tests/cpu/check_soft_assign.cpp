@@ -41,20 +41,26 @@ int64_t check(const Isa& isa, SoftMetric metric, int64_t groups, int64_t rows, i
   for (char& kept : mask) kept = cases::generator() % 4 != 0;
   if (n > 2) x[2 * d] = std::numeric_limits<float>::quiet_NaN();
   if (k > 3) codes[3 * d] = std::numeric_limits<float>::infinity();
+  std::vector<int64_t> indices(n);
+  for (int64_t i = 0; i < n; ++i) indices[i] = (7 * i) % (k + 1) - 1;
   const auto a = normals(n), b = normals(n), m = normals(groups * k), v = normals(n * d);
   const fastvq::SoftInput input{{DType::f32, x.data(), n, d},
                                 {DType::f32, codes.data(), k, d},
                                 groups,
                                 reinterpret_cast<const bool*>(mask.data()),
+                                indices.data(),
                                 metric,
                                 static_cast<float>(scale),
                                 static_cast<float>(std::log(floor))};
-  std::vector<float> logsumexp(n), entropy(n), mean(groups * k), x_grad(n * d), codebook_grad(k * d);
-  fastvq::soft_assign_forward(isa, input, logsumexp.data(), entropy.data(), mean.data(), in_pieces);
-  fastvq::soft_assign_backward(isa, input, logsumexp.data(), {a.data(), b.data(), m.data(), v.data()}, x_grad.data(),
-                               codebook_grad.data(), in_pieces);
+  std::vector<float> maximum(n), log_sum(n), gap(n), entropy(n), mean(groups * k), x_grad(n * d), codebook_grad(k * d);
+  fastvq::soft_assign_forward(isa, input, {maximum.data(), log_sum.data(), gap.data()}, entropy.data(), mean.data(),
+                              in_pieces);
+  fastvq::soft_assign_backward(isa, input, maximum.data(), log_sum.data(), {a.data(), b.data(), m.data(), v.data()},
+                               x_grad.data(), codebook_grad.data(), in_pieces);
+  std::vector<float> logsumexp(n);
+  for (int64_t i = 0; i < n; ++i) logsumexp[i] = maximum[i] + log_sum[i];
 
-  std::vector<double> l_sum(n), h(n), means(groups * k), x_sum(n * d), e_sum(k * d), count(groups);
+  std::vector<double> l_sum(n), crosses(n), h(n), means(groups * k), x_sum(n * d), e_sum(k * d), count(groups);
   const auto counts = [&](int64_t i) { return mask[i] && std::isfinite(x[i * d]); };
   for (int64_t i = 0; i < n; ++i) count[i / rows] += counts(i);
   for (int64_t i = 0; i < n; ++i) {
@@ -73,6 +79,9 @@ int64_t check(const Isa& isa, SoftMetric metric, int64_t groups, int64_t rows, i
       total += std::isfinite(codes[c * d]) ? std::exp(l[c]) : 0.0;
     }
     l_sum[i] = std::log(total);
+    const int64_t own = indices[i];
+    const bool chosen = own >= 0 && std::isfinite(codes[own * d]);
+    if (own >= 0) crosses[i] = chosen ? l_sum[i] - l[own] : std::numeric_limits<double>::infinity();
     for (int64_t c = 0; c < k; ++c) {
       if (!std::isfinite(codes[c * d])) continue;
       p[c] = std::exp(l[c]) / total;
@@ -84,7 +93,7 @@ int64_t check(const Isa& isa, SoftMetric metric, int64_t groups, int64_t rows, i
     }
     for (int64_t c = 0; c < k; ++c) {
       if (p[c] == 0.0) continue;
-      double w = scale * p[c] * (a[i] + u[c] - center);
+      double w = scale * (p[c] * (a[i] + u[c] - center) - (chosen && c == own ? a[i] : 0.0));
       if (metric == SoftMetric::l2) w *= 2;
       if (metric == SoftMetric::distance) w /= distance[c];
       for (int64_t j = 0; j < d; ++j) {
@@ -94,8 +103,14 @@ int64_t check(const Isa& isa, SoftMetric metric, int64_t groups, int64_t rows, i
       }
     }
   }
-  return compare("logsumexp", logsumexp, l_sum) + compare("entropy", entropy, h) + compare("mean", mean, means) +
-         compare("x_grad", x_grad, x_sum) + compare("codebook_grad", codebook_grad, e_sum);
+  std::vector<float> cross_entropies(n);
+  for (int64_t i = 0; i < n; ++i) {
+    cross_entropies[i] = indices[i] < 0 ? 0.0f : log_sum[i] + gap[i];
+    if (std::isinf(crosses[i]) && cross_entropies[i] > 1e30f) cross_entropies[i] = crosses[i] = 0.0;
+  }
+  return compare("cross-entropy", cross_entropies, crosses) + compare("logsumexp", logsumexp, l_sum) +
+         compare("entropy", entropy, h) + compare("mean", mean, means) + compare("x_grad", x_grad, x_sum) +
+         compare("codebook_grad", codebook_grad, e_sum);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastvq
+from fastvq.ops import soft_assign_forward
 
 from ..cases import TOLERANCE, generator, require_support
 from ..ops.test_soft_assign import METRICS, RELATIVE, dense_scores, leaves, loss
@@ -46,6 +47,48 @@ def test_cross_entropy_is_that_of_torch(metric, dtype, backend, small_tiles):
     torch.testing.assert_close(actual, expected.float(), **TOLERANCE[torch.float32])
     for one, other in zip(inputs, wide, strict=True):
         assert (one.grad - other.grad).abs().max() <= 1.5 * RELATIVE[one.dtype] * other.grad.abs().max()
+
+
+@pytest.mark.parametrize("size", [1e2, 1e5, 1e8, 1e12])
+@pytest.mark.parametrize("metric", METRICS)
+def test_ties_at_any_size(metric, size, backend, small_tiles):
+    """Of two equal codes each has half the probability, however large the logits are that a sum of both would round."""
+    length = size if metric == "distance" else size**0.5
+    x, codebook = (length * torch.randn(s, 6, generator=generator(s)) for s in (7, 5))
+    codebook, indices = codebook.repeat(2, 1), torch.arange(7) % 10
+    inputs, wide = leaves(x, codebook), leaves(x, codebook, dtype=torch.float64)
+    scores = dense_scores(*wide, metric)
+    nearest = scores.argmax(1)
+    expected = F.cross_entropy(scores, nearest) + 1e-3 * F.cross_entropy(scores, indices)
+    with fastvq.use_backend(backend):
+        actual = fastvq.cross_entropy(*inputs, nearest, metric=metric)
+        actual = actual + 1e-3 * fastvq.cross_entropy(*inputs, indices, metric=metric)
+        grads = torch.autograd.grad(actual, inputs)
+        assigned = fastvq.soft_assign(x, codebook, metric=metric)
+        looked_up = fastvq.soft_lookup(x, inputs[1], indices, metric=metric).sum() / length
+        code_grad = torch.autograd.grad(looked_up, inputs[1])[0]
+        log_sum = soft_assign_forward(x[None], codebook, None, metric=metric, scale=1.0, floor=0.0, statistics=False)[1]
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(assigned.mean, scores.softmax(1).mean(0).float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_sum, (scores - scores.amax(1, keepdim=True)).logsumexp(1)[None].float())
+    onehot = F.one_hot(indices, 10) + scores.softmax(1) - scores.softmax(1).detach()
+    dense = torch.autograd.grad(expected, wide, retain_graph=True)
+    dense += torch.autograd.grad((onehot @ wide[1]).sum() / length, wide[1])
+    for one, other in zip((*grads, code_grad), dense, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max()
+
+
+def test_cross_entropy_beside_a_code_that_is_not_finite(backend):
+    """Its probability is zero, so that the loss is infinite, and no gradient passes through it."""
+    x, codebook = leaves(torch.randn(3, 4), torch.randn(5, 4))
+    with torch.no_grad():
+        codebook[2, 1] = torch.nan
+    with fastvq.use_backend(backend):
+        loss = fastvq.cross_entropy(x, codebook, torch.tensor([0, 2, 1]))
+        loss.backward()
+    assert loss == torch.inf
+    assert bool(x.grad.isfinite().all())
+    assert not codebook.grad[2].any()
 
 
 def test_cross_entropy_of_nothing_is_zero(backend):

@@ -59,10 +59,12 @@ def calls(x, codes, g):
     for metric, scale in itertools.product(("distance", "l2", "dot"), (1.0, 1e4)):
         options = {"metric": metric, "scale": scale, "floor": 1e-5}
         yield "soft_assign_forward", (groups, codes, None), {**options, "statistics": True}
-        logsumexp = fastvq.ops.soft_assign_forward(groups, codes, None, **options, statistics=False)[0]
+        chosen = indices[None]
+        yield "soft_assign_forward", (groups, codes, None, chosen), {**options, "statistics": False}
+        sums = fastvq.ops.soft_assign_forward(groups, codes, None, **options, statistics=False)[:2]
         grads = (normal(1, n), normal(1, n), normal(1, size), normal(1, n, dim))
         needs = {"need_x": True, "need_codebook": True}
-        yield "soft_assign_backward", (groups, codes, None, logsumexp, *grads), {**options, **needs}
+        yield "soft_assign_backward", (groups, codes, None, *sums, chosen, *grads), {**options, **needs}
     for scale in (1.0, 1e4):
         options = {"scale": scale, "floor": 1e-5}
         yield "binary_assign_forward", (groups[..., :6], None), options

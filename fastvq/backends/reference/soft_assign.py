@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastvq.backends.arithmetic import chunk_rows, compute_dtype, row_mask, widen
+from fastvq.backends.arithmetic import check_index_range, chunk_rows, compute_dtype, row_mask, widen
 
 from .search import scores_by_definition
 
@@ -42,30 +42,53 @@ def _pairs(
             yield g, part, part_mask, own, distance, logits.masked_fill(~usable, -torch.inf)
 
 
+def _chosen(logits: Tensor, indices: Tensor) -> Tensor:
+    """Return the mask [n, K] of the pairs of a row and the code of its index [n]."""
+    return indices[:, None] == torch.arange(logits.shape[1], device=logits.device)
+
+
 def soft_assign_forward(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: str, scale: float, floor: float, statistics: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    indices: Tensor | None = None,
+    *,
+    metric: str,
+    scale: float,
+    floor: float,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Implement `fastvq.ops.soft_assign_forward`."""
-    dtype = compute_dtype(x, codebook)
-    logsumexp = x.new_zeros(x.shape[:2], dtype=torch.float64)
-    entropy = x.new_zeros((x.shape[0], x.shape[1] if statistics else 0), dtype=torch.float64)
-    mean = x.new_zeros((x.shape[0], len(codebook) if statistics else 0), dtype=torch.float64)
+    dtype, (groups, count, _) = compute_dtype(x, codebook), x.shape
+    if indices is not None:
+        check_index_range(indices, len(codebook))
+    maximum, log_sum = (x.new_zeros((groups, count), dtype=torch.float64) for _ in range(2))
+    gap = x.new_zeros((groups, 0 if indices is None else count), dtype=torch.float64)
+    entropy = x.new_zeros((groups, count if statistics else 0), dtype=torch.float64)
+    mean = x.new_zeros((groups, len(codebook) if statistics else 0), dtype=torch.float64)
     for g, part, part_mask, _, _, logits in _pairs(x, codebook, mask, metric, scale):
-        logsumexp[g, part] = logits.logsumexp(1).masked_fill(~part_mask[:, 0], 0)
+        largest = logits.amax(1, keepdim=True).masked_fill(~part_mask, 0)
+        maximum[g, part] = largest[:, 0]
+        log_sum[g, part] = (logits - largest).logsumexp(1).masked_fill(~part_mask[:, 0], 0)
+        if indices is not None:
+            chosen = _chosen(logits, indices[g, part]) & part_mask
+            gap[g, part] = torch.where(chosen, largest - logits, 0).sum(1)
         if statistics:
             p = logits.softmax(1).masked_fill(~part_mask, 0)
             entropy[g, part] = entropy_terms(p, floor).sum(1)
             mean[g] += p.sum(0)
     if statistics:
         mean /= row_mask(x, mask).sum(1, keepdim=True).clamp_min(1)
-    return logsumexp.to(dtype), entropy.to(dtype), mean.to(dtype)
+    return maximum.to(dtype), log_sum.to(dtype), gap.to(dtype), entropy.to(dtype), mean.to(dtype)
 
 
 def soft_assign_backward(
     x: Tensor,
     codebook: Tensor,
     mask: Tensor | None,
-    logsumexp: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    indices: Tensor | None,
     logsumexp_grad: Tensor | None,
     entropy_grad: Tensor | None,
     mean_grad: Tensor | None,
@@ -81,6 +104,8 @@ def soft_assign_backward(
     dtype = compute_dtype(x, codebook)
     x_grad = x.new_zeros((*x.shape[:2], x.shape[2] if need_x else 0), dtype=torch.float64)
     codebook_grad = x.new_zeros((len(codebook) if need_codebook else 0, x.shape[2]), dtype=torch.float64)
+    if indices is not None:
+        check_index_range(indices, len(codebook))
     codes = widen(codebook).nan_to_num(0, 0, 0)
     count = row_mask(x, mask).sum(1).clamp_min(1)
     for g, part, part_mask, own, distance, logits in _pairs(x, codebook, mask, metric, scale):
@@ -95,6 +120,9 @@ def soft_assign_backward(
         logit_grad = p * (p_grad - (p * p_grad).sum(1, keepdim=True))
         if logsumexp_grad is not None:
             logit_grad += logsumexp_grad[g, part, None].double() * p
+            if indices is not None:
+                chosen = _chosen(logits, indices[g, part]) & part_mask & logits.isfinite()
+                logit_grad -= logsumexp_grad[g, part, None].double() * chosen
         if metric == "dot":
             towards, away = scale * logit_grad, torch.zeros_like(p)
         else:
