@@ -57,7 +57,11 @@ struct Combination {
   float of_g, of_x, of_e;
 };
 
-// lambda R^T g, as fastvq.reference writes it; factors that are not finite where a length overflows.
+// Square of |u + v| below which the sum of opposite unit vectors keeps too few digits in float32.
+constexpr float OPPOSITE = 0x1p-10f;
+
+// lambda R^T g, as fastvq.reference writes it; factors that are not finite where a length overflows or float32 has too
+// few digits.
 inline Combination turned_back(const float* x, const float* e, const float* g, int64_t dim, float shortest) {
   FloatVec xx{}, ee{}, xg{}, eg{};
   for_vectors(dim, [&](int64_t j, int64_t count) {
@@ -75,8 +79,9 @@ inline Combination turned_back(const float* x, const float* e, const float* g, i
     const FloatVec both = load_some(x + j, count) * x_factor + load_some(e + j, count) * e_factor;
     squares += both * both;
   });
-  const float both2 = sum_of_lanes(squares), least = shortest * shortest;
-  const float bisector = (along_u + along_v) / (both2 > least ? both2 : least);
+  const float both2 = sum_of_lanes(squares);
+  if (both2 < OPPOSITE) return {__builtin_nanf(""), 0.0f, 0.0f};
+  const float bisector = (along_u + along_v) / both2;
   return {stretch, 2.0f * stretch * (along_v - bisector) * x_factor, -2.0f * stretch * bisector * e_factor};
 }
 

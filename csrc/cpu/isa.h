@@ -166,7 +166,7 @@ struct Isa {
   // The quantize step of a row x and its code e, in float32. error returns |x - e|^2. take subtracts e from x, adds it
   // to `sum`, and returns the same. gradient writes to `out`, or adds to it if `add`, the gradient of x: g, the
   // gradient of its code, straight through or rotated back, plus factor (x - e); see quantize.h. A vector shorter than
-  // `shortest` has no direction, and is not rotated. It returns whether all of this was finite in float32.
+  // `shortest` has no direction, and is not rotated. It returns whether float32 holds all of this.
   float (*error)(const float* x, const float* e, int64_t dim);
   float (*take)(float* x, const float* e, int64_t dim, float* sum);
   bool (*gradient)(const float* x, const float* e, const float* g, int64_t dim, bool rotate, float shortest,

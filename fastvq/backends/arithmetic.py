@@ -54,7 +54,10 @@ def difference(x: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
 
 
 def half_difference(x: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
-    """Return (x - codes) / 2, which overflows for no finite numbers; otherwise as `difference`."""
+    """Return (x - codes) / 2, which overflows for no finite numbers; otherwise as `difference`.
+
+    Nor does the gradient of its square, 2 (x - codes) / 2.
+    """
     return torch.add(x.to(codes.dtype) / 2, codes, alpha=-0.5).masked_fill_(~mask, 0)
 
 

@@ -107,6 +107,18 @@ def _estimate(x: Tensor, q: Tensor, indices: Tensor | None, gradient: str) -> Te
     return _Estimate.apply(x, q.detach(), indices, gradient)
 
 
+class _BothGradients(torch.autograd.Function):
+    """One of two equal values, with the gradients of both; infinite values are as good as others."""
+
+    @staticmethod
+    def forward(ctx: Any, one: Tensor, other: Tensor) -> Tensor:
+        return one.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad
+
+
 class _Estimate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, q: Tensor, indices: Tensor | None, gradient: str) -> Tensor:
@@ -216,10 +228,8 @@ class Estimator(NamedTuple):
             return EstimatorOutput(quantized, error)
         if self.separate:
             return EstimatorOutput(quantized, error, codebook_error)
-        # If the codes learn, the error is commitment plus codebook loss. They have one value and different gradients:
-        # subtracting half of it, without a gradient, leaves that value once and both gradients.
-        error = error + codebook_error
-        return EstimatorOutput(quantized, error - error.detach() / 2)
+        # If the codes learn, the error is commitment plus codebook loss, of which the value counts once.
+        return EstimatorOutput(quantized, _BothGradients.apply(error, codebook_error))
 
     def _composed(self, x: Tensor, table: Table, indices: Tensor, learned: bool, routed: bool) -> EstimatorOutput:
         codes = table.lookup(indices)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq import distributed
-from fastvq.backends.arithmetic import compute_dtype
+from fastvq.backends.arithmetic import compute_dtype, half_difference
 from fastvq.functional.binary_assign import binary_assign
 from fastvq.functional.quantize import rows_of_mask, unit_norm
 from fastvq.functional.soft_assign import soft_assign
@@ -68,10 +68,8 @@ def mean_squared_errors(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
 
     Differentiable in both, computed in float32 at least.
     """
-    dtype = compute_dtype(x, codes)
-    absent = indices < 0
-    difference = (x.to(dtype) - codes.to(dtype)).masked_fill(absent.unsqueeze(-1), 0)
-    return difference.square().mean(-1)
+    half = half_difference(x, codes.to(compute_dtype(x, codes)), (indices >= 0).unsqueeze(-1))
+    return 4 * half.square().mean(-1)
 
 
 FLOOR = 1e-5

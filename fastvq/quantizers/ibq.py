@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.backends.arithmetic import compute_dtype
+from fastvq.backends.arithmetic import compute_dtype, half_difference
 from fastvq.functional.quantize import quantize_errors, weighted
 from fastvq.functional.soft_assign import soft_lookup
 from fastvq.ops import search
@@ -71,9 +71,8 @@ class IBQ(LearnedTable):
         if not self.training:
             return TableRows(hard.quantized.detach(), indices, torch.zeros_like(hard.error), hard.error)
         quantized = soft_lookup(rows, self.embed, indices, metric="dot")
-        dtype = compute_dtype(rows, self.embed)
-        difference = (quantized.to(dtype) - rows.to(dtype)).masked_fill(~mask.unsqueeze(-1), 0)
-        soft_error = difference.square().sum() / (mask.sum() * self.dim).clamp_min(1)
+        half = half_difference(rows, quantized.to(compute_dtype(rows, self.embed)), mask.unsqueeze(-1))
+        soft_error = 4 * half.square().sum() / (mask.sum() * self.dim).clamp_min(1)
         loss = soft_error + hard.error + weighted(hard.codebook_error, self.beta)
         if isinstance(self.entropy_loss_weight, Tensor) or self.entropy_loss_weight:
             entropy = entropy_loss(

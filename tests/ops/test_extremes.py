@@ -136,6 +136,20 @@ def test_rotation_gradient_of_giant_codes(backend):
     torch.testing.assert_close(x.grad.double().norm(dim=1), lengths, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("dim", [1, 3, 64, 257])
+@pytest.mark.parametrize("turn", [0.0, 1e-6, 1e-3])
+def test_rotation_gradient_of_opposite_vectors(turn, dim, backend):
+    """The sum of the unit vectors, from whose direction the rotation follows, has few digits left."""
+    x, grad, noise = (torch.randn(20, dim, generator=generator(seed)) for seed in range(3))
+    codes, found = -2.37 * x * (1 + turn * noise), []
+    for name in ("reference", backend):
+        own = x.clone().requires_grad_()
+        with fastvq.use_backend(name):
+            quantized = quantize(own, codes, gradient="rotation", indices=torch.arange(20)).quantized
+            found.append(torch.autograd.grad((quantized * grad).sum(), own)[0])
+    assert (found[1] - found[0]).abs().max() <= 1e-4 * found[0].abs().max()
+
+
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (0.25, 0.0), (0.0, 1.0)])
 @pytest.mark.parametrize("gradient", ["ste", "rotation"])
 def test_gradients_of_opposite_extremes(gradient, weights, backend):
@@ -167,3 +181,25 @@ def test_a_mean_of_squares_that_overflow_alone(backend):
     torch.testing.assert_close(error, torch.tensor(9e38 / 5000))
     torch.testing.assert_close(stages[0], torch.tensor(9e38 / 5000))
     cases.close(error, stages[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fastvq.IBQ(6, 4),
+        lambda: fastvq.SimVQ(6, 4),
+        lambda: fastvq.VectorQuantize(6, 4, rotation_trick=True),
+        lambda: fastvq.VectorQuantize(6, 4, learnable_codebook=True, ema_update=False, sync_update_v=0.5),
+        lambda: fastvq.ResidualVQ(dim=6, codebook_size=4, num_quantizers=2),
+    ],
+    ids=["IBQ", "SimVQ", "rotation", "synchronous", "ResidualVQ"],
+)
+def test_layers_have_gradients_near_the_largest_numbers(make, backend):
+    """The loss is infinite, a mean of squares beyond float32; its gradient is not."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 6).clamp(-1, 1).mul_(3e38).requires_grad_()
+    with fastvq.use_backend(backend):
+        quantized, _, loss, *_ = make()(x)
+        ((1e-3 * quantized).sum() + loss.sum()).backward()
+    assert bool(loss.isinf().all())
+    assert bool(x.grad.isfinite().all())

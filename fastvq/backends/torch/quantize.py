@@ -67,7 +67,7 @@ def row_gradients(
     """Return the gradient of `x` (N, D) in the dtype of the codes, for rows whose codes are known."""
     grad = quantized_grad.to(codes.dtype).masked_fill(~mask, 0)
     if gradient == "rotation":
-        grad = _rotate_back(grad, x.to(codes.dtype), codes, mask)
+        grad = _rotate_back(grad.double(), x.double(), codes.double(), mask).to(codes.dtype)
     if commitment_weight:
         elements = (mask.sum() * x.shape[1]).clamp_min(1)
         grad.addcmul_(half_difference(x, codes, mask), 4 * commitment_weight * loss_grad / elements)
@@ -75,26 +75,19 @@ def row_gradients(
 
 
 def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
-    """Return lambda R^T grad, with one factor a row for each of grad, u and v.
+    """Return lambda R^T grad, with one factor a row for each of grad, u and u + v.
 
     The rotation R = I - 2 w w^T + 2 v u^T takes u = x / |x| to v = e / |e|, with w = (u + v) / |u + v|. Then
 
         lambda R^T grad = lambda (grad + 2 <v, grad> u - 2 <u + v, grad> / |u + v|^2 (u + v))
+
+    It is computed in float64, which keeps the digits of u + v for opposite vectors.
     """
-    (u, x_length, x_shrink), (v, code_length, code_shrink) = _direction(x), _direction(codes)
-    directed = mask & (x_length >= SHORTEST * x_shrink) & (code_length >= SHORTEST * code_shrink)
-    u, v = u.masked_fill_(~directed, 0), v.masked_fill_(~directed, 0)
-    along_u, along_v = (u * grad).sum(1, keepdim=True), (v * grad).sum(1, keepdim=True)
-    bisector = (along_u + along_v) / (u + v).square_().sum(1, keepdim=True).clamp_min(SHORTEST**2)
-    rotated = torch.addcmul(grad, u, 2 * (along_v - bisector)).addcmul_(v, -2 * bisector)
-    # lambda itself may overflow where its product with a small gradient does not.
-    rotated.mul_(torch.where(directed, code_length / x_length, 1))
-    return rotated.mul_(torch.where(directed, x_shrink / code_shrink, 1))
-
-
-def _direction(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows (N, D) of unit length, their lengths (N, 1) times a factor, and that factor: 1 but for giant rows."""
-    shrink = power_of_two_below(torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True))
-    small = rows * shrink
-    length = small.norm(dim=1, keepdim=True)
-    return small.div_(length), length, shrink
+    x_length, code_length = x.norm(dim=1, keepdim=True), codes.norm(dim=1, keepdim=True)
+    directed = mask & (x_length >= SHORTEST) & (code_length >= SHORTEST)
+    u, v = (x / x_length).masked_fill_(~directed, 0), (codes / code_length).masked_fill_(~directed, 0)
+    along_v = (v * grad).sum(1, keepdim=True)
+    both = v.add_(u)
+    bisector = (both * grad).sum(1, keepdim=True) / both.square().sum(1, keepdim=True).clamp_min(SHORTEST**2)
+    rotated = torch.addcmul(grad, u, 2 * along_v).addcmul_(both, -2 * bisector)
+    return rotated.mul_(torch.where(directed, code_length / x_length, 1))
