@@ -106,8 +106,12 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return out.out
 
 
-def test_a_run_is_resumed(run: tuple[str, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_resumed(
+    run: tuple[str, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, folder, _ = run
+    for drawing in ("pictures.picture_run", "pictures.picture_reconstructions", "run_page.write_run_page"):
+        monkeypatch.setattr(f"fastvq.runs.{drawing}", lambda *arguments, **options: None)
     folder = shutil.copytree(folder, tmp_path / "run")
     more = ["train", "--out", folder, "--resume", "--steps", 4]
     assert cli.main([*map(str, more)]) == 2  # the prior would be lost
