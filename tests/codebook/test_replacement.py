@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastvq import distributed
 from fastvq.backends import reference
 from fastvq.codebook import Codebook, Replacement
+from fastvq.codebook.candidates import nearest_rows
 
 from ..cases import close, generator
 
@@ -144,6 +146,20 @@ def test_codes_move_to_their_anchors_the_less_they_are_used(rows):
     before = codebook.embed.clone()
     replace(codebook, x, torch.zeros(30, dtype=torch.bool))
     assert torch.equal(codebook.embed, before)
+
+
+def test_each_rank_gives_the_anchors_of_its_share_of_the_codes(monkeypatch):
+    codes, found = torch.randn(7, 4, generator=generator()), []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        x = torch.randn(9, 4, generator=generator(rank))
+        rows, filled = nearest_rows(x, torch.ones(9, dtype=torch.bool), codes, "l2", together=True)
+        own = filled > 0
+        assert torch.equal(rows[own], x[torch.cdist(codes, x).argmin(1)][own])
+        assert not rows[~own].any()
+        found.append(filled)
+    assert torch.equal(sum(found), torch.ones(7))
 
 
 def test_anchors_of_learnable_unit_codes():
