@@ -2,7 +2,7 @@
 
 Rows with "layer" compare them with the layer of fastvq that `fastvq.clients` makes from their weights instead.
 
-    python -m benchmarks.bench_clients [--threads 1] [--only NAME] [--seconds 2]
+    python -m benchmarks.bench_clients [--threads 1] [--only NAME] [--seconds 2] [--cpu-time]
 
 Both take turns in one process; the table has medians and the ratio of the medians. Weights are random, sizes those of
 published models. Wrong indices are those that differ from the same module computed in float64; the accelerated module
@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import platform
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -211,7 +212,7 @@ _MMAP_THRESHOLD = -3
 """Number of the setting in malloc.h: blocks from this size on are mapped, and thus seen to go."""
 
 
-def measure(row: Row, seconds: float) -> list[str]:
+def measure(row: Row, seconds: float, clock: Callable[[], float]) -> list[str]:
     """Return the cells of a row's line."""
     x = (row.scale * torch.randn(row.shape, generator=torch.Generator().manual_seed(1))).to(row.dtype)
     x.requires_grad_(row.training)
@@ -230,7 +231,7 @@ def measure(row: Row, seconds: float) -> list[str]:
 
     memory = [in_a_child(lambda name=name: peak(call(name))) / 2**20 for name in modules]
     mistakes = ["", ""] if row.training else [wrong(row, module, x.detach()) for module in modules.values()]
-    times = interleave({name: call(name) for name in modules}, budget=seconds)
+    times = interleave({name: call(name) for name in modules}, budget=seconds, clock=clock)
     client, own = (1e3 * statistics.median(times[name]) for name in modules)
     return [f"{client:.2f}", f"{own:.2f}", f"{client / own:.1f}", f"{memory[0]:.0f}", f"{memory[1]:.0f}", *mistakes]
 
@@ -240,7 +241,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="part of the name of the rows to measure")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="measure the processor's time, not that of a busy machine"
+    )
     options = parser.parse_args()
+    clock = time.process_time if options.cpu_time else time.perf_counter
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     print(f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}\n")
@@ -250,7 +255,7 @@ def main() -> None:
         if options.only not in name:
             continue
         try:
-            cells = measure(row, options.seconds)
+            cells = measure(row, options.seconds, clock)
         except pytest.skip.Exception as missing:
             cells = [str(missing)]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)

@@ -34,13 +34,18 @@ SQUARE, PEAK_TURNS = 2048, 5
 _SLOW = 8.0  # times the fastest search, beyond which a contestant cannot be the fastest peer
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
-    """Return the time of one of `repeats` consecutive calls: wall time on the CPU, events on a CUDA device."""
+def seconds_of(
+    call: Callable[[], Any],
+    device: torch.device,
+    repeats: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Return the time of one of `repeats` consecutive calls: by the clock on the CPU, by events on a CUDA device."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        start = clock()
         for _ in range(repeats):
             call()
-        return (time.perf_counter() - start) / repeats
+        return (clock() - start) / repeats
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
     for _ in range(repeats):
@@ -56,6 +61,7 @@ def interleave(
     budget: float,
     device: torch.device | None = None,
     slow: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Return the seconds of each call, measured in turns, so that other load affects all of them alike.
 
@@ -66,6 +72,7 @@ def interleave(
         calls: the timed functions, by name.
         budget: seconds after which no round beyond the ninth starts; 0 for 3 rounds. There are at most 60.
         slow: calls slower than the fastest one by this factor are left out after 3 rounds.
+        clock: `time.process_time` for the time of the processor instead.
     """
     device = device or torch.device("cpu")
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -85,7 +92,7 @@ def interleave(
             time.sleep(_SETTLE_SECONDS)
             if repeats[name] > 1:
                 call()
-            times[name].append(seconds_of(call, device, repeats[name]))
+            times[name].append(seconds_of(call, device, repeats[name], clock))
     return times
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,9 @@ class FactorizedResult(NamedTuple):
     codes: list[Tensor]  # (B, D, T / stride)
 
 
+Choice = Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
 def factorized_search(
     x: Tensor,
     stages: Sequence[FactorizedStage],
@@ -39,14 +42,15 @@ def factorized_search(
     strides: Sequence[int] | None = None,
     mask: Tensor | None = None,
     missing: int = -1,
+    choose: Choice | None = None,
 ) -> FactorizedResult:
     """Return the indices of factorized residual stages, all projections of the residuals in one product.
 
         z_q = W_q (x - sum_{p<q} (O_p e_p + c_p)) + b_q = (W_q x + b_q) - sum_{p<q} ((W_q O_p) e_p + W_q c_p)
         index_q = argmin_k |z_q / |z_q| - e_k / |e_k||^2
 
-    W_q O_p is a matrix of D x D, so that no residual of C dimensions is made. A stage with stride s averages z_q over s
-    positions, and its code stands for all of them. No gradient.
+    W_q O_p is a matrix of D x D, so that no residual of C dimensions is made, nor kept for a gradient. A stage with
+    stride s averages z_q over s positions, and its code stands for all of them.
 
     Args:
         x: (B, C, T), float32 or float64, finite where the mask is True.
@@ -54,6 +58,8 @@ def factorized_search(
         strides: of each stage, dividing T; 1 by default.
         mask: bool (B, T), the positions that take part: averages are theirs, and a cell without any has index -1.
         missing: index of rows without a nearest code, as for `fastvq.search`.
+        choose: a function of (place of the stage, latents (B, D, T / stride), their mask) that returns indices and
+            codes, through which gradients pass; by default `nearest_direction` and the codes themselves.
 
     Returns:
         indices, latents and codes, whose sum is `factorized_output`.
@@ -65,16 +71,27 @@ def factorized_search(
     wide = widest_dtype(x.device)
     into, (back, shifts) = torch.cat([stage.into for stage in stages]), _ways_back(stages)
     taken, shift = ((into.to(wide) @ other.to(wide)).to(x.dtype) for other in (back, shifts))
-    rest = into @ x + torch.cat([stage.into_bias for stage in stages])[:, None]
-    indices, latents, codes, start = [], [], [], 0
+    projected = into @ x + torch.cat([stage.into_bias for stage in stages])[:, None]
+    indices: list[Tensor] = []
+    latents: list[Tensor] = []
+    codes: list[Tensor] = []
+    before: list[Tensor] = []  # the codes so far, at each position
+    start = 0
     for place, (stage, stride) in enumerate(zip(stages, strides, strict=True)):
         end = start + len(stage.into)
-        own, own_mask = pooled(rest[:, start:end], stride, mask)
-        indices.append(nearest_direction(own, stage.codes, mask=own_mask, missing=missing))
+        own = projected[:, start:end]
+        if before:
+            own = own - taken[start:end, :start] @ torch.cat(before, 1) - shift[start:end, :place].sum(1)[:, None]
+        own, own_mask = pooled(own, stride, mask)
+        if choose is None:
+            chosen = nearest_direction(own, stage.codes, mask=own_mask, missing=missing)
+            found = lookup(stage.codes, chosen).transpose(1, 2)
+        else:
+            chosen, found = choose(place, own, own_mask)
+        indices.append(chosen)
         latents.append(own)
-        codes.append(lookup(stage.codes, indices[-1]).transpose(1, 2))
-        if end < rest.shape[1]:
-            rest[:, end:] -= repeated(taken[end:, start:end] @ codes[-1] + shift[end:, place, None], stride)
+        codes.append(found)
+        before.append(repeated(found, stride))
         start = end
     return FactorizedResult(indices, latents, codes)
 

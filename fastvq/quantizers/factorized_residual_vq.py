@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from fastvq.distributed import tie_parameters
 from fastvq.functional.quantize import lookup
 from fastvq.parts.dropout import ActiveStages
-from fastvq.parts.factorized import factorized_output, factorized_search, pooled, repeated
-from fastvq.parts.losses import mean_squared_errors
+from fastvq.parts.factorized import factorized_output, factorized_search
 from fastvq.parts.masking import exclude_non_finite
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
 from fastvq.precision import at_least_float32, full_precision
 
 from .factorized_vq import FactorizedVQ
+from .learned_table import TableRows
 from .residual import ResidualStack
 
 
@@ -47,9 +47,8 @@ class FactorizedResidualVQ(ResidualStack):
     Raises:
         ValueError: an invalid argument, by name.
 
-    Numerics: in eval mode all projections of residuals are one product (`fastvq.parts.factorized_search`): in 1,024
-    dimensions the stages take a fraction of the time of a loop. Rounding may then choose another of two codes that are
-    about equally near than it does in training.
+    Numerics: all projections of residuals are one product (`fastvq.parts.factorized_search`), so that neither pass
+    makes a residual of dim dimensions. The search of each stage is exact for its float32 latents.
 
     Source: Kumar et al., High-Fidelity Audio Compression with Improved RVQGAN, 2023, section 3.2.
     """
@@ -135,8 +134,8 @@ class FactorizedResidualVQ(ResidualStack):
         layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         rows, rows_mask = exclude_non_finite(layout.to_rows(x), layout.rows_mask(mask, lens))
         active = self._active(n_quantizers, layout, x, training=False)
-        _, indices, _ = self._search(at_least_float32(rows), rows_mask, active)
-        return self._stages_out(layout.indices(torch.stack(indices, -1)))
+        _, found = self._search(at_least_float32(rows), rows_mask, active)
+        return self._stages_out(layout.indices(torch.stack([one.indices for one in found], -1)))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """Return the quantized output of `forward` for these indices, or for those of the first stages alone."""
@@ -162,58 +161,37 @@ class FactorizedResidualVQ(ResidualStack):
         """Return quantized rows (B, N, dim), the indices (B, N / stride) of each stage, and losses (Q,)."""
         self._warn_of_hooks()
         rows, mask = exclude_non_finite(layout.to_rows(x), mask)
-        rows = at_least_float32(rows)
         active = self._active(n_quantizers, layout, x, training=self.training)
-        if self.training:
-            quantized, indices, losses, errors = self._quantize_by_stage(rows, mask, active)
-        else:
-            quantized, indices, errors = self._search(rows.detach(), mask, active)
-            losses = torch.zeros_like(errors)
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            quantized, found = self._search(at_least_float32(rows), mask, active)
         if self.training or self._measures:
-            for stage, one, error in zip(self._stages, indices, errors, strict=True):
-                stage._health.observe_(one, error)
-        return quantized, indices, losses
+            for stage, one in zip(self._stages, found, strict=True):
+                stage._health.observe_(one.indices, one.error)
+        return quantized, [one.indices for one in found], torch.stack([one.loss for one in found]).float()
 
-    def _quantize_by_stage(
-        self, rows: Tensor, mask: Tensor, active: ActiveStages
-    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-        """Quantize rows (B, N, dim) with gradients; also return the errors (Q,) of the stages."""
-        residual, total = rows, torch.zeros_like(rows)
-        indices, losses, errors = [], [], []
-        for place, (stage, stride) in enumerate(zip(self._stages, self.strides, strict=True)):
-            own_mask = self._stage_mask(place, mask, active)
-            cells, cells_mask = pooled(residual.transpose(1, 2), stride, own_mask)
-            assert cells_mask is not None
-            found = stage.quantize_rows(cells.transpose(1, 2), cells_mask)
-            output = repeated(found.quantized.transpose(1, 2), stride).transpose(1, 2)
-            output = output.masked_fill(~own_mask.unsqueeze(-1), 0)
-            residual, total = residual - output, total + output
-            indices.append(found.indices)
-            losses.append(found.loss)
-            errors.append(found.error)
-        return total, indices, torch.stack(losses), torch.stack(errors)
+    def _search(self, rows: Tensor, mask: Tensor, active: ActiveStages) -> tuple[Tensor, list[TableRows]]:
+        """Quantize rows (B, N, dim): return the sum of all stages, and the codes (B, N / stride, D) of each."""
+        found: list[TableRows] = []
 
-    @torch.no_grad()
-    def _search(self, rows: Tensor, mask: Tensor, active: ActiveStages) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Quantize rows (B, N, dim) without gradients: quantized, the indices of each stage, and errors (Q,)."""
-        stages = [stage.weights(rows) for place, stage in enumerate(self._stages) if not active.skips(place)]
-        strides = self.strides[: len(stages)]
-        with full_precision(rows):
-            found = factorized_search(rows.transpose(1, 2), stages, strides=strides, mask=mask)
-        indices, codes, errors = [], [], []
-        for place, (stride, chosen) in enumerate(zip(strides, found.indices, strict=True)):
+        def choose(place: int, latents: Tensor, cells: Tensor | None) -> tuple[Tensor, Tensor]:
+            assert cells is not None
             if isinstance(active.number, Tensor):  # some items leave out this stage
-                chosen = chosen.masked_fill(active.number.view(mask.shape)[:, ::stride] <= place, -1)
-            indices.append(chosen)
-            codes.append(found.codes[place].masked_fill((chosen < 0)[:, None], 0))
-            error = mean_squared_errors(found.latents[place].mT, codes[-1].mT, chosen).sum()
-            errors.append(error / (chosen >= 0).sum().clamp_min(1))
+                cells = cells & (active.number.view(mask.shape)[:, :: self.strides[place]] > place)
+            found.append(self._stages[place].quantize_latents(latents.mT, cells))
+            return found[-1].indices, found[-1].quantized.mT
+
         with full_precision(rows):
-            quantized = factorized_output(stages, indices, codes, strides=strides).masked_fill(~mask[:, None], 0)
+            stages = [stage.weights(rows) for place, stage in enumerate(self._stages) if not active.skips(place)]
+            strides = self.strides[: len(stages)]
+            result = factorized_search(rows.mT, stages, strides=strides, mask=mask, choose=choose)
+            quantized = factorized_output(stages, result.indices, result.codes, strides=strides).mT
+        if max(strides) > 1:  # a cell's code stands for its excluded positions too
+            quantized = quantized.masked_fill(~mask.unsqueeze(-1), 0)
         for stride in self.strides[len(stages) :]:
-            indices.append(torch.full_like(mask[:, ::stride], -1, dtype=torch.int64))
-            errors.append(quantized.new_zeros(()))
-        return quantized.transpose(1, 2), indices, torch.stack(errors).float()
+            indices = torch.full_like(mask[:, ::stride], -1, dtype=torch.int64)
+            zero = torch.zeros_like(found[0].error)
+            found.append(TableRows(found[0].quantized, indices, zero, zero))
+        return quantized, found
 
     def _decode(self, indices: Sequence[Tensor]) -> Tensor:
         """Return the sum (B, N, dim) of the outputs of stages with indices (B, N / stride)."""
@@ -222,10 +200,3 @@ class FactorizedResidualVQ(ResidualStack):
         with full_precision(stages[0].codes):
             output = factorized_output(stages, indices, codes, strides=self.strides[: len(indices)])
         return output.transpose(1, 2)
-
-    @staticmethod
-    def _stage_mask(place: int, mask: Tensor, active: ActiveStages) -> Tensor:
-        """Return the mask (B, N) of the rows that a stage quantizes."""
-        if isinstance(active.number, int):
-            return mask if place < active.number else torch.zeros_like(mask)
-        return mask & (active.number.view(mask.shape) > place)

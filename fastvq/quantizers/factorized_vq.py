@@ -69,16 +69,20 @@ class FactorizedVQ(LearnedTable):
     def quantize_rows(self, rows: Tensor, mask: Tensor) -> TableRows:
         with full_precision(rows):
             rows = at_least_float32(rows)
-            z = self._project(self.project_in, rows if self.training else rows.detach())
-            z = z.masked_fill(~mask.unsqueeze(-1), 0)
-            indices = self._nearest(z, mask)
-            found = quantize_errors(z, self.embed, indices=indices)
+            found = self.quantize_latents(self._project(self.project_in, rows), mask)
             quantized = self._project(self.project_out, found.quantized)
             quantized = quantized.masked_fill(~mask.unsqueeze(-1), 0)
-            if not self.training:
-                return TableRows(quantized.detach(), indices, torch.zeros_like(found.error), found.error)
-            loss = weighted(found.error, self.commitment_weight) + weighted(found.codebook_error, self.codebook_weight)
-            return TableRows(quantized, indices, loss, found.error)
+            return found._replace(quantized=quantized if self.training else quantized.detach())
+
+    def quantize_latents(self, z: Tensor, mask: Tensor) -> TableRows:
+        """Quantize projected rows (..., D) in the mask (...), without the projection back."""
+        indices = self._nearest(z, mask)
+        if not self.training:
+            found = quantize_errors(z.detach(), self.embed.detach(), indices=indices)
+            return TableRows(found.quantized, indices, torch.zeros_like(found.error), found.error)
+        found = quantize_errors(z, self.embed, indices=indices)
+        loss = weighted(found.error, self.commitment_weight) + weighted(found.codebook_error, self.codebook_weight)
+        return TableRows(found.quantized, indices, loss, found.error)
 
     def codes_out(self, indices: Tensor) -> Tensor:
         with full_precision(self.embed):

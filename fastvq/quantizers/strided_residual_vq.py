@@ -88,7 +88,7 @@ class StridedResidualVQ(FactorizedResidualVQ):
         layout = self._sequences(x)
         rows, rows_mask = exclude_non_finite(layout.to_rows(x), layout.rows_mask(mask, lens))
         active = self._active(n_quantizers, layout, x, training=False)
-        return tuple(self._search(at_least_float32(rows), rows_mask, active)[1])
+        return tuple(one.indices for one in self._search(at_least_float32(rows), rows_mask, active)[1])
 
     def get_output_from_indices(self, indices: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
         """Return the quantized output of `forward`, without a mask, for (B, T / stride) of each stage, or the first."""
