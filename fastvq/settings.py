@@ -113,7 +113,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("adversarial_weight", "perceptual_weight"), (0, _FINITE)),
     "adversarial_start": (0, _COUNT),
     **dict.fromkeys(("commitment_weight", "dead_code_threshold", "weight_decay"), (0, _FINITE)),
-    **dict.fromkeys(("waveform_weight", "stft_weight", "mel_weight"), (0, _FINITE)),
+    **dict.fromkeys(("waveform_weight", "stft_weight", "mel_weight", "feature_weight"), (0, _FINITE)),
     **dict.fromkeys(("learning_rate", "reconstruction_variance", "frame_rate"), (_SMALLEST, _FINITE)),
     "depth": (1, _DEPTH),
     "workers": (0, _DEPTH),

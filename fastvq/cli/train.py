@@ -237,7 +237,7 @@ def _refuse_without_effect(options: argparse.Namespace, config: TrainConfig) -> 
     if not getattr(config, "perceptual_weight", 0):
         refuse_without_effect(options, ("perceptual_network",), "without a perceptual_weight")
     if not getattr(config, "adversarial_weight", 0):
-        names = ("adversarial_start", "discriminator_width", "discriminator_layers")
+        names = ("adversarial_start", "feature_weight", "discriminator_width", "discriminator_layers")
         refuse_without_effect(options, names, "without an adversarial_weight")
 
 

@@ -73,6 +73,11 @@ class AudioConfig(TrainConfig):
     stft_weight: float = setting(1.0, "weight of the multi-resolution STFT loss")
     mel_weight: float = setting(1.0, "weight of the multi-resolution mel loss")
 
+    adversarial_weight: float = setting(0.0, "weight of the loss of a discriminator of spectrograms; 0 for none")
+    feature_weight: float = setting(1.0, "weight of the difference of the discriminator's features")
+    adversarial_start: int = setting(500, "step from which the discriminator and its losses take part")
+    discriminator_width: int = setting(16, "channels of the discriminator")
+
     steps: int = setting(1000, "optimizer steps")
     batch_size: int = setting(8, "examples per step")
     learning_rate: float = setting(2e-3, "peak learning rate of Adam")

@@ -22,7 +22,7 @@ from fastvq.errors import counted
 from fastvq.modalities import ImageConfig, TrainConfig, modality_of
 from fastvq.models import VQVAE, Continuous
 
-from .adversary import Adversary
+from .adversary import adversary_of
 from .build import build_model
 
 _FLOAT = 4
@@ -85,8 +85,8 @@ def plan_training(config: TrainConfig) -> Plan:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = build_model(config)
         parts: dict[str, nn.Module] = {name: getattr(model, name) for name in ("encoder", "bottleneck", "decoder")}
-        if isinstance(config, ImageConfig) and config.adversarial_weight:
-            parts["discriminator"] = Adversary(config, torch.device("meta")).discriminator
+        if adversary := adversary_of(config, torch.device("meta")):
+            parts["discriminator"] = adversary.discriminator
         saved = _saved(model, config)
     parameters = {
         name: sum(weight.numel() for weight in part.parameters() if weight.requires_grad)

@@ -15,13 +15,13 @@ from fastvq.data.order import Batches, own_rows
 from fastvq.data.registry import check_outside
 from fastvq.errors import CodebookError, DataError
 from fastvq.files import StrPath
-from fastvq.modalities import ImageConfig, TrainConfig, modality_of
+from fastvq.modalities import TrainConfig, modality_of
 from fastvq.modalities.pixel_config import PixelConfig
 from fastvq.models import VQVAE, Decoder
 from fastvq.parts import Annealed
 
 from . import ranks
-from .adversary import Adversary
+from .adversary import adversary_of
 from .build import build_model
 from .checkpoint import AVERAGED
 from .evaluation import Evaluation, evaluate, usage_record
@@ -73,9 +73,7 @@ class Trainer(Loop[Evaluation]):
         model.to(memory_format=torch.channels_last_3d if video else torch.channels_last)  # type: ignore[call-overload]
         self._quantizer = model.bottleneck if isinstance(model.bottleneck, Monitored) else None
         self._annealed = [module for module in model.modules() if isinstance(module, Annealed)]
-        self._adversary: Adversary | None = None
-        if isinstance(config, ImageConfig) and config.adversarial_weight:
-            self._adversary = Adversary(config, self.device)
+        self._adversary = adversary_of(config, self.device)
         self._perceptual: PerceptualLoss | None = None
         if isinstance(config, PixelConfig) and config.perceptual_weight:
             self._perceptual = PerceptualLoss(config, self.device)
@@ -118,7 +116,7 @@ class Trainer(Loop[Evaluation]):
                 loss = reconstruction_loss + output.loss.float()
                 if adversary is not None:
                     last_weight = cast(Decoder, self.model.decoder).last_weight
-                    loss = loss + adversary.loss(restored, reconstruction_loss, last_weight)
+                    loss = loss + adversary.loss(restored, reconstruction_loss, last_weight, part)
                 (loss / len(parts) if len(parts) > 1 else loss).backward()
                 if adversary is not None:
                     adversary.accumulate(part, restored, len(parts))

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from fastvq.data import Examples
 from fastvq.errors import ConfigError
-from fastvq.modalities import ImageConfig
+from fastvq.modalities import AudioConfig, ImageConfig
 from fastvq.models.discriminator import PatchDiscriminator
 from fastvq.training import Trainer
-from fastvq.training.adversary import Adversary
+from fastvq.training.adversary import Adversary, SpectralAdversary
 from fastvq.training.metrics import read_metrics
 
 from .tiny import TINY, stop_after, tiny_images
@@ -26,19 +27,36 @@ CONFIG = dataclasses.replace(
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("interrupted_at", [1, 5])
-def test_an_adversarial_run_resumes_bit_for_bit(tmp_path: Path, interrupted_at: int) -> None:
-    whole = Trainer(CONFIG, tiny_images(), tmp_path / "whole")
+SOUND = AudioConfig(
+    data="some", sample_rate=8000, clip_length=256, crop_length=128, strides="4,8", width=4, dim=4, codebook_size=8,
+    batch_size=4, steps=6, log_every=2, evaluate_every=6, checkpoint_every=3, adversarial_weight=0.8,
+    adversarial_start=2, discriminator_width=2,
+)  # fmt: skip
+
+
+def tiny_sounds() -> Examples:
+    """Return random clips."""
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randint(-9999, 9999, (12, 1, 256), generator=generator).short()
+    return Examples("some", stored[:8], stored[8:], ("a", "b", "c", "d"))
+
+
+@pytest.mark.parametrize(("modality", "interrupted_at"), [("image", 1), ("image", 5), ("audio", 5)])
+def test_an_adversarial_run_resumes_bit_for_bit(tmp_path: Path, modality: str, interrupted_at: int) -> None:
+    config: Any = CONFIG if modality == "image" else SOUND
+    examples = tiny_images() if modality == "image" else tiny_sounds()
+    whole = Trainer(config, examples, tmp_path / "whole")
     assert whole.fit(progress=False)
-    stop_after(Trainer(CONFIG, tiny_images(), tmp_path / "parts"), interrupted_at)
+    stop_after(Trainer(config, examples, tmp_path / "parts"), interrupted_at)
     torch.rand(1000)
-    resumed = Trainer(CONFIG, tiny_images(), tmp_path / "parts", resume=True)
+    resumed = Trainer(config, examples, tmp_path / "parts", resume=True)
     assert resumed.step == interrupted_at
     assert resumed.fit(progress=False)
     first, second = whole._checkpoint().tensors, resumed._checkpoint().tensors
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    assert float(first["adversary.optimizer.layers.0.weight.step"]) == 4
+    steps = [float(value) for name, value in first.items() if name.startswith("adversary.") and name.endswith(".step")]
+    assert steps == [4.0] * len(steps) != []
     records = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert read_metrics(tmp_path / "parts" / "metrics.jsonl") == records
     losses = [record.get("discriminator_loss") for record in records if record["split"] == "train"]
@@ -57,7 +75,7 @@ def test_the_adversarial_loss_is_scaled_by_the_gradients_of_the_last_layer() -> 
     last, features = torch.randn(1, 4, requires_grad=True), torch.randn(4, 28 * 28)
     image = (last @ features).view(1, 1, 28, 28)
     error = (image - 0.5).square().mean()
-    loss = adversary.loss(image, error, last)
+    loss = adversary.loss(image, error, last, image)
     assert all(weight.requires_grad and weight.grad is None for weight in adversary.discriminator.parameters())
     fooled = -adversary.discriminator(image).mean()
     norms = [torch.autograd.grad(one, last, retain_graph=True)[0].norm().item() for one in (error, fooled)]
@@ -65,6 +83,50 @@ def test_the_adversarial_loss_is_scaled_by_the_gradients_of_the_last_layer() -> 
     assert loss.item() == pytest.approx(0.8 * ratio * fooled.item(), rel=1e-4)
     gradient = torch.autograd.grad(loss, last)[0].norm().item()
     assert gradient == pytest.approx(0.8 * norms[0], rel=1e-2)
+
+
+def test_losses_of_audio_are_balanced_by_their_gradients() -> None:
+    torch.manual_seed(0)
+    adversary = SpectralAdversary(SOUND, CPU)
+    x, y = torch.randn(2, 1, 1024), torch.randn(2, 1, 1024, requires_grad=True)
+    for scale in (1.0, 10.0):  # of the reconstruction loss, which the others follow
+        error = scale * (y - x).square().mean()
+        norm = torch.autograd.grad(error, y, retain_graph=True)[0].norm().item()
+        adversary.norms.zero_()
+        gradient = torch.autograd.grad(adversary.loss(y, error, y, x), y)[0].norm().item()
+        assert 0.2 * norm < gradient < 1.8 * norm
+        adversary.feature_weight = 0.0
+        adversary.norms.zero_()
+        alone = torch.autograd.grad(adversary.loss(y, error, y, x), y)[0].norm().item()
+        assert alone == pytest.approx(0.8 * norm, rel=1e-2)
+        adversary.feature_weight = 1.0
+    assert all(weight.requires_grad and weight.grad is None for weight in adversary.discriminator.parameters())
+
+
+def test_the_balance_is_a_moving_average() -> None:
+    adversary = SpectralAdversary(SOUND, CPU)
+    x, y = torch.randn(1, 1, 512), torch.randn(1, 1, 512, requires_grad=True)
+    norms = []
+    for scale in (1.0, 3.0):
+        error = scale * (y - x).square().mean()
+        norms.append(torch.autograd.grad(error, y, retain_graph=True)[0].norm().item())
+        adversary.loss(y, error, y, x)
+    expected = (0.99 * norms[0] + norms[1]) / 1.99
+    assert float(adversary.norms[0] / adversary.norms[3]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_discriminator_learns_to_tell_sounds_apart() -> None:
+    torch.manual_seed(0)
+    adversary = SpectralAdversary(SOUND, CPU)
+    time = torch.arange(512) / 8
+    low, high = (torch.sin(f * time).expand(2, 1, 512) for f in (1.0, 6.0))
+    for _ in range(15):
+        adversary.accumulate(low, high)
+        adversary.learn(1e-2)
+    outputs = [adversary.discriminator(sound) for sound in (low, high)]
+    assert len(outputs[0]) == 3
+    real, fake = (sum(judge[-1].mean().item() for judge in own) for own in outputs)
+    assert real > 0 > fake
 
 
 def test_the_discriminator_learns_to_tell_images_apart() -> None:
