@@ -47,7 +47,7 @@ def whole(path: StrPath) -> Iterator[BinaryIO]:
     """Yield a new file, open for writing, that replaces `path` when the block ends without an error.
 
     Until then, and after a kill, `path` is as it was before. Missing parent folders are created. The permissions are
-    those that the umask gives to new files.
+    those that the umask gives to new files. A symbolic link is replaced, not followed: its target stays as it is.
 
     Raises:
         IsADirectoryError: `path` is a folder.

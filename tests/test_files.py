@@ -79,6 +79,19 @@ def test_a_link_in_the_place_of_a_temporary_is_not_followed(tmp_path, monkeypatc
     assert victim.read_text() == "precious" if kind == "file" else not list(victim.iterdir())
 
 
+def test_a_link_in_the_place_of_an_output_is_replaced(tmp_path):
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "folder")
+    for path in (tmp_path / "link", tmp_path / "elsewhere" / "file"):
+        write_whole(path, "new")
+        assert not path.is_symlink()
+        assert path.read_text() == "new"
+    assert (tmp_path / "target").read_text() == "precious"
+    assert (tmp_path / "folder" / "file").read_text() == "new"
+
+
 def test_names_of_temporaries_are_random(tmp_path):
     names = set()
     for _ in range(3):

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fastvq.data import DATA_SETS
 from fastvq.data.audio_format import AudioFormat
 from fastvq.errors import ConfigError
 from fastvq.settings import setting
@@ -97,11 +96,7 @@ class AudioConfig(TrainConfig):
                 )
         if self.crop_length > self.clip_length:
             raise ConfigError(f"crop_length must be at most clip_length = {self.clip_length}, got {self.crop_length}")
-        known = DATA_SETS.get(self.data)
-        if known and self.example_format != AudioFormat(
-            known.settings["sample_rate"], known.settings["channels"], known.settings["clip_length"]
-        ):
-            raise ConfigError(f"{self.data} is {known.form}: sample_rate, channels and clip_length cannot be changed")
+        self.check_example(("sample_rate", "channels", "clip_length"))
 
     @property
     def example_format(self) -> AudioFormat:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fastvq.data import DATA_SETS
 from fastvq.data.image_format import ImageFormat
 from fastvq.errors import ConfigError
 from fastvq.settings import setting
@@ -61,14 +60,9 @@ class ImageConfig(PixelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        own, known = self.example_format, DATA_SETS.get(self.data)
-        if known and (own, self.crop_from) != (
-            ImageFormat(known.settings["image_size"], grayscale=known.settings["grayscale"]),
-            None,
-        ):
-            raise ConfigError(
-                f"{self.data} is {known.form}: image_size, image_width, grayscale, fit and crop_from cannot be changed"
-            )
+        own = self.example_format
+        square = None if self.image_width is None else self.image_size
+        self.check_example(("image_size", "grayscale"), image_width=square, fit="crop", crop_from=None)
         self.check_sides(image_size=own.height, image_width=own.width)
         if self.grids > 1 and self.bottleneck in ("vae", "none"):
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -105,6 +106,25 @@ class TrainConfig(Settings):
         known = DATA_SETS.get(self.data)
         if known is not None and known.modality != self.modality:
             raise ConfigError(f"data: {self.data} is for the modality {known.modality}, not {self.modality}")
+
+    def check_example(self, names: Iterable[str], **others: Any) -> None:
+        """Check the settings of an example of a data set that comes with fastvq, where they follow from it.
+
+        Args:
+            names: settings that have a value of the data set.
+            others: the values of further ones.
+
+        Raises:
+            ConfigError: a setting has another value; the message names it.
+        """
+        known = DATA_SETS.get(self.data)
+        if known is None:
+            return
+        for name, value in ({name: known.settings[name] for name in names} | others).items():
+            if getattr(self, name) != value:
+                fixed = "left out" if value is None else value
+                given = getattr(self, name)
+                raise ConfigError(f"{name} must be {fixed}, since {self.data} is {known.form}, got {given}")
 
     @property
     def example_format(self) -> Format:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fastvq.data import DATA_SETS
 from fastvq.data.video_format import VideoFormat
 from fastvq.errors import ConfigError
 from fastvq.settings import setting
@@ -51,17 +50,9 @@ class VideoConfig(PixelConfig):
                 f"frames must be 1 plus a multiple of 2**time_downsamples = {2**self.time_downsamples}, got"
                 f" {self.frames}"
             )
-        known = DATA_SETS.get(self.data)
-        if known and self.example_format != VideoFormat(
-            known.settings["frames"],
-            known.settings["frame_size"],
-            grayscale=known.settings["grayscale"],
-            frame_rate=known.settings["frame_rate"],
-        ):
-            raise ConfigError(
-                f"{self.data} is {known.form}: frames, frame_rate, frame_size, frame_width, grayscale and fit cannot be"
-                " changed"
-            )
+        square = None if self.frame_width is None else self.frame_size
+        names = ("frames", "frame_size", "grayscale", "frame_rate")
+        self.check_example(names, frame_width=square, fit="crop")
         self.check_sides(frame_size=self.example_format.height, frame_width=self.example_format.width)
 
     @property

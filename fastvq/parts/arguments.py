@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
@@ -37,3 +40,19 @@ def check_fractions(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: must lie in [0, 1], got {value}")
+
+
+@contextmanager
+def in_the_name_of(layer: object) -> Iterator[None]:
+    """Let a layer construct its stages from arguments of its own: one that they lack is an error in its name.
+
+    Raises:
+        TypeError: an argument is unknown; the message names the class of the layer instead of that of a stage.
+    """
+    try:
+        yield
+    except TypeError as error:
+        message, count = re.subn(r"^\w+(?=\.__init__\(\) got an unexpected)", type(layer).__name__, str(error))
+        if not count:
+            raise
+        raise TypeError(message) from None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.health import Health, Monitored
+from fastvq.parts.arguments import in_the_name_of
 from fastvq.parts.shapes import Layout
 
 from .lfq import LFQ, LFQLosses
@@ -83,7 +84,8 @@ class EvoLFQ(Monitored, nn.Module):
         if lfq is None:
             if dim is None and codebook_size is None:
                 raise ValueError("lfq, dim, codebook_size: at least one of them must be given")
-            lfq = LFQ(dim=dim, codebook_size=codebook_size, num_codebooks=num_codebooks, **lfq_kwargs)
+            with in_the_name_of(self):
+                lfq = LFQ(dim=dim, codebook_size=codebook_size, num_codebooks=num_codebooks, **lfq_kwargs)
         self.encoder, self.decoder, self.lfq = encoder, decoder, lfq
         self.pop_size, self.elitism_count = pop_size, elitism_count
         self.mutation_rate, self.tournament_size = mutation_rate, tournament_size

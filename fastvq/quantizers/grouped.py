@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastvq.codebook.fit import Fitted
 from fastvq.codebook.health import Monitored
+from fastvq.parts.arguments import in_the_name_of
 from fastvq.parts.dropout import common_seed
 from fastvq.parts.shapes import CHANNEL_LAST, IMAGES, VIDEO, Options, channel_first_options, propose_layout
 
@@ -47,7 +48,8 @@ class Grouped(SharedState, Monitored, nn.Module):
         self.dim, self.groups = dim, groups
         self.accept_image_fmap = accept_image_fmap
         settings = self.group_settings(**settings)
-        self.rvqs = nn.ModuleList([self.quantizer(dim=dim // groups, **settings) for _ in range(groups)])
+        with in_the_name_of(self):
+            self.rvqs = nn.ModuleList([self.quantizer(dim=dim // groups, **settings) for _ in range(groups)])
 
     def group_settings(self, **settings: Any) -> dict[str, Any]:
         """Return the arguments of a group's quantizer except dim."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fastvq.parts.arguments import in_the_name_of
 from fastvq.parts.scalar import Bound
 
 from .fsq import FSQ
@@ -36,7 +37,8 @@ class IFSQ(FSQ):
         for name in ("preserve_symmetry", "bound_hard_clamp"):
             if name in settings:
                 raise TypeError(f"{name}: is not an argument of IFSQ, whose bound is fixed")
-        super().__init__(levels, dim, preserve_symmetry=True, **settings)
+        with in_the_name_of(self):
+            super().__init__(levels, dim, preserve_symmetry=True, **settings)
         if any(size % 2 == 0 for size in self._bound.levels):
             raise ValueError(f"levels: must be odd, so that one is zero, got {list(levels)}")
         self._bound = Bound(self._bound.levels, symmetric=True, squash="sigmoid")

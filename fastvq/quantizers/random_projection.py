@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.health import Health, Monitored
-from fastvq.parts.arguments import check_sizes
+from fastvq.parts.arguments import check_sizes, in_the_name_of
 from fastvq.parts.shapes import Layout, layout_of
 from fastvq.precision import KeepsBuffers, at_least_float32, full_precision
 
@@ -68,14 +68,15 @@ class RandomProjectionQuantizer(Monitored, KeepsBuffers, nn.Module):
             raise ValueError("accept_image_fmap, accept_3d_fmap: only one of them may be True")
         self.register_buffer("rand_projs", nn.init.xavier_normal_(torch.empty(num_codebooks, dim, codebook_dim)))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False) if norm else nn.Identity()
-        self.vq = VectorQuantize(
-            dim=codebook_dim * num_codebooks,
-            heads=num_codebooks,
-            codebook_size=codebook_size,
-            use_cosine_sim=True,
-            separate_codebook_per_head=True,
-            **settings,
-        )
+        with in_the_name_of(self):
+            self.vq = VectorQuantize(
+                dim=codebook_dim * num_codebooks,
+                heads=num_codebooks,
+                codebook_size=codebook_size,
+                use_cosine_sim=True,
+                separate_codebook_per_head=True,
+                **settings,
+            )
         self.vq.eval().requires_grad_(False)
 
     @property

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from fastvq.parts.arguments import in_the_name_of
 from fastvq.parts.binary import soft_clamp
 from fastvq.parts.dropout import ActiveStages
 from fastvq.parts.indices import checked_indices, checked_levels
@@ -88,10 +89,11 @@ class ResidualFSQ(Unsaved, Projected, ResidualStack):
         self._set_dropout(num_quantizers, quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
 
         self.project_in, self.project_out = projections(self.dim, len(sizes))
-        self.layers = nn.ModuleList(
-            FSQ(sizes, dim=len(sizes), preserve_symmetry=True, bound_hard_clamp=bound_hard_clamp, **settings)
-            for _ in range(num_quantizers)
-        )
+        with in_the_name_of(self):
+            self.layers = nn.ModuleList(
+                FSQ(sizes, dim=len(sizes), preserve_symmetry=True, bound_hard_clamp=bound_hard_clamp, **settings)
+                for _ in range(num_quantizers)
+            )
         self.codebook_size = self._stages[0].codebook_size
         scales = [[size**-place for size in sizes] for place in range(num_quantizers)]
         self.scales = constant(scales, torch.float32)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from fastvq.parts.arguments import in_the_name_of
 from fastvq.parts.projection import Projected, project_codes_out, project_rows_in, projections
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout
 from fastvq.precision import at_least_float32
@@ -65,9 +66,9 @@ class ResidualLFQ(Projected, ResidualStack):
         self.layers = nn.ModuleList()
         for place in range(num_quantizers):
             clamp = None if soft_clamp_input_value is None else soft_clamp_input_value * 0.5**place
-            self.layers.append(
-                LFQ(codebook_size=codebook_size, codebook_scale=0.5**place, soft_clamp_input_value=clamp, **settings)
-            )
+            own: dict[str, Any] = {"codebook_scale": 0.5**place, "soft_clamp_input_value": clamp}
+            with in_the_name_of(self):
+                self.layers.append(LFQ(codebook_size=codebook_size, **own, **settings))
         self._set_dropout(num_quantizers, quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
 
     @property

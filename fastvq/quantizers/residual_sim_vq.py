@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastvq.distributed import tie_parameters
 from fastvq.functional.quantize import lookup
 from fastvq.ops import search
+from fastvq.parts.arguments import in_the_name_of
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
 from fastvq.precision import at_least_float32
 
@@ -61,7 +62,8 @@ class ResidualSimVQ(ResidualStack):
         self.channel_first = channel_first
         self._set_dropout(num_quantizers, quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
         settings = {"channel_first": channel_first, "rotation_trick": rotation_trick} | sim_vq_kwargs
-        self.layers = nn.ModuleList([SimVQ(dim, codebook_size, **settings) for _ in range(num_quantizers)])
+        with in_the_name_of(self):
+            self.layers = nn.ModuleList([SimVQ(dim, codebook_size, **settings) for _ in range(num_quantizers)])
 
     @property
     def codebook_size(self) -> int:

@@ -18,7 +18,7 @@ from fastvq.distributed import may_be_recomputed, tie_parameters
 from fastvq.functional.quantize import check_some_code, lookup, weighted
 from fastvq.functional.residual_quantize import residual_quantize
 from fastvq.ops import residual_quantize_forward, residual_search
-from fastvq.parts.arguments import check_fractions, check_sizes
+from fastvq.parts.arguments import check_fractions, check_sizes, in_the_name_of
 from fastvq.parts.beam import Stage, beam_search
 from fastvq.parts.dropout import ActiveStages
 from fastvq.parts.gradients import directional_reparam, rotate_to, scale_gradient, straight_through
@@ -194,7 +194,8 @@ class ResidualVQ(Projected, ResidualStack):
 
         self._history = History()
         self.project_in, self.project_out = projections(dim, codebook_dim)
-        self.layers = nn.ModuleList([VectorQuantize(dim=codebook_dim, codebook_size=k, **settings) for k in sizes])
+        with in_the_name_of(self):
+            self.layers = nn.ModuleList([VectorQuantize(dim=codebook_dim, codebook_size=k, **settings) for k in sizes])
         if self._stages_project:
             raise ValueError("codebook_dim: must be given to ResidualVQ itself")
         self.mlps: nn.ModuleList | tuple[None, ...] = (

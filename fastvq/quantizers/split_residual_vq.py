@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastvq.codebook.fit import Fitted
 from fastvq.codebook.health import Monitored
+from fastvq.parts.arguments import in_the_name_of
 
 from .residual_vq import ResidualVQ
 
@@ -56,8 +57,10 @@ class SplitResidualVQ(Monitored, nn.Module):
             )
         sizes = {"dim": dim, "codebook_size": codebook_size, "codebook_dim": codebook_dim}
         kept = {name: value for name, value in settings.items() if not name.startswith("quantize_dropout")}
-        self.semantic = ResidualVQ(num_quantizers=num_semantic, **sizes, **kept)  # type: ignore[arg-type]
-        self.acoustic = ResidualVQ(num_quantizers=num_quantizers - num_semantic, **sizes, **settings)  # type: ignore[arg-type]
+        with in_the_name_of(self):
+            self.semantic = ResidualVQ(num_quantizers=num_semantic, **sizes, **kept)  # type: ignore[arg-type]
+            acoustic = num_quantizers - num_semantic
+            self.acoustic = ResidualVQ(num_quantizers=acoustic, **sizes, **settings)  # type: ignore[arg-type]
         self.dim, self.codebook_size = dim, codebook_size
         self.num_quantizers, self.num_semantic = num_quantizers, num_semantic
 

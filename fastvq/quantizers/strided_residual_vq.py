@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvq.distributed import tie_parameters
+from fastvq.parts.arguments import in_the_name_of
 from fastvq.parts.indices import checked_indices
 from fastvq.parts.masking import exclude_non_finite
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
@@ -53,7 +54,8 @@ class StridedResidualVQ(FactorizedResidualVQ):
         for name in ("num_quantizers", "stage_axis"):
             if name in settings:
                 raise TypeError(f"{name}: is not an argument of StridedResidualVQ, which has one stage for each stride")
-        super().__init__(dim, codebook_size, len(strides), codebook_dim, channel_first=channel_first, **settings)
+        with in_the_name_of(self):
+            super().__init__(dim, codebook_size, len(strides), codebook_dim, channel_first=channel_first, **settings)
         self.strides = tuple(strides)
 
     def forward(  # type: ignore[override]

@@ -45,6 +45,23 @@ CASES = {
 }
 
 
+STACK = {"dim": 8, "codebook_size": 4, "num_quantizers": 2}
+WITH_STAGES = {
+    "ResidualVQ": STACK,
+    "ResidualSimVQ": STACK,
+    "ResidualLFQ": STACK,
+    "SplitResidualVQ": STACK,
+    "GroupedResidualVQ": {**STACK, "groups": 2},
+    "GroupedResidualLFQ": {**STACK, "groups": 2},
+    "ResidualFSQ": {"dim": 8, "levels": [4, 4], "num_quantizers": 2},
+    "GroupedResidualFSQ": {"dim": 8, "levels": [4, 4], "num_quantizers": 2, "groups": 2},
+    "StridedResidualVQ": {"dim": 8, "codebook_size": 4, "strides": (2, 1), "codebook_dim": 4},
+    "RandomProjectionQuantizer": {"dim": 8, "codebook_size": 4, "codebook_dim": 4},
+    "EvoLFQ": {"encoder": torch.nn.Identity(), "decoder": torch.nn.Identity(), "dim": 4},
+    "IFSQ": {"levels": [3, 3]},
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_argument_is_named(case):
     name, call = CASES[case]
@@ -54,3 +71,10 @@ def test_the_argument_is_named(case):
 
 def test_numpys_integers_are_integers():
     assert vq(dim=np.int64(8), codebook_size=np.int32(16))(X)[1].shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", WITH_STAGES)
+def test_a_layer_of_stages_names_itself(name):
+    """An argument that its stages lack is no argument of the layer, whose class the user wrote."""
+    with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) got an unexpected keyword argument 'nonsense'"):
+        getattr(fastvq, name)(**WITH_STAGES[name], nonsense=1)

@@ -96,6 +96,22 @@ def test_an_image_size_that_the_strides_do_not_divide_is_refused() -> None:
         ImageConfig(data="folder", image_size=30)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 32}, "image_size must be 8, since digits is 8x8 gray, got 32"),
+        ({"grayscale": False}, "grayscale must be True"),
+        ({"fit": "pad"}, "fit must be crop"),
+        ({"image_width": 16}, "image_width must be 8"),
+        ({"crop_from": 16}, "crop_from must be left out"),
+    ],
+)
+def test_a_setting_that_follows_from_the_data_is_named_alone(settings: dict[str, Any], message: str) -> None:
+    ImageConfig(data="digits", image_size=8, image_width=8, downsamples=1)
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        ImageConfig(**{"data": "digits", "image_size": 8} | settings)
+
+
 def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
     rates = [TINY.learning_rate_at(step) for step in range(TINY.steps + 1)]
     assert rates[0] == pytest.approx(TINY.learning_rate / 2)
