@@ -201,7 +201,11 @@ def wrong(row: Row, module: nn.Module, x: Tensor) -> str:
 
 
 def peak(call: Callable[[], Any]) -> int:
-    """Return the growth of the process during a call, once memory that earlier calls left free is given back."""
+    """Return the growth of the process during a call, once memory that earlier calls left free is given back.
+
+    The call has one thread: a fork of a process with more has none of the others, and would wait for them.
+    """
+    torch.set_num_threads(1)
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(_MMAP_THRESHOLD, 1 << 16)
     libc.malloc_trim(0)
