@@ -148,7 +148,8 @@ def _show_table(axes: Any, rows: Sequence[Sequence[Tensor]], below: float = 0.0)
         for column, image in enumerate(images):
             canvas[:, row * down : row * down + height, column * right : column * right + width] = image.cpu()
         frames = [(column * right - 0.5, width) for column in range(len(images))]
-        axes.broken_barh(frames, (row * down - 0.5, height), facecolor="none", edgecolor="black", linewidth=0.8)
+        style = {"facecolor": "none", "edgecolor": "black", "linewidth": 0.8, "clip_on": False}
+        axes.broken_barh(frames, (row * down - 0.5, height), **style)
     _show(axes, canvas)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
