@@ -87,6 +87,9 @@ class Trainer(Loop[Evaluation]):
             self._average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         self._forward = ranks.synchronized(model)
         if config.compile:
+            if self._adversary is not None:
+                # It takes gradients before the backward pass, which must find the features that it needs.
+                torch._functorch.config.donated_buffer = False
             self._forward = torch.compile(self._forward)
         self._batches = Batches(source, batch_size=config.batch_size, seed=config.seed, workers=config.workers or 0)
         own_rows(
