@@ -33,7 +33,8 @@ def binary_assign(
         x: (R, D), or (G, R, D) for means within each group; any floating dtype, D up to 30.
         scale: factor of the products, not negative, a number or a tensor (). LFQ's is 2 inv_temperature
             codebook_scale: its codes are +-codebook_scale, its distance -2 <x, code>.
-        floor: smallest probability whose logarithm is taken, in [0, 1); LFQ's is 1e-5, 0 gives the exact entropy.
+        floor: smallest probability whose logarithm is taken, in [0, 1); LFQ's is 1e-5, 0 gives the exact entropy. A
+            compiled graph is made for one: it must not change at each step.
         mask: bool (R,) or (G, R), True for the rows that take part.
 
     Returns:

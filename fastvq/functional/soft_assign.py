@@ -52,7 +52,8 @@ def soft_assign(
         codebook: (K, D). It and x get gradients from all three results.
         metric: "distance", "l2" or "dot": s, as above. scale: its factor, positive, a number or a tensor ();
             1 / temperature.
-        floor: smallest probability whose logarithm is taken, in [0, 1); 0 gives the exact entropy.
+        floor: smallest probability whose logarithm is taken, in [0, 1); 0 gives the exact entropy. A
+            compiled graph is made for one: it must not change at each step.
         mask: bool (R,) or (G, R), True for the rows that take part.
 
     Returns:
