@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.health import HealthReport, Monitored, Totals
-from fastvq.parts.arguments import check_sizes
+from fastvq.parts.arguments import check_fractions, check_sizes
 
 from .adapters import Adapter, adapter_of
 from .conv import Decoder, Encoder
@@ -25,10 +25,13 @@ class GridsBottleneck(Monitored, nn.Module):
     """Bottleneck of a VQ-VAE-2: one quantizer for each grid, from the coarsest to the finest.
 
         f_L = z,   f_l = encoder_l(f_{l+1})                        features, from fine to coarse
-        u_l = decoder_l(m_{l-1}),   q_l = quantizer_l(join_l(f_l, u_l)),   m_l = merge_l(q_l, u_l)
+        u_l = decoder_l(m_{l-1}),   q_l = quantizer_l(f_l - u_l),   m_l = q_l + u_l
 
-    The coarsest grid has u = 0, neither join nor merge; the decoder of the VQ-VAE gets m_L. The loss is the sum of
-    those of the quantizers.
+    The coarsest grid has u = 0; the decoder of the VQ-VAE gets m_L. The loss is the sum of those of the quantizers.
+
+    In training the finest q is left out of a share of the samples. Without this, and with convolutions of (f, u) and
+    (q, u) in place of difference and sum, the decoder soon learns to ignore the coarse codes, for at the start the
+    features of the finest grid say more.
 
     Args:
         dim: dimension D of the features and of the codes of every grid.
@@ -36,6 +39,7 @@ class GridsBottleneck(Monitored, nn.Module):
         grid: shape of the finest grid. Each coarser one has half as many positions along every axis.
         width, residual_width, groups: of the encoders and decoders between grids, see `Encoder`.
         encoder_blocks, decoder_blocks: number of their residual blocks.
+        coarse_share: in training, the share of samples that are decoded from the coarser grids alone.
 
     Shapes: x (B, D, *grid) -> (codes (B, D, *grid), indices (B, T), loss ()), where T counts the indices of all grids.
 
@@ -57,12 +61,15 @@ class GridsBottleneck(Monitored, nn.Module):
         encoder_blocks: int = 2,
         decoder_blocks: int = 2,
         groups: int = 0,
+        coarse_share: float = 0.1,
     ) -> None:
         super().__init__()
         check_sizes(dim=dim)
+        check_fractions(coarse_share=coarse_share)
         if len(quantizers) < 2:
             raise ValueError(f"quantizers: must be at least 2, one for each grid, got {len(quantizers)}")
         self.grids = halved_grids(grid, len(quantizers))
+        self.coarse_share = coarse_share
         self.dim, ndim, finer = dim, len(grid), len(quantizers) - 1
         shared: dict[str, Any] = {"width": width, "residual_width": residual_width, "ndim": ndim, "groups": groups}
         self.quantizers = nn.ModuleList(quantizers)
@@ -73,9 +80,6 @@ class GridsBottleneck(Monitored, nn.Module):
         self.decoders = nn.ModuleList(
             [Decoder(dim, dim, upsamples=1, residual_blocks=decoder_blocks, **shared) for _ in range(finer)]
         )
-        conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 1]
-        self.joins = nn.ModuleList([conv(2 * dim, dim, 3, padding=1) for _ in range(finer)])
-        self.merges = nn.ModuleList([conv(2 * dim, dim, 1) for _ in range(finer)])
 
     @property
     def adapter(self) -> Adapter:
@@ -100,12 +104,13 @@ class GridsBottleneck(Monitored, nn.Module):
         indices, losses = [], []
 
         def quantized(place: int, above: Tensor | None) -> Tensor:
-            own = features[place]
-            if above is not None:
-                own = self.joins[place - 1](torch.cat([own, above], 1))
+            own = features[place] if above is None else features[place] - above
             codes, chosen, loss = self.adapters[place].quantize(own, accumulate=accumulate)
             indices.append(chosen.flatten(1))
             losses.append(loss)
+            if self.training and place == len(features) - 1 and self.coarse_share:
+                left_out = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) < self.coarse_share
+                codes = codes.masked_fill(left_out, 0)
             return codes
 
         return self._merged(quantized), torch.cat(indices, 1), torch.stack(losses).sum()
@@ -140,9 +145,9 @@ class GridsBottleneck(Monitored, nn.Module):
     def _merged(self, codes_at: Callable[[int, Tensor | None], Tensor]) -> Tensor:
         """Return m of the finest grid, for codes by the number of a grid and the features from above."""
         merged = codes_at(0, None)
-        for place, (decoder, merge) in enumerate(zip(self.decoders, self.merges, strict=True), start=1):
+        for place, decoder in enumerate(self.decoders, start=1):
             above = decoder(merged)
-            merged = merge(torch.cat([codes_at(place, above), above], 1))
+            merged = codes_at(place, above) + above
         return merged
 
     @property

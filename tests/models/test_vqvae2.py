@@ -71,6 +71,19 @@ def test_fine_indices_are_conditioned_on_coarse_ones_and_every_parameter_learns(
     assert not torch.equal(before[:, coarse:], changed[:, coarse:])
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_in_training_a_share_of_samples_is_decoded_from_coarse_grids_alone(share):
+    bottleneck = make(coarse_share=share)
+    above = []
+    bottleneck.decoders[-1].register_forward_hook(lambda module, x, y: above.append(y))
+    x = features(4, 8, count=40)
+    codes, _, _ = bottleneck.train()(x)
+    alone = (codes == above[-1]).flatten(1).all(1)
+    assert alone.float().mean().item() == pytest.approx(share, abs=0.2 if share == 0.5 else 0)
+    codes, _, _ = bottleneck.eval()(x)
+    assert not (codes == above[-1]).flatten(1).all(1).any()
+
+
 def test_each_codebook_learns_and_reports_its_health():
     bottleneck = make().train()
     before = [quantizer.codebook.clone() for quantizer in bottleneck.quantizers]
@@ -97,6 +110,7 @@ def test_encoding_changes_nothing():
     ("call", "error", "message"),
     [
         (lambda: make(VectorQuantize(6, codebook_size=8)), ValueError, "quantizers: must be at least 2"),
+        (lambda: make(coarse_share=1.5), ValueError, r"coarse_share: must lie in \[0, 1\], got 1.5"),
         (lambda: make(grid=(4, 6)), ValueError, "grids: 3 need a finest grid whose sides are multiples of 4, got 4x6"),
         (lambda: make(NoBottleneck(), NoBottleneck()), TypeError, "quantizers: must have indices, got a NoBottleneck"),
         (
