@@ -54,7 +54,7 @@ def main() -> None:
         decoding.append(1000 * (end - middle))
     last = encoder.flush()
     sent.append(last)
-    played.append(decoder(last))
+    played += [decoder(last), decoder.flush()]
 
     indices = torch.cat(sent, 1)
     whole = trained.vqvae.encode(F.pad(signal, (0, -signal.shape[-1] % encoder.stride)))

@@ -39,12 +39,12 @@ from .rates import Rates, other_rates, rate_that_reaches, stage_rates
 
 DEMO = AudioConfig(**AudioConfig.presets["codec"])
 DEMO_PRIOR = PriorConfig(
-    pattern="delay", steps=160, batch_size=16, learning_rate=2e-3, dropout=0.2, evaluate_every=80, checkpoint_every=80
+    pattern="delay", steps=300, batch_size=16, learning_rate=2e-3, dropout=0.2, evaluate_every=100, checkpoint_every=100
 )
 SAMPLING: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95}
 _PARTS = [
-    ("training a codec of music loops", 300),
-    ("training a prior over the indices", 90),
+    ("training a codec of music loops", 50),
+    ("training a prior over the indices", 150),
     ("samples and continuations", 20),
     ("the quality at each bit rate, beside Opus and Codec2", 20),
 ]

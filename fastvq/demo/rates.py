@@ -7,6 +7,7 @@ libsndfile; Codec2 is the pair of programs `c2enc` and `c2dec`, for speech at 8 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import shutil
 import subprocess
@@ -73,14 +74,11 @@ def other_rates(clips: Tensor, *, sample_rate: int) -> tuple[Rates, list[str]]:
 def rate_that_reaches(rates: Rates, codec: str, log_mel_db: float) -> float | None:
     """Return the bit rate in kbit/s at which a codec reaches a log-mel distance, between its measured rates linearly.
 
-    None if it reaches it at none of them, the lowest rate if there already.
+    None if it reaches it at none of them, or at the lowest already.
     """
     points = sorted((rate["kbit_s"], rate["log_mel_db"]) for rate in rates if rate["codec"] == codec)
-    for number, (rate, distance) in enumerate(points):
-        if distance <= log_mel_db:
-            if not number:
-                return float(rate)
-            low, above = points[number - 1]
+    for (low, above), (rate, distance) in itertools.pairwise(points):
+        if above > log_mel_db >= distance:
             return float(low + (rate - low) * (above - log_mel_db) / (above - distance))
     return None
 

@@ -36,11 +36,11 @@ _POWER = 0.75
 _LINEAR = 1e-4
 _GAIN_SCALE = 8.0
 """Nats for each unit of what a gain's layers give, so that a few hundred steps of training reach -60 dB."""
-_LARGEST_GAIN = 3.0
-"""Natural logarithm, 26 dB."""
-_FIRST_GAIN = 0.03
+_LARGEST_GAIN = 0.5
+"""Natural logarithm, 4 dB: gains are there to soften, and sounds unlike the training data must not grow."""
+_FIRST_GAIN = 0.003
 """Norm of the rows of the last weight of a block and of gains before training: both begin near the identity."""
-_FIRST_NOISE = 1e-3
+_FIRST_NOISE = 1e-5
 
 
 class Compand(nn.Module):
