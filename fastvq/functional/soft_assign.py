@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastvq.backends.arithmetic import compute_dtype, row_mask
+from fastvq.backends.arithmetic import check_index_range, compute_dtype, row_mask
 from fastvq.ops import soft_assign_backward, soft_assign_forward
 from fastvq.precision import may_change
 
@@ -170,6 +170,8 @@ def soft_lookup(
     """
     if indices.shape != x.shape[:-1]:
         raise ValueError(f"indices: must have shape {tuple(x.shape[:-1])} beside x, got {tuple(indices.shape)}")
+    if type(indices) is Tensor and not torch.compiler.is_compiling():
+        check_index_range(indices, codebook.shape[0])
     chosen = indices.reshape(-1)
     rows, codes, factor = _scaled(x.reshape(-1, x.shape[-1]), _held(codebook), metric, scale)
     found = _SoftLookup.apply(rows, codes, chosen, metric, factor).reshape(x.shape)

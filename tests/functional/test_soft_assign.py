@@ -145,6 +145,13 @@ def test_soft_lookup_is_the_straight_through_softmax(metric, backend, small_tile
         assert (one.grad - other.grad).abs().max() <= 2e-5 * other.grad.abs().max()
 
 
+@pytest.mark.parametrize("index", [-2, 6])
+@pytest.mark.parametrize("function", [fastvq.cross_entropy, fastvq.soft_lookup])
+def test_an_index_out_of_range(function, index, backend):
+    with fastvq.use_backend(backend), pytest.raises(IndexError, match=rf"indices: must lie in \[-1, 6\), got {index}"):
+        function(torch.randn(2, 4), torch.randn(6, 4), torch.tensor([0, index]))
+
+
 def test_a_codebook_may_learn_before_the_backward(backend):
     x, codebook = torch.randn(9, 4, requires_grad=True), torch.randn(6, 4)
     with fastvq.use_backend(backend):
