@@ -52,7 +52,7 @@ def test_settings_fit_each_other_and_the_network() -> None:
         ({"mel_weight": -1.0}, "mel_weight must"),
         (
             {"data": "music-loops"},
-            "music-loops is 1.28 s in mono at 16 kHz: sample_rate, channels and clip_length",
+            "sample_rate must be 16000, since music-loops is 1.28 s in mono at 16 kHz, got 8000",
         ),
         ({"data": "fashion-mnist"}, "data: fashion-mnist is for the modality image, not audio"),
     ],
