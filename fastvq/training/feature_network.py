@@ -21,7 +21,7 @@ from fastvq.extras import require, tracked
 from fastvq.files import StrPath, whole
 from fastvq.models.perceptual import WEIGHTS, FeatureNetwork
 
-STEPS, BATCH, SEED = 800, 64, 0
+STEPS, BATCH, JUDGED, SEED = 800, 64, 1000, 0
 _PEAK_RATE = 2e-3
 _HELD_OUT = 4
 """Of the frames of a clip each fourth is held out."""
@@ -102,7 +102,7 @@ class _Classifier(nn.Module):
 
 
 def train_feature_network(
-    out: StrPath = WEIGHTS, *, steps: int = STEPS, batch_size: int = BATCH, seed: int = SEED
+    out: StrPath = WEIGHTS, *, steps: int = STEPS, batch_size: int = BATCH, judged: int = JUDGED, seed: int = SEED
 ) -> dict[str, float]:
     """Train the network, write its weights in half precision, and return its shares of correct answers.
 
@@ -110,6 +110,7 @@ def train_feature_network(
         out: the file to write.
         steps: optimizer steps.
         batch_size: pictures per step.
+        judged: held-out pictures that it is judged by.
         seed: seed of weights and pictures.
 
     Returns:
@@ -131,7 +132,7 @@ def train_feature_network(
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        x, *goals = Pictures(held_out=True).batch(1000, torch.Generator().manual_seed(seed))
+        x, *goals = Pictures(held_out=True).batch(judged, torch.Generator().manual_seed(seed))
         shares = [
             (found.argmax(1) == goal).double().mean().item() for found, goal in zip(model.eval()(x), goals, strict=True)
         ]
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
     for name, share in train_feature_network(options.out, steps=options.steps).items():
-        print(f"{name}: {share:.1%} of 1000 held-out pictures")
+        print(f"{name}: {share:.1%} of {JUDGED} held-out pictures")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def test_settings_of_the_loss_are_validated(settings: dict[str, Any], message: s
 
 
 def test_the_network_is_trained_again_by_its_command(tmp_path: Path) -> None:
-    shares = train_feature_network(tmp_path / "network.safetensors", steps=2, batch_size=4)
+    shares = train_feature_network(tmp_path / "network.safetensors", steps=2, batch_size=4, judged=8)
     assert shares.keys() == {"content", "distortion"}
     shipped, own = load_feature_network().state_dict(), load_feature_network(tmp_path / "network.safetensors")
     assert {name: value.shape for name, value in own.state_dict().items()} == {
