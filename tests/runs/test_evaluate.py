@@ -206,3 +206,28 @@ def test_the_table_aligns_and_names_what_is_missing() -> None:
     assert rows_of(record, MODALITY)[0] == ("PSNR of the mean squared error (dB)", "21.50", "21.00 to 22.00")
     assert table(record, MODALITY)[-1] == "SSIM: not measured, there is none"
     assert table(record, MODALITY)[2] == "usage, share of codes chosen         0.2500"
+
+
+def test_examples_without_a_value_are_left_out_and_counted(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = tiny
+    missing = [1]
+
+    def some(restored: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+        values = torch.arange(len(originals), dtype=torch.float64)
+        values[: missing[0]] = math.nan
+        return values
+
+    monkeypatch.setattr(measures, "psnr", some)
+    lines = evaluate_run(run, tmp_path / "a.json")
+    record = json.loads((tmp_path / "a.json").read_text())
+    count = record["examples"]
+    assert record["measures"]["psnr_db_mean"]["examples"] == count - 1
+    assert record["measures"]["psnr_db_mean"]["value"] == pytest.approx(count / 2)
+    assert any(line.startswith("PSNR") and f", of {count - 1} images" in line for line in lines)
+    missing[0] = count
+    evaluate_run(run, tmp_path / "b.json")
+    record = json.loads((tmp_path / "b.json").read_text())
+    assert "psnr_db_mean" not in record["measures"]
+    assert record["refused"]["psnr_db_mean"] == f"it has a value for none of the {count} images"
