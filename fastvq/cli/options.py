@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastvq.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from fastvq.settings import Settings
+    from fastvq.modalities.settings import Settings
 
 
 def add_settings(parser: argparse.ArgumentParser, *settings: type[Settings]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TypeVar
 
-from fastvq.settings import Settings
+from fastvq.modalities.settings import Settings
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 

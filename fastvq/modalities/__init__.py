@@ -2,7 +2,8 @@
 
 A modality NAME has two modules here: `NAME_config`, its settings, which import no torch, and `NAME`, whose `MODALITY`
 ties together its files (`fastvq.data`), its networks and losses (`fastvq.models`), and how its examples are drawn and
-written. `base` describes what a modality is, `train_config` has the settings that all have.
+written. `base` describes what a modality is, `settings` what a record of settings is; `train_config` has the settings
+of all modalities.
 """
 
 from __future__ import annotations

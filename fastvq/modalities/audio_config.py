@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from fastvq.data.audio_format import AudioFormat
 from fastvq.errors import ConfigError
-from fastvq.settings import setting
 
+from .settings import setting
 from .train_config import TrainConfig
 
 NETWORKS = ("seanet", "transform")

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from fastvq.data.image_format import ImageFormat
 from fastvq.errors import ConfigError
-from fastvq.settings import setting
 
 from .pixel_config import PixelConfig
+from .settings import setting
 
 
 @dataclass(frozen=True)

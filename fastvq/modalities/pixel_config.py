@@ -7,8 +7,8 @@ from typing import Any
 
 from fastvq.data.image_format import FITS
 from fastvq.errors import ConfigError
-from fastvq.settings import SIDE, setting
 
+from .settings import SIDE, setting
 from .train_config import TrainConfig
 
 PERCEPTUAL_NETWORKS = ("features", "lpips")

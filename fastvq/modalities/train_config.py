@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fastvq.data import DATA_SETS
 from fastvq.data.registry import describe_choices
 from fastvq.errors import ConfigError
-from fastvq.settings import Settings, setting
 
 from . import config_of
+from .settings import Settings, setting
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from fastvq.data.video_format import VideoFormat
 from fastvq.errors import ConfigError
-from fastvq.settings import setting
 
 from .pixel_config import PixelConfig
+from .settings import setting
 
 
 @dataclass(frozen=True)

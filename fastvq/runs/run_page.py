@@ -13,7 +13,7 @@ from fastvq.errors import counted, with_article
 from fastvq.extras import clock
 from fastvq.files import StrPath
 from fastvq.modalities import Modality, modality_of
-from fastvq.settings import Settings
+from fastvq.modalities.settings import Settings
 from fastvq.training.checkpoint import Checkpoint, checkpoint_folders, load_latest
 from fastvq.training.config import PriorConfig
 from fastvq.training.metrics import Record, read_metrics

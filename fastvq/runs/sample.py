@@ -18,8 +18,8 @@ from fastvq.errors import ConfigError, counted
 from fastvq.extras import Progress
 from fastvq.files import StrPath, check_new, whole, whole_folder
 from fastvq.modalities import TrainConfig, modality_of
+from fastvq.modalities.settings import check_range
 from fastvq.models import VQVAE, Prior
-from fastvq.settings import check_range
 
 from . import plots
 from .contrast import check_text, load_contrastive, similarity

@@ -31,7 +31,7 @@ from fastvq.errors import CheckpointError, ConfigError, listed
 from fastvq.extras import require
 from fastvq.files import StrPath, delete_folder, make_folder, whole_folder
 from fastvq.modalities import TrainConfig
-from fastvq.settings import Settings
+from fastvq.modalities.settings import Settings
 
 _FORMAT = 2
 _KEEP = 2

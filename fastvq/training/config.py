@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastvq.errors import ConfigError
-from fastvq.settings import Settings, setting
+from fastvq.modalities.settings import Settings, setting
 
 # The keys of `fastvq.models.priors.PRIORS`, repeated so that reading settings imports no model.
 PRIOR_KINDS = ("transformer", "pixelcnn", "lstm", "hierarchical", "next-scale")

@@ -12,7 +12,7 @@ from typing import Any
 from fastvq.errors import ConfigError
 from fastvq.extras import require
 from fastvq.files import StrPath
-from fastvq.settings import Settings
+from fastvq.modalities.settings import Settings
 
 NAME = "config.toml"
 """Name of the file in the folder of a run, and in that of its prior."""

@@ -18,7 +18,7 @@ from fastvq.data.order import seed_of
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.extras import Progress, require
 from fastvq.files import StrPath, delete_abandoned, delete_folder, exclusive, lock_of, write_whole
-from fastvq.settings import Settings
+from fastvq.modalities.settings import Settings
 
 from . import config_file, ranks
 from .checkpoint import Checkpoint, checkpoint_folders, damage_named, load_latest, save

@@ -13,8 +13,8 @@ import pytest
 
 from fastvq.errors import ConfigError
 from fastvq.modalities import ImageConfig
+from fastvq.modalities.settings import Settings
 from fastvq.models.priors import PRIORS
-from fastvq.settings import Settings
 from fastvq.training.config import PRIOR_KINDS, PriorConfig
 
 from .tiny import TINY

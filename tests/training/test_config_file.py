@@ -11,7 +11,7 @@ import pytest
 from fastvq.cli.main import main
 from fastvq.errors import ConfigError
 from fastvq.modalities import ImageConfig
-from fastvq.settings import Settings
+from fastvq.modalities.settings import Settings
 from fastvq.training import Trainer
 from fastvq.training.config import PriorConfig
 from fastvq.training.config_file import NAME, read_settings, to_toml
