@@ -1,4 +1,4 @@
-"""What the losses of a VQ-VAE do to PSNR, SSIM and to the eye: docs/losses.md has the results.
+"""Effect of the losses of a VQ-VAE on PSNR, SSIM and pictures: docs/losses.md has the results.
 
     python benchmarks/losses.py --photographs FOLDER --out OUT    # about ten minutes of one core
 
@@ -68,8 +68,7 @@ def learned(config: ImageConfig, run: Path, data: str | None) -> dict[str, Any]:
         Trainer(config, load_examples(config), run).fit()
         evaluate_run(run, data=data)
     measures = json.loads((run / "evaluation.json").read_text())["measures"]
-    training = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {name: value["value"] for name, value in measures.items()} | {"training": training[-2]}
+    return {name: value["value"] for name, value in measures.items()}
 
 
 def picture(originals: Tensor, restored: Mapping[str, Tensor], path: Path, scale: int) -> None:

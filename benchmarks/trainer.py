@@ -1,4 +1,4 @@
-"""What the settings of the trainer take and give: docs/training.md has the table.
+"""Cost and effect of the settings of the trainer: docs/training.md has the table.
 
     python benchmarks/trainer.py --out OUT
 

@@ -65,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
     config = PriorConfig(**given) if resumed is None else dataclasses.replace(resumed.config, **given)
     if config.kind not in WITH_HEADS:
         refuse_without_effect(options, ("heads",), f"on a prior of kind {config.kind}")
+    if not config.text:
+        refuse_without_effect(options, ("text_vocabulary", "text_length", "text_weight"), "without --text")
     if options.seconds is not None:
         from fastvq.runs.compare_priors import FIXED_SETTINGS, compare_priors
 

@@ -54,9 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a file whose beginning all samples keep: the top of an image, the first frames of a video, the first"
         " seconds of a sound (without --label, no class is given)",
     )
-    parser.add_argument(
-        "--share", type=float, default=0.5, help="share of FILE that is kept (default: 0.5)", metavar="S"
-    )
+    parser.add_argument("--share", type=float, help="share of FILE that is kept (default: 0.5)", metavar="S")
     add_sampling(parser)
     parser.add_argument(
         "--seed",

@@ -167,14 +167,20 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_nothing_is_lost(options: argparse.Namespace) -> None:
-    """Raise a ConfigError if more steps of a finished run would make its prior useless, unless that is requested."""
+    """Raise a ConfigError if more steps of a finished run would make its priors useless, unless that is requested."""
+    from fastvq.runs.contrast import CONTRASTIVE_FOLDER
     from fastvq.runs.load import PRIOR_FOLDER
     from fastvq.training.checkpoint import checkpoint_folders
 
-    if checkpoint_folders(options.out / PRIOR_FOLDER) and not options.overwrite:
+    lost = {
+        PRIOR_FOLDER: "its prior and the files that were coded with it",
+        CONTRASTIVE_FOLDER: "its contrastive model",
+    }
+    found = [name for folder, name in lost.items() if checkpoint_folders(options.out / folder)]
+    if found and not options.overwrite:
         raise ConfigError(
-            f"steps: more steps change the model of {options.out}, so that its prior and the files that were coded with"
-            " it are lost: copy the run first, and give --overwrite"
+            f"steps: more steps change the model of {options.out}, so that {' and '.join(found)} are lost: copy the run"
+            " first, and give --overwrite"
         )
 
 
@@ -239,6 +245,8 @@ def _refuse_without_effect(options: argparse.Namespace, config: TrainConfig) -> 
     if not getattr(config, "adversarial_weight", 0):
         names = ("adversarial_start", "feature_weight", "discriminator_width", "discriminator_layers")
         refuse_without_effect(options, names, "without an adversarial_weight")
+    elif (start := getattr(config, "adversarial_start", 0)) >= config.steps:
+        raise ConfigError(f"adversarial_start must be below steps={config.steps}, got {start}")
 
 
 def _bottleneck_options(name: str, given: dict[str, str]) -> dict[str, Any]:

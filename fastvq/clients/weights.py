@@ -146,7 +146,7 @@ def from_vqgan(state_dict: State, *, prefix: str = "", cosine: bool = False, **s
 
 
 class _Stack(NamedTuple):
-    """What a state has of a residual quantizer."""
+    """Codebooks and projections of a residual quantizer."""
 
     stages: list[tuple[Tensor, Tensor, Tensor]]  # codes, cluster sizes and averages
     into: Tensor | None
@@ -220,6 +220,8 @@ def _load(
     back: Tensor | None = None,
 ) -> None:
     """Load (codes, cluster sizes, averages) of each codebook, and projections without bias."""
+    if (into is None) != (back is None) or (into is not None and into.shape[0] == into.shape[1]):
+        raise ValueError("state_dict: must have input_proj and output_proj between different dimensions, or neither")
     state = layer.state_dict()
     for name, tensors in codebooks.items():
         for key, tensor in zip(("embed", "cluster_size", "embed_avg"), tensors, strict=True):

@@ -70,7 +70,8 @@ def nearest_rows(x: Tensor, mask: Tensor, codes: Tensor, metric: str, *, togethe
     """
     if not len(x):
         return _padded(x, mask, len(codes))
-    found = search(codes, torch.where(mask[:, None], x, torch.nan).to(codes.dtype), metric=metric)
+    finite = codes.nan_to_num(0, 0, 0)  # a broken code gets an anchor as well
+    found = search(finite, torch.where(mask[:, None], x, torch.nan).to(codes.dtype), metric=metric)
     filled = found >= 0
     if together:
         ranks = torch.arange(len(codes), device=codes.device) % distributed.world_size()

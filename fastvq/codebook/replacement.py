@@ -52,8 +52,8 @@ class Replacement:
         anchors: move every code towards a vector, its anchor, instead of replacing dead ones: the less it is used, the
             farther. With the share p_k = N_k / sum_k N_k and the decay of the codebook,
             e_k <- (1 - a_k) e_k + a_k anchor_k,   a_k = exp(-10 K p_k / (1 - decay) - 1e-3).
-            Cluster sizes stay, so that a code needs vectors of its own to come to rest. threshold, relative and size
-            have no effect.
+            Cluster sizes stay, so that a code needs vectors of its own to come to rest. The threshold has no effect,
+            and every, relative, size, at_once, before_update and keep_averages stay as they are.
 
     Raises:
         ValueError: a value is invalid; the message names it.
@@ -95,6 +95,12 @@ class Replacement:
         if self.anchors and (self.keep_averages or self.at_once is not None):
             name = "keep_averages" if self.keep_averages else "at_once"
             raise ValueError(f"anchors: must be False beside {name}: all codes and their averages move")
+        if self.anchors and (self.before_update or self.every > 1):
+            name = "before_update" if self.before_update else "every"
+            raise ValueError(f"anchors: must be False beside {name}: the averages would undo the moves")
+        if self.anchors and (self.relative or self.size is not None):
+            name = "relative" if self.relative else "size"
+            raise ValueError(f"anchors: must be False beside {name}: no code counts as dead")
 
     def most(self, size: int) -> int:
         """Return the largest number of K codes that one step may replace."""
@@ -155,8 +161,7 @@ class Replacer(Unsaved, nn.Module):
         share = cluster_size / cluster_size.sum().clamp_min(torch.finfo(cluster_size.dtype).tiny)
         rest = (torch.zeros_like(share) + (1 - decay)).clamp_min(torch.finfo(share.dtype).tiny)
         weight = torch.exp(-10 * self.size * share / rest - 1e-3) * given
-        if self.policy.every > 1:
-            weight = weight * (self.steps % self.policy.every == 0)
+        codes.copy_(torch.where(codes.isfinite().all(1, keepdim=True), codes, 0))
         moved = weight[:, None] * (torch.where(given[:, None], rows, 0) - codes)
         codes.add_(moved)
         embed_avg.add_(moved * cluster_size[:, None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def read_idx(path: StrPath, *, missing: str) -> Array:
             raise ValueError("another type")
         shape = np.frombuffer(content, ">u4", axes, offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise DataError(f"{path} is not an IDX file of unsigned bytes") from error
 
 
@@ -104,7 +105,10 @@ def _cifar_batch(path: Path, labels: int) -> tuple[Array, Array]:
 def _as_examples(
     folder: Path, train: Array, train_labels: Array, test: Array, test_labels: Array, classes: tuple[str, ...]
 ) -> Examples:
-    names = classes or tuple(str(label) for label in range(int(max(train_labels.max(), test_labels.max())) + 1))
+    count = int(max(train_labels.max(), test_labels.max())) + 1
+    names = classes or tuple(map(str, range(count)))
+    if count > len(names):
+        raise DataError(f"{folder} has labels up to {count - 1}, but names of {len(names)} classes")
     return Examples(
         name=folder_name(folder),
         train=torch.from_numpy(train),

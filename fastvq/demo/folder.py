@@ -31,7 +31,7 @@ _PICTURES = (
     *("learned", "held-out", "combinations", "stages", "rates"),
 )
 _FILES = (
-    *("index.html", "images.fvq", "clips.fvq", "config.toml", "evaluation.json", "metrics.jsonl"),
+    *("index.html", "images.fvq", "clips.fvq", "config.toml", "evaluation.json", "samples.json", "metrics.jsonl"),
     *(f"{name}.png" for name in _PICTURES),
     METRICS,
 )

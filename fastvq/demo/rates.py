@@ -66,7 +66,7 @@ def other_rates(clips: Tensor, *, sample_rate: int) -> tuple[Rates, list[str]]:
     for name, measure in codecs:
         try:
             rates += measure(clips, sample_rate)
-        except (MissingExtraError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        except (MissingExtraError, OSError, RuntimeError, subprocess.SubprocessError) as error:
             missing.append(f"{name} was not measured: {first_line(error)}")
     return rates, missing
 

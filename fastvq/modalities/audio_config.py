@@ -40,6 +40,7 @@ class AudioConfig(TrainConfig):
             "steps": 250,
             "waveform_weight": 10.0,
             "stft_weight": 0.0,
+            "adversarial_start": 100,
         },
         "seanet": {},
     }

@@ -30,7 +30,7 @@ class ContrastiveModel(nn.Module):
         text_width, text_depth: width and number of blocks of the transformer. dropout: in its blocks.
 
     Attributes:
-        tokenizer: what makes text indices of text; None until it is set.
+        tokenizer: the tokenizer of captions; None until it is set.
         scale: s, the logarithm of the inverse temperature.
         settings: the constructor's arguments.
 
@@ -99,8 +99,8 @@ class ContrastiveModel(nn.Module):
             )
         blank = captions == PAD
         x = self.blocks(self.words(captions) + self.places.weight, src_key_padding_mask=blank)
-        kept = ~(blank | (captions == END))[..., None]
-        return F.normalize(self.text_head((x * kept).sum(1) / kept.sum(1)), dim=-1)
+        mask = ~(blank | (captions == END))[..., None]
+        return F.normalize(self.text_head((x * mask).sum(1) / mask.sum(1)), dim=-1)
 
     def forward(self, x: Tensor, captions: Tensor) -> Tensor:
         """Return the similarities (B of x, B of captions) of all pairs, in [-1, 1]."""

@@ -66,9 +66,9 @@ class Layers:
     Attributes:
         plain: a convolution that keeps the grid, from (channels, channels after it, an odd size).
         down, up: a strided or transposed convolution, from (channels, channels after it, level 1, 2, ...).
-        block: a residual block of so many channels.
-        norm: a normalization of so many channels, or none.
-        attention: an attention over the coarsest grid of so many channels, or none.
+        block: a residual block of the given number of channels.
+        norm: a normalization of them, or none.
+        attention: an attention over them at the coarsest grid, or none.
     """
 
     plain: Callable[[int, int, int], nn.Module]

@@ -4,9 +4,11 @@
     for chunk in microphone:
         play(decoder(encoder(chunk)))
     play(decoder(encoder.flush()))
+    play(decoder.flush())
 
 The networks are those of `fastvq.models.audio`: an index depends on no sample after its own `stride`, so a stream has
-the latency of one stride and no more. The chunks of a stream have the indices of the whole signal.
+the latency of one stride, and of the decoder's `delay` if it has one. The chunks of a stream have the indices of the
+whole signal.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import copy
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, Scales
+from .adapters import Adapter
 from .audio import CausalDecoder, CausalEncoder, Past, fold_weights_
 from .vqvae import VQVAE, Continuous
 
@@ -128,7 +130,7 @@ class StreamingDecoder:
     def __call__(self, indices: Tensor) -> Tensor:
         """Return the samples (B, C, N * stride) of indices (B, N) or (B, N, 1 to Q), which follow those before.
 
-        With a delay, the first call returns so many fewer.
+        The first call returns `delay` samples fewer.
         """
         if not indices.shape[1]:
             return torch.empty(len(indices), self._decoder.out_channels, 0)
@@ -161,6 +163,6 @@ def _adapter_of_copy(model: VQVAE) -> Adapter:
     bottleneck = copy.deepcopy(model.bottleneck)
     bottleneck.train(False)
     adapter = VQVAE(model.encoder, bottleneck, model.decoder).adapter
-    if isinstance(adapter, Scales):
+    if adapter.scales is not None:
         raise TypeError(f"model: {type(bottleneck).__name__} quantizes a whole signal at once, not its chunks")
     return adapter

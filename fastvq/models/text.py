@@ -17,9 +17,6 @@ from fastvq.extras import require
 PAD, START, END = range(3)
 """Text indices with a meaning of their own; those of words and their parts follow."""
 _SPECIAL = ("<pad>", "<start>", "<end>")
-_BYTES = 256
-SMALLEST = len(_SPECIAL) + _BYTES
-"""Smallest vocabulary: the indices above, and one for each byte."""
 _ROOM = 8
 """Indices that a request may have more than the longest caption: unknown words take several each."""
 _WORD = re.compile(r"\w+")
@@ -44,6 +41,7 @@ class TextTokenizer:
         self._state = state
         self.length, self._words = int(state["length"]), frozenset(state["words"])
         self._bpe = require("tokenizers", "text").Tokenizer.from_str(json.dumps(state["bpe"]))
+        self._bpe.encode_special_tokens = True  # "<end>" in a text is five characters
         self.vocabulary = int(self._bpe.get_vocab_size())
 
     @classmethod
@@ -52,7 +50,7 @@ class TextTokenizer:
 
         Args:
             captions: the texts; empty ones are left out.
-            vocabulary: largest number of indices, at least `SMALLEST`.
+            vocabulary: largest number of indices, at least that of the bytes and `START`, `END` and `PAD`.
             length: largest number of indices of a caption; it is smaller where captions are shorter.
 
         Raises:
@@ -120,7 +118,8 @@ class TextTokenizer:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return torch.tensor([self._padded(own[: self.length - 2]) for own in ids]).view(len(captions), most, -1)
+        found = torch.tensor([self._padded(own[: self.length - 2]) for own in ids], dtype=torch.int64)
+        return found.view(len(captions), most, self.length)
 
     def _padded(self, ids: Sequence[int]) -> list[int]:
         return [START, *ids, END] + [PAD] * (self.length - 2 - len(ids))

@@ -32,7 +32,7 @@ _MU = 1000.0
 """Levels below -60 dB are nearly linear, those above nearly logarithmic."""
 _LEAST = 1e-12
 _POWER = 0.75
-"""That of AAC; 1 keeps waveforms better, 1/2 has less noise between tones."""
+"""The exponent of AAC; 1 keeps waveforms better, 1/2 has less noise between tones."""
 _LINEAR = 1e-4
 _GAIN_SCALE = 8.0
 """Nats for each unit of what a gain's layers give, so that a few hundred steps of training reach -60 dB."""
@@ -60,6 +60,8 @@ class Compand(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float16:  # in which `_LEAST` is zero
+            return self(x.float()).half()
         level = _root_mean_square(x)
         relative = x / level
         # Nearly linear below -40 dB, as the slope of a root is infinite at zero.
@@ -74,6 +76,8 @@ class Expand(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float16:
+            return self(x.float()).half()
         narrow = _root_mean_square(x)
         level = (math.log1p(_MU) * narrow.clamp_max(1)).expm1() / _MU
         relative = x / narrow
@@ -115,7 +119,7 @@ def _root_mean_square(x: Tensor) -> Tensor:
 class TransformEncoder(CausalEncoder):
     """Map a waveform to one feature vector for each block of `stride` samples.
 
-    Before training, with `dim` channels of `stride` or more, encoder and decoder reproduce the waveform nearly.
+    Before training, with `dim` of `in_channels * stride` or more, encoder and decoder reproduce the waveform nearly.
 
     Args:
         in_channels: channels of the waveform, 1 for mono, 2 for stereo.

@@ -151,6 +151,11 @@ class GridsBottleneck(Monitored, nn.Module):
         return merged
 
     @property
+    def code_counts(self) -> Tensor:
+        """The counts of the codes of all stages of all grids in this process, (Q, K) int64."""
+        return torch.cat([one.code_counts.reshape(-1, self.codebook_size) for one in self._monitored])
+
+    @property
     def _monitored(self) -> list[Monitored]:
         return [quantizer for quantizer in self.quantizers if isinstance(quantizer, Monitored)]
 

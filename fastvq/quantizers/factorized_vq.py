@@ -71,7 +71,7 @@ class FactorizedVQ(LearnedTable):
             rows = at_least_float32(rows)
             found = self.quantize_latents(self._project(self.project_in, rows), mask)
             quantized = self._project(self.project_out, found.quantized)
-            quantized = quantized.masked_fill(~mask.unsqueeze(-1), 0)
+            quantized = quantized.masked_fill((found.indices < 0).unsqueeze(-1), 0)
             return found._replace(quantized=quantized if self.training else quantized.detach())
 
     def quantize_latents(self, z: Tensor, mask: Tensor) -> TableRows:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastvq.codebook.health import Health, Monitored
 from fastvq.distributed import common_seed
-from fastvq.functional.quantize import lookup
+from fastvq.functional.quantize import check_some_code, lookup
 from fastvq.parts.arguments import check_not_negative, check_sizes
 from fastvq.parts.indices import checked_indices
 from fastvq.parts.masking import exclude_non_finite
@@ -22,8 +22,8 @@ class TableRows(NamedTuple):
 
     quantized: Tensor  # (..., dim), zero for excluded rows
     indices: Tensor  # (...) int64
-    loss: Tensor  # () float32, with its weights; zero in eval mode
-    error: Tensor  # () float32, the mean squared error per element, without gradient
+    loss: Tensor  # () float32, or float64 for float64 rows, with its weights; zero in eval mode
+    error: Tensor  # (), of that dtype, the mean squared error per element, without gradient
 
 
 class LearnedTable(Monitored, KeepsPrecision, nn.Module):
@@ -91,7 +91,7 @@ class LearnedTable(Monitored, KeepsPrecision, nn.Module):
             lens: int (B,), a mask for sequences: the first lens[b] vectors take part.
 
         Returns:
-            quantized, shaped and typed as x; indices int64 (B, ...); loss () float32.
+            quantized, shaped and typed as x; indices int64 (B, ...); loss (), float32, or float64 for float64 x.
 
         Raises:
             ValueError, TypeError: x of another shape or dtype.
@@ -109,7 +109,9 @@ class LearnedTable(Monitored, KeepsPrecision, nn.Module):
     def encode(self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
         """Return the indices of `forward` in eval mode, without changing any state."""
         layout, rows, rows_mask = self._rows(x, mask, lens)
-        return layout.indices(self.nearest_rows(rows, rows_mask))
+        found = self.nearest_rows(rows, rows_mask)
+        check_some_code("codebook", found, self.codebook)
+        return layout.indices(found)
 
     def _rows(self, x: Tensor, mask: Tensor | None, lens: Tensor | None) -> tuple[Layout, Tensor, Tensor]:
         layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.distributed import tie_parameters
-from fastvq.functional.quantize import lookup
+from fastvq.functional.quantize import check_some_code, lookup
 from fastvq.ops import search
 from fastvq.parts.arguments import in_the_name_of
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
@@ -127,8 +127,7 @@ class ResidualSimVQ(ResidualStack):
         layout = Layout.of(x, self.codebook_dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         self._warn_of_hooks()
         active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
-        residual = layout.to_rows(x)
-        residual = residual.float() if x.dtype in (torch.float16, torch.bfloat16) else residual
+        residual = at_least_float32(layout.to_rows(x))
         total = torch.zeros_like(residual)
         rows_mask = layout.rows_mask(mask, lens)
         found, codebooks = [], []
@@ -160,6 +159,7 @@ class ResidualSimVQ(ResidualStack):
         for stage in self._stages:
             codebook = stage.codebook
             found.append(search(residual, codebook, mask=flat_mask))
+            check_some_code("codebook", found[-1], codebook)
             residual = residual - lookup(codebook, found[-1])
         return layout.indices(torch.stack(found, -1).view(layout.batch, layout.rows, self.num_quantizers))
 

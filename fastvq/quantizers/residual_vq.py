@@ -32,6 +32,7 @@ from fastvq.parts.projection import (
 )
 from fastvq.parts.shapes import Layout, codes_in_layout, layout_of
 from fastvq.parts.tables import Implicit, NeuralCodes, Shared, Table
+from fastvq.precision import at_least_float32
 
 from .residual import ResidualStack
 from .vector_quantize import QuantizedRows, VectorQuantize
@@ -436,6 +437,8 @@ class ResidualVQ(Projected, ResidualStack):
         """
         if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < self.num_quantizers:
             raise ValueError(f"start: must be an integer in [0, {self.num_quantizers}), got {start!r}")
+        if start and self.implicit_neural_codebook:
+            raise ValueError(f"start: must be 0 where codes depend on those of earlier stages, got {start}")
         if n_quantizers is None:
             dropout = self._dropout._replace(cutoff_index=max(start, self.quantize_dropout_cutoff_index))
             return dropout.draw(drops, x, seed, items=layout.batch, rows=layout.rows)._replace(start=start)
@@ -585,7 +588,7 @@ class ResidualVQ(Projected, ResidualStack):
         those of `_quantize_in_one_pass`, with the same leading axis. With targets (1, R, Q), the losses are cross
         entropies.
         """
-        residual = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        residual = at_least_float32(x)
         start, total = residual, torch.zeros_like(residual)
         stages: list[VectorQuantize] = []
         steps: list[QuantizedRows] = []
@@ -691,12 +694,14 @@ class ResidualVQ(Projected, ResidualStack):
         """Run k-means for the learning stages from `start` on, on the residuals of a greedy search, stage by stage."""
         if not self._unready_stages:
             return
-        residual = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        residual = at_least_float32(x)
         total = torch.zeros_like(residual)
         for place, stage in list(enumerate(self._stages))[start:]:
             rows = self._rows_of(stage, residual).detach()
             if learns[place] and not stage._codebook.ready():
                 stage._codebook.initialize_(rows, mask)
+                if self.guides is not None and place and stage._codebook.ready():
+                    self.guides[place - 1].data.copy_(stage.codebook)
                 if self.kmeans_one_stage:
                     return
             table = self._table_of(place, total)
@@ -750,7 +755,7 @@ class ResidualVQ(Projected, ResidualStack):
         if isinstance(active.number, Tensor) and active.number.dim():
             raise ValueError(f"n_quantizers: must be one number for all items beside beam_size={beams}")
         x = x.detach()
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        x = at_least_float32(x)
         stages = [
             self._beam_stage(place, temperature) for place in range(self.num_quantizers) if not active.skips(place)
         ]
@@ -813,7 +818,7 @@ class ResidualVQ(Projected, ResidualStack):
         if self._shares_space:
             return residual_search(x[0], self._stack(self._stages[active.start : count]), mask=only_mask)[None]
         stages = [self._beam_stage(place, 0.0) for place in range(active.start, count)]
-        return beam_search(x[0].float() if x.dtype != torch.float64 else x[0], stages, 1, mask=only_mask)[None]
+        return beam_search(at_least_float32(x[0]), stages, 1, mask=only_mask)[None]
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Return the codes (Q, ..., D) of indices (..., Q), zeros for -1. Indices of the first stages alone suffice.
@@ -948,6 +953,8 @@ class ResidualVQ(Projected, ResidualStack):
         """
         if self.shared_codebook:
             raise ValueError("shared_codebook: must be False to change the number of codes")
+        if self.guides is not None:
+            raise ValueError("preselect: must be None to change the number of codes, which have guides")
         for stage in self._stages:
             stage.resize_(codebook_size)
         self.codebook_sizes = (codebook_size,) * self.num_quantizers

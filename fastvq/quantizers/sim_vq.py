@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvq.codebook.health import Health, Monitored
 from fastvq.distributed import common_seed
-from fastvq.functional.quantize import lookup, quantize
+from fastvq.functional.quantize import check_some_code, lookup, quantize
 from fastvq.ops import search
 from fastvq.parts.arguments import check_sizes
 from fastvq.parts.indices import checked_indices
@@ -148,7 +148,9 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
         """Return the indices of `forward` in eval mode, without changing any state."""
         layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         rows, rows_mask = layout.to_rows(x), layout.rows_mask(mask, lens)
-        indices = search(rows.flatten(0, 1), self.codebook, mask=None if rows_mask is None else rows_mask.flatten())
+        codebook = self.codebook
+        indices = search(rows.flatten(0, 1), codebook, mask=None if rows_mask is None else rows_mask.flatten())
+        check_some_code("codebook", indices, codebook)
         return layout.indices(indices.view(layout.batch, layout.rows))
 
     def quantize_rows(self, x: Tensor, codebook: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

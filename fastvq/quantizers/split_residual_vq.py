@@ -103,14 +103,15 @@ class SplitResidualVQ(Monitored, nn.Module):
         *,
         lens: Tensor | None = None,
         n_quantizers: int | None = None,
-        **options: Any,
+        freeze_codebook: bool | None = None,
+        accum_ema_update: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (quantized, indices, losses) of x.
 
         Args:
             x, mask, lens: as for `ResidualVQ`.
             n_quantizers: number of stages that take part, the semantic ones first; more than num_semantic.
-            options: freeze_codebook, accum_ema_update ... of both.
+            freeze_codebook, accum_ema_update: as for `ResidualVQ`, of both.
 
         Returns:
             quantized, shaped and typed as x; indices and losses of all stages, the semantic ones first.
@@ -119,10 +120,9 @@ class SplitResidualVQ(Monitored, nn.Module):
             ValueError, TypeError: an invalid argument, by name.
         """
         number = self._acoustic_number(n_quantizers)
-        first, second = (
-            self.semantic(x, mask, lens=lens, **options),
-            self.acoustic(x, mask, lens=lens, n_quantizers=number, **options),
-        )
+        options: dict[str, Any] = {"freeze_codebook": freeze_codebook, "accum_ema_update": accum_ema_update}
+        first = self.semantic(x, mask, lens=lens, **options)
+        second = self.acoustic(x, mask, lens=lens, n_quantizers=number, **options)
         indices = torch.cat([first[1], second[1]], self.semantic.stage_axis)
         return first[0] + second[0], indices, torch.cat([first[2], second[2]])
 
@@ -178,6 +178,8 @@ class SplitResidualVQ(Monitored, nn.Module):
     def _acoustic_number(self, n_quantizers: int | None) -> int | None:
         if n_quantizers is None:
             return None
+        if isinstance(n_quantizers, bool) or not isinstance(n_quantizers, int):
+            raise TypeError(f"n_quantizers: must be an integer, got {n_quantizers!r}")
         if not self.num_semantic < n_quantizers <= self.num_quantizers:
             least = self.num_semantic + 1
             raise ValueError(f"n_quantizers: must lie in [{least}, {self.num_quantizers}], got {n_quantizers}")

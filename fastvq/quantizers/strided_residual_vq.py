@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvq.distributed import tie_parameters
-from fastvq.parts.arguments import in_the_name_of
+from fastvq.parts.arguments import check_sizes, in_the_name_of
 from fastvq.parts.indices import checked_indices
 from fastvq.parts.masking import exclude_non_finite
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
@@ -49,8 +49,10 @@ class StridedResidualVQ(FactorizedResidualVQ):
         channel_first: bool = False,
         **settings: Any,
     ) -> None:
-        if not strides or min(strides) < 1:
-            raise ValueError(f"strides: must be at least one, of positive numbers, got {tuple(strides)}")
+        if not isinstance(strides, Sequence) or not strides:
+            raise ValueError(f"strides: must be a sequence with a number for each stage, got {strides!r}")
+        for stride in strides:
+            check_sizes(strides=stride)
         for name in ("num_quantizers", "stage_axis"):
             if name in settings:
                 raise TypeError(f"{name}: is not an argument of StridedResidualVQ, which has one stage for each stride")
@@ -98,6 +100,10 @@ class StridedResidualVQ(FactorizedResidualVQ):
         if not 1 <= len(given) <= self.num_quantizers:
             raise ValueError(f"indices: must be of 1 to {self.num_quantizers} stages, got {len(given)}")
         given = [checked_indices(one, self.codebook_size) for one in given]
+        if any(one.dim() != 2 for one in given):
+            raise ValueError(
+                f"indices: must be (B, T / stride) for each stage, got {[tuple(one.shape) for one in given]}"
+            )
         lengths = {one.shape[1] * stride for one, stride in zip(given, self.strides, strict=False)}
         if len(lengths) != 1:
             raise ValueError(f"indices: must be of sequences of one length, got lengths {sorted(lengths)}")

@@ -59,7 +59,7 @@ def decode_examples(run: StrPath, source: StrPath, path: StrPath, *, limits: cod
             f" {with_article(one)} of {run} is {' x '.join(map(str, shape))} indices in {range_of(size)}"
         )
     joined = modality.seconds(config) is not None
-    if not is_folder(path) and header.shape[0] != 1 and not joined:
+    if not is_folder(path) and header.shape[0] != 1 and not (joined and header.shape[0]):
         raise ConfigError(f"out: {path} would hold one {one}, but {source} holds {header.shape[0]}: give a new folder")
     indices = _decoded(data, run, fingerprint=coding.fingerprint(vqvae), limits=limits)
     with torch.no_grad():

@@ -26,12 +26,12 @@ from fastvq.extras import Progress
 from fastvq.files import StrPath, write_whole
 from fastvq.modalities import Modality, plural
 from fastvq.modalities.base import Measure
-from fastvq.models import Continuous
+from fastvq.models import Continuous, Prior
 from fastvq.training import ranks
 from fastvq.training.build import load_examples
 from fastvq.training.checkpoint import load_latest
 
-from .load import run_examples
+from .load import held_out_labels, run_examples
 from .outputs import check_ending
 from .trained import TrainedModel, load
 
@@ -144,7 +144,7 @@ def _examples(
     """Return a name, the examples as parts (N, C, *size), labels that fit the prior, and a fingerprint."""
     if data is None:
         examples = run_examples(run)
-        return _held_out(examples)
+        return _held_out(examples, model.prior)
     other = str(data) if str(data) in DATA_SETS else str(Path(data).resolve())
     config, many = model.config, model.modality.noun[1]
     known = DATA_SETS.get(other)
@@ -163,12 +163,13 @@ def _examples(
     own = dataclasses.replace(config, data=other, skip_unreadable=True, **theirs)
     examples = load_examples(own, progress=True)
     if other in DATA_SETS or examples.fingerprint() == load_latest(run).data_fingerprint:
-        return _held_out(examples)
+        return _held_out(examples, model.prior)
     return f"{examples.name}, all {many}", [examples.train, examples.test], None, examples.fingerprint()
 
 
-def _held_out(examples: Examples) -> tuple[str, list[Tensor], list[Tensor] | None, str]:
-    labels = None if examples.test_labels is None else [examples.test_labels]
+def _held_out(examples: Examples, prior: Prior | None) -> tuple[str, list[Tensor], list[Tensor] | None, str]:
+    given = None if prior is None else held_out_labels(prior, examples, torch.arange(len(examples.test)))
+    labels = None if given is None else [given]
     return f"{examples.name}, held-out {examples.noun[1]}", [examples.test], labels, examples.fingerprint()
 
 
@@ -249,9 +250,7 @@ def _pass_over(
     stage_indices: tuple[int, ...] = ()
     batches = 0
     with Progress(count, modality.noun[0], shown=ranks.leads()) as progress:
-        for number, (stored, classes) in enumerate(
-            _batches(parts, labels if prior is not None and prior.classes else None)
-        ):
+        for number, (stored, classes) in enumerate(_batches(parts, labels)):
             progress.update(len(stored))
             batches += 1
             if number % distributed.world_size() != distributed.rank():

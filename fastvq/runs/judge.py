@@ -20,12 +20,11 @@ from fastvq.errors import ConfigError, aligned, counted
 from fastvq.files import StrPath, write_whole
 from fastvq.modalities import TrainConfig
 from fastvq.models import VQVAE, Prior
-from fastvq.training.checkpoint import load_latest
-from fastvq.training.config import PriorConfig
+from fastvq.training.checkpoint import Checkpoint
 
-from .classifier import STEPS, Classifier, train_classifier
-from .indices import run_indices
-from .load import PRIOR_FOLDER, held_out_labels, load_model, load_prior_of, run_examples
+from .classifier import STEPS, Classifier, agreement, train_classifier
+from .indices import index_examples
+from .load import held_out_labels, load_model, load_prior_checkpoint, load_prior_of, run_examples
 from .sample_pictures import nearest_images
 
 FILE = "samples.json"
@@ -41,9 +40,9 @@ LABELS = {
     "copies": "share nearer to it than 99 % of the decoded held-out {}",
     "equal_indices": "share with the indices of a training {}",
 }
-"""What each measure is, with the word for an example."""
+"""Label of each measure, with a gap for the noun of an example."""
 COLUMNS = ("samples", "decoded")
-"""What is measured: samples, and held-out examples that are decoded from their indices."""
+"""Columns of the table: samples, and held-out examples that are decoded from their indices."""
 
 
 def judge_run(
@@ -67,21 +66,26 @@ def judge_run(
 
     Raises:
         CheckpointError: the run has no prior.
-        ConfigError: a count below 8, or too few examples.
+        ConfigError: a count below 7, or too few examples.
         DataError: the data are missing, or others.
         ValueError: an invalid argument of `Prior.sample`.
     """
     model, config = load_model(run)
     prior = load_prior_of(run, model)
     examples = run_examples(run, data)
-    known = run_indices(run, data)[1].train
+    known = index_examples(run, model, examples, mirrored=config.mirrored).train
     record = judge(prior, model, config, examples, known, count=count, seed=seed, steps=steps, **settings)
-    trained = load_latest(Path(run) / PRIOR_FOLDER, PriorConfig, tensors=False)
-    write_whole(Path(run) / FILE, json.dumps({"prior_step": trained.step, **record}, indent=2) + "\n")
+    of = identity(load_prior_checkpoint(run, model))
+    write_whole(Path(run) / FILE, json.dumps({"of": of, **record}, indent=2) + "\n")
     one, many = examples.noun
     title = f"{examples.name}: {counted(record['count'], 'sample')} of the prior, and as many held-out {many}"
     rows = [("measure", "samples", f"decoded held-out {many}"), *rows_of(record, one, many)]
     return [title, "", *aligned(rows, right=[1, 2]), "", f"numbers: {Path(run) / FILE}"]
+
+
+def identity(prior: Checkpoint) -> dict[str, Any]:
+    """Return what tells a prior from others of the run: its step, its settings and the model that it belongs to."""
+    return {"step": prior.step, "settings": prior.config.to_json(), "model": prior.data_fingerprint}
 
 
 def rows_of(record: dict[str, Any], one: str, many: str) -> list[tuple[str, str, str]]:
@@ -125,21 +129,18 @@ def judge(
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(examples.test), generator=generator)[:count]
     labels = held_out_labels(prior, examples, rows)
+    real = to_float(examples.train[torch.randperm(len(examples.train), generator=generator)[:count]])
     indices = _sampled(prior, labels, count, generator, settings)
     originals = to_float(examples.test[rows])
     held_out = torch.cat([model.encode(part) for part in originals.split(_BATCH)])
     found = {"samples": indices, "decoded": held_out}
     signals = {name: torch.cat([model.restore(p) for p in own.split(_BATCH)]) for name, own in found.items()}
-    real = to_float(examples.train[torch.randperm(len(examples.train), generator=generator)[:count]])
     measures: dict[str, dict[str, float]] = {}
     features, judged_by = _features(model, examples, steps, mirrored=config.mirrored)
     if isinstance(features, Classifier) and examples.test_labels is not None:
         expected = examples.test_labels[rows]
-        assigned = {name: _by_parts(features, own).argmax(1) for name, own in signals.items()}
-        if labels is None:
-            del assigned["samples"]
-        else:
-            measures["class_agreement"] = {n: float((own == expected).float().mean()) for n, own in assigned.items()}
+        if labels is not None:
+            measures["class_agreement"] = {name: agreement(features, own, expected) for name, own in signals.items()}
         features = features.features
     seen = _by_parts(features, real)
     alike = {name: precision_and_recall(seen, _by_parts(features, own)) for name, own in signals.items()}

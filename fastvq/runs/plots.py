@@ -82,7 +82,7 @@ def _printable(text: str) -> str:
 
 
 def label(name: str, letters: int) -> str:
-    """Return a name in lines of at most so many letters: a path as its folder above its file.
+    """Return a name in lines of at most `letters` letters: a path as its folder above its file.
 
     A longer line keeps its beginning and its end.
     """

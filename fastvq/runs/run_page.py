@@ -20,6 +20,7 @@ from fastvq.training.metrics import Record, read_metrics
 
 from .evaluate import FILE, measures_of, rows_of
 from .judge import FILE as SAMPLES_FILE
+from .judge import identity
 from .judge import rows_of as rows_of_samples
 from .load import PRIOR_FOLDER
 from .page import PAGE, Media, Part, Picture, Section, TextTable, write_page
@@ -153,16 +154,16 @@ def _prior(folder: Path, modality: Modality) -> list[Section]:
     for name, description in samples_of(modality).items():
         parts.append(Picture(f"{name}.png", description))
         parts += [Media(f"{MEDIA}/{name}", played[name])] if name in played else []
-    parts += _judged(folder, checkpoint.step, modality)
+    parts += _judged(folder, checkpoint, modality)
     parts.append(_all_settings("All settings of the prior", checkpoint.config))
     return [Section("The prior", parts)]
 
 
-def _judged(folder: Path, step: int, modality: Modality) -> list[Part]:
+def _judged(folder: Path, prior: Checkpoint, modality: Modality) -> list[Part]:
     """Return the table of the latest `fastvq evaluate --samples`, if it is of this prior."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         record = json.loads((folder / SAMPLES_FILE).read_text())
-        if record["prior_step"] == step:
+        if record["of"] == identity(prior):
             one, many = modality.noun
             given = ", ".join(f"{name} {value}" for name, value in record["sampling"].items())
             text = (

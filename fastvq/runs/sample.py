@@ -44,7 +44,7 @@ def sample_run(
     rerank: int | None = None,
     complete: bool = False,
     begin: StrPath | None = None,
-    share: float = 0.5,
+    share: float | None = None,
     seed: int = 0,
     data: StrPath | None = None,
     **settings: Any,
@@ -67,7 +67,7 @@ def sample_run(
         complete: write a picture of completions of held-out examples instead.
         begin: a file whose beginning all samples keep: the upper part of an image, the first frames of a video, the
             first seconds of a sound. Without a label, they are sampled without a class.
-        share: length of that beginning, as a share of the whole.
+        share: length of that beginning, as a share of the whole; by default half.
         seed: equal seeds give equal samples, and a smaller count gives the first samples of a larger one.
         data: where the data set of the run is now, see `run_examples`.
         settings: arguments of `Prior.sample`: temperature, top_k, top_p, guidance.
@@ -80,6 +80,8 @@ def sample_run(
         FileExistsError: the folder exists.
     """
     check_range("seed", seed)
+    if share is not None and begin is None:
+        raise ConfigError("share: has no effect without begin")
     if path is None:
         given = {"count": count, "label": label, "text": text, "rerank": rerank, "complete": complete, "begin": begin}
         return _sample_for_page(run, given, seed=seed, data=data, **settings)
@@ -95,7 +97,7 @@ def sample_run(
     if data is not None and (array or (not folder and some)):
         raise ConfigError(f"data: has no effect on {path}, which shows no held-out {many}")
     if begin is not None:
-        settings["given"] = _beginning(model, config, begin, share)
+        settings["given"] = _beginning(model, config, begin, 0.5 if share is None else share)
     if not folder and not array:
         plays = Path(path).suffix.lower() in modality.played
         if some or (plays and not complete):
@@ -131,7 +133,7 @@ def sample_run(
 
 @dataclass(frozen=True)
 class _Request:
-    """What to sample; the fields are the arguments of `sample_run`."""
+    """Request for samples; the fields are the arguments of `sample_run`."""
 
     count: int
     label: int | str | None

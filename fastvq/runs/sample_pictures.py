@@ -185,7 +185,7 @@ def beginnings(model: VQVAE, config: TrainConfig, indices: Tensor, share: float)
         many = modality_of(config.modality).noun[1]
         raise ConfigError(f"complete: the indices of this run are scales of whole {many}, which have no beginning")
     length = indices.shape[1]
-    kept = int(share * length)
+    kept = int(share * length) if 0 <= share <= 1 else 0  # not of NaN or infinity
     if not 0 < kept < length:
         raise ConfigError(f"share must keep 1 to {length - 1} of {length} positions, got {share}, which keeps {kept}")
     given = indices.clone()
@@ -269,7 +269,7 @@ def sampled_with(settings: dict[str, Any]) -> str:
 
 
 class _Kind(NamedTuple):
-    """What a row of a picture shows.
+    """Row of a picture.
 
     Attributes:
         name: its class or caption; empty without.

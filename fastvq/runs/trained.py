@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.data.examples import to_float
-from fastvq.errors import CheckpointError, ConfigError
+from fastvq.errors import CheckpointError, ConfigError, MissingExtraError
 from fastvq.files import StrPath
 from fastvq.modalities import TrainConfig, modality_of
 from fastvq.models import VQVAE, ContrastiveModel, Prior
@@ -296,11 +296,11 @@ def load(run: StrPath, *, device: str | torch.device = "cpu") -> TrainedModel:
     if folder is not None:
         try:
             prior = load_prior_of(folder, vqvae)
-        except CheckpointError as error:
+        except (CheckpointError, MissingExtraError) as error:
             no_prior = str(error)
         try:
             contrastive = load_contrastive(folder, vqvae)
-        except CheckpointError as error:
+        except (CheckpointError, MissingExtraError) as error:
             no_contrastive = str(error)
     return TrainedModel(vqvae, config, prior, contrastive, no_prior=no_prior, no_contrastive=no_contrastive).to(target)
 

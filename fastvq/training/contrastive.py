@@ -37,7 +37,7 @@ class ContrastiveTrainer(Loop[float]):
         examples: images with captions.
         decoded: the training images as they are decoded, (N, C, H, W), uint8.
         folder: gets `checkpoints/` and `metrics.jsonl`.
-        tokenizer: what makes text indices of the captions.
+        tokenizer: the tokenizer of the captions.
         identity: fingerprint of the VQ-VAE, `fingerprint(model).hex()`.
         mirrored: learn from mirrored images as well.
         resume: continue from the latest checkpoint.

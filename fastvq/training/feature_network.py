@@ -24,7 +24,7 @@ from fastvq.models.perceptual import WEIGHTS, FeatureNetwork
 STEPS, BATCH, JUDGED, SEED = 800, 64, 1000, 0
 _PEAK_RATE = 2e-3
 _HELD_OUT = 4
-"""Of the frames of a clip each fourth is held out."""
+"""Every fourth frame of a clip is held out."""
 _SHIFT = 4
 _DISTORTIONS = 6
 

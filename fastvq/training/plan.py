@@ -31,7 +31,7 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training takes and gives.
+    """Size, cost and bits of a training.
 
     Attributes:
         config: its settings.
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes by what they are for, on each rank of a single-process training."""
+        """Bytes by what they are for, in a training of one process."""
         weights = _FLOAT * sum(self.parameters.values())
         buffers = _FLOAT * self.buffers
         found = {"weights and codebooks": weights + buffers, "gradients": weights, "Adam": 2 * weights}
@@ -160,7 +160,7 @@ def lines_of(plan: Plan) -> list[str]:
     shape = config.example_format.shape
     lines = [
         f"parameters    {_listed(plan.parameters, '{:,}'.format)}; codebooks and averages {plan.buffers:,}",
-        f"memory        {_listed(plan.memory, _megabytes)} (float32, without the bottleneck's part)",
+        f"memory        {_listed(plan.memory, _megabytes)} (float32, without those of the bottleneck and of losses)",
         f"steps         {config.steps:,} of {counted(config.batch_size, one, many)}{_epochs(plan)}",
         f"all-reduce    {_listed(plan.traffic, _megabytes)} a step on several processes",
     ]

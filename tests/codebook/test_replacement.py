@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -148,6 +150,16 @@ def test_codes_move_to_their_anchors_the_less_they_are_used(rows):
     assert torch.equal(codebook.embed, before)
 
 
+def test_a_broken_code_moves_to_its_anchor_as_well():
+    codebook = Codebook(4, 3, replacement=Replacement(anchors=True, rows="nearest"))
+    codebook.cluster_size[0] = torch.tensor([0.0, 2.0, 2.0])
+    codebook.embed[0, 0] = torch.nan
+    x = torch.randn(30, 4, generator=generator(1))
+    replace(codebook, x, torch.ones(30, dtype=torch.bool))
+    close(codebook.embed[0, 0], math.exp(-1e-3) * x[x.square().sum(1).argmin()])
+    assert codebook.embed_avg.isfinite().all()
+
+
 def test_each_rank_gives_the_anchors_of_its_share_of_the_codes(monkeypatch):
     codes, found = torch.randn(7, 4, generator=generator()), []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
@@ -179,6 +191,10 @@ def test_anchors_of_learnable_unit_codes():
         ({"rows": "nearest"}, "rows: must be 'random' or 'kmeans\\+\\+' without anchors=True"),
         ({"anchors": True, "keep_averages": True}, "anchors: must be False beside keep_averages"),
         ({"anchors": True, "at_once": 2}, "anchors: must be False beside at_once"),
+        ({"anchors": True, "before_update": True}, "anchors: must be False beside before_update"),
+        ({"anchors": True, "every": 2}, "anchors: must be False beside every"),
+        ({"anchors": True, "relative": True}, "anchors: must be False beside relative"),
+        ({"anchors": True, "size": 0.5}, "anchors: must be False beside size"),
     ],
 )
 def test_anchors_that_cannot_be(settings, message):

@@ -30,6 +30,21 @@ def test_captions_become_rows_of_equal_length(tokenizer):
     assert not torch.equal(rows[0, 0], rows[0, 1])
 
 
+def test_no_captions_are_no_rows(tokenizer):
+    assert tokenizer.rows([]).shape == (0, 1, tokenizer.length)
+
+
+@pytest.mark.parametrize("text", ["<end> heart", "<pad>", "<start>"])
+def test_names_of_special_indices_are_ordinary_text(tokenizer, text):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        row = tokenizer.encode(text)
+    length = int((row == END).nonzero())
+    assert row[0] == START
+    assert (row[1:length] > END).all()
+    assert (row[length + 1 :] == PAD).all()
+
+
 def test_case_and_spaces_do_not_matter(tokenizer):
     first = tokenizer.rows(CAPTIONS)[0, 0]
     for text in ("red heart", " RED\n heart  "):

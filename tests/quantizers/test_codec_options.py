@@ -133,6 +133,13 @@ def test_arguments_of_a_call_that_are_refused(options, message):
         stack()(vectors(), **options)
 
 
+def test_stages_whose_codes_depend_on_earlier_ones_have_no_start():
+    layer = stack(implicit_neural_codebook=True)
+    for call in (layer, layer.encode):
+        with pytest.raises(ValueError, match="start: must be 0 where codes depend on those of earlier stages, got 1"):
+            call(vectors(), start=1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -177,8 +184,9 @@ def test_codes_may_have_the_gradient_of_their_stage(options):
     assert grad.any()
     if not options:
         close(grad, torch.ones_like(grad))
-    codes = layer(x, start=1, n_quantizers=2, codes_gradient=True, **asked)[3]
-    assert [bool(one.any()) for one in codes] == [False, True, False]
+    start = 0 if "implicit_neural_codebook" in options else 1
+    codes = layer(x, start=start, n_quantizers=start + 1, codes_gradient=True, **asked)[3]
+    assert [bool(one.any()) for one in codes] == [place == start for place in range(STAGES)]
 
 
 def test_k_means_goes_one_stage_a_step():
@@ -223,3 +231,13 @@ def test_guides_learn_from_the_residuals_of_their_indices():
         errors.append(losses.sum().item())
     assert errors[-1] < errors[0]
     assert all(guides.grad.any() for guides in layer.guides)
+
+
+def test_k_means_sets_the_guides_too():
+    layer = stack(implicit_neural_codebook=True, preselect=4, kmeans_init=True)
+    layer(vectors(4, 30, DIM))
+    for stage, guides in zip(layer.layers[1:], layer.guides, strict=True):
+        assert len(guides.unique(dim=0)) == 12
+        close(guides, stage.codebook)
+    with pytest.raises(ValueError, match="preselect: must be None to change the number of codes"):
+        layer.resize_(24)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastvq
+from fastvq.errors import CodebookError
 
 from .. import every
 from ..layers import assert_same_state, state
@@ -41,3 +42,14 @@ def test_scales_too():
     found = layer.encode(x, lens=lens)
     assert_same_state(layer, before)
     assert all(map(torch.equal, found, layer.eval()(x, lens=lens)[1]))
+
+
+@pytest.mark.parametrize("kind", ["IBQ", "LlamaGen", "SimVQ", "residual SimVQ"])
+def test_no_finite_code_is_an_error_of_encode_as_of_forward(kind):
+    layer, x = every.make(kind), every.batch_for(kind)
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.fill_(torch.nan)
+    for call in (layer, layer.encode):
+        with pytest.raises(CodebookError, match="codebook: "):
+            call(x)

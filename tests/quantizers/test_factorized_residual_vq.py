@@ -151,7 +151,13 @@ def test_semantic_stages_stand_beside_the_acoustic_ones():
     [
         (lambda: fastvq.FactorizedResidualVQ(6, 12, 3, (4, 4)), "codebook_dim: must be one number, or 3, got"),
         (lambda: fastvq.FactorizedVQ(6, 12, 4, commitment_weight=-1.0), "commitment_weight: must not be negative"),
-        (lambda: fastvq.StridedResidualVQ(6, 12, ()), "strides: must be at least one, of positive numbers"),
+        (lambda: fastvq.StridedResidualVQ(6, 12, ()), "strides: must be a sequence with a number for each"),
+        (lambda: fastvq.StridedResidualVQ(6, 12, 2), "strides: must be a sequence with a number for each stage, got 2"),
+        (lambda: fastvq.StridedResidualVQ(6, 12, (0, 1)), "strides: must be"),
+        (
+            lambda: fastvq.StridedResidualVQ(6, 12, (1,)).get_output_from_indices([torch.zeros(3).long()]),
+            r"indices: must be \(B, T / stride\) for each stage, got \[\(3,\)\]",
+        ),
         (lambda: fastvq.StridedResidualVQ(6, 12, (2, 1))(vectors(1, 5, 6)), r"that the strides \(2, 1\) divide, got 5"),
         (
             lambda: fastvq.StridedResidualVQ(6, 12, (2, 1)).get_output_from_indices(torch.zeros(2, 1, 3).long()),
@@ -167,3 +173,12 @@ def test_semantic_stages_stand_beside_the_acoustic_ones():
 def test_what_cannot_be_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_vector_whose_latents_overflow_puts_out_zeros():
+    layer, x = fastvq.FactorizedVQ(6, 12, 4), vectors(1, 5, 6)
+    layer.project_in.weight.data.fill_(2)
+    x[0, 2] = 3e38
+    quantized, indices, _ = layer(x)
+    assert indices[0, 2] == -1
+    assert not quantized[0, 2].any()

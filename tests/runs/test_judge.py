@@ -14,6 +14,7 @@ from fastvq.errors import ConfigError
 from fastvq.modalities import ImageConfig
 from fastvq.runs import judge as judging
 from fastvq.runs.judge import judge, precision_and_recall
+from fastvq.runs.run_page import write_run_page
 from fastvq.runs.train_prior import train_prior
 from fastvq.training.config import PriorConfig
 
@@ -101,6 +102,9 @@ def test_the_command_writes_a_table_and_the_page(
     page = (run / "index.html").read_text()
     assert "7 samples, judged by <code>fastvq evaluate --samples</code>" in page
     assert "<td>distance to the nearest training image, RMS</td>" in page
+    train_prior(run, PriorConfig(steps=1, batch_size=4, dim=8, depth=1, seed=1), overwrite=True, progress=False)
+    write_run_page(run)
+    assert "judged by" not in (run / "index.html").read_text()  # that was another prior
     assert main(["evaluate", str(run), "--top-k", "3"]) == 2
     assert "--top-k: has no effect without --samples" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--samples", "7", "--device", "cpu"]) == 2

@@ -115,6 +115,22 @@ def test_samples_for_pictures_and_judgements_follow_held_out_captions(trained):
     assert torch.equal(labels, torch.stack(expected))
 
 
+def test_bits_of_an_evaluation_are_given_the_captions(trained):
+    prior, examples, model = load_prior(trained)[0], run_examples(trained), fastvq.load(trained)
+    labels = held_out_labels(prior, examples, range(len(examples.test)))
+    indices = model.encode(examples.test)
+    expected, without = (float(prior.bits(indices, given).sum()) / indices.numel() for given in (labels, None))
+    main(["evaluate", str(trained)])
+    measures = json.loads((trained / "evaluation.json").read_text())["measures"]
+    assert measures["prior_bits_per_index"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - without) > 1e-4
+
+
+def test_options_of_captions_need_text(plain, capsys):
+    for option in ("--text-vocabulary=300", "--text-length=9", "--text-weight=0.2"):
+        assert "has no effect without --text" in refused(capsys, "prior", plain, option)
+
+
 def test_requests_that_a_prior_of_text_refuses(trained, tmp_path, capsys):
     out = f"--out={tmp_path / 'x.png'}"
     for options, message in (

@@ -176,6 +176,8 @@ def soft_assign_forward(
     """Implement `fastvq.ops.soft_assign_forward`."""
     if indices is not None:
         check_index_range(indices, len(codebook))
+        if indices.is_cuda:  # without a wait
+            torch._assert_async(((indices >= -1) & (indices < len(codebook))).all())
     problem = _Problem(x, codebook, mask, metric, scale)
     (groups, count, _), dtype = x.shape, problem.dtype
     maximum, log_sum = (x.new_zeros((groups, count), dtype=dtype) for _ in range(2))

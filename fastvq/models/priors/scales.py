@@ -1,4 +1,4 @@
-"""What priors share that know indices as grids of several scales: shapes, and features from the coarser scales."""
+"""Base of priors over indices in several scales: shapes, and features from the coarser scales."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class TextPrior(TransformerPrior):
         classes: 0: a caption takes the place of a class.
 
     Attributes:
-        tokenizer: what makes text indices of text; None until it is set.
+        tokenizer: the tokenizer of captions; None until it is set.
 
     Shapes: indices (B, *grid) int64 in [0, K), by place for several; captions (B, text_length) int64 in
         [0, vocabulary), or (B, V, text_length), of which training takes one of the V at random and other calls the
