@@ -107,6 +107,23 @@ def test_damage_is_named(tmp_path, spoil, message):
         load_image_folder(tmp_path, image_size=8, grayscale=True)
 
 
+def test_a_damaged_archive_is_named(tmp_path):
+    write_idx(tmp_path, zipped=True)
+    archive = tmp_path / "train-images-idx3-ubyte.gz"
+    content = bytearray(archive.read_bytes())
+    content[12:20] = b"\xff" * 8
+    archive.write_bytes(content)
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz"):
+        load_image_folder(tmp_path, image_size=8, grayscale=True)
+
+
+def test_labels_without_a_name_are_named(tmp_path):
+    write_cifar(tmp_path, names=CIFAR_10)
+    (tmp_path / "batches.meta.txt").write_text("airplane\n")
+    with pytest.raises(DataError, match=r"has labels up to \d, but names of 1 classes"):
+        load_image_folder(tmp_path, image_size=32)
+
+
 def test_damaged_cifar_and_pickles(tmp_path):
     write_cifar(tmp_path, names=CIFAR_10)
     (tmp_path / "data_batch_2.bin").write_bytes(bytes(100))

@@ -244,10 +244,15 @@ def test_samples_keep_a_given_beginning(classed, tmp_path):
     assert files(tmp_path / "begun") == ["000000.png", "000001.png"]
 
 
+def test_a_share_needs_a_beginning(classed, tmp_path, capsys):
+    assert main(["sample", str(classed), f"--out={tmp_path / 'x.npy'}", "--share=0.3"]) == 2
+    assert "--share: has no effect without" in capsys.readouterr().err
+
+
 def test_a_beginning_leaves_something_to_sample(classed, tmp_path, capsys):
     drawing = tmp_path / "drawing.png"
     Image.new("L", (16, 16), 90).save(drawing)
-    for share, kept in (("1", 4), ("0.2", 0)):
+    for share, kept in (("1", 4), ("0.2", 0), ("inf", 0), ("nan", 0)):
         options = ["sample", str(classed), f"--out={tmp_path / 'x.npy'}", f"--begin={drawing}", f"--share={share}"]
         assert main(options) == 2
         assert (
