@@ -6,6 +6,7 @@ ranks samples and the other judges them, and samples of captions that were learn
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -167,7 +168,7 @@ def _run(
     ranking = train_contrastive(folder, contrastive_config, resume=resume)
     if ranking is None:
         return None
-    other = with_seed(contrastive_config, contrastive_config.seed + 1)
+    other = dataclasses.replace(contrastive_config, seed=contrastive_config.seed + 1)
     judge = train_contrastive(folder, other, folder=folder / JUDGE, resume=resume)
     if judge is None:
         return None
@@ -302,11 +303,6 @@ def _picture(
 def _grid(path: Path, grid: Tensor, captions: Sequence[str], columns: Sequence[str], title: str) -> None:
     caption = f"Best: those of {DRAWN} samples that a contrastive model finds most similar to the caption."
     plots.save_grid(path, list(grid), captions, columns, title=title, caption=caption, captioned=False)
-
-
-def with_seed(config: ContrastiveConfig, seed: int) -> ContrastiveConfig:
-    """Return settings with another seed."""
-    return ContrastiveConfig.from_json({**config.to_json(), "seed": seed})
 
 
 def _write_page(folder: Path, metrics: dict[str, Any]) -> Path:

@@ -17,7 +17,8 @@ from fastvq.models.priors import PRIORS
 from ..cases import generator
 from .test_codec import correlated, mutated, resealed
 
-KINDS = PRIORS
+# Those of several scales are tested in tests/models/test_scale_priors.py.
+KINDS = {kind: prior for kind, prior in PRIORS.items() if not prior.in_scales}
 OPTIONS = {"transformer": {"dim": 16, "depth": 2, "heads": 2}, "pixelcnn": {"dim": 16, "depth": 3}, "lstm": {"dim": 16}}
 
 

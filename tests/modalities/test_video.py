@@ -40,7 +40,7 @@ def test_settings_fit_each_other_and_the_network() -> None:
         ({"frame_size": 18}, r"frame_size 18 is not a multiple of 2\*\*downsamples = 4"),
         ({"frame_width": 18}, r"frame_width 18 is not a multiple"),
         ({"frame_rate": 0.0}, "frame_rate must be positive, got 0.0"),
-        ({"data": "emoji-clips"}, "emoji-clips is 17 frames of 32x32 in color: frames, frame_rate, frame_size"),
+        ({"data": "emoji-clips"}, "frames must be 17, since emoji-clips is 17 frames of 32x32 in color, got 5"),
         ({"data": "fashion-mnist"}, "data: fashion-mnist is for the modality image, not video"),
     ],
 )

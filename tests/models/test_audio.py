@@ -66,7 +66,8 @@ def test_nothing_depends_on_what_follows(activation: str, network: str) -> None:
         own[..., frame] += 1
         y, end = model.decoder(z), STRIDE * (frame + 1) - model.decoder.delay
         assert torch.equal(model.decoder(later)[..., :end], y[..., :end])
-        assert not torch.allclose(model.decoder(own)[..., end - STRIDE], y[..., end - STRIDE])
+        block = slice(max(0, end - STRIDE), end)
+        assert not torch.allclose(model.decoder(own)[..., block], y[..., block])
 
 
 @pytest.mark.parametrize(("kernel", "stride", "dilation"), [(1, 1, 1), (5, 1, 1), (3, 1, 3), (8, 4, 1), (4, 4, 1)])

@@ -140,8 +140,9 @@ def test_a_prior_starts_from_the_codebook(run, monkeypatch):
 
 
 def options(config):
-    """Return a record of settings as options of the command line."""
-    return [f"--{name.replace('_', '-')}={value}" for name, value in config.to_json().items() if value is not None]
+    """Return the settings of a prior without captions as options of the command line."""
+    given = {name: value for name, value in config.to_json().items() if not name.startswith("text")}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
 
 
 def test_commands(run, tmp_path, capsys):
@@ -166,7 +167,7 @@ def test_commands(run, tmp_path, capsys):
     assert main(["sample", str(run), f"--out={tmp_path}/x.png", "--top-p=0"]) == 2
     assert "--top-p: must lie in (0, 1], got 0.0" in capsys.readouterr().err
     assert main(["sample", str(run), f"--out={tmp_path}/x.png", "--guidance=2"]) == 2
-    assert "guidance: needs labels, got 2.0" in capsys.readouterr().err
+    assert "guidance: needs labels or a text, got 2.0" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
 
 

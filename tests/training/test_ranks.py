@@ -143,7 +143,7 @@ def test_evaluation_and_encoding_are_those_of_one_process(tmp_path: Path, monkey
     assert two["measures"].keys() == one["measures"].keys() - {"rfid"}
     for name, measured in two["measures"].items():
         for end, value in measured.items():
-            assert value == pytest.approx(one["measures"][name][end], rel=1e-6), (name, end)
+            assert value == pytest.approx(one["measures"][name][end], rel=1e-6, abs=1e-9), (name, end)
 
 
 @pytest.mark.parametrize(
