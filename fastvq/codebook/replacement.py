@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -87,8 +88,8 @@ class Replacement:
             raise ValueError(f"reservoir: must not be negative, got {self.reservoir}")
         if self.at_once is not None and not self.at_once >= 1:
             raise ValueError(f"at_once: must be at least 1, got {self.at_once}")
-        if self.size is not None and not self.size > 0:
-            raise ValueError(f"size: must be positive, got {self.size}")
+        if self.size is not None and not 0 < self.size < math.inf:
+            raise ValueError(f"size: must be positive and finite, got {self.size}")
         if self.keep_averages and (self.before_update or self.size is not None):
             name = "before_update" if self.before_update else "size"
             raise ValueError(f"keep_averages: must be False beside {name}: the averages would undo the replacement")

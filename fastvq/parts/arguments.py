@@ -16,7 +16,7 @@ def check_sizes(**sizes: Any) -> None:
         ValueError: an argument is not; the message names it.
     """
     for name, value in sizes.items():
-        if not (isinstance(value, Integral) and int(value) >= 1):
+        if isinstance(value, bool) or not (isinstance(value, Integral) and int(value) >= 1):
             raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
 
 

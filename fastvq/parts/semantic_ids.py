@@ -12,6 +12,7 @@ from fastvq.functional.quantize import lookup
 from fastvq.ops import topk_search
 
 from .arguments import check_sizes
+from .indices import checked_indices
 
 
 class Collisions(NamedTuple):
@@ -61,6 +62,8 @@ def unique_ids(
         ValueError: a vector is not finite, there are fewer IDs than items, or no free path is among the `most` best.
     """
     check_sizes(beam=beam, most=most)
+    if not len(codebooks):
+        raise ValueError("codebooks: must be at least one")
     if x.dim() != 2 or not bool(x.isfinite().all()):
         raise ValueError(f"x: must be finite vectors of shape (N, D), got {tuple(x.shape)}")
     total = 1
@@ -68,9 +71,19 @@ def unique_ids(
         total *= len(codebook)
     if total < len(x):
         raise ValueError(f"codebooks: have {total} IDs, fewer than the {len(x)} items")
-    found = _best_paths(x, codebooks, 1)[:, 0] if indices is None else indices.clone()
+    if indices is not None:
+        found = indices.clone()
+    elif len(x):
+        found = _best_paths(x, codebooks, 1)[:, 0]
+    else:
+        found = torch.zeros(0, len(codebooks), dtype=torch.int64, device=x.device)
     if found.shape != (len(x), len(codebooks)):
         raise ValueError(f"indices: must have shape {(len(x), len(codebooks))}, got {tuple(found.shape)}")
+    for codebook, own in zip(codebooks, found.unbind(1), strict=True):
+        if bool((checked_indices(own, len(codebook)) < 0).any()):
+            raise ValueError("indices: must have a code of every stage, got -1")
+    if not len(x):
+        return UniqueIds(found, torch.zeros(0, dtype=torch.bool, device=x.device))
     codes = [lookup(codebook, own) for codebook, own in zip(codebooks, found.unbind(1), strict=True)]
     errors = (x - torch.stack(codes).sum(0)).square().sum(1)
     beam = min(beam, most)

@@ -837,10 +837,12 @@ class ResidualVQ(Projected, ResidualStack):
         indices = self._stages_last(indices)
         if n_quantizers is not None or start:
             end = indices.shape[-1] if n_quantizers is None else n_quantizers
+            if isinstance(end, bool) or not isinstance(end, int):
+                raise TypeError(f"n_quantizers: must be an integer, got {n_quantizers!r}")
             if not 0 <= start < end <= indices.shape[-1]:
                 raise ValueError(
-                    f"start, n_quantizers: must be ascending numbers in [0, {indices.shape[-1]}], the stages of the"
-                    f" indices, got {start} and {n_quantizers}"
+                    f"start, n_quantizers: must be a stage and the end of a range of the {indices.shape[-1]} stages of"
+                    f" the indices, got {start} and {n_quantizers}"
                 )
             absent = torch.full_like(indices, -1) if start else indices
             indices = torch.cat([absent[..., :start], indices[..., start:end]], -1)

@@ -20,7 +20,7 @@ TRAINED = {name: client for name, client in CLIENTS.items() if client.train}
 
 every = pytest.mark.parametrize("client", CLIENTS.values(), ids=CLIENTS)
 every_trained = pytest.mark.parametrize("client", TRAINED.values(), ids=TRAINED)
-STEPS = 6
+STEPS = 20
 """Enough for moshi, which replaces unused codes at every fifth step."""
 
 

@@ -59,3 +59,20 @@ def test_refuses_by_name(x, options, message):
     codebooks = [torch.randn(4, 2, generator=generator()), torch.randn(4, 2, generator=generator(1))]
     with pytest.raises(ValueError, match=f"^{message}"):
         unique_ids(x, codebooks, **options)
+
+
+@pytest.mark.parametrize(
+    ("count", "stages", "indices", "message"),
+    [
+        (3, 2, torch.full((3, 2), -1), "indices: must have a code of every stage, got -1"),
+        (3, 2, torch.full((3, 2), 4), "indices: "),
+        (1, 0, None, "codebooks: must be at least one"),
+    ],
+)
+def test_ids_that_cannot_be(count, stages, indices, message):
+    with pytest.raises((ValueError, IndexError), match=message):
+        unique_ids(torch.randn(count, 8), [torch.randn(4, 8)] * stages, indices)
+
+
+def test_no_items_have_no_ids():
+    assert unique_ids(torch.zeros(0, 8), [torch.randn(4, 8)] * 2).indices.shape == (0, 2)

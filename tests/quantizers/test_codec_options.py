@@ -241,3 +241,12 @@ def test_k_means_sets_the_guides_too():
         close(guides, stage.codebook)
     with pytest.raises(ValueError, match="preselect: must be None to change the number of codes"):
         layer.resize_(24)
+
+
+def test_ranges_of_stages_to_decode_that_cannot_be():
+    layer = stack().eval()
+    indices = layer.encode(vectors())
+    with pytest.raises(TypeError, match="n_quantizers: must be an integer, got tensor"):
+        layer.get_output_from_indices(indices, n_quantizers=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="must be a stage and the end of a range of the 3 stages"):
+        layer.get_output_from_indices(indices, n_quantizers=0)
