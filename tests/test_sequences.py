@@ -54,6 +54,8 @@ def run(line: str) -> int:
         arguments += TINY.get(arguments[0], "").split()
     if "--preset" in arguments:
         arguments.append("--norm-groups=1")  # of few channels
+    if "--adversarial-weight" in arguments:
+        arguments.append("--adversarial-start=1")  # of few steps
     if "--data" in arguments:
         arguments.append("--image-size=16")
     return main(arguments)
