@@ -25,16 +25,14 @@ from fastvq.runs import plots
 from fastvq.runs.encode import encode_held_out
 from fastvq.runs.load import load_model
 from fastvq.runs.page import Media, Part, Picture, Section, TextTable, write_page
-from fastvq.runs.pictures import MEDIA, failures_as_warnings, picture_prior, picture_run, shown_rows
+from fastvq.runs.pictures import MEDIA, shown_rows
 from fastvq.runs.sample_pictures import picture_prior_samples
-from fastvq.runs.train_prior import train_prior
 from fastvq.training.build import load_examples
 from fastvq.training.config import PriorConfig
 from fastvq.training.evaluation import reconstruct
-from fastvq.training.trainer import Trainer
 
 from .folder import METRICS, check_request, demo_folder
-from .parts import announce, with_steps
+from .parts import announce, train_model_and_prior, with_steps
 from .rates import Rates, other_rates, rate_that_reaches, stage_rates
 
 DEMO = AudioConfig(**AudioConfig.presets["codec"])
@@ -93,19 +91,10 @@ def _run(
     """Run the four parts in a folder without a demo, or continue the one that is there."""
     started = time.monotonic()
     print(describe(clips), flush=True)
-    announce(_PARTS, 1)
-    trainer = Trainer(config, clips, folder, resume=resume)
-    evaluation = trainer.fit()
-    if evaluation is None:
+    parts = train_model_and_prior(_PARTS, folder, clips, config, prior_config, resume=resume)
+    if parts is None:
         return None
-    picture_run(trainer, evaluation, captioned=False)
-
-    announce(_PARTS, 2)
-    trained = train_prior(folder, prior_config, resume=resume)
-    if trained is None:
-        return None
-    with failures_as_warnings("picture of curves of the prior"):
-        picture_prior(folder, captioned=False)
+    evaluation, trained = parts.evaluation, parts.prior
 
     announce(_PARTS, 3)
     model, _ = load_model(folder)
@@ -141,12 +130,8 @@ def _run(
         "prior_bits_per_index": trained.bits_per_index,
         "prior_bytes": (folder / _CLIPS).stat().st_size,
         "prior_kbit_s": 8 * (folder / _CLIPS).stat().st_size / seconds / 1000,
-        "steps": trainer.step,
-        "seconds": round(trainer.seconds, 1),
-        "prior_steps": prior_config.steps,
         "total_seconds": round(time.monotonic() - started, 1),
-        "threads": torch.get_num_threads(),
-        "versions": {"fastvq": fastvq.__version__, "torch": torch.__version__},
+        **parts.facts(),
     }
     write_whole(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
     print(f"all pictures, sounds and tables: {_write_page(folder, metrics)}")

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import fastvq
 from fastvq.data import Examples
 from fastvq.data.examples import describe, to_float
 from fastvq.files import StrPath, write_whole
@@ -28,16 +27,13 @@ from fastvq.runs import plots
 from fastvq.runs.contrast import train_contrastive
 from fastvq.runs.load import load_model
 from fastvq.runs.page import Part, Picture, Section, TextTable, write_page
-from fastvq.runs.pictures import failures_as_warnings, picture_prior, picture_reconstructions, picture_run, spread
+from fastvq.runs.pictures import failures_as_warnings, spread
 from fastvq.runs.sample_pictures import nearest_images
-from fastvq.runs.train_prior import train_prior
 from fastvq.training.build import load_examples
 from fastvq.training.config import ContrastiveConfig, PriorConfig
-from fastvq.training.evaluation import Evaluation
-from fastvq.training.trainer import Trainer
 
 from .folder import JUDGE, METRICS, check_request, demo_folder
-from .parts import announce, with_steps
+from .parts import announce, train_model_and_prior, with_steps
 
 DEMO = ImageConfig(
     data="noto-emoji",
@@ -145,24 +141,10 @@ def _run(
     started = time.monotonic()
     print(describe(emoji), flush=True)
 
-    announce(_PARTS, 1)
-
-    def draw(trainer: Trainer, evaluation: Evaluation) -> None:
-        with failures_as_warnings("picture of reconstructions"):
-            picture_reconstructions(trainer, evaluation, captioned=False)
-
-    trainer = Trainer(config, emoji, folder, resume=resume)
-    evaluation = trainer.fit(on_evaluation=draw)
-    if evaluation is None:
+    parts = train_model_and_prior(_PARTS, folder, emoji, config, prior_config, resume=resume)
+    if parts is None:
         return None
-    picture_run(trainer, evaluation, captioned=False)
-
-    announce(_PARTS, 2)
-    trained = train_prior(folder, prior_config, resume=resume)
-    if trained is None:
-        return None
-    with failures_as_warnings("picture of curves of the prior"):
-        picture_prior(folder, captioned=False)
+    evaluation, trained = parts.evaluation, parts.prior
 
     announce(_PARTS, 3)
     ranking = train_contrastive(folder, contrastive_config, resume=resume)
@@ -197,13 +179,9 @@ def _run(
         "sampling": SAMPLING,
         "retrieval": judged,
         "copies": copies,
-        "steps": trainer.step,
-        "prior_steps": prior_config.steps,
         "contrastive_steps": contrastive_config.steps,
-        "seconds": round(trainer.seconds, 1),
         "total_seconds": round(time.monotonic() - started, 1),
-        "threads": torch.get_num_threads(),
-        "versions": {"fastvq": fastvq.__version__, "torch": torch.__version__},
+        **parts.facts(),
     }
     write_whole(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
     print(f"all pictures and tables: {_write_page(folder, metrics)}")

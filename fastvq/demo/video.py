@@ -11,9 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import fastvq
 from fastvq import coding
 from fastvq.data import Examples
 from fastvq.data.examples import describe
@@ -22,16 +19,13 @@ from fastvq.modalities import VideoConfig
 from fastvq.runs.encode import encode_held_out
 from fastvq.runs.load import load_model
 from fastvq.runs.page import Media, Part, Picture, Section, TextTable, write_page
-from fastvq.runs.pictures import MEDIA, failures_as_warnings, picture_prior, picture_reconstructions, picture_run
+from fastvq.runs.pictures import MEDIA
 from fastvq.runs.sample_pictures import picture_prior_samples
-from fastvq.runs.train_prior import train_prior
 from fastvq.training.build import load_examples
 from fastvq.training.config import PriorConfig
-from fastvq.training.evaluation import Evaluation
-from fastvq.training.trainer import Trainer
 
 from .folder import METRICS, check_request, demo_folder
-from .parts import announce, with_steps
+from .parts import announce, train_model_and_prior, with_steps
 from .sizes import animation_sizes
 
 DEMO = VideoConfig()
@@ -90,24 +84,10 @@ def _run(
     started = time.monotonic()
     print(describe(clips), flush=True)
 
-    announce(_PARTS, 1)
-
-    def draw(trainer: Trainer, evaluation: Evaluation) -> None:
-        with failures_as_warnings("picture of reconstructions"):
-            picture_reconstructions(trainer, evaluation, captioned=False)
-
-    trainer = Trainer(config, clips, folder, resume=resume)
-    evaluation = trainer.fit(on_evaluation=draw)
-    if evaluation is None:
+    parts = train_model_and_prior(_PARTS, folder, clips, config, prior_config, resume=resume)
+    if parts is None:
         return None
-    picture_run(trainer, evaluation, captioned=False)
-
-    announce(_PARTS, 2)
-    trained = train_prior(folder, prior_config, resume=resume)
-    if trained is None:
-        return None
-    with failures_as_warnings("picture of curves of the prior"):
-        picture_prior(folder, captioned=False)
+    evaluation, trained = parts.evaluation, parts.prior
 
     announce(_PARTS, 3)
     model, _ = load_model(folder)
@@ -143,12 +123,8 @@ def _run(
         "adaptive_bits_per_index": measured["adaptive"]["bits_per_index"],
         "pixel_bytes": clips.test.numel(),
         "sizes": sizes,
-        "steps": trainer.step,
-        "seconds": round(trainer.seconds, 1),
-        "prior_steps": prior_config.steps,
         "total_seconds": round(time.monotonic() - started, 1),
-        "threads": torch.get_num_threads(),
-        "versions": {"fastvq": fastvq.__version__, "torch": torch.__version__},
+        **parts.facts(),
     }
     write_whole(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
     print(f"all pictures and tables: {_write_page(folder, metrics)}")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fastvq.data import DATA_SETS, Examples
-from fastvq.demo import audio, rates
+from fastvq.demo import audio, parts, rates
 from fastvq.demo import folder as room
 from fastvq.modalities import AudioConfig
 from fastvq.runs import plots
@@ -55,7 +55,7 @@ def few_loops(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_demo_writes_a_page_of_what_sounds_and_of_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few_loops(monkeypatch)
     for name in ("picture_run", "picture_prior"):
-        monkeypatch.setattr(audio, name, lambda *_, **__: None)
+        monkeypatch.setattr(parts, name, lambda *_, **__: None)
     monkeypatch.setattr(plots, "save_grid", lambda path, *_, **__: Image.new("L", (1, 1)).save(path))
     opus = {"codec": "Opus", "name": "Opus, 8 kbit/s", "kbit_s": 8.0, "log_mel_db": 3.0, "si_sdr_db": 9.0}
     monkeypatch.setattr(audio, "other_rates", lambda *_, **__: ([opus], ["Codec2 was not measured: it is not here"]))

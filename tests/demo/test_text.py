@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastvq.data import Examples
-from fastvq.demo import text
+from fastvq.demo import parts, text
 from fastvq.demo.folder import _delete
 from fastvq.modalities import ImageConfig
 from fastvq.models import ContrastiveModel, TextTokenizer
@@ -45,7 +45,7 @@ def test_the_demo_fills_a_table_and_a_page(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(text, "LEARNED", WHERE)
     monkeypatch.setattr(text, "MADE_UP", WHERE[:1])
     for picture in ("picture_reconstructions", "picture_run", "picture_prior"):
-        monkeypatch.setattr(text, picture, lambda *_, **__: None)
+        monkeypatch.setattr(parts, picture, lambda *_, **__: None)
     folder = tmp_path / "demo"
     metrics = text.run_demo(folder, config=SMALL, prior_config=PRIOR, contrastive_config=CONTRASTIVE)
     assert metrics is not None

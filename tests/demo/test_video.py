@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastvq.cli.main import main
 from fastvq.demo import folder as room
-from fastvq.demo import video
+from fastvq.demo import parts, video
 from fastvq.errors import CheckpointError, ConfigError
 from fastvq.modalities import VideoConfig
 from fastvq.runs import plots
@@ -36,7 +36,7 @@ SMALL_PRIOR = PriorConfig(steps=2, batch_size=4, dim=8, depth=1, heads=2)
 def test_the_demo_writes_a_page_of_what_moves_and_of_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few_clips(monkeypatch)
     for name in ("picture_run", "picture_prior"):
-        monkeypatch.setattr(video, name, lambda *_, **__: None)
+        monkeypatch.setattr(parts, name, lambda *_, **__: None)
     for name in ("save_grid", "save_reconstructions"):
         monkeypatch.setattr(plots, name, lambda path, *_, **__: Image.new("L", (1, 1)).save(path))
     lossless = {"name": "animated WebP, lossless", "bytes": 7, "psnr_db": None}

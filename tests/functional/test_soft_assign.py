@@ -52,7 +52,7 @@ def test_cross_entropy_is_that_of_torch(metric, dtype, backend, small_tiles):
 @pytest.mark.parametrize("size", [1e2, 1e5, 1e8, 1e12])
 @pytest.mark.parametrize("metric", METRICS)
 def test_ties_at_any_size(metric, size, backend, small_tiles):
-    """Of two equal codes each has half the probability, however large the logits are that a sum of both would round."""
+    """Two equal codes have half the probability each, even where adding the logarithm of 2 to their logit rounds."""
     length = size if metric == "distance" else size**0.5
     x, codebook = (length * torch.randn(s, 6, generator=generator(s)) for s in (7, 5))
     codebook, indices = codebook.repeat(2, 1), torch.arange(7) % 10

@@ -1,4 +1,4 @@
-"""What codecs need of `ResidualVQ`: gradients once, single stages, other axes of indices, k-means stage by stage."""
+"""Options of `ResidualVQ` for codecs: gradients once, ranges of stages, other axes of indices, k-means by stage."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Prior(nn.Module):
 
     class_names: tuple[str, ...] = ()
     in_scales = False
-    """Whether the indices of a sample are a sequence of grids, whose shapes are the argument `scales`."""
+    """True if the indices of a sample are a sequence of grids, whose shapes are the argument `scales`."""
 
     def __init__(
         self,
