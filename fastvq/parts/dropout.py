@@ -82,6 +82,11 @@ class ActiveStages(NamedTuple):
             return torch.full_like(value, fill) if self.skips(stage) else value
         return torch.where(self.number > stage, value, fill)
 
+    def fill_indices(self, indices: Tensor) -> Tensor:
+        """Return indices (..., Q) of the stages from `start` on, with -1 where a stage is inactive."""
+        stages = enumerate(indices.unbind(-1), self.start)
+        return torch.stack([self.fill(stage, own, -1) for stage, own in stages], -1)
+
     def row_mask(self, stage: int, mask: Tensor | None, x: Tensor) -> Tensor | None:
         """Return the mask (...) of a stage's rows x (..., D): `mask` for an active stage, else all False."""
         if isinstance(self.number, int):

@@ -538,7 +538,7 @@ class ResidualVQ(Projected, ResidualStack):
         else:
             found = residual_search(x.detach(), codebooks, mask=mask)
         if active is not None and isinstance(active.number, Tensor):
-            found = torch.stack([active.fill(place, one, -1) for place, one in enumerate(found.unbind(-1), start)], -1)
+            found = active.fill_indices(found)
         quantized, _, losses, residuals = residual_quantize(
             x if self.training else x.detach(),
             codebooks,
@@ -806,7 +806,7 @@ class ResidualVQ(Projected, ResidualStack):
         held = [stage._codebook.codes[0] for stage in self._stages[start : start + found.shape[-1]]]
         check_some_code("codebooks", found[0], held)
         if isinstance(active.number, Tensor):
-            found = torch.stack([active.fill(place, one, -1) for place, one in enumerate(found.unbind(-1), start)], -1)
+            found = active.fill_indices(found)
         if dropped := self.num_quantizers - found.shape[-1]:
             found = nn.functional.pad(found, (start, dropped - start), value=-1)
         return self._stages_out(layout.indices(found.view(layout.batch, layout.rows, self.num_quantizers)))
