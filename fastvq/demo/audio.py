@@ -41,9 +41,9 @@ DEMO_PRIOR = PriorConfig(
 )
 SAMPLING: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95}
 _PARTS = [
-    ("training a codec of music loops", 50),
+    ("training a codec of music loops", 60),
     ("training a prior over the indices", 150),
-    ("samples and continuations", 20),
+    ("samples and continuations", 15),
     ("the quality at each bit rate, beside Opus and Codec2", 20),
 ]
 """Description of each part, and its approximate time in seconds on 2 idle cores."""
