@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 import fastvq
 from fastvq.data import Examples
+from fastvq.files import StrPath
 from fastvq.modalities import TrainConfig
 from fastvq.modalities.settings import Settings
 from fastvq.runs.pictures import failures_as_warnings, picture_prior, picture_reconstructions, picture_run
@@ -59,7 +59,7 @@ class TrainedParts(NamedTuple):
 
 def train_model_and_prior(
     parts: Sequence[tuple[str, int]],
-    folder: Path,
+    folder: StrPath,
     examples: Examples,
     config: TrainConfig,
     prior_config: PriorConfig,
