@@ -15,7 +15,7 @@ from fastvq.models.priors import PRIORS, TransformerPrior
 SIZE, GRID, COUNT = 512, (7, 7), 64
 DIM, DEPTH, HEADS = 128, 4, 4
 PLACES = GRID[0] * GRID[1]
-KINDS = [kind for kind, prior in PRIORS.items() if not prior.in_scales]
+KINDS = [kind for kind, prior in PRIORS.items() if not prior.in_scales and not prior.in_stages]
 
 
 class PlainGPT(nn.Module):

@@ -100,7 +100,8 @@ _FINITE = sys.float_info.max
 SIDE, _DEPTH, _CODES, _COUNT = 2**16, 2**10, 2**24, 2**53
 """Largest width, depth, K, and number that a float holds exactly: more would end in a failed allocation or a hang."""
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("image_size", "image_width", "crop_from", "dim", "width", "residual_width", "heads"), (1, SIDE)),
+    **dict.fromkeys(("image_size", "image_width", "crop_from", "dim", "width", "residual_width"), (1, SIDE)),
+    **dict.fromkeys(("heads", "stage_dim"), (1, SIDE)),
     **dict.fromkeys(("frames", "frame_size", "frame_width", "kernel"), (1, SIDE)),
     **dict.fromkeys(("sample_rate", "clip_length", "crop_length"), (1, 2**31)),
     "channels": (1, 2),
@@ -115,7 +116,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("commitment_weight", "dead_code_threshold", "weight_decay"), (0, _FINITE)),
     **dict.fromkeys(("waveform_weight", "stft_weight", "mel_weight", "feature_weight"), (0, _FINITE)),
     **dict.fromkeys(("learning_rate", "reconstruction_variance", "frame_rate"), (_SMALLEST, _FINITE)),
-    "depth": (1, _DEPTH),
+    **dict.fromkeys(("depth", "stage_depth"), (1, _DEPTH)),
     "workers": (0, _DEPTH),
     "accumulate": (1, _COUNT),
     "clip_norm": (_SMALLEST, _FINITE),

@@ -12,6 +12,7 @@ from .conv import Decoder, Encoder, ResidualBlock
 from .gaussian import GaussianBottleneck
 from .likelihood import discretized_logistic, elbo_bits_per_dimension
 from .priors import (
+    DepthPrior,
     HierarchicalPrior,
     LSTMPrior,
     NextScalePrior,
@@ -35,6 +36,7 @@ __all__ = [
     "Continuous",
     "ContrastiveModel",
     "Decoder",
+    "DepthPrior",
     "Encoder",
     "GaussianBottleneck",
     "GridsBottleneck",

@@ -65,10 +65,11 @@ def compare_priors(
     model, indices, codebook_size = run_indices(run, data)
     identity, vectors = fingerprint(model).hex(), model.adapter.code_vectors()
     records: list[dict[str, Any]] = []
-    # A PixelCNN takes one index at each position.
-    kinds = [kind for kind in PRIOR_KINDS if kind != "pixelcnn" or isinstance(codebook_size, int)]
-    for kind in kinds:
+    staged = not isinstance(codebook_size, int)
+    for kind in PRIOR_KINDS:
         if PRIORS[kind].in_scales and indices.scales is None:
+            continue
+        if (PRIORS[kind].in_stages and not staged) or (kind == "pixelcnn" and staged):
             continue
         settings = dataclasses.replace(
             config or PriorConfig(),

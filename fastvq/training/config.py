@@ -10,11 +10,12 @@ from fastvq.errors import ConfigError
 from fastvq.modalities.settings import Settings, setting
 
 # The keys of `fastvq.models.priors.PRIORS`, repeated so that reading settings imports no model.
-PRIOR_KINDS = ("transformer", "pixelcnn", "lstm", "hierarchical", "next-scale")
-WITH_HEADS = ("transformer", "hierarchical", "next-scale")
+PRIOR_KINDS = ("transformer", "pixelcnn", "lstm", "depth", "hierarchical", "next-scale")
+WITH_HEADS = ("transformer", "depth", "hierarchical", "next-scale")
 """Kinds of priors with attention."""
 # Those of `fastvq.models.priors.transformer`.
 PATTERNS = ("flat", "delay")
+_SIZES = ("dim", "depth", "stage_dim", "stage_depth")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class PriorConfig(_WarmedUp):
     depth: int | None = setting(None, "blocks or layers (default: the kind's own)")
     heads: int = setting(4, f"attention heads of {', '.join(WITH_HEADS)}, which divide the width")
     pattern: str = setting("flat", "order of several indices at a position: flat, or delay for the transformer")
+    stage_dim: int | None = setting(None, "width of the kind depth over the stages of a position (default: its own)")
+    stage_depth: int | None = setting(None, "blocks of the kind depth over the stages of a position (default: its own)")
     dropout: float = setting(0.1, "dropout rate of the layers")
     label_dropout: float = setting(
         0.1, "share of training samples without their label or caption, which guidance needs"
@@ -71,6 +74,10 @@ class PriorConfig(_WarmedUp):
             raise ConfigError(f"pattern must be one of {', '.join(PATTERNS)}, got {self.pattern!r}")
         if self.pattern != "flat" and self.kind != "transformer":
             raise ConfigError(f"pattern must be flat for a prior of kind {self.kind}, got {self.pattern!r}")
+        if self.kind != "depth":
+            for name in ("stage_dim", "stage_depth"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} must be left out for a prior of kind {self.kind}: it is for depth")
         if self.text and (self.kind, self.pattern) != ("transformer", "flat"):
             raise ConfigError(
                 f"text needs a transformer of the pattern flat, got {self.kind} of the pattern {self.pattern}"
@@ -79,7 +86,7 @@ class PriorConfig(_WarmedUp):
     def model_settings(self) -> dict[str, Any]:
         """Return the arguments of a prior of this kind that do not depend on the data."""
         settings: dict[str, Any] = {"dropout": self.dropout, "label_dropout": self.label_dropout}
-        settings |= {name: getattr(self, name) for name in ("dim", "depth") if getattr(self, name) is not None}
+        settings |= {name: getattr(self, name) for name in _SIZES if getattr(self, name) is not None}
         settings |= {"heads": self.heads} if self.kind in WITH_HEADS else {}
         if self.text:
             return settings | {"text_weight": self.text_weight}

@@ -17,9 +17,14 @@ from fastvq.models.priors import PRIORS
 from ..cases import generator
 from .test_codec import correlated, mutated, resealed
 
-# Those of several scales are tested in tests/models/test_scale_priors.py.
-KINDS = {kind: prior for kind, prior in PRIORS.items() if not prior.in_scales}
-OPTIONS = {"transformer": {"dim": 16, "depth": 2, "heads": 2}, "pixelcnn": {"dim": 16, "depth": 3}, "lstm": {"dim": 16}}
+# Those of several scales are tested in tests/models/test_scale_priors.py, those of stages alone further below.
+KINDS = {kind: prior for kind, prior in PRIORS.items() if not prior.in_scales and not prior.in_stages}
+OPTIONS = {
+    "transformer": {"dim": 16, "depth": 2, "heads": 2},
+    "pixelcnn": {"dim": 16, "depth": 3},
+    "lstm": {"dim": 16},
+    "depth": {"dim": 16, "depth": 2, "heads": 2, "stage_dim": 8, "stage_depth": 2},
+}
 
 
 def make(kind="transformer", size=13, grid=(3, 4), seed=0, **options):
@@ -164,13 +169,15 @@ def test_mutated_and_hostile_files():
             coding.decode(container.pack(header._replace(shape=shape), b"\xff" * 64), prior=prior)
 
 
-@pytest.mark.parametrize("options", [{"kind": "transformer"}, {"kind": "lstm"}, {"pattern": "delay"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [*({"kind": k} for k in ("transformer", "lstm", "depth")), {"pattern": "delay"}], ids=str
+)
 @pytest.mark.parametrize("grid", [(3, 4, 3), (5, 3), (1, 3)], ids=str)
 def test_several_codebooks_are_restored(options, grid):
     torch.manual_seed(0)
     kind, sizes = options.get("kind", "transformer"), (9, 1, 4)
     settings = {"pattern": options["pattern"]} if "pattern" in options else {}
-    prior = KINDS[kind](sizes, grid, **OPTIONS[kind], **settings, classes=2).eval()
+    prior = PRIORS[kind](sizes, grid, **OPTIONS[kind], **settings, classes=2).eval()
     for head in prior.head.layers:
         torch.nn.init.normal_(head.weight, std=0.6, generator=generator())
     labels = torch.arange(40) % 2

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvq.coding import encode
-from fastvq.models import LSTMPrior, PixelCNNPrior, TransformerPrior
+from fastvq.models import DepthPrior, LSTMPrior, PixelCNNPrior, TransformerPrior
 from fastvq.models.priors.draw import draw
 
 from ..cases import close, generator
@@ -24,6 +24,7 @@ SIZES = {
     LSTMPrior: {"dim": 16, "depth": 2},
 }
 every_kind = pytest.mark.parametrize("kind", SIZES)
+DEPTH = {"dim": 16, "depth": 2, "heads": 2, "stage_dim": 8, "stage_depth": 2}
 
 
 def make(kind=TransformerPrior, size=7, grid=(3, 4), **options):
@@ -330,8 +331,11 @@ def test_parametrizations_take_part_in_sampling(kind):
 
 
 STAGED = {
-    "flat": (TransformerPrior, {}), "delay": (TransformerPrior, {"pattern": "delay"}), "lstm": (LSTMPrior, {}),
-}  # fmt: skip
+    "flat": (TransformerPrior, SIZES[TransformerPrior]),
+    "delay": (TransformerPrior, SIZES[TransformerPrior] | {"pattern": "delay"}),
+    "lstm": (LSTMPrior, SIZES[LSTMPrior]),
+    "depth": (DepthPrior, DEPTH),
+}
 every_order = pytest.mark.parametrize("order", STAGED)
 STAGED_GRIDS = [(3, 4, 3), (5, 3), (1, 3), (2, 1, 3), (2, 2, 2, 3)]
 
@@ -339,7 +343,7 @@ STAGED_GRIDS = [(3, 4, 3), (5, 3), (1, 3), (2, 1, 3), (2, 2, 2, 3)]
 def make_staged(order, sizes=(7, 2, 5), grid=(3, 4, 3), **options):
     """Return a prior of several indices at each position, with random heads."""
     kind, own = STAGED[order]
-    prior = kind(sizes, grid, **SIZES[kind] | own | options).eval()
+    prior = kind(sizes, grid, **own | options).eval()
     for head in prior.head.layers:
         torch.nn.init.normal_(head.weight, generator=generator())
     for module in prior.modules():
@@ -399,7 +403,7 @@ def test_sampling_of_stages_has_the_logits_of_the_full_forward(order, grid, guid
 @every_order
 def test_an_untrained_prior_of_stages_is_uniform_and_learns(order):
     kind, own = STAGED[order]
-    prior = kind((8, 4), (2, 3, 2), **SIZES[kind], **own).eval()
+    prior = kind((8, 4), (2, 3, 2), **own).eval()
     indices = torch.tensor([7, 1]).expand(4, 2, 3, 2).contiguous()
     close(prior.bits(indices), torch.full((4,), 6 * 5.0, dtype=torch.float64))
     fit(prior, indices, steps=30)
@@ -411,7 +415,7 @@ def test_an_untrained_prior_of_stages_is_uniform_and_learns(order):
 def test_similar_codes_of_each_codebook_start_alike(order):
     kind, own = STAGED[order]
     vectors = [torch.randn(2, 6, generator=generator(q)).repeat(2, 1) for q in range(2)]
-    prior = kind((4, 4), (2, 3, 2), **SIZES[kind], **own, vectors=vectors).eval()
+    prior = kind((4, 4), (2, 3, 2), **own, vectors=vectors).eval()
     indices = torch.randint(0, 2, (3, 2, 3, 2), generator=generator())
     logits = prior(indices)
     close(logits[..., :2], logits[..., 2:])
@@ -421,9 +425,21 @@ def test_similar_codes_of_each_codebook_start_alike(order):
         kind((4, 4), (2, 2), vectors=vectors[0])
 
 
-def test_the_delay_pattern_takes_a_step_for_each_position():
-    flat, delayed = (make_staged(order, (8,) * 4, (4, 4, 4)) for order in ("flat", "delay"))
-    assert operations(lambda: delayed.sample(2)) < 0.5 * operations(lambda: flat.sample(2))
+def test_delay_and_depth_take_a_step_of_the_large_transformer_for_each_position():
+    flat, *others = (make_staged(order, (8,) * 4, (4, 4, 4)) for order in ("flat", "delay", "depth"))
+    for other in others:
+        assert operations(lambda other=other: other.sample(2)) < 0.51 * operations(lambda: flat.sample(2))
+
+
+def test_a_depth_prior_learns_what_the_delay_pattern_cannot():
+    """Two stages that are equal at random: given the first, the second is known."""
+    indices = torch.randint(0, 2, (64, 1, 1), generator=generator()).expand(64, 1, 2).contiguous()
+    bits = {}
+    for order in ("delay", "depth"):
+        kind, own = STAGED[order]
+        bits[order] = fit(kind((2, 2), (1, 2), **own, dropout=0.0), indices, steps=60).bits(indices).mean()
+    assert bits["depth"] < 1.1
+    assert bits["delay"] > 0.9
 
 
 @every_order
@@ -448,6 +464,12 @@ def test_given_indices_of_stages_are_kept(order):
             TransformerPrior,
             {"codebook_size": 4, "grid": (3,), "pattern": "late"},
             "pattern: must be one of flat, delay",
+        ),
+        (DepthPrior, {"codebook_size": 4, "grid": (3,)}, "kind: a depth prior takes several indices at each position"),
+        (
+            DepthPrior,
+            {"codebook_size": (4, 4), "grid": (3, 2), "stage_dim": 6},
+            "heads: must divide stage_dim=6, got 4",
         ),
         (PixelCNNPrior, {"codebook_size": (4, 4), "grid": (3, 2)}, "kind: a pixelcnn takes one index at each position"),
     ],

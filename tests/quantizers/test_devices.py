@@ -189,11 +189,14 @@ def test_a_priors_training(kind, classes, tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "usable_device", torch.device)  # as if it were a device with values
     scales = ((2, 2), (4, 4)) if PRIORS[kind].in_scales else None
     shape = (20,) if scales else (4, 4)
+    size = (24,) * 4 if PRIORS[kind].in_stages else 24
     train, test = (torch.randint(0, 24, (count, *shape), dtype=torch.int32) for count in (16, 300))
     labels = [torch.arange(len(codes)) % classes if classes else None for codes in (train, test)]
     codes = IndexData(train, test, *labels, scales=scales)
     config = PriorConfig(kind=kind, dim=16, depth=2, batch_size=8, device="meta")
-    trainer = PriorTrainer(config, codes, 24, tmp_path, identity="", vectors=torch.randn(24, 8))
+    trainer = PriorTrainer(
+        config, codes, size, tmp_path, identity="", vectors=None if size != 24 else torch.randn(24, 8)
+    )
     assert {tensor.device.type for tensor in trainer.model.state_dict().values()} == {"meta"}
     trainer.model.train()
     with Fed():

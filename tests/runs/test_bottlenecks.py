@@ -131,6 +131,14 @@ def grids_of(model):
             ["prior", "RUN", "--overwrite", "--kind=lstm", "--pattern=delay"],
             "--pattern must be flat for a prior",
         ),
+        (
+            ["prior", "RUN", "--overwrite", "--kind=depth", "--pattern=delay"],
+            "--pattern must be flat for a prior",
+        ),
+        (
+            ["prior", "RUN", "--overwrite", "--stage-depth=2"],
+            "--stage-depth must be left out for a prior of kind trans",
+        ),
         (["prior", "RUN", "--pattern=late"], "--pattern must be one of flat, delay, got 'late'"),
         (["encode", "a.npy", "a.fvq", "--run=RUN", "--codebook-size=9"], "below 24, 8, 4 of 3 codebooks, got 9"),
     ],
@@ -155,14 +163,27 @@ def test_scales_have_no_upper_half(run, tmp_path, capsys):
         assert status == 0
 
 
-def test_the_delay_pattern_belongs_to_stages(run, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("given", "refusal"),
+    [
+        (["--pattern=delay"], "--pattern: 'delay' is for several indices at each position"),
+        (["--kind=depth", "--stage-dim=4", "--stage-depth=1"], "kind: a depth prior takes several indices at each"),
+    ],
+    ids=["delay", "depth"],
+)
+def test_delay_and_depth_belong_to_stages(run, given, refusal, tmp_path, capsys):
     name, folder = run
-    arguments = ["--pattern=delay", "--steps=1", "--batch-size=8", "--dim=8", "--heads=2", "--depth=1"]
+    arguments = [*given, "--steps=1", "--batch-size=8", "--dim=8", "--heads=2", "--depth=1"]
     status = main(["prior", str(folder), "--overwrite", *arguments])
     if name != "rvq":
         assert status == 2
-        assert "--pattern: 'delay' is for several indices at each position" in capsys.readouterr().err
-    else:
-        assert status == 0
-        assert load_prior(folder)[0].settings["pattern"] == "delay"
-        assert main(["sample", str(folder), f"--out={tmp_path / 's.npy'}", "--count=3"]) == 0
+        assert refusal in capsys.readouterr().err
+        return
+    assert status == 0
+    prior, _ = load_prior(folder)
+    assert {"pattern": "delay", "stage_dim": 4}.items() & prior.settings.items()
+    array, coded = tmp_path / "s.npy", tmp_path / "s.fvq"
+    assert main(["sample", str(folder), f"--out={array}", "--count=3"]) == 0
+    assert main(["sample", str(folder), f"--out={tmp_path / 'c.png'}", "--complete", "--top-k=5"]) == 0
+    assert main(["encode", str(array), str(coded), f"--run={folder}", "--model=prior"]) == 0
+    assert np.array_equal(coding.decode(coded.read_bytes(), prior=prior).numpy(), np.load(array))

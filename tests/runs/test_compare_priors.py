@@ -17,6 +17,7 @@ from fastvq.training.config import PriorConfig
 
 from ..tiny_runs import tiny_run
 
+KINDS = [kind for kind, prior in PRIORS.items() if not prior.in_scales and not prior.in_stages]
 TINY = PriorConfig(
     steps=6, batch_size=8, dim=16, depth=1, heads=2, warmup_steps=2, log_every=2, evaluate_every=3, checkpoint_every=3
 )
@@ -28,7 +29,7 @@ def test_priors_are_compared_after_equal_time(tmp_path):
     kept = load_prior(run)[0].state_dict()
     table = "\n".join(compare_priors(run, 0.5, config=dataclasses.replace(TINY, dim=None), progress=False))
     records = json.loads((run / "priors.json").read_text())
-    assert [record["kind"] for record in records] == [kind for kind, prior in PRIORS.items() if not prior.in_scales]
+    assert [record["kind"] for record in records] == KINDS
     for record in records:
         assert 0 < record["bits_per_index"] < 10
         assert f"| {record['kind']} | {record['bits_per_index']:.3f} |" in table

@@ -64,6 +64,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, monkeypatch, kind, tm
     if PRIORS[kind].in_scales:
         (tmp_path / "grids").mkdir()
         run, _ = tiny_run(tmp_path / "grids", count=40, grayscale=True, grids=2)
+    elif PRIORS[kind].in_stages:
+        (tmp_path / "stages").mkdir()
+        stages = {"num_quantizers": 2}
+        run, _ = tiny_run(tmp_path / "stages", count=40, grayscale=True, bottleneck="rvq", bottleneck_options=stages)
     config = dataclasses.replace(TINY, kind=kind)
     assert train_prior(run, config, progress=False) is not None
     whole = weights(run)

@@ -42,9 +42,12 @@ def test_a_setting_out_of_range_is_named(name: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("kind", "oracle", "one of transformer, pixelcnn, lstm, hierarchical, next-scale, got 'oracle'"),
+        ("kind", "oracle", "one of transformer, pixelcnn, lstm, depth, hierarchical, next-scale, got 'oracle'"),
         ("dim", 0, "at least 1, got 0"),
         ("depth", -2, "at least 1, got -2"),
+        ("stage_dim", 0, "at least 1, got 0"),
+        ("stage_depth", 0, "at least 1, got 0"),
+        ("stage_depth", 2, "left out for a prior of kind transformer: it is for depth"),
         ("heads", 0, "at least 1, got 0"),
         ("dropout", 1.0, "at least 0 and below 1, got 1.0"),
         ("label_dropout", -0.1, "at least 0 and below 1, got -0.1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Prior
+from .depth import DepthPrior
 from .hierarchical import HierarchicalPrior
 from .lstm import LSTMPrior
 from .next_scale import NextScalePrior
@@ -14,6 +15,7 @@ PRIORS: dict[str, type[Prior]] = {
     "transformer": TransformerPrior,
     "pixelcnn": PixelCNNPrior,
     "lstm": LSTMPrior,
+    "depth": DepthPrior,
     "hierarchical": HierarchicalPrior,
     "next-scale": NextScalePrior,
 }
@@ -24,6 +26,7 @@ TEXT_PRIORS: dict[str, type[Prior]] = {"transformer": TextPrior}
 __all__ = [
     "PRIORS",
     "TEXT_PRIORS",
+    "DepthPrior",
     "HierarchicalPrior",
     "LSTMPrior",
     "NextScalePrior",

@@ -54,6 +54,8 @@ class Prior(nn.Module):
     class_names: tuple[str, ...] = ()
     in_scales = False
     """True if the indices of a sample are a sequence of grids, whose shapes are the argument `scales`."""
+    in_stages = False
+    """True if there have to be several indices at each position."""
 
     def __init__(
         self,

@@ -85,30 +85,33 @@ class Inputs(nn.Module):
 class DelayedInputs(nn.Module):
     """Sum of learned vectors (B, steps, dim) for each step of the delay pattern.
 
-    Step s takes the indices of codebooks q at positions s - q of the raster order. Its inputs are, for each of these,
-    the index of the same codebook at the position before and at its `neighbors`; the number of the step; and the label.
+    Step s takes the indices of codebooks q at positions s - delay q of the raster order. Its inputs are, for each of
+    these, the index of the same codebook at the position before and at its `neighbors`; the number of the step; and the
+    label.
 
     Args:
         sizes: K of each codebook.
         grid: shape of a sample's indices, with the codebooks along the last axis.
         classes: as in the prior. dim: width.
+        delay: 1, or 0 for steps that take all codebooks of one position.
 
     Attributes:
         order: the places, position after position with its codebooks, in the order of the steps.
     """
 
-    def __init__(self, sizes: Sequence[int], grid: tuple[int, ...], classes: int, dim: int) -> None:
+    def __init__(self, sizes: Sequence[int], grid: tuple[int, ...], classes: int, dim: int, *, delay: int = 1) -> None:
         super().__init__()
         cells, self.stages = grid[:-1], len(sizes)
         self.cells = math.prod(cells)
-        self.steps = self.cells + self.stages - 1
+        self.delay = delay
+        self.steps = self.cells + delay * (self.stages - 1)
         self.offsets = tuple(dict.fromkeys([1, *neighbors(cells)]))
         self.codes: Any = nn.ModuleList([nn.Embedding(sum(sizes), dim) for _ in self.offsets])
         self.start = nn.Parameter(torch.zeros(dim))
         self.labels = nn.Embedding(classes + 1, dim)
         self.number = nn.Embedding(self.steps, dim)
         self.first_codes = first_codes(sizes)
-        self.order = sorted(range(self.cells * self.stages), key=lambda place: sum(divmod(place, self.stages)))
+        self.order = sorted(range(self.cells * self.stages), key=self.step_of)
         for embedding in (*self.codes, self.labels, self.number):
             nn.init.normal_(embedding.weight, std=0.02)
 
@@ -120,9 +123,15 @@ class DelayedInputs(nn.Module):
         for offset, vectors in zip(self.offsets, self.codes, strict=True):
             known = vectors(indices)  # [B, cells, Q, dim]
             for stage in range(self.stages):
-                left = self.steps - offset - stage
-                x = x + F.pad(known[:, :left, stage], (0, 0, offset + stage, max(0, left - self.cells)))
+                later = offset + self.delay * stage
+                left = self.steps - later
+                x = x + F.pad(known[:, :left, stage], (0, 0, later, max(0, left - self.cells)))
         return x + self.labels(labels)[:, None]
+
+    def step_of(self, place: int) -> int:
+        """Return the step that takes a place."""
+        cell, stage = divmod(place, self.stages)
+        return cell + self.delay * stage
 
     def begin(self, arithmetic: Arithmetic, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return (vectors of the steps, vectors of the labels), the state that `at` takes."""
@@ -137,7 +146,7 @@ class DelayedInputs(nn.Module):
         for offset, vectors in zip(self.offsets, self.codes, strict=True):
             for stage, first in enumerate(self.first_codes):
                 # The cell that lies so far before the one which the step predicts for this stage.
-                cell = step - stage - offset
+                cell = step - self.delay * stage - offset
                 if 0 <= cell < self.cells:
                     rows = indices[:, cell * self.stages + stage] + first
                     x = x + arithmetic.constant(vectors.weight)[rows]

@@ -68,7 +68,8 @@ class PixelCNNPrior(Prior):
         super().__init__(codebook_size, grid, classes=classes, label_dropout=label_dropout, **sizes)
         if not isinstance(self.codebook_size, int):
             raise ValueError(
-                f"kind: a pixelcnn takes one index at each position, not {len(self.sizes)}: transformer and lstm do"
+                f"kind: a pixelcnn takes one index at each position, not {len(self.sizes)}: transformer, lstm"
+                " and depth do"
             )
         if len(grid) > 3:
             raise ValueError(f"grid: must have one to three axes for a PixelCNN, got {grid}")

@@ -120,8 +120,8 @@ class TransformerPrior(Prior):
         return x
 
     def step(self, arithmetic: Arithmetic, state: State, indices: Tensor, place: int) -> Tensor:
-        cell, stage = divmod(place, len(self.sizes))
-        step = cell + stage if self.delayed else place
+        stage = place % len(self.sizes)
+        step = self.inputs.step_of(place) if isinstance(self.inputs, DelayedInputs) else place
         if step != state.step:
             x = self.inputs.at(arithmetic, state.begun, indices, step)
             x = self.advance(arithmetic, x, state, self.prefix + step)
