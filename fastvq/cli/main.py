@@ -60,7 +60,7 @@ COMMANDS: dict[str, ModuleType] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 after an invalid request, 130 after Ctrl-C, 141 unread."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = _hyphenated(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
     _refuse_empty(arguments)
     try:
@@ -87,6 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nfastvq: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _hyphenated(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with hyphens in the names of options, which may be typed with underscores as in Python."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = [re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), argument) for argument in arguments[:end]]
+    return [*options, *arguments[end:]]
 
 
 def _refuse_empty(arguments: Sequence[str]) -> None:

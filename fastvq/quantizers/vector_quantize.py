@@ -207,6 +207,8 @@ class VectorQuantize(Projected, Monitored, nn.Module):
             raise ValueError(f"codebook_diversity_temperature: must be positive, got {codebook_diversity_temperature}")
         if orthogonal_reg_max_codes is not None:
             check_sizes(orthogonal_reg_max_codes=orthogonal_reg_max_codes)
+        if not isinstance(replacement, Replacement | None):
+            raise ValueError(f"replacement: must be a fastvq.Replacement, got {replacement!r}")
         if replacement is not None and threshold_ema_dead_code:
             raise ValueError("replacement, threshold_ema_dead_code: only one of them may be given")
         replacement = Replacement(threshold_ema_dead_code) if replacement is None else replacement

@@ -51,6 +51,13 @@ def test_empty_arguments_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_names_of_options_may_have_underscores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Values keep theirs, such as the name of a file."""
+    missing = tmp_path / "a_b"
+    assert main(["sample", str(missing), "--top_k=4", "--out", str(tmp_path / "x_y.png")]) == 2
+    assert f"{missing} holds no checkpoint" in capsys.readouterr().err
+
+
 def test_nobody_reads_the_output_any_more(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(options: Any) -> int:
         raise BrokenPipeError(32, "Broken pipe")

@@ -31,6 +31,7 @@ CASES = {
     "a size that is no integer": ("codebook_size", lambda: vq(codebook_size=16.0)),
     "rounds that are no integer": ("kmeans_iters", lambda: vq(kmeans_iters=1.5)),
     "a negative temperature": ("sample_codebook_temp", lambda: vq(sample_codebook_temp=-1.0)),
+    "a policy by name": ("replacement", lambda: vq(replacement="kmeans++")),
     "two policies": (
         "replacement, threshold_ema_dead_code",
         lambda: vq(replacement=fastvq.Replacement(), threshold_ema_dead_code=2),
