@@ -49,3 +49,12 @@ def bench_two_stages(benchmark, data, size):
     assert torch.equal(fastvq.residual_search(x, [first, second])[:, 1], fastvq.search(residual, second))
     benchmark.group = f"residual search, two stages of {size}"
     benchmark.pedantic(fastvq.residual_search, (x, [first, second]), rounds=7, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("data", ["latents", "gaussian"])
+@pytest.mark.parametrize(("size", "k"), [(512, 4), (8192, 8), (8192, 32)])
+def bench_ranks(benchmark, data, size, k):
+    x, codes = DATA[data](Shape(4096, size, 64))
+    assert torch.equal(fastvq.topk_search(x, codes, k)[:, 0], fastvq.search(x, codes))
+    benchmark.group = f"the {k} nearest of {size}"
+    benchmark.pedantic(fastvq.topk_search, (x, codes, k), rounds=7, warmup_rounds=1)

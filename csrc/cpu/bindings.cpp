@@ -209,7 +209,7 @@ Tensor topk_search(const Tensor& x, const Tensor& codebook, int64_t k, int64_t m
   const fastvq::Metric kind = metric_of(metric);
   Tensor result = empty(x.dim() == 3 ? Shape{searched.heads, rows, k} : Shape{rows, k}, ScalarType::Long);
   searched.each_head(result, [&](int64_t, const Matrix& rows, const Matrix& codes, int64_t* indices) {
-    fastvq::topk_search(fastvq::active_isa(), rows, codes, kind, k, indices, PARALLEL);
+    fastvq::topk_search(fastvq::active_isa(), fastvq::active_precision(), rows, codes, kind, k, indices, PARALLEL);
   });
   return result;
 }
@@ -377,7 +377,7 @@ Tensor packed_topk_search(const Tensor& x, int64_t packed, int64_t k, int64_t me
                           const std::optional<Tensor>& mask) {
   require(k >= 1, "k", "must be positive, got ", k);
   return search_packed(x, packed, metric, mask, true, k, [&](const Matrix& rows, CodeForms& forms, int64_t* indices) {
-    fastvq::topk_search(fastvq::active_isa(), rows, forms, k, indices, PARALLEL);
+    fastvq::topk_search(fastvq::active_isa(), fastvq::active_precision(), rows, forms, k, indices, PARALLEL);
   });
 }
 

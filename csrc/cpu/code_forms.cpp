@@ -12,10 +12,10 @@ constexpr int64_t MANY_ROWS = 1 << 20;  // that kept forms will serve, in all of
 }  // namespace
 
 CodeForms::Shortened::Shortened(const Isa& isa, std::unique_ptr<const Projection> made, const Matrix& codes,
-                                const Parallel& parallel)
+                                Copies copies, const Parallel& parallel)
     : projection(std::move(made)),
-      packed(isa, isa.int16 ? *isa.int16 : *isa.float32, projection->codes(), projection->frame(), Copies::dropped,
-             codes, projection->order().data(), parallel) {}
+      packed(isa, isa.int16 ? *isa.int16 : *isa.float32, projection->codes(), projection->frame(), copies, codes,
+             projection->order().data(), parallel) {}
 
 const Frame& CodeForms::own_frame(const Parallel& parallel) {
   if (!frame_) frame_ = std::make_unique<const Frame>(isa_, codes, metric, parallel);
@@ -27,14 +27,15 @@ const Frame& CodeForms::frame(const Parallel& parallel) {
   return own_frame(parallel);
 }
 
-const CodeForms::Shortened* CodeForms::shortened(int64_t rows, bool forced, const Parallel& parallel) {
+const CodeForms::Shortened* CodeForms::shortened(int64_t rows, Copies copies, bool forced, const Parallel& parallel) {
   const std::lock_guard<std::mutex> lock(making_);
-  if (tried_shortening_) return shortened_.get();
+  Attempt& attempt = copies == Copies::kept ? with_copies_ : without_copies_;
+  if (attempt.made) return attempt.form.get();
   const ScratchPool::Exact exact(kept);
-  tried_shortening_ = true;
+  attempt.made = true;
   if (auto made = Projection::make(isa_, own_frame(parallel), codes, kept ? MANY_ROWS : rows, forced, parallel))
-    shortened_ = std::make_unique<const Shortened>(isa_, std::move(made), codes, parallel);
-  return shortened_.get();
+    attempt.form = std::make_unique<const Shortened>(isa_, std::move(made), codes, copies, parallel);
+  return attempt.form.get();
 }
 
 const PackedTier& CodeForms::make(std::unique_ptr<const PackedTier>& form, const Tier& tier, Copies copies,
@@ -42,7 +43,8 @@ const PackedTier& CodeForms::make(std::unique_ptr<const PackedTier>& form, const
   const std::lock_guard<std::mutex> lock(making_);
   if (form) return *form;
   if (!kept) {
-    shortened_.reset();
+    without_copies_.form.reset();
+    with_copies_.form.reset();
     int16_.reset();
     float32_.reset();
   }

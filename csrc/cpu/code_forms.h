@@ -20,7 +20,8 @@ enum class Lifetime { one_search, kept };
 class CodeForms {
  public:
   struct Shortened {
-    Shortened(const Isa& isa, std::unique_ptr<const Projection> made, const Matrix& codes, const Parallel& parallel);
+    Shortened(const Isa& isa, std::unique_ptr<const Projection> made, const Matrix& codes, Copies copies,
+              const Parallel& parallel);
 
     const std::unique_ptr<const Projection> projection;
     const PackedTier packed;
@@ -37,7 +38,7 @@ class CodeForms {
   // earlier lines; the frame stays.
   const Frame& frame(const Parallel& parallel);
   // Null where short vectors don't pay, see Projection::make.
-  const Shortened* shortened(int64_t rows, bool forced, const Parallel& parallel);
+  const Shortened* shortened(int64_t rows, Copies copies, bool forced, const Parallel& parallel);
   const PackedTier& int16(const Parallel& parallel);
   const PackedTier& float32(const Parallel& parallel);
   // For what ranks all codes: float32, with the copies of equal codes.
@@ -51,8 +52,10 @@ class CodeForms {
   const Isa& isa_;
   std::mutex making_;
   std::unique_ptr<const Frame> frame_;
-  std::unique_ptr<const Shortened> shortened_;
-  bool tried_shortening_ = false;
+  struct Attempt {
+    bool made = false;
+    std::unique_ptr<const Shortened> form;
+  } without_copies_, with_copies_;
   std::unique_ptr<const PackedTier> int16_, float32_, ranked_;
 };
 

@@ -44,4 +44,12 @@ int64_t Definition::nearest(int64_t row, const std::vector<int64_t>& candidates)
   return winner;
 }
 
+void Definition::rank(int64_t row, const std::vector<int64_t>& candidates, int64_t k, int64_t* out) {
+  ranked_.clear();
+  score(row, candidates, [&](int64_t code, double score) { ranked_.emplace_back(score, code); });
+  const int64_t held = std::min<int64_t>(k, static_cast<int64_t>(ranked_.size()));
+  std::partial_sort(ranked_.begin(), ranked_.begin() + held, ranked_.end());
+  for (int64_t i = 0; i < held; ++i) out[i] = ranked_[i].second;
+}
+
 }  // namespace fastvq

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "frame.h"
@@ -15,6 +16,9 @@ class Definition {
 
   // The nearest of `candidates` to a row of x, the lowest on a tie; all of them finite codes, at least one.
   int64_t nearest(int64_t row, const std::vector<int64_t>& candidates);
+
+  // Writes the k nearest of `candidates`, nearest first, ties by number; fewer where there are fewer.
+  void rank(int64_t row, const std::vector<int64_t>& candidates, int64_t k, int64_t* out);
 
   // Calls f(code, score) for each of them, in order; the smaller the nearer, infinity where the sum is no number.
   template <class F>
@@ -38,6 +42,7 @@ class Definition {
   const Metric metric_;
   std::vector<double> row_;      // [dim]
   std::vector<double> columns_;  // [dim, SIDE_BY_SIDE]
+  std::vector<std::pair<double, int64_t>> ranked_;
 };
 
 }  // namespace fastvq

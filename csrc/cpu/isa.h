@@ -66,6 +66,9 @@ struct Tier {
                     const uint32_t* minima);
   int64_t (*within)(const uint32_t* row, const PackedCodes& codes, float step, double limit, int64_t begin, int64_t end,
                     const uint32_t* minima, int64_t* out, int64_t capacity);
+  // Scores of `parts` x lanes different codes, in steps: the smallest in each lane of every `parts`-th of these groups,
+  // from each of the first `parts` on. Infinity where there is no code.
+  void (*part_minima)(int64_t begin, int64_t end, const uint32_t* minima, int64_t parts, double* out);
 };
 
 // A row or a code in the frame of the scan: out = float((v - center) * scale).

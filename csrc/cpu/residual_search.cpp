@@ -162,7 +162,8 @@ void residual_search(const Isa& isa, Precision precision, const Matrix& x, const
   Matrix rows = x;
   int64_t stage = 0;
   const auto shortens = [&](CodeForms& forms) {
-    return (forced || (automatic && forms.codes.rows >= MANY_CODES)) && forms.shortened(x.rows, forced, parallel);
+    return (forced || (automatic && forms.codes.rows >= MANY_CODES)) &&
+           forms.shortened(x.rows, Copies::dropped, forced, parallel);
   };
   for (; shortens(*stages[stage]); ++stage) {
     if (stage == 0) residual = Scratch<float>(x.rows * x.dim), found.resize(x.rows);

@@ -279,8 +279,20 @@ int64_t within(const uint32_t* row, const PackedCodes& codes, float step, double
 }
 
 template <class P>
-inline constexpr Tier TIER{P::PER_UNIT,   clear<P>,        scan<P>,   certify<P>,
-                           candidates<P>, group_minima<P>, lowest<P>, within<P>};
+void part_minima(int64_t begin, int64_t end, const uint32_t* minima, int64_t parts, double* out) {
+  using Scores = typename P::Scores;
+  for (int64_t part = 0; part < parts; ++part, out += LANES) {
+    Scores least = P::largest();
+    for (int64_t group = begin + part; group < end; group += parts)
+      least = lower(least, load<Scores>(minima + group * LANES));
+    for (int lane = 0; lane < LANES; ++lane)
+      out[lane] = least[lane] == P::largest()[0] ? __builtin_inf() : static_cast<double>(least[lane]);
+  }
+}
+
+template <class P>
+inline constexpr Tier TIER{P::PER_UNIT,     clear<P>,  scan<P>,   certify<P>,    candidates<P>,
+                           group_minima<P>, lowest<P>, within<P>, part_minima<P>};
 
 }  // namespace
 }  // namespace fastvq

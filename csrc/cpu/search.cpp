@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <mutex>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -16,25 +15,7 @@
 namespace fastvq {
 namespace {
 
-constexpr int64_t GRAIN = 1 << 18;      // multiply-adds that a thread should have
 constexpr int64_t SHORTENED_ROWS = 64;  // with fewer, short vectors save less than their pass costs
-
-// Divides `count` rows, those of the list if there is one, among the threads, calls run(rows, deferred) on each, and
-// returns the deferred ones.
-template <class Run>
-std::vector<int64_t> run_rows(const Isa& isa, const Matrix& x, const Matrix& codes, const int64_t* list, int64_t count,
-                              const Parallel& parallel, const Run& run) {
-  std::vector<int64_t> deferred;
-  std::mutex merging;
-  const int64_t tiles = (count + isa.tile_rows - 1) / isa.tile_rows;
-  parallel(tiles, std::max<int64_t>(1, GRAIN / (isa.tile_rows * codes.rows * x.dim)), [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> own;
-    run(RowRange{list, begin * isa.tile_rows, std::min(end * isa.tile_rows, count)}, own);
-    const std::lock_guard<std::mutex> lock(merging);
-    deferred.insert(deferred.end(), own.begin(), own.end());
-  });
-  return deferred;
-}
 
 // Searches rows in one tier, and returns the deferred ones.
 std::vector<int64_t> run_tier(const Isa& isa, const PackedTier& packed, const Frame& frame, const Matrix& x,
@@ -66,6 +47,13 @@ void prepare(const Isa& isa, Precision precision, CodeForms& forms, const Parall
   takes_int16(isa, precision, forms, parallel) ? forms.int16(parallel) : forms.float32(parallel);
 }
 
+const CodeForms::Shortened* shortened_for(Precision precision, int64_t rows, CodeForms& forms, Copies copies,
+                                          const Parallel& parallel) {
+  const bool forced = precision == Precision::projected;
+  const bool wanted = precision == Precision::automatic ? !forms.kept || rows >= SHORTENED_ROWS : forced;
+  return wanted ? forms.shortened(rows, copies, forced, parallel) : nullptr;
+}
+
 void search(const Isa& isa, Precision precision, const Matrix& x, CodeForms& forms, int64_t* indices,
             const Parallel& parallel) {
   const Matrix& codes = forms.codes;
@@ -93,10 +81,8 @@ void search(const Isa& isa, Precision precision, const Matrix& x, CodeForms& for
     if (few) direct_pass(isa, x, codes, forms.metric, left, indices, parallel);
     return few || count == 0;
   };
-  const bool shorten = automatic ? !forms.kept || x.rows >= SHORTENED_ROWS : precision == Precision::projected;
-  if (shorten)
-    if (const auto* shortened = forms.shortened(x.rows, precision == Precision::projected, parallel))
-      if (passed(run_shortened(isa, frame, *shortened, x, codes, indices, parallel))) return;
+  if (const auto* shortened = shortened_for(precision, x.rows, forms, Copies::dropped, parallel))
+    if (passed(run_shortened(isa, frame, *shortened, x, codes, indices, parallel))) return;
   if (takes_int16(isa, precision, forms, parallel))
     if (passed(run_tier(isa, forms.int16(parallel), frame, x, codes, list, count, true, indices, parallel))) return;
   run_tier(isa, forms.float32(parallel), frame, x, codes, list, count, false, indices, parallel);

@@ -48,6 +48,10 @@ void search(const Isa& isa, Precision precision, const Matrix& x, CodeForms& for
 void search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codes, Metric metric, int64_t* indices,
             const Parallel& parallel);
 
+// The short vectors that a search of this many rows begins with; null where they don't pay.
+const CodeForms::Shortened* shortened_for(Precision precision, int64_t rows, CodeForms& forms, Copies copies,
+                                          const Parallel& parallel);
+
 // Makes the forms that a search begins with.
 void prepare(const Isa& isa, Precision precision, CodeForms& forms, const Parallel& parallel);
 

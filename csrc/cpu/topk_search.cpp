@@ -5,7 +5,9 @@
 #include <vector>
 
 #include "definition.h"
+#include "projected_pass.h"
 #include "score_pass.h"
+#include "scratch.h"
 
 namespace fastvq {
 namespace {
@@ -36,10 +38,9 @@ struct Nearest {
   }
 };
 
-}  // namespace
-
-void topk_search(const Isa& isa, const Matrix& x, CodeForms& forms, int64_t k, int64_t* indices,
-                 const Parallel& parallel) {
+// Ranks all codes by their scores in float32.
+void rank_whole(const Isa& isa, const Matrix& x, CodeForms& forms, int64_t k, int64_t* indices,
+                const Parallel& parallel) {
   const Matrix& codes = forms.codes;
   const Metric metric = forms.metric;
   const Frame& frame = forms.frame(parallel);
@@ -48,12 +49,10 @@ void topk_search(const Isa& isa, const Matrix& x, CodeForms& forms, int64_t k, i
   std::vector<int64_t> finite;
   for (int64_t i = 0; i < codes.rows; ++i)
     if (frame.finite[i]) finite.push_back(i);
-  std::fill_n(indices, x.rows * k, -1);
   parallel(x.rows, std::max<int64_t>(1, GRAIN / (codes.rows * codes.dim)), [&](int64_t begin, int64_t end) {
     std::vector<Nearest> found(ScorePass::BLOCK_ROWS);
     std::vector<int32_t> below;
     std::vector<int64_t> candidates;
-    std::vector<std::pair<double, int64_t>> ranked;
     Definition definition(x, codes, metric);
     const auto start = [&](int64_t slot, const ScoredRow& row) {
       found[slot].clear(static_cast<float>(2 * row.bound * (1 + 1e-6)));
@@ -79,20 +78,50 @@ void topk_search(const Isa& isa, const Matrix& x, CodeForms& forms, int64_t k, i
       } else {
         candidates = finite;
       }
-      ranked.clear();
-      definition.score(row.row, candidates, [&](int64_t code, double score) { ranked.emplace_back(score, code); });
-      const int64_t held = std::min<int64_t>(k, static_cast<int64_t>(ranked.size()));
-      std::partial_sort(ranked.begin(), ranked.begin() + held, ranked.end());
-      for (int64_t i = 0; i < held; ++i) indices[row.row * k + i] = ranked[i].second;
+      definition.rank(row.row, candidates, k, indices + row.row * k);
     };
     pass.run(begin, end, start, see, finish);
   });
 }
 
-void topk_search(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, int64_t k, int64_t* indices,
+// Ranks all codes by short vectors, and those of deferred rows by whole ones.
+void rank_shortened(const Isa& isa, const Matrix& x, CodeForms& forms, const CodeForms::Shortened& shortened, int64_t k,
+                    int64_t* indices, const Parallel& parallel) {
+  const ProjectedPass pass(isa, forms.frame(parallel), *shortened.projection, shortened.packed, x, forms.codes, k);
+  const std::vector<int64_t> deferred = run_rows(
+      isa, x, forms.codes, nullptr, x.rows, parallel,
+      [&](const RowRange& rows, std::vector<int64_t>& left) { pass.run(rows, indices, left, 2 * isa.tile_rows); });
+  if (deferred.empty()) return;
+  const auto count = static_cast<int64_t>(deferred.size());
+  const int64_t bytes = x.dim * size_of(x.dtype);
+  const Scratch<char> gathered(count * bytes);
+  for (int64_t i = 0; i < count; ++i)
+    std::copy_n(static_cast<const char*>(x.row(deferred[i])), bytes, gathered.get() + i * bytes);
+  std::vector<int64_t> found(count * k, -1);
+  rank_whole(isa, {x.dtype, gathered.get(), count, x.dim}, forms, k, found.data(), parallel);
+  for (int64_t i = 0; i < count; ++i) std::copy_n(found.begin() + i * k, k, indices + deferred[i] * k);
+}
+
+}  // namespace
+
+void topk_search(const Isa& isa, Precision precision, const Matrix& x, CodeForms& forms, int64_t k, int64_t* indices,
                  const Parallel& parallel) {
+  if (k == 1) {
+    search(isa, precision, x, forms, indices, parallel);
+    return;
+  }
+  std::fill_n(indices, x.rows * k, -1);
+  const auto* shortened = shortened_for(precision, x.rows, forms, Copies::kept, parallel);
+  if (shortened && ProjectedPass::ranks(isa, shortened->packed, k))
+    rank_shortened(isa, x, forms, *shortened, k, indices, parallel);
+  else
+    rank_whole(isa, x, forms, k, indices, parallel);
+}
+
+void topk_search(const Isa& isa, Precision precision, const Matrix& x, const Matrix& codes, Metric metric, int64_t k,
+                 int64_t* indices, const Parallel& parallel) {
   CodeForms forms(isa, codes, metric, Lifetime::one_search);
-  topk_search(isa, x, forms, k, indices, parallel);
+  topk_search(isa, precision, x, forms, k, indices, parallel);
 }
 
 }  // namespace fastvq

@@ -49,8 +49,8 @@ OTHER_SHAPES = [
 
 DEFAULT_CODES = 1024
 """Number of codes among which the vectors of a file are searched."""
-LATENT_DIM = 64
-DIRECTED_DIM = 256  # of the suite: the shape for which there are no latents
+LATENT_DIMS = (64, 256)
+"""Dimensions of the latents for which a model is trained."""
 _LATENT_STEPS = 400
 _SPREAD = 0.15
 _SQUARES = ((4, 0.87), (8, 0.97), (16, 0.995))
@@ -95,15 +95,16 @@ def directed(shape: Shape) -> tuple[Tensor, Tensor]:
 def latents(shape: Shape) -> tuple[Tensor, Tensor]:
     """Return latents of a VQ-VAE for the shipped Fashion-MNIST images, and codes learned from them by k-means.
 
-    The model is trained for 400 steps with K=512, D=64; its latents are cached on disk. For K up to 512 the codes are
-    those of k-means on 64 K latents; a larger K takes random latents as codes, since there are too few for k-means.
+    The model is trained for 400 steps with K=512 and D=64 or 256; its latents are cached on disk. For K up to 512 the
+    codes are those of k-means on 64 K latents; a larger K takes random latents as codes, since there are too few for
+    k-means.
 
     Raises:
-        BenchError: D is not that of the model.
+        BenchError: no model has latents of D dimensions.
     """
-    if shape.d != LATENT_DIM:
-        raise BenchError(f"data: latents have D={LATENT_DIM}, got D={shape.d}")
-    vectors = _all_latents()
+    if shape.d not in LATENT_DIMS:
+        raise BenchError(f"data: latents have D={' or '.join(map(str, LATENT_DIMS))}, got D={shape.d}")
+    vectors = _all_latents(shape.d)
     g = torch.Generator().manual_seed(0)
     x = vectors[torch.randint(len(vectors), (shape.n,), generator=g)]
     if shape.k > 512:
@@ -171,24 +172,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvq"
 
 
-def _all_latents() -> Tensor:
-    path = cache_folder() / f"fashion-mnist-latents-{_LATENT_STEPS}.pt"
+def _all_latents(dim: int) -> Tensor:
+    path = cache_folder() / f"fashion-mnist-latents-{dim}-{_LATENT_STEPS}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
-    vectors = _train_latents(_LATENT_STEPS)
+    vectors = _train_latents(dim, _LATENT_STEPS)
     with whole(path) as file:
         torch.save(vectors, file)
     return vectors
 
 
-def _train_latents(steps: int) -> Tensor:
+def _train_latents(dim: int, steps: int) -> Tensor:
     import tempfile
 
     from fastvq.data.examples import to_float
     from fastvq.modalities import ImageConfig
     from fastvq.training import Trainer, load_examples
 
-    config = ImageConfig(steps=steps, dim=LATENT_DIM, evaluate_every=steps, checkpoint_every=steps)
+    config = ImageConfig(steps=steps, dim=dim, evaluate_every=steps, checkpoint_every=steps)
     examples = load_examples(config)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, examples, Path(folder) / "run")
@@ -196,4 +197,4 @@ def _train_latents(steps: int) -> Tensor:
     model = trainer.model.eval()
     with torch.no_grad():
         grids = [model.encoder(to_float(chunk)) for chunk in examples.train.split(500)]
-    return torch.cat([grid.flatten(2).transpose(1, 2).reshape(-1, LATENT_DIM) for grid in grids])
+    return torch.cat([grid.flatten(2).transpose(1, 2).reshape(-1, dim) for grid in grids])

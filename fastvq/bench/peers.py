@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastvq
@@ -32,6 +35,7 @@ class Contestant:
     prepare: Callable[[Tensor, Tensor], Callable[[], Tensor | None]]
     missing: Callable[[], str] = lambda: ""
     whole_matrix: bool = False
+    least_dim: int = 1
     float32_only: bool = True
     is_search: bool = True
 
@@ -39,6 +43,8 @@ class Contestant:
         """Return the reason why it cannot run this case; empty if it can."""
         if self.whole_matrix and 4 * shape.n * shape.k > LARGEST_MATRIX:
             return f"its N x K matrix would take {4e-9 * shape.n * shape.k:.1f} GB"
+        if shape.d < self.least_dim:
+            return f"needs at least {self.least_dim} dimensions"
         if self.float32_only and dtype != torch.float32:
             return f"doesn't take {dtype}".replace("torch.", "")
         if self.name.startswith("fastvq"):
@@ -46,6 +52,13 @@ class Contestant:
         if device.type != "cpu" and self.name in CPU_ONLY:
             return f"runs on cpu, not on {device.type}"
         return self.missing()
+
+
+def _no_super_kmeans() -> str:
+    if reason := _package("faiss")():
+        return reason
+    faiss: Any = importlib.import_module("faiss")
+    return "" if hasattr(faiss, "super_kmeans_assign_iteration") else f"faiss {faiss.__version__} has no SuperKMeans"
 
 
 def _package(module: str) -> Callable[[], str]:
@@ -99,6 +112,49 @@ def _faiss(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
     return run
 
 
+_MOVED = 0.1  # of the mean distance between rows and codes
+
+
+def _super_kmeans(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
+    """Return the pass that faiss's SuperKMeans makes over the rows in each iteration but the first.
+
+    It begins with a code for each row, here the nearest one before all codes moved by a tenth of the mean distance, and
+    drops codes by a statistical test, so that it may miss the nearest. Rows and codes are rotated beforehand, once for
+    all iterations, of which some have adapted the number of dimensions that are not tested.
+    """
+    faiss: Any = importlib.import_module("faiss")
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    dim = x.shape[1]
+    turn = faiss.RandomRotationMatrix(dim, dim)
+    turn.init(0)
+    rows, codes = (torch.from_numpy(turn.apply(vectors.numpy())) for vectors in (x, codebook))
+    distance = (rows - codes[fastvq.search(rows, codes)]).square().sum(1).sqrt().mean()
+    noise = torch.randn(codes.shape, generator=torch.Generator().manual_seed(0))
+    previous = fastvq.search(rows, codes + _MOVED * dim**-0.5 * distance * noise)
+    settings = faiss.SuperKMeansParameters()
+    thresholds = faiss.vector_to_array(faiss.precompute_ad_thresholds(dim, settings.ad_epsilon_factor / dim))
+    plain = max(settings.d_prime_min, int(dim * settings.d_prime_fraction))
+
+    def run() -> Tensor:
+        found = previous.int().numpy()
+        limits = (rows - F.embedding(previous, codes)).square().sum(1).numpy()
+        counts[:] = faiss.super_kmeans_assign_iteration(
+            rows.numpy(), codes.numpy(), limits, found, min(plain, dim // 2), thresholds, settings
+        )
+        return torch.from_numpy(found).long()
+
+    counts = [1, 0]  # pairs of a row and a code, and those that the first test drops
+    for _ in range(_ADAPTING):
+        run()
+        dropped = counts[1] / counts[0]
+        up, down = dropped < settings.pruning_target_low, dropped > settings.pruning_target_high
+        plain = max(settings.d_prime_min, round(plain * (1 + (up - down) * settings.d_prime_adjust)))
+    return run
+
+
+_ADAPTING = 4
+
+
 def _sklearn(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
     from sklearn.metrics import pairwise_distances_argmin
     from threadpoolctl import threadpool_limits
@@ -140,11 +196,12 @@ def _cuvs(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
 
 
 NATIVE, TRITON, PRODUCT = "fastvq native", "fastvq triton", "torch.mm alone"
-CPU_ONLY = ("faiss-cpu", "scikit-learn")
+CPU_ONLY = ("faiss-cpu", "faiss SuperKMeans", "scikit-learn")
 CONTESTANTS = [
     Contestant(NATIVE, functools.partial(_fastvq, "native"), float32_only=False),
     Contestant("fastvq torch", functools.partial(_fastvq, "torch"), float32_only=False),
     Contestant("faiss-cpu", _faiss, _package("faiss")),
+    Contestant("faiss SuperKMeans", _super_kmeans, _no_super_kmeans, least_dim=32),
     Contestant("addmm + argmin", _addmm, float32_only=False),
     Contestant("cdist + argmin", _cdist, whole_matrix=True),
     Contestant("scikit-learn", _sklearn, _package("sklearn")),

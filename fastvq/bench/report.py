@@ -128,7 +128,10 @@ def _searches(document: dict[str, Any]) -> str:
         "## Search\n",
         f"![Search: how many times faster than the fastest peer]({IMAGES}/bench_search.png)\n",
         "Gaussian data have no structure; clustered data lie around their codes; latents are those of a VQ-VAE\n"
-        "trained on Fashion-MNIST. `torch.mm alone` is the bare product into a preallocated output, not a search.\n",
+        "trained on Fashion-MNIST; directed data are rotated normal vectors with the spectrum of latents. `torch.mm\n"
+        "alone` is the bare product into a preallocated output, not a search. faiss SuperKMeans is one of the later\n"
+        "iterations of faiss's k-means: it begins with the nearest codes before all moved by a tenth of the distance\n"
+        "to them, and may miss the nearest.\n",
     ]
     for title, records in (("", document["search"]), ("### Other shapes\n", document["other"])):
         if title:

@@ -14,7 +14,7 @@ import torch
 import fastvq
 from fastvq.backends import native
 
-from .data import DATA, DIRECTED_DIM, LATENT_DIM, OTHER_SHAPES, SHAPES, Shape, clustered
+from .data import DATA, LATENT_DIMS, OTHER_SHAPES, SHAPES, Shape, clustered
 from .measure import in_fresh_process, measure_search
 from .peers import CONTESTANTS, NATIVE, PEERS, PRODUCT, instruction_set
 from .small import ROWS, STACKS, measure_small
@@ -43,14 +43,7 @@ def run_suite(*, command: str) -> dict[str, Any]:
     """
     torch.set_num_threads(THREADS)
     document: dict[str, Any] = {"machine": machine(command), "ceilings": ceilings(THREADS)}
-    document["search"] = [
-        search_record(shape, data)
-        for shape in SHAPES
-        for data in DATA
-        if data in ("gaussian", "clustered")
-        or (data == "latents" and shape.d == LATENT_DIM and shape.n > 64)
-        or (data == "directed" and shape.d == DIRECTED_DIM and shape.n > 64)
-    ]
+    document["search"] = [search_record(shape, data) for shape in SHAPES for data in kinds_of(shape)]
     document["other"] = [search_record(shape, "clustered", budget=1.5) for shape in OTHER_SHAPES]
     document["forced"] = [forced_record(tier, shape) for tier, shapes in FORCED.items() for shape in shapes]
     document["steps"] = [
@@ -71,6 +64,19 @@ def run_suite(*, command: str) -> dict[str, Any]:
     document["threads"] = [_announced(f"{threads} threads", thread_record, threads) for threads in thread_counts()]
     document["ceilings"] = highest_ceilings(document)
     return document
+
+
+def kinds_of(shape: Shape) -> list[str]:
+    """Return the kinds of data that the suite searches at a shape: latents where a model of this dimension is trained.
+
+    Vectors with the spectrum of latents stand beside those of the largest dimension.
+    """
+    kinds = ["gaussian", "clustered"]
+    if shape.n > 64 and shape.d == max(LATENT_DIMS):
+        kinds.append("directed")
+    if shape.n > 64 and shape.d in LATENT_DIMS:
+        kinds.append("latents")
+    return kinds
 
 
 def highest_ceilings(document: dict[str, Any]) -> dict[str, float | None]:

@@ -12,6 +12,7 @@ import torch
 
 import fastvq
 from fastvq.backends import native, reference
+from fastvq.codebook import kmeans
 
 from ..cases import DTYPES, METRICS, generator, mismatch
 
@@ -122,6 +123,39 @@ def test_equals_the_reference(data):
         x, codes = (t.to(dtype) for t in case(data))
         for metric in METRICS:
             assert not mismatch(x, codes, "native", metric), f"{dtype}, {metric}"
+
+
+@pytest.mark.parametrize("data", DATA, ids=lambda data: data.__name__)
+def test_ranks_equal_the_reference(data):
+    """With 20 ranks, one code of a lane is not enough."""
+    x, codes = case(data)
+    for dtype, metric, k in [(torch.float32, "l2", 2), (torch.float32, "l2", 20), (torch.bfloat16, "dot", 7)]:
+        own_x, own_codes = x.to(dtype), codes.to(dtype)
+        expected = reference.topk_search(own_x, own_codes, k, metric=metric)
+        assert torch.equal(fastvq.topk_search(own_x, own_codes, k, metric=metric), expected), f"{dtype}, {metric}, {k}"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_ranks_of_masked_and_non_finite_rows_among_many_codes(packed):
+    g = generator(6)
+    x, codes = (t.float() for t in near_few_directions(200, 5000, g))
+    x[::17, 3] = math.nan
+    codes[::13, 5] = math.inf
+    codes[1::2] = codes[::2]
+    mask = torch.rand(200, generator=g) < 0.8
+    expected = reference.topk_search(x, codes, 60).masked_fill(~mask[:, None], -1)
+    found = fastvq.topk_search(x, fastvq.PackedCodebook(codes) if packed else codes, 60, mask=mask)
+    assert torch.equal(found, expected)
+
+
+def test_kmeans_learns_the_same_codes():
+    x, _ = (t.float() for t in case(plain))
+    learned = []
+    for backend in ("native", "torch"):
+        torch.manual_seed(0)
+        with fastvq.use_backend(backend):
+            learned.append(kmeans(x.repeat(4, 1), 700, iterations=2, mask=torch.ones(4 * N, dtype=torch.bool))[0])
+    assert torch.equal(*learned)
 
 
 @pytest.mark.parametrize("scale", [1e-41, 1e-37, 1e-20, 1e15, 1e18])

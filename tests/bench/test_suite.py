@@ -81,7 +81,7 @@ class TestOneShape:
                 "gaussian, clustered, directed, latents or the path of an .npy file, got 'uniform'",
             ),
             (["--data=absent.npy"], "--data: absent.npy doesn't exist"),
-            (["--data=latents"], "--data: latents have D=64, got D=8"),
+            (["--data=latents"], "--data: latents have D=64 or 256, got D=8"),
             (["--device=gpu9"], "--device: 'gpu9' cannot be used here"),
             (["--device=meta"], "--device: 'meta' cannot be used here"),
             (["--json=there.txt"], "--json: must end in .json, got there.txt"),
@@ -197,7 +197,7 @@ class TestMeasuring:
         for record in measure.measure_search(TINY, x, codebook, budget=0.0):
             if "not_run" in record:
                 compiler = "|fails: CppCompileError" * (record["name"] == "torch.compile" and " " in sys.prefix)
-                assert re.search("isn't installed|was built|lacks" + compiler, record["not_run"])
+                assert re.search("isn't installed|was built|lacks|needs at least" + compiler, record["not_run"])
             elif record["name"] != PRODUCT:
                 assert record["wrong"] == 0, record
 
@@ -250,6 +250,21 @@ class TestMeasuring:
         missing = Contestant("m", always_zero, absent)
         assert missing.why_not(TINY, torch.float32, cpu) == "no_such_module isn't installed"
         assert entrants("faiss-cpu")[0].why_not(TINY, torch.float32, torch.device("cuda")) == "runs on cpu, not on cuda"
+        long = Contestant("l", always_zero, least_dim=32)
+        assert long.why_not(Shape(1, 2, 31), torch.float32, cpu) == "needs at least 32 dimensions"
+        assert long.why_not(Shape(1, 2, 32), torch.float32, cpu) == ""
+
+    def test_an_iteration_of_super_kmeans_finds_nearly_all_nearest_codes(self):
+        """From codes of which a tenth and more are not the nearest any more."""
+        entrant = entrants("faiss SuperKMeans")[0]
+        shape = Shape(2000, 600, 64)
+        if reason := entrant.why_not(shape, torch.float32, torch.device("cpu")):
+            pytest.skip(reason)
+        x, codebook = data.gaussian(shape)
+        call = entrant.prepare(x, codebook)
+        expected = fastvq.search(x, codebook)
+        for _ in range(2):
+            assert (call() == expected).float().mean() > 0.99
 
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs")
     def test_memory_of_an_allocation(self):
@@ -279,12 +294,19 @@ class TestMeasuring:
         with pytest.raises(BenchError, match="D above 16, got D=16"):
             data.directed(Shape(10, 10, 16))
 
+    def test_the_suite_searches_latents_where_there_are_some(self):
+        for shape in data.SHAPES:
+            kinds = suite.kinds_of(shape)
+            assert kinds[:2] == ["gaussian", "clustered"]
+            assert ("latents" in kinds) == (shape.n > 64 and shape.d in (64, 256))
+        assert "directed" in suite.kinds_of(Shape(16384, 8192, 256))
+
     def test_latents_are_trained_once(self, monkeypatch, tmp_path):
         calls = []
 
-        def train(steps):
+        def train(dim, steps):
             calls.append(steps)
-            return torch.randn(5000, data.LATENT_DIM)
+            return torch.randn(5000, dim)
 
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.setattr(data, "_train_latents", train)
@@ -294,10 +316,11 @@ class TestMeasuring:
         assert len(calls) == 1
         assert [path.suffix for path in (tmp_path / "fastvq").iterdir()] == [".pt"]
         assert data.latents(Shape(20, 1000, 64))[1].shape == (1000, 64)
+        assert data.latents(Shape(20, 1000, 256))[0].shape == (20, 256)
 
     def test_latents_come_from_a_trained_encoder(self):
-        vectors = data._train_latents(2)
-        assert vectors.shape[1] == data.LATENT_DIM
+        vectors = data._train_latents(64, 2)
+        assert vectors.shape[1] == 64
         assert len(vectors) > 49_000
         assert vectors.isfinite().all()
         assert vectors.std(0).min() > 0

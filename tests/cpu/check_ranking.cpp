@@ -1,4 +1,5 @@
-// The k nearest codes and random codes on every instruction set, against their definitions written as loops.
+// The k nearest codes, also by short vectors, and random codes on every instruction set, against their definitions
+// written as loops.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -17,6 +18,7 @@ using fastvq::DType;
 using fastvq::Isa;
 using fastvq::Matrix;
 using fastvq::Metric;
+using fastvq::Precision;
 
 void in_pieces(int64_t count, int64_t, const std::function<void(int64_t, int64_t)>& f) {
   for (int64_t begin = 0, size = 1; begin < count; begin += size, size = 3 * size + 1)
@@ -66,9 +68,10 @@ int64_t check(const Isa& isa, const Case& c, DType dtype, Metric metric, int64_t
   cases::fill(c, n, k, d, x, codes);
   const Matrix rows{dtype, x.data(), n, d}, all{dtype, codes.data(), k, d};
   const int64_t most = std::min<int64_t>(k, 9);
-  std::vector<int64_t> nearest(n * most, -7), drawn(n, -7);
+  std::vector<int64_t> nearest(n * most, -7), shortened(n * most, -7), drawn(n, -7);
   const fastvq::Draw draw{c.scale * 0.8, 0x123456789abcdef0u, 3};
-  fastvq::topk_search(isa, rows, all, metric, most, nearest.data(), in_pieces);
+  fastvq::topk_search(isa, Precision::automatic, rows, all, metric, most, nearest.data(), in_pieces);
+  fastvq::topk_search(isa, Precision::projected, rows, all, metric, most, shortened.data(), in_pieces);
   fastvq::sample(isa, rows, all, metric, draw, drawn.data(), in_pieces);
   int64_t wrong = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -82,8 +85,11 @@ int64_t check(const Isa& isa, const Case& c, DType dtype, Metric metric, int64_t
     }
     wrong += drawn[i] != winner;
     std::sort(pairs.begin(), pairs.end());
-    for (int64_t j = 0; j < most; ++j)
-      wrong += nearest[i * most + j] != (j < static_cast<int64_t>(pairs.size()) ? pairs[j].second : -1);
+    for (int64_t j = 0; j < most; ++j) {
+      const int64_t expected = j < static_cast<int64_t>(pairs.size()) ? pairs[j].second : -1;
+      wrong += nearest[i * most + j] != expected;
+      wrong += shortened[i * most + j] != expected;
+    }
   }
   if (wrong)
     std::printf("%s: %s, metric %s, N=%d K=%d D=%d: %d wrong\n", isa.name, c.name, metric == Metric::l2 ? "l2" : "dot",
