@@ -153,6 +153,14 @@ def test_what_a_run_of_stages_cannot_do_is_named(run, arguments, message, tmp_pa
     assert message in capsys.readouterr().err
 
 
+def test_pages_of_scales_have_no_completions(run, capsys):
+    """Without a warning, since nothing failed."""
+    name, folder = run
+    assert main(["sample", str(folder)]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert (folder / "completions.png").exists() == (name == "rvq")
+
+
 def test_scales_have_no_upper_half(run, tmp_path, capsys):
     name, folder = run
     status = main(["sample", str(folder), f"--out={tmp_path / 'c.png'}", "--complete"])
