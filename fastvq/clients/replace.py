@@ -69,8 +69,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     A non-finite row, whose nearest code is undefined, gets index 0 and takes no part in moving averages. Copies stay
     accelerated; pickles hold the client's classes, so that they load without fastvq. `restore` undoes it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: must be a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
     places = list(model.named_modules())
     own = {name for name, module in places if _package(module) == "fastvq" and not is_accelerated(module)}
     replaced, skipped = [], []
@@ -119,8 +118,10 @@ def restore(model: nn.Module) -> list[str]:
     """Give all modules that `accelerate` has changed their own methods again, and return their names.
 
     Raises:
-        ValueError: the class of a module has been changed again since, as by a parametrization or by fully_shard.
+        TypeError: model is no module. ValueError: the class of a module has been changed again since, as by a
+        parametrization or by fully_shard.
     """
+    _check_module(model)
     accelerated = {name: module for name, module in model.named_modules() if is_accelerated(module)}
     changed = [name for name, module in accelerated.items() if client_class(module) is None]
     if changed:
@@ -131,6 +132,11 @@ def restore(model: nn.Module) -> list[str]:
     for module in accelerated.values():
         module.__class__ = client_class(module)
     return list(accelerated)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _adapter_of(module: nn.Module) -> ClientAdapter:

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvq.parts.factorized import FactorizedStage
 from fastvq.quantizers import FactorizedResidualVQ, ResidualVQ, SplitResidualVQ, StridedResidualVQ, VectorQuantize
+from fastvq.quantizers.factorized_stack import FactorizedStack
 
 State = Mapping[str, Tensor]
 
@@ -48,6 +49,7 @@ def from_mimi(state_dict: State, *, prefix: str = "", **settings: Any) -> SplitR
     Raises:
         ValueError: the state has no such codebooks.
     """
+    _check_state(state_dict)
     first, rest = _beginnings(state_dict, prefix, ("semantic_residual_vector_quantizer", "acoustic_residual_vector"))
     if first is None or rest is None:
         first, rest = _beginnings(state_dict, prefix, ("rvq_first", "rvq_rest"))
@@ -129,11 +131,12 @@ def from_vqgan(state_dict: State, *, prefix: str = "", cosine: bool = False, **s
     Raises:
         ValueError: the state has no such table, or several of them.
     """
+    _check_state(state_dict)
     names = [name for name in state_dict if name.startswith(prefix) and name.endswith("embedding.weight")]
     if len(names) != 1:
         found = f"{len(names)}: {', '.join(names)}; choose by prefix" if names else f"none in {_some(state_dict)}"
         raise ValueError(f"state_dict: must have one embedding.weight, got {found}")
-    codes = state_dict[names[0]].detach().float()
+    codes = _table(state_dict, names[0])
     if cosine:
         codes = torch.nn.functional.normalize(codes, dim=-1)
         own = {"use_cosine_sim": True, "freeze_codebook": True}
@@ -173,6 +176,7 @@ def _stack(caller: str, state_dict: State, prefix: str) -> _Stack:
 
 def _factorized_stages(caller: str, state_dict: State, prefix: str) -> list[FactorizedStage]:
     """Return the weights of each stage of DAC or SNAC."""
+    _check_state(state_dict)
     names: dict[str, dict[int, str]] = {}
     for name in state_dict:
         found = _FACTORIZED.fullmatch(name)
@@ -188,7 +192,7 @@ def _factorized_stages(caller: str, state_dict: State, prefix: str) -> list[Fact
         FactorizedStage(
             *_convolution(state_dict, f"{stages[place]}in_proj"),
             *_convolution(state_dict, f"{stages[place]}out_proj"),
-            state_dict[f"{stages[place]}codebook.weight"].float(),
+            _table(state_dict, f"{stages[place]}codebook.weight"),
         )
         for place in sorted(stages)
     ]
@@ -205,7 +209,7 @@ def _convolution(state_dict: State, name: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _load_factorized(layer: FactorizedResidualVQ, stages: list[FactorizedStage]) -> None:
+def _load_factorized(layer: FactorizedStack, stages: list[FactorizedStage]) -> None:
     state = layer.state_dict()
     names = ("project_in.weight", "project_in.bias", "project_out.weight", "project_out.bias", "embed")
     for place, stage in enumerate(stages):
@@ -236,6 +240,7 @@ def _load(
 
 def _stages(caller: str, state_dict: State, prefix: str) -> tuple[list[tuple[Tensor, Tensor, Tensor]], str]:
     """Return (codes, cluster sizes, averages) of each stage, and the beginning of their names up to `layers`."""
+    _check_state(state_dict)
     stacks: dict[str, dict[int, str]] = {}
     for name in state_dict:
         found = _STAGE.fullmatch(name)
@@ -256,6 +261,10 @@ def _codebook(state_dict: State, name: str) -> tuple[Tensor, Tensor, Tensor]:
     sizes = _first(state_dict, f"{name}.cluster_size", f"{name}.cluster_usage")
     sums = _first(state_dict, f"{name}.embed_avg", f"{name}.embed_sum", f"{name}.embedding_sum")
     codes = state_dict.get(f"{name}.embed")
+    shapes = [tuple(tensor.shape) for tensor in (sums if codes is None else codes, sums, sizes)]
+    if len(shapes[0]) != 2 or shapes != [shapes[0], shapes[0], shapes[0][:1]]:
+        got = ", ".join(map(str, shapes))
+        raise ValueError(f"state_dict: {name} must have codes and averages (K, D) and sizes (K,), got {got}")
     if codes is None:
         codes = sums / sizes.clamp(min=_MIMI_EPS)[:, None]
     return codes.float(), sizes.float(), sums.float()
@@ -275,6 +284,21 @@ def _beginnings(state_dict: State, prefix: str, words: tuple[str, str]) -> list[
         end = None if name is None else name.index(".", name.index(word)) + 1
         found.append(None if name is None else name[:end])
     return found
+
+
+def _check_state(state_dict: object) -> None:
+    if isinstance(state_dict, Mapping):
+        return
+    hint = ": pass its state_dict()" if isinstance(state_dict, nn.Module) else ""
+    raise TypeError(f"state_dict: must be a mapping of names to tensors, got {type(state_dict).__name__}{hint}")
+
+
+def _table(state_dict: State, name: str) -> Tensor:
+    """Return a codebook (K, D)."""
+    codes = state_dict[name]
+    if codes.dim() != 2:
+        raise ValueError(f"state_dict: {name} must have shape (K, D), got {tuple(codes.shape)}")
+    return codes.detach().float()
 
 
 def _first(state_dict: State, *names: str) -> Tensor:

@@ -124,6 +124,16 @@ def _masked(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return x, finite if mask is None else finite & mask
 
 
+def refuse_frozen(layers: Iterable[Any]) -> None:
+    """Refuse to fit layers of which one is frozen, before any of them changes.
+
+    Raises:
+        ValueError: the codebook of a layer is frozen.
+    """
+    if any(layer.freeze_codebook for layer in layers):
+        raise ValueError("freeze_codebook: must be False to fit the codes, got True")
+
+
 class Passes(NamedTuple):
     """An iterable of batches that starts anew at each pass."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fastvq.parts.arguments import check_not_negative, check_positive, check_sizes
 from fastvq.precision import Unsaved, zero_statistic
 
 from .candidates import (
@@ -76,20 +76,16 @@ class Replacement:
     anchors: bool = False
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise ValueError(f"threshold: must not be negative, got {self.threshold}")
-        if not self.every >= 1:
-            raise ValueError(f"every: must be at least 1, got {self.every}")
+        check_not_negative(threshold=self.threshold, reservoir=self.reservoir)
+        check_sizes(every=self.every)
         if self.rows not in ("random", "kmeans++", "nearest"):
             raise ValueError(f"rows: must be 'random', 'kmeans++' or 'nearest', got {self.rows!r}")
         if self.rows == "nearest" and not self.anchors:
             raise ValueError("rows: must be 'random' or 'kmeans++' without anchors=True, got 'nearest'")
-        if not self.reservoir >= 0:
-            raise ValueError(f"reservoir: must not be negative, got {self.reservoir}")
-        if self.at_once is not None and not self.at_once >= 1:
-            raise ValueError(f"at_once: must be at least 1, got {self.at_once}")
-        if self.size is not None and not 0 < self.size < math.inf:
-            raise ValueError(f"size: must be positive and finite, got {self.size}")
+        if self.at_once is not None:
+            check_sizes(at_once=self.at_once)
+        if self.size is not None:
+            check_positive(size=self.size)
         if self.keep_averages and (self.before_update or self.size is not None):
             name = "before_update" if self.before_update else "size"
             raise ValueError(f"keep_averages: must be False beside {name}: the averages would undo the replacement")

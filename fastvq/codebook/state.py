@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastvq import distributed
 from fastvq.functional.quantize import unit_norm
 from fastvq.ops import search
+from fastvq.parts.arguments import check_fractions
 from fastvq.precision import KeepsPrecision, Unsaved, as_scalar
 
 from .affine import Affine
@@ -30,8 +31,11 @@ Weight = float | Tensor | Callable[[Tensor, Tensor], Tensor]
 
 def checked_decay(decay: float | Tensor) -> float | Tensor:
     """Return a decay that lies in [0, 1]; a tensor () isn't read, as this would wait for the device."""
-    if not isinstance(decay, Tensor) and not 0 <= decay <= 1:
-        raise ValueError(f"decay: must lie in [0, 1], got {decay}")
+    if not isinstance(decay, Tensor):
+        check_fractions(decay=decay)
+    elif decay.dim() or not decay.is_floating_point():
+        got = f"shape {tuple(decay.shape)}, {decay.dtype}"
+        raise ValueError(f"decay: must be a number or a floating-point tensor of shape (), got {got}")
     return decay
 
 
@@ -169,13 +173,20 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
             codes = self.embed
         if type(codes) is not Tensor:
             refuse_dtensor("embed", codes)
-        codes = codes if self.vq_bridge is None else self.vq_bridge(codes)
+        codes = codes if self.vq_bridge is None else self._bridged(self.vq_bridge, codes)
         codes = codes if self.affine is None else self.affine.of_codes(self, codes)
         codes = unit_norm(codes) if self._normalizes else codes
         # Checkpointing may stop a recomputation as soon as it has what it needs, before the layer ends its pass.
         if self.replayed is None or not distributed.recomputing():
             return codes
         return self.replayed + (codes - codes.detach()) if codes.requires_grad else self.replayed
+
+    @staticmethod
+    def _bridged(bridge: nn.Module, codes: Tensor) -> Tensor:
+        found = bridge(codes)
+        if found.shape != codes.shape:
+            raise ValueError(f"vq_bridge: must return codes {tuple(codes.shape)}, got {tuple(found.shape)}")
+        return found
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the indices (H, N) of x (H, N, D), -1 where the mask (H, N) is False."""

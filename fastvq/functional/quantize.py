@@ -180,6 +180,8 @@ def weighted(error: Tensor, weight: float | Tensor) -> Tensor:
 
 def rows_of_mask(mask: Tensor, shape: torch.Size) -> Tensor:
     """Check `mask` against the leading shape of the vectors and flatten it to (N,)."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: must be a bool tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: must be bool, got {mask.dtype}")
     if mask.shape != shape:

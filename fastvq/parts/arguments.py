@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
@@ -20,26 +21,45 @@ def check_sizes(**sizes: Any) -> None:
             raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
 
 
-def check_not_negative(**values: float) -> None:
+def check_not_negative(**values: Any) -> None:
     """Check that no argument is negative or NaN.
 
     Raises:
         ValueError: an argument is; the message names it.
     """
     for name, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{name}: must not be negative, got {value}")
+        if not _holds(lambda value: value >= 0, value):
+            raise ValueError(f"{name}: must not be negative, got {value!r}")
 
 
-def check_fractions(**values: float) -> None:
+def check_positive(**values: Any) -> None:
+    """Check that each argument is a positive, finite number.
+
+    Raises:
+        ValueError: an argument is not; the message names it.
+    """
+    for name, value in values.items():
+        if not _holds(lambda value: 0 < value < math.inf, value):
+            raise ValueError(f"{name}: must be positive and finite, got {value!r}")
+
+
+def check_fractions(**values: Any) -> None:
     """Check that each argument lies in [0, 1].
 
     Raises:
         ValueError: an argument does not; the message names it.
     """
     for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}: must lie in [0, 1], got {value}")
+        if not _holds(lambda value: 0 <= value <= 1, value):
+            raise ValueError(f"{name}: must lie in [0, 1], got {value!r}")
+
+
+def _holds(condition: Callable[[Any], Any], value: Any) -> bool:
+    """Return whether a condition holds for a value, which may be no number."""
+    try:
+        return bool(condition(value))
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from fastvq.functional.quantize import rows_of_mask
 from fastvq.functional.soft_assign import soft_assign
 from fastvq.ops import search
 
-from .arguments import check_sizes
+from .arguments import check_positive, check_sizes
 from .losses import mean_over_ranks
 
 
@@ -62,8 +62,14 @@ def balanced_assignment(
     check_sizes(iterations=iterations)
     if metric not in ("l2", "dot"):
         raise ValueError(f"metric: must be l2 or dot, got {metric!r}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: must be positive, got {temperature}")
+    check_positive(temperature=temperature)
+    for name, tensor in (("x", x), ("codebook", codebook)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: must be floating point, got {tensor.dtype}")
+    if codebook.dim() != 2 or x.dim() < 1 or x.shape[-1] != codebook.shape[1] or not len(codebook):
+        raise ValueError(
+            f"x, codebook: must have shapes (..., D) and (K, D), got {tuple(x.shape)} and {tuple(codebook.shape)}"
+        )
     rows = x.reshape(-1, x.shape[-1])
     rows_mask = rows.isfinite().all(1)
     if mask is not None:

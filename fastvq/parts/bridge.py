@@ -56,7 +56,7 @@ class VQBridge(nn.Module):
             raise ValueError(f"patch: must divide codebook_size={codebook_size}, got {patch}")
         if width % heads:
             raise ValueError(f"heads: must divide width={width}, got {heads}")
-        self.codebook_size, self.patch = codebook_size, patch
+        self.dim, self.codebook_size, self.patch = dim, codebook_size, patch
         self.compress = nn.Linear(patch * dim, width)
         self.positions = nn.Parameter(0.02 * torch.randn(codebook_size // patch, width))
         self.blocks = nn.ModuleList([_Block(width, heads, mlp_ratio) for _ in range(depth)])
@@ -67,8 +67,8 @@ class VQBridge(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return the codes in use (H, K, D), of codes (H, K, D)."""
-        if codes.shape[-2] != self.codebook_size:
-            raise ValueError(f"codes: must be K={self.codebook_size} codes, got {tuple(codes.shape)}")
+        if codes.shape[-2:] != (self.codebook_size, self.dim):
+            raise ValueError(f"codes: must have shape (H, {self.codebook_size}, {self.dim}), got {tuple(codes.shape)}")
         tokens = codes.unflatten(-2, (-1, self.patch)).flatten(-2).to(self.positions.dtype)
         tokens = self.compress(tokens) + self.positions
         for block in self.blocks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from fastvq import distributed
 from fastvq.precision import as_scalar
+
+from .arguments import check_sizes
 
 
 def draw_seed() -> int:
@@ -55,16 +58,61 @@ class ActiveStages(NamedTuple):
 
     In eager mode `number` is an int, and a stage that `skips` need not be computed. A compiled graph can't branch on a
     random number: there `number` is a tensor (), every stage is computed, and `fill` overwrites the inactive ones. A
-    tensor (R,) has a number for each row. The stages before `start` are left out.
+    tensor (B,) has a number for each item, one (R,) for each row. The stages before `start` are left out.
     """
 
     number: int | Tensor
     start: int = 0
 
     @staticmethod
-    def of_items(numbers: Tensor, rows: int) -> ActiveStages:
-        """Return the stages of items (B,) with as many rows each."""
-        return ActiveStages(numbers.repeat_interleave(rows))
+    def of_call(
+        n_quantizers: int | Tensor | None, start: int, *, items: int, stages: int, least: int = 1
+    ) -> ActiveStages:
+        """Return the stages of the arguments `n_quantizers` and `start` of a call: those from `start` on before it.
+
+        Args:
+            n_quantizers: for all items, or int (B,) with one for each; None for all stages.
+            start: the first of them.
+            items, stages: B, and the number of all stages.
+            least: the least number of active stages of an item. The values of a tensor are not checked in a compiled
+                graph.
+
+        Raises:
+            ValueError: a number is out of range, or there is not one for each item. TypeError: they are no integers.
+        """
+        if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < stages:
+            raise ValueError(f"start: must be an integer in [0, {stages}), got {start!r}")
+        if n_quantizers is None:
+            return ActiveStages(stages, start)
+        beside = f" beside start={start}" if start else ""
+        if not isinstance(n_quantizers, Tensor):
+            if isinstance(n_quantizers, bool) or not isinstance(n_quantizers, int):
+                raise TypeError(f"n_quantizers: must be an int or a tensor of ints, got {n_quantizers!r}")
+            if not start < n_quantizers <= stages:
+                raise ValueError(f"n_quantizers: must lie in [{start + 1}, {stages}]{beside}, got {n_quantizers}")
+            return ActiveStages(n_quantizers, start)
+        if n_quantizers.is_floating_point() or n_quantizers.dtype == torch.bool:
+            raise TypeError(f"n_quantizers: must be an int or a tensor of ints, got {n_quantizers.dtype}")
+        if n_quantizers.shape != (items,):
+            raise ValueError(f"n_quantizers: must have shape (B,) = ({items},), got {tuple(n_quantizers.shape)}")
+        if torch.compiler.is_compiling() or not items:
+            return ActiveStages(n_quantizers, start)
+        least += start
+        if not least <= int(n_quantizers.min()) <= int(n_quantizers.max()) <= stages:
+            raise ValueError(f"n_quantizers: must lie in [{least}, {stages}]{beside}, got {n_quantizers.tolist()}")
+        return ActiveStages(n_quantizers, start)
+
+    def of_rows(self, rows: int) -> ActiveStages:
+        """Return the stages of each row of items with as many rows each."""
+        if isinstance(self.number, int):
+            return self
+        return self._replace(number=self.number.repeat_interleave(rows))
+
+    def shaped(self, shape: tuple[int, ...]) -> ActiveStages:
+        """Return the stages with numbers of items or rows as a tensor of a shape."""
+        if isinstance(self.number, int) or self.number.dim() == 0:
+            return self
+        return self._replace(number=self.number.view(shape))
 
     def of_any_row(self) -> ActiveStages:
         """Return the stages that take part in some row."""
@@ -78,9 +126,9 @@ class ActiveStages(NamedTuple):
 
     def fill(self, stage: int, value: Tensor, fill: float) -> Tensor:
         """Return `value` if the stage is active, else a tensor of `fill`: -1 for indices, 0 for losses and codes."""
-        if isinstance(self.number, int):
-            return torch.full_like(value, fill) if self.skips(stage) else value
-        return torch.where(self.number > stage, value, fill)
+        if self.skips(stage):
+            return torch.full_like(value, fill)
+        return value if isinstance(self.number, int) else torch.where(self.number > stage, value, fill)
 
     def fill_indices(self, indices: Tensor) -> Tensor:
         """Return indices (..., Q) of the stages from `start` on, with -1 where a stage is inactive."""
@@ -110,10 +158,11 @@ class QuantizeDropout(NamedTuple):
         Raises:
             ValueError: cutoff_index or multiple_of is out of range.
         """
-        if not 0 <= self.cutoff_index < self.stages:
-            raise ValueError(f"quantize_dropout_cutoff_index: must lie in [0, {self.stages}), got {self.cutoff_index}")
-        if self.multiple_of < 1:
-            raise ValueError(f"quantize_dropout_multiple_of: must be at least 1, got {self.multiple_of}")
+        if not (isinstance(self.cutoff_index, Integral) and 0 <= self.cutoff_index < self.stages):
+            raise ValueError(
+                f"quantize_dropout_cutoff_index: must be an integer in [0, {self.stages}), got {self.cutoff_index}"
+            )
+        check_sizes(quantize_dropout_multiple_of=self.multiple_of)
         return self
 
     def draw(
@@ -134,7 +183,7 @@ class QuantizeDropout(NamedTuple):
         if self.per_item:
             given = torch.tensor(seed) if isinstance(seed, int) else seed
             counts = _draw_stage_counts(x, items, self.stages, self.cutoff_index, self.multiple_of, given)
-            return ActiveStages.of_items(counts, rows)
+            return ActiveStages(counts).of_rows(rows)
         if torch.compiler.is_compiling():
             seed = torch.tensor(seed) if isinstance(seed, int) else seed
             return ActiveStages(_draw_stage_count(x, self.stages, self.cutoff_index, self.multiple_of, seed))

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from fastvq.precision import widest_dtype
 
+from .arguments import check_sizes
+
 
 class Projected:
     """Mixin of modules whose children project_in and project_out surround a codebook, and may be any modules."""
@@ -28,7 +30,11 @@ def projections(
     With `layernorm`, a layer norm follows the first projection.
 
     Source: Yu et al., Vector-quantized Image Modeling with Improved VQGAN, 2021, section 3.2 (low-dimensional codes).
+
+    Raises:
+        ValueError: a dimension is no integer of at least 1.
     """
+    check_sizes(dim=dim, codebook_dim=codebook_dim)
     if dim == codebook_dim:
         return nn.Identity(), nn.Identity()
     into: nn.Module = nn.Linear(dim, codebook_dim, bias=bias)
@@ -50,9 +56,14 @@ def project_codes_out(project_out: nn.Module, codes: Tensor, mask: Tensor) -> Te
 
 def project_rows_in(project_in: nn.Module, rows: Tensor) -> Tensor:
     """Return project_in(rows (..., D)) in the dtype of the rows, computed in that of the projection."""
+    return projected_rows(project_in, rows).to(rows.dtype)
+
+
+def projected_rows(project_in: nn.Module, rows: Tensor) -> Tensor:
+    """Return project_in(rows (..., D)) in the projection's dtype, whatever that of the rows."""
     if type(project_in) is nn.Identity:
         return rows
-    return project_in(rows.to(parameter_dtype(project_in, default=rows.dtype))).to(rows.dtype)
+    return project_in(rows.to(parameter_dtype(project_in, default=rows.dtype)))
 
 
 def parameter_dtype(module: nn.Module, *, default: torch.dtype) -> torch.dtype:

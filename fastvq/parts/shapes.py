@@ -161,16 +161,19 @@ class Layout(NamedTuple):
         Args:
             mask: bool (B, spatial): (B, N) for sequences, (B, H, W) for images, (B, T, H, W) for video, (B,) for single
                 vectors. True for the vectors that take part.
-            lens: int (B,), for sequences: the first lens[b] vectors take part.
+            lens: int (B,), for sequences: the first lens[b] vectors take part. On the CPU and outside compiled graphs,
+                lengths beyond N are refused.
 
         Raises:
-            TypeError, ValueError: both are given, or one of another dtype or shape.
+            TypeError, ValueError: both are given, or one of another dtype or shape, or a length is out of range.
         """
         if mask is None and lens is None:
             return None
         if mask is not None and lens is not None:
             raise ValueError("mask, lens: only one of them may be given")
         if mask is not None:
+            if not isinstance(mask, Tensor):
+                raise TypeError(f"mask: must be a bool tensor, got {type(mask).__name__}")
             if mask.dtype != torch.bool:
                 raise TypeError(f"mask: must be bool, got {mask.dtype}")
             if mask.shape != (self.batch, *self.spatial):
@@ -179,8 +182,16 @@ class Layout(NamedTuple):
         assert lens is not None
         if len(self.spatial) != 1:
             raise ValueError("lens: is for sequences; images, video and single vectors take a mask")
+        if not isinstance(lens, Tensor) or lens.is_floating_point() or lens.dtype == torch.bool:
+            got = lens.dtype if isinstance(lens, Tensor) else type(lens).__name__
+            raise TypeError(f"lens: must be a tensor of ints, got {got}")
         if lens.shape != (self.batch,):
             raise ValueError(f"lens: must have shape ({self.batch},), got {tuple(lens.shape)}")
+        # Reading other devices would wait for them, and a compiled graph can't.
+        if type(lens) is Tensor and lens.is_cpu and self.batch and not torch.compiler.is_compiling():
+            low, high = (int(found) for found in lens.aminmax())
+            if low < 0 or high > self.rows:
+                raise ValueError(f"lens: must lie in [0, {self.rows}], the length of x, got {lens.tolist()}")
         return torch.arange(self.rows, device=lens.device) < lens[:, None]
 
 

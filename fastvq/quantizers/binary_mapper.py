@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastvq.codebook.health import LevelUse
+from fastvq.parts.arguments import check_sizes
 from fastvq.parts.masking import finite_mask
+from fastvq.parts.shapes import Layout
 from fastvq.precision import Unsaved, at_least_float32, constant
 
 NAT = math.log(2)
@@ -54,7 +56,8 @@ class BinaryMapper(LevelUse, Unsaved, nn.Module):
 
     def __init__(self, bits: int = 1, kl_loss_threshold: float = NAT, deterministic_on_eval: bool = False) -> None:
         super().__init__()
-        if not 1 <= bits <= 62:
+        check_sizes(bits=bits)
+        if bits > 62:
             raise ValueError(f"bits: must lie in [1, 62], got {bits}")
         self.bits, self.num_codes = bits, 2**bits
         self.kl_loss_threshold, self.deterministic_on_eval = kl_loss_threshold, deterministic_on_eval
@@ -120,6 +123,9 @@ class BinaryMapper(LevelUse, Unsaved, nn.Module):
             deterministic: bool | None = None,
             return_indices: Literal[False] = False,
             reduce_aux_kl_loss: bool = True,
+            *,
+            mask: Tensor | None = None,
+            lens: Tensor | None = None,
         ) -> tuple[Tensor, Tensor]: ...
         @overload
         def __call__(
@@ -138,6 +144,9 @@ class BinaryMapper(LevelUse, Unsaved, nn.Module):
         deterministic: bool | None = None,
         return_indices: bool = False,
         reduce_aux_kl_loss: bool = True,
+        *,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Return (one_hot, loss) of logits, or (one_hot, indices, loss).
 
@@ -149,6 +158,8 @@ class BinaryMapper(LevelUse, Unsaved, nn.Module):
             deterministic: take the more likely value of each bit; by default in eval mode if deterministic_on_eval.
             return_indices: also return the indices.
             reduce_aux_kl_loss: return the mean loss, else that of each row.
+            mask: bool (...), True for the rows that take part; the others are treated as rows that are not finite.
+            lens: int (B,), a mask for logits (B, N, bits): the first lens[b] rows take part.
 
         Returns:
             one_hot (..., 2^bits), typed as logits; indices (...) int64; loss () or (...) float32.
@@ -158,6 +169,7 @@ class BinaryMapper(LevelUse, Unsaved, nn.Module):
         """
         if deterministic is None:
             deterministic = self.deterministic_on_eval and not self.training
+        logits = self._masked(logits, mask, lens)
         indices = self.sample(logits, temperature, deterministic)
         if self.training or self._measures:
             self._observe(indices, self._bits_of(indices), indices >= 0, None)
@@ -170,6 +182,23 @@ class BinaryMapper(LevelUse, Unsaved, nn.Module):
         if self.training if calc_aux_loss is None else calc_aux_loss:
             loss = self.calc_aux_loss(logits, reduce_aux_kl_loss)
         return (one_hot, indices, loss) if return_indices else (one_hot, loss)
+
+    @torch.no_grad()
+    def encode(self, logits: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
+        """Return the indices (...) of the more likely value of each bit of logits (..., bits). No state changes.
+
+        They are those of `forward` with deterministic=True. mask, lens: as for `forward`.
+        """
+        return self.sample(self._masked(logits, mask, lens), deterministic=True)
+
+    def _masked(self, logits: Tensor, mask: Tensor | None, lens: Tensor | None) -> Tensor:
+        """Return logits that are NaN in the rows outside the mask."""
+        if mask is None and lens is None:
+            return logits
+        layout = Layout.of(logits, self.bits)
+        rows_mask = layout.rows_mask(mask, lens)
+        assert rows_mask is not None
+        return torch.where(layout.indices(rows_mask)[..., None], logits, torch.nan)
 
     def _bits_of(self, indices: Tensor) -> Tensor:
         self.follow_(indices.device)

@@ -127,12 +127,17 @@ class EvoLFQ(Monitored, nn.Module):
         return (result, *parts) if parts else result
 
     @torch.no_grad()
-    def encode(self, x: Any, return_signs: bool = False) -> Tensor:
-        """Return the bits of x as genes: float zeros and ones, or -1 and 1. No state changes."""
+    def encode(
+        self, x: Any, return_signs: bool = False, *, mask: Tensor | None = None, lens: Tensor | None = None
+    ) -> Tensor:
+        """Return the bits of x as genes: float zeros and ones, or -1 and 1. No state changes.
+
+        mask, lens: as for `LFQ`, of the encoder's output; the bits of vectors that take no part are zero.
+        """
         with evaluating(self):
             latents = self.encoder(x)
             layout = Layout.of(latents, self.lfq.dim, channel_first=self.lfq.channel_first)
-            indices = layout.indices_to_rows(self.lfq(latents).indices)
+            indices = layout.indices_to_rows(self.lfq(latents, mask=mask, lens=lens).indices)
         if not self.lfq.keep_num_codebooks_dim:
             indices = indices.unsqueeze(-1)
         bits = self.lfq.indices_to_bits(indices) & (indices >= 0).unsqueeze(-1)

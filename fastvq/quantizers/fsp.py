@@ -13,7 +13,7 @@ from fastvq.codebook.health import LevelUse
 from fastvq.parts.indices import Radix, checked_indices, checked_levels, join_levels
 from fastvq.parts.losses import VectorNorm
 from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask, masked_mean
-from fastvq.parts.projection import Projected, project_codes_out, projections
+from fastvq.parts.projection import Projected, project_codes_out, projected_rows, projections
 from fastvq.parts.scalar import CUMULATIVE, Thresholds, with_slope
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
 from fastvq.precision import at_least_float32
@@ -192,7 +192,7 @@ class FSP(Projected, LevelUse, Radix, nn.Module):
         rows, rows_mask = layout.to_rows(z), layout.rows_mask(mask, lens)
         if self.has_projections:
             rows, rows_mask = exclude_non_finite(rows, rows_mask)
-        projected = self.project_in(rows)
+        projected = projected_rows(self.project_in, rows)
         latents = feature_major(at_least_float32(projected)).flatten(0, 1)
         rows_mask = finite_mask(latents) if rows_mask is None else finite_mask(latents) & rows_mask.flatten()
         return layout, projected, torch.where(rows_mask[:, None], latents, 0), rows_mask

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.health import LevelUse
+from fastvq.parts.arguments import check_sizes
 from fastvq.parts.binary import random_rotation
 from fastvq.parts.gradients import straight_through
 from fastvq.parts.indices import (
@@ -21,7 +22,7 @@ from fastvq.parts.indices import (
     join_levels,
 )
 from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask, masked_mean
-from fastvq.parts.projection import Projected, project_codes_out, projections, rotate
+from fastvq.parts.projection import Projected, project_codes_out, projected_rows, projections, rotate
 from fastvq.parts.scalar import Bound
 from fastvq.parts.shapes import Layout, Options, codes_in_layout
 from fastvq.precision import KeepsBuffers, as_scalar, may_change
@@ -105,8 +106,7 @@ class FSQ(Projected, LevelUse, KeepsBuffers, Radix, nn.Module):
         super().__init__()
         levels = checked_levels(levels, at_least=2 if preserve_symmetry else 3)
         keep = num_codebooks > 1 if keep_num_codebooks_dim is None else keep_num_codebooks_dim
-        if num_codebooks < 1:
-            raise ValueError(f"num_codebooks: must be at least 1, got {num_codebooks}")
+        check_sizes(num_codebooks=num_codebooks)
         if num_codebooks > 1 and not keep:
             raise ValueError("keep_num_codebooks_dim: must be True beside num_codebooks > 1")
         if not 0 <= noise_dropout <= 1:
@@ -238,7 +238,7 @@ class FSQ(Projected, LevelUse, KeepsBuffers, Radix, nn.Module):
         rows, rows_mask = layout.to_rows(z), layout.rows_mask(mask, lens)
         if self.has_projections:
             rows, rows_mask = exclude_non_finite(rows, rows_mask)
-        projected = self.project_in(rows)
+        projected = projected_rows(self.project_in, rows)
         latents = feature_major(self._wide(projected))
         rows_mask = finite_mask(latents) if rows_mask is None else finite_mask(latents) & rows_mask  # [B, N]
         latents = latents.unflatten(-1, (self.num_codebooks, self.codebook_dim))  # [B, N, C, d]

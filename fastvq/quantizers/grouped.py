@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from fastvq.codebook.fit import Fitted
+from fastvq.codebook.fit import Fitted, refuse_frozen
 from fastvq.codebook.health import Monitored
-from fastvq.parts.arguments import in_the_name_of
+from fastvq.parts.arguments import check_sizes, in_the_name_of
 from fastvq.parts.dropout import common_seed
 from fastvq.parts.shapes import CHANNEL_LAST, IMAGES, VIDEO, Options, channel_first_options, propose_layout
 
@@ -43,7 +43,8 @@ class Grouped(SharedState, Monitored, nn.Module):
 
     def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **settings: Any) -> None:
         super().__init__()
-        if groups < 1 or dim % groups:
+        check_sizes(dim=dim, groups=groups)
+        if dim % groups:
             raise ValueError(f"groups: must divide dim={dim}, got {groups}")
         self.dim, self.groups = dim, groups
         self.accept_image_fmap = accept_image_fmap
@@ -82,10 +83,18 @@ class Grouped(SharedState, Monitored, nn.Module):
         self._check_groups(indices)
         return torch.stack([rvq.get_codes_from_indices(i) for rvq, i in zip(self._groups, indices, strict=True)])
 
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """Return the quantized output of `forward` for indices (G, B, ..., Q)."""
+    def get_output_from_indices(
+        self, indices: Tensor, *, n_quantizers: int | Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """Return the quantized output of `forward` for indices (G, B, ..., Q).
+
+        n_quantizers, start: as for `forward`: only the stages from start to n_quantizers - 1 take part.
+        """
         self._check_groups(indices)
-        outputs = [rvq.get_output_from_indices(i) for rvq, i in zip(self._groups, indices, strict=True)]
+        outputs = [
+            rvq.get_output_from_indices(i, n_quantizers=n_quantizers, start=start)
+            for rvq, i in zip(self._groups, indices, strict=True)
+        ]
         return torch.cat(outputs, dim=self.split_dim)
 
     def encode(self, x: Tensor, **options: Any) -> Tensor:
@@ -233,6 +242,11 @@ class GroupedResidualVQ(Grouped):
         for rvq in self._groups:
             rvq.reinitialize_()
 
+    def resize_(self, codebook_size: int) -> None:
+        """Call `ResidualVQ.resize_` of every group."""
+        for rvq in self._groups:
+            rvq.resize_(codebook_size)
+
     def fit(
         self, batches: Iterable[Any], *, inputs: Callable[[Any], Tensor] | None = None, iterations: int = 10
     ) -> list[list[Fitted]]:
@@ -241,6 +255,7 @@ class GroupedResidualVQ(Grouped):
         def channels(group: int, batch: Any) -> Tensor:
             return self._split(batch if inputs is None else inputs(batch))[group]
 
+        refuse_frozen(stage for rvq in self._groups for stage in rvq._stages)
         return [
             rvq.fit(batches, inputs=partial(channels, group), iterations=iterations)
             for group, rvq in enumerate(self._groups)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq.codebook.fit import Fitted, Passes, fit_, passes
+from fastvq.codebook.fit import Fitted, Passes, fit_, passes, refuse_frozen
 from fastvq.codebook.health import Health, Monitored
 from fastvq.codebook.recompute import REMEMBERED, History
 from fastvq.distributed import tie_parameters
@@ -133,6 +133,8 @@ class HierarchicalVQ(Monitored, nn.Module):
             raise ValueError("accept_image_fmap, accept_3d_fmap: only one of them may be True")
         self.dim, self.channel_first = dim, channel_first
         self.spatial_dims = 2 if accept_image_fmap else 3 if accept_3d_fmap else 1
+        if not isinstance(scales, Sequence) or isinstance(scales, str):
+            raise ValueError(f"scales: must be a sequence with a grid for each, got {scales!r}")
         self.scales = tuple(scales)
         self.level_shapes = tuple(self._shape("scales", scale) for scale in scales)
         self.num_levels = len(self.level_shapes)
@@ -339,6 +341,7 @@ class HierarchicalVQ(Monitored, nn.Module):
         result has one for each codebook.
         """
         check_sizes(iterations=iterations)
+        refuse_frozen(self.get_vq(level) for level in range(self.num_levels))
         start = passes(batches, inputs)
         if self.vq is None:
             return [
@@ -413,6 +416,12 @@ class HierarchicalVQ(Monitored, nn.Module):
         for vq in dict.fromkeys(self.get_vq(level) for level in range(self.num_levels)):
             vq.reinitialize_()
 
+    def resize_(self, codebook_size: int) -> None:
+        """Call `VectorQuantize.resize_` of every scale, or of the shared codebook."""
+        for vq in dict.fromkeys(self.get_vq(level) for level in range(self.num_levels)):
+            vq.resize_(codebook_size)
+        self.codebook_sizes = (codebook_size,) * self.num_levels
+
     def commit_ema_update(self) -> None:
         """Call `VectorQuantize.commit_ema_update` of every scale, or of the shared codebook."""
         for vq in dict.fromkeys(self.get_vq(level) for level in range(self.num_levels)):
@@ -437,7 +446,9 @@ class HierarchicalVQ(Monitored, nn.Module):
         return self.choose_phi(level)(codes)
 
     def _shape(self, name: str, scale: Scale) -> tuple[int, ...]:
-        shape = (scale,) * self.spatial_dims if isinstance(scale, int) else tuple(scale)
+        shape = tuple(scale) if isinstance(scale, Sequence) else (scale,) * self.spatial_dims
+        for size in shape:
+            check_sizes(**{name: size})
         if len(shape) != self.spatial_dims:
             raise ValueError(f"{name}: must have {self.spatial_dims} sizes, got {scale}")
         return shape

@@ -15,10 +15,11 @@ from fastvq.codebook.health import LevelUse
 from fastvq.codebook.storage import refuse_sharded
 from fastvq.distributed import mean, recomputing, tie_parameters
 from fastvq.ops import search
+from fastvq.parts.arguments import check_sizes
 from fastvq.parts.gradients import straight_through
 from fastvq.parts.indices import Radix, checked_indices, checked_levels, join_levels
 from fastvq.parts.masking import exclude_non_finite, finite_mask, masked_mean
-from fastvq.parts.projection import Projected, project_codes_out, projections
+from fastvq.parts.projection import Projected, project_codes_out, projected_rows, projections
 from fastvq.parts.shapes import Layout, codes_in_layout
 from fastvq.precision import at_least_float32, constant
 
@@ -84,8 +85,7 @@ class LatentQuantize(Projected, LevelUse, Radix, nn.Module):
         sizes = checked_levels(levels, at_least=1)
         if codebook_dim > 0 and codebook_dim != len(sizes):
             raise ValueError(f"codebook_dim: must be the number of levels, {len(sizes)}, got {codebook_dim}")
-        if num_codebooks < 1:
-            raise ValueError(f"num_codebooks: must be at least 1, got {num_codebooks}")
+        check_sizes(num_codebooks=num_codebooks)
         if in_place_codebook_optimizer is not None and not optimize_values:
             raise ValueError("in_place_codebook_optimizer: needs optimize_values=True")
         self.dim = dim
@@ -203,7 +203,7 @@ class LatentQuantize(Projected, LevelUse, Radix, nn.Module):
         """Return the layout, the projected rows (B, N, C d), the latents (B, N, C, d), and the mask (B, N)."""
         layout = Layout.of(z, self.dim, channel_first=True)
         rows, rows_mask = exclude_non_finite(layout.to_rows(z), layout.rows_mask(mask, lens))
-        projected = self.project_in(rows)
+        projected = projected_rows(self.project_in, rows)
         rows_mask = rows_mask & finite_mask(projected)
         latents = at_least_float32(torch.where(rows_mask[..., None], projected, 0))
         return layout, projected, latents.unflatten(-1, (self.num_codebooks, self.codebook_dim)), rows_mask

@@ -17,7 +17,7 @@ from fastvq.parts.gradients import straight_through
 from fastvq.parts.indices import checked_indices
 from fastvq.parts.losses import Entropies, binary_entropies, random_subset
 from fastvq.parts.masking import exclude_non_finite, masked_mean
-from fastvq.parts.projection import project_codes_out, rotate
+from fastvq.parts.projection import project_codes_out, projected_rows, rotate
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout
 from fastvq.precision import KeepsBuffers, at_least_float32, full_precision
 
@@ -126,8 +126,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
                 f"entropy_loss_weight: must be 0 beyond {MOST_BITS_OF_ENTROPY} bits, as the batch entropy is a sum over"
                 f" all codes, got {entropy_loss_weight}"
             )
-        if num_codebooks < 1:
-            raise ValueError(f"num_codebooks: must be at least 1, got {num_codebooks}")
+        check_sizes(num_codebooks=num_codebooks)
         if num_codebooks > 1 and keep_num_codebooks_dim is False:
             raise ValueError("keep_num_codebooks_dim: must not be False beside several codebooks")
         if not 0 < frac_per_sample_entropy <= 1:
@@ -276,7 +275,10 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
         layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         rows, rows_mask = rows_and_mask(layout, x, mask, lens)
         quantized, indices, loss, parts = self.quantize_rows(
-            self.project_in(rows), rows_mask, inv_temperature=inv_temperature, entropies=return_loss_breakdown
+            projected_rows(self.project_in, rows),
+            rows_mask,
+            inv_temperature=inv_temperature,
+            entropies=return_loss_breakdown,
         )
         quantized = layout.from_rows(project_codes_out(self.project_out, quantized, rows_mask).to(x.dtype))
         indices = layout.indices(indices if self.keep_num_codebooks_dim else indices.squeeze(-1))
@@ -288,7 +290,7 @@ class LFQ(LevelUse, KeepsBuffers, nn.Module):
         """Return the indices of `forward` in eval mode, without changing any state."""
         layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         rows, rows_mask = rows_and_mask(layout, x, mask, lens)
-        _, indices = self.nearest_rows(self.project_in(rows), rows_mask)
+        _, indices = self.nearest_rows(projected_rows(self.project_in, rows), rows_mask)
         return layout.indices(indices if self.keep_num_codebooks_dim else indices.squeeze(-1))
 
     def quantize_rows(

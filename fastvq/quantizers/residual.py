@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.health import Monitored
+from fastvq.parts.arguments import check_sizes
 from fastvq.parts.dropout import ActiveStages, QuantizeDropout
 from fastvq.parts.indices import checked_indices
 from fastvq.parts.projection import project_codes_out
@@ -57,6 +58,8 @@ class ResidualStack(SharedState, Monitored, nn.Module):
 
     layers: nn.ModuleList
     stage_axis = -1  # of indices
+    least_stages = 1
+    """The least number of stages of an item; 0 for a quantizer beside another, where the other may suffice."""
 
     def _set_dropout(
         self, stages: int, enabled: bool, cutoff_index: int, multiple_of: int, per_item: bool = False
@@ -66,8 +69,7 @@ class ResidualStack(SharedState, Monitored, nn.Module):
         Raises:
             ValueError: a setting is out of range; the message names it.
         """
-        if stages < 1:
-            raise ValueError(f"num_quantizers: must be at least 1, got {stages}")
+        check_sizes(num_quantizers=stages)
         self.num_quantizers = stages
         self.quantize_dropout = enabled and stages > 1
         self.quantize_dropout_cutoff_index = cutoff_index
@@ -107,30 +109,47 @@ class ResidualStack(SharedState, Monitored, nn.Module):
         """Return indices with the stages at `stage_axis` as (..., Q)."""
         return indices if self.stage_axis == -1 else indices.movedim(self.stage_axis, -1)
 
-    def _leading(self, number: int | Tensor, layout: Layout, device: torch.device) -> ActiveStages:
-        """Return the stages of an argument `n_quantizers`.
+    def _active_stages(
+        self,
+        n_quantizers: int | Tensor | None,
+        start: int,
+        layout: Layout,
+        x: Tensor,
+        drops: bool = False,
+        seed: int | Tensor | None = None,
+    ) -> ActiveStages:
+        """Return the stages of the arguments `n_quantizers` and `start`, or with `drops` a random number of them.
 
         Raises:
-            ValueError: a number is out of range, or there is not one for each item. TypeError: they are no integers.
+            ValueError, TypeError: a number is out of range, or no integer.
         """
-        most = self.num_quantizers
-        if not isinstance(number, Tensor):
-            if isinstance(number, bool) or not isinstance(number, int):
-                raise TypeError(f"n_quantizers: must be an int or a tensor of ints, got {number!r}")
-            if not 1 <= number <= most:
-                raise ValueError(f"n_quantizers: must lie in [1, {most}], got {number}")
-            return ActiveStages(number)
-        if number.is_floating_point() or number.dtype == torch.bool:
-            raise TypeError(f"n_quantizers: must be an int or a tensor of ints, got {number.dtype}")
-        if number.shape != (layout.batch,):
-            raise ValueError(f"n_quantizers: must have shape (B,) = ({layout.batch},), got {tuple(number.shape)}")
-        if (
-            not torch.compiler.is_compiling()
-            and number.numel()
-            and not 1 <= int(number.min()) <= int(number.max()) <= most
-        ):
-            raise ValueError(f"n_quantizers: must lie in [1, {most}], got {number.tolist()}")
-        return ActiveStages.of_items(number.to(device), layout.rows)
+        active = ActiveStages.of_call(
+            n_quantizers, start, items=layout.batch, stages=self.num_quantizers, least=self.least_stages
+        )
+        if n_quantizers is None:
+            dropout = self._dropout._replace(cutoff_index=max(start, self.quantize_dropout_cutoff_index))
+            return dropout.draw(drops, x, seed, items=layout.batch, rows=layout.rows)._replace(start=start)
+        if isinstance(active.number, Tensor):
+            active = active._replace(number=active.number.to(x.device))
+        return active.of_rows(layout.rows)
+
+    @staticmethod
+    def _chosen_stages(indices: Tensor, n_quantizers: int | Tensor | None, start: int) -> Tensor:
+        """Return indices (B, ..., stages) for decoding, -1 for the stages that `n_quantizers` and `start` leave out.
+
+        Raises:
+            ValueError, TypeError: a number is out of range of these stages, or no integer.
+        """
+        if n_quantizers is None and not start:
+            return indices
+        items, *others, stages = indices.shape
+        active = ActiveStages.of_call(n_quantizers, start, items=items, stages=stages)
+        if isinstance(active.number, int):
+            indices = indices[..., : active.number]
+        else:
+            number = active.number.to(indices.device)
+            active = active._replace(number=number.view(items, *[1] * len(others)))
+        return torch.stack([active.fill(stage, own, -1) for stage, own in enumerate(indices.unbind(-1))], -1)
 
     @property
     def _monitored(self) -> list[Monitored]:

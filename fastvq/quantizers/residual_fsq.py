@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fastvq.parts.arguments import in_the_name_of
 from fastvq.parts.binary import soft_clamp
 from fastvq.parts.dropout import ActiveStages
-from fastvq.parts.indices import checked_indices, checked_levels
+from fastvq.parts.indices import checked_indices, checked_levels, index_dtype
 from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask
-from fastvq.parts.projection import Projected, project_codes_out, project_rows_in, projections
+from fastvq.parts.projection import Projected, project_codes_out, project_rows_in, projected_rows, projections
 from fastvq.parts.shapes import Layout, channel_first_options, codes_in_layout
 from fastvq.precision import Unsaved, constant, widest_dtype
 
@@ -122,6 +122,8 @@ class ResidualFSQ(Unsaved, Projected, ResidualStack):
             *,
             mask: Tensor | None = None,
             lens: Tensor | None = None,
+            n_quantizers: int | Tensor | None = None,
+            start: int = 0,
         ) -> tuple[Tensor, Tensor]: ...
         @overload
         def __call__(
@@ -139,6 +141,8 @@ class ResidualFSQ(Unsaved, Projected, ResidualStack):
         *,
         mask: Tensor | None = None,
         lens: Tensor | None = None,
+        n_quantizers: int | Tensor | None = None,
+        start: int = 0,
     ) -> tuple[Tensor, ...]:
         """Return (quantized, indices) of x, and all codes on request.
 
@@ -147,6 +151,7 @@ class ResidualFSQ(Unsaved, Projected, ResidualStack):
             return_all_codes: also return the codes of each stage.
             rand_quantize_dropout_fixed_seed: seed of the quantize dropout; by default drawn from torch's generator.
             mask, lens: as in `FSQ`.
+            n_quantizers, start: as for `ResidualVQ`. The soft clamp bounds what enters the first stage alone.
 
         Returns:
             quantized, shaped and typed as x; indices (B, N, Q), (B, Q) or (B, Q, ...), -1 for inactive stages and
@@ -156,34 +161,48 @@ class ResidualFSQ(Unsaved, Projected, ResidualStack):
             ValueError, TypeError: x, mask or lens of another shape or dtype.
         """
         self._warn_of_hooks()
-        active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
+        layout = self._layout(x)
+        active = self._active_stages(n_quantizers, start, layout, x, self.training, rand_quantize_dropout_fixed_seed)
         counting = self.training or self._measures
-        result = self._forward(x, mask, lens, active, training=self.training, counting=counting)
+        result = self._forward(x, layout, layout.rows_mask(mask, lens), active, self.training, counting)
         return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
 
     @torch.no_grad()
-    def encode(self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
-        """Return the indices of all stages, as `forward` returns them, without changing any state."""
-        return self._forward(x, mask, lens, ActiveStages(self.num_quantizers), training=False, counting=False)[1]
+    def encode(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        n_quantizers: int | Tensor | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """Return the indices of `forward` in eval mode, with the same arguments. No state changes."""
+        layout = self._layout(x)
+        active = self._active_stages(n_quantizers, start, layout, x)
+        return self._forward(x, layout, layout.rows_mask(mask, lens), active, training=False, counting=False)[1]
+
+    def _layout(self, x: Tensor) -> Layout:
+        return Layout.of(x, self.dim, channel_first=self.is_channel_first, options=IS_CHANNEL_FIRST)
 
     def _forward(
         self,
         x: Tensor,
-        mask: Tensor | None,
-        lens: Tensor | None,
+        layout: Layout,
+        rows_mask: Tensor | None,
         active: ActiveStages,
-        *,
         training: bool,
         counting: bool,
     ) -> tuple[Tensor, Tensor]:
-        layout = Layout.of(x, self.dim, channel_first=self.is_channel_first, options=IS_CHANNEL_FIRST)
-        rows, rows_mask = layout.to_rows(x), layout.rows_mask(mask, lens)
+        rows = layout.to_rows(x)
         if self.has_projections:
             rows, rows_mask = exclude_non_finite(rows, rows_mask)
-        projected = self.project_in(rows)
+        projected = projected_rows(self.project_in, rows)
         latents = feature_major(projected.to(widest_dtype(x.device)))
         rows_mask = finite_mask(latents) if rows_mask is None else finite_mask(latents) & rows_mask
-        latents = self._soft_clamp(torch.where(rows_mask[..., None], latents, 0))
+        latents = torch.where(rows_mask[..., None], latents, 0)
+        latents = latents if active.start else self._soft_clamp(latents)
+        active = active.shaped(rows_mask.shape)
         total, indices = self._run_stages(latents, rows_mask, active, training, counting)
         total = project_codes_out(self.project_out, total.to(projected.dtype).contiguous(), rows_mask)
         indices = codes_in_layout(layout.indices(indices), self.is_channel_first)
@@ -198,7 +217,7 @@ class ResidualFSQ(Unsaved, Projected, ResidualStack):
         indices: list[Tensor] = []
         for place, (stage, scale) in enumerate(zip(self._stages, self.scales.to(residual.dtype), strict=True)):
             if active.skips(place):
-                indices.append(torch.full_like(indices[0], -1))
+                indices.append(torch.full_like(mask, -1, dtype=index_dtype(self._stages[0]._bound.levels)))
                 continue
             stage_mask = active.fill(place, mask, False)
             scaled = project_rows_in(stage.project_in, residual / scale)
@@ -216,10 +235,17 @@ class ResidualFSQ(Unsaved, Projected, ResidualStack):
         """
         return torch.stack([codes.float() for codes in self._codes(indices)])
 
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """Return the output of `forward` for these indices, in float32 or the projection's dtype."""
+    def get_output_from_indices(
+        self, indices: Tensor, *, n_quantizers: int | Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """Return the output of `forward` for these indices, in float32 or the projection's dtype.
+
+        n_quantizers, start: as for `forward`: only the stages from start to n_quantizers - 1 take part.
+        """
+        chosen = self._chosen_stages(self._channels_last(indices), n_quantizers, start)
+        indices = codes_in_layout(chosen, self.is_channel_first)
         total: Tensor = sum(self._codes(indices))  # type: ignore[assignment]
-        mask = (self._channels_last(checked_indices(indices, self.codebook_size)) >= 0).any(-1)
+        mask = (checked_indices(chosen, self.codebook_size) >= 0).any(-1)
         output = project_codes_out(self.project_out, total if self.has_projections else total.float(), mask)
         return codes_in_layout(output, self.is_channel_first)
 
@@ -279,6 +305,8 @@ class GroupedResidualFSQ(Grouped):
             *,
             mask: Tensor | None = None,
             lens: Tensor | None = None,
+            n_quantizers: int | Tensor | None = None,
+            start: int = 0,
         ) -> tuple[Tensor, Tensor]: ...
         @overload
         def __call__(
@@ -289,15 +317,23 @@ class GroupedResidualFSQ(Grouped):
         def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def forward(
-        self, x: Tensor, return_all_codes: bool = False, *, mask: Tensor | None = None, lens: Tensor | None = None
+        self,
+        x: Tensor,
+        return_all_codes: bool = False,
+        *,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        n_quantizers: int | Tensor | None = None,
+        start: int = 0,
     ) -> tuple[Any, ...]:
         """Return (quantized, indices) of x, and all codes on request.
 
         Args:
             x: (B, N, dim) or (B, ..., dim); (B, dim, ...) if accept_image_fmap.
-            return_all_codes, mask, lens: as for `ResidualFSQ`.
+            return_all_codes, mask, lens, n_quantizers, start: as for `ResidualFSQ`.
 
         Returns:
             quantized as x; indices (G, B, ..., Q), or (G, B, Q, ...); codes, a tuple of G tensors (Q, B, ..., d).
         """
-        return self.quantize_groups(x, return_all_codes=return_all_codes, mask=mask, lens=lens)
+        options = {"mask": mask, "lens": lens, "n_quantizers": n_quantizers, "start": start}
+        return self.quantize_groups(x, return_all_codes=return_all_codes, **options)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from fastvq.parts.arguments import in_the_name_of
-from fastvq.parts.projection import Projected, project_codes_out, project_rows_in, projections
+from fastvq.parts.arguments import check_sizes, in_the_name_of
+from fastvq.parts.projection import Projected, project_codes_out, project_rows_in, projected_rows, projections
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout
 from fastvq.precision import at_least_float32
 
@@ -59,6 +59,7 @@ class ResidualLFQ(Projected, ResidualStack):
         for name in ("num_codebooks", "has_projections"):
             if settings.get(name, 1) not in (1, None):
                 raise ValueError(f"{name}: must be left to the stages of a residual quantizer, got {settings[name]}")
+        check_sizes(num_quantizers=num_quantizers)
         self.dim = dim
         self.channel_first = channel_first
         bits = max(codebook_size, 1).bit_length() - 1
@@ -93,6 +94,8 @@ class ResidualLFQ(Projected, ResidualStack):
             rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
             *,
             lens: Tensor | None = None,
+            n_quantizers: int | Tensor | None = None,
+            start: int = 0,
         ) -> tuple[Tensor, Tensor, Tensor]: ...
         @overload
         def __call__(
@@ -110,6 +113,8 @@ class ResidualLFQ(Projected, ResidualStack):
         rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
         *,
         lens: Tensor | None = None,
+        n_quantizers: int | Tensor | None = None,
+        start: int = 0,
     ) -> tuple[Tensor, ...]:
         """Return (quantized, indices, losses) of x, and all codes on request.
 
@@ -117,6 +122,7 @@ class ResidualLFQ(Projected, ResidualStack):
             x, mask, lens: as for `LFQ`.
             return_all_codes: also return the codes of each stage.
             rand_quantize_dropout_fixed_seed: seed of the quantize dropout; by default drawn from torch's generator.
+            n_quantizers, start: as for `ResidualVQ`.
 
         Returns:
             quantized, shaped and typed as x; indices int64 (B, ..., Q), -1 for inactive stages and excluded vectors;
@@ -128,8 +134,9 @@ class ResidualLFQ(Projected, ResidualStack):
         self._warn_of_hooks()
         layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         rows, rows_mask = rows_and_mask(layout, x, mask, lens)
-        residual = at_least_float32(self.project_in(rows))
-        active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
+        residual = at_least_float32(projected_rows(self.project_in, rows))
+        seed = rand_quantize_dropout_fixed_seed
+        active = self._active_stages(n_quantizers, start, layout, x, self.training, seed).shaped(rows_mask.shape)
         total, absent = torch.zeros_like(residual), torch.full_like(rows_mask, -1, dtype=torch.int64)
         found, losses = [], []
         for place, stage in enumerate(self._stages):
@@ -144,7 +151,7 @@ class ResidualLFQ(Projected, ResidualStack):
             residual = residual - quantized.detach()
             total = total + quantized
             found.append(indices)
-            losses.append(active.fill(place, loss, 0.0))
+            losses.append(active.of_any_row().fill(place, loss, 0.0))
         indices = torch.stack(found, -1)
         quantized = layout.from_rows(project_codes_out(self.project_out, total, (indices >= 0).any(-1)).to(x.dtype))
         if self._stages[0].keep_num_codebooks_dim:
@@ -153,13 +160,26 @@ class ResidualLFQ(Projected, ResidualStack):
         return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
 
     @torch.no_grad()
-    def encode(self, x: Tensor, mask: Tensor | None = None, *, lens: Tensor | None = None) -> Tensor:
-        """Return the indices of `forward` in eval mode, without changing any state."""
+    def encode(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lens: Tensor | None = None,
+        n_quantizers: int | Tensor | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """Return the indices of `forward` in eval mode, with the same arguments. No state changes."""
         layout = Layout.of(x, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         rows, rows_mask = rows_and_mask(layout, x, mask, lens)
-        residual, found = at_least_float32(self.project_in(rows)), []
-        for stage in self._stages:
-            codes, indices = stage.nearest_rows(project_rows_in(stage.project_in, residual), rows_mask)
+        residual, found = at_least_float32(projected_rows(self.project_in, rows)), []
+        active = self._active_stages(n_quantizers, start, layout, x).shaped(rows_mask.shape)
+        for place, stage in enumerate(self._stages):
+            stage_mask = active.fill(place, rows_mask, False)
+            if active.skips(place):
+                found.append(torch.full_like(stage_mask, -1, dtype=torch.int64))
+                continue
+            codes, indices = stage.nearest_rows(project_rows_in(stage.project_in, residual), stage_mask)
             found.append(indices.squeeze(-1))
             residual = residual - self._output_of(stage, codes, found[-1])
         indices = torch.stack(found, -1)
@@ -178,11 +198,16 @@ class ResidualLFQ(Projected, ResidualStack):
         codes += [torch.zeros_like(codes[0])] * (self.num_quantizers - len(codes))
         return torch.stack(codes)
 
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """Return the output of `forward` for these indices, in its layout and the dtype of the codes."""
+    def get_output_from_indices(
+        self, indices: Tensor, *, n_quantizers: int | Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """Return the output of `forward` for these indices, in its layout and the dtype of the codes.
+
+        n_quantizers, start: as for `forward`: only the stages from start to n_quantizers - 1 take part.
+        """
         if self._stages[0].keep_num_codebooks_dim:
             indices = indices.squeeze(-2)
-        indices = self._checked_stages(indices)
+        indices = self._checked_stages(self._chosen_stages(indices, n_quantizers, start))
         total = project_codes_out(self.project_out, self.get_codes_from_indices(indices).sum(0), (indices >= 0).any(-1))
         channel_first = total.dim() >= 4 if self.channel_first is None else self.channel_first
         return total.movedim(-1, 1) if channel_first else total
@@ -211,6 +236,8 @@ class GroupedResidualLFQ(Grouped):
             return_all_codes: Literal[False] = False,
             *,
             lens: Tensor | None = None,
+            n_quantizers: int | Tensor | None = None,
+            start: int = 0,
         ) -> tuple[Tensor, Tensor, Tensor]: ...
         @overload
         def __call__(
@@ -227,14 +254,17 @@ class GroupedResidualLFQ(Grouped):
         return_all_codes: bool = False,
         *,
         lens: Tensor | None = None,
+        n_quantizers: int | Tensor | None = None,
+        start: int = 0,
     ) -> tuple[Any, ...]:
         """Return (quantized, indices, losses) of x, and all codes on request.
 
         Args:
             x: (B, N, dim), or (B, dim, ...) if accept_image_fmap.
-            mask, lens, return_all_codes: as for `ResidualLFQ`.
+            mask, lens, return_all_codes, n_quantizers, start: as for `ResidualLFQ`.
 
         Returns:
             quantized as x; indices (G, B, ..., Q); losses (G, Q); codes, a tuple of G tensors (Q, B, ..., D).
         """
-        return self.quantize_groups(x, mask=mask, lens=lens, return_all_codes=return_all_codes)
+        options = {"mask": mask, "lens": lens, "n_quantizers": n_quantizers, "start": start}
+        return self.quantize_groups(x, return_all_codes=return_all_codes, **options)

@@ -91,6 +91,8 @@ class ResidualSimVQ(ResidualStack):
             *,
             mask: Tensor | None = None,
             lens: Tensor | None = None,
+            n_quantizers: int | Tensor | None = None,
+            start: int = 0,
         ) -> tuple[Tensor, Tensor, Tensor]: ...
         @overload
         def __call__(
@@ -108,6 +110,8 @@ class ResidualSimVQ(ResidualStack):
         *,
         mask: Tensor | None = None,
         lens: Tensor | None = None,
+        n_quantizers: int | Tensor | None = None,
+        start: int = 0,
     ) -> tuple[Tensor, ...]:
         """Return (quantized, indices, losses) of x, and all codes on request.
 
@@ -116,6 +120,7 @@ class ResidualSimVQ(ResidualStack):
             return_all_codes: also return the codes of each stage.
             rand_quantize_dropout_fixed_seed: seed of the quantize dropout; by default drawn from torch's generator.
             mask, lens: as for `SimVQ`.
+            n_quantizers, start: as for `ResidualVQ`.
 
         Returns:
             quantized, shaped and typed as x; indices int64 (B, ..., Q), -1 for inactive stages and excluded vectors;
@@ -126,7 +131,9 @@ class ResidualSimVQ(ResidualStack):
         """
         layout = Layout.of(x, self.codebook_dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         self._warn_of_hooks()
-        active = self._dropout.draw(self.training, x, rand_quantize_dropout_fixed_seed)
+        seed = rand_quantize_dropout_fixed_seed
+        active = self._active_stages(n_quantizers, start, layout, x, self.training, seed)
+        active = active.shaped((layout.batch, layout.rows))
         residual = at_least_float32(layout.to_rows(x))
         total = torch.zeros_like(residual)
         rows_mask = layout.rows_mask(mask, lens)
@@ -134,7 +141,7 @@ class ResidualSimVQ(ResidualStack):
         stage_losses: list[Tensor] = []
         for place, stage in enumerate(self._stages):
             if active.skips(place):
-                break
+                continue
             codebooks.append(stage.codebook)
             quantized, indices, loss = stage.quantize_rows(
                 residual, codebooks[-1], active.row_mask(place, rows_mask, residual)
@@ -143,22 +150,36 @@ class ResidualSimVQ(ResidualStack):
             total = total + quantized
             found.append(indices)
             stage_losses.append(loss)
-        dropped = self.num_quantizers - len(found)
-        indices = layout.indices(nn.functional.pad(torch.stack(found, -1), (0, dropped), value=-1))
-        losses = nn.functional.pad(torch.stack(stage_losses), (0, dropped))
+        around = (start, self.num_quantizers - start - len(found))
+        indices = layout.indices(nn.functional.pad(torch.stack(found, -1), around, value=-1))
+        losses = nn.functional.pad(torch.stack(stage_losses), around)
         result = tie_parameters(self, (layout.from_rows(total.to(x.dtype)), indices, losses))
-        return (*result, self._codes(codebooks, indices)) if return_all_codes else result
+        if not return_all_codes:
+            return result
+        return (*result, self._codes([stage.codebook for stage in self._stages[:start]] + codebooks, indices))
 
     @torch.no_grad()
-    def encode(self, x: Tensor, *, mask: Tensor | None = None, lens: Tensor | None = None) -> Tensor:
-        """Return the indices of `forward` in eval mode, without changing any state."""
+    def encode(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        n_quantizers: int | Tensor | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """Return the indices of `forward` in eval mode, with the same arguments. No state changes."""
         layout = Layout.of(x, self.codebook_dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         rows_mask = layout.rows_mask(mask, lens)
+        active = self._active_stages(n_quantizers, start, layout, x)
         flat_mask = None if rows_mask is None else rows_mask.flatten()
         residual, found = at_least_float32(layout.to_rows(x)).flatten(0, 1), []
-        for stage in self._stages:
+        for place, stage in enumerate(self._stages):
+            if active.skips(place):
+                found.append(torch.full(residual.shape[:1], -1, device=x.device))
+                continue
             codebook = stage.codebook
-            found.append(search(residual, codebook, mask=flat_mask))
+            found.append(search(residual, codebook, mask=active.row_mask(place, flat_mask, residual)))
             check_some_code("codebook", found[-1], codebook)
             residual = residual - lookup(codebook, found[-1])
         return layout.indices(torch.stack(found, -1).view(layout.batch, layout.rows, self.num_quantizers))
@@ -177,9 +198,14 @@ class ResidualSimVQ(ResidualStack):
         given = indices.shape[-1]
         return self._codes([stage.codebook for stage in self._stages[:given]], indices)
 
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """Return the output of `forward` for these indices, in the dtype of the codes."""
-        return self.get_codes_from_indices(indices).sum(0)
+    def get_output_from_indices(
+        self, indices: Tensor, *, n_quantizers: int | Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """Return the output of `forward` for these indices, in the dtype of the codes.
+
+        n_quantizers, start: as for `forward`: only the stages from start to n_quantizers - 1 take part.
+        """
+        return self.get_codes_from_indices(self._chosen_stages(indices, n_quantizers, start)).sum(0)
 
     def _codes(self, codebooks: list[Tensor], indices: Tensor) -> Tensor:
         """Return the codes of all stages, zeros for stages without an entry in `codebooks`."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastvq.codebook import Codebook, learn_together
-from fastvq.codebook.fit import Fitted, Passes, passes
+from fastvq.codebook.fit import Fitted, Passes, passes, refuse_frozen
 from fastvq.codebook.health import observe_stages_
 from fastvq.codebook.recompute import History
 from fastvq.distributed import may_be_recomputed, tie_parameters
@@ -28,6 +28,7 @@ from fastvq.parts.projection import (
     Projected,
     parameter_dtype,
     project_codes_out,
+    projected_rows,
     projections,
 )
 from fastvq.parts.shapes import Layout, codes_in_layout, layout_of
@@ -122,6 +123,8 @@ class ResidualVQ(Projected, ResidualStack):
         super().__init__()
         if num_quantizers is None and not isinstance(codebook_size, tuple):
             raise ValueError("num_quantizers: must be given where codebook_size is one number")
+        if num_quantizers is not None:
+            check_sizes(num_quantizers=num_quantizers)
         sizes = codebook_size if isinstance(codebook_size, tuple) else (codebook_size,) * (num_quantizers or 0)
         if num_quantizers is not None and num_quantizers != len(sizes):
             raise ValueError(f"num_quantizers: must be the number of stages, {len(sizes)}, got {num_quantizers}")
@@ -140,8 +143,8 @@ class ResidualVQ(Projected, ResidualStack):
         if eval_beam_size is not None and beam_size is None:
             raise ValueError("beam_size: must be given beside eval_beam_size")
         for name, beams in (("beam_size", beam_size), ("eval_beam_size", eval_beam_size)):
-            if beams is not None and beams < 1:
-                raise ValueError(f"{name}: must be at least 1, got {beams}")
+            if beams is not None:
+                check_sizes(**{name: beams})
         weights = (1.0,) * len(sizes) if beam_score_quantizer_weights is None else tuple(beam_score_quantizer_weights)
         if len(weights) != len(sizes):
             raise ValueError(f"beam_score_quantizer_weights: must be {len(sizes)} numbers, got {weights}")
@@ -311,7 +314,8 @@ class ResidualVQ(Projected, ResidualStack):
             accum_ema_update: keep this batch's statistics for the next learning step, or for `commit_ema_update`.
             n_quantizers: number of leading stages that take part, in training instead of a random one: for all items
                 of the batch, or int (B,) with one for each; all stages by default. Not beside `indices`.
-            start: the first stage that takes part, for x that the stages before have left as residual.
+            start: the first stage that takes part, for x that the stages before have left as residual; less than each
+                number.
             codes_gradient: return the codes as the stages put them out, from before the update, with the gradient of
                 their estimators: for losses on the first stages, such as distillation.
 
@@ -349,8 +353,8 @@ class ResidualVQ(Projected, ResidualStack):
             indices = self._stages_last(indices)
         if indices is not None and indices.shape[-1:] != (self.num_quantizers,):
             raise ValueError(f"indices: must have shape (..., Q={self.num_quantizers}), got {tuple(indices.shape)}")
-        if beam_size is not None and not beam_size >= 1:
-            raise ValueError(f"beam_size: must be at least 1, got {beam_size}")
+        if beam_size is not None:
+            check_sizes(beam_size=beam_size)
         targets = None if indices is None else layout.indices_to_rows(indices).flatten(0, 1)[None]
         if targets is not None and (n_quantizers is not None or start):
             name, empty = ("start", "0") if n_quantizers is None else ("n_quantizers", "None")
@@ -427,25 +431,15 @@ class ResidualVQ(Projected, ResidualStack):
         start: int,
         layout: Layout,
         x: Tensor,
-        drops: bool,
+        drops: bool = False,
         seed: int | Tensor | None = None,
     ) -> ActiveStages:
-        """Return the stages of the arguments `n_quantizers` and `start`, or with `drops` a random number of them.
+        self._check_start(start)
+        return super()._active_stages(n_quantizers, start, layout, x, drops, seed)
 
-        Raises:
-            ValueError, TypeError: a number is out of range, or no integer.
-        """
-        if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < self.num_quantizers:
-            raise ValueError(f"start: must be an integer in [0, {self.num_quantizers}), got {start!r}")
+    def _check_start(self, start: int) -> None:
         if start and self.implicit_neural_codebook:
             raise ValueError(f"start: must be 0 where codes depend on those of earlier stages, got {start}")
-        if n_quantizers is None:
-            dropout = self._dropout._replace(cutoff_index=max(start, self.quantize_dropout_cutoff_index))
-            return dropout.draw(drops, x, seed, items=layout.batch, rows=layout.rows)._replace(start=start)
-        active = self._leading(n_quantizers, layout, x.device)._replace(start=start)
-        if isinstance(active.number, int) and active.number <= start:
-            raise ValueError(f"n_quantizers: must be greater than start={start}, got {n_quantizers}")
-        return active
 
     def _is_plain(self, stages: list[VectorQuantize], learning: bool) -> bool:
         """Return whether `_forward_plain` can replace the general forward pass, by the settings and state of now."""
@@ -799,7 +793,7 @@ class ResidualVQ(Projected, ResidualStack):
         rows_mask = layout.rows_mask(mask, lens)
         flat_mask = None if rows_mask is None else rows_mask.reshape(1, -1)
         projected = self._project_in(layout.to_rows(x)).detach()
-        active = self._active_stages(n_quantizers, start, layout, x, drops=False)
+        active = self._active_stages(n_quantizers, start, layout, x)
         found = self._beam_search(projected, flat_mask, self.eval_beam_size, active, 0.0)
         if found is None:
             found = self._greedy_search(projected, flat_mask, active)
@@ -827,25 +821,17 @@ class ResidualVQ(Projected, ResidualStack):
         """
         return self._codes(self._checked_stages(self._stages_last(indices)))
 
-    def get_output_from_indices(self, indices: Tensor, *, n_quantizers: int | None = None, start: int = 0) -> Tensor:
+    def get_output_from_indices(
+        self, indices: Tensor, *, n_quantizers: int | Tensor | None = None, start: int = 0
+    ) -> Tensor:
         """Return the quantized output of `forward` for these indices, in its layout.
 
         Args:
             indices: as `forward` returns them, or those of the first stages alone.
-            n_quantizers, start: only the stages from start to n_quantizers - 1 take part; all by default.
+            n_quantizers, start: as for `forward`: only the stages from start to n_quantizers - 1 take part.
         """
-        indices = self._stages_last(indices)
-        if n_quantizers is not None or start:
-            end = indices.shape[-1] if n_quantizers is None else n_quantizers
-            if isinstance(end, bool) or not isinstance(end, int):
-                raise TypeError(f"n_quantizers: must be an integer, got {n_quantizers!r}")
-            if not 0 <= start < end <= indices.shape[-1]:
-                raise ValueError(
-                    f"start, n_quantizers: must be a stage and the end of a range of the {indices.shape[-1]} stages of"
-                    f" the indices, got {start} and {n_quantizers}"
-                )
-            absent = torch.full_like(indices, -1) if start else indices
-            indices = torch.cat([absent[..., :start], indices[..., start:end]], -1)
+        self._check_start(start)
+        indices = self._chosen_stages(self._stages_last(indices), n_quantizers, start)
         total = self._sum_of_codes(indices)
         if total is None:
             indices = self._checked_stages(indices)
@@ -922,11 +908,12 @@ class ResidualVQ(Projected, ResidualStack):
         errors are those of `VectorQuantize.fit`; the result has one for each stage.
 
         Raises:
-            ValueError: the stages share their codebook, or their codes are computed from others.
+            ValueError: a stage is frozen, the stages share their codebook, or their codes are computed from others.
         """
         for name in ("shared_codebook", "implicit_neural_codebook"):
             if getattr(self, name):
                 raise ValueError(f"{name}: must be False to fit the stages one by one")
+        refuse_frozen(self._stages)
         start = passes(batches, inputs)
         device = self._stages[0]._codebook.embed_avg.device
 
@@ -977,7 +964,7 @@ class ResidualVQ(Projected, ResidualStack):
         if not self.has_projections:
             return rows.reshape(1, rows.shape[0] * rows.shape[1], rows.shape[2])
         rows, mask = exclude_non_finite(rows, mask)
-        projected = self.project_in(rows)
+        projected = projected_rows(self.project_in, rows)
         if projected.dtype in (torch.float16, torch.bfloat16):
             projected = projected.float()  # no rounding between the projections
         return nan_fill(projected, mask).flatten(0, 1)[None]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.health import Health, Monitored
@@ -35,7 +36,11 @@ class Sequential(Monitored, nn.Module):
     @property
     def quantizer(self) -> Any:
         """The quantizer among the modules."""
-        return next(fn for fn in self.fns if isinstance(fn, QUANTIZE_KLASSES))
+        return self.fns[self._place]
+
+    @property
+    def _place(self) -> int:
+        return next(place for place, fn in enumerate(self.fns) if isinstance(fn, QUANTIZE_KLASSES))
 
     @property
     def _health(self) -> Health:  # type: ignore[override]
@@ -61,20 +66,58 @@ class Sequential(Monitored, nn.Module):
     def freeze_codebook(self, frozen: bool) -> None:
         self.quantizer.freeze_codebook = frozen
 
+    @property
+    def decay(self) -> Any:
+        """The quantizer's own attribute; assignment sets it there."""
+        return self.quantizer.decay
+
+    @decay.setter
+    def decay(self, decay: Any) -> None:
+        self.quantizer.decay = decay
+
+    def resize_(self, codebook_size: int) -> None:
+        """Call `resize_` of the quantizer, if it has a codebook."""
+        self.quantizer.resize_(codebook_size)
+
+    @torch.no_grad()
+    def fit(
+        self, batches: Iterable[Any], *, inputs: Callable[[Any], Tensor] | None = None, iterations: int = 10
+    ) -> Any:
+        """Call `fit` of the quantizer, if it has a codebook, with what the modules before it make of the batches."""
+
+        def before(batch: Any) -> Tensor:
+            return self._before(batch if inputs is None else inputs(batch))
+
+        return self.quantizer.fit(batches, inputs=before, iterations=iterations)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, **options: Any) -> Any:
+        """Return what `encode` of the quantizer does, of the modules' results before it. `options` are its own."""
+        return self.quantizer.encode(self._before(x), **options)
+
+    def get_output_from_indices(self, indices: Any, **options: Any) -> Any:
+        """Return the last module's result for indices of the quantizer. `options` are the quantizer's."""
+        return self._after(self.quantizer.get_output_from_indices(indices, **options))
+
+    def _before(self, x: Any) -> Any:
+        for fn in self.fns[: self._place]:
+            x = fn(x)
+        return x
+
+    def _after(self, x: Any) -> Any:
+        for fn in self.fns[self._place + 1 :]:
+            x = fn(x)
+        return x
+
     def reinitialize_(self) -> None:
         """Call `reinitialize_` of the quantizer, if it has a codebook."""
         self.quantizer.reinitialize_()
 
     def forward(self, x: Tensor, **options: Any) -> tuple[Any, ...]:
         """Return (the last module's result, the quantizer's other results ...) of x. `options` are the quantizer's."""
-        others: list[Any] = []
-        for fn in self.fns:
-            if isinstance(fn, QUANTIZE_KLASSES):
-                result = fn(x, **options)
-                x, *others = result if isinstance(result, tuple) else (result,)
-            else:
-                x = fn(x)
-        return (x, *others)
+        result = self.quantizer(self._before(x), **options)
+        first, *others = result if isinstance(result, tuple) else (result,)
+        return (self._after(first), *others)
 
     if TYPE_CHECKING:
         __call__ = forward

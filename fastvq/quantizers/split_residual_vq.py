@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
-from fastvq.codebook.fit import Fitted
+from fastvq.codebook.fit import Fitted, refuse_frozen
 from fastvq.codebook.health import Monitored
-from fastvq.parts.arguments import in_the_name_of
+from fastvq.distributed import tie_parameters
+from fastvq.parts.arguments import check_sizes, in_the_name_of
+from fastvq.parts.dropout import ActiveStages
 
 from .residual_vq import ResidualVQ
+
+
+class Share(NamedTuple):
+    """Arguments of one of the two quantizers, those of both in a call."""
+
+    n_quantizers: int | Tensor | None
+    start: int
 
 
 class SplitResidualVQ(Monitored, nn.Module):
@@ -51,6 +60,9 @@ class SplitResidualVQ(Monitored, nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
+        check_sizes(num_quantizers=num_quantizers, num_semantic=num_semantic)
+        if not settings.get("return_zeros_for_masked_padding", True):
+            raise ValueError("return_zeros_for_masked_padding: must be True, as the outputs of both stacks are added")
         if not 1 <= num_semantic < num_quantizers:
             raise ValueError(
                 f"num_semantic: must lie in [1, {num_quantizers}), as num_quantizers counts both, got {num_semantic}"
@@ -61,6 +73,7 @@ class SplitResidualVQ(Monitored, nn.Module):
             self.semantic = ResidualVQ(num_quantizers=num_semantic, **sizes, **kept)  # type: ignore[arg-type]
             acoustic = num_quantizers - num_semantic
             self.acoustic = ResidualVQ(num_quantizers=acoustic, **sizes, **settings)  # type: ignore[arg-type]
+        self.acoustic.least_stages = 0  # an item may have semantic stages alone
         self.dim, self.codebook_size = dim, codebook_size
         self.num_quantizers, self.num_semantic = num_quantizers, num_semantic
 
@@ -96,38 +109,77 @@ class SplitResidualVQ(Monitored, nn.Module):
         """The codes (K, D) of each stage."""
         return (*self.semantic.codebooks, *self.acoustic.codebooks)
 
+    if TYPE_CHECKING:  # nn.Module declares that calls return Any
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            mask: Tensor | None = None,
+            *,
+            return_all_codes: Literal[False] = False,
+            lens: Tensor | None = None,
+            n_quantizers: int | Tensor | None = None,
+            start: int = 0,
+            freeze_codebook: bool | None = None,
+            accum_ema_update: bool = False,
+            codes_gradient: bool = False,
+        ) -> tuple[Tensor, Tensor, Tensor]: ...
+        @overload
+        def __call__(
+            self, x: Tensor, mask: Tensor | None = None, *, return_all_codes: Literal[True], **options: Any
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+        @overload
+        def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, ...]: ...
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
+
     def forward(
         self,
         x: Tensor,
         mask: Tensor | None = None,
         *,
+        return_all_codes: bool = False,
         lens: Tensor | None = None,
-        n_quantizers: int | None = None,
+        n_quantizers: int | Tensor | None = None,
+        start: int = 0,
         freeze_codebook: bool | None = None,
         accum_ema_update: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (quantized, indices, losses) of x.
+        codes_gradient: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Return (quantized, indices, losses) of x, and all codes on request.
 
         Args:
             x, mask, lens: as for `ResidualVQ`.
-            n_quantizers: number of stages that take part, the semantic ones first; more than num_semantic.
-            freeze_codebook, accum_ema_update: as for `ResidualVQ`, of both.
+            n_quantizers: number of stages that take part, the semantic ones first: for all items of the batch, or int
+                (B,) with one for each.
+            start: the first stage that takes part: 0, or one of the acoustic stages, num_semantic or later, for x that
+                the acoustic stages before have left as residual.
+            return_all_codes, codes_gradient, freeze_codebook, accum_ema_update: as for `ResidualVQ`, of both.
 
         Returns:
-            quantized, shaped and typed as x; indices and losses of all stages, the semantic ones first.
+            quantized, shaped and typed as x; indices and losses of all stages, the semantic ones first, -1 and zero for
+            inactive stages; codes (Q, B, N, D).
 
         Raises:
             ValueError, TypeError: an invalid argument, by name.
         """
-        number = self._acoustic_number(n_quantizers)
-        options: dict[str, Any] = {"freeze_codebook": freeze_codebook, "accum_ema_update": accum_ema_update}
-        first = self.semantic(x, mask, lens=lens, **options)
-        second = self.acoustic(x, mask, lens=lens, n_quantizers=number, **options)
-        indices = torch.cat([first[1], second[1]], self.semantic.stage_axis)
-        return first[0] + second[0], indices, torch.cat([first[2], second[2]])
-
-    if TYPE_CHECKING:
-        __call__ = forward
+        if codes_gradient and not return_all_codes:
+            raise ValueError("codes_gradient: must be False without return_all_codes")
+        options: dict[str, Any] = {
+            "lens": lens,
+            "return_all_codes": return_all_codes,
+            "freeze_codebook": freeze_codebook,
+            "accum_ema_update": accum_ema_update,
+            "codes_gradient": codes_gradient,
+        }
+        first, second = self._shares(n_quantizers, start, len(x))
+        semantic = (None,) * 4 if first is None else self.semantic(x, mask, **first._asdict(), **options)
+        acoustic = (None,) * 4 if second is None else self.acoustic(x, mask, **second._asdict(), **options)
+        quantized = [part[0] for part in (semantic, acoustic) if part[0] is not None]
+        total = quantized[0] if len(quantized) == 1 else quantized[0] + quantized[1]
+        indices = self._all_stages(semantic[1], acoustic[1], self.semantic.stage_axis, -1)
+        others = [self._all_stages(*parts, 0, 0) for parts in zip(semantic[2:], acoustic[2:], strict=False)]
+        return tie_parameters(self, (total, indices, *others))
 
     def encode(
         self,
@@ -135,36 +187,92 @@ class SplitResidualVQ(Monitored, nn.Module):
         mask: Tensor | None = None,
         *,
         lens: Tensor | None = None,
-        n_quantizers: int | None = None,
+        n_quantizers: int | Tensor | None = None,
+        start: int = 0,
     ) -> Tensor:
         """Return the indices of `forward` in eval mode, with the same arguments. No state changes."""
-        number = self._acoustic_number(n_quantizers)
-        first = self.semantic.encode(x, mask, lens=lens)
-        second = self.acoustic.encode(x, mask, lens=lens, n_quantizers=number)
-        return torch.cat([first, second], self.semantic.stage_axis)
+        first, second = self._shares(n_quantizers, start, len(x))
+        semantic = None if first is None else self.semantic.encode(x, mask, lens=lens, **first._asdict())
+        acoustic = None if second is None else self.acoustic.encode(x, mask, lens=lens, **second._asdict())
+        return self._all_stages(semantic, acoustic, self.semantic.stage_axis, -1)
 
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """Return the quantized output of `forward` for these indices, or for those of the first stages alone."""
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """Return the codes (Q, ..., D) of indices, zeros for -1. Indices of the first stages alone suffice."""
+        first, rest = self._split(indices)
+        acoustic = None if rest is None else self.acoustic.get_codes_from_indices(rest)
+        return self._all_stages(self.semantic.get_codes_from_indices(first), acoustic, 0, 0)
+
+    def get_output_from_indices(
+        self, indices: Tensor, *, n_quantizers: int | Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """Return the quantized output of `forward` for these indices, or for those of the first stages alone.
+
+        n_quantizers, start: as for `forward`: only the stages from start to n_quantizers - 1 take part.
+        """
+        stack = self.semantic
+        chosen = stack._chosen_stages(stack._stages_last(indices), n_quantizers, start)
+        first, rest = self._split(stack._stages_out(chosen))
+        total = stack.get_output_from_indices(first)
+        return total if rest is None else total + self.acoustic.get_output_from_indices(rest)
+
+    def _shares(self, n_quantizers: int | Tensor | None, start: int, items: int) -> tuple[Share | None, Share | None]:
+        """Return the arguments of the semantic and of the acoustic quantizer, None for one that takes no part."""
+        number = ActiveStages.of_call(n_quantizers, start, items=items, stages=self.num_quantizers).number
+        first = self.num_semantic
+        if 0 < start < first:
+            raise ValueError(
+                f"start: must be 0 or at least num_semantic={first}: acoustic stages don't quantize what semantic ones"
+                f" leave, got {start}"
+            )
+        later = max(0, start - first)
+        if n_quantizers is None:
+            return None if start else Share(None, 0), Share(None, later)
+        if isinstance(number, Tensor):
+            semantic, acoustic = Share(number.clamp_max(first), 0), Share((number - first).clamp_min(0), later)
+            return None if start else semantic, acoustic
+        semantic, acoustic = Share(min(number, first), 0), Share(number - first, later)
+        return None if start else semantic, acoustic if number > first else None
+
+    def _all_stages(self, semantic: Tensor | None, acoustic: Tensor | None, axis: int, fill: float) -> Tensor:
+        """Concatenate results of both along the axis of the stages, of which `fill` stands for a missing one."""
+        if semantic is None:
+            assert acoustic is not None
+            semantic = self._absent(self.semantic, acoustic, axis, fill)
+        if acoustic is None:
+            acoustic = self._absent(self.acoustic, semantic, axis, fill)
+        return torch.cat([semantic, acoustic], axis)
+
+    @staticmethod
+    def _absent(quantizer: ResidualVQ, like: Tensor, axis: int, fill: float) -> Tensor:
+        shape = list(like.shape)
+        shape[axis] = quantizer.num_quantizers
+        return like.new_full(shape, fill)
+
+    def _split(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the indices of the semantic stages, and those of the acoustic ones, None if there are none."""
         axis = self.semantic.stage_axis
         given = indices.shape[axis]
         if not 1 <= given <= self.num_quantizers:
             raise ValueError(f"indices: must have 1 to {self.num_quantizers} stages, got {given}")
-        first = indices.narrow(axis, 0, min(given, self.num_semantic))
-        total = self.semantic.get_output_from_indices(first)
-        if given > self.num_semantic:
-            rest = indices.narrow(axis, self.num_semantic, given - self.num_semantic)
-            total = total + self.acoustic.get_output_from_indices(rest)
-        return total
+        first, rest = indices.tensor_split([self.num_semantic], axis)
+        return first, rest if given > self.num_semantic else None
 
     def reinitialize_(self) -> None:
         """Call `ResidualVQ.reinitialize_` of both."""
         self.semantic.reinitialize_()
         self.acoustic.reinitialize_()
 
+    def resize_(self, codebook_size: int) -> None:
+        """Call `ResidualVQ.resize_` of both."""
+        self.semantic.resize_(codebook_size)
+        self.acoustic.resize_(codebook_size)
+        self.codebook_size = codebook_size
+
     def fit(
         self, batches: Iterable[Any], *, inputs: Callable[[Any], Tensor] | None = None, iterations: int = 10
     ) -> list[Fitted]:
         """Call `ResidualVQ.fit` of both; the result has one for each stage."""
+        refuse_frozen([*self.semantic._stages, *self.acoustic._stages])
         return [
             *self.semantic.fit(batches, inputs=inputs, iterations=iterations),
             *self.acoustic.fit(batches, inputs=inputs, iterations=iterations),
@@ -174,13 +282,3 @@ class SplitResidualVQ(Monitored, nn.Module):
         """Call `ResidualVQ.commit_ema_update` of both."""
         self.semantic.commit_ema_update()
         self.acoustic.commit_ema_update()
-
-    def _acoustic_number(self, n_quantizers: int | None) -> int | None:
-        if n_quantizers is None:
-            return None
-        if isinstance(n_quantizers, bool) or not isinstance(n_quantizers, int):
-            raise TypeError(f"n_quantizers: must be an integer, got {n_quantizers!r}")
-        if not self.num_semantic < n_quantizers <= self.num_quantizers:
-            least = self.num_semantic + 1
-            raise ValueError(f"n_quantizers: must lie in [{least}, {self.num_quantizers}], got {n_quantizers}")
-        return n_quantizers - self.num_semantic

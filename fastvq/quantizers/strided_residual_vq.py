@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastvq.distributed import tie_parameters
-from fastvq.parts.arguments import check_sizes, in_the_name_of
+from fastvq.parts.arguments import check_sizes
+from fastvq.parts.dropout import ActiveStages
 from fastvq.parts.indices import checked_indices
-from fastvq.parts.masking import exclude_non_finite
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
-from fastvq.precision import at_least_float32
 
-from .factorized_residual_vq import FactorizedResidualVQ
+from .factorized_stack import FactorizedStack
 
 
-class StridedResidualVQ(FactorizedResidualVQ):
+class StridedResidualVQ(FactorizedStack):
     """Residual quantizer of sequences whose stages have strides in time: that of SNAC.
 
         r_0 = x,   q_s = repeat_s(FactorizedVQ_s(mean_s(r_s))),   r_{s+1} = r_s - q_s,   quantized = sum_s q_s
@@ -32,7 +31,7 @@ class StridedResidualVQ(FactorizedResidualVQ):
         dim, codebook_size, codebook_dim: as for `FactorizedResidualVQ`.
         strides: of each stage. The length of a sequence must be a multiple of each.
         channel_first: sequences are (B, dim, T), else (B, T, dim).
-        settings: the other arguments of `FactorizedResidualVQ`, without num_quantizers and stage_axis.
+        quantize_dropout, commitment_weight, codebook_weight: as for `FactorizedResidualVQ`.
 
     State, Raises, Numerics: as for `FactorizedResidualVQ`.
 
@@ -47,55 +46,66 @@ class StridedResidualVQ(FactorizedResidualVQ):
         codebook_dim: int | Sequence[int] = 8,
         *,
         channel_first: bool = False,
-        **settings: Any,
+        quantize_dropout: bool = False,
+        commitment_weight: float = 0.25,
+        codebook_weight: float = 1.0,
     ) -> None:
         if not isinstance(strides, Sequence) or not strides:
             raise ValueError(f"strides: must be a sequence with a number for each stage, got {strides!r}")
         for stride in strides:
             check_sizes(strides=stride)
-        for name in ("num_quantizers", "stage_axis"):
-            if name in settings:
-                raise TypeError(f"{name}: is not an argument of StridedResidualVQ, which has one stage for each stride")
-        with in_the_name_of(self):
-            super().__init__(dim, codebook_size, len(strides), codebook_dim, channel_first=channel_first, **settings)
-        self.strides = tuple(strides)
+        super().__init__(
+            dim,
+            codebook_size,
+            strides,
+            codebook_dim,
+            channel_first=channel_first,
+            quantize_dropout=quantize_dropout,
+            commitment_weight=commitment_weight,
+            codebook_weight=codebook_weight,
+        )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: Tensor,
         *,
         mask: Tensor | None = None,
         lens: Tensor | None = None,
         n_quantizers: int | Tensor | None = None,
+        start: int = 0,
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Return (quantized, indices, losses) of x, as `FactorizedResidualVQ` does, for sequences alone.
 
         The indices are a tuple of int64 (B, T / stride), one for each stage.
         """
         layout = self._sequences(x)
-        quantized, indices, losses = self._quantize(x, layout, layout.rows_mask(mask, lens), n_quantizers)
+        quantized, indices, losses = self._quantize(x, layout, layout.rows_mask(mask, lens), n_quantizers, start)
         return tie_parameters(self, (layout.from_rows(quantized.to(x.dtype)), tuple(indices), losses))
 
     if TYPE_CHECKING:
-        __call__ = forward  # type: ignore[assignment]
+        __call__ = forward
 
     @torch.no_grad()
-    def encode(  # type: ignore[override]
+    def encode(
         self,
         x: Tensor,
         *,
         mask: Tensor | None = None,
         lens: Tensor | None = None,
         n_quantizers: int | Tensor | None = None,
+        start: int = 0,
     ) -> tuple[Tensor, ...]:
         """Return the indices of `forward` in eval mode, with the same arguments. No state changes."""
         layout = self._sequences(x)
-        rows, rows_mask = exclude_non_finite(layout.to_rows(x), layout.rows_mask(mask, lens))
-        active = self._active(n_quantizers, layout, x, training=False)
-        return tuple(one.indices for one in self._search(at_least_float32(rows), rows_mask, active)[1])
+        return tuple(self._indices(x, layout, layout.rows_mask(mask, lens), n_quantizers, start))
 
-    def get_output_from_indices(self, indices: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
-        """Return the quantized output of `forward`, without a mask, for (B, T / stride) of each stage, or the first."""
+    def get_output_from_indices(
+        self, indices: Sequence[Tensor], *, n_quantizers: int | Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """Return the quantized output of `forward`, without a mask, for (B, T / stride) of each stage, or the first.
+
+        n_quantizers, start: as for `forward`: only the stages from start to n_quantizers - 1 take part.
+        """
         given = list(indices)
         if not 1 <= len(given) <= self.num_quantizers:
             raise ValueError(f"indices: must be of 1 to {self.num_quantizers} stages, got {len(given)}")
@@ -107,6 +117,10 @@ class StridedResidualVQ(FactorizedResidualVQ):
         lengths = {one.shape[1] * stride for one, stride in zip(given, self.strides, strict=False)}
         if len(lengths) != 1:
             raise ValueError(f"indices: must be of sequences of one length, got lengths {sorted(lengths)}")
+        active = ActiveStages.of_call(n_quantizers, start, items=len(given[0]), stages=len(given))
+        if isinstance(active.number, Tensor):
+            active = active._replace(number=active.number.to(given[0].device)[:, None])
+        given = [active.fill(place, one, -1) for place, one in enumerate(given)]
         return codes_in_layout(self._decode(given), self.channel_first)
 
     def _sequences(self, x: Tensor) -> Layout:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastvq.codebook import Codebook, Replacement, learn_together
-from fastvq.codebook.fit import Fitted, fit_, passes
+from fastvq.codebook.fit import Fitted, fit_, passes, refuse_frozen
 from fastvq.codebook.health import Health, Monitored
 from fastvq.codebook.in_place import InPlaceStep
 from fastvq.codebook.recompute import History
@@ -19,12 +19,13 @@ from fastvq.codebook.storage import refuse_sharded
 from fastvq.distributed import may_be_recomputed, recomputing, tie_parameters
 from fastvq.functional.quantize import check_some_code, lookup, quantize, unit_norm, weighted
 from fastvq.ops import search
-from fastvq.parts.arguments import check_fractions, check_not_negative, check_sizes
+from fastvq.parts.arguments import check_fractions, check_not_negative, check_positive, check_sizes
+from fastvq.parts.bridge import VQBridge
 from fastvq.parts.gradients import Estimator
 from fastvq.parts.indices import checked_indices
 from fastvq.parts.losses import orthogonality, used_codes
 from fastvq.parts.masking import exclude_non_finite, nan_fill
-from fastvq.parts.projection import Projected, project_codes_out, projections
+from fastvq.parts.projection import Projected, project_codes_out, projected_rows, projections
 from fastvq.parts.shapes import Heads, Layout, codes_in_layout, layout_of
 from fastvq.parts.tables import PerRow, Shared, Table
 from fastvq.precision import full_precision
@@ -203,12 +204,19 @@ class VectorQuantize(Projected, Monitored, nn.Module):
             affine_param_batch_decay=affine_param_batch_decay,
             affine_param_codebook_decay=affine_param_codebook_decay,
         )
-        if not codebook_diversity_temperature > 0:
-            raise ValueError(f"codebook_diversity_temperature: must be positive, got {codebook_diversity_temperature}")
+        check_positive(codebook_diversity_temperature=codebook_diversity_temperature)
         if orthogonal_reg_max_codes is not None:
             check_sizes(orthogonal_reg_max_codes=orthogonal_reg_max_codes)
         if not isinstance(replacement, Replacement | None):
             raise ValueError(f"replacement: must be a fastvq.Replacement, got {replacement!r}")
+        if isinstance(vq_bridge, VQBridge) and (vq_bridge.codebook_size, vq_bridge.dim) != (
+            codebook_size,
+            codebook_dim,
+        ):
+            raise ValueError(
+                f"vq_bridge: must be for codebook_size={codebook_size} and dim={codebook_dim}, got one for"
+                f" {vq_bridge.codebook_size} and {vq_bridge.dim}"
+            )
         if replacement is not None and threshold_ema_dead_code:
             raise ValueError("replacement, threshold_ema_dead_code: only one of them may be given")
         replacement = Replacement(threshold_ema_dead_code) if replacement is None else replacement
@@ -536,7 +544,7 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         if not (self.has_projections or self.use_cosine_sim or self.heads > 1):
             return self._heads.split(rows)
         rows, mask = exclude_non_finite(rows, mask)
-        split = self._heads.split(self.project_in(rows))
+        split = self._heads.split(projected_rows(self.project_in, rows))
         split = unit_norm(split.float()) if self.use_cosine_sim else split
         split_mask = self._heads.split_mask(mask)
         assert split_mask is not None
@@ -754,10 +762,11 @@ class VectorQuantize(Projected, Monitored, nn.Module):
             errors (iterations,), the mean squared error per element in each round; and the number of vectors.
 
         Raises:
-            ValueError: the codes are computed from others (affine_param, vq_bridge), or no vector is finite.
+            ValueError: the codes are frozen, or computed from others (affine_param, vq_bridge), or no vector is finite.
             TypeError: batches can be iterated only once, or a batch is no tensor.
         """
         check_sizes(iterations=iterations)
+        refuse_frozen([self])
         for name in ("affine_param", "vq_bridge"):
             if getattr(self._codebook, name.removesuffix("_param")) is not None:
                 raise ValueError(f"{name}: its codes are computed from others, which k-means can't set")

@@ -4,6 +4,7 @@ Those of packages that are not installed are skipped. To run them all, without w
 
     pip install transformers==5.24.0 diffusers==0.42.1
     pip install --no-deps encodec==0.1.1 speechtokenizer==1.0.1 moshi==0.2.13 snac==1.2.1 descript-audio-codec==1.0.0
+    pip install --no-deps vocos==0.1.0
 
 descript-audio-codec also installs a package `tests`, which hides this one from `python -m tests...`: delete it.
 """
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -81,6 +83,20 @@ def call(module: Any, x: Tensor) -> Any:
 
 def encode(module: Any, x: Tensor) -> Any:
     return module.encode(x)
+
+
+def vocos() -> nn.Module:
+    """Return the features that vocos takes from an encodec model, here from a small one with random weights."""
+    encodec = installed.module("encodec")
+    features = installed.module("vocos.feature_extractors")
+    seanet, vq = encodec.modules.SEANetEncoder, encodec.quantization.ResidualVectorQuantizer
+    encoder = seanet(dimension=8, n_filters=2, ratios=[2, 2], norm="none", lstm=0)
+    quantizer = vq(dimension=8, n_q=3, bins=32)
+    for stage, layer in enumerate(quantizer.vq.layers):
+        layer._codebook.embed.normal_().mul_(0.7**stage)
+    model = encodec.EncodecModel(encoder, nn.Identity(), quantizer, [15.0], 4000, 1)
+    with mock.patch.object(features.EncodecModel, "encodec_model_24khz", return_value=model):
+        return features.EncodecFeatures(bandwidths=[15.0])
 
 
 STACK = {"num_quantizers": 3, "dim": 8, "codebook_size": 32, "decay": 0.9, "kmeans_init": True, "kmeans_iters": 2}
@@ -163,6 +179,12 @@ CLIENTS = {
         encode,
         3,
         train=call,
+    ),
+    "vocos": Client(
+        vocos,
+        (2, 80),
+        lambda module, x: (module(x, bandwidth_id=0), module.get_encodec_codes(x)),
+        4,
     ),
     "speechtokenizer": Client(
         package("speechtokenizer.quantization.core_vq", "ResidualVectorQuantization", **STACK),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import fastvq
 from fastvq.clients.adapter import is_accelerated
 from fastvq.clients.registry import ADAPTERS
 
+from . import installed
 from .table import CLIENTS, Client
 
 TRAINED = {name: client for name, client in CLIENTS.items() if client.train}
@@ -186,3 +188,33 @@ def test_half_precision(client):
         assert (mine.shape, mine.dtype) == (their.shape, their.dtype)
     stages = [one.cpu() for one in indices(result)]
     assert all(int(one.max()) < 64 for one in stages)
+
+
+COMPILED = {name: client.encode for name, client in CLIENTS.items() if name != "vector_quantize_pytorch"}
+# Its from_latents counts by numpy, which the compiler can't trace.
+COMPILED["descript-audio-codec"] = lambda module, x: (module(x), module(x, 2))
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@torch.no_grad()
+def test_compiled_without_a_graph_break(name, monkeypatch):
+    client = CLIENTS[name]
+    ours, x = accelerated(client), client.input()
+    torch.manual_seed(0)
+    expected = COMPILED[name](ours, x)
+    for kind in {kind for module in ours.modules() for kind in type(module).__mro__}:
+        if kind.__module__ not in sys.modules:  # a package without its requirements, which the compiler looks up
+            monkeypatch.setitem(sys.modules, kind.__module__, installed.module(kind.__module__))
+    torch._dynamo.reset()
+    compiled = torch.compile(COMPILED[name], backend="eager", fullgraph=True)
+    torch.manual_seed(0)
+    assert_alike(compiled(ours, x), expected)
+
+
+def test_the_peer_does_not_compile_without_a_graph_break_either():
+    client = CLIENTS["vector_quantize_pytorch"]
+    for module in (client.make(), accelerated(client)):
+        torch._dynamo.reset()
+        compiled = torch.compile(client.encode, backend="eager", fullgraph=True)
+        with torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match="Data-dependent"):
+            compiled(module, client.input())

@@ -236,14 +236,3 @@ def test_pickles_need_no_fastvq():
     function, arguments, *_ = module.__reduce_ex__(2)
     assert function is object.__new__
     assert arguments == (wavtokenizer.EuclideanCodebook,)
-
-
-@pytest.mark.parametrize("client", ["transformers EnCodec", "taming"])
-def test_the_replaced_methods_compile_without_a_graph_break(client):
-    entry = CLIENTS[client]
-    module, x = entry.make(), entry.input()
-    with torch.no_grad():
-        expected = entry.encode(module, x)
-        fastvq.accelerate(module)
-        found = torch.compile(lambda x: entry.encode(module, x), backend="eager", fullgraph=True)(x)
-    torch.testing.assert_close(found, expected)

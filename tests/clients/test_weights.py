@@ -154,3 +154,22 @@ def test_what_is_missing_or_ambiguous_is_named():
     projected = CLIENTS["encodec with projections"].make().state_dict()
     with pytest.raises(ValueError, match="no projections within stages"):
         from_encodec(projected)
+
+
+@pytest.mark.parametrize("load", [from_encodec, from_mimi, from_dac, from_snac, from_vqgan])
+def test_a_model_in_place_of_its_state_is_named(load):
+    with pytest.raises(TypeError, match=r"^state_dict: must be a mapping of names to tensors, got Linear: pass its"):
+        load(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"^state_dict: must be a mapping of names to tensors, got str$"):
+        load("vqgan.pt")
+
+
+def test_codebooks_of_another_shape_are_named():
+    message = r"^state_dict: embedding\.weight must have shape \(K, D\), got \(1, 8, 4\)"
+    with pytest.raises(ValueError, match=message):
+        from_vqgan({"embedding.weight": torch.zeros(1, 8, 4)})
+    stack = wavtokenizer.ResidualVectorQuantization(num_quantizers=2, dim=8, codebook_size=16).state_dict()
+    stack["layers.1._codebook.cluster_size"] = torch.zeros(15)
+    message = r"^state_dict: layers\.1\._codebook must have codes and averages \(K, D\) and sizes \(K,\), got"
+    with pytest.raises(ValueError, match=message):
+        from_encodec(stack)

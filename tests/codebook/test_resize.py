@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastvq
+from fastvq.codebook import Codebook
 
 from ..cases import close
 from ..layers import DIM, SIZE, batch, layer
@@ -56,6 +57,32 @@ def test_more_than_twice_as_many_and_stages():
     close(rvq.layers[0]._codebook.cluster_size.sum(), torch.tensor(4.0))
     rvq(batch())
     assert rvq.usage().shape == (2,)
+
+
+STACK = {"dim": DIM, "codebook_size": 4}
+LAYERS = {
+    "grouped": lambda: fastvq.GroupedResidualVQ(**STACK, num_quantizers=2, groups=2),
+    "split": lambda: fastvq.SplitResidualVQ(**STACK, num_quantizers=3),
+    "scales": lambda: fastvq.HierarchicalVQ(**STACK, scales=(1, 10), channel_first=False),
+    "scales of their own": lambda: fastvq.HierarchicalVQ(
+        **STACK, scales=(1, 10), channel_first=False, shared_codebook=False
+    ),
+    "a chain": lambda: fastvq.Sequential(torch.nn.Identity(), fastvq.VectorQuantize(**STACK)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_of_codebooks(name):
+    one = LAYERS[name]()
+    one(batch())
+    one.resize_(40)
+    indices = one(batch())[1]
+    indices = indices[-1] if isinstance(indices, tuple) else indices
+    assert 4 <= int(indices.max()) < 40
+    sizes = [part.size for part in one.modules() if isinstance(part, Codebook)]
+    assert sizes
+    assert set(sizes) == {40}
+    assert one.get_output_from_indices(one.encode(batch())).shape == batch().shape
 
 
 @pytest.mark.parametrize(

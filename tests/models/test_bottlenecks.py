@@ -152,7 +152,7 @@ def test_texts_are_read_as_the_type_of_the_argument(name, option, text, value):
         ("vq", {"eps": "nan"}, "eps must be a number, got 'nan'"),
         ("fsq", {"levels": "8,x"}, "levels must be numbers separated by commas, got '8,x'"),
         ("fsq", {"level": "8"}, "level is no option of the bottleneck fsq: its options are bound_hard_clamp, "),
-        ("rvq", {"num_quantizers": 0}, "num_quantizers: must be at least 1, got 0"),
+        ("rvq", {"num_quantizers": 0}, "num_quantizers: must be an integer of at least 1, got 0"),
         ("rvq", {"codebook_sizes": [4, 0]}, "codebook_size: must be an integer of at least 1, got 0"),
         ("grouped-rvq", {"groups": 4}, "groups: must divide dim=6, got 4"),
         ("fsq", {"levels": [2]}, "levels: .*got"),

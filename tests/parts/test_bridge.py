@@ -64,5 +64,5 @@ def test_the_tokens_are_those_of_a_vision_transformer():
 def test_refuses_by_name(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         VQBridge(6, 32, **options)
-    with pytest.raises(ValueError, match=r"^codes: must be K=32"):
+    with pytest.raises(ValueError, match=r"^codes: must have shape \(H, 32, 6\)"):
         VQBridge(6, 32)(torch.zeros(1, 16, 6))

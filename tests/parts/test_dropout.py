@@ -48,9 +48,9 @@ def test_without_a_seed_torch_decides():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((3, True, 3, 1), "quantize_dropout_cutoff_index: must lie in"),
-        ((3, True, -1, 1), "quantize_dropout_cutoff_index: must lie in"),
-        ((3, False, 0, 0), "quantize_dropout_multiple_of: must be at least 1"),
+        ((3, True, 3, 1), "quantize_dropout_cutoff_index: must be an integer in"),
+        ((3, True, -1, 1), "quantize_dropout_cutoff_index: must be an integer in"),
+        ((3, False, 0, 0), "quantize_dropout_multiple_of: must be an integer of at least 1"),
     ],
 )
 def test_refuses(arguments, message):

@@ -156,9 +156,9 @@ def test_compiled():
     contract.assert_compiles(fastvq.BinaryMapper(3), vectors(2, 9, 3), deterministic=True, straight_through=True)
 
 
-@pytest.mark.parametrize("bits", [0, 63])
-def test_invalid_bits(bits):
-    with pytest.raises(ValueError, match=r"^bits: must lie in \[1, 62\]"):
+@pytest.mark.parametrize(("bits", "message"), [(0, "be an integer of at least 1"), (63, r"lie in \[1, 62\], got 63")])
+def test_invalid_bits(bits, message):
+    with pytest.raises(ValueError, match=f"^bits: must {message}"):
         fastvq.BinaryMapper(bits)
 
 
@@ -170,3 +170,25 @@ def test_invalid_input():
         layer(torch.randn(2, 3), temperature=0.0)
     with pytest.raises(ValueError, match="exactly one of them"):
         layer.log_prob(torch.randn(2, 3))
+
+
+def test_encodes_with_a_mask():
+    """The indices are those of the more likely bits; rows outside the mask are excluded."""
+    mapper, logits = fastvq.BinaryMapper(3), torch.randn(2, 5, 3)
+    found = mapper.encode(logits)
+    assert torch.equal(found, ((logits > 0).long() * torch.tensor([1, 2, 4])).sum(-1))
+    assert torch.equal(mapper.encode(logits[0, 0]), found[0, 0])
+    mask = torch.rand(2, 5) < 0.5
+    masks = ({"mask": mask}, mask), ({"lens": torch.tensor([5, 2])}, torch.tensor([[1] * 5, [1, 1, 0, 0, 0]]).bool())
+    for options, here in masks:
+        expected = found.masked_fill(~here, -1)
+        assert torch.equal(mapper.encode(logits, **options), expected)
+        x = logits.clone().requires_grad_()
+        one_hot, indices, loss = mapper(x, deterministic=True, return_indices=True, **options)
+        assert torch.equal(indices, expected)
+        assert not one_hot[~here].any()
+        (one_hot.square().sum() + loss).backward()
+        assert x.grad.isfinite().all()
+        assert not x.grad[~here].any()
+    with pytest.raises(ValueError, match=r"^mask: must have shape \(2, 5\), got \(2, 4\)"):
+        mapper.encode(logits, mask=mask[:, :4])

@@ -106,11 +106,12 @@ def test_stages_before_the_start_learn_nothing(options):
 
 def test_a_number_for_each_item_starts_at_a_stage():
     layer = stack().eval()
-    found = layer(vectors(), start=1, n_quantizers=torch.tensor([1, 3]))[1]
-    assert (found[0] == -1).all()
-    assert (found[1, :, 0] == -1).all()
-    assert (found[1, :, 1:] >= 0).all()
-    assert torch.equal(layer.encode(vectors(), start=1, n_quantizers=torch.tensor([1, 3])), found)
+    found = layer(vectors(), start=1, n_quantizers=torch.tensor([2, 3]))[1]
+    assert (found[:, :, 0] == -1).all()
+    assert (found[:, :, 1] >= 0).all()
+    assert (found[0, :, 2] == -1).all()
+    assert (found[1, :, 2] >= 0).all()
+    assert torch.equal(layer.encode(vectors(), start=1, n_quantizers=torch.tensor([2, 3])), found)
 
 
 def test_dropout_leaves_stages_after_the_start():
@@ -123,7 +124,7 @@ def test_dropout_leaves_stages_after_the_start():
     ("options", "message"),
     [
         ({"start": 3}, r"start: must be an integer in \[0, 3\), got 3"),
-        ({"start": 2, "n_quantizers": 2}, "n_quantizers: must be greater than start=2, got 2"),
+        ({"start": 2, "n_quantizers": 2}, r"n_quantizers: must lie in \[3, 3\] beside start=2, got 2"),
         ({"codes_gradient": True}, "codes_gradient: must be False without return_all_codes"),
         ({"start": 1, "indices": torch.zeros(2, 10, 3, dtype=torch.int64)}, "start: must be 0 beside indices"),
     ],
@@ -246,7 +247,8 @@ def test_k_means_sets_the_guides_too():
 def test_ranges_of_stages_to_decode_that_cannot_be():
     layer = stack().eval()
     indices = layer.encode(vectors())
-    with pytest.raises(TypeError, match="n_quantizers: must be an integer, got tensor"):
-        layer.get_output_from_indices(indices, n_quantizers=torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="must be a stage and the end of a range of the 3 stages"):
-        layer.get_output_from_indices(indices, n_quantizers=0)
+    with pytest.raises(ValueError, match=r"n_quantizers: must lie in \[1, 2\], got 3"):
+        layer.get_output_from_indices(indices[..., :2], n_quantizers=3)
+    layer = stack(implicit_neural_codebook=True).eval()
+    with pytest.raises(ValueError, match="start: must be 0 where codes depend on those of earlier stages, got 1"):
+        layer.get_output_from_indices(indices, start=1)

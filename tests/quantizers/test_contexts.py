@@ -197,6 +197,20 @@ def test_half_precision_modules(kind):
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
+def test_vectors_of_another_dtype_than_the_layer(kind):
+    """Projections compute in their own dtype, and the output has that of the vectors."""
+    x = batch_for(kind)
+    for module, vectors in ((torch.float32, torch.float16), (torch.bfloat16, torch.float32)):
+        layer, own = make(kind).to(module), x.to(vectors).requires_grad_()
+        first = tensors(layer(own))[0]
+        assert not first.is_floating_point() or (first.dtype == vectors and first.isfinite().all())
+        layer.eval()
+        indices = [tensor for tensor in tensors(layer(own)) if not tensor.is_floating_point()]
+        if kind not in ("sampled", "residual, sampled"):
+            assert all(map(torch.equal, tensors(layer.encode(own)), indices))
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
 def test_copies_go_on_alike(kind):
     for trained in (False, True):
         layer = make(kind)

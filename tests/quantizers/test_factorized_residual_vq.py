@@ -164,10 +164,6 @@ def test_semantic_stages_stand_beside_the_acoustic_ones():
             r"indices: must be of sequences of one length, got lengths \[3, 6\]",
         ),
         (lambda: fastvq.SplitResidualVQ(dim=6, codebook_size=8, num_semantic=8), r"num_semantic: must lie in \[1, 8\)"),
-        (
-            lambda: fastvq.SplitResidualVQ(dim=6, codebook_size=8)(vectors(), n_quantizers=1),
-            r"n_quantizers: must lie in \[2, 8\], got 1",
-        ),
     ],
 )
 def test_what_cannot_be_is_named(make, message):

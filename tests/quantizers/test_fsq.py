@@ -350,7 +350,7 @@ def test_compiled_with_all_options():
         ({"levels": [8, 1], "preserve_symmetry": True}, "levels: must be a sequence of integers of at least 2"),
         ({"levels": []}, "levels: must be"),
         ({"levels": [5.5]}, "levels: must be"),
-        ({"num_codebooks": 0}, "num_codebooks: must be at least 1, got 0"),
+        ({"num_codebooks": 0}, "num_codebooks: must be an integer of at least 1, got 0"),
         ({"num_codebooks": 2, "keep_num_codebooks_dim": False}, "keep_num_codebooks_dim: must be True"),
         ({"noise_dropout": 0.1}, "noise_dropout: needs preserve_symmetry"),
         ({"noise_dropout": 1.5, "preserve_symmetry": True}, "noise_dropout: must lie in"),

@@ -187,7 +187,7 @@ def test_health(shared):
         (lambda: hierarchical_vq(nested_dropout_min_levels=0), "nested_dropout_min_levels: must be"),
         (lambda: hierarchical_vq(scales=(2, 1)), "scales: must not shrink"),
         (lambda: hierarchical_vq(scales=()), "scales: must be at least one"),
-        (lambda: hierarchical_vq(scales=(0, 1)), "scales: must be at least one"),
+        (lambda: hierarchical_vq(scales=(0, 1)), "scales: must be an integer of at least 1"),
         (lambda: hierarchical_vq(scales=((1, 2, 3),)), "scales: must have 2 sizes"),
         (lambda: hierarchical_vq(codebook_size=(4, 8, 16)), "codebook_size: must be one number, got"),
         (lambda: hierarchical_vq(codebook_size=(4, 8), shared_codebook=False), "codebook_size: must be one number, or"),

@@ -170,9 +170,12 @@ def test_exported():
     ("options", "message"),
     [
         ({"levels": [8, 1]}, "levels: must be"),
-        ({"num_quantizers": 0}, "num_quantizers: must be at least 1"),
+        ({"num_quantizers": 0}, "num_quantizers: must be an integer of at least 1"),
         ({"soft_clamp_input_value": 2.0}, "soft_clamp_input_value: follows"),
-        ({"quantize_dropout": True, "quantize_dropout_cutoff_index": 3}, "quantize_dropout_cutoff_index: must lie in"),
+        (
+            {"quantize_dropout": True, "quantize_dropout_cutoff_index": 3},
+            "quantize_dropout_cutoff_index: must be an integer in",
+        ),
         ({"return_indices": False}, "return_indices: cannot be set"),
     ],
 )

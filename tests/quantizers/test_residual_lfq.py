@@ -190,9 +190,9 @@ def test_groups_of_images():
     ("call", "message"),
     [
         (lambda: residual_lfq(codebook_size=12), "codebook_size: must be a power of 2"),
-        (lambda: residual_lfq(num_quantizers=0), "num_quantizers: must be at least 1"),
+        (lambda: residual_lfq(num_quantizers=0), "num_quantizers: must be an integer of at least 1"),
         (lambda: residual_lfq(num_codebooks=2), "num_codebooks: must be left"),
-        (lambda: residual_lfq(quantize_dropout_cutoff_index=3), "quantize_dropout_cutoff_index: must lie"),
+        (lambda: residual_lfq(quantize_dropout_cutoff_index=3), "quantize_dropout_cutoff_index: must be an"),
         (lambda: residual_lfq()(torch.zeros(2, 3, 5)), "x: must have shape"),
         (lambda: residual_lfq().get_codes_from_indices(torch.zeros(2, 5).long()), "indices: must have shape"),
     ],

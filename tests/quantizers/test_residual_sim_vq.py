@@ -138,7 +138,7 @@ def test_health():
     ("call", "message"),
     [
         (lambda: residual_sim_vq(heads=2), "heads: must be 1"),
-        (lambda: residual_sim_vq(quantize_dropout_cutoff_index=4), "quantize_dropout_cutoff_index: must lie"),
+        (lambda: residual_sim_vq(quantize_dropout_cutoff_index=4), "quantize_dropout_cutoff_index: must be an"),
         (lambda: residual_sim_vq(quantize_dropout_multiple_of=0), "quantize_dropout_multiple_of: must be"),
         (lambda: fastvq.ResidualSimVQ(dim=4, num_quantizers=0, codebook_size=4), "num_quantizers: must be"),
         (lambda: residual_sim_vq()(torch.zeros(2, 3, 5)), "x: must have shape"),

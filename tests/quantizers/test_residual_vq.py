@@ -316,12 +316,16 @@ def test_survives_pickling_empty_batches_and_autocast():
     ("change", "error", "message"),
     [
         ({"num_quantizers": None}, ValueError, "num_quantizers: must be given"),
-        ({"num_quantizers": 0}, ValueError, "num_quantizers: must be at least 1"),
+        ({"num_quantizers": 0}, ValueError, "num_quantizers: must be an integer of at least 1"),
         ({"codebook_size": (4, 5)}, ValueError, "num_quantizers: must be the number of stages"),
         ({"codebook_size": (4, 5, 6), "shared_codebook": True}, ValueError, "codebook_size: must be one number"),
-        ({"quantize_dropout_cutoff_index": 3}, ValueError, "quantize_dropout_cutoff_index: must lie in"),
-        ({"quantize_dropout_multiple_of": 0}, ValueError, "quantize_dropout_multiple_of: must be at least 1"),
-        ({"beam_size": 0}, ValueError, "beam_size: must be at least 1"),
+        ({"quantize_dropout_cutoff_index": 3}, ValueError, "quantize_dropout_cutoff_index: must be an integer in"),
+        (
+            {"quantize_dropout_multiple_of": 0},
+            ValueError,
+            "quantize_dropout_multiple_of: must be an integer of at least 1",
+        ),
+        ({"beam_size": 0}, ValueError, "beam_size: must be an integer of at least 1"),
         ({"eval_beam_size": 2}, ValueError, "beam_size: must be given beside eval_beam_size"),
         ({"beam_score_quantizer_weights": [1.0]}, ValueError, "beam_score_quantizer_weights: must be 3 numbers"),
         ({"quant_grad_frac": 2.0}, ValueError, "quant_grad_frac: must lie in"),
@@ -381,7 +385,7 @@ def test_lens_are_a_mask():
 def test_arguments_of_a_call_that_cannot_be():
     layer = fastvq.ResidualVQ(dim=6, num_quantizers=2, codebook_size=10)
     x = torch.randn(2, 5, 6)
-    with pytest.raises(ValueError, match=r"^beam_size: must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^beam_size: must be an integer of at least 1, got 0"):
         layer(x, beam_size=0)
     for shape in ((2, 5), (2, 5, 3)):
         with pytest.raises(ValueError, match=r"^indices: must have shape \(\.\.\., Q=2\)"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import vector_quantize_pytorch as vqp
@@ -57,6 +59,29 @@ def test_a_quantizer_that_returns_one_tensor():
     x = vectors(3, 4, 2)
     (output,) = fastvq.Sequential(Indices([5, 5]))(x)
     assert torch.equal(output, fastvq.FSQ([5, 5])(x)[1])
+
+
+@torch.no_grad()
+def test_encodes_decodes_and_learns_through_its_modules():
+    torch.manual_seed(0)
+    chain = fastvq.Sequential(nn.Linear(6, 4), nn.Tanh(), fastvq.VectorQuantize(4, 16), nn.Linear(4, 6)).eval()
+    x, lens = vectors(3, 40, 6), torch.tensor([40, 0, 7])
+    output, indices, _ = chain(x)
+    assert torch.equal(chain.encode(x), indices)
+    assert torch.equal(chain.encode(x, lens=lens), chain(x, lens=lens)[1])
+    assert (chain.encode(x, lens=lens)[1] == -1).all()
+    close(chain.get_output_from_indices(indices), output)
+    twin = copy.deepcopy(chain)
+    torch.manual_seed(1)
+    fitted = chain.fit([x, x])
+    torch.manual_seed(1)
+    latents = twin.fns[1](twin.fns[0](x))
+    assert torch.equal(fitted.errors, twin.quantizer.fit([latents, latents]).errors)
+    assert torch.equal(chain.quantizer.codebook, twin.quantizer.codebook)
+    chain.resize_(8)
+    assert chain.encode(x).max() < 8
+    chain.decay = 0.5
+    assert chain.quantizer.decay == chain.decay == 0.5
 
 
 @pytest.mark.parametrize("count", [0, 2])
