@@ -70,10 +70,12 @@ def test_rows_that_repeat_take_one_mean(values, metric, seed):
     x = unit_norm(x) if metric == "dot" else x
     torch.manual_seed(seed)
     mask = torch.ones(1000, dtype=torch.bool)
-    counts = kmeans(x, 64, iterations=10, mask=mask, metric=metric)[1]
-    assert (counts > 0).sum() >= 60
+    used = int((kmeans(x, 64, iterations=10, mask=mask, metric=metric)[1] > 0).sum())
     torch.manual_seed(seed)
-    assert (kmeans(x, 64, iterations=10, mask=mask, metric=metric, seeding="random")[1] > 0).sum() < 45
+    random = int((kmeans(x, 64, iterations=10, mask=mask, metric=metric, seeding="random")[1] > 0).sum())
+    print(f"{metric}, 900 of 1,000 rows have {values} values: k-means++ uses {used} of 64 codes, random rows {random}")
+    assert used >= 60
+    assert random < 45
 
 
 @pytest.mark.parametrize("make", [fastvq.VectorQuantize, partial(fastvq.ResidualVQ, num_quantizers=1)])
