@@ -42,31 +42,38 @@ CLASSES = {
 """Names of the classes by the beginning of the names of files."""
 
 
-def load_music_loops(path: StrPath = SHIPPED) -> Examples:
-    """Return all files as clips (N, 1, 20480), int16 at 16 kHz; an eighth of the files of each class is held out.
+def load_music_loops(
+    path: StrPath = SHIPPED, *, name: str = LOOPS, length: int = LOOPS_SETTINGS["clip_length"]
+) -> Examples:
+    """Return all files as clips (N, 1, length), int16 at 16 kHz; an eighth of the files of each class is held out.
+
+    Args:
+        path: archive of the files.
+        name: name of the data set.
+        length: samples of a clip.
 
     Raises:
         MissingExtraError: soundfile is not installed.
     """
-    target = AudioFormat(LOOPS_SETTINGS["sample_rate"], LOOPS_SETTINGS["channels"], LOOPS_SETTINGS["clip_length"])
+    target = AudioFormat(LOOPS_SETTINGS["sample_rate"], LOOPS_SETTINGS["channels"], length)
     with zipfile.ZipFile(path) as archive:
-        clips = {name: read_audio(name, target, archive.read(name)) for name in sorted(archive.namelist())}
+        clips = {file: read_audio(file, target, archive.read(file)) for file in sorted(archive.namelist())}
     files: dict[str, list[str]] = {}
-    for name in clips:
-        files.setdefault(name.partition("_")[0], []).append(name)
-    test = [name for own in files.values() for name in own[_HELD_OUT::_EACH]]
-    train = [name for name in clips if name not in test]
+    for file in clips:
+        files.setdefault(file.partition("_")[0], []).append(file)
+    test = [file for own in files.values() for file in own[_HELD_OUT::_EACH]]
+    train = [file for file in clips if file not in test]
     numbers = {beginning: number for number, beginning in enumerate(CLASSES)}
     labels = {
-        name: torch.full((len(own),), numbers[name.partition("_")[0]], dtype=torch.int64) for name, own in clips.items()
+        file: torch.full((len(own),), numbers[file.partition("_")[0]], dtype=torch.int64) for file, own in clips.items()
     }
     return Examples(
-        name=LOOPS,
-        train=torch.cat([clips[name] for name in train]),
-        test=torch.cat([clips[name] for name in test]),
-        test_names=tuple(name.removesuffix(".flac") for name in test for _ in clips[name]),
-        train_labels=torch.cat([labels[name] for name in train]),
-        test_labels=torch.cat([labels[name] for name in test]),
+        name=name,
+        train=torch.cat([clips[file] for file in train]),
+        test=torch.cat([clips[file] for file in test]),
+        test_names=tuple(file.removesuffix(".flac") for file in test for _ in clips[file]),
+        train_labels=torch.cat([labels[file] for file in train]),
+        test_labels=torch.cat([labels[file] for file in test]),
         class_names=tuple(CLASSES.values()),
         noun=SOUNDS.noun,
     )

@@ -80,6 +80,12 @@ def _music_loops() -> Examples:
     return load_music_loops()
 
 
+def _music_phrases() -> Examples:
+    from .music_loops import load_music_loops
+
+    return load_music_loops(name=PHRASES, length=PHRASES_SETTINGS["clip_length"])
+
+
 def _full_is_missing() -> str:
     return "" if FULL_FOLDER.is_dir() else "Debian's package dataset-fashion-mnist"
 
@@ -93,7 +99,7 @@ def _soundfile_is_missing() -> str:
 
 
 SUBSET, FULL, DIGITS = "Fashion-MNIST subset", "Fashion-MNIST", "handwritten digits"
-EMOJI, LOOPS, NOTO = "animated emoji", "music loops", "Noto emoji"
+EMOJI, LOOPS, PHRASES, NOTO = "animated emoji", "music loops", "music phrases", "Noto emoji"
 """Names in reports and pictures."""
 FULL_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Folder of Debian's package of Fashion-MNIST."""
@@ -103,6 +109,7 @@ _FASHION: dict[str, Any] = {
     "license": "MIT",
 }
 LOOPS_SETTINGS: dict[str, Any] = {"sample_rate": 16000, "channels": 1, "clip_length": 20480}
+PHRASES_SETTINGS = LOOPS_SETTINGS | {"clip_length": 64000}
 DATA_SETS = {
     "fashion-mnist": DataSet(_shipped, SUBSET, "shipped subset", count=(5700, 1000), **_FASHION),
     "fashion-mnist-full": DataSet(_full, FULL, "Debian's", count=(60000, 10000), missing=_full_is_missing, **_FASHION),
@@ -143,6 +150,17 @@ DATA_SETS = {
         settings=LOOPS_SETTINGS,
         modality="audio",
         count=(242, 32),
+        license="CC0",
+        missing=_soundfile_is_missing,
+    ),
+    "music-phrases": DataSet(
+        _music_phrases,
+        PHRASES,
+        "the same in clips of 4 s",
+        form="4 s in mono at 16 kHz",
+        settings=PHRASES_SETTINGS,
+        modality="audio",
+        count=(133, 20),
         license="CC0",
         missing=_soundfile_is_missing,
     ),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fastvq
 from fastvq.data import Examples
@@ -20,12 +19,11 @@ from fastvq.data.examples import describe, to_float
 from fastvq.errors import counted
 from fastvq.files import StrPath, write_whole
 from fastvq.modalities import AudioConfig, modality_of
-from fastvq.models import VQVAE
 from fastvq.runs import plots
 from fastvq.runs.encode import encode_held_out
 from fastvq.runs.load import load_model
 from fastvq.runs.page import Media, Part, Picture, Section, TextTable, write_page
-from fastvq.runs.pictures import MEDIA, shown_rows
+from fastvq.runs.pictures import MEDIA, picture_decoded, shown_rows
 from fastvq.runs.sample_pictures import picture_prior_samples
 from fastvq.training.build import load_examples
 from fastvq.training.config import PriorConfig
@@ -47,7 +45,7 @@ _PARTS = [
     ("the quality at each bit rate, beside Opus and Codec2", 20),
 ]
 """Description of each part, and its approximate time in seconds on 2 idle cores."""
-_SHOWN, _HEARD = 8, 4
+_SHOWN = 8
 _CLIPS = "clips.fvq"
 
 
@@ -104,8 +102,18 @@ def _run(
     originals = to_float(clips.test)
     _, indices = reconstruct(model, originals)
     assert indices is not None
-    stages = _doubled(len(model.adapter.stage_sizes()))
-    _picture_stages(folder, model, config, clips, indices, stages)
+    stages, rows = _doubled(len(model.adapter.stage_sizes())), shown_rows(clips, _SHOWN)
+    picture_decoded(
+        folder / "stages.png",
+        model,
+        config,
+        clips,
+        rows,
+        {counted(count, "stage"): indices[rows][..., :count] for count in stages},
+        title=f"{clips.name}: held-out clips, decoded from their leading stages",
+        caption="Log-mel spectrograms, high frequencies above, black at -80 dB. Each stage refines what the stages"
+        " before it say.",
+    )
     others, missing = other_rates(originals, sample_rate=config.sample_rate)
     rates = [*stage_rates(model, indices, originals, stages, sample_rate=config.sample_rate), *others]
     silence = modality_of("audio").objective(config).errors(torch.zeros_like(originals), originals)
@@ -141,30 +149,6 @@ def _run(
 def _doubled(most: int) -> list[int]:
     """Return 1, 2, 4 ... below a number, and the number."""
     return [count for count in (1 << n for n in range(most.bit_length())) if count < most] + [most]
-
-
-@torch.no_grad()
-def _picture_stages(
-    folder: Path, model: VQVAE, config: AudioConfig, clips: Examples, indices: Tensor, stages: list[int]
-) -> None:
-    """Draw held-out clips as decoded from their leading stages, and write them to be played."""
-    rows, modality = shown_rows(clips, _SHOWN), modality_of(config.modality)
-    signals = {"original": to_float(clips.test[rows])}
-    for count in stages:
-        signals[counted(count, "stage")] = model.restore(indices[rows][..., :count])
-    heard = {name.replace(" ", "-"): signal[:_HEARD] for name, signal in signals.items()}
-    modality.write_media(folder / MEDIA, "stages", heard, config)
-    pictures = torch.stack([modality.as_images(signal, config) for signal in signals.values()], 1)
-    plots.save_grid(
-        folder / "stages.png",
-        list(pictures),
-        [clips.test_names[row] for row in rows],
-        list(signals),
-        title=f"{clips.name}: held-out clips, decoded from their leading stages",
-        caption="Log-mel spectrograms, high frequencies above, black at -80 dB. Each stage refines what the stages"
-        " before it say.",
-        captioned=False,
-    )
 
 
 def _draw_rates(path: Path, rates: Rates, missing: list[str], silence_db: float) -> None:
@@ -203,7 +187,7 @@ def _write_page(folder: Path, metrics: dict[str, Any]) -> Path:
         f" first stage chooses one of {metrics['codebook_size']} codes, each later one a code for what is still"
         f" missing. From all stages, {ours[-1]['kbit_s']:.1f} kbit/s, held-out clips are decoded with a log-mel"
         f" distance of {metrics['log_mel_db']:.2f} dB; digital silence has {metrics['silence_log_mel_db']:.2f} dB.",
-        Picture("indices.png", "Spectrograms, the grid of indices with a row for each stage, and what is decoded"),
+        Picture("indices.png", "Spectrograms, below them the indices with a row for each stage, and what is decoded"),
         "Training left out later stages at random, so that one model serves all bit rates:",
         Picture("stages.png", "Held-out clips as decoded from 1, 2, 4 ... stages"),
         Media(f"{MEDIA}/stages", "Held-out clip"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,17 @@ from fastvq.data import Examples
 from fastvq.data.audio_io import SOUNDS, write_audio
 from fastvq.data.augmentation import crop_clips_randomly
 from fastvq.data.examples import to_device, to_float
+from fastvq.errors import ConfigError
 from fastvq.files import StrPath, make_folder, whole
-from fastvq.models import AudioDecoder, AudioEncoder, TransformDecoder, TransformEncoder
+from fastvq.models import (
+    AudioDecoder,
+    AudioEncoder,
+    JukeboxBottleneck,
+    JukeboxDecoder,
+    JukeboxEncoder,
+    TransformDecoder,
+    TransformEncoder,
+)
 from fastvq.models.spectral import log_mel, log_mel_distance, mel_loss, stft_loss
 
 from .audio_config import AudioConfig
@@ -85,9 +94,20 @@ class Sounds(Modality):
     played = SOUNDS.written
 
     def networks(self, config: AudioConfig) -> tuple[nn.Module, nn.Module]:
-        sizes = config.network_sizes()
-        encoder, decoder = NETWORKS[config.network]
-        return encoder(config.channels, config.dim, **sizes), decoder(config.dim, config.channels, **sizes)
+        sizes, (encoder, decoder) = config.network_sizes(), NETWORKS[config.network]
+        encoders = [encoder(config.channels, config.dim, strides=strides, **sizes) for strides in config.scales]
+        decoders = [decoder(config.dim, config.channels, strides=strides, **sizes) for strides in config.scales]
+        if config.scale_strides is None:
+            return encoders[0], decoders[0]
+        return JukeboxEncoder(encoders), JukeboxDecoder(decoders)
+
+    def bottleneck(self, config: AudioConfig, build: Callable[[tuple[int, ...]], Any]) -> Any:
+        if config.scale_strides is None:
+            return build(config.feature_grid)
+        try:
+            return JukeboxBottleneck(config.dim, [build(grid) for grid in config.feature_grids], config.feature_grids)
+        except TypeError as error:
+            raise ConfigError(str(error)) from error
 
     def objective(self, config: AudioConfig) -> SpectralLoss:
         return SpectralLoss(

@@ -43,6 +43,21 @@ class AudioConfig(TrainConfig):
             "adversarial_start": 100,
         },
         "seanet": {},
+        "jukebox": {
+            "network": "transform",
+            "bottleneck": "vq",
+            "strides": "32",
+            "scale_strides": "4,4",
+            "width": 256,
+            "dilations": "1,2",
+            "kernel": 3,
+            "batch_size": 8,
+            "crop_length": 16384,
+            "learning_rate": 2e-4,
+            "steps": 300,
+            "waveform_weight": 10.0,
+            "stft_weight": 0.0,
+        },
     }
     of_folders: ClassVar[dict[str, Any]] = {"skip_unreadable": True}
 
@@ -63,6 +78,9 @@ class AudioConfig(TrainConfig):
     )
     strides: str = setting(
         "2,4,5,8", "strides of a seanet, the first at the rate of the samples; their product is a transform's block"
+    )
+    scale_strides: str | None = setting(
+        None, "strides from each of several separate autoencoders to the next coarser one, as 4,4 for three (Jukebox)"
     )
     dilations: str = setting("1", "dilations of the residual blocks, one block for each, at each rate of a seanet")
     kernel: int = setting(7, "width of the first and of the last convolution, and of those in a transform's blocks")
@@ -94,6 +112,11 @@ class AudioConfig(TrainConfig):
                 raise ConfigError(
                     f"{name} must be a multiple of the product of the strides, {self.stride}, got {getattr(self, name)}"
                 )
+        if self.scale_strides is not None and self.without_indices:
+            raise ConfigError(
+                f"scale_strides must be left out for the bottleneck {self.bottleneck}, which has no indices, got"
+                f" {self.scale_strides}"
+            )
         if self.crop_length > self.clip_length:
             raise ConfigError(f"crop_length must be at most clip_length = {self.clip_length}, got {self.crop_length}")
         self.check_example(("sample_rate", "channels", "clip_length"))
@@ -104,19 +127,30 @@ class AudioConfig(TrainConfig):
         return AudioFormat(self.sample_rate, self.channels, self.clip_length)
 
     @property
+    def scales(self) -> list[tuple[int, ...]]:
+        """The strides of each autoencoder, from the coarsest to the finest, which is the only one by default."""
+        coarser = () if self.scale_strides is None else _numbers("scale_strides", self.scale_strides)
+        strides = _numbers("strides", self.strides) + coarser
+        return [strides[: len(strides) - less] for less in range(len(coarser) + 1)]
+
+    @property
     def stride(self) -> int:
-        """Number of samples for each index."""
-        return math.prod(_numbers("strides", self.strides))
+        """Number of samples for each index, of the coarsest scale."""
+        return math.prod(self.scales[0])
+
+    @property
+    def feature_grids(self) -> list[tuple[int]]:
+        """Number of features of a clip at each scale, from the coarsest to the finest."""
+        return [(self.clip_length // math.prod(strides),) for strides in self.scales]
 
     @property
     def feature_grid(self) -> tuple[int]:
-        """Number of features of a clip."""
-        return (self.clip_length // self.stride,)
+        """Number of features of a clip, at the finest scale."""
+        return self.feature_grids[-1]
 
     def network_sizes(self) -> dict[str, Any]:
-        """Return the arguments that encoder and decoder share."""
+        """Return the arguments that encoders and decoders share, other than the strides."""
         return {
-            "strides": _numbers("strides", self.strides),
             "width": self.width,
             "dilations": _numbers("dilations", self.dilations),
             "kernel": self.kernel,

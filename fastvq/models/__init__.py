@@ -10,6 +10,7 @@ from .audio import AudioDecoder, AudioEncoder
 from .contrastive import ContrastiveModel
 from .conv import Decoder, Encoder, ResidualBlock
 from .gaussian import GaussianBottleneck
+from .jukebox import JukeboxBottleneck, JukeboxDecoder, JukeboxEncoder
 from .likelihood import discretized_logistic, elbo_bits_per_dimension
 from .priors import (
     DepthPrior,
@@ -41,6 +42,9 @@ __all__ = [
     "GaussianBottleneck",
     "GridsBottleneck",
     "HierarchicalPrior",
+    "JukeboxBottleneck",
+    "JukeboxDecoder",
+    "JukeboxEncoder",
     "LSTMPrior",
     "NextScalePrior",
     "NoBottleneck",

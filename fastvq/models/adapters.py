@@ -88,6 +88,11 @@ class Adapter:
         """Shapes of the grids whose indices follow each other in one sequence, or None for a single grid."""
         return None
 
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Numbers of the leading indices of a sequence that can be decoded without the others, and of all; or none."""
+        return ()
+
     def index_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of one sample's indices for features of a grid."""
         size = self.codebook_size

@@ -13,7 +13,10 @@ from .adapters import Adapter, adapter_of
 
 
 class VQVAEOutput(NamedTuple):
-    """Result of a forward pass: the reconstruction of x, the indices (B, *grid) and the bottleneck's loss ()."""
+    """Result of a forward pass: the reconstruction of x, the indices (B, *grid) and the bottleneck's loss ().
+
+    Separate autoencoders at several scales have a reconstruction each, one after the other (`fastvq.models.jukebox`).
+    """
 
     reconstruction: Tensor
     indices: Tensor

@@ -6,22 +6,19 @@ priors and samples treat them like any others.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastvq.codebook.health import HealthReport, Monitored, Totals
 from fastvq.parts.arguments import check_fractions, check_sizes
 
-from .adapters import Adapter, adapter_of
 from .conv import Decoder, Encoder
-from .vqvae import Continuous
+from .index_grids import IndexGrids
 
 
-class GridsBottleneck(Monitored, nn.Module):
+class GridsBottleneck(IndexGrids):
     """Bottleneck of a VQ-VAE-2: one quantizer for each grid, from the coarsest to the finest.
 
         f_L = z,   f_l = encoder_l(f_{l+1})                        features, from fine to coarse
@@ -63,33 +60,18 @@ class GridsBottleneck(Monitored, nn.Module):
         groups: int = 0,
         coarse_share: float = 0.1,
     ) -> None:
-        super().__init__()
         check_sizes(dim=dim)
         check_fractions(coarse_share=coarse_share)
-        if len(quantizers) < 2:
-            raise ValueError(f"quantizers: must be at least 2, one for each grid, got {len(quantizers)}")
-        self.grids = halved_grids(grid, len(quantizers))
+        super().__init__(dim, quantizers, halved_grids(grid, max(1, len(quantizers))))
         self.coarse_share = coarse_share
-        self.dim, ndim, finer = dim, len(grid), len(quantizers) - 1
+        ndim, finer = len(grid), len(quantizers) - 1
         shared: dict[str, Any] = {"width": width, "residual_width": residual_width, "ndim": ndim, "groups": groups}
-        self.quantizers = nn.ModuleList(quantizers)
-        _check_quantizers(quantizers)
         self.encoders = nn.ModuleList(
             [Encoder(dim, dim, downsamples=1, residual_blocks=encoder_blocks, **shared) for _ in range(finer)]
         )
         self.decoders = nn.ModuleList(
             [Decoder(dim, dim, upsamples=1, residual_blocks=decoder_blocks, **shared) for _ in range(finer)]
         )
-
-    @property
-    def adapter(self) -> Adapter:
-        """The form in which a VQ-VAE calls this bottleneck."""
-        return GridsAdapter(self)
-
-    @property
-    def adapters(self) -> list[Adapter]:
-        """The form in which each quantizer is called, from the coarsest grid on."""
-        return [adapter_of(quantizer) for quantizer in self.quantizers]
 
     def forward(self, x: Tensor, accumulate: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize features; `accumulate` as in `VQVAE.forward`."""
@@ -120,28 +102,6 @@ class GridsBottleneck(Monitored, nn.Module):
         parts, ndim = self.split(indices), len(self.grids[-1])
         return self._merged(lambda place, _: self.adapters[place].codes(parts[place], ndim))
 
-    def split(self, indices: Tensor) -> list[Tensor]:
-        """Return the indices of each grid, (B, *grid) or (B, *grid, Q), from those of all, (B, T)."""
-        shapes = self.index_shapes
-        counts = [math.prod(shape) for shape in shapes]
-        if indices.dim() != 2 or indices.shape[1] != sum(counts):
-            raise ValueError(
-                f"indices: must have shape (B, {sum(counts)}), got {tuple(indices.shape)}: those of the grids"
-                f" {', '.join('x'.join(map(str, shape)) for shape in shapes)}"
-            )
-        parts = indices.split(counts, 1)
-        return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
-
-    @property
-    def index_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shape of one sample's indices at each grid, from the coarsest."""
-        return tuple(own.index_shape(grid) for own, grid in zip(self.adapters, self.grids, strict=True))
-
-    @property
-    def codebook_size(self) -> int:
-        """K of all codebooks."""
-        return self.adapters[0].stage_sizes()[0]
-
     def _merged(self, codes_at: Callable[[int, Tensor | None], Tensor]) -> Tensor:
         """Return m of the finest grid, for codes by the number of a grid and the features from above."""
         merged = codes_at(0, None)
@@ -149,66 +109,6 @@ class GridsBottleneck(Monitored, nn.Module):
             above = decoder(merged)
             merged = codes_at(place, above) + above
         return merged
-
-    @property
-    def code_counts(self) -> Tensor:
-        """The counts of the codes of all stages of all grids in this process, (Q, K) int64."""
-        return torch.cat([one.code_counts.reshape(-1, self.codebook_size) for one in self._monitored])
-
-    @property
-    def _monitored(self) -> list[Monitored]:
-        return [quantizer for quantizer in self.quantizers if isinstance(quantizer, Monitored)]
-
-    def _report(self, totals: Totals) -> HealthReport:
-        # Quantizers with one codebook and with several may stand side by side.
-        reports = [one._report(totals) for one in self._monitored]
-        return HealthReport(*(torch.cat([v.reshape(-1) for v in values]) for values in zip(*reports, strict=True)))
-
-
-class GridsAdapter(Adapter):
-    """Adapter of `GridsBottleneck`: the indices of all grids, from the coarsest on, are one sequence (B, T)."""
-
-    @property
-    def codebook_size(self) -> int:
-        return self.quantizer.codebook_size
-
-    @property
-    def scales(self) -> tuple[tuple[int, ...], ...]:
-        return self.quantizer.index_shapes
-
-    def index_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
-        return (sum(map(math.prod, self.scales)),)
-
-    def quantize(self, z: Tensor, *, accumulate: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        return self.quantizer(z, accumulate)
-
-    def codes(self, indices: Tensor, ndim: int) -> Tensor:
-        return self.quantizer.get_output_from_indices(indices)
-
-    def stages(self, indices: Tensor) -> list[Tensor]:
-        parts = zip(self.quantizer.adapters, self.quantizer.split(indices), strict=True)
-        return [stage for own, part in parts for stage in own.stages(part)]
-
-    def stage_sizes(self) -> tuple[int, ...]:
-        return tuple(size for own in self.quantizer.adapters for size in own.stage_sizes())
-
-    def code_vectors(self) -> tuple[Tensor, ...] | None:
-        found: list[Tensor] = []
-        for own in self.quantizer.adapters:
-            vectors = own.code_vectors()
-            if vectors is None:
-                return None
-            found += [vectors] * len(own.stage_sizes()) if isinstance(vectors, Tensor) else vectors
-        return tuple(found)
-
-
-def _check_quantizers(quantizers: Sequence[nn.Module]) -> None:
-    for quantizer in quantizers:
-        if isinstance(quantizer, Continuous):
-            raise TypeError(f"quantizers: must have indices, got a {type(quantizer).__name__}")
-    sizes = [size for quantizer in quantizers for size in adapter_of(quantizer).stage_sizes()]
-    if len(set(sizes)) > 1:
-        raise TypeError(f"quantizers: must all have one codebook size, got {', '.join(map(str, sizes))}")
 
 
 def halved_grids(grid: tuple[int, ...], count: int) -> tuple[tuple[int, ...], ...]:

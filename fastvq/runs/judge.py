@@ -187,7 +187,14 @@ def _features(
     if examples.train_labels is not None and examples.train.dim() == 4:
         with torch.enable_grad():
             return train_classifier(examples, steps=steps, mirrored=mirrored), "classifier"
-    return lambda x: _halves(model.encoder(x)), "encoder"
+    return lambda x: _all_halves(model.encoder(x)), "encoder"
+
+
+def _all_halves(features: Tensor | dict[int, Tensor]) -> Tensor:
+    """Return `_halves` of features, or of those of all scales side by side."""
+    if isinstance(features, Tensor):
+        return _halves(features)
+    return torch.cat([_halves(own) for own in features.values()], 1)
 
 
 def _halves(features: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ This module loads the run and computes what is shown; `plots` draws it. Pictures
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ MEDIA = "media"
 """Subfolder of a run with what its page plays."""
 _SHOWN = 16
 _SHOWN_AS_INDICES = 3
+_SHOWN_DECODED, _HEARD = 8, 4
 
 
 @contextlib.contextmanager
@@ -181,36 +183,64 @@ def picture_run(trainer: Trainer, evaluation: Evaluation, *, captioned: bool = T
         rows = shown_rows(examples, _SHOWN_AS_INDICES)
         originals = to_float(examples.test[rows].to(trainer.device))
         restored, indices = reconstruct(model, originals)
-        stages = adapter.stages(indices)
-        grids, vectors = _in_rows([flat_grid(own) for own in stages], _vectors_to_color(adapter))
-        plots.save_indices(
-            path,
-            modality.as_images(originals, trainer.config),
-            grids,
-            modality.as_images(restored, trainer.config),
-            vectors,
-            title=f"{examples.name}: {many} as indices",
-            noun=one,
-            grid=tuple(stages[0].shape[1:]) if stages[0].dim() == 4 else None,
-            captioned=captioned,
-        )
+        stages, vectors = adapter.stages(indices), _vectors_to_color(adapter)
+        pictures = (modality.as_images(originals, trainer.config), modality.as_images(restored, trainer.config))
+        texts: dict[str, Any] = {"title": f"{examples.name}: {many} as indices", "noun": one, "captioned": captioned}
+        if stages[0].dim() == 2:
+            plots.save_sequences(path, pictures[0], stages, pictures[1], vectors, **texts)
+        else:
+            grid = tuple(stages[0].shape[1:]) if stages[0].dim() == 4 else None
+            plots.save_indices(path, pictures[0], [*map(flat_grid, stages)], pictures[1], vectors, grid=grid, **texts)
         paths.append(path)
+    if adapter.leading:
+        with failures_as_warnings("picture of scales"):
+            rows = shown_rows(examples, _SHOWN_DECODED)
+            indices = model.encode(to_float(examples.test[rows].to(trainer.device)))
+            parts = {f"scale {scale}": indices[:, :end] for scale, end in enumerate(adapter.leading, 1)}
+            lengths = ", ".join(str(math.prod(shape)) for shape in adapter.scales or ())
+            caption = f"The scales have {lengths} indices for each {one}, and an encoder and a decoder of their own."
+            title = f"{examples.name}: held-out {many}, decoded from each scale"
+            path = folder / "scales.png"
+            picture_decoded(path, model, trainer.config, examples, rows, parts, title=title, caption=caption)
+            paths.append(path)
     return paths
 
 
+@torch.no_grad()
+def picture_decoded(
+    path: Path,
+    model: VQVAE,
+    config: TrainConfig,
+    examples: Examples,
+    rows: Sequence[int],
+    parts: Mapping[str, Tensor],
+    *,
+    title: str,
+    caption: str,
+) -> None:
+    """Draw held-out examples as decoded from parts of their indices, and write them to be played.
+
+    Args:
+        path: file to write; files to play are in the folder `MEDIA` beside it.
+        model, config: the model and its settings.
+        examples: the data set.
+        rows: the held-out examples to draw.
+        parts: indices of these examples by what they are.
+        title, caption: texts of the picture.
+    """
+    modality = modality_of(config.modality)
+    signals = {"original": to_float(examples.test[rows])}
+    signals |= {name: model.restore(indices) for name, indices in parts.items()}
+    heard = {name.replace(" ", "-"): signal[:_HEARD] for name, signal in signals.items()}
+    modality.write_media(path.parent / MEDIA, path.stem, heard, config)
+    pictures = torch.stack([modality.as_images(signal, config) for signal in signals.values()], 1)
+    names = [examples.test_names[row] for row in rows]
+    plots.save_grid(path, list(pictures), names, list(signals), title=title, caption=caption, captioned=False)
+
+
 def flat_grid(indices: Tensor) -> Tensor:
-    """Return indices (N, *grid) as (N, h, w) to draw: a sequence as one row, the frames of a video side by side."""
-    if indices.dim() == 2:
-        return indices[:, None]
+    """Return indices (N, *grid) as (N, h, w) to draw: the frames of a video side by side."""
     return indices if indices.dim() == 3 else indices.movedim(1, 2).flatten(2, 3)
-
-
-def _in_rows(grids: list[Tensor], vectors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return several sequences (N, 1, T) as the rows of one grid (N, Q, T) of all codebooks together."""
-    if len(grids) == 1 or {grid.shape[1] for grid in grids} != {1} or len({own.shape[1] for own in vectors}) > 1:
-        return grids, vectors
-    starts = [sum(map(len, vectors[:place])) for place in range(len(vectors))]
-    return [torch.cat([grid + start for grid, start in zip(grids, starts, strict=True)], 1)], [torch.cat(vectors)]
 
 
 def _vectors_to_color(adapter: Adapter) -> list[Tensor]:

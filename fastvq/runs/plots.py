@@ -124,9 +124,9 @@ def texts_of(path: StrPath) -> tuple[str, str]:
         return picture.info.get("Title", ""), picture.info.get("Description", "")
 
 
-def _show(axes: Any, image: Tensor) -> None:
+def _show(axes: Any, image: Tensor, **options: Any) -> None:
     """Draw an image (C, H, W) in [0, 1] without ticks."""
-    axes.imshow(image.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.imshow(image.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1, **options)
     axes.set_xticks([])
     axes.set_yticks([])
 
@@ -497,6 +497,56 @@ def save_indices(
         if row == 0:
             for axes, text in zip(panels, ("original", *names, "decoded from the indices"), strict=True):
                 axes.set_title(text, fontsize=10)
+    save_figure(figure, path, caption, title)
+
+
+def save_sequences(
+    path: StrPath,
+    originals: Tensor,
+    indices: Sequence[Tensor],
+    restored: Tensor,
+    codebooks: Sequence[Tensor],
+    *,
+    title: str,
+    noun: str,
+    captioned: bool = True,
+) -> None:
+    """Draw examples along time, their indices below as colored rows, and the reconstructions from these.
+
+    The indices of a codebook are a row as wide as the picture above it, so that each stands below what it describes.
+
+    Args:
+        path: file to write, whose ending is in `FORMATS`.
+        originals, restored: (N, C, H, W), float in [0, 1], time along W.
+        indices: for each codebook, (N, T) int64; codebooks may differ in T.
+        codebooks: for each, (K, D), for the colors.
+        title: text above the figure.
+        noun: the word for an example.
+        captioned: whether title and caption stand in the figure.
+    """
+    longest = max(own.shape[1] for own in indices)
+    rows = []
+    for own, codes in zip(indices, codebooks, strict=True):
+        stretched = own.cpu()[:, torch.arange(longest) * own.shape[1] // longest]
+        rows.append(code_colors(codes)[stretched])
+    grids = torch.stack(rows, 1).movedim(-1, 1)  # [N, 3, Q, T]
+    lengths = ", ".join(dict.fromkeys(str(own.shape[1]) for own in indices))
+    caption = (
+        f"Each {noun} becomes {lengths} indices{' of each codebook' if len(indices) > 1 else ''}, a row for each"
+        " codebook from the first above, and the lower picture is decoded from these alone. Similar colors of a row"
+        " stand for similar codes."
+    )
+    count, height = len(originals), 1.3
+    ratios = [height, max(0.25, min(height, 0.14 * len(indices))), height]
+    texts = (title, caption) if captioned else ("", "")
+    figure = _figure(3.4 * count + 0.4, sum(ratios) + 0.5, *texts)
+    panels = figure.subplots(3, count, squeeze=False, height_ratios=ratios)
+    for column in range(count):
+        names = ("original", "indices", "decoded")
+        for axes, picture, name in zip(panels[:, column], (originals, grids, restored), names, strict=True):
+            _show(axes, picture[column], aspect="auto", interpolation="nearest")
+            if column == 0:
+                axes.set_ylabel(name, fontsize=9)
     save_figure(figure, path, caption, title)
 
 

@@ -93,6 +93,7 @@ def _training(folder: Path, latest: Record, modality: Modality) -> list[Section]
     pictures = {
         "reconstructions": f"Held-out {many} above their reconstructions",
         "indices": f"{many.capitalize()}, their indices as colored grids, and the reconstructions from them",
+        "scales": f"Held-out {many}, decoded from the indices of each scale alone",
         "usage": "Number of times that each code is chosen",
         "curves": "Loss, quality and perplexity over the steps of the training",
     }
@@ -101,6 +102,7 @@ def _training(folder: Path, latest: Record, modality: Modality) -> list[Section]
     candidates = [
         Section(f"{many.capitalize()} and their reconstructions", [shown["reconstructions"], moving]),
         Section(f"{many.capitalize()} as indices", [explained, shown["indices"]]),
+        Section("Scales", [shown["scales"], Media(f"{MEDIA}/scales", f"Held-out {one}")]),
         Section("Use of the codebook", [*_use(latest, modality), shown["usage"]]),
         Section("Training", [shown["curves"]]),
     ]

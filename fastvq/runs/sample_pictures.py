@@ -46,11 +46,11 @@ def picture_prior_samples(
 ) -> list[Path]:
     """Draw samples, completions and neighbors for the page of a run in its folder, and return the paths.
 
-    A picture that fails is a warning; indices without beginnings have no completions. Arguments are those of
+    A picture that fails is a warning; indices of several scales have no completions. Arguments are those of
     `picture_samples`.
     """
     pictures = {"samples": picture_samples, "completions": picture_completions, "neighbors": picture_neighbors}
-    if not _have_beginnings(model, config):
+    if model.adapter.scales is not None:
         del pictures["completions"]
     paths = []
     for name, picture in pictures.items():
@@ -168,11 +168,6 @@ def picture_completions(
     )
 
 
-def _have_beginnings(model: VQVAE, config: TrainConfig) -> bool:
-    """Return whether the indices have the axes of the features, not those of scales one after another."""
-    return len(model.adapter.index_shape(config.feature_grid)) >= len(config.feature_grid)
-
-
 def beginnings(model: VQVAE, config: TrainConfig, indices: Tensor, share: float) -> tuple[Tensor, int]:
     """Return indices (N, *grid) with -1 behind their beginnings, and the length of a beginning along the first axis.
 
@@ -186,7 +181,7 @@ def beginnings(model: VQVAE, config: TrainConfig, indices: Tensor, share: float)
     Raises:
         ConfigError: the indices have no beginning, or the share leaves nothing to keep or nothing to sample.
     """
-    if not _have_beginnings(model, config):
+    if model.adapter.scales is not None:
         many = modality_of(config.modality).noun[1]
         raise ConfigError(f"complete: the indices of this run are scales of whole {many}, which have no beginning")
     length = indices.shape[1]

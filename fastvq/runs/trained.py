@@ -87,7 +87,7 @@ class TrainedModel(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Return the indices of signals, int64: (B, *grid), or (B, *grid, Q) with Q stages, heads or groups.
 
-        Those of images are (B, h, w). Those of a hierarchical quantizer are (B, T), all scales in a row.
+        Those of images are (B, h, w). Those of several scales are (B, T), all in a row.
 
         Args:
             x: (B, C, *size) in the stored dtype, or floats: images (B, C, H, W), uint8 or in [0, 1]; video
@@ -105,16 +105,20 @@ class TrainedModel(nn.Module):
     def decode(self, indices: Tensor) -> Tensor:
         """Return the signals (B, C, *size), float32 in their range, of indices as `encode` returns them.
 
+        Of separate autoencoders at several scales, as those of Jukebox, the indices of the coarsest scales suffice.
+
         Raises:
             TypeError, ValueError: indices of another shape, dtype or range.
             ConfigError: the run was trained without a bottleneck.
         """
         self._check_indices()
         _check_tensor("indices", indices)
-        own = self.vqvae.adapter.index_shape(self.config.feature_grid)
-        axes = len(self.config.feature_grid)
-        whole = len(own) < axes  # all scales in a row
+        adapter = self.vqvae.adapter
+        own, axes = adapter.index_shape(self.config.feature_grid), len(self.config.feature_grid)
+        whole = adapter.scales is not None  # all in a row
         fixed = own if whole else own[axes:]
+        if indices.dim() == 2 and indices.shape[1] in adapter.leading:
+            fixed = tuple(indices.shape[1:])
         if indices.dim() != 1 + len(own) or indices.shape[indices.dim() - len(fixed) :] != fixed:
             free = [] if whole else _AXES[axes]
             expected = f"({', '.join(map(str, ['B', *free, *fixed]))})"

@@ -113,6 +113,8 @@ class Trainer(Loop[Evaluation]):
                 with self._autocast():
                     output = self._forward(part, n < len(parts))
                 restored = output.reconstruction.float()
+                if len(restored) > len(part):  # separate autoencoders have a reconstruction each
+                    part = torch.cat([part] * (len(restored) // len(part)))
                 reconstruction_loss, error = self.objective.loss(restored, part)
                 if self._perceptual is not None:
                     reconstruction_loss = reconstruction_loss + self._perceptual.loss(restored, part)

@@ -45,6 +45,12 @@ def test_settings_fit_each_other_and_the_network() -> None:
         ({"crop_length": 256}, "crop_length must be at most clip_length = 128, got 256"),
         ({"strides": "4,x"}, "strides must be numbers from 1 to 1024, such as 2,4,5,8, got '4,x'"),
         ({"strides": ""}, "strides must be numbers"),
+        ({"scale_strides": "2,x"}, "scale_strides must be numbers from 1 to 1024, such as 2,4,5,8, got '2,x'"),
+        ({"scale_strides": "3"}, "clip_length must be a multiple of the product of the strides, 96, got 128"),
+        (
+            {"scale_strides": "2", "bottleneck": "none"},
+            "scale_strides must be left out for the bottleneck none, which has no indices, got 2",
+        ),
         ({"dilations": "0"}, "dilations must be numbers"),
         ({"activation": "relu"}, "activation must be one of elu, snake, got 'relu'"),
         ({"channels": 3}, "channels must"),
@@ -158,3 +164,39 @@ def test_a_run_codes_at_several_rates_and_streams(tmp_path: Path, capsys: pytest
     x = torch.rand(2, 1, 320) - 0.5
     encoder = StreamingEncoder(model.vqvae)
     assert torch.equal(torch.cat([encoder(chunk) for chunk in x.split(50, -1)], 1), model.encode(x))
+
+
+def test_a_run_of_separate_scales_serves_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, run, coded = tmp_path / "data", tmp_path / "run", str(tmp_path / "a.fvq")
+    FOLDERS["audio"].write(data)
+    settings = FOLDERS["audio"].settings | {"strides": "4", "scale_strides": "2,4", "bottleneck": "vq"}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    train = [*options, "--codebook-size=8", "--dim=4", "--batch-size=4", "--warmup-steps=1", "--steps=2"]
+    assert cli.main(["train", f"--data={data}", *train, "--plan"]) == 0
+    assert "indices 4 of 8 codes + 16 of 8 codes + 32 of 8 codes" in capsys.readouterr().out
+    assert cli.main(["train", f"--out={run}", f"--data={data}", *train, "--quiet"]) == 0
+    assert cli.main(["train", f"--out={run}", "--resume", "--steps=3", "--quiet"]) == 0
+    sizes = ["--kind=hierarchical", "--steps=2", "--dim=8", "--heads=2", "--depth=1", "--batch-size=4"]
+    assert cli.main(["prior", str(run), *sizes, "--quiet"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    for picture in ("indices", "scales", "samples"):
+        assert (run / f"{picture}.png").exists()
+    assert 'src="media/scales-1-scale-2.flac"' in (run / "index.html").read_text()
+    model = fastvq.load(run)
+    x = torch.rand(2, 1, 128) - 0.5
+    indices = model.encode(x)
+    assert indices.shape == (2, 52)
+    assert model.decode(indices[:, :20]).shape == model.decode(indices).shape == x.shape
+    with pytest.raises(ValueError, match=r"indices: must be \(B, 52\), got \(2, 8\)"):
+        model.decode(indices[:, :8])
+    for command in (
+        ["encode", str(data / "s1.flac"), coded, f"--run={run}", "--model=prior"],
+        ["decode", coded, str(tmp_path / "a.flac"), f"--run={run}"],
+        ["evaluate", str(run)],
+        ["sample", str(run), f"--out={tmp_path / 's.wav'}", "--count=2", "--top-k=3"],
+    ):
+        assert cli.main(command) == 0, command
+    assert len(read_signal(tmp_path / "s.wav", 8000, 1)[0]) >= 2 * 128
+    capsys.readouterr()
+    assert cli.main(["sample", str(run), f"--out={tmp_path / 'c.wav'}", "--begin", str(data / "s1.flac")]) == 2
+    assert "the indices of this run are scales of whole clips, which have no beginning" in capsys.readouterr().err

@@ -338,3 +338,25 @@ def test_wide_pictures_have_wide_and_low_panels(tmp_path):
     assert inches["b"][1] < 0.4 * inches["b"][0]
     assert inches["c"][0] == pytest.approx(5 * 2.0 + 0.2, abs=0.1)
     assert inches["c"][1] < 0.2 * inches["c"][0]
+
+
+def test_indices_along_time_stand_below_what_they_describe(tmp_path, monkeypatch):
+    """Rows of all codebooks are as wide as the picture above them, whatever their number of indices."""
+    shown = []
+    original = plots._show
+    monkeypatch.setattr(
+        plots, "_show", lambda axes, image, **options: (shown.append((axes, image)), original(axes, image, **options))
+    )
+    codes = [torch.randn(5, 3), torch.randn(4, 3)]
+    indices = [torch.tensor([[0, 4]] * 2), torch.tensor([[0, 1, 2, 3, 2, 1]] * 2)]
+    pictures = torch.rand(2, 1, 8, 12)
+    plots.save_sequences(tmp_path / "a.png", pictures, indices, pictures, codes, title="T", noun="clip")
+    grid = shown[1][1]
+    assert grid.shape == (3, 2, 6)
+    coarse, fine = map(plots.code_colors, codes)
+    assert torch.equal(grid[:, 0].T, coarse[[0, 0, 0, 4, 4, 4]])
+    assert torch.equal(grid[:, 1].T, fine[[0, 1, 2, 3, 2, 1]])
+    edges = [(axes.get_position().x0, axes.get_position().x1) for axes, _ in shown]
+    assert edges[0] == edges[1] == edges[2] != edges[3]
+    below = [axes.get_position().y1 for axes, _ in shown[:3]]
+    assert below == sorted(below, reverse=True)

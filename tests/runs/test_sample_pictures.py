@@ -40,6 +40,7 @@ class FakeModel:
 
     value_range = (0.0, 1.0)
     strides = (2, 2)
+    scales = None
 
     @property
     def adapter(self):
