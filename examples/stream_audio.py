@@ -43,11 +43,11 @@ def main() -> None:
     size = round(options.chunk_ms / 1000 * config.sample_rate)
     sent, played, encoding, decoding = [], [], [], []
     for chunk in signal.split(size, -1):
-        start = time.perf_counter()
+        start = time.process_time()
         indices = encoder(chunk)
-        middle = time.perf_counter()
+        middle = time.process_time()
         samples = decoder(indices)
-        end = time.perf_counter()
+        end = time.process_time()
         sent.append(indices)
         played.append(samples)
         encoding.append(1000 * (middle - start))
@@ -61,7 +61,8 @@ def main() -> None:
     different = int((indices != whole[..., : indices.shape[-1]]).sum())
     for name, times in (("encoder", encoding), ("decoder", decoding)):
         median = statistics.median(times)
-        print(f"{name}: {median:.2f} ms for {options.chunk_ms:g} ms, {options.chunk_ms / median:.0f} x real time")
+        rate = f"{options.chunk_ms / median:.0f} x real time"
+        print(f"{name}: {median:.2f} ms of processor time for {options.chunk_ms:g} ms, {rate}")
     print(f"{different} of {indices.numel()} indices differ from those of the whole file")
     write_audio(options.out, torch.cat(played, -1)[0, :, : signal.shape[-1]], config.sample_rate, "wav")
     print(f"decoded: {options.out}")

@@ -81,7 +81,7 @@ class CausalConv1d(nn.Module):
         self.magnitude = nn.Parameter(direction.detach().flatten(1).norm(dim=1))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.folded: Tensor | None = None
-        """The weight, where it was computed once for many calls."""
+        """The weight, where it was computed once for many calls; (out_channels, kernel in_channels, 1) if dilated."""
 
     @property
     def weight(self) -> Tensor:
@@ -97,15 +97,21 @@ class CausalConv1d(nn.Module):
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         x = F.pad(x, (self.look_back, 0)) if past is None else past.extend(x, self.look_back)
-        weight = self.weight if self.folded is None else self.folded
-        return F.conv1d(x, weight, self.bias, self.stride, 0, self.dilation)
+        if self.folded is None:
+            return F.conv1d(x, self.weight, self.bias, self.stride, 0, self.dilation)
+        if self.dilation > 1:
+            # Of a short chunk, torch's dilated convolution copies element by element: one product takes a quarter.
+            length = x.shape[-1] - self.look_back
+            x = torch.cat([x[..., start : start + length] for start in range(0, self.look_back + 1, self.dilation)], 1)
+        return F.conv1d(x, self.folded, self.bias, self.stride)
 
 
 def fold_weights_(network: nn.Module) -> None:
     """Compute the weights of all causal convolutions of a network once, for inference with weights that stay."""
     for module in network.modules():
         if isinstance(module, CausalConv1d):
-            module.folded = module.weight.detach()
+            weight = module.weight.detach()
+            module.folded = weight.transpose(1, 2).flatten(1)[..., None] if module.dilation > 1 else weight
 
 
 class Snake(nn.Module):
