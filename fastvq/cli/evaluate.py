@@ -16,7 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.description = (
         "Measures a run on examples: quality (for images PSNR, SSIM, MS-SSIM, LPIPS, rFID; for audio the log-mel"
-        " distance, SI-SDR, PESQ, STOI), bits, usage and perplexity, with 95 % intervals."
+        " distance, SI-SDR, PESQ, STOI, ViSQOL), bits, usage and perplexity, with 95 % intervals."
         " What cannot be measured is named with the reason. With --samples it judges samples of the run's prior"
         " instead: agreement with their class, precision and recall, distance to training examples. The protocol is"
         " in docs/evaluation.md."

@@ -37,6 +37,7 @@ MEASURES = {
     "pesq_wide": Measure("PESQ, wide band at 16 kHz (MOS-LQO)", 2),
     "pesq_narrow": Measure("PESQ, narrow band at 8 kHz (MOS-LQO)", 2),
     "stoi": Measure("STOI at 10 kHz", 3),
+    "visqol": Measure("ViSQOL, mode for audio at 48 kHz (MOS-LQO)", 2),
 }
 NETWORKS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "seanet": (AudioEncoder, AudioDecoder),

@@ -1,8 +1,8 @@
 """Measures of reconstructed clips of audio beside their originals, each with the reason where it cannot be taken.
 
-SI-SDR needs nothing; PESQ and STOI, which judge speech, need the packages `pesq` and `pystoi`. Each has a sample rate
-of its own: clips of higher rates are resampled to it, clips of lower ones lack what it judges. Both take the mean of
-stereo. The protocol is in docs/evaluation.md.
+SI-SDR needs nothing; PESQ and STOI, which judge speech, need the packages `pesq` and `pystoi`, ViSQOL, which judges
+music as well, `visqol-python`. Each has a sample rate of its own, to which clips are resampled; clips of lower rates
+lack what PESQ and STOI judge. All three take the mean of stereo. The protocol is in docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from fastvq.models.spectral import si_sdr
 from .base import Measures, PerExample
 
 EXTRA = "audio-measures"
-PESQ_WIDE_HZ, PESQ_NARROW_HZ, STOI_HZ = 16000, 8000, 10000
-"""Sample rates of the measures: those of ITU-T P.862.2 and P.862, and that of STOI's definition."""
+PESQ_WIDE_HZ, PESQ_NARROW_HZ, STOI_HZ, VISQOL_HZ = 16000, 8000, 10000, 48000
+"""Sample rates of the measures: of ITU-T P.862.2 and P.862, of STOI's definition, of ViSQOL's mode for audio."""
+_PESQ_LEAST_S = 0.25
 _STOI_LEAST_S = 0.4
 """Least length of a clip: STOI compares parts of 30 frames, 384 ms."""
+_VISQOL_LEAST_S = 1.0
+"""Least length of a clip: ViSQOL compares parts of 45 frames, 960 ms."""
 
 
 def audio_measures(sample_rate: int, length: int) -> Measures:
@@ -39,6 +42,7 @@ def audio_measures(sample_rate: int, length: int) -> Measures:
         "pesq_wide": lambda: _pesq(sample_rate, length, PESQ_WIDE_HZ, "wb"),
         "pesq_narrow": lambda: _pesq(sample_rate, length, PESQ_NARROW_HZ, "nb"),
         "stoi": lambda: _stoi(sample_rate, length),
+        "visqol": lambda: _visqol(sample_rate, length),
     }
     for name, make in makers.items():
         try:
@@ -50,8 +54,7 @@ def audio_measures(sample_rate: int, length: int) -> Measures:
 
 def _pesq(sample_rate: int, length: int, rate: int, mode: str) -> PerExample:
     _check_rate(sample_rate, rate)
-    if 4 * length < sample_rate:
-        raise MeasureError(f"clips of {length / sample_rate:.3g} s are shorter than the 0.25 s that it needs")
+    _check_length(sample_rate, length, _PESQ_LEAST_S)
     library = require("pesq", EXTRA)
 
     def pesq(original: Any, restored: Any) -> float:
@@ -65,10 +68,7 @@ def _pesq(sample_rate: int, length: int, rate: int, mode: str) -> PerExample:
 
 def _stoi(sample_rate: int, length: int) -> PerExample:
     _check_rate(sample_rate, STOI_HZ)
-    if length < _STOI_LEAST_S * sample_rate:
-        raise MeasureError(
-            f"clips of {length / sample_rate:.3g} s are shorter than the {_STOI_LEAST_S} s that it needs"
-        )
+    _check_length(sample_rate, length, _STOI_LEAST_S)
     library = require("pystoi", EXTRA)
 
     def stoi(original: Any, restored: Any) -> float:
@@ -80,6 +80,25 @@ def _stoi(sample_rate: int, length: int) -> PerExample:
                 return math.nan
 
     return partial(_of_each, stoi, sample_rate, STOI_HZ)
+
+
+def _visqol(sample_rate: int, length: int) -> PerExample:
+    _check_length(sample_rate, length, _VISQOL_LEAST_S)
+    judge = require("visqol", EXTRA).VisqolApi()
+    judge.create(mode="audio")
+
+    def visqol(original: Any, restored: Any) -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a silent reconstruction, whose score is NaN
+            return float(judge.measure_from_arrays(original, restored, sample_rate=VISQOL_HZ).moslqo)
+
+    return partial(_of_each, visqol, sample_rate, VISQOL_HZ)
+
+
+def _check_length(sample_rate: int, length: int, least_s: float) -> None:
+    """Raise a MeasureError if clips are shorter than a measure needs."""
+    if length < least_s * sample_rate:
+        raise MeasureError(f"clips of {length / sample_rate:.3g} s are shorter than the {least_s} s that it needs")
 
 
 def _check_rate(sample_rate: int, rate: int) -> None:

@@ -208,7 +208,7 @@ def picture_run(trainer: Trainer, evaluation: Evaluation, *, captioned: bool = T
 
 @torch.no_grad()
 def picture_decoded(
-    path: Path,
+    path: StrPath,
     model: VQVAE,
     config: TrainConfig,
     examples: Examples,
@@ -232,7 +232,7 @@ def picture_decoded(
     signals = {"original": to_float(examples.test[rows])}
     signals |= {name: model.restore(indices) for name, indices in parts.items()}
     heard = {name.replace(" ", "-"): signal[:_HEARD] for name, signal in signals.items()}
-    modality.write_media(path.parent / MEDIA, path.stem, heard, config)
+    modality.write_media(Path(path).parent / MEDIA, Path(path).stem, heard, config)
     pictures = torch.stack([modality.as_images(signal, config) for signal in signals.values()], 1)
     names = [examples.test_names[row] for row in rows]
     plots.save_grid(path, list(pictures), names, list(signals), title=title, caption=caption, captioned=False)

@@ -29,8 +29,10 @@ def test_si_sdr_needs_no_package() -> None:
     assert torch.equal(taken.per_example["si_sdr_db"](noisy, x), si_sdr(noisy.flatten(1), x.flatten(1)))
 
 
-@pytest.mark.parametrize(("package", "names"), [("pesq", ("pesq_wide", "pesq_narrow")), ("pystoi", ("stoi",))])
-def test_measures_of_speech_fall_with_noise_and_have_no_value_for_silence(package: str, names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("package", "names"), [("pesq", ("pesq_wide", "pesq_narrow")), ("pystoi", ("stoi",)), ("visqol", ("visqol",))]
+)
+def test_measures_fall_with_noise_and_have_no_value_for_silence(package: str, names: tuple[str, ...]) -> None:
     pytest.importorskip(package)
     x = torch.cat([voice(), voice(), torch.zeros(1, 1, RATE)])
     restored = x.clone()
@@ -49,6 +51,7 @@ def test_measures_of_speech_fall_with_noise_and_have_no_value_for_silence(packag
         (8000, 8000, "pesq_wide", "it needs 16000 Hz, the clips have 8000 Hz"),
         (8000, 8000, "stoi", "it needs 10000 Hz, the clips have 8000 Hz"),
         (16000, 3200, "pesq_narrow", "clips of 0.2 s are shorter than the 0.25 s that it needs"),
+        (16000, 15000, "visqol", "clips of 0.938 s are shorter than the 1.0 s that it needs"),
         (16000, 4800, "stoi", "clips of 0.3 s are shorter than the 0.4 s that it needs"),
     ],
 )
@@ -66,4 +69,4 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = audio_measures(RATE, RATE)
     assert list(taken.per_example) == ["si_sdr_db"]
     assert taken.refused["stoi"] == 'pystoi is missing: pip install "fastvq-torch[audio-measures]"'
-    assert set(taken.refused) == {"pesq_wide", "pesq_narrow", "stoi"}
+    assert set(taken.refused) == {"pesq_wide", "pesq_narrow", "stoi", "visqol"}
