@@ -54,6 +54,17 @@ def check_fractions(**values: Any) -> None:
             raise ValueError(f"{name}: must lie in [0, 1], got {value!r}")
 
 
+def check_callables(**values: Any) -> None:
+    """Check that each argument that is given, not None, can be called, as modules can.
+
+    Raises:
+        ValueError: an argument cannot; the message names it.
+    """
+    for name, value in values.items():
+        if not (value is None or callable(value)):
+            raise ValueError(f"{name}: must be a module or a function, got {value!r}")
+
+
 def _holds(condition: Callable[[Any], Any], value: Any) -> bool:
     """Return whether a condition holds for a value, which may be no number."""
     try:

@@ -15,7 +15,7 @@ from fastvq.codebook.health import LevelUse
 from fastvq.codebook.storage import refuse_sharded
 from fastvq.distributed import mean, recomputing, tie_parameters
 from fastvq.ops import search
-from fastvq.parts.arguments import check_sizes
+from fastvq.parts.arguments import check_callables, check_sizes
 from fastvq.parts.gradients import straight_through
 from fastvq.parts.indices import Radix, checked_indices, checked_levels, join_levels
 from fastvq.parts.masking import exclude_non_finite, finite_mask, masked_mean
@@ -86,6 +86,7 @@ class LatentQuantize(Projected, LevelUse, Radix, nn.Module):
         if codebook_dim > 0 and codebook_dim != len(sizes):
             raise ValueError(f"codebook_dim: must be the number of levels, {len(sizes)}, got {codebook_dim}")
         check_sizes(num_codebooks=num_codebooks)
+        check_callables(in_place_codebook_optimizer=in_place_codebook_optimizer)
         if in_place_codebook_optimizer is not None and not optimize_values:
             raise ValueError("in_place_codebook_optimizer: needs optimize_values=True")
         self.dim = dim

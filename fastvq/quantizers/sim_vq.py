@@ -12,7 +12,7 @@ from fastvq.codebook.health import Health, Monitored
 from fastvq.distributed import common_seed
 from fastvq.functional.quantize import check_some_code, lookup, quantize
 from fastvq.ops import search
-from fastvq.parts.arguments import check_sizes
+from fastvq.parts.arguments import check_callables, check_sizes
 from fastvq.parts.indices import checked_indices
 from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
 from fastvq.precision import KeepsBuffers, full_precision
@@ -68,6 +68,7 @@ class SimVQ(Monitored, KeepsBuffers, nn.Module):
         super().__init__()
         frozen_dim = dim if frozen_codebook_dim is None else frozen_codebook_dim
         check_sizes(dim=dim, codebook_size=codebook_size, frozen_codebook_dim=frozen_dim)
+        check_callables(codebook_transform=codebook_transform, init_fn=init_fn)
         if not input_to_quantize_commit_loss_weight >= 0:
             raise ValueError(
                 "input_to_quantize_commit_loss_weight: must not be negative, got"

@@ -19,7 +19,7 @@ from fastvq.codebook.storage import refuse_sharded
 from fastvq.distributed import may_be_recomputed, recomputing, tie_parameters
 from fastvq.functional.quantize import check_some_code, lookup, quantize, unit_norm, weighted
 from fastvq.ops import search
-from fastvq.parts.arguments import check_fractions, check_not_negative, check_positive, check_sizes
+from fastvq.parts.arguments import check_callables, check_fractions, check_not_negative, check_positive, check_sizes
 from fastvq.parts.bridge import VQBridge
 from fastvq.parts.gradients import Estimator
 from fastvq.parts.indices import checked_indices
@@ -207,6 +207,7 @@ class VectorQuantize(Projected, Monitored, nn.Module):
         check_positive(codebook_diversity_temperature=codebook_diversity_temperature)
         if orthogonal_reg_max_codes is not None:
             check_sizes(orthogonal_reg_max_codes=orthogonal_reg_max_codes)
+        check_callables(vq_bridge=vq_bridge, in_place_codebook_optimizer=in_place_codebook_optimizer)
         if not isinstance(replacement, Replacement | None):
             raise ValueError(f"replacement: must be a fastvq.Replacement, got {replacement!r}")
         if isinstance(vq_bridge, VQBridge) and (vq_bridge.codebook_size, vq_bridge.dim) != (

@@ -34,6 +34,16 @@ CASES = {
     "a size that is no integer": ("codebook_size", lambda: vq(codebook_size=16.0)),
     "rounds that are no integer": ("kmeans_iters", lambda: vq(kmeans_iters=1.5)),
     "a negative temperature": ("sample_codebook_temp", lambda: vq(sample_codebook_temp=-1.0)),
+    "a bridge by name": ("vq_bridge", lambda: vq(vq_bridge="linear")),
+    "an optimizer by name": (
+        "in_place_codebook_optimizer",
+        lambda: vq(learnable_codebook=True, in_place_codebook_optimizer="adam"),
+    ),
+    "an optimizer of values by name": (
+        "in_place_codebook_optimizer",
+        lambda: fastvq.LatentQuantize([4, 4], 8, in_place_codebook_optimizer="adam"),
+    ),
+    "a transform by name": ("codebook_transform", lambda: fastvq.SimVQ(8, 16, codebook_transform="linear")),
     "a policy by name": ("replacement", lambda: vq(replacement="kmeans++")),
     "two policies": (
         "replacement, threshold_ema_dead_code",
