@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "`--precision bf16`": {"precision": "bf16"},
     "`--compile`": {"compile": True},
     "`--accumulate 4`": {"accumulate": 4},
-    "`--clip-norm 1`": {"clip_norm": 1.0},
+    "`--clip-norm 0`": {"clip_norm": 0.0},
     "`--weight-average 0.98`": {"weight_average": 0.98},
     "`--perceptual-weight 1`": {"perceptual_weight": 1.0},
     "`--adversarial-weight 0.8`": {"adversarial_weight": 0.8, "adversarial_start": 0, "discriminator_width": 32},

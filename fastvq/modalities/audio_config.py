@@ -98,6 +98,7 @@ class AudioConfig(TrainConfig):
     steps: int = setting(1000, "optimizer steps")
     batch_size: int = setting(8, "examples per step")
     learning_rate: float = setting(2e-3, "peak learning rate of Adam")
+    clip_norm: float | None = setting(0.0, "largest norm of the gradient, to which longer ones are scaled; 0: any")
 
     def __post_init__(self) -> None:
         if self.bottleneck == "rvq" and self.bottleneck_options == {}:

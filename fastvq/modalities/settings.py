@@ -119,7 +119,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("depth", "stage_depth"), (1, _DEPTH)),
     "workers": (0, _DEPTH),
     "accumulate": (1, _COUNT),
-    "clip_norm": (_SMALLEST, _FINITE),
+    "clip_norm": (0, _FINITE),
     "weight_average": (0, _BELOW_ONE),
     "codebook_size": (1, _CODES),
     "warmup_steps": (0, _COUNT),

@@ -77,9 +77,8 @@ class TrainConfig(Settings):
     precision: str = setting("float32", "'float32', or 'bf16' for the networks' products; codes are found in float32")
     compile: bool = setting(False, "compile the model by torch.compile")
     accumulate: int = setting(1, "parts that a batch is learned from one after the other, which takes less memory")
-    clip_norm: float | None = setting(
-        None, "largest norm of the gradient, to which longer ones are scaled (default: any)"
-    )
+    # Without a limit the loss of color images and video rises again and again while the codebook forms.
+    clip_norm: float | None = setting(1.0, "largest norm of the gradient, to which longer ones are scaled; 0: any")
     weight_average: float = setting(
         0.0, "decay of a moving average of the weights, which is evaluated and loaded; 0: none"
     )

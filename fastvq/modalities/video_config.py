@@ -34,8 +34,6 @@ class VideoConfig(PixelConfig):
     steps: int = setting(1200, "optimizer steps")
     batch_size: int = setting(8, "examples per step")
     learning_rate: float = setting(1e-3, "peak learning rate of Adam")
-    # Without a limit the loss rises again and again while the codebook forms.
-    clip_norm: float | None = setting(1.0, "largest norm of the gradient, to which longer ones are scaled")
     evaluate_every: int = setting(300, "steps between evaluations on the held-out examples")
     checkpoint_every: int = setting(300, "steps between checkpoints")
 

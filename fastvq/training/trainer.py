@@ -127,7 +127,7 @@ class Trainer(Loop[Evaluation]):
                     adversary.accumulate(part, restored, len(parts))
             sums = torch.stack([loss.detach(), error.detach(), torch.ones_like(loss)])
             self._window += sums / len(parts) if len(parts) > 1 else sums
-        if config.clip_norm is not None:
+        if config.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         self.optimizer.step()
         if adversary is not None:
