@@ -1,7 +1,9 @@
 // Data that the native checks share: what trained codebooks look like, and what is made to break a search.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdio>
 #include <limits>
 #include <random>
 #include <vector>
@@ -48,15 +50,24 @@ void fill(const Case& c, int64_t n, int64_t k, int64_t d, std::vector<T>& x, std
   }
 }
 
-inline std::vector<const fastvq::Isa*> instruction_sets() {
-  return {
-      &fastvq::portable_isa(),
+// Those that this processor has; the others are named once.
+inline const std::vector<const fastvq::Isa*>& instruction_sets() {
+  static const std::vector<const fastvq::Isa*> supported = [] {
+    std::vector<const fastvq::Isa*> all{
+        &fastvq::portable_isa(),
 #if defined(__x86_64__)
-      &fastvq::avx2_isa(),
-      &fastvq::avx512_isa(),
-      &fastvq::avx512_vnni_isa(),
+        &fastvq::avx2_isa(),
+        &fastvq::avx512_isa(),
+        &fastvq::avx512_vnni_isa(),
 #endif
-  };
+    };
+    const auto lacking = std::stable_partition(all.begin(), all.end(), [](auto* isa) { return isa->supported(); });
+    for (auto isa = lacking; isa != all.end(); ++isa)
+      std::printf("%s: not run, this processor lacks it\n", (*isa)->name);
+    all.erase(lacking, all.end());
+    return all;
+  }();
+  return supported;
 }
 
 }  // namespace cases

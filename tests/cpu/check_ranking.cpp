@@ -63,17 +63,13 @@ std::vector<std::pair<double, int64_t>> scored(const T* x, const std::vector<T>&
 }
 
 template <class T>
-int64_t check(const Isa& isa, const Case& c, DType dtype, Metric metric, int64_t n, int64_t k, int64_t d) {
+void check(const Case& c, DType dtype, Metric metric, int64_t n, int64_t k, int64_t d, int64_t& wrong,
+           int64_t& checked) {
   std::vector<T> x(n * d), codes(k * d);
   cases::fill(c, n, k, d, x, codes);
-  const Matrix rows{dtype, x.data(), n, d}, all{dtype, codes.data(), k, d};
   const int64_t most = std::min<int64_t>(k, 9);
-  std::vector<int64_t> nearest(n * most, -7), shortened(n * most, -7), drawn(n, -7);
   const fastvq::Draw draw{c.scale * 0.8, 0x123456789abcdef0u, 3};
-  fastvq::topk_search(isa, Precision::automatic, rows, all, metric, most, nearest.data(), in_pieces);
-  fastvq::topk_search(isa, Precision::projected, rows, all, metric, most, shortened.data(), in_pieces);
-  fastvq::sample(isa, rows, all, metric, draw, drawn.data(), in_pieces);
-  int64_t wrong = 0;
+  std::vector<int64_t> nearest, drawn;
   for (int64_t i = 0; i < n; ++i) {
     auto pairs = scored(x.data() + i * d, codes, k, d, metric);
     int64_t winner = -1;
@@ -83,18 +79,26 @@ int64_t check(const Isa& isa, const Case& c, DType dtype, Metric metric, int64_t
       const double value = (metric == Metric::l2 ? -std::sqrt(score) : -score) / draw.temperature + noise;
       if (winner < 0 || value > largest) winner = code, largest = value;
     }
-    wrong += drawn[i] != winner;
+    drawn.push_back(winner);
     std::sort(pairs.begin(), pairs.end());
-    for (int64_t j = 0; j < most; ++j) {
-      const int64_t expected = j < static_cast<int64_t>(pairs.size()) ? pairs[j].second : -1;
-      wrong += nearest[i * most + j] != expected;
-      wrong += shortened[i * most + j] != expected;
-    }
+    for (int64_t j = 0; j < most; ++j) nearest.push_back(j < static_cast<int64_t>(pairs.size()) ? pairs[j].second : -1);
   }
-  if (wrong)
-    std::printf("%s: %s, metric %s, N=%d K=%d D=%d: %d wrong\n", isa.name, c.name, metric == Metric::l2 ? "l2" : "dot",
-                static_cast<int>(n), static_cast<int>(k), static_cast<int>(d), static_cast<int>(wrong));
-  return wrong;
+
+  const Matrix rows{dtype, x.data(), n, d}, all{dtype, codes.data(), k, d};
+  for (const Isa* isa : cases::instruction_sets()) {
+    std::vector<int64_t> own_nearest(n * most, -7), shortened(n * most, -7), own_drawn(n, -7);
+    fastvq::topk_search(*isa, Precision::automatic, rows, all, metric, most, own_nearest.data(), in_pieces);
+    fastvq::topk_search(*isa, Precision::projected, rows, all, metric, most, shortened.data(), in_pieces);
+    fastvq::sample(*isa, rows, all, metric, draw, own_drawn.data(), in_pieces);
+    int64_t differ = 0;
+    for (int64_t i = 0; i < n; ++i) differ += own_drawn[i] != drawn[i];
+    for (int64_t i = 0; i < n * most; ++i) differ += (own_nearest[i] != nearest[i]) + (shortened[i] != nearest[i]);
+    if (differ)
+      std::printf("%s: %s, metric %s, N=%d K=%d D=%d: %d wrong\n", isa->name, c.name,
+                  metric == Metric::l2 ? "l2" : "dot", static_cast<int>(n), static_cast<int>(k), static_cast<int>(d),
+                  static_cast<int>(differ));
+    wrong += differ, ++checked;
+  }
 }
 
 }  // namespace
@@ -102,19 +106,12 @@ int64_t check(const Isa& isa, const Case& c, DType dtype, Metric metric, int64_t
 int main() {
   constexpr int64_t SHAPES[][3] = {{1, 1, 1}, {63, 100, 33}, {70, 300, 17}, {100, 31, 3}, {5, 33, 513}};
   int64_t wrong = 0, checked = 0;
-  for (const Isa* isa : cases::instruction_sets()) {
-    if (!isa->supported()) {
-      std::printf("%s: not run, this processor lacks it\n", isa->name);
-      continue;
-    }
-    for (const Case& c : CASES)
-      for (const auto& [n, k, d] : SHAPES)
-        for (Metric metric : {Metric::l2, Metric::dot}) {
-          wrong += check<float>(*isa, c, DType::f32, metric, n, k, d);
-          wrong += check<double>(*isa, c, DType::f64, metric, n, k, d);
-          checked += 2;
-        }
-  }
+  for (const Case& c : CASES)
+    for (const auto& [n, k, d] : SHAPES)
+      for (Metric metric : {Metric::l2, Metric::dot}) {
+        check<float>(c, DType::f32, metric, n, k, d, wrong, checked);
+        check<double>(c, DType::f64, metric, n, k, d, wrong, checked);
+      }
   std::printf("%d cases, %d wrong\n", static_cast<int>(checked), static_cast<int>(wrong));
   return wrong != 0;
 }
