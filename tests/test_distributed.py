@@ -1,13 +1,10 @@
-"""Codebooks that learn on several ranks: what tests/ranks.py did under torchrun, with gloo."""
+"""Codebooks that learn on several ranks: what tests/ranks.py did on each of them, with gloo."""
 
 from __future__ import annotations
 
 import ast
 import functools
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +12,8 @@ import pytest
 import torch
 
 from fastvq import distributed
+
+from .forked import run_forked
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 SCENARIOS = [
@@ -28,16 +27,8 @@ SCENARIOS = [
 def results(ranks: int) -> dict[str, str | None]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        run = subprocess.run(
-            [*command, str(SCRIPT), str(out)],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=600,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert out.exists(), run.stdout
+        run = run_forked(ranks, SCRIPT, str(out))
+        assert out.exists(), run.stdout + run.stderr
         return json.loads(out.read_text())
 
 

@@ -24,6 +24,7 @@ from fastvq.training.checkpoint import checkpoint_folders, load_latest
 from fastvq.training.config import PriorConfig
 from fastvq.training.metrics import read_metrics
 
+from ..forked import run_forked
 from ..tiny_runs import tiny_run
 from . import together
 from .tiny import TINY
@@ -37,7 +38,7 @@ def torchrun(*command: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
 
 
 def trained(scenario: str, folder: Path) -> Path:
-    run = torchrun(together.__file__, scenario, str(folder))
+    run = run_forked(2, together.__file__, scenario, str(folder))
     assert run.returncode == 0, run.stderr
     return folder
 

@@ -1,4 +1,4 @@
-"""Trainings on several ranks, for test_ranks.py: `torchrun together.py SCENARIO FOLDER`."""
+"""Trainings on several ranks, for test_ranks.py, which starts `together.py SCENARIO FOLDER` on each."""
 
 from __future__ import annotations
 
