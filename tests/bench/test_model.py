@@ -225,11 +225,13 @@ class TestCommand:
         code = (
             "import sys; sys.modules['triton'] = None\n"
             "from fastvq.cli.main import main\n"
-            "sys.exit(main(['bench', '--model', sys.argv[1], '--n=65536', '--k=1024', '--d=64']))"
+            "for name in sys.argv[1:]:\n"
+            "    assert main(['bench', '--model', name, '--n=65536', '--k=1024', '--d=64']) == 0, name"
         )
+        command = [sys.executable, "-c", code, *model.DEVICES]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
         for name in model.DEVICES:
-            done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, timeout=120)
-            assert done.returncode == 0, done.stderr
             assert f"on {name}" in done.stdout
 
     def test_no_counts(self, monkeypatch, tmp_path, capsys):
