@@ -4,13 +4,14 @@
 #   make test       all tests but those marked `machine`
 #   make test-machine   those: timings, resident memory and what depends on torch's internals; on a quiet machine
 #   make bench      the benchmark suite, which writes docs/benchmarks.md; about 15 minutes
-#   make gpu-check  what can be shown about the GPU kernels on a machine without a GPU; some ten minutes
+#   make gpu-check  what can be shown about the GPU kernels on a machine without a GPU; the first part is `make gpu-compile`
 #   make gpu OUT=DIR    on a machine with a GPU: builds, checks and times everything there, with the Python that is there,
 #                   in nine minutes, or BUDGET=SECONDS; docs/gpu.md
 #   make format     rewrites the sources as `make lint` wants them
+#   make setup      at once what lint and test need, which else each install their own
 # PYTHON chooses the interpreter of .venv, TORCH the torch that goes into it; PYTEST is handed on by `make test`.
-# WORKERS files of tests run at a time, in the order of their names: pytest-xdist's own order, by the number of tests, begins
-# the files with few long tests last.
+# WORKERS files of tests run at a time, the longest first and then in the order of their names (tests/conftest.py):
+# pytest-xdist's own order, by the number of tests, begins the files with few long tests last.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -31,7 +32,7 @@ CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v cla
 demo bench: export GOMP_SPINCOUNT ?= 20000
 check test test-machine gpu-check: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo check test test-machine lint bench gpu gpu-check format clean
+.PHONY: demo check test test-machine lint bench gpu gpu-check gpu-compile format setup clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/fastvq demo --out runs/demo --overwrite
@@ -62,15 +63,15 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
 	for threads in 1 2; do $(BIN)/python -m benchmarks.bench_clients --threads $$threads; done
 
-gpu-check: $(VENV)/test.stamp
+gpu-compile: $(VENV)/test.stamp
 	@echo "Each kernel compiled for sm_80, sm_90, sm_100 and gfx942, and what the compiler made of it:"
 	$(BIN)/python -m fastvq.kernels.aot
-	@echo "The same kernels in Triton's interpreter, and a training step on the meta device, which mixes no devices and"
-	@echo "never waits for one:"
-	$(BIN)/python -m pytest $(SPREAD) -m "not machine" tests/kernels tests/quantizers/test_devices.py
-	@echo "The CUDA kernels: compiled by nvcc for sm_80, sm_90a and sm_100 and loaded, where nvcc is; run in the emulator,"
-	@echo "by the reference and by sanitizers, where Boost.Context is:"
-	$(BIN)/python -m pytest $(SPREAD) -m "not machine" tests/cuda -rsP
+
+gpu-check: gpu-compile
+	@echo "The same kernels in Triton's interpreter; a training step on the meta device, which mixes no devices and never"
+	@echo "waits for one; the CUDA kernels, compiled by nvcc for sm_80, sm_90a and sm_100 and loaded, where nvcc is, and run"
+	@echo "in the emulator, by the reference and by sanitizers, where Boost.Context is:"
+	$(BIN)/python -m pytest $(SPREAD) -m "not machine" tests/kernels tests/quantizers/test_devices.py tests/cuda -rsP
 
 gpu:
 	@test -n "$(OUT)" || { echo "OUT: must name the folder of the results, as in make gpu OUT=results"; exit 1; }
@@ -78,6 +79,10 @@ gpu:
 
 clean:
 	rm -rf build $(VENV) fastvq/_native.* fastvq/_native_cuda.so fastvq/native_build.json
+
+setup: $(VENV)/build.stamp
+	$(PIP) install --no-build-isolation -e ".[lint,test]" "$(TRITON)"
+	@touch $(VENV)/lint.stamp $(VENV)/train.stamp $(VENV)/test.stamp
 
 # The package is installed in place; a change in csrc/ or in the metadata installs it again.
 $(VENV)/build.stamp:

@@ -71,14 +71,28 @@ SLOW = (
     "test_sequences.py",
     "test_onnx.py",
 )
+LONGEST = (
+    "cpu/test_builds.py",
+    "cuda/test_mutants.py",
+    "cuda/test_search.py",
+    "kernels/test_search.py",
+    "cuda/test_build.py",
+    "cpu/test_leaks.py",
+    "test_sequences.py",
+    "training/test_ranks.py",
+    "cli/test_demo.py",
+)
+"""Files that begin first, so that no worker is left alone with one of them at the end."""
 SLOW_WORDS = ("compile", "export", "instruction_set")
 """Tests with one of these words in their names are slow too."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark the slow tests, before pytest applies `-m`."""
+    """Mark the slow tests, before pytest applies `-m`, and let the longest files begin first."""
     root = Path(__file__).parent
+    places = {root / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
     slow = [root / name for name in SLOW]
     for item in items:
         named = any(word in item.name for word in SLOW_WORDS)
