@@ -26,7 +26,7 @@ from fastvq.backends.arithmetic import check_index_range, compute_dtype
 from fastvq.backends.triton import interpreted
 
 from .accumulate import ASSERTING
-from .rotation import SHORTEST, SHRINK, factors_of, length_of, shrink_of, unit_of
+from .rotation import SHORTEST, SHRINK, both_of, factors_of, shrink_of
 
 TILE = 2048
 WIDE_TILE = 1024
@@ -152,15 +152,13 @@ def _backward(
         if ROTATE:
             x_shrink, e_shrink = shrink_of(tl.max(tl.abs(residual), 1)), shrink_of(tl.max(tl.abs(e), 1))
             small, small_e = residual * x_shrink[:, None], e * e_shrink[:, None]
-            x_length = length_of(tl.sum(small * small, 1))
-            e_length = length_of(tl.sum(small_e * small_e, 1))
+            x_length, e_length = tl.sqrt(tl.sum(small * small, 1)), tl.sqrt(tl.sum(small_e * small_e, 1))
             directed = (x_length >= SHORTEST * x_shrink) & (e_length >= SHORTEST * e_shrink)
-            u, v = unit_of(small, x_length), unit_of(small_e, e_length)
-            along_u, along_v = tl.sum(u * given, 1), tl.sum(v * given, 1)
-            # 2 + 2 <u, v> cancels for nearly opposite vectors; the square of their sum does not.
-            both = tl.sum((u + v) * (u + v), 1)
-            of_u, of_v = factors_of(along_u, along_v, both)
-            turned = given + of_u[:, None] * u + of_v[:, None] * v
+            z = both_of(small, small_e, x_length, e_length)
+            xz, zz = tl.sum(small * z, 1), tl.sum(z * z, 1)
+            xg, eg, zg = tl.sum(small * given, 1), tl.sum(small_e * given, 1), tl.sum(z * given, 1)
+            of_x, of_z = factors_of(xz, zz, xg, eg, zg, x_length, e_length)
+            turned = given + of_x[:, None] * small + of_z[:, None] * z
             # lambda itself may overflow where its product with a small gradient does not.
             turned = turned * (e_length / x_length)[:, None] * (x_shrink / e_shrink)[:, None]
             value = tl.where(directed[:, None], turned, given)
@@ -192,7 +190,7 @@ def _rotate_long(
     mask = tl.load(indices + rows, rows < n, other=-1) >= 0
     start = rows[:, None] * dim
     xx = tl.zeros([BLOCK_N], dtype)
-    ee, along_u, along_v, both = xx, xx, xx, xx
+    ee, xz, zz, xg, eg, zg = xx, xx, xx, xx, xx, xx
     giant_x, giant_e = xx, xx
     largest_x, largest_e = xx, xx
     for d0 in range(0, dim, BLOCK_D):
@@ -207,22 +205,26 @@ def _rotate_long(
         largest_x = tl.maximum(largest_x, tl.max(tl.abs(row), 1))
         largest_e = tl.maximum(largest_e, tl.max(tl.abs(e), 1))
     x_shrink, e_shrink = shrink_of(largest_x), shrink_of(largest_e)
-    x_length = length_of(tl.where(x_shrink < 1, giant_x, xx))
-    e_length = length_of(tl.where(e_shrink < 1, giant_e, ee))
+    x_length = tl.sqrt(tl.where(x_shrink < 1, giant_x, xx))
+    e_length = tl.sqrt(tl.where(e_shrink < 1, giant_e, ee))
     directed = (x_length >= SHORTEST * x_shrink) & (e_length >= SHORTEST * e_shrink)
     for d0 in range(0, dim, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)[None, :]
         row, e, g = _load_three(x, codes, grad, start + d, mask[:, None] & (d < dim), dtype)
-        u, v = unit_of(row * x_shrink[:, None], x_length), unit_of(e * e_shrink[:, None], e_length)
-        along_u += tl.sum(u * g, 1)
-        along_v += tl.sum(v * g, 1)
-        both += tl.sum((u + v) * (u + v), 1)
-    of_u, of_v = factors_of(along_u, along_v, both)
+        row, e = row * x_shrink[:, None], e * e_shrink[:, None]
+        z = both_of(row, e, x_length, e_length)
+        xz += tl.sum(row * z, 1)
+        zz += tl.sum(z * z, 1)
+        xg += tl.sum(row * g, 1)
+        eg += tl.sum(e * g, 1)
+        zg += tl.sum(z * g, 1)
+    of_x, of_z = factors_of(xz, zz, xg, eg, zg, x_length, e_length)
     for d0 in range(0, dim, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)[None, :]
         row, e, g = _load_three(x, codes, grad, start + d, mask[:, None] & (d < dim), dtype)
-        u, v = unit_of(row * x_shrink[:, None], x_length), unit_of(e * e_shrink[:, None], e_length)
-        turned = g + of_u[:, None] * u + of_v[:, None] * v
+        small = row * x_shrink[:, None]
+        z = both_of(small, e * e_shrink[:, None], x_length, e_length)
+        turned = g + of_x[:, None] * small + of_z[:, None] * z
         turned = turned * (e_length / x_length)[:, None] * (x_shrink / e_shrink)[:, None]
         value = tl.where(directed[:, None], turned, g)
         if PULL:

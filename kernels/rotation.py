@@ -1,4 +1,9 @@
-"""The rotation estimator's arithmetic, a row at a time: fastvq/backends/reference/quantize.py has the formula."""
+"""The rotation estimator's arithmetic, a row at a time: fastvq/backends/reference/quantize.py has the formula.
+
+For nearly opposite vectors the sum u + v of the unit vectors, which the rotation follows, is smaller than the rounding
+of u and v. One rounding of (|e| / |x|) x + e, in a fused multiply-add, keeps its digits, and `factors_of` takes the
+error of the ratio out of it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,8 @@ from fastvq.backends import arithmetic
 
 SHORTEST = tl.constexpr(arithmetic.SHORTEST)
 
-
-GIANT = tl.constexpr(2.0**60)
-SHRINK = tl.constexpr(2.0**-80)
+GIANT = tl.constexpr(2.0**40)
+SHRINK = tl.constexpr(2.0**-88)
 
 
 @triton.jit
@@ -21,31 +25,21 @@ def shrink_of(largest):
 
 
 @triton.jit
-def length_of(squares):
-    """Return the square root, correctly rounded."""
-    if squares.dtype == tl.float64:
-        length = tl.sqrt(squares)
-    else:
-        length = tl.sqrt_rn(squares)
-    return length
+def both_of(x, e, x_length, e_length):
+    """Return rows z, nearly |e| (u + v) with u = x / |x| and v = e / |e|."""
+    return tl.fma(tl.broadcast_to((e_length / x_length)[:, None], x.shape), x, e)
 
 
 @triton.jit
-def unit_of(rows, lengths):
-    """Return rows of unit length.
+def factors_of(xz, zz, xg, eg, zg, x_length, e_length):
+    """Return (f, h) such that lambda R^T g = lambda (g + f x + h z), from inner products of x, e, g and z of `both_of`.
 
-    A row of one element becomes exactly 1 or -1, so that opposite rows cancel: hence the rounded root and quotient.
+    The ratio in w = z / |e| is |e| / |x| but for its rounding, so that u + v = w + c u, with the c
+    that makes |u + v - u| = 1.
     """
-    divisor = tl.broadcast_to(lengths[:, None], rows.shape)
-    if rows.dtype == tl.float64:
-        unit = rows / divisor
-    else:
-        unit = tl.div_rn(rows, divisor)
-    return unit
-
-
-@triton.jit
-def factors_of(along_u, along_v, both):
-    """(f, h) such that lambda R^T g = lambda (g + f u + h v), where both = |u + v|^2; see `_rotate_back` there."""
-    bisector = (along_u + along_v) / tl.maximum(both, SHORTEST * SHORTEST)
-    return 2 * (along_v - bisector), -2 * bisector
+    uw, ww = xz / x_length / e_length, zz / e_length / e_length
+    ug, vg, wg = xg / x_length, eg / e_length, zg / e_length
+    c = 0.5 * ww - uw
+    both = ww + 2 * c * uw + c * c
+    bisector = (wg + c * ug) / tl.maximum(both, SHORTEST * SHORTEST)
+    return 2 * (vg - bisector * c) / x_length, -2 * bisector / e_length

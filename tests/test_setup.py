@@ -145,10 +145,11 @@ def test_import_from_the_folder_around_a_clone(tmp_path):
     (installed / "__init__.py").write_text("from fastvq.inner import VALUE")
     (installed / "inner.py").write_text("VALUE = 'the installed one'")
     code = (
-        "import sys, fastvq; print(getattr(fastvq, 'VALUE', fastvq.__file__)); fastvq.search; import fastvq.parts.beam"
+        "import os, fastvq; print(getattr(fastvq, 'VALUE', os.path.realpath(fastvq.__file__))); fastvq.search;"
+        "import fastvq.parts.beam"
     )
     for path, found in (
-        ("", str(tmp_path / "fastvq" / "fastvq" / "__init__.py")),
+        ("", str(ROOT / "fastvq" / "__init__.py")),
         (str(installed.parent), "the insta"),
     ):
         environment = os.environ | {"PYTHONPATH": path}
@@ -157,3 +158,46 @@ def test_import_from_the_folder_around_a_clone(tmp_path):
         )
         assert done.stdout.startswith(found), done.stderr
         assert (done.returncode == 0) == (path == "")
+
+
+FINDER = """
+import importlib.util, sys
+
+class Finder:
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return importlib.util.spec_from_file_location(name, FILE) if name == "fastvq" else None
+
+sys.meta_path.append(Finder)
+"""
+
+
+def test_an_editable_installation_is_found_from_the_folder_around_another_clone(tmp_path):
+    """It has a finder of its own, which also serves fastvq.kernels: of two clones each would give a part."""
+    (tmp_path / "fastvq").symlink_to(ROOT)
+    (tmp_path / "other.py").write_text("VALUE = 'the installed one'")
+    code = f"FILE = {str(tmp_path / 'other.py')!r}\n{FINDER}\nimport fastvq; print(fastvq.VALUE)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "the installed one\n", done.stderr
+
+
+def test_threads_that_import_from_the_folder_around_a_clone_get_one_module(tmp_path):
+    (tmp_path / "fastvq").mkdir()
+    shutil.copy(ROOT / "__init__.py", tmp_path / "fastvq")
+    (tmp_path / "fastvq" / "fastvq").mkdir()
+    (tmp_path / "fastvq" / "fastvq" / "__init__.py").write_text("import time\ntime.sleep(0.3)\nVALUE = 1")
+    code = """
+import threading
+found = []
+
+def load():
+    import fastvq
+    found.append(fastvq.VALUE)
+
+threads = [threading.Thread(target=load) for _ in range(3)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(found)
+"""
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "[1, 1, 1]\n", done.stderr

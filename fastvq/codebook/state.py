@@ -22,7 +22,7 @@ from .candidates import Candidates
 from .guards import guard_ready
 from .kmeans import SEEDINGS, kmeans
 from .replacement import Replacement, Replacer
-from .storage import WriteCheck, is_dtensor, read, refuse_dtensor, write_
+from .storage import LostCodes, WriteCheck, is_dtensor, read, refuse_dtensor, write_
 from .update import batch_statistics, ema_step_
 
 Weight = float | Tensor | Callable[[Tensor, Tensor], Tensor]
@@ -134,6 +134,7 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
         self.affine = None if affine is None else Affine(self, heads, dim, **affine)
         self.replayed: Tensor | None = None  # the codes of a recomputed forward pass
         self._write_check = WriteCheck()
+        self._lost = LostCodes()
         self._ready = not kmeans_init
         self._seen: tuple[Tensor, int] | None = None
 
@@ -163,7 +164,8 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
             self._ready = bool(initted)
         elif self._seen is None or self._seen[0] is not initted or self._seen[1] != initted._version:
             self._ready, self._seen = bool(initted), (initted, initted._version)
-        return self._ready
+        lost = not to_guard and self._ready and self.kmeans_init and self._lost(self._parameters.get("embed"))
+        return self._ready and not lost
 
     @property
     def codes(self) -> Tensor:
@@ -199,7 +201,7 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
         """
         ready = self.ready()
         if self._write_check.written is not None:
-            self._write_check.check("embed", read(self, "embed"))
+            self._write_check.check("embed", self._parameters.get("embed"), read(self, "embed"))
         if (ready and self.affine is None) or distributed.recomputing():
             return
         with torch.no_grad():
@@ -261,7 +263,7 @@ class Codebook(KeepsPrecision, Unsaved, nn.Module):
         before = read(self, "embed") if self._write_check.left else None
         write_(self, "embed", codes)
         if before is not None:
-            self._write_check.record(before, codes)
+            self._write_check.record(self._parameters.get("embed"), before, codes)
 
     @torch.no_grad()
     def reinitialize_(self) -> None:

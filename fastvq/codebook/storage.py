@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -130,6 +131,39 @@ def _assign(module: nn.Module, name: str, values: Tensor) -> None:
         ) from error
 
 
+class LostCodes:
+    """Check that the codes which `initted` speaks of are those of the parameter that is there now.
+
+    `functional_call` may put other tensors in the place of the parameters for one call. What k-means writes to one of
+    them stays there, while `initted` of the module says that k-means has run.
+    """
+
+    def __init__(self) -> None:
+        self.seen: Callable[[], Tensor | None] = lambda: None
+
+    def __call__(self, tensor: Tensor | None) -> bool:
+        """Return whether a parameter is all zeros, as before k-means. One that once was not is not read again.
+
+        Reading waits for the device. A traced graph doesn't.
+        """
+        if tensor is None or tensor is self.seen() or torch.compiler.is_compiling():
+            return False
+        if type(tensor.data) is not Tensor or tensor.is_meta or bool(tensor.detach().any()):
+            self.seen = weakref.ref(tensor)
+            return False
+        return True
+
+    # What has been seen are tensors of this module, not of copies.
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, _: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def __deepcopy__(self, _: dict[int, Any]) -> LostCodes:
+        return LostCodes()
+
+
 class WriteCheck:
     """Check that an optimizer keeps what is written to a parameter.
 
@@ -146,21 +180,25 @@ class WriteCheck:
     def __init__(self) -> None:
         self.left = self.CHECKS
         self.written: tuple[Tensor, Tensor] | None = None
+        self.place: Callable[[], Tensor | None] = lambda: None
 
-    def record(self, before: Tensor, after: Tensor) -> None:
-        """Remember a write of `after` over `before`."""
+    def record(self, place: Tensor | None, before: Tensor, after: Tensor) -> None:
+        """Remember a write of `after` over `before`, the values of the parameter `place`."""
         if self.left and not torch.compiler.is_compiling():
-            if self.written is not None:  # no optimizer step since the write before
+            if self.written is not None and self.place() is place:  # no optimizer step since the write before
                 before = self.written[0]
             self.written = (before, after.detach().clone())
+            self.place = (lambda: None) if place is None else weakref.ref(place)
 
-    def check(self, name: str, current: Tensor) -> None:
-        """Compare the current values with the last write, if one is remembered.
+    def check(self, name: str, place: Tensor | None, current: Tensor) -> None:
+        """Compare the current values with the last write, if one to this parameter is remembered.
 
         Raises:
             RuntimeError: the write is lost.
         """
         if self.written is None or torch.compiler.is_compiling() or current.is_meta:
+            return
+        if self.place() is not place:  # `functional_call` puts other tensors in the place of the parameter for a call
             return
         before, after = self.written
         self.left -= 1

@@ -9,9 +9,12 @@ metadata of PNG, PDF and SVG files, where `texts_of` finds them.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import textwrap
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,10 @@ FORMATS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 _DPI = 130
 _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
 """Properties of texts that hold names of files and data sets, in which "$" and "\\" are ordinary characters."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_MISSING = re.compile(r"Glyph (\d+) .* missing from")
+_NAMED: set[str] = set()
+"""Letters without a glyph that a warning has named."""
 _POINTS = 72
 # Mean width of a letter of matplotlib's font, and width of a digit, in units of its size.
 _LETTER, _BOLD_LETTER, _DIGIT = 0.58, 0.7, 0.64
@@ -84,9 +91,9 @@ def _printable(text: str) -> str:
 def label(name: str, letters: int) -> str:
     """Return a name in lines of at most `letters` letters: a path as its folder above its file.
 
-    A longer line keeps its beginning and its end.
+    A longer line keeps its beginning and its end. A replacement character stands for a line break or the like.
     """
-    folder, _, file = _printable(name).rpartition("/")
+    folder, _, file = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _printable(name)).rpartition("/")
     return "\n".join(_elided(line, letters) for line in (folder, file) if line)
 
 
@@ -114,8 +121,27 @@ def save_figure(figure: Any, path: StrPath, caption: str = "", title: str = "") 
     names = {"png": "Description", "svg": "Description", "pdf": "Subject"}
     texts = {names[kind]: _printable(caption), "Title": _printable(title)} if kind in names else {}
     metadata = {name: text for name, text in texts.items() if text} or None
-    with whole(path) as file:
+    with whole(path) as file, _missing_letters_in_one_warning():
         figure.savefig(file, dpi=_DPI, format=kind, metadata=metadata)
+
+
+@contextlib.contextmanager
+def _missing_letters_in_one_warning() -> Iterator[None]:
+    """Warn of letters without a glyph, of each once, in place of matplotlib's warning for each at every drawing."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    missing: set[str] = set()
+    for one in caught:
+        found = _MISSING.match(str(one.message))
+        if found:
+            missing.add(chr(int(found[1])))
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if missing - _NAMED:
+        letters = "".join(sorted(missing - _NAMED))
+        _NAMED.update(missing)
+        warnings.warn(f"the font of pictures has no glyphs for {letters}: boxes stand for them", stacklevel=1)
 
 
 def texts_of(path: StrPath) -> tuple[str, str]:

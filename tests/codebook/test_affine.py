@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
+import fastvq
 from fastvq.codebook import Codebook
 
-from ..cases import close
+from ..cases import close, generator
 
 D = 4
 SETTINGS = {"batch_decay": 0.9, "codebook_decay": 0.8, "sync": False}
@@ -79,3 +81,17 @@ def test_the_gradient_reaches_a_learnable_codebook():
     codebook.codes.sum().backward()
     assert codebook.embed.grad is not None
     assert bool(codebook.embed.grad.any())
+
+
+@pytest.mark.parametrize(("options", "least"), [({"threshold_ema_dead_code": 1}, 32), ({"eps": 1e-12}, 32), ({}, 0)])
+def test_distinct_rows_far_from_the_origin_keep_their_codes(options, least):
+    """Unused codes that drift to the origin would make up the variance; by default they do, see docs/learning.md."""
+    rows = 1e3 + 1e-3 * torch.randn(32, 16, generator=generator(1))
+    x = rows[torch.randint(32, (1, 1024), generator=generator(2))]
+    torch.manual_seed(0)
+    layer = fastvq.VectorQuantize(16, 64, affine_param=True, kmeans_init=True, **options)
+    for _ in range(20):
+        layer(x)
+    used = layer.eval()(x)[1].unique().numel()
+    assert used >= least
+    assert least or used < 8, "docs/learning.md says otherwise"

@@ -10,7 +10,7 @@ from fastvq.kernels.ema_update import ema_update_
 from fastvq.kernels.quantize import quantize_backward
 
 from ..cases import ADVERSARIAL, generator
-from ..ops.test_extremes import EXTREME, held
+from ..ops.test_extremes import EXTREME, OPPOSITE, held, nearly_opposite
 
 LONG = ("largest_vectors", "opposite_extremes", "huge_vectors_tiny_codes", "values_of_1e_38")
 
@@ -27,6 +27,18 @@ def test_gradients(data, dim, device):
         arguments = (x, chosen, indices, grad, torch.ones(()))
         actual = quantize_backward(*(t.to(device) for t in arguments), **options).cpu()
         assert not held(actual, reference.quantize_backward(*arguments, **options), close=True), options
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-5, 2.0**60])
+@pytest.mark.parametrize(("turn", "dim"), [*OPPOSITE, (0.0, 1100), (1e-6, 1100), (1e-3, 1100)])
+def test_rotation_gradient_of_opposite_vectors(turn, dim, scale, device):
+    """Of short vectors, and of long ones whose squares float32 holds but not their sum."""
+    x, codes, grad = nearly_opposite(turn, dim)
+    arguments = (scale * x, scale * codes, torch.arange(20), grad, torch.zeros(()))
+    options = {"gradient": "rotation", "commitment_weight": 0.0}
+    actual = quantize_backward(*(t.to(device) for t in arguments), **options).cpu()
+    expected = reference.quantize_backward(*arguments, **options)
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("decay", [0.3, 1.0])

@@ -136,12 +136,19 @@ def test_rotation_gradient_of_giant_codes(backend):
     torch.testing.assert_close(x.grad.double().norm(dim=1), lengths, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("dim", [1, 3, 64, 257])
-@pytest.mark.parametrize("turn", [0.0, 1e-6, 1e-3])
+OPPOSITE = [(turn, dim) for turn in (0.0, 1e-6, 1e-3) for dim in (1, 3, 64, 257)]
+
+
+def nearly_opposite(turn, dim):
+    """Return rows, codes opposite to them but for a share `turn`, and a gradient."""
+    x, grad, noise = (torch.randn(20, dim, generator=generator(seed)) for seed in range(3))
+    return x, -2.37 * x * (1 + turn * noise), grad
+
+
+@pytest.mark.parametrize(("turn", "dim"), OPPOSITE)
 def test_rotation_gradient_of_opposite_vectors(turn, dim, backend):
     """The sum of the unit vectors, from whose direction the rotation follows, has few digits left."""
-    x, grad, noise = (torch.randn(20, dim, generator=generator(seed)) for seed in range(3))
-    codes, found = -2.37 * x * (1 + turn * noise), []
+    (x, codes, grad), found = nearly_opposite(turn, dim), []
     for name in ("reference", backend):
         own = x.clone().requires_grad_()
         with fastvq.use_backend(name):

@@ -313,6 +313,28 @@ def test_functional_call(kind):
         assert torch.equal(tensor, after[name]), name
 
 
+@pytest.mark.parametrize("layer", ["VectorQuantize", "ResidualVQ"])
+def test_functional_call_with_copied_parameters_alone(layer):
+    """k-means goes to the copies, but is noted in the module's own buffers: other parameters get theirs."""
+    settings = {"dim": DIM, "codebook_size": SIZE, "kmeans_init": True, "learnable_codebook": True, "ema_update": False}
+    torch.manual_seed(0)
+    model = getattr(fastvq, layer)(**settings | ({"num_quantizers": 2} if layer == "ResidualVQ" else {}))
+    copies = [{name: t.detach().clone() for name, t in model.named_parameters()} for _ in range(2)]
+    for own in copies:
+        torch.func.functional_call(model, own, (batch(0).detach(),))
+        assert all(bool(t.any(-1).all()) for name, t in own.items() if name.endswith("embed")), list(own)
+    learned = {name: t.clone() for name, t in copies[0].items()}
+    torch.func.functional_call(model, copies[0], (batch(1).detach(),))
+    assert all(torch.equal(t, learned[name]) for name, t in copies[0].items()), "k-means runs once"
+    torch.manual_seed(0)
+    indices = model(batch(0).detach())[1]
+    assert indices.unique().numel() > 1
+    torch.manual_seed(0)
+    fresh = getattr(fastvq, layer)(**settings | ({"num_quantizers": 2} if layer == "ResidualVQ" else {}))
+    torch.manual_seed(0)
+    assert torch.equal(indices, fresh(batch(0).detach())[1])
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("kind", ["plain", "projected", "cosine", "residual"])
 def test_vmap_in_eval(kind):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -228,10 +229,22 @@ def test_no_text_of_a_grid_is_cut_or_covered(tmp_path: Path, figures: list[Figur
         ("golden retrievers/IMG_20240102_0001.jpg", "golden \u2026rievers\nIMG_202\u2026001.jpg"),
         ("a" * 16, "aaaaaaa\u2026aaaaaaa"),
         ("caf\udce9.png", "caf?.png"),
+        ("two\nlines/a\tb.png", "two\ufffdlines\na\ufffdb.png"),
     ],
 )
 def test_labels_keep_folder_beginning_and_end(name: str, shown: str) -> None:
     assert plots.label(name, 15) == shown
+
+
+def test_letters_without_a_glyph_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "_NAMED", set())
+    images, names = torch.rand(2, 3, 8, 8), ["\u65e5\u672c.png", "\u65e5.png"]
+    with pytest.warns(UserWarning, match="no glyphs for \u65e5\u672c: boxes") as found:
+        plots.save_samples(tmp_path / "a.png", images, names, title="\u65e5", caption="")
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.save_samples(tmp_path / "a.png", images, names, title="\u65e5", caption="")
 
 
 def test_the_curves_of_a_short_run_are_seen_and_not_covered(tmp_path: Path, figures: list[Figure]) -> None:
