@@ -145,7 +145,7 @@ def _adapter_of(module: nn.Module) -> ClientAdapter:
 
 def _holders(name: str) -> list[str]:
     """Return the names of the modules that hold the one of this name, the model included."""
-    parts = name.split(".")
+    parts = name.split(".") if name else []
     return [".".join(parts[:end]) for end in range(len(parts))]
 
 

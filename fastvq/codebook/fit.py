@@ -147,8 +147,10 @@ def passes(data: Iterable[Any], inputs: Callable[[Any], Tensor] | None) -> Calla
     """Return a function that starts a pass over the batches of a data set, each mapped by `inputs`.
 
     Raises:
-        TypeError: data can be iterated only once, or a batch is no tensor.
+        TypeError: data can't be iterated, or only once, or a batch is no tensor.
     """
+    if not isinstance(data, Iterable):
+        raise TypeError(f"batches: must be an iterable of batches, got {type(data).__name__}")
     if iter(data) is data:
         raise TypeError(f"batches: must start anew at each pass, as a list or a DataLoader does, got {type(data)}")
 

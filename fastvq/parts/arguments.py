@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
+from torch import Tensor
+
 
 def check_sizes(**sizes: Any) -> None:
     """Check that each argument is an integer, numpy's included, of at least 1.
@@ -19,6 +21,17 @@ def check_sizes(**sizes: Any) -> None:
     for name, value in sizes.items():
         if isinstance(value, bool) or not (isinstance(value, Integral) and int(value) >= 1):
             raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+
+
+def check_tensors(**tensors: Any) -> None:
+    """Check that each argument is a tensor.
+
+    Raises:
+        TypeError: an argument is not; the message names it.
+    """
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: must be a tensor, got {type(value).__name__}")
 
 
 def check_not_negative(**values: Any) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastvq.precision import Unsaved, constant
 
+from .arguments import check_tensors
+
 LARGEST_INDEX = 2**63 - 1
 STORAGE_DTYPES = (torch.int8, torch.int16, torch.uint8, torch.uint16, torch.uint32)
 """Dtypes other than int32 and int64 that indices may be stored in."""
@@ -23,10 +25,11 @@ def checked_indices(indices: Tensor, sizes: int | Sequence[int]) -> Tensor:
         sizes: K, the number of codes; or one number for each stage, for indices (..., Q).
 
     Raises:
-        TypeError: the indices are not integers.
+        TypeError: the indices are no tensor, or not integers.
         IndexError: an index lies outside [-1, K). This is checked on the CPU and outside compiled graphs only:
             elsewhere every call would wait for the device. Unchecked invalid indices give undefined values.
     """
+    check_tensors(indices=indices)
     if indices.dtype in STORAGE_DTYPES:
         indices = indices.long()
     elif indices.dtype not in (torch.int32, torch.int64):

@@ -111,6 +111,8 @@ class Layout(NamedTuple):
         Raises:
             ValueError: x has another shape. TypeError: x is not floating point.
         """
+        if not isinstance(x, Tensor):  # without a call, as each forward pass comes here
+            raise TypeError(f"x: must be a tensor, got {type(x).__name__}")
         axes = x.dim() - 2
         if channel_first is None:
             channel_first = axes >= 2

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastvq.codebook.health import LevelUse
-from fastvq.parts.arguments import check_sizes
+from fastvq.parts.arguments import check_positive, check_sizes, check_tensors
 from fastvq.parts.masking import finite_mask
 from fastvq.parts.shapes import Layout
 from fastvq.precision import Unsaved, at_least_float32, constant
@@ -101,10 +101,12 @@ class BinaryMapper(LevelUse, Unsaved, nn.Module):
 
         deterministic: take the more likely value of each bit, 0 if both are equally likely.
         """
-        if logits.shape[-1] != self.bits:
+        check_tensors(logits=logits)
+        check_positive(temperature=temperature)
+        if not logits.is_floating_point():
+            raise TypeError(f"logits: must be floating point, got {logits.dtype}")
+        if logits.shape[-1:] != (self.bits,):
             raise ValueError(f"logits: must have shape (..., {self.bits}), got {tuple(logits.shape)}")
-        if not temperature > 0:
-            raise ValueError(f"temperature: must be positive, got {temperature}")
         self.follow_(logits.device)
         mask = finite_mask(logits)
         logits = at_least_float32(torch.where(mask[..., None], logits, 0)).detach()

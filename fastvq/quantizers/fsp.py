@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.health import LevelUse
+from fastvq.parts.arguments import check_tensors
 from fastvq.parts.indices import Radix, checked_indices, checked_levels, join_levels
 from fastvq.parts.losses import VectorNorm
 from fastvq.parts.masking import exclude_non_finite, feature_major, finite_mask, masked_mean
@@ -187,6 +188,7 @@ class FSP(Projected, LevelUse, Radix, nn.Module):
 
     def _latents(self, z: Tensor, mask: Tensor | None, lens: Tensor | None) -> tuple[Layout, Tensor, Tensor, Tensor]:
         """Return the layout, the projected rows (B, N, d), the latents (B N, d), and the mask (B N,) of finite ones."""
+        check_tensors(x=z)
         self.follow_(z.device)
         layout = Layout.of(z, self.dim, channel_first=self.channel_first, options=CHANNEL_FIRST)
         rows, rows_mask = layout.to_rows(z), layout.rows_mask(mask, lens)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastvq.codebook.fit import Fitted, refuse_frozen
 from fastvq.codebook.health import Monitored
-from fastvq.parts.arguments import check_sizes, in_the_name_of
+from fastvq.parts.arguments import check_sizes, check_tensors, in_the_name_of
 from fastvq.parts.dropout import common_seed
 from fastvq.parts.shapes import CHANNEL_LAST, IMAGES, VIDEO, Options, channel_first_options, propose_layout
 
@@ -128,6 +128,7 @@ class Grouped(SharedState, Monitored, nn.Module):
             raise ValueError(f"indices: must be of G={self.groups} groups, got {len(indices)}")
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        check_tensors(x=x)
         if x.dim() < 2 or x.shape[self.split_dim] != self.dim:
             axis = "second" if self._channel_first else "last"
             proposal = propose_layout(x, self.dim, self._channel_first, self._options)

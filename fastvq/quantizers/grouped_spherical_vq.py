@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.health import Monitored
-from fastvq.parts.arguments import check_sizes
+from fastvq.parts.arguments import check_sizes, check_tensors
 
 from .llamagen_vq import LlamaGenVQ
 
@@ -112,6 +112,7 @@ class GroupedSphericalVQ(Monitored, nn.Module):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Return the codes of indices (B, ..., G), zeros for -1: (B, ..., dim), or (B, dim, ...) if channel_first."""
+        check_tensors(indices=indices)
         if indices.shape[-1:] != (len(self.groups),):
             raise ValueError(f"indices: must have shape (..., G={len(self.groups)}), got {tuple(indices.shape)}")
         codes = [group.indices_to_codes(one) for group, one in zip(self._groups, indices.unbind(-1), strict=True)]
@@ -128,6 +129,7 @@ class GroupedSphericalVQ(Monitored, nn.Module):
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the channels of each group, not finite for all groups where they are not for one."""
+        check_tensors(x=x)
         if x.dim() < 2 or x.shape[self._axis] != self.dim:
             axis = "second" if self.channel_first else "last"
             raise ValueError(f"x: must have dim={self.dim} as its {axis} size, got {tuple(x.shape)}")

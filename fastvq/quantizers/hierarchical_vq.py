@@ -17,7 +17,7 @@ from fastvq.codebook.recompute import REMEMBERED, History
 from fastvq.distributed import tie_parameters
 from fastvq.functional.quantize import lookup
 from fastvq.ops import search
-from fastvq.parts.arguments import check_sizes
+from fastvq.parts.arguments import check_sizes, check_tensors
 from fastvq.parts.dropout import NestedDropout
 from fastvq.parts.masking import finite_mask, nan_fill
 from fastvq.parts.shapes import Layout, Options
@@ -400,6 +400,8 @@ class HierarchicalVQ(Monitored, nn.Module):
             indices: int64 (B, *grid), one for each scale; -1 adds nothing.
             full_shape: the spatial size to reconstruct; the finest grid by default.
         """
+        for one in indices:
+            check_tensors(indices=one)
         grids = [tuple(level.shape[1:]) for level in indices]
         if grids != list(self.level_shapes):
             raise ValueError(f"indices: must have shapes (B, *grid) with grids {self.level_shapes}, got {grids}")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.codebook.health import LevelUse
-from fastvq.parts.arguments import check_sizes
+from fastvq.parts.arguments import check_sizes, check_tensors
 from fastvq.parts.binary import CosineSimLinear, on_sphere, random_rotation, soft_clamp
 from fastvq.parts.gradients import straight_through
 from fastvq.parts.indices import checked_indices
@@ -368,6 +368,8 @@ def rows_and_mask(layout: Layout, x: Tensor, mask: Tensor | None, lens: Tensor |
 
     `mask` has the shape (B, N), (B, spatial) or leading axes of it.
     """
+    if mask is not None:
+        check_tensors(mask=mask)
     leading = (layout.batch, *layout.spatial)
     if mask is not None and mask.shape == leading[: mask.dim()]:
         mask = mask.reshape(*mask.shape, *[1] * (len(leading) - mask.dim())).expand(leading)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.codebook.health import Monitored
-from fastvq.parts.arguments import check_sizes
+from fastvq.parts.arguments import check_sizes, check_tensors
 from fastvq.parts.dropout import ActiveStages, QuantizeDropout
 from fastvq.parts.indices import checked_indices
 from fastvq.parts.projection import project_codes_out
@@ -107,6 +107,7 @@ class ResidualStack(SharedState, Monitored, nn.Module):
 
     def _stages_last(self, indices: Tensor) -> Tensor:
         """Return indices with the stages at `stage_axis` as (..., Q)."""
+        check_tensors(indices=indices)
         return indices if self.stage_axis == -1 else indices.movedim(self.stage_axis, -1)
 
     def _active_stages(
@@ -140,6 +141,7 @@ class ResidualStack(SharedState, Monitored, nn.Module):
         Raises:
             ValueError, TypeError: a number is out of range of these stages, or no integer.
         """
+        check_tensors(indices=indices)
         if n_quantizers is None and not start:
             return indices
         items, *others, stages = indices.shape
@@ -174,6 +176,7 @@ class ResidualStack(SharedState, Monitored, nn.Module):
 
     def _checked_stages(self, indices: Tensor) -> Tensor:
         """Return indices (..., 1 to Q) for decoding, as `checked_indices` of `fastvq.parts.indices` returns them."""
+        check_tensors(indices=indices)
         if not 1 <= indices.shape[-1] <= self.num_quantizers:
             raise ValueError(
                 f"indices: must have shape (..., 1 to {self.num_quantizers} stages), got {tuple(indices.shape)}"

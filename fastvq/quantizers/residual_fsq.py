@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from fastvq.parts.arguments import in_the_name_of
+from fastvq.parts.arguments import check_tensors, in_the_name_of
 from fastvq.parts.binary import soft_clamp
 from fastvq.parts.dropout import ActiveStages
 from fastvq.parts.indices import checked_indices, checked_levels, index_dtype
@@ -242,6 +242,7 @@ class ResidualFSQ(Unsaved, Projected, ResidualStack):
 
         n_quantizers, start: as for `forward`: only the stages from start to n_quantizers - 1 take part.
         """
+        check_tensors(indices=indices)
         chosen = self._chosen_stages(self._channels_last(indices), n_quantizers, start)
         indices = codes_in_layout(chosen, self.is_channel_first)
         total: Tensor = sum(self._codes(indices))  # type: ignore[assignment]
@@ -250,6 +251,7 @@ class ResidualFSQ(Unsaved, Projected, ResidualStack):
         return codes_in_layout(output, self.is_channel_first)
 
     def _codes(self, indices: Tensor) -> list[Tensor]:
+        check_tensors(indices=indices)
         self.follow_(indices.device)
         indices = self._channels_last(indices)
         if not 1 <= indices.shape[-1] <= self.num_quantizers:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastvq.codebook.fit import Fitted, refuse_frozen
 from fastvq.codebook.health import Monitored
 from fastvq.distributed import tie_parameters
-from fastvq.parts.arguments import check_sizes, in_the_name_of
+from fastvq.parts.arguments import check_sizes, check_tensors, in_the_name_of
 from fastvq.parts.dropout import ActiveStages
 
 from .residual_vq import ResidualVQ
@@ -172,7 +172,7 @@ class SplitResidualVQ(Monitored, nn.Module):
             "accum_ema_update": accum_ema_update,
             "codes_gradient": codes_gradient,
         }
-        first, second = self._shares(n_quantizers, start, len(x))
+        first, second = self._shares(n_quantizers, start, x)
         semantic = (None,) * 4 if first is None else self.semantic(x, mask, **first._asdict(), **options)
         acoustic = (None,) * 4 if second is None else self.acoustic(x, mask, **second._asdict(), **options)
         quantized = [part[0] for part in (semantic, acoustic) if part[0] is not None]
@@ -191,7 +191,7 @@ class SplitResidualVQ(Monitored, nn.Module):
         start: int = 0,
     ) -> Tensor:
         """Return the indices of `forward` in eval mode, with the same arguments. No state changes."""
-        first, second = self._shares(n_quantizers, start, len(x))
+        first, second = self._shares(n_quantizers, start, x)
         semantic = None if first is None else self.semantic.encode(x, mask, lens=lens, **first._asdict())
         acoustic = None if second is None else self.acoustic.encode(x, mask, lens=lens, **second._asdict())
         return self._all_stages(semantic, acoustic, self.semantic.stage_axis, -1)
@@ -215,9 +215,11 @@ class SplitResidualVQ(Monitored, nn.Module):
         total = stack.get_output_from_indices(first)
         return total if rest is None else total + self.acoustic.get_output_from_indices(rest)
 
-    def _shares(self, n_quantizers: int | Tensor | None, start: int, items: int) -> tuple[Share | None, Share | None]:
+    def _shares(self, n_quantizers: int | Tensor | None, start: int, x: Tensor) -> tuple[Share | None, Share | None]:
         """Return the arguments of the semantic and of the acoustic quantizer, None for one that takes no part."""
-        number = ActiveStages.of_call(n_quantizers, start, items=items, stages=self.num_quantizers).number
+        check_tensors(x=x)
+        # Not len(x), which would fix the size of exported batches.
+        number = ActiveStages.of_call(n_quantizers, start, items=x.shape[0], stages=self.num_quantizers).number
         first = self.num_semantic
         if 0 < start < first:
             raise ValueError(
@@ -250,6 +252,7 @@ class SplitResidualVQ(Monitored, nn.Module):
 
     def _split(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the indices of the semantic stages, and those of the acoustic ones, None if there are none."""
+        check_tensors(indices=indices)
         axis = self.semantic.stage_axis
         given = indices.shape[axis]
         if not 1 <= given <= self.num_quantizers:

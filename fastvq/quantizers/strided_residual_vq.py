@@ -106,6 +106,8 @@ class StridedResidualVQ(FactorizedStack):
 
         n_quantizers, start: as for `forward`: only the stages from start to n_quantizers - 1 take part.
         """
+        if not isinstance(indices, Sequence | Tensor):
+            raise TypeError(f"indices: must be a sequence of tensors, got {type(indices).__name__}")
         given = list(indices)
         if not 1 <= len(given) <= self.num_quantizers:
             raise ValueError(f"indices: must be of 1 to {self.num_quantizers} stages, got {len(given)}")
@@ -117,7 +119,7 @@ class StridedResidualVQ(FactorizedStack):
         lengths = {one.shape[1] * stride for one, stride in zip(given, self.strides, strict=False)}
         if len(lengths) != 1:
             raise ValueError(f"indices: must be of sequences of one length, got lengths {sorted(lengths)}")
-        active = ActiveStages.of_call(n_quantizers, start, items=len(given[0]), stages=len(given))
+        active = ActiveStages.of_call(n_quantizers, start, items=given[0].shape[0], stages=len(given))
         if isinstance(active.number, Tensor):
             active = active._replace(number=active.number.to(given[0].device)[:, None])
         given = [active.fill(place, one, -1) for place, one in enumerate(given)]

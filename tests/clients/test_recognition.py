@@ -236,3 +236,9 @@ def test_pickles_need_no_fastvq():
     function, arguments, *_ = module.__reduce_ex__(2)
     assert function is object.__new__
     assert arguments == (wavtokenizer.EuclideanCodebook,)
+
+
+def test_a_layer_of_fastvq_is_named_as_such():
+    layer = fastvq.VectorQuantize(4, 8)
+    with pytest.raises(fastvq.errors.UnknownQuantizerError, match=r"\(model\) \(VectorQuantize\): is fastvq's own"):
+        fastvq.accelerate(layer)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 import fastvq
+
+from ..every import QUANTIZERS, batch_for, make
 
 X = torch.randn(2, 5, 8)
 
@@ -100,6 +104,18 @@ CASES = {
     ),
     "vectors that are integers": ("x", lambda: fastvq.parts.balanced_assignment(X.long(), X[0])),
     "codes of other dimensions": ("x, codebook", lambda: fastvq.parts.balanced_assignment(X, X[0, :, :4])),
+    "data that are none": ("batches", lambda: vq().fit(None)),
+    "indices of strides that are none": (
+        "indices",
+        lambda: fastvq.StridedResidualVQ(8, 4, (1,)).get_output_from_indices(3),
+    ),
+    "logits that are none": ("logits", lambda: fastvq.BinaryMapper(3).encode([1.0, 2.0, 3.0])),
+    "logits that are integers": ("logits", lambda: fastvq.BinaryMapper(3)(torch.zeros(2, 3, dtype=torch.int64))),
+    "no temperature": ("temperature", lambda: fastvq.BinaryMapper(3)(torch.zeros(2, 3), temperature=None)),
+    "grids in a list": (
+        "indices",
+        lambda: fastvq.HierarchicalVQ(dim=8, codebook_size=4, scales=(1,)).get_output_from_indices([[1]]),
+    ),
     "nothing to restore": ("model", lambda: fastvq.restore(None)),
     "too many groups": ("indices", lambda: grouped()(X, indices=torch.zeros(3, 2, 5, 2).long())),
 }
@@ -137,6 +153,21 @@ def test_a_layer_of_stages_names_itself(name):
     """An argument that its stages lack is no argument of the layer, whose class the user wrote."""
     with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) got an unexpected keyword argument 'nonsense'"):
         getattr(fastvq, name)(**WITH_STAGES[name], nonsense=1)
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_what_is_no_tensor_is_named(kind):
+    layer, x = make(kind).eval(), batch_for(kind, length=6)
+    indices = layer.encode(x)
+    calls = [("x", lambda: layer(x.tolist())), ("x", lambda: layer.encode(x.numpy()))]
+    calls += [("mask", lambda: layer.encode(x, mask=[[True] * 6] * 4)), ("lens", lambda: layer.encode(x, lens=[6] * 4))]
+    for name in ("get_output_from_indices", "get_codes_from_indices", "indices_to_codes"):
+        if hasattr(layer, name):
+            calls.append(("indices", partial(getattr(layer, name), indices.tolist())))
+            calls.append(("indices", partial(getattr(layer, name), indices.float())))
+    for argument, call in calls:
+        with pytest.raises(TypeError, match=f"^{argument}: must be "):
+            call()
 
 
 PARTLY_FROZEN = {
