@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t GRAIN = 1 << 16;        // multiply-adds that a thread should have
 constexpr int64_t LARGEST_DIM = 1 << 20;  // for which the bound of isa.direct is small
+constexpr int PRODUCT_ROWS = 4;           // with fewer, laying out the codes costs more than differences do
 
 bool all_finite(const double* values, int64_t count) {
   double poison = 0.0;
@@ -27,29 +28,57 @@ struct Uncertified {
   std::vector<float> lower_ends;
 };
 
-void search_rows(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, const int64_t* rows, int count,
-                 int64_t* indices, const Parallel& parallel) {
+// The candidates of some rows among a part of the codes.
+struct Minima {
+  explicit Minima(int count) {
+    for (int r = 0; r < count; ++r)
+      rows[r] = {std::numeric_limits<float>::infinity(), 0, false, codes[r], lower_ends[r]};
+  }
+
+  DirectMinimum rows[DIRECT_ROWS];
+  int64_t codes[DIRECT_ROWS][DIRECT_CAPACITY];
+  float lower_ends[DIRECT_ROWS][DIRECT_CAPACITY];
+};
+
+// Whether products tell the nearest of the first codes from the others, for most of the first rows.
+bool tell_apart(const Isa& isa, const float* values, int64_t stride, const DirectCodes& codes, int64_t code_count) {
+  Minima minima(PRODUCT_ROWS);
+  isa.direct(values, stride, PRODUCT_ROWS, codes, 0, std::min<int64_t>(isa.lanes, code_count), minima.rows);
+  int crowded = 0;
+  for (int r = 0; r < PRODUCT_ROWS; ++r) {
+    const DirectMinimum& own = minima.rows[r];
+    crowded += std::count_if(own.lower_ends, own.lower_ends + own.count,
+                             [&](float lower_end) { return lower_end <= own.limit; }) > 1;
+  }
+  return 2 * crowded < PRODUCT_ROWS;
+}
+
+// Writes the indices of the rows, and appends the rows that products can't decide to `undecided`.
+void search_rows(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, bool products,
+                 const int64_t* rows, int count, int64_t* indices, std::vector<int64_t>& undecided,
+                 const Parallel& parallel) {
   const int64_t dim = x.dim, stride = (dim + isa.lanes - 1) / isa.lanes * isa.lanes;
   std::vector<float> values(count * stride);
   bool finite[DIRECT_ROWS];
   for (int r = 0; r < count; ++r)
     finite[r] = isa.load(x.dtype, x.row(rows[r]), nullptr, 1.0, dim, values.data() + r * stride).finite;
-  Uncertified uncertified[DIRECT_ROWS];
+  std::vector<Uncertified> uncertified(count);
   std::mutex merging;
-  const DirectCodes direct_codes{codes.dtype, codes.data, dim, metric == Metric::dot, nullptr};
+  const DirectCodes direct_codes{codes.dtype, codes.data, dim, metric == Metric::dot, nullptr, products};
+  if (products && !tell_apart(isa, values.data(), stride, direct_codes, codes.rows)) {
+    undecided.insert(undecided.end(), rows, rows + count);
+    return;
+  }
   parallel(codes.rows, std::max<int64_t>(isa.lanes, GRAIN / (dim * count)), [&](int64_t begin, int64_t end) {
-    int64_t found[DIRECT_ROWS][DIRECT_CAPACITY];
-    float lower_ends[DIRECT_ROWS][DIRECT_CAPACITY];
-    DirectMinimum minima[DIRECT_ROWS];
-    for (int r = 0; r < count; ++r)
-      minima[r] = {std::numeric_limits<float>::infinity(), 0, false, found[r], lower_ends[r]};
-    isa.direct(values.data(), stride, count, direct_codes, begin, end, minima);
+    Minima minima(count);
+    isa.direct(values.data(), stride, count, direct_codes, begin, end, minima.rows);
     const std::lock_guard<std::mutex> lock(merging);
     for (int r = 0; r < count; ++r) {
-      uncertified[r].limit = std::min(uncertified[r].limit, minima[r].limit);
-      uncertified[r].overflow |= minima[r].overflow;
-      uncertified[r].codes.insert(uncertified[r].codes.end(), found[r], found[r] + minima[r].count);
-      uncertified[r].lower_ends.insert(uncertified[r].lower_ends.end(), lower_ends[r], lower_ends[r] + minima[r].count);
+      const DirectMinimum& own = minima.rows[r];
+      uncertified[r].limit = std::min(uncertified[r].limit, own.limit);
+      uncertified[r].overflow |= own.overflow;
+      uncertified[r].codes.insert(uncertified[r].codes.end(), own.codes, own.codes + own.count);
+      uncertified[r].lower_ends.insert(uncertified[r].lower_ends.end(), own.lower_ends, own.lower_ends + own.count);
     }
   });
   Definition definition(x, codes, metric);
@@ -62,6 +91,10 @@ void search_rows(const Isa& isa, const Matrix& x, const Matrix& codes, Metric me
       if (!certain) codes.load(k, code.data());
       if (certain || all_finite(code.data(), dim)) candidates.push_back(k);
     };
+    if (uncertified[r].overflow && products) {
+      undecided.push_back(rows[r]);
+      continue;
+    }
     if (uncertified[r].overflow) {
       for (int64_t k = 0; k < codes.rows; ++k) consider(k, false);
     } else {
@@ -81,7 +114,7 @@ void search_rows(const Isa& isa, const Matrix& x, const Matrix& codes, Metric me
 DirectFilter::DirectFilter(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric)
     : isa_(isa),
       x_(x),
-      codes_{codes.dtype, codes.data, codes.dim, metric == Metric::dot, nullptr},
+      codes_{codes.dtype, codes.data, codes.dim, metric == Metric::dot, nullptr, false},
       serves_(direct_serves(x, codes)),
       row_((x.dim + isa.lanes - 1) / isa.lanes * isa.lanes) {}
 
@@ -102,11 +135,16 @@ bool direct_serves(const Matrix& x, const Matrix& codes) {
   return x.dtype != DType::f64 && codes.dtype != DType::f64 && x.dim <= LARGEST_DIM;
 }
 
-void direct_pass(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, const std::vector<int64_t>& rows,
-                 int64_t* indices, const Parallel& parallel) {
-  for (size_t first = 0; first < rows.size(); first += DIRECT_ROWS)
-    search_rows(isa, x, codes, metric, rows.data() + first,
-                static_cast<int>(std::min<size_t>(DIRECT_ROWS, rows.size() - first)), indices, parallel);
+std::vector<int64_t> direct_pass(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric,
+                                 DirectScores scores, const std::vector<int64_t>& rows, int64_t* indices,
+                                 const Parallel& parallel) {
+  std::vector<int64_t> undecided;
+  for (size_t first = 0; first < rows.size(); first += DIRECT_ROWS) {
+    const int count = static_cast<int>(std::min<size_t>(DIRECT_ROWS, rows.size() - first));
+    const bool products = scores == DirectScores::products && count >= PRODUCT_ROWS && x.dim <= PRODUCTS_DIM;
+    search_rows(isa, x, codes, metric, products, rows.data() + first, count, indices, undecided, parallel);
+  }
+  return undecided;
 }
 
 }  // namespace fastvq

@@ -13,8 +13,13 @@ namespace fastvq {
 // Whether direct_pass can serve these: float32 holds every element, and the sums aren't too long for a bound.
 bool direct_serves(const Matrix& x, const Matrix& codes);
 
-void direct_pass(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, const std::vector<int64_t>& rows,
-                 int64_t* indices, const Parallel& parallel);
+// What tells how near a code is: differences are as precise as float32 can be, products cost half as much and say
+// little about codes that are near each other, far away from zero.
+enum class DirectScores { differences, products };
+
+// Writes the indices of the rows, and returns those that products can't decide; differences decide all of them.
+std::vector<int64_t> direct_pass(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, DirectScores scores,
+                 const std::vector<int64_t>& rows, int64_t* indices, const Parallel& parallel);
 
 // Removes candidates of one row, all finite codes, that float32 distances prove not to be nearest.
 class DirectFilter {

@@ -87,8 +87,9 @@ struct DirectMinimum {
   int64_t* codes;
   float* lower_ends;
 };
-constexpr int DIRECT_ROWS = 8;
+constexpr int DIRECT_ROWS = 16;
 constexpr int64_t DIRECT_CAPACITY = 64;
+constexpr int64_t PRODUCTS_DIM = 4096;  // most dimensions of scores by products
 
 struct DirectCodes {
   DType dtype;  // not f64
@@ -96,6 +97,9 @@ struct DirectCodes {
   int64_t dim;
   bool dot;
   const int64_t* list;  // the codes at the positions [begin, end); null where position and code are the same
+  // Scores |e|^2 / 2 - <x, e> instead of |x - e|^2: half the arithmetic, and an error that grows with the lengths of x
+  // and e. Without a list alone.
+  bool products;
 };
 
 // Parameters of the perturbed logits; see sample.h. A logit in float32 is in error by less than

@@ -21,10 +21,10 @@ constexpr double REST = 0.006;                    // share of the squares that m
 constexpr int ROUNDS = 4;                         // of the iteration that finds them
 // Elements of a codebook that need not be scanned, at least: what a row costs beside the scan.
 constexpr int64_t WORTHWHILE = 16384;
-// Rows times codes that repay the search for directions, for each dimension: where there are none, the first part of
-// the sample costs a hundredth of them; where there are some, shortening the codes costs about as much as a thousand
+// Rows times codes that repay the search for directions: for each product of two dimensions, or for each dimension,
+// whichever is less. Shortening the codes, which grows with the dimension alone, costs about as much as a thousand
 // rows.
-constexpr int64_t REPAID = 32768;
+constexpr int64_t REPAID = 400, REPAID_LONG = 32768;
 
 float product(const float* a, const float* b, int64_t count) {
   float sums[8] = {};
@@ -67,7 +67,8 @@ Projection::Projection(const Frame& frame, const Matrix& codes) : base_(frame), 
 std::unique_ptr<const Projection> Projection::make(const Isa& isa, const Frame& frame, const Matrix& codes,
                                                    int64_t rows, bool forced, const Parallel& parallel) {
   if (!frame.usable || !(frame.norm > 0.0) || codes.dim > LONGEST) return nullptr;
-  if (!forced && (codes.dim < SHORTEST || rows * codes.rows < REPAID * codes.dim)) return nullptr;
+  const int64_t repaid = std::min(REPAID * codes.dim * codes.dim, REPAID_LONG * codes.dim);
+  if (!forced && (codes.dim < SHORTEST || rows * codes.rows < repaid)) return nullptr;
   std::unique_ptr<Projection> made(new Projection(frame, codes));
   if (!made->choose_directions(isa, codes, forced, parallel)) return nullptr;
   made->shorten_codes(isa, codes, parallel);

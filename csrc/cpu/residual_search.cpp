@@ -94,7 +94,7 @@ bool search_block(const Isa& isa, const std::vector<std::unique_ptr<Stage>>& sta
     pass.run({nullptr, 0, rows.rows}, found.data(), may_defer ? &deferred : nullptr, rows.rows);
     if (!deferred.empty()) {
       if (static_cast<int64_t>(deferred.size()) * RARE > rows.rows || !direct_serves(rows, own.codes)) return false;
-      direct_pass(isa, rows, own.codes, own.frame.metric, deferred, found.data(), serially);
+      direct_pass(isa, rows, own.codes, own.frame.metric, DirectScores::differences, deferred, found.data(), serially);
     }
     for (int64_t i = 0; i < rows.rows; ++i) indices[i * stride + stage] = found[i];
     if (stage + 1 == count) break;

@@ -58,17 +58,6 @@ void search(const Isa& isa, Precision precision, const Matrix& x, CodeForms& for
             const Parallel& parallel) {
   const Matrix& codes = forms.codes;
   const bool automatic = precision == Precision::automatic;
-  const auto directly = [&](int64_t count) {
-    return direct_serves(x, codes) &&
-           (precision == Precision::direct || (automatic && !forms.kept && count <= FEW_ROWS));
-  };
-  if (directly(x.rows)) {
-    std::vector<int64_t> all(x.rows);
-    std::iota(all.begin(), all.end(), 0);
-    direct_pass(isa, x, codes, forms.metric, all, indices, parallel);
-    return;
-  }
-  const Frame& frame = forms.frame(parallel);
   std::vector<int64_t> left;  // by the passes so far, if there were any
   const int64_t* list = nullptr;
   int64_t count = x.rows;
@@ -77,10 +66,18 @@ void search(const Isa& isa, Precision precision, const Matrix& x, CodeForms& for
     left = std::move(deferred);
     list = left.data();
     count = static_cast<int64_t>(left.size());
-    const bool few = automatic && count > 0 && count <= FEW_ROWS && direct_serves(x, codes);
-    if (few) direct_pass(isa, x, codes, forms.metric, left, indices, parallel);
-    return few || count == 0;
+    const bool direct = direct_serves(x, codes) && (precision == Precision::direct || (automatic && count <= FEW_ROWS));
+    if (count > 0 && direct)
+      direct_pass(isa, x, codes, forms.metric, DirectScores::differences, left, indices, parallel);
+    return direct || count == 0;
   };
+  const bool few = automatic && !forms.kept && x.rows <= (x.dim <= PRODUCTS_DIM ? FEW_PRODUCTS : FEW_ROWS);
+  if ((few || precision == Precision::direct) && direct_serves(x, codes)) {
+    std::vector<int64_t> all(x.rows);
+    std::iota(all.begin(), all.end(), 0);
+    if (passed(direct_pass(isa, x, codes, forms.metric, DirectScores::products, all, indices, parallel))) return;
+  }
+  const Frame& frame = forms.frame(parallel);
   if (const auto* shortened = shortened_for(precision, x.rows, forms, Copies::dropped, parallel))
     if (passed(run_shortened(isa, frame, *shortened, x, codes, indices, parallel))) return;
   if (takes_int16(isa, precision, forms, parallel))

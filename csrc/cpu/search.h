@@ -37,8 +37,8 @@ enum class Precision {
   projected,  // int16, or float32 without it, of codes and rows in their leading directions
 };
 
-// Packing the codes costs about as much as searching this number of rows without it.
-constexpr int64_t FEW_ROWS = 16;
+// Packing the codes costs about as much as searching this number of rows without it, by differences and by products.
+constexpr int64_t FEW_ROWS = 16, FEW_PRODUCTS = 32;
 // The measured rounding errors of a longer row of integers are less precise than the bound assumes.
 constexpr int64_t LARGEST_INTEGER_DIM = 4096;
 

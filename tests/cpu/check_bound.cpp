@@ -8,6 +8,7 @@
 
 #include "bound.h"
 #include "cases.h"
+#include "isa.h"
 #include "packed.h"
 #include "projection.h"
 
@@ -90,6 +91,44 @@ void check(const Isa& isa, const Tier& tier, const cases::Case& c, Metric metric
     tally.broken += !(difference <= limit);
     tally.wrong_without += chosen.count > 0 && found[0] != nearest;
     tally.largest_share = std::max(tally.largest_share, difference / limit);
+  }
+}
+
+// Scores of single codes by products: what the definition gives lies between their ends.
+void check_products(const Isa& isa, const cases::Case& c, Metric metric, int64_t n, int64_t k, int64_t d,
+                    Tally& tally) {
+  std::vector<float> x(n * d), codes(k * d);
+  cases::fill(c, n, k, d, x, codes);
+  const int64_t stride = (d + isa.lanes - 1) / isa.lanes * isa.lanes;
+  const fastvq::DirectCodes direct{DType::f32, codes.data(), d, metric == Metric::dot, nullptr, true};
+  std::vector<float> row(stride);
+  for (int64_t i = 0; i < n; ++i) {
+    if (!isa.load(DType::f32, &x[i * d], nullptr, 1.0, d, row.data()).finite) continue;
+    long double own = 0.0L, smallest = 0.0L;
+    for (int64_t j = 0; j < d; ++j) own += static_cast<long double>(x[i * d + j]) * x[i * d + j] / 2;
+    double lowest = 0.0;
+    int64_t nearest = -1, chosen = -1;
+    for (int64_t e = 0; e < k; ++e) {
+      int64_t found[fastvq::DIRECT_CAPACITY];
+      float lower_ends[fastvq::DIRECT_CAPACITY];
+      fastvq::DirectMinimum minimum{INFINITY, 0, false, found, lower_ends};
+      isa.direct(row.data(), stride, 1, direct, e, e + 1, &minimum);
+      const double low = lower_ends[0], high = minimum.limit;
+      if (minimum.count != 1 || !std::isfinite(low) || !std::isfinite(high)) continue;
+      double defined = 0.0;
+      for (int64_t j = 0; j < d; ++j) {
+        const double mine = x[i * d + j], code = codes[e * d + j];
+        defined += metric == Metric::l2 ? (mine - code) * (mine - code) : -mine * code;
+      }
+      const long double score = metric == Metric::l2 ? defined / 2.0L - own : defined;
+      const double error = static_cast<double>(std::fabs(score - (low + high) / 2)), width = (high - low) / 2;
+      tally.broken += !(low <= score) || !(score <= high);
+      tally.largest_share = std::max(tally.largest_share, error / width);
+      if (nearest < 0 || score < smallest) nearest = e, smallest = score;
+      if (chosen < 0 || low + high < lowest) chosen = e, lowest = low + high;
+    }
+    ++tally.rows;
+    tally.wrong_without += chosen != nearest;
   }
 }
 
@@ -194,6 +233,17 @@ int main() {
     }
   }
   for (const Isa* isa : cases::instruction_sets()) {
+    Tally tally;
+    for (const cases::Case& c : cases::CASES)
+      for (const auto& [n, k, d] : SHAPES)
+        for (Metric metric : {Metric::l2, Metric::dot}) check_products(*isa, c, metric, n, k, d, tally);
+    std::printf("%s, products: %d rows, %d beyond the bound, at most %.3f of it reached, %d wrong codes without it\n",
+                isa->name, static_cast<int>(tally.rows), static_cast<int>(tally.broken), tally.largest_share,
+                static_cast<int>(tally.wrong_without));
+    broken += tally.broken + (tally.rows == 0) + (tally.wrong_without == 0);
+  }
+  for (const Isa* isa : cases::instruction_sets()) {
+    if (!isa->supported()) continue;
     Tally tally;
     for (const cases::Case& c : cases::CASES)
       for (const auto& [n, k, d] : SHAPES)

@@ -91,6 +91,15 @@ def test_large_shapes(shape, backend):
         assert not mismatch(x, codebook, backend), data
 
 
+@pytest.mark.parametrize("data", ADVERSARIAL)
+def test_few_rows(data, backend):
+    """Their scores are products up to 32 rows, or distances where products do not tell the codes apart."""
+    for n in (3, 4, 17, 32, 33):
+        x, codebook = (t.float() for t in ADVERSARIAL[data](n, 300, 20, generator()))
+        for metric in METRICS:
+            assert not mismatch(x, codebook, backend, metric), f"{n}, {metric}"
+
+
 def test_every_remainder_of_the_dimension(backend):
     for d in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 512, 513):
         for data in ("gaussian", "rounded_midpoints"):
