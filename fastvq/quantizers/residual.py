@@ -177,10 +177,9 @@ class ResidualStack(SharedState, Monitored, nn.Module):
     def _checked_stages(self, indices: Tensor) -> Tensor:
         """Return indices (..., 1 to Q) for decoding, as `checked_indices` of `fastvq.parts.indices` returns them."""
         check_tensors(indices=indices)
-        if not 1 <= indices.shape[-1] <= self.num_quantizers:
-            raise ValueError(
-                f"indices: must have shape (..., 1 to {self.num_quantizers} stages), got {tuple(indices.shape)}"
-            )
+        given, most = indices.shape[-1], self.num_quantizers
+        if not 1 <= given <= most:
+            raise ValueError(f"indices: must have 1 to {most} stages at axis {self.stage_axis}, got {given}")
         return checked_indices(indices, [stage.codebook_size for stage in self._stages])
 
 

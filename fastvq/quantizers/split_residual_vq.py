@@ -256,7 +256,7 @@ class SplitResidualVQ(Monitored, nn.Module):
         axis = self.semantic.stage_axis
         given = indices.shape[axis]
         if not 1 <= given <= self.num_quantizers:
-            raise ValueError(f"indices: must have 1 to {self.num_quantizers} stages, got {given}")
+            raise ValueError(f"indices: must have 1 to {self.num_quantizers} stages at axis {axis}, got {given}")
         first, rest = indices.tensor_split([self.num_semantic], axis)
         return first, rest if given > self.num_semantic else None
 

@@ -151,6 +151,16 @@ def test_ranges_that_cannot_be(name):
                 call(x, **options)
 
 
+def test_stages_at_another_axis_are_named():
+    """The message counts them where the layer looks for them."""
+    x, layer = vectors(), make("ResidualVQ, stages first")
+    with pytest.raises(ValueError, match=r"^indices: must have 1 to 3 stages at axis 0, got 8"):
+        layer.get_output_from_indices(layer.encode(x).movedim(-1, 0))
+    split = make("SplitResidualVQ, stages second")
+    with pytest.raises(ValueError, match=r"^indices: must have 1 to 3 stages at axis 1, got 8"):
+        split.get_output_from_indices(split.encode(x).movedim(1, -1))
+
+
 def test_semantic_stages_alone_and_acoustic_stages_alone():
     layer, x = make("SplitResidualVQ"), vectors()
     before = copy.deepcopy(layer.state_dict())
