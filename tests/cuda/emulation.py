@@ -26,8 +26,8 @@ FLAGS += ["-Wno-unknown-pragmas", "-DFASTVQ_EMULATED"]
 VARIANTS = {
     "plain": ["-O1"],
     "fused": ["-O2", "-ffp-contract=fast"],
-    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DBOOST_USE_ASAN"],
-    "thread": ["-O1", "-g", "-fsanitize=thread", "-DFASTVQ_DIGIT_BITS=2"],
+    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DBOOST_USE_ASAN"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread", "-DFASTVQ_DIGIT_BITS=2"],
 }
 ORDERS = ("forward", "reverse", "shuffled")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}

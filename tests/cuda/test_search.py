@@ -29,8 +29,12 @@ SMALL_MEMORY = 68 << 10
 
 @functools.cache
 def cases(path):
+    """All data in all shapes. The metrics take turns, so that each meets all data and all shapes."""
     given = []
-    for (name, data), shape, metric in itertools.product(ADVERSARIAL.items(), SHAPES[path], METRICS):
+    for (number, (name, data)), (place, shape) in itertools.product(
+        enumerate(ADVERSARIAL.items()), enumerate(SHAPES[path])
+    ):
+        metric = METRICS[(number + place) % 2]
         x, codebook = data(*shape, generator())
         given.append((f"{name} {shape} {metric}", x, codebook, metric, reference.search(x, codebook, metric=metric)))
     return given
@@ -74,7 +78,7 @@ def test_with_products_fused_into_sums(path):
 def test_as_tensor_cores_compute(unit):
     """Sums that are cut off as on these GPUs: docs/gpu.md."""
     for path in ("matrix", "three_products"):
-        given = [case for case in cases(path) if "l2" in case[0] and "(13, " not in case[0] and "(9, " not in case[0]]
+        given = [case for case in cases(path) if "(13, " not in case[0] and "(9, " not in case[0]]
         assert not wrong(path, given, unit=unit)
 
 

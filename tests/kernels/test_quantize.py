@@ -86,8 +86,9 @@ def check_backward(x, codebooks, indices, device, gradient, weight):
 @pytest.mark.parametrize("code_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_dtypes(dtype, code_dtype, device, poison):
-    for shape in SHAPES[:3]:
-        check_forward(*operands(*shape, 2, dtype, code_dtype), device)
+    """Test all pairs of dtypes; each of rows and of codes meets all shapes, which take turns."""
+    turn = DTYPES.index(dtype) + DTYPES.index(code_dtype)
+    check_forward(*operands(*SHAPES[turn % 3], 2, dtype, code_dtype), device)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 3, 5)], ids=str)
@@ -100,8 +101,10 @@ def test_forward_sizes(shape, device, poison):
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backward_dtypes(dtype, gradient, weight, device, poison):
-    for code_dtype in (torch.float32, torch.float64):
-        check_backward(*operands(37, 20, 33, 3, dtype, code_dtype), device, gradient, weight)
+    """Test both dtypes of codes with each dtype of rows, gradient and weight: they take turns."""
+    turn = DTYPES.index(dtype) + GRADIENTS.index(gradient) + WEIGHTS.index(weight)
+    code_dtype = (torch.float32, torch.float64)[turn % 2]
+    check_backward(*operands(37, 20, 33, 3, dtype, code_dtype), device, gradient, weight)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

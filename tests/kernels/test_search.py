@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from triton.runtime import interpreter
@@ -26,18 +28,20 @@ def mismatch(x, codebook, device, metric="l2", search=kernels.search):
     return f"{len(wrong)} of {expected.numel()}, first {wrong[0].tolist()}" if len(wrong) else ""
 
 
-@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("data", ADVERSARIAL)
-def test_adversarial_data(data, metric, device):
-    for shape in SHAPES:
-        assert not mismatch(*ADVERSARIAL[data](*shape, generator()), device, metric), shape
+def test_adversarial_data(data, device):
+    """Test all data with each shape and each metric, which take turns: the interpreter is slow."""
+    turn = list(ADVERSARIAL).index(data)
+    for shape, metric in zip(SHAPES, itertools.cycle(METRICS[turn % 2 :] + METRICS[: turn % 2]), strict=False):
+        assert not mismatch(*ADVERSARIAL[data](*shape, generator()), device, metric), (shape, metric)
 
 
 @pytest.mark.parametrize("dtype", [(a, b) for a in DTYPES for b in DTYPES if a != torch.float32 or b != a], ids=str)
 def test_dtypes(dtype, device):
-    for data in ("clustered", "duplicate_codes"):
-        x, codebook = ADVERSARIAL[data](15, 70, 20, generator())
-        assert not mismatch(x.to(dtype[0]), codebook.to(dtype[1]), device)
+    """Test all pairs of dtypes; each of rows and of codes meets both kinds of data."""
+    data = ("clustered", "duplicate_codes")[sum(map(DTYPES.index, dtype)) % 2]
+    x, codebook = ADVERSARIAL[data](15, 70, 20, generator())
+    assert not mismatch(x.to(dtype[0]), codebook.to(dtype[1]), device)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -178,10 +182,14 @@ def skip_tiers(monkeypatch, skipped):
     monkeypatch.setattr(kernels, "_tier", skipping)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+TIER_DATA = ("gaussian", "codes_one_ulp_apart", "non_finite_codes", "mixed_magnitudes")
+
+
 @pytest.mark.parametrize("skipped", [(1,), (3,), (1, 3)], ids=str)
-@pytest.mark.parametrize("data", ["gaussian", "codes_one_ulp_apart", "non_finite_codes", "mixed_magnitudes"])
-def test_every_tier_by_itself(data, skipped, metric, device, monkeypatch):
+@pytest.mark.parametrize("data", TIER_DATA)
+def test_every_tier_by_itself(data, skipped, device, monkeypatch):
+    """Test each tier on all data and with both metrics, which take turns."""
+    metric = METRICS[(TIER_DATA.index(data) + sum(skipped) // 2) % 2]
     skip_tiers(monkeypatch, skipped)
     assert not mismatch(*ADVERSARIAL[data](12, 75, 17, generator()), device, metric)
 
@@ -220,15 +228,18 @@ def test_an_offset_costs_no_certificate(device, monkeypatch):
     assert uncertified_shares(x + 10, codebook + 10, device, monkeypatch)[0] < 0.02
 
 
+UNIT_DATA = ("gaussian", "rounded_midpoints", "offset", "equidistant_codes", "mixed_magnitudes", "nearly_equal_norms")
+
+
 @models.needs_interpreter
 @pytest.mark.parametrize("model", models.MODELS)
-@pytest.mark.parametrize(
-    "data", ["gaussian", "rounded_midpoints", "offset", "equidistant_codes", "mixed_magnitudes", "nearly_equal_norms"]
-)
+@pytest.mark.parametrize("data", UNIT_DATA)
 def test_as_matrix_units_compute(data, model, monkeypatch):
+    """Test all models on all data; each model and each kind of data meets both shapes."""
     calls = models.use(monkeypatch, models.MODELS[model])
-    for shape in [(20, 75, 33), (16, 40, 8)]:
-        assert not mismatch(*ADVERSARIAL[data](*shape, generator()), "cpu")
+    turn = UNIT_DATA.index(data) + list(models.MODELS).index(model)
+    shape = [(20, 75, 33), (16, 40, 8)][turn % 2]
+    assert not mismatch(*ADVERSARIAL[data](*shape, generator()), "cpu")
     assert calls
 
 
