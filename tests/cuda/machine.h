@@ -9,6 +9,12 @@
 // in `reverse` and `threads`, at one or the other, by chance, in `shuffled`.
 #pragma once
 
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <boost/context/fiber.hpp>
@@ -19,6 +25,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -111,6 +118,23 @@ inline void switch_back() {
 using Lanes = void* const*;
 using Combine = std::function<void(Lanes)>;
 
+// Sleeps until the value is another one. Hundreds of threads that look again every few microseconds would take all of
+// the CPU's time; a condition variable would order more than the value does, and ThreadSanitizer see less.
+inline void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
+  while (value.load(std::memory_order_acquire) == old)
+#ifdef __linux__
+    syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
+#else
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+#endif
+}
+
+inline void wake_all([[maybe_unused]] const std::atomic<uint32_t>& value) {
+#ifdef __linux__
+  syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, std::numeric_limits<int>::max(), nullptr, nullptr, 0);
+#endif
+}
+
 // Threads that wait for each other. The last to come sees what all have brought, and then all go on. Of CPU threads a
 // meeting orders what is before and after it, and nothing else: a lock would also order who leaves after who comes
 // again.
@@ -120,7 +144,7 @@ class Meeting {
 
   void join(const Site& site, int lane, void* brought, const Combine& combine) {
     const bool fibers = settings.order != Order::threads;
-    const uint64_t round = round_.load(std::memory_order_relaxed);
+    const uint32_t round = round_.load(std::memory_order_relaxed);
     if (fibers) {
       if (come_ > 0 && (site.line != site_.line || site.file != site_.file))
         fail("threads of one group wait at different places: " + text(site_) + " and " + text(site));
@@ -132,6 +156,7 @@ class Meeting {
       if (combine) combine(brought_);
       come_.store(0, std::memory_order_relaxed);
       round_.store(round + 1, std::memory_order_release);
+      if (!fibers) wake_all(round_);
     } else if (fibers) {
       Thread& self = me();
       self.waiting = true;
@@ -139,8 +164,7 @@ class Meeting {
       while (round == round_.load(std::memory_order_relaxed)) switch_back();
       self.waiting = false;
     } else {
-      while (round == round_.load(std::memory_order_acquire))
-        std::this_thread::sleep_for(std::chrono::microseconds(50));
+      wait_for_change(round_, round);
     }
     ++me().passed;
   }
@@ -148,7 +172,7 @@ class Meeting {
  private:
   const size_t size_;
   std::atomic<size_t> come_{0};
-  std::atomic<uint64_t> round_{0};
+  std::atomic<uint32_t> round_{0};
   void* brought_[32] = {};
   Site site_;
 };
