@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastvq.backends.arithmetic import SHORTEST, half_difference, stages_of
@@ -16,9 +17,43 @@ from fastvq.errors import CodebookError
 from fastvq.ops import accumulate, quantize_backward, quantize_forward, search
 
 
-def unit_norm(x: Tensor) -> Tensor:
-    """Return x / max(|x|, 1e-6) along the last dimension, for cosine similarity by `metric="dot"`."""
-    return F.normalize(x, dim=-1, eps=SHORTEST)
+def unit_norm(x: Tensor, shortest: float = SHORTEST) -> Tensor:
+    """Return x / max(|x|, shortest) along the last dimension, for cosine similarity by `metric="dot"`.
+
+    Rows have a direction also where the square of their length overflows.
+    """
+    length = x.norm(dim=-1, keepdim=True)
+    factor = _tame(length)
+    if factor is not None:
+        x = x * factor
+        length = x.norm(dim=-1, keepdim=True)
+    return x / length.clamp_min(shortest)
+
+
+def vector_length(x: Tensor) -> Tensor:
+    """Return |x| (..., 1), also where its square overflows."""
+    length = x.norm(dim=-1, keepdim=True)
+    factor = _tame(length)
+    return length if factor is None else (x * factor).norm(dim=-1, keepdim=True) / factor
+
+
+def _tame(length: Tensor) -> Tensor | None:
+    """Return the factors of rows with these lengths, 1 or a power of two where the length is infinite.
+
+    On the CPU, None where none is; elsewhere this would wait for the device.
+    """
+    overflows = length == math.inf
+    if _may_read(length) and not bool(overflows.any()):
+        return None
+    largest = math.frexp(torch.finfo(length.dtype).max)[1]
+    return torch.where(overflows, 2.0 ** -(largest * 5 // 8), 1.0).to(length.dtype)
+
+
+def _may_read(tensor: Tensor) -> bool:
+    """Return whether a value may decide what is done: on the CPU, outside of compiled and traced programs."""
+    if tensor.device.type != "cpu" or type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack())
 
 
 def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
@@ -142,6 +177,7 @@ def check_some_code(name: str, indices: Tensor, codebook: Tensor | Sequence[Tens
     Raises:
         CodebookError: a codebook has no finite code.
     """
+    # As `_may_read` has it, without a call in each training step.
     if indices.device.type != "cpu" or type(indices) is not Tensor or indices.numel() == 0:
         return
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.functional.quantize import lookup
+from fastvq.functional.quantize import lookup, unit_norm
 from fastvq.ops import search
 from fastvq.precision import widest_dtype
 
@@ -126,8 +125,10 @@ def _ways_back(stages: Sequence[FactorizedStage]) -> tuple[Tensor, Tensor]:
 def nearest_direction(latents: Tensor, codes: Tensor, *, mask: Tensor | None = None, missing: int = -1) -> Tensor:
     """Return the index (B, T) of the code (K, D) with the nearest direction to latents (B, D, T)."""
     batch, dim, length = latents.shape
-    rows = F.normalize(latents.detach().transpose(1, 2).reshape(batch * length, dim))
-    found = search(rows, F.normalize(codes.detach()), mask=None if mask is None else mask.reshape(-1), missing=missing)
+    rows = unit_norm(latents.detach().transpose(1, 2).reshape(batch * length, dim), 1e-12)
+    found = search(
+        rows, unit_norm(codes.detach(), 1e-12), mask=None if mask is None else mask.reshape(-1), missing=missing
+    )
     return found.view(batch, length)
 
 

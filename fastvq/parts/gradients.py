@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastvq.backends.arithmetic import compute_dtype
-from fastvq.functional.quantize import check_some_code, quantize_errors, unit_norm
+from fastvq.functional.quantize import check_some_code, quantize_errors, unit_norm, vector_length
 from fastvq.functional.soft_assign import soft_lookup
 from fastvq.ops import quantize_backward
 
@@ -75,7 +75,7 @@ def directional_reparam(x: Tensor, q: Tensor, noise_variance: float = 5e-3) -> T
     error = q.to(dtype) - start
     with torch.no_grad():
         direction = unit_norm(error + math.sqrt(noise_variance) * torch.randn_like(error))
-    return (start + direction * error.norm(dim=-1, keepdim=True)).to(x.dtype)
+    return (start + direction * vector_length(error)).to(x.dtype)
 
 
 def synchronous(q: Tensor, codes: Tensor, v: float) -> Tensor:

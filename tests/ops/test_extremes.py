@@ -10,9 +10,11 @@ import torch
 import fastvq
 from fastvq.backends import reference, select
 from fastvq.functional.quantize import quantize
+from fastvq.parts import directional_reparam
 
 from .. import cases
 from ..cases import ADVERSARIAL, generator
+from ..every import batch_for, make
 
 EXTREME = (
     "values_of_1e18",
@@ -210,3 +212,25 @@ def test_layers_have_gradients_near_the_largest_numbers(make, backend):
         ((1e-3 * quantized).sum() + loss.sum()).backward()
     assert bool(loss.isinf().all())
     assert bool(x.grad.isfinite().all())
+
+
+DIRECTIONS = ["cosine", "cosine, learnable", "LlamaGen", "spherical groups", "factorized"]
+
+
+@pytest.mark.parametrize(("kind", "compiled"), [*((kind, False) for kind in DIRECTIONS), ("cosine", True)])
+def test_directions_of_giant_rows(kind, compiled):
+    """The square of their length overflows; they were directed nowhere, and nearest to the first code."""
+    layer, x = make(kind).eval(), batch_for(kind)
+    for name, parameter in layer.named_parameters():
+        if "bias" in name:
+            torch.nn.init.zeros_(parameter)
+    run = torch.compile(layer, fullgraph=True, backend="eager") if compiled else layer
+    with torch.no_grad():
+        assert torch.equal(run(2.0**70 * x)[1], layer(x)[1])
+    _, _, loss, *_ = layer.train()(2.0**70 * x)
+    assert not bool(loss.isnan().any())
+
+
+def test_the_direction_of_a_giant_error_with_noise():
+    q = directional_reparam(torch.full((3, 6), 1e30), torch.full((3, 6), -1e30), 0.0)
+    torch.testing.assert_close(q, torch.full((3, 6), -1e30))
