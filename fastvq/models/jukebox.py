@@ -6,7 +6,7 @@ A `VQVAE` of these three modules learns all of them at once, and they share noth
 coarsest scale first, of which a `HierarchicalPrior` learns the coarsest and what each finer one adds. They decode by
 the finest decoder alone. Features and codes are dictionaries {number of the scale: tensor}, the coarsest number 0.
 
-Source: Dhariwal et al., Jukebox: A Generative Model for Music, 2020, sections 3.1 and 4.
+Source: Dhariwal et al., Jukebox: A Generative Model for Music, 2020, sections 3.2 and 4.
 """
 
 from __future__ import annotations

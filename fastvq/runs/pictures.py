@@ -230,7 +230,7 @@ def picture_decoded(
     """
     modality = modality_of(config.modality)
     signals = {"original": to_float(examples.test[rows])}
-    signals |= {name: model.restore(indices) for name, indices in parts.items()}
+    signals |= {name: model.restore(indices).cpu() for name, indices in parts.items()}
     heard = {name.replace(" ", "-"): signal[:_HEARD] for name, signal in signals.items()}
     modality.write_media(Path(path).parent / MEDIA, Path(path).stem, heard, config)
     pictures = torch.stack([modality.as_images(signal, config) for signal in signals.values()], 1)

@@ -163,6 +163,9 @@ MODALITIES = {
     "audio, transform": AudioConfig(
         data="some", device="meta", dim=8, codebook_size=24, batch_size=8, network="transform", **_AUDIO
     ),
+    "audio, scales": AudioConfig(
+        data="some", device="meta", dim=8, codebook_size=24, batch_size=8, bottleneck="vq", scale_strides="2", **_AUDIO
+    ),
 }
 
 

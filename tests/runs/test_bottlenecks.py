@@ -13,6 +13,7 @@ import fastvq
 from fastvq import coding
 from fastvq.cli.main import main
 from fastvq.data.examples import to_float
+from fastvq.runs import compare_priors
 from fastvq.runs.load import load_model, load_prior, run_examples
 from fastvq.runs.pictures import picture_run
 from fastvq.runs.train_prior import train_prior
@@ -114,6 +115,21 @@ def test_pictures_show_each_codebook(run, tmp_path, monkeypatch):
     assert [len(codes) for codes in vectors] == sizes
     assert all(len(grid) == len(originals) for grid in grids)
     assert [grid.shape[1:] for grid in grids] == [stage.shape[1:] for stage in model.adapter.stages(grids_of(model))]
+
+
+def test_kinds_of_priors_that_fit_the_indices_are_compared(run, monkeypatch):
+    name, folder = run
+    tried = []
+
+    def trained(seconds, config, *others, **options):
+        tried.append(config.kind)
+        return {"kind": config.kind, "bits_per_index": 1.0, "parameters": 1, "steps": 1, "processor_seconds": 1.0}
+
+    monkeypatch.setattr(compare_priors, "_train_for", trained)
+    compare_priors.compare_priors(folder, 1.0)
+    alike = ["transformer", "pixelcnn", "lstm", "hierarchical", "next-scale"]
+    assert tried == (["transformer", "lstm", "depth"] if name == "rvq" else alike)
+    (folder / "priors.json").unlink()
 
 
 def grids_of(model):

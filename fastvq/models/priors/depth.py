@@ -41,7 +41,7 @@ class DepthPrior(Prior):
         ValueError: an invalid argument, by name; indices or labels of another shape, dtype or range.
 
     Source: Lee et al., Autoregressive Image Generation using Residual Quantization, 2022, section 3.2, the
-    RQ-Transformer; Défossez et al., Moshi, 2024, section 3.4.2.
+    RQ-Transformer; Défossez et al., Moshi, 2024, section 3.4.
     """
 
     in_stages = True
