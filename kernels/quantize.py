@@ -158,7 +158,12 @@ def _backward(
             xz, zz = tl.sum(small * z, 1), tl.sum(z * z, 1)
             xg, eg, zg = tl.sum(small * given, 1), tl.sum(small_e * given, 1), tl.sum(z * given, 1)
             of_x, of_z = factors_of(xz, zz, xg, eg, zg, x_length, e_length)
-            turned = given + of_x[:, None] * small + of_z[:, None] * z
+            # Two forms of one product: for each of these tiles, ptxas spills registers in the other.
+            if BLOCK_N == 1:
+                along_x = of_x[:, None] * small
+            else:
+                along_x = (of_x * x_shrink)[:, None] * residual
+            turned = given + along_x + of_z[:, None] * z
             # lambda itself may overflow where its product with a small gradient does not.
             turned = turned * (e_length / x_length)[:, None] * (x_shrink / e_shrink)[:, None]
             value = tl.where(directed[:, None], turned, given)
