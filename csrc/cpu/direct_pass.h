@@ -18,8 +18,9 @@ bool direct_serves(const Matrix& x, const Matrix& codes);
 enum class DirectScores { differences, products };
 
 // Writes the indices of the rows, and returns those that products can't decide; differences decide all of them.
-std::vector<int64_t> direct_pass(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric, DirectScores scores,
-                 const std::vector<int64_t>& rows, int64_t* indices, const Parallel& parallel);
+std::vector<int64_t> direct_pass(const Isa& isa, const Matrix& x, const Matrix& codes, Metric metric,
+                                 DirectScores scores, const std::vector<int64_t>& rows, int64_t* indices,
+                                 const Parallel& parallel);
 
 // Removes candidates of one row, all finite codes, that float32 distances prove not to be nearest.
 class DirectFilter {

@@ -163,7 +163,7 @@ struct Isa {
   // out[j * stride + l] = rows[l * row_stride + j] for the lanes l < live, zero for the other lanes.
   void (*interleave)(const uint32_t* rows, int64_t row_stride, int live, int64_t count, uint32_t* out, int64_t stride);
   // out[r] = rows[r] * matrix, [count, dim] times [dim, width], and norms2[r] = |rows[r]|^2, both in float64. width is
-  // a multiple of lanes.
+  // a multiple of lanes / 2.
   void (*project)(const float* rows, int64_t count, int64_t dim, const double* matrix, int64_t width, double* out,
                   double* norms2);
   // Hashes of the 2 lanes codes of a panel, [units, 2 lanes]: equal for equal codes.

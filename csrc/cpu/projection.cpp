@@ -17,8 +17,10 @@ constexpr int64_t SAMPLE = 1024;   // codes that tell the directions
 constexpr int64_t FIRST_PART = 8;  // of the sample, one code in this number tells whether there may be any
 constexpr int64_t MOST = 31;       // directions
 constexpr int64_t SIZES[] = {7, 11, 15, 23, 31};  // numbers of directions: with the rest, whole units of an int16 tier
-constexpr double REST = 0.006;                    // share of the squares that may be left to the rest
-constexpr int ROUNDS = 4;                         // of the iteration that finds them
+// Share of the squares that may be left to the rest; among few codes, candidates cost less than further directions.
+constexpr int64_t FEW_CODES = 768;
+constexpr double REST = 0.006, REST_OF_FEW = 0.016;
+constexpr int ROUNDS = 4;  // of the iteration that finds them
 // Elements of a codebook that need not be scanned, at least: what a row costs beside the scan.
 constexpr int64_t WORTHWHILE = 16384;
 // Rows times codes that repay the search for directions: for each product of two dimensions, or for each dimension,
@@ -129,23 +131,24 @@ bool Projection::choose_directions(const Isa& isa, const Matrix& codes, bool for
   if (found == 0) return false;
   std::fill(next.begin(), next.end(), 0.0f);
   isa.soft->multiply_add(v.data(), stride, 1, found, stride, moments.data(), stride, next.data());
+  const double most_rest = (size_ <= FEW_CODES ? REST_OF_FEW : REST) * trace;
   double rest = trace;
   int64_t direction = 0;
   for (const int64_t size : SIZES) {
     const int64_t most = std::min(size, found);
     for (; direction < most; ++direction) rest -= product(&v[direction * stride], &next[direction * stride], stride);
     kept_ = most;
-    if (rest < REST * trace || most < size) break;
+    if (rest < most_rest || most < size) break;
   }
-  if (!forced && (rest >= REST * trace || 5 * (kept_ + 1) > 3 * dim_ || size_ * (dim_ - kept_) < WORTHWHILE))
-    return false;
+  if (!forced && (rest >= most_rest || 5 * (kept_ + 1) > 3 * dim_ || size_ * (dim_ - kept_) < WORTHWHILE)) return false;
   take_directions(isa, v, stride);
   return product_error_ < 1e-2;
 }
 
 // Lays the directions out in float64, orthonormal as far as that goes, and measures how far: nothing below assumes it.
 void Projection::take_directions(const Isa& isa, const std::vector<float>& directions, int64_t stride) {
-  width_ = (kept_ + isa.lanes - 1) / isa.lanes * isa.lanes;
+  const int64_t doubles = isa.lanes / 2;
+  width_ = (kept_ + doubles - 1) / doubles * doubles;
   std::vector<double> v(kept_ * dim_);
   const auto inner = [&](int64_t a, int64_t b) {
     double sums[4] = {};

@@ -185,42 +185,49 @@ void interleave(const uint32_t* rows, int64_t row_stride, int live, int64_t coun
     for (int l = 0; l < LANES; ++l) out[j * stride + l] = row[l][step[l] * j];
 }
 
+constexpr int64_t PROJECTED_PIECE = 64;  // elements of a row
+
+// VECTORS columns of DOUBLES numbers, for a piece of each row; out is added to where the piece is not the first.
+template <int ROWS, int VECTORS>
+inline void project_piece(const double (&values)[ROWS][PROJECTED_PIECE], int64_t count, bool first,
+                          const double* columns, int64_t width, double* out) {
+  DoubleVec sums[ROWS][VECTORS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) sums[r][v] = first ? DoubleVec{} : load<DoubleVec>(out + r * width + v * DOUBLES);
+#pragma GCC unroll 1
+  for (int64_t j = 0; j < count; ++j, columns += width) {
+    DoubleVec own[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) own[v] = load<DoubleVec>(columns + v * DOUBLES);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) sums[r][v] += values[r][j] * own[v];
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) store(out + r * width + v * DOUBLES, sums[r][v]);
+}
+
 template <int ROWS>
 inline void project_rows(const float* rows, int64_t dim, const double* matrix, int64_t width, double* out,
                          double* norms2) {
-  constexpr int64_t PIECE = 64;
-  double values[ROWS][PIECE];
+  double values[ROWS][PROJECTED_PIECE];
   DoubleVec squares[ROWS] = {};
-  for (int64_t begin = 0; begin < dim; begin += PIECE) {
-    const int64_t count = dim - begin < PIECE ? dim - begin : PIECE;
+  for (int64_t begin = 0; begin < dim; begin += PROJECTED_PIECE) {
+    const int64_t count = dim - begin < PROJECTED_PIECE ? dim - begin : PROJECTED_PIECE;
     for (int r = 0; r < ROWS; ++r)
       for_wide(rows + r * dim + begin, count, [&](int64_t j, DoubleVec value) {
         store(values[r] + j, value);
         squares[r] += value * value;
       });
-    for (int64_t w = 0; w < width; w += LANES) {
-      DoubleVec low[ROWS], high[ROWS];
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) {
-        low[r] = begin ? load<DoubleVec>(out + r * width + w) : DoubleVec{};
-        high[r] = begin ? load<DoubleVec>(out + r * width + w + DOUBLES) : DoubleVec{};
-      }
-      const double* column = matrix + begin * width + w;
-#pragma GCC unroll 1
-      for (int64_t j = 0; j < count; ++j, column += width) {
-        const DoubleVec a = load<DoubleVec>(column), b = load<DoubleVec>(column + DOUBLES);
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) {
-          low[r] += values[r][j] * a;
-          high[r] += values[r][j] * b;
-        }
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) {
-        store(out + r * width + w, low[r]);
-        store(out + r * width + w + DOUBLES, high[r]);
-      }
-    }
+    int64_t w = 0;
+    for (; w + LANES <= width; w += LANES)
+      project_piece<ROWS, 2>(values, count, begin == 0, matrix + begin * width + w, width, out + w);
+    if (w < width) project_piece<ROWS, 1>(values, count, begin == 0, matrix + begin * width + w, width, out + w);
   }
   for (int r = 0; r < ROWS; ++r) norms2[r] = sum_pairwise(squares[r]);
 }

@@ -127,6 +127,8 @@ class ResidualStack(SharedState, Monitored, nn.Module):
         active = ActiveStages.of_call(
             n_quantizers, start, items=layout.batch, stages=self.num_quantizers, least=self.least_stages
         )
+        if n_quantizers is None and not drops:
+            return active
         if n_quantizers is None:
             dropout = self._dropout._replace(cutoff_index=max(start, self.quantize_dropout_cutoff_index))
             return dropout.draw(drops, x, seed, items=layout.batch, rows=layout.rows)._replace(start=start)
