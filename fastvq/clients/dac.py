@@ -102,13 +102,13 @@ def _all_stages(stages: Any, x: Tensor, number: int | None) -> _Found | None:
     Products of weights are made at each call, since weights may be written to unseen.
 
     Returns:
-        the results, or None where the client's loop has to run: with gradients, in half precision, or where a
+        the results, or None where the client's loop has to run: with gradients, in half precision, on meta, or where a
         projection is more than a convolution of width 1.
     """
     chosen = list(stages)[: len(stages) if number is None else number]
     if not chosen or torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64):
         return None
-    if torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or torch.is_autocast_enabled(x.device.type):
         return None
     weights = [one for one in map(_weights, chosen) if one is not None]
     if len(weights) < len(chosen) or any(one.into.dtype != x.dtype for one in weights):

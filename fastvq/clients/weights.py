@@ -177,25 +177,37 @@ def _stack(caller: str, state_dict: State, prefix: str) -> _Stack:
 def _factorized_stages(caller: str, state_dict: State, prefix: str) -> list[FactorizedStage]:
     """Return the weights of each stage of DAC or SNAC."""
     _check_state(state_dict)
-    names: dict[str, dict[int, str]] = {}
-    for name in state_dict:
-        found = _FACTORIZED.fullmatch(name)
-        if found and name.startswith(prefix):
-            names.setdefault(found["beginning"], {})[int(found["stage"])] = name.removesuffix("codebook.weight")
-    if len(names) != 1:
-        got = f"{len(names)}: {', '.join(sorted(names))}; choose by prefix" if names else _some(state_dict)
-        raise ValueError(
-            f"state_dict: {caller} needs the stages of one quantizer, quantizers.0.codebook ..., got {got}"
-        )
-    [stages] = names.values()
+    needs = f"{caller} needs the stages of one quantizer, quantizers.0.codebook ..."
+    name, places = _one_stack(state_dict, prefix, _FACTORIZED, needs)
+    beginnings = [f"{name}quantizers.{place}." for place in range(places)]
     return [
         FactorizedStage(
-            *_convolution(state_dict, f"{stages[place]}in_proj"),
-            *_convolution(state_dict, f"{stages[place]}out_proj"),
-            _table(state_dict, f"{stages[place]}codebook.weight"),
+            *_convolution(state_dict, f"{one}in_proj"),
+            *_convolution(state_dict, f"{one}out_proj"),
+            _table(state_dict, f"{one}codebook.weight"),
         )
-        for place in sorted(stages)
+        for one in beginnings
     ]
+
+
+def _one_stack(state_dict: State, prefix: str, names: re.Pattern[str], needs: str) -> tuple[str, int]:
+    """Return the beginning of the names of the only stack, and its number of stages.
+
+    A stage counts if the state has any tensor of it, so that one that lacks others is an error, not a shorter stack.
+    """
+    stacks: dict[str, set[int]] = {}
+    for name in state_dict:
+        found = names.fullmatch(name)
+        if found and name.startswith(prefix):
+            stacks.setdefault(found["beginning"], set()).add(int(found["stage"]))
+    if len(stacks) != 1:
+        got = f"{len(stacks)}: {', '.join(sorted(stacks))}; choose by prefix" if stacks else _some(state_dict)
+        raise ValueError(f"state_dict: {needs}, got {got}")
+    [(beginning, places)] = stacks.items()
+    if len(places) <= max(places):
+        given = ", ".join(map(str, sorted(places)))
+        raise ValueError(f"state_dict: must have stages 0 to {max(places)} of {beginning or 'the stack'}, got {given}")
+    return beginning, len(places)
 
 
 def _convolution(state_dict: State, name: str) -> tuple[Tensor, Tensor]:
@@ -241,26 +253,20 @@ def _load(
 def _stages(caller: str, state_dict: State, prefix: str) -> tuple[list[tuple[Tensor, Tensor, Tensor]], str]:
     """Return (codes, cluster sizes, averages) of each stage, and the beginning of their names up to `layers`."""
     _check_state(state_dict)
-    stacks: dict[str, dict[int, str]] = {}
-    for name in state_dict:
-        found = _STAGE.fullmatch(name)
-        if found and name.startswith(prefix):
-            stacks.setdefault(found["beginning"], {})[int(found["stage"])] = name.rpartition(".")[0]
-    if len(stacks) != 1:
-        found_stacks = f"{len(stacks)}: {', '.join(sorted(stacks))}; choose by prefix" if stacks else _some(state_dict)
-        raise ValueError(f"state_dict: {caller} needs the codebooks of one residual quantizer, got {found_stacks}")
-    [(beginning, names)] = stacks.items()
+    needs = f"{caller} needs the codebooks of one residual quantizer"
+    beginning, places = _one_stack(state_dict, prefix, _STAGE, needs)
     projected = [name for name in state_dict if name.startswith(f"{beginning}layers.") and ".project_in." in name]
     if projected:
         raise ValueError(f"state_dict: must have no projections within stages, got {projected[0]}")
-    return [_codebook(state_dict, names[stage]) for stage in sorted(names)], beginning
+    word = "_codebook" if any(f"{beginning}layers.0._codebook." in name for name in state_dict) else "codebook"
+    return [_codebook(state_dict, f"{beginning}layers.{place}.{word}") for place in range(places)], beginning
 
 
 def _codebook(state_dict: State, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return (codes, cluster sizes, averages) of one stage; Mimi and moshi keep no codes."""
     sizes = _first(state_dict, f"{name}.cluster_size", f"{name}.cluster_usage")
     sums = _first(state_dict, f"{name}.embed_avg", f"{name}.embed_sum", f"{name}.embedding_sum")
-    codes = state_dict.get(f"{name}.embed")
+    codes = _first(state_dict, f"{name}.embed") if f"{name}.embed_avg" in state_dict else None
     shapes = [tuple(tensor.shape) for tensor in (sums if codes is None else codes, sums, sizes)]
     if len(shapes[0]) != 2 or shapes != [shapes[0], shapes[0], shapes[0][:1]]:
         got = ", ".join(map(str, shapes))
@@ -295,7 +301,7 @@ def _check_state(state_dict: object) -> None:
 
 def _table(state_dict: State, name: str) -> Tensor:
     """Return a codebook (K, D)."""
-    codes = state_dict[name]
+    codes = _first(state_dict, name)
     if codes.dim() != 2:
         raise ValueError(f"state_dict: {name} must have shape (K, D), got {tuple(codes.shape)}")
     return codes.detach().float()
@@ -305,7 +311,8 @@ def _first(state_dict: State, *names: str) -> Tensor:
     for name in names:
         if name in state_dict:
             return state_dict[name]
-    raise ValueError(f"state_dict: must have one of {', '.join(names)}")
+    one_of = "one of " if len(names) > 1 else ""
+    raise ValueError(f"state_dict: must have {one_of}{', '.join(names)}")
 
 
 def _some(state_dict: State) -> str:
@@ -314,9 +321,12 @@ def _some(state_dict: State) -> str:
 
 
 _STAGE = re.compile(
-    r"(?P<beginning>(?:.*\.)?)layers\.(?P<stage>\d+)\._?codebook\.(?:embed_avg|embed_sum|embedding_sum)"
+    r"(?P<beginning>(?:.*\.)?)layers\.(?P<stage>\d+)\._?codebook\."
+    r"(?:embed|embed_avg|embed_sum|embedding_sum|cluster_size|cluster_usage|inited|initialized|_initialized)"
 )
-_FACTORIZED = re.compile(r"(?P<beginning>(?:.*\.)?)quantizers\.(?P<stage>\d+)\.codebook\.weight")
+_FACTORIZED = re.compile(
+    r"(?P<beginning>(?:.*\.)?)quantizers\.(?P<stage>\d+)\.(?:codebook\.weight|(?:in|out)_proj\..*)"
+)
 _MIMI_EPS = 1e-5
 _AS_ENCODEC: dict[str, Any] = {"decay": 0.99, "rotation_trick": False, "quant_grad_frac": 1.0, "channel_last": False}
 """Settings of `ResidualVQ` that learn as EnCodec does."""

@@ -64,7 +64,7 @@ class Sequential(Monitored, nn.Module):
 
     @freeze_codebook.setter
     def freeze_codebook(self, frozen: bool) -> None:
-        self.quantizer.freeze_codebook = frozen
+        self._assign("freeze_codebook", frozen)
 
     @property
     def decay(self) -> Any:
@@ -73,7 +73,13 @@ class Sequential(Monitored, nn.Module):
 
     @decay.setter
     def decay(self, decay: Any) -> None:
-        self.quantizer.decay = decay
+        self._assign("decay", decay)
+
+    def _assign(self, name: str, value: Any) -> None:
+        """Assign an attribute of the quantizer that it has; another one would be kept and have no effect."""
+        if not hasattr(self.quantizer, name):
+            raise AttributeError(f"{name}: {type(self.quantizer).__name__} has no such attribute")
+        setattr(self.quantizer, name, value)
 
     def resize_(self, codebook_size: int) -> None:
         """Call `resize_` of the quantizer, if it has a codebook."""

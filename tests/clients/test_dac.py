@@ -50,6 +50,16 @@ def test_one_product_serves_eval_without_gradients(name, runs):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["transformers DAC", "snac"])
+def test_shapes_on_meta(name):
+    client = CLIENTS[name]
+    theirs, ours, x = client.make().to("meta"), client.make(), client.input().to("meta")
+    fastvq.accelerate(ours)
+    found, expected = (tensors(client.encode(module, x)) for module in (ours.to("meta"), theirs))
+    assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in expected]
+
+
+@torch.no_grad()
 def test_the_results_may_have_names(runs):
     """As in the repository of descript-audio-codec after version 1.0.0."""
     module, x = CLIENTS["descript-audio-codec"].make(), CLIENTS["descript-audio-codec"].input()

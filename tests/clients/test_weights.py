@@ -156,6 +156,28 @@ def test_what_is_missing_or_ambiguous_is_named():
         from_encodec(projected)
 
 
+def factorized_state() -> dict[str, torch.Tensor]:
+    into, back = nn.Conv1d(8, 4, 1), nn.Conv1d(4, 8, 1)
+    layer = nn.ModuleDict({"in_proj": into, "codebook": nn.Embedding(16, 4), "out_proj": back})
+    return nn.ModuleDict({"quantizers": nn.ModuleList([layer] * 3)}).state_dict()
+
+
+@pytest.mark.parametrize("load", [from_encodec, from_mimi, from_dac, from_snac])
+def test_a_state_that_lacks_a_tensor_of_a_stage_is_not_taken_for_a_shorter_stack(load):
+    stack = wavtokenizer.ResidualVectorQuantization(num_quantizers=3, dim=8, codebook_size=16)
+    state = stack.state_dict() if load is from_encodec else factorized_state()
+    if load is from_mimi:
+        state = nn.ModuleDict({"rvq_first": stack, "rvq_rest": stack}).state_dict()
+    load(state)
+    for name in state:
+        if "inited" not in name and "rvq_first" not in name:
+            with pytest.raises(ValueError, match=r"^state_dict: must have "):
+                load({key: tensor for key, tensor in state.items() if key != name})
+    gap = {key: tensor for key, tensor in state.items() if "layers.1." not in key and "quantizers.1." not in key}
+    with pytest.raises(ValueError, match=r"^state_dict: must have stages 0 to 2 of .*, got 0, 2$"):
+        load(gap)
+
+
 @pytest.mark.parametrize("load", [from_encodec, from_mimi, from_dac, from_snac, from_vqgan])
 def test_a_model_in_place_of_its_state_is_named(load):
     with pytest.raises(TypeError, match=r"^state_dict: must be a mapping of names to tensors, got Linear: pass its"):

@@ -84,6 +84,14 @@ def test_encodes_decodes_and_learns_through_its_modules():
     assert chain.quantizer.decay == chain.decay == 0.5
 
 
+@pytest.mark.parametrize("name", ["decay", "freeze_codebook"])
+def test_what_the_quantizer_does_not_have_cannot_be_assigned(name):
+    chain = fastvq.Sequential(nn.Linear(2, 2), fastvq.FSQ([5, 5]))
+    with pytest.raises(AttributeError, match=f"^{name}: FSQ has no such attribute"):
+        setattr(chain, name, 0.5)
+    assert not hasattr(chain.quantizer, name)
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_exactly_one(count):
     with pytest.raises(ValueError, match=r"^fns: must contain exactly one quantizer, got (none|FSQ, FSQ)"):
