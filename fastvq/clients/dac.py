@@ -105,7 +105,7 @@ def _all_stages(stages: Any, x: Tensor, number: int | None) -> _Found | None:
         the results, or None where the client's loop has to run: with gradients, in half precision, on meta, or where a
         projection is more than a convolution of width 1.
     """
-    chosen = list(stages)[: len(stages) if number is None else number]
+    chosen = [stage for place, stage in enumerate(stages) if number is None or place < number]
     if not chosen or torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64):
         return None
     if x.is_meta or torch.is_autocast_enabled(x.device.type):
@@ -124,12 +124,17 @@ def _all_stages(stages: Any, x: Tensor, number: int | None) -> _Found | None:
 
 
 def _weights(stage: Any) -> FactorizedStage | None:
-    """Return the weights of a stage, or None if a projection is something else."""
+    """Return the weights of a stage, or None if a projection is something else, or a hook waits for a call."""
     codebook = stage.codebook
-    if type(codebook) is not nn.Embedding or codebook._forward_hooks or vars(codebook).keys() & {"forward", _OFFLOADED}:
+    if _is_hooked(stage) or _is_hooked(codebook) or type(codebook) is not nn.Embedding or _OFFLOADED in vars(codebook):
         return None
     into, back = _matrix(stage.in_proj), _matrix(stage.out_proj)
     return None if into is None or back is None else FactorizedStage(*into, *back, codebook.weight)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Return whether a call of a module runs hooks, or a forward that was assigned to it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _matrix(conv: Any) -> tuple[Tensor, Tensor] | None:

@@ -37,7 +37,11 @@ def test_one_product_serves_eval_without_gradients(name, runs):
     with torch.no_grad():
         assert_alike(ours(x), theirs(x))
         assert_alike(ours(x.double().float(), 1), theirs(x, 1))
-    assert runs == [True, True]
+        assert_alike(ours(x, 2.0), theirs(x, 2.0))
+        for module in (theirs, ours):
+            with pytest.raises(RuntimeError, match="non-empty TensorList"):
+                module(x, -1)
+    assert runs == [True, True, True, False]
     grads = []
     for module in (theirs, ours):
         own = x.clone().requires_grad_()
@@ -46,7 +50,7 @@ def test_one_product_serves_eval_without_gradients(name, runs):
     assert_alike(grads[1], grads[0])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert tensors(ours(x))[0].dtype == tensors(theirs(x))[0].dtype
-    assert runs == [True, True, False, False]
+    assert runs == [True, True, True, False, False, False]
 
 
 @torch.no_grad()
@@ -94,10 +98,14 @@ def test_projections_that_are_more_than_a_product_run_as_they_are(runs):
             stage.in_proj.__class__ = Doubled
         elif kind == "hook":
             stage.out_proj.register_forward_hook(lambda module, arguments, output: 2 * output)
+        elif kind == "hook of the stage":
+            stage.register_forward_hook(lambda module, arguments, output: (2 * output[0], *output[1:]))
+        elif kind == "hook of the codebook":
+            stage.codebook.register_forward_pre_hook(lambda module, arguments: (arguments[0].flip(0),))
         else:
             stage.in_proj = nn.Sequential(stage.in_proj, nn.Tanh())
 
-    for kind in ("class", "hook", "module"):
+    for kind in ("class", "hook", "hook of the stage", "hook of the codebook", "module"):
         theirs, ours = client.make(), client.make()
         fastvq.accelerate(ours)
         change(theirs, kind), change(ours, kind)
