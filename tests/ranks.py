@@ -188,6 +188,19 @@ def kmeans_on_all_rows() -> None:
 
 
 @scenario
+def stages_that_only_some_ranks_use() -> None:
+    """Check that a stage that takes part on one rank learns the same on all, and one of no rank nothing."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    layer = fastvq.ResidualVQ(dim=DIM, num_quantizers=4, codebook_size=8)
+    before = layer.codebooks.clone()
+    x = batch(3, rows=12, rank=rank)
+    layer(x.view(2, 6, DIM), n_quantizers=torch.tensor([1, 2 if rank else 3]))
+    fastvq.distributed.check_synchronized(layer)
+    assert [not torch.equal(*pair) for pair in zip(layer.codebooks, before, strict=True)] == [True, True, True, False]
+
+
+@scenario
 def fit_on_all_ranks() -> None:
     """Check that a fit ends where k-means on all rows rests, on every rank, though ranks have different batches."""
     ranks, own = dist.get_world_size(), dist.get_rank()

@@ -48,7 +48,7 @@ def fit_(
     may differ. A round is one all-reduce.
 
     Raises:
-        ValueError: no row is finite and in the mask.
+        ValueError: no row is finite and in the mask, in the first pass or in a later one.
     """
     together = codebook.together()
     share = -(-SAMPLED * codebook.size // (distributed.world_size() if together else 1))
@@ -71,6 +71,8 @@ def fit_(
     counts, errors = torch.zeros_like(codebook.cluster_size), []
     for _ in range(iterations):
         counts, sums, error = _round(codebook, means, batches, together)
+        if not counts.any():
+            raise ValueError("batches: must start anew at each pass, got no vector after the first one")
         means = torch.stack([moved_means(*each, codebook.metric) for each in zip(means, counts, sums, strict=True)])
         errors.append(error / (counts.sum() * codebook.dim).clamp_min(1))
     codebook.set_(means, (counts / steps).clamp_min(1 / steps).float())

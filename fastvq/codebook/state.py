@@ -508,7 +508,8 @@ def learn_together(
     x: Tensor | Sequence[Tensor],
     indices: Tensor | Sequence[Tensor],
     *,
-    weight: Weight | Sequence[Weight | None] | None = None,
+    weight: Weight | None = None,
+    active: Sequence[Tensor] | None = None,
     ema_update: bool | None = None,
     accumulate_only: bool = False,
 ) -> None:
@@ -523,8 +524,9 @@ def learn_together(
         codebooks: Q of them, with one D.
         x: vectors, a tensor (Q, H, N, D) or Q tensors (H, N, D).
         indices: (Q, H, N) or Q tensors (H, N) int64; rows with -1 are excluded.
-        weight: factor that multiplies 1 - decay, see `Weight`; or a sequence with one for each codebook. A codebook
-            whose weight is zero stays bit-identical.
+        weight: factor that multiplies 1 - decay, see `Weight`. Codebooks stay bit-identical if it is zero.
+        active: () for each codebook, 0 if it takes no part in this batch; instead of a weight. A codebook that takes
+            part on no rank, and has no kept statistics, stays bit-identical.
         ema_update: use the moving averages, instead of the codebooks' own setting.
         accumulate_only: keep counts and sums for the next step without this, or for `Codebook.commit_`.
     """
@@ -537,9 +539,9 @@ def learn_together(
             affine = affine or codebook.affine is not None
     if not learning:
         return
-    weights: list[Any] = list(weight) if isinstance(weight, (list, tuple)) else [weight] * len(codebooks)
+    flags = [] if active is None else [active[i].clone() for i in learning]
     if len(learning) < len(codebooks):
-        codebooks, weights = [codebooks[i] for i in learning], [weights[i] for i in learning]
+        codebooks = [codebooks[i] for i in learning]
         x, indices = [x[i] for i in learning], [indices[i] for i in learning]
     if affine:
         x = [codebook.own_rows(rows) for codebook, rows in zip(codebooks, x, strict=True)]
@@ -562,7 +564,10 @@ def learn_together(
             chosen = torch.cat([indices[i] for i in places], 1) if shared else indices[places[0]]
             candidates[codebook] = codebook.candidates(rows, chosen >= 0)
     if codebooks[0].together():
-        distributed.sum_(*counts, *sums, *(t for found in candidates.values() for pair in found for t in pair))
+        distributed.sum_(*counts, *sums, *flags, *(t for found in candidates.values() for pair in found for t in pair))
+    weights: list[Any] = [weight] * len(codebooks)
+    for place, flag in enumerate(flags):
+        weights[place] = ((flag > 0) | (counts[place] > 0).any()).float()
     for codebook, places in entries.items():
         before = codebook.replacer is not None and codebook.replacer.policy.before_update
         if codebook in candidates and before:

@@ -313,7 +313,8 @@ class ResidualVQ(Projected, ResidualStack):
             lens: int (B,), a mask for sequences: the first lens[b] vectors take part.
             accum_ema_update: keep this batch's statistics for the next learning step, or for `commit_ema_update`.
             n_quantizers: number of leading stages that take part, in training instead of a random one: for all items
-                of the batch, or int (B,) with one for each; all stages by default. Not beside `indices`.
+                of the batch, or int (B,) with one for each; all stages by default. Not beside `indices`. Ranks that
+                learn together must pass the same int, but may pass different tensors.
             start: the first stage that takes part, for x that the stages before have left as residual; less than each
                 number.
             codes_gradient: return the codes as the stages put them out, from before the update, with the gradient of
@@ -645,12 +646,12 @@ class ResidualVQ(Projected, ResidualStack):
         accumulate_only: bool,
     ) -> None:
         """Move the codebooks of the stages towards their rows x (1, R, D) with indices (1, R)."""
-        weights = None
+        flags = None
         if active is not None and isinstance(active.number, Tensor):  # a dropped stage doesn't decay
             number = active.of_any_row().number
-            weights = [(number > self._stages.index(stage)).float() for stage in stages]  # type: ignore[union-attr]
+            flags = [(number > self._stages.index(stage)).float() for stage in stages]  # type: ignore[union-attr]
         codebooks = [stage._codebook for stage in stages]
-        learn_together(codebooks, x, indices, weight=weights, accumulate_only=accumulate_only)
+        learn_together(codebooks, x, indices, active=flags, accumulate_only=accumulate_only)
 
     def _stack(self, stages: list[VectorQuantize], *, copied: bool = False) -> list[Tensor]:
         """Return the codes of the stages as ops take them, without their gradient.
@@ -954,7 +955,12 @@ class ResidualVQ(Projected, ResidualStack):
         """Learn from the statistics that `forward(..., accum_ema_update=True)` has kept, if there are any."""
         held = [codebook for codebook in self._unique_codebooks if codebook.held_counts is not None]
         none = [codebook.embed.new_zeros(1, 0, self.codebook_dim) for codebook in held]
-        learn_together(held, none, [rows.new_zeros(1, 0, dtype=torch.int64) for rows in none])
+        learn_together(
+            held,
+            none,
+            [rows.new_zeros(1, 0, dtype=torch.int64) for rows in none],
+            active=[rows.new_zeros(()) for rows in none],  # a stage that was dropped throughout doesn't decay
+        )
 
     def _project_in(self, rows: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return rows (B, N, dim) as the stages quantize them, (1, R, D).

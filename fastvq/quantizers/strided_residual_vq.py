@@ -13,9 +13,11 @@ from fastvq.distributed import tie_parameters
 from fastvq.parts.arguments import check_sizes
 from fastvq.parts.dropout import ActiveStages
 from fastvq.parts.indices import checked_indices
-from fastvq.parts.shapes import CHANNEL_FIRST, Layout, codes_in_layout
+from fastvq.parts.shapes import CHANNEL_FIRST, Layout, Options, codes_in_layout
 
 from .factorized_stack import FactorizedStack
+
+SEQUENCES: Options = {layout: option for layout, option in CHANNEL_FIRST.items() if layout[1] == 1}
 
 
 class StridedResidualVQ(FactorizedStack):
@@ -116,6 +118,8 @@ class StridedResidualVQ(FactorizedStack):
             raise ValueError(
                 f"indices: must be (B, T / stride) for each stage, got {[tuple(one.shape) for one in given]}"
             )
+        if len({len(one) for one in given}) != 1:
+            raise ValueError(f"indices: must be of one batch size, got {[len(one) for one in given]}")
         lengths = {one.shape[1] * stride for one, stride in zip(given, self.strides, strict=False)}
         if len(lengths) != 1:
             raise ValueError(f"indices: must be of sequences of one length, got lengths {sorted(lengths)}")
@@ -126,7 +130,7 @@ class StridedResidualVQ(FactorizedStack):
         return codes_in_layout(self._decode(given), self.channel_first)
 
     def _sequences(self, x: Tensor) -> Layout:
-        layout = Layout.of(x, self.dim, channel_first=self.channel_first, spatial=(1,), options=CHANNEL_FIRST)
+        layout = Layout.of(x, self.dim, channel_first=self.channel_first, spatial=(1,), options=SEQUENCES)
         if layout.rows % math.lcm(*self.strides):
             raise ValueError(f"x: must have a length that the strides {self.strides} divide, got {layout.rows}")
         return layout

@@ -88,6 +88,20 @@ def test_refuses_by_name(data, options, error, message):
         fastvq.VectorQuantize(6, 8, **options).fit(data, iterations=iterations)
 
 
+def test_data_that_end_with_the_first_pass_are_named():
+    """As a DataLoader of a stream does, which is no iterator itself."""
+
+    class Stream:
+        def __init__(self):
+            self.batches = iter([torch.randn(5, 4)])
+
+        def __iter__(self):
+            return self.batches
+
+    with pytest.raises(ValueError, match=r"^batches: must start anew at each pass, got no vector after the first one"):
+        fastvq.VectorQuantize(4, 8).fit(Stream())
+
+
 def test_stages_that_share_cannot_be_fitted():
     rvq = fastvq.ResidualVQ(dim=6, num_quantizers=2, codebook_size=8, shared_codebook=True)
     with pytest.raises(ValueError, match=r"^shared_codebook: must be False"):

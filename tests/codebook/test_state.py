@@ -125,7 +125,7 @@ def test_weights_that_do_not_fit():
 
 
 @pytest.mark.parametrize(("ema", "compiler"), [(True, ""), (False, ""), (True, "inductor"), (False, "aot_eager")])
-def test_a_codebook_without_weight_stays_to_the_bit(ema, compiler):
+def test_a_codebook_that_takes_no_part_stays_to_the_bit(ema, compiler):
     """As a stage that quantize dropout left out, beside one that learns."""
     torch._dynamo.reset()
     codebooks = [Codebook(D, K, ema_update=ema, replacement=Replacement(0.5)) for _ in range(2)]
@@ -137,7 +137,7 @@ def test_a_codebook_without_weight_stays_to_the_bit(ema, compiler):
     inputs, chosen = torch.stack([x, x]), torch.stack([indices, torch.full_like(indices, -1)])
 
     def step(zero):
-        learn_together(codebooks, inputs, chosen, weight=[None, zero])
+        learn_together(codebooks, inputs, chosen, active=[zero + 1, zero])
 
     (torch.compile(step, fullgraph=True, backend=compiler) if compiler else step)(torch.zeros(()))
     for name, value in codebooks[1].state_dict().items():

@@ -171,6 +171,15 @@ def test_what_cannot_be_is_named(make, message):
         make()
 
 
+def test_stages_with_strides_name_what_does_not_fit():
+    layer = fastvq.StridedResidualVQ(6, 8, (2, 1), 2, channel_first=True)
+    with pytest.raises(ValueError, match=r"^indices: must be of one batch size, got \[2, 3\]"):
+        layer.get_output_from_indices([torch.zeros(2, 2, dtype=torch.int64), torch.zeros(3, 4, dtype=torch.int64)])
+    message = r"^x: must have shape \(B, dim, N\) with dim=6, got \(2, 6, 4, 4\)$"
+    with pytest.raises(ValueError, match=message):  # no option accepts images
+        layer(torch.randn(2, 6, 4, 4))
+
+
 def test_a_vector_whose_latents_overflow_puts_out_zeros():
     layer, x = fastvq.FactorizedVQ(6, 12, 4), vectors(1, 5, 6)
     layer.project_in.weight.data.fill_(2)

@@ -351,6 +351,23 @@ def test_refuses_inputs_by_name():
         layer.get_codes_from_indices(torch.zeros(2, 4, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("ends_by_a_step", [True, False])
+def test_held_updates_of_stages_that_some_items_leave_out(ends_by_a_step):
+    """A stage learns if any of the batches reached it, and else stays to the bit."""
+    kept = fastvq.ResidualVQ(dim=6, num_quantizers=3, codebook_size=10)
+    whole, x = copy.deepcopy(kept), torch.randn(4, 9, 6)
+    numbers = torch.tensor([1, 2, 1, 1])
+    kept(x[:2], n_quantizers=numbers[:2], accum_ema_update=True)
+    kept(x[2:], n_quantizers=numbers[2:], accum_ema_update=not ends_by_a_step)
+    kept.commit_ema_update()
+    unused = copy.deepcopy(whole.layers[2].state_dict())
+    whole(x, n_quantizers=numbers)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(kept.state_dict()[name], value)
+    for name, value in kept.layers[2].state_dict().items():
+        assert torch.equal(value, unused[name]), name
+
+
 @pytest.mark.parametrize("options", [{}, {"shared_codebook": True}, {"use_cosine_sim": True}], ids=str)
 def test_updates_held_for_a_commit(options):
     """The statistics of several batches, coded by the same codebooks, make one step."""
