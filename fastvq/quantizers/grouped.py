@@ -16,7 +16,7 @@ from fastvq.parts.arguments import check_sizes, check_tensors, in_the_name_of
 from fastvq.parts.dropout import common_seed
 from fastvq.parts.shapes import CHANNEL_LAST, IMAGES, VIDEO, Options, channel_first_options, propose_layout
 
-from .residual import SharedState
+from .residual import SharedSetting, SharedState
 from .residual_vq import ResidualVQ
 
 
@@ -145,6 +145,9 @@ class GroupedResidualVQ(Grouped):
     """
 
     quantizer = ResidualVQ
+    decay = SharedSetting("_groups")
+    commitment_weight = SharedSetting("_groups")
+    sample_codebook_temp = SharedSetting("_groups")
 
     @property
     def _options(self) -> Options:  # type: ignore[override]
@@ -159,16 +162,6 @@ class GroupedResidualVQ(Grouped):
     def freeze_codebook(self, frozen: bool) -> None:
         for rvq in self._groups:
             rvq.freeze_codebook = frozen
-
-    @property
-    def decay(self) -> float | Tensor:
-        """The decay of the moving averages of the first group; assigning sets it for all groups."""
-        return self._groups[0].decay
-
-    @decay.setter
-    def decay(self, decay: float | Tensor) -> None:
-        for rvq in self._groups:
-            rvq.decay = decay
 
     if TYPE_CHECKING:  # nn.Module declares that calls return Any
 

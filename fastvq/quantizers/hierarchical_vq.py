@@ -23,6 +23,7 @@ from fastvq.parts.masking import finite_mask, nan_fill
 from fastvq.parts.shapes import Layout, Options
 from fastvq.precision import at_least_float32
 
+from .residual import SharedSetting
 from .vector_quantize import VectorQuantize
 
 Scale = int | Sequence[int]
@@ -92,6 +93,10 @@ class HierarchicalVQ(Monitored, nn.Module):
 
     Source: Tian et al., Visual Autoregressive Modeling (VAR), 2024, algorithm 1; nested dropout: Rippel et al. 2014.
     """
+
+    decay = SharedSetting("_scales")
+    commitment_weight = SharedSetting("_scales")
+    sample_codebook_temp = SharedSetting("_scales")
 
     def __init__(
         self,
@@ -197,14 +202,8 @@ class HierarchicalVQ(Monitored, nn.Module):
         return None if self.vqs is None else [cast(Monitored, vq) for vq in self.vqs]
 
     @property
-    def decay(self) -> float | Tensor:
-        """The decay of the moving averages of the first scale; assigning sets it for all scales."""
-        return self.get_vq(0).decay
-
-    @decay.setter
-    def decay(self, decay: float | Tensor) -> None:
-        for level in range(self.num_levels):
-            self.get_vq(level).decay = decay
+    def _scales(self) -> list[VectorQuantize]:
+        return [self.get_vq(level) for level in range(self.num_levels)]
 
     @property
     def freeze_codebook(self) -> bool:

@@ -50,6 +50,32 @@ class SharedState:
         return [found for found in names.values() if len(found) > 1]
 
 
+class SharedSetting:
+    """Setting of all the layers that a layer consists of: assigned to each of them, read from the first.
+
+    Args:
+        parts: name of the layer's attribute that lists them.
+
+    Raises:
+        AttributeError: on assignment, a part has no such setting.
+    """
+
+    def __init__(self, parts: str) -> None:
+        self.parts = parts
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+        return self if layer is None else getattr(getattr(layer, self.parts)[0], self.name)
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        for part in getattr(layer, self.parts):
+            if not hasattr(part, self.name):
+                raise AttributeError(f"{self.name}: {type(part).__name__} has no such attribute")
+            setattr(part, self.name, value)
+
+
 class ResidualStack(SharedState, Monitored, nn.Module):
     """Base of quantizers whose stages each quantize the residual of the stages before.
 

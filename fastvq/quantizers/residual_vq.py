@@ -35,7 +35,7 @@ from fastvq.parts.shapes import Layout, codes_in_layout, layout_of
 from fastvq.parts.tables import Implicit, NeuralCodes, Shared, Table
 from fastvq.precision import at_least_float32
 
-from .residual import ResidualStack
+from .residual import ResidualStack, SharedSetting
 from .vector_quantize import QuantizedRows, VectorQuantize
 
 GRADIENTS_OF_STACKS = ("stages", "once")
@@ -89,6 +89,10 @@ class ResidualVQ(Projected, ResidualStack):
 
     Source: Zeghidour et al., SoundStream, 2021, algorithm 1 and section III-C (dropout); for options, see their parts.
     """
+
+    decay = SharedSetting("_stages")
+    commitment_weight = SharedSetting("_stages")
+    sample_codebook_temp = SharedSetting("_stages")
 
     def __init__(
         self,
@@ -229,16 +233,6 @@ class ResidualVQ(Projected, ResidualStack):
     def freeze_codebook(self, frozen: bool) -> None:
         for stage in self._stages:
             stage.freeze_codebook = frozen
-
-    @property
-    def decay(self) -> float | Tensor:
-        """The decay of the moving averages of the first stage; assigning sets it for all stages."""
-        return self._stages[0].decay
-
-    @decay.setter
-    def decay(self, decay: float | Tensor) -> None:
-        for stage in self._stages:
-            stage.decay = decay
 
     @property
     def codebook_size(self) -> int:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fastvq.codebook.health import Health, Monitored
 
+from .residual import SharedSetting
+
 QUANTIZE_KLASSES = (Monitored,)
 """Classes that `Sequential` recognizes as quantizers: all of fastvq."""
 
@@ -26,6 +28,11 @@ class Sequential(Monitored, nn.Module):
         ValueError: there is no quantizer among the modules, or more than one.
     """
 
+    freeze_codebook = SharedSetting("_quantizers")
+    decay = SharedSetting("_quantizers")
+    commitment_weight = SharedSetting("_quantizers")
+    sample_codebook_temp = SharedSetting("_quantizers")
+
     def __init__(self, *fns: nn.Module) -> None:
         super().__init__()
         quantizers = [type(fn).__name__ for fn in fns if isinstance(fn, QUANTIZE_KLASSES)]
@@ -37,6 +44,10 @@ class Sequential(Monitored, nn.Module):
     def quantizer(self) -> Any:
         """The quantizer among the modules."""
         return self.fns[self._place]
+
+    @property
+    def _quantizers(self) -> list[Any]:
+        return [self.quantizer]
 
     @property
     def _place(self) -> int:
@@ -57,30 +68,6 @@ class Sequential(Monitored, nn.Module):
     def _synchronizes(self) -> bool:
         return self.quantizer._synchronizes
 
-    @property
-    def freeze_codebook(self) -> bool:
-        """The quantizer's own attribute; assignment sets it there."""
-        return self.quantizer.freeze_codebook
-
-    @freeze_codebook.setter
-    def freeze_codebook(self, frozen: bool) -> None:
-        self._assign("freeze_codebook", frozen)
-
-    @property
-    def decay(self) -> Any:
-        """The quantizer's own attribute; assignment sets it there."""
-        return self.quantizer.decay
-
-    @decay.setter
-    def decay(self, decay: Any) -> None:
-        self._assign("decay", decay)
-
-    def _assign(self, name: str, value: Any) -> None:
-        """Assign an attribute of the quantizer that it has; another one would be kept and have no effect."""
-        if not hasattr(self.quantizer, name):
-            raise AttributeError(f"{name}: {type(self.quantizer).__name__} has no such attribute")
-        setattr(self.quantizer, name, value)
-
     def resize_(self, codebook_size: int) -> None:
         """Call `resize_` of the quantizer, if it has a codebook."""
         self.quantizer.resize_(codebook_size)
@@ -98,7 +85,10 @@ class Sequential(Monitored, nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Tensor, **options: Any) -> Any:
-        """Return what `encode` of the quantizer does, of the modules' results before it. `options` are its own."""
+        """Return what `encode` of the quantizer does, of the modules' results before it. `options` are its own.
+
+        The modules run as they are: in training, a batch norm before the quantizer updates its averages.
+        """
         return self.quantizer.encode(self._before(x), **options)
 
     def get_output_from_indices(self, indices: Any, **options: Any) -> Any:

@@ -14,6 +14,7 @@ from fastvq.distributed import tie_parameters
 from fastvq.parts.arguments import check_sizes, check_tensors, in_the_name_of
 from fastvq.parts.dropout import ActiveStages
 
+from .residual import SharedSetting
 from .residual_vq import ResidualVQ
 
 
@@ -49,6 +50,10 @@ class SplitResidualVQ(Monitored, nn.Module):
     Source: Defossez et al., Moshi: a speech-text foundation model for real-time dialogue, 2024, section 3.3.3.
     """
 
+    decay = SharedSetting("_stacks")
+    commitment_weight = SharedSetting("_stacks")
+    sample_codebook_temp = SharedSetting("_stacks")
+
     def __init__(
         self,
         *,
@@ -78,6 +83,10 @@ class SplitResidualVQ(Monitored, nn.Module):
         self.num_quantizers, self.num_semantic = num_quantizers, num_semantic
 
     @property
+    def _stacks(self) -> tuple[ResidualVQ, ResidualVQ]:
+        return self.semantic, self.acoustic
+
+    @property
     def _monitored(self) -> list[Monitored]:
         return [*self.semantic._monitored, *self.acoustic._monitored]
 
@@ -94,15 +103,6 @@ class SplitResidualVQ(Monitored, nn.Module):
     @freeze_codebook.setter
     def freeze_codebook(self, frozen: bool) -> None:
         self.semantic.freeze_codebook = self.acoustic.freeze_codebook = frozen
-
-    @property
-    def decay(self) -> float | Tensor:
-        """The decay of the moving averages of the first stage; assigning sets it for all stages."""
-        return self.semantic.decay
-
-    @decay.setter
-    def decay(self, decay: float | Tensor) -> None:
-        self.semantic.decay = self.acoustic.decay = decay
 
     @property
     def codebooks(self) -> tuple[Tensor, ...]:

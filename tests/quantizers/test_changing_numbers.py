@@ -178,3 +178,23 @@ def test_tensors_need_one_graph(kind):
     for value in VALUES:
         run(compiled, batch(), 0, **{name: torch.tensor(value)})
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", ["decay", "commitment_weight", "sample_codebook_temp"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: fastvq.ResidualVQ(dim=4, num_quantizers=3, codebook_size=8),
+        lambda: fastvq.SplitResidualVQ(dim=4, num_quantizers=3, num_semantic=1, codebook_size=8),
+        lambda: fastvq.GroupedResidualVQ(dim=4, groups=2, num_quantizers=2, codebook_size=8),
+        lambda: fastvq.HierarchicalVQ(dim=4, codebook_size=8, scales=(1, 2), shared_codebook=False),
+        lambda: fastvq.Sequential(torch.nn.Identity(), fastvq.VectorQuantize(4, 8)),
+    ],
+)
+def test_a_setting_of_all_stages_is_assigned_to_each(layer, name):
+    module = layer()
+    setattr(module, name, 0.25)
+    stages = [part for part in module.modules() if isinstance(part, fastvq.VectorQuantize)]
+    assert getattr(module, name) == 0.25
+    assert [getattr(stage, name) for stage in stages] == [0.25] * len(stages)
+    assert stages
