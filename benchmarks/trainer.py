@@ -31,13 +31,13 @@ from fastvq.runs.tokenize import tokenize
 from fastvq.training import Trainer, load_examples, ranks
 from fastvq.training.plan import plan_training
 
-COMMON: dict[str, Any] = {"width": 48, "batch_size": 32, "warmup_steps": 20}
+COMMON: dict[str, Any] = {"width": 48, "batch_size": 32, "warmup_steps": 20, "clip_norm": 0.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "`--precision bf16`": {"precision": "bf16"},
     "`--compile`": {"compile": True},
     "`--accumulate 4`": {"accumulate": 4},
-    "`--clip-norm 0`": {"clip_norm": 0.0},
+    "`--clip-norm 1`": {"clip_norm": 1.0},
     "`--weight-average 0.98`": {"weight_average": 0.98},
     "`--perceptual-weight 1`": {"perceptual_weight": 1.0},
     "`--adversarial-weight 0.8`": {"adversarial_weight": 0.8, "adversarial_start": 0, "discriminator_width": 32},

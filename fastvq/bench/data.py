@@ -189,7 +189,7 @@ def _train_latents(dim: int, steps: int) -> Tensor:
     from fastvq.modalities import ImageConfig
     from fastvq.training import Trainer, load_examples
 
-    config = ImageConfig(steps=steps, dim=dim, evaluate_every=steps, checkpoint_every=steps)
+    config = ImageConfig(steps=steps, dim=dim, clip_norm=0.0, evaluate_every=steps, checkpoint_every=steps)
     examples = load_examples(config)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, examples, Path(folder) / "run")

@@ -45,7 +45,7 @@ from fastvq.training.trainer import Trainer
 from .folder import METRICS, check_request, demo_folder
 from .parts import announce, with_steps
 
-DEMO = ImageConfig(steps=1000)
+DEMO = ImageConfig(steps=1000, clip_norm=0.0)
 DEMO_PRIOR = PriorConfig(steps=600)
 PLANE_STEPS = 600
 RUNGS: dict[str, tuple[str, dict[str, Any]]] = {
