@@ -71,7 +71,7 @@ def place(tmp_path, monkeypatch):
     for n in range(30):
         Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8)).save(f"PATH/{n:02d}.png")
     Image.open("PATH/00.png").save("photo.png")
-    np.save("codes.npy", random.integers(0, 1024, (2, 5, 4)))
+    np.save("indices.npy", random.integers(0, 1024, (2, 5, 4)))
     few_clothes(monkeypatch)
 
 

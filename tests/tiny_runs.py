@@ -27,6 +27,7 @@ def few_clothes(monkeypatch: pytest.MonkeyPatch) -> Examples:
         tuple(clothes.test_names[row] for row in test),
         clothes.train_labels[train],
         clothes.test_labels[test],
+        class_names=clothes.class_names,
     )
     small = dataclasses.replace(DATA_SETS["fashion-mnist"], load=lambda: few)
     monkeypatch.setitem(DATA_SETS, "fashion-mnist", small)

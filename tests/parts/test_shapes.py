@@ -62,9 +62,9 @@ def test_masks_have_the_shape_of_the_indices(kind):
 
 
 def test_lens():
-    lens = torch.tensor([0, 3, 5, 9])
+    lens = torch.tensor([0, 3, 4, 5])
     layout = Layout.of(batch((5,), True), DIM, channel_first=True)
-    assert layout.rows_mask(None, lens).sum(1).tolist() == [0, 3, 5, 5]
+    assert layout.rows_mask(None, lens).sum(1).tolist() == [0, 3, 4, 5]
     assert layout.rows_mask(None, lens)[1].tolist() == [True] * 3 + [False] * 2
 
 
@@ -89,7 +89,9 @@ def test_refuses_a_batch(x, options, error, message):
     [
         (torch.ones(4, 5), None, TypeError, "mask: must be bool"),
         (torch.ones(4, 6).bool(), None, ValueError, r"mask: must have shape \(4, 5\), got \(4, 6\)"),
-        (None, torch.ones(3), ValueError, r"lens: must have shape \(4,\)"),
+        (None, torch.ones(3).int(), ValueError, r"lens: must have shape \(4,\)"),
+        (None, torch.ones(4), TypeError, "lens: must be a tensor of ints, got torch.float32"),
+        (None, torch.tensor([0, 3, 5, 9]), ValueError, r"lens: must lie in \[0, 5\]"),
         (torch.ones(4, 5).bool(), torch.ones(4), ValueError, "mask, lens: only one"),
     ],
 )
