@@ -1,4 +1,4 @@
-"""What tests/test_distributed.py runs on every rank: `tests/ranks.py OUT` writes {scenario: error or null}."""
+"""Scenarios of tests/test_distributed.py, run on every rank: `tests/ranks.py OUT` writes {scenario: error or null}."""
 
 from __future__ import annotations
 

@@ -354,6 +354,7 @@ class ResidualVQ(Projected, ResidualStack):
         if targets is not None and (n_quantizers is not None or start):
             name, empty = ("start", "0") if n_quantizers is None else ("n_quantizers", "None")
             raise ValueError(f"{name}: must be {empty} beside indices, the targets of all stages")
+        self._check_start(start)
         drops, seed = self.training and targets is None, rand_quantize_dropout_fixed_seed
         active = self._active_stages(n_quantizers, start, layout, x, drops, seed)
         if repeatable:
@@ -420,18 +421,6 @@ class ResidualVQ(Projected, ResidualStack):
             return (*result, codes.view(self.num_quantizers, *chosen.shape[:-1], self.codebook_dim))
         return (*result, self._codes(chosen)) if return_all_codes else result
 
-    def _active_stages(
-        self,
-        n_quantizers: int | Tensor | None,
-        start: int,
-        layout: Layout,
-        x: Tensor,
-        drops: bool = False,
-        seed: int | Tensor | None = None,
-    ) -> ActiveStages:
-        self._check_start(start)
-        return super()._active_stages(n_quantizers, start, layout, x, drops, seed)
-
     def _check_start(self, start: int) -> None:
         if start and self.implicit_neural_codebook:
             raise ValueError(f"start: must be 0 where codes depend on those of earlier stages, got {start}")
@@ -442,7 +431,7 @@ class ResidualVQ(Projected, ResidualStack):
         modules = self._modules
         # has_projections, without a call
         identities = type(modules["project_in"]) is type(modules["project_out"]) is nn.Identity
-        if not identities or (beams or 1) > 1 or (self.training and self.quantize_dropout):
+        if not identities or self.stage_axis != -1 or (beams or 1) > 1 or (self.training and self.quantize_dropout):
             return False
         if "embed" not in stages[0]._codebook._buffers and DistributedDataParallel._active_ddp_module is not None:
             return False  # parameters that take no part, because they are frozen
@@ -461,7 +450,7 @@ class ResidualVQ(Projected, ResidualStack):
         shape = (layout.batch, layout.rows)
         return (
             layout.from_rows(quantized.view(*shape, self.dim)),
-            self._stages_out(layout.indices(indices.view(*shape, self.num_quantizers))),
+            layout.indices(indices.view(*shape, self.num_quantizers)),
             losses,
         )
 
@@ -788,6 +777,7 @@ class ResidualVQ(Projected, ResidualStack):
         rows_mask = layout.rows_mask(mask, lens)
         flat_mask = None if rows_mask is None else rows_mask.reshape(1, -1)
         projected = self._project_in(layout.to_rows(x)).detach()
+        self._check_start(start)
         active = self._active_stages(n_quantizers, start, layout, x)
         found = self._beam_search(projected, flat_mask, self.eval_beam_size, active, 0.0)
         if found is None:

@@ -32,7 +32,7 @@ def test_gradients(data, dim, device):
 @pytest.mark.parametrize("scale", [1.0, 1e-5, 2.0**60])
 @pytest.mark.parametrize(("turn", "dim"), [*OPPOSITE, (0.0, 1100), (1e-6, 1100), (1e-3, 1100)])
 def test_rotation_gradient_of_opposite_vectors(turn, dim, scale, device):
-    """Of short vectors, and of long ones whose squares float32 holds but not their sum."""
+    """Vectors are short, or so long that float32 holds their squares but not the sum of these."""
     x, codes, grad = nearly_opposite(turn, dim)
     arguments = (scale * x, scale * codes, torch.arange(20), grad, torch.zeros(()))
     options = {"gradient": "rotation", "commitment_weight": 0.0}

@@ -189,7 +189,7 @@ def test_opposite_and_short_vectors_have_a_gradient(dim, device):
 
 
 def test_opposite_rows_of_one_element_cancel(device):
-    """What is left of the sum of their directions would be divided by its square."""
+    """The sum of opposite directions is a rounding error, by whose square nothing may be divided."""
     codes = torch.randn(60, 1, generator=generator())
     x = -codes * (0.5 + torch.rand(60, 1, generator=generator(1)))
     arguments = (x, codes, torch.zeros(60, dtype=torch.int64), torch.ones(60, 1), torch.zeros(()))
