@@ -68,7 +68,12 @@ SOURCES = [
     "accumulate.cpp",
     "min_distance.cpp",
     "peak.cpp",
-    "bindings.cpp",
+    "bindings/serve.cpp",
+    "bindings/search.cpp",
+    "bindings/packed.cpp",
+    "bindings/quantize.cpp",
+    "bindings/soft_assign.cpp",
+    "bindings/learning.cpp",
 ]
 ISA_FLAGS: dict[str, list[str]] = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):

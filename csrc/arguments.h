@@ -163,9 +163,23 @@ inline void require_own_memory(const char* name, const Tensor& written, std::ini
     require(!other || !share_memory(written, *other), name, "must not overlap another argument in memory");
 }
 
+// While it lives, this thread records no operation for autograd.
+class NoGrad {
+ public:
+  NoGrad() : recorded_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(recorded_); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  const bool recorded_;
+};
+
 // A kernel works on a contiguous copy of a tensor that is not contiguous; this writes the copy back.
 inline void write_back(Tensor target, const Tensor& work) {
-  if (target.get() != work.get()) torch::stable::copy_(target, work);
+  if (target.get() == work.get()) return;
+  const NoGrad no_grad;
+  torch::stable::copy_(target, work);
 }
 
 // Options arrive as places in a list, which is that of fastvq/ops/registry.py: torch 2.13 never frees a string that

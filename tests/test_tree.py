@@ -207,11 +207,15 @@ def test_a_backend_declares_every_op_or_leaves_it_out_by_name(name):
 
 
 @pytest.mark.parametrize(
-    ("path", "kernels"),
-    [("csrc/cpu/bindings.cpp", native.KERNELS), ("csrc/cuda/bindings.cpp", native.CUDA_KERNELS)],
+    ("path", "registration", "kernels"),
+    [
+        ("csrc/cpu/bindings", r"BIND(?:_WHERE)?\(m, (\w+)", native.KERNELS),
+        ("csrc/cuda", r'm\.impl\("native_(\w+)"', native.CUDA_KERNELS),
+    ],
 )
-def test_the_bindings_register_what_is_declared(path, kernels):
-    assert sorted(re.findall(r'm\.impl\("native_(\w+)"', (ROOT / path).read_text())) == sorted(kernels)
+def test_the_bindings_register_what_is_declared(path, registration, kernels):
+    source = "".join(file.read_text() for file in (ROOT / path).glob("*.cpp"))
+    assert sorted(re.findall(registration, source)) == sorted(kernels)
 
 
 def test_every_op_has_sample_inputs():

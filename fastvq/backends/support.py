@@ -30,7 +30,7 @@ OPS = (
 METRICS = {"l2": 0, "dot": 1}
 SOFT_METRICS = {"distance": 0, "l2": 1, "dot": 2}
 GRADIENTS = {"ste": 0, "rotation": 1}
-"""The numbers that stand for an option in an op's schema; csrc/cpu/bindings.cpp has the same."""
+"""The numbers that stand for an option in an op's schema; the enumerations of csrc/cpu have the same."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WITHOUT_FLOAT64 = (torch.float32, torch.float16, torch.bfloat16)

@@ -11,7 +11,7 @@ from fastvq.backends import select as backends
 from fastvq.precision import as_scalar
 
 from .checks import check_same_device
-from .registry import op
+from .registry import explain, op
 
 
 def _check_ema_update(
@@ -112,6 +112,21 @@ def _offsets(tensor: Tensor) -> Tensor:
     return offsets.flatten()
 
 
+def _check_values(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_avg: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    decay: float,
+    eps: float,
+    weight: Tensor | None,
+) -> None:
+    """Check what the op's schema and fake cannot: also the memory of the tensors."""
+    _check_ema_update(codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps, weight=weight)
+    _check_overlap((codebook, cluster_size, embed_avg), (counts, sums, weight))
+
+
 def _ema_update_fake(*tensors: Tensor, decay: float, eps: float, weight: Tensor | None = None) -> None:
     _check_ema_update(*tensors, decay=decay, eps=eps, weight=weight)
 
@@ -128,13 +143,7 @@ def _ema_update_(
     eps: float,
     weight: Tensor | None = None,
 ) -> None:
-    _check_ema_update(codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps, weight=weight)
-    _check_overlap((codebook, cluster_size, embed_avg), (counts, sums, weight))
-    if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "a codebook would learn a batch again, within backward: keep compiled layers that learn out of what"
-            " activation checkpointing repeats, or leave them uncompiled"
-        )
+    _check_values(codebook, cluster_size, embed_avg, counts, sums, decay, eps, weight)
     run = backends.select("ema_update_", codebook)
     run(codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps, weight=weight)
 
@@ -176,10 +185,21 @@ def ema_update_(
 
     Source: van den Oord et al. 2017, appendix A.1, equations 6 to 8; smoothing as in Sonnet's VectorQuantizerEMA.
     """
-    if torch.compiler.is_compiling() or isinstance(decay, Tensor) or isinstance(eps, Tensor):
+    if torch.compiler.is_dynamo_compiling() or isinstance(decay, Tensor) or isinstance(eps, Tensor):
         _ema_update_at_(codebook, cluster_size, embed_avg, counts, sums, as_scalar(decay), as_scalar(eps), weight)
-    else:
+        return
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a codebook would learn a batch again, within backward: keep compiled layers that learn out of what"
+            " activation checkpointing repeats, or leave them uncompiled"
+        )
+    try:
         _ema_update_(codebook, cluster_size, embed_avg, counts, sums, decay=decay, eps=eps, weight=weight)
+    except RuntimeError as error:
+        raise explain(
+            error, _check_values, codebook, cluster_size, embed_avg, counts, sums, decay, eps, weight
+        ) from None
+    torch.autograd.graph.increment_version((codebook, cluster_size, embed_avg))
 
 
 @torch.library.custom_op("fastvq::ema_update_at_", mutates_args=("codebook", "cluster_size", "embed_avg"))
@@ -194,7 +214,7 @@ def _ema_update_at_(
     weight: Tensor | None,
 ) -> None:
     """Apply `ema_update_` with numbers () that a compiled graph has as tensors."""
-    _ema_update_(codebook, cluster_size, embed_avg, counts, sums, decay=float(decay), eps=float(eps), weight=weight)
+    ema_update_(codebook, cluster_size, embed_avg, counts, sums, decay=float(decay), eps=float(eps), weight=weight)
 
 
 @_ema_update_at_.register_fake

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastvq.backends import select as backends
 
 from .checks import check_codes, check_like, check_values
-from .registry import op
+from .registry import explain, op
 
 
 def _check_min_distance(distances: Tensor, x: Tensor, codes: Tensor) -> None:
@@ -55,4 +55,9 @@ def min_distance_(distances: Tensor, x: Tensor, codes: Tensor) -> None:
 
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007, section 2.2.
     """
-    _min_distance_(distances, x, codes)
+    try:
+        _min_distance_(distances, x, codes)
+    except RuntimeError as error:
+        raise explain(error, _check_min_distance, distances, x, codes) from None
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(distances)

@@ -17,9 +17,8 @@ string that they are given.
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -38,22 +37,23 @@ def op(*, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[
 
     Args:
         fake: computes the shapes and dtypes of the results.
-        mutates: the arguments that the op writes to.
+        mutates: the arguments that the op writes to. Kernels write through plain pointers, which autograd does not see:
+            the public function counts the writes, by `torch.autograd.graph.increment_version`. In compiled programs
+            torch counts them.
     """
 
     def register(function: _F) -> _F:
         name = function.__name__.removeprefix("_")
         schema = torch.library.infer_schema(function, mutates_args=mutates)
         # Without a graph, which would hold every temporary tensor of a search that nothing differentiates.
-        run = _without_graph(function, mutates)
-        for prefix in ("", "native_") if mutates else ("", "native_", "select_"):
+        run = _without_graph(function)
+        for prefix in ("", "native_", "select_"):
             _library.define(prefix + name + schema, tags=(torch.Tag.pt2_compliant_tag,))
             # No op has a gradient of its own: the functions of fastvq.functional have. Without this line torch would
             # return tensors that require one and fail in the backward pass.
             _library.impl(prefix + name, torch.library.fallthrough_kernel, "Autograd")
         _library.impl(name, run, "CompositeExplicitAutograd")
-        if not mutates:
-            _library.impl(f"select_{name}", _keep_error(run), "CompositeExplicitAutograd")
+        _library.impl(f"select_{name}", _keep_error(run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastvq::{name}", fake, lib=_library)
         if "Tensor[]" in schema:
             _library.impl(name, _one_by_one(name), "FuncTorchBatched", with_keyset=True)
@@ -149,31 +149,17 @@ def _one_by_one(name: str) -> Callable[..., Any]:
     return rule
 
 
-def _without_graph(function: Callable[..., Any], mutates: Iterable[str]) -> Callable[..., Any]:
-    """Run a function without recording a graph, and count its writes for autograd.
-
-    It is `torch.no_grad()(function)` at a sixth of the cost, which is felt at every op of a small step. Autograd counts
-    the writes to a tensor and refuses a gradient that would need the values of before; kernels write through plain
-    pointers, which it does not see.
-    """
-    places = [list(inspect.signature(function).parameters).index(name) for name in mutates]
+def _without_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a function without recording a graph: `torch.no_grad()(function)` at a sixth of its cost."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        before = []
-        for place in places:
-            if not args[place].is_inference():
-                before.append((args[place], args[place]._version))
         recording = torch.is_grad_enabled()
         if recording:
             torch._C._set_grad_enabled(False)
         try:
-            result = function(*args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             if recording:
                 torch._C._set_grad_enabled(True)
-        for tensor, version in before:
-            if tensor._version == version:
-                torch.autograd.graph.increment_version(tensor)
-        return result
 
     return run

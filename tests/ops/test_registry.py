@@ -220,6 +220,26 @@ def test_writes_bump_the_versions(backend):
         fastvq.min_distance_(torch.ones(5), x, codes)
 
 
+def test_written_tensors_may_require_a_gradient(backend):
+    """Whatever their strides: the kernel's copy is written back without a graph."""
+    x, codes = torch.randn(5, 3), torch.randn(4, 3)
+    distances = torch.full((5, 2), 9.0, requires_grad=True)[:, 0]
+    state = [torch.ones(3, 4).T.requires_grad_(), torch.ones(4, 2)[:, 0].requires_grad_(), torch.ones(3, 4).T]
+    with fastvq.use_backend(backend):
+        fastvq.min_distance_(distances, x, codes)
+        fastvq.ema_update_(*state, torch.ones(4), torch.full((4, 3), 2.0), decay=0.0, eps=0.0)
+    assert bool((distances < 9).all())
+    assert torch.equal(state[0], torch.full((4, 3), 2.0))
+
+
+def test_a_compiled_write_bumps_the_version():
+    x, codes, distances = torch.randn(5, 3), torch.randn(4, 3), torch.full((5,), 9.0)
+    before = distances._version
+    torch.compile(fastvq.min_distance_, backend="aot_eager", fullgraph=True)(distances, x, codes)
+    assert distances._version > before
+    assert bool((distances < 9).all())
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
     [

@@ -39,14 +39,15 @@ def overhead():
     return module
 
 
-@pytest.mark.parametrize(("name", "files", "calls"), [("VectorQuantize", 8, 60), ("ResidualVQ", 10, 90)])
+@pytest.mark.parametrize(("name", "files", "calls"), [("VectorQuantize", 11, 45), ("ResidualVQ", 13, 70)])
 def test_a_training_step_is_short(name, files, calls):
-    """Every op adds its own file; the other files and all calls are limited."""
+    """Where the kernels serve, each op adds one file and one call."""
     bench = overhead()
     torch.manual_seed(0)
     counted = bench.count(bench.LAYERS[name]())
-    assert len(counted.without_ops().files) <= files, counted.files
+    assert len(counted.without_ops().files) <= files - 4, counted.files
     if native.instruction_set():  # without the library, Python chooses a backend at every op
+        assert len(counted.files) <= files, counted.files
         assert counted.calls.total() <= calls, counted.calls
 
 
