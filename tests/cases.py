@@ -1,12 +1,7 @@
-"""Shared parts of tests: dtypes, shapes, tolerances, and data made to break a nearest-code search.
-
-As a script it checks the native backend on all of this data, on the instruction set that FASTVQ_ISA names.
-"""
+"""Shared parts of tests: dtypes, shapes, tolerances, and data made to break a nearest-code search."""
 
 from __future__ import annotations
 
-import itertools
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -386,24 +381,6 @@ def mismatch(x: Tensor, codebook: Tensor, backend: str, metric: str = "l2", expe
         return ""
     where = tuple(wrong.nonzero()[0].tolist())
     return f"{int(wrong.sum())} of {wrong.numel()} indices, first at {where}: {actual[where]} for {expected[where]}"
-
-
-def main() -> int:
-    failures, checked = [], 0
-    for (name, data), (n, k, d), metric in itertools.product(ADVERSARIAL.items(), SHAPES, METRICS):
-        x, codebook = data(n, k, d, generator())
-        expected = reference.search(x, codebook, metric=metric)
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            checked += 1
-            if wrong := mismatch(x, codebook, "native", metric, expected):
-                failures.append(f"{name} {(n, k, d)} {metric}, {threads} threads: {wrong}")
-    print(f"{fastvq.backends.native.instruction_set()}: {checked} searches checked", *failures, sep="\n")
-    return bool(failures)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
 
 
 def large_rows(n, d, dtype=torch.float32):

@@ -96,7 +96,7 @@ CACHING = """#!/bin/sh
 for word; do [ "$last" = -o ] && out=$word; last=$word; done
 case "$out" in
   *.o)
-    kept=$(dirname "$0")/$(basename "$out")
+    kept=$(dirname "$0")/$(echo "$out" | tr / _)
     if [ -f "$kept" ]; then cp "$kept" "$out"; echo "$out:" > "$out.d"; exit; fi
     {cxx} "$@" -O0 && cp "$out" "$kept" ;;
   *) {cxx} "$@" ;;

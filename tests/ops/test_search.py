@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
-import subprocess
-import sys
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
 
 import fastvq
-from fastvq.backends import native, reference, select
+from fastvq.backends import reference, select
 from fastvq.backends.torch.search import TILE_CODES
 
 from .. import cases
 from ..cases import ADVERSARIAL, DTYPES, FLOAT64_ONLY, METRICS, generator, mismatch
+from ..instruction_sets import TIERS, Outcomes
 
 
 def by_definition(x, codebook, metric):
@@ -255,38 +253,36 @@ def test_grad_modes(backend):
         assert not mismatch(x, codebook, backend, expected=expected)
 
 
-def processor_has(isa):
-    words = {
-        "avx2": {"avx2", "fma"},
-        "avx512": {"avx512f"},
-        "avx512_vnni": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"},
-    }.get(isa, set())
-    return words <= set(Path("/proc/cpuinfo").read_text().split())
+def check_all_data():
+    """Return a check of the native backend on the adversarial set, with the definition's answers."""
+    prepared = []
+    for (name, data), shape, metric in itertools.product(ADVERSARIAL.items(), cases.SHAPES, METRICS):
+        x, codebook = data(*shape, generator())
+        prepared.append((f"{name} {shape}", metric, x, codebook, reference.search(x, codebook, metric=metric)))
+
+    def check():
+        wrong = []
+        for name, metric, x, codebook, expected in prepared:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                if found := mismatch(x, codebook, "native", metric, expected):
+                    wrong.append(f"{name} {metric}, {threads} threads: {found}")
+        return wrong
+
+    return check
 
 
-TIERS = {
-    "portable": ["", "direct", "float32", "projected"],
-    "avx2": ["", "direct", "float32", "int16", "projected"],
-    "avx512": ["", "direct", "float32", "projected"],
-    "avx512_vnni": ["", "direct", "float32", "int16", "projected"],
-}
+SETTINGS = [(isa, tier) for isa, tiers in TIERS.items() for tier in tiers]
 
 
-@pytest.mark.parametrize(("isa", "tier"), [(isa, tier) for isa in TIERS for tier in TIERS[isa]])
-def test_instruction_sets_and_tiers(isa, tier):
-    record = native.build_record()
-    if not record["built"] or isa not in record["instruction_sets"]:
-        pytest.skip(f"{isa}: not in this build of the native library")
-    if not processor_has(isa):
-        pytest.skip(f"{isa}: this processor lacks it")
-    run = subprocess.run(
-        [sys.executable, cases.__file__],
-        env=os.environ | {"FASTVQ_ISA": isa, "FASTVQ_TIER": tier},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.startswith(f"{isa}: ")
+@pytest.fixture(scope="module")
+def by_setting():
+    return Outcomes("tests.ops.test_search:check_all_data", SETTINGS)
+
+
+@pytest.mark.parametrize(("isa", "tier"), SETTINGS)
+def test_instruction_sets_and_tiers(by_setting, isa, tier):
+    by_setting.assert_right(isa, tier)
 
 
 FLOATS = {
