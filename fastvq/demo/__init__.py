@@ -18,7 +18,7 @@ from __future__ import annotations
 DEMOS: dict[str, str] = {
     "images": "a VQ-VAE of Fashion-MNIST, its prior, samples and small files; 7 minutes on 2 cores",
     "ladder": "from PCA to the VQ-VAE: five models of Fashion-MNIST; 7 minutes on 2 cores",
-    "text": "emoji from their captions: a VQ-VAE, a prior of text and a contrastive model; 7 minutes on 2 cores",
+    "text": "emoji from their captions: a VQ-VAE, a prior of text and a contrastive model; 10 minutes on 2 cores",
     "audio": "a codec of music loops, its prior, samples, and quality beside Opus; 5 minutes on 2 cores",
     "video": "a VQ-VAE of animated emoji, its prior, samples in motion and small files; 7 minutes on 2 cores",
 }

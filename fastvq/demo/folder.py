@@ -28,7 +28,7 @@ _RUNS = ("ceiling", *LADDER, CONTRASTIVE_FOLDER, JUDGE)
 _PICTURES = (
     *("reconstructions", "curves", "usage", "indices", "samples", "completions", "neighbors"),
     *("subspace", "latents", "divergence", "interpolations"),
-    *("learned", "held-out", "combinations", "stages", "rates"),
+    *("learned", "held-out", "captions", "combinations", "stages", "rates"),
 )
 _FILES = (
     *("index.html", "images.fvq", "clips.fvq", "config.toml", "evaluation.json", "samples.json", "metrics.jsonl"),

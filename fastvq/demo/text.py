@@ -29,8 +29,10 @@ from fastvq.runs.load import load_model
 from fastvq.runs.page import Part, Picture, Section, TextTable, write_page
 from fastvq.runs.pictures import failures_as_warnings, spread
 from fastvq.runs.sample_pictures import nearest_images
+from fastvq.runs.train_prior import TrainedPrior
 from fastvq.training.build import load_examples
 from fastvq.training.config import ContrastiveConfig, PriorConfig
+from fastvq.training.prior import bits_per_index
 
 from .folder import JUDGE, METRICS, check_request, demo_folder
 from .parts import announce, train_model_and_prior, with_steps
@@ -46,11 +48,13 @@ DEMO = ImageConfig(
 )
 DEMO_PRIOR = PriorConfig(
     text=True,
-    text_length=20,
-    steps=600,
+    text_vocabulary=2048,
+    text_length=16,
+    corruption=0.6,
+    steps=2600,
     batch_size=16,
-    evaluate_every=200,
-    checkpoint_every=200,
+    evaluate_every=650,
+    checkpoint_every=650,
 )
 DEMO_CONTRASTIVE = ContrastiveConfig(steps=300, evaluate_every=150, checkpoint_every=150)
 SAMPLING: dict[str, Any] = {"guidance": 3.0, "top_p": 0.9}
@@ -60,18 +64,20 @@ JUDGED = 100
 """Largest number of captions, learned and held out ones each, that samples are drawn for."""
 LEARNED = ("red heart", "grinning face", "green apple", "full moon", "blue circle", "cat face", "hot dog", "rocket")
 MADE_UP = (
-    "green heart with arrow",
     "blue apple",
+    "green star",
+    "red moon",
     "purple cat face",
     "grinning moon",
-    "red square button",
     "angry frog",
+    "blue cloud",
+    "black cat face",
 )
 """Captions of a picture: learned ones, and combinations of learned words that no emoji has."""
 _SHOWN, _NEIGHBORS = 8, 4
 _PARTS = [
     ("training a VQ-VAE of emoji", 270),
-    ("training a transformer over captions and indices", 80),
+    ("training a transformer over captions and indices", 225),
     ("training two contrastive models", 60),
     ("drawing and judging samples", 20),
 ]
@@ -173,6 +179,7 @@ def _run(
         "psnr_db": evaluation.value,
         "perplexity": evaluation.perplexity,
         "prior_bits_per_index": trained.bits_per_index,
+        "prior_bits_with_other_captions": _bits_with_other_captions(trained),
         "contrastive_retrieval": [ranking.retrieval, judge.retrieval],
         "candidates": {name: len(split.captions) for name, split in splits.items()},
         "drawn": DRAWN,
@@ -186,6 +193,13 @@ def _run(
     write_whole(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
     print(f"all pictures and tables: {_write_page(folder, metrics)}")
     return metrics
+
+
+def _bits_with_other_captions(trained: TrainedPrior) -> float:
+    """Return bits per held-out index given captions of other images; where they are not used, it is that of the own."""
+    labels = trained.data.test_labels
+    assert labels is not None
+    return bits_per_index(trained.prior, trained.data.test, labels.roll(len(labels) // 2, 0))
 
 
 def _captioned(captions: Sequence[str] | None) -> list[int]:
@@ -264,9 +278,19 @@ def _picture(
         with failures_as_warnings(f"picture of {name} captions"):
             _grid(folder / f"{name}.png", grid, split.captions, columns, f"Samples of {name} captions")
     drawn = draw_captions(prior, model, list(MADE_UP), DRAWN)
-    made_up = torch.cat([drawn[:, :3], ranked(ranking, drawn, list(MADE_UP))[:, :3]], 1)
+    order = ranked(ranking, drawn, list(MADE_UP))
+    made_up = torch.cat([drawn[:, :3], order[:, :3]], 1)
     with failures_as_warnings("picture of new combinations"):
         _grid(folder / "combinations.png", made_up, MADE_UP, columns[1:], "Samples of combinations that no emoji has")
+    with failures_as_warnings("picture of captions"):
+        plots.save_samples(
+            folder / "captions.png",
+            torch.cat([shown.best, order[:, 0]]),
+            [*shown.captions, *MADE_UP],
+            title="",
+            caption="",
+            columns=len(shown.captions),
+        )
     everything = splits["test"].best
     nearest = nearest_images(everything, emoji.train, _NEIGHBORS, mirrored=False)
     with failures_as_warnings("picture of neighbors"):
@@ -300,13 +324,18 @@ def _write_page(folder: Path, metrics: dict[str, Any]) -> Path:
         Picture("indices.png", "Emoji, their indices as colored grids, and the reconstructions from them"),
     ]
     prior: list[Part] = [
-        "One transformer reads the caption as up to 20 text indices and then predicts the 64 indices of its image, one"
-        " after the other; an eighth of its loss is the text's. A tenth of the captions is left out while it learns, so"
-        " that samples can be guided towards a caption: they are drawn with guidance"
-        f" {metrics['sampling']['guidance']:g} and top-p {metrics['sampling']['top_p']:g}. A held-out index takes"
-        f" {metrics['prior_bits_per_index']:.2f} bits, given its caption; log2 512 is 9."
+        f"One transformer reads the caption as up to {DEMO_PRIOR.text_length} text indices and then predicts the 64"
+        " indices of its image, one after the other; an eighth of its loss is the text's. A tenth of the captions is"
+        " left out while it learns, so that samples can be guided towards a caption: they are drawn with guidance"
+        f" {metrics['sampling']['guidance']:g} and top-p {metrics['sampling']['top_p']:g}. Random indices replace some"
+        " of those that it sees, so that it relies on the caption. A held-out index takes"
+        f" {metrics['prior_bits_per_index']:.2f} bits, given its caption, and"
+        f" {metrics['prior_bits_with_other_captions']:.2f} given that of another image; log2 512 is 9."
         " The training is short, and most words have one or two images; `--prior-steps N` lengthens it.",
         Picture("prior/curves.png", "Bits per index over the steps of the prior's training"),
+        "Learned captions above, and below combinations that no emoji has. Each picture is the best of"
+        f" {metrics['drawn']} samples:",
+        Picture("captions.png", "Best samples of learned captions and of new combinations"),
         f"Captions that were learned: the emoji, the first three of {metrics['drawn']} samples, and the best three.",
         Picture("learned.png", "Learned captions: emoji and samples"),
         "Captions that were held out. A word that no other caption has says nothing to the prior:",

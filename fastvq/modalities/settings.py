@@ -123,7 +123,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "weight_average": (0, _BELOW_ONE),
     "codebook_size": (1, _CODES),
     "warmup_steps": (0, _COUNT),
-    **dict.fromkeys(("dropout", "label_dropout", "text_weight"), (0, _BELOW_ONE)),
+    **dict.fromkeys(("dropout", "label_dropout", "corruption", "text_weight"), (0, _BELOW_ONE)),
     # One index for each byte, and three with a meaning of their own: see `fastvq.models.text`.
     "text_vocabulary": (259, _CODES),
     "text_length": (3, SIDE),

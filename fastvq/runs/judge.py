@@ -19,10 +19,13 @@ from fastvq.data.examples import to_float
 from fastvq.errors import ConfigError, aligned, counted
 from fastvq.files import StrPath, write_whole
 from fastvq.modalities import TrainConfig
-from fastvq.models import VQVAE, Prior
-from fastvq.training.checkpoint import Checkpoint
+from fastvq.models import VQVAE, ContrastiveModel, Prior, TextPrior
+from fastvq.models.contrastive import retrieval
+from fastvq.training.checkpoint import Checkpoint, checkpoint_folders
+from fastvq.training.contrastive import CANDIDATES
 
 from .classifier import STEPS, Classifier, agreement, train_classifier
+from .contrast import CONTRASTIVE_FOLDER, load_contrastive
 from .indices import index_examples
 from .load import held_out_labels, load_model, load_prior_checkpoint, load_prior_of, run_examples
 from .sample_pictures import nearest_images
@@ -34,6 +37,7 @@ _NEIGHBORS = 3
 _BATCH = 100
 LABELS = {
     "class_agreement": "share that a classifier assigns to the requested class",
+    "caption_retrieval": "share whose caption is the nearest, for the contrastive model of the run",
     "precision": "precision, share that looks like training {}",
     "recall": "recall, share of training {} that look like one of these",
     "nearest_rms": "distance to the nearest training {}, RMS",
@@ -72,9 +76,11 @@ def judge_run(
     """
     model, config = load_model(run)
     prior = load_prior_of(run, model)
+    texts = isinstance(prior, TextPrior) and checkpoint_folders(Path(run) / CONTRASTIVE_FOLDER)
+    contrastive = load_contrastive(run, model) if texts else None
     examples = run_examples(run, data)
     known = index_examples(run, model, examples, mirrored=config.mirrored).train
-    record = judge(prior, model, config, examples, known, count=count, seed=seed, steps=steps, **settings)
+    record = judge(prior, model, config, examples, known, contrastive, count=count, seed=seed, steps=steps, **settings)
     of = identity(load_prior_checkpoint(run, model))
     write_whole(Path(run) / FILE, json.dumps({"of": of, **record}, indent=2) + "\n")
     one, many = examples.noun
@@ -106,6 +112,7 @@ def judge(
     config: TrainConfig,
     examples: Examples,
     known: Tensor,
+    contrastive: ContrastiveModel | None = None,
     *,
     count: int = COUNT,
     seed: int = 0,
@@ -118,6 +125,7 @@ def judge(
         prior, model, config: the prior, the model that decodes its indices, and the settings of the model.
         examples: the data set.
         known: (N, *grid), the indices of the training examples.
+        contrastive: model that looks for the caption of each sample of a prior of text, among at most `CANDIDATES`.
         count, seed, steps, settings: see `judge_run`.
 
     Raises:
@@ -142,6 +150,13 @@ def judge(
         if labels is not None:
             measures["class_agreement"] = {name: agreement(features, own, expected) for name, own in signals.items()}
         features = features.features
+    if contrastive is not None and contrastive.tokenizer is not None:
+        texts = [(examples.test_captions or ())[row] for row in rows.tolist()]
+        captioned = [place for place, text in enumerate(texts) if text.strip()][:CANDIDATES]
+        captions = contrastive.tokenizer.rows([texts[place] for place in captioned])[:, 0]
+        measures["caption_retrieval"] = {
+            name: retrieval(contrastive, own[captioned], captions) for name, own in signals.items()
+        }
     seen = _by_parts(features, real)
     alike = {name: precision_and_recall(seen, _by_parts(features, own)) for name, own in signals.items()}
     for place, name in enumerate(("precision", "recall")):

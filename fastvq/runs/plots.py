@@ -269,20 +269,24 @@ def save_grid(
     save_figure(figure, path, caption, title)
 
 
-def save_samples(path: StrPath, images: Tensor, names: Sequence[str], *, title: str, caption: str) -> None:
-    """Draw images in as many rows as columns, each with its name above if there are names.
+def save_samples(
+    path: StrPath, images: Tensor, names: Sequence[str], *, title: str, caption: str, columns: int | None = None
+) -> None:
+    """Draw images in rows, each with its name above if there are names.
 
     Args:
         path: file to write, whose ending is in `FORMATS`.
         images: (N, C, H, W), float in [0, 1].
         names: one for each image, or none.
         title, caption: texts above and below the figure.
+        columns: images in a row, with room for names of some 16 letters; by default the figure is about a square.
     """
     height, width = images.shape[2:]
-    columns = math.ceil(math.sqrt(len(images) * height / width))
-    columns = min(max(1, columns), len(images))
+    panel = 1.2
+    if columns is None:
+        columns = min(max(1, math.ceil(math.sqrt(len(images) * height / width))), len(images))
+        panel = max(0.9, 4.2 / columns)
     rows = math.ceil(len(images) / columns)
-    panel = max(0.9, 4.2 / columns)
     labels = [label(name, int(panel * _POINTS / (_LABEL_SIZE * _LETTER)) - 1) for name in names]
     lines = max((text.count("\n") + 1 for text in labels), default=0)
     below = (lines + 0.5) * _LABEL_SIZE * _LINE / _POINTS / panel if lines else 0.0

@@ -49,6 +49,9 @@ class PriorConfig(_WarmedUp):
     label_dropout: float = setting(
         0.1, "share of training samples without their label or caption, which guidance needs"
     )
+    corruption: float = setting(
+        0.0, "largest share of a training sample's indices that random ones replace where later ones are predicted"
+    )
     text: bool = setting(False, "learn the captions of the examples as well, so that samples follow a text")
     text_vocabulary: int = setting(1024, "largest number of text indices: bytes, parts of words, and words")
     text_length: int = setting(32, "largest number of text indices of a caption; longer ones are cut")
@@ -89,7 +92,7 @@ class PriorConfig(_WarmedUp):
         settings |= {name: getattr(self, name) for name in _SIZES if getattr(self, name) is not None}
         settings |= {"heads": self.heads} if self.kind in WITH_HEADS else {}
         if self.text:
-            return settings | {"text_weight": self.text_weight}
+            return settings | {"text_weight": self.text_weight, "summed": True}
         return settings | ({"pattern": self.pattern} if self.kind == "transformer" else {})
 
 

@@ -161,7 +161,9 @@ class PriorTrainer(Loop[float]):
         rows = own_rows(self.step, count=len(data.train), batch_size=config.batch_size, seed=config.seed)
         labels = None if data.train_labels is None else to_device(data.train_labels[rows], self.device)
         # Gathered from the mapped file on the CPU: only the batch is copied to the device.
-        loss, nats = self._losses(to_device(data.train[rows], self.device).long(), labels)
+        indices = to_device(data.train[rows], self.device).long()
+        seen = (corrupted(indices, self.model.sizes, config.corruption),) if config.corruption else ()
+        loss, nats = self._losses(indices, labels, *seen)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -179,6 +181,24 @@ class PriorTrainer(Loop[float]):
         bits = bits_per_index(self.model, self.data.test, self.data.test_labels, together=True)
         self.model.train()
         return bits, {"bits_per_index": bits}
+
+
+def corrupted(indices: Tensor, sizes: Sequence[int], most: float) -> Tensor:
+    """Return indices (B, *grid) of which random ones replace a share, for each sample a random one of at most `most`.
+
+    A prior that learns to predict the true indices from these goes on sensibly after an unlikely sample, relies less on
+    neighbors and more on label or caption, and memorizes its examples later.
+
+    Args:
+        indices: (B, *grid), int64.
+        sizes: K of the places in turn, see `Prior.sizes`.
+        most: the largest share.
+    """
+    flat = indices.flatten(1)
+    limits = torch.tensor(sizes, device=flat.device).repeat(flat.shape[1] // len(sizes))
+    others = (torch.rand(flat.shape, device=flat.device) * limits).long()
+    shares = most * torch.rand(len(flat), 1, device=flat.device)
+    return torch.where(torch.rand(flat.shape, device=flat.device) < shares, others, flat).view_as(indices)
 
 
 def build_prior(kind: str, *, codebook_size: int | Sequence[int], grid: Any, **settings: Any) -> Prior:

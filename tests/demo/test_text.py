@@ -55,8 +55,9 @@ def test_the_demo_fills_a_table_and_a_page(tmp_path: Path, monkeypatch: pytest.M
         assert list(shares) == ["real", "decoded", "first sample", "best sample"]
         assert all(0 <= first <= five <= 1 for first, five in shares.values())
     assert 0 <= metrics["copies"] <= 6
+    assert metrics["prior_bits_with_other_captions"] != metrics["prior_bits_per_index"]
     page = (folder / "index.html").read_text()
-    for name in ("learned", "held-out", "combinations", "neighbors"):
+    for name in ("captions", "learned", "held-out", "combinations", "neighbors"):
         assert f'src="{name}.png"' in page
     _delete(folder)
     assert {path.name for path in folder.rglob("*") if path.is_file()} <= {".demo", ".lock"}

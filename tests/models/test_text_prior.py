@@ -49,10 +49,11 @@ def test_an_index_sees_the_whole_text_and_what_comes_before_it():
         assert ((prior(indices, text) - logits).abs().amax(2) > 1e-6).all()
 
 
-@pytest.mark.parametrize("size", [7, (7, 9, 8)])
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_cached_sampling_has_the_logits_of_the_full_forward(guidance, size, monkeypatch):
-    prior = make(size, grid=(2, 2, 3) if isinstance(size, tuple) else (3, 4))
+@pytest.mark.parametrize(
+    ("size", "guidance", "summed"), [(7, 1.0, False), (7, 2.5, True), ((7, 9, 8), 1.0, True), ((7, 9, 8), 2.5, False)]
+)
+def test_cached_sampling_has_the_logits_of_the_full_forward(size, guidance, summed, monkeypatch):
+    prior = make(size, grid=(2, 2, 3) if isinstance(size, tuple) else (3, 4), summed=summed)
     seen = []
     monkeypatch.setattr(
         "fastvq.models.priors.base.draw", lambda logits, *rest: (seen.append(logits), draw(logits, *rest))[1]
@@ -62,6 +63,23 @@ def test_cached_sampling_has_the_logits_of_the_full_forward(guidance, size, monk
     for place, logits in enumerate(seen):
         close(logits, full[:, place, : logits.shape[1]])
     assert len(seen) == prior.places
+
+
+def test_every_place_gets_the_sum_of_the_words_without_special_indices():
+    plain, summed = make(), make(summed=True)
+    assert set(summed.state_dict()) - set(plain.state_dict()) == {"summed.weight"}
+    assert "summed" not in plain.settings
+    summed.load_state_dict(plain.state_dict(), strict=False)
+    torch.nn.init.zeros_(summed.summed.weight)
+    indices = indices_for(plain)
+    close(summed(indices, TEXT), plain(indices, TEXT))
+    torch.nn.init.normal_(summed.summed.weight, generator=generator(3))
+    close(summed(indices), plain(indices))  # no caption has no words
+    vectors = summed.summed.weight
+    own = torch.stack([vectors[5] + vectors[6], vectors[9]])
+    inputs = plain.inputs.forward
+    plain.inputs.forward = lambda *given: inputs(*given) + own[:, None]
+    close(summed(indices, TEXT), plain(indices, TEXT))
 
 
 def test_the_loss_weighs_text_and_indices():
@@ -104,8 +122,9 @@ def test_an_untrained_prior_is_uniform_with_and_without_text():
     close(loss.detach(), torch.tensor(7 / 8 * math.log(512) + math.log(20) / 8))
 
 
-def test_files_are_coded_without_captions():
-    prior = make()
+@pytest.mark.parametrize("summed", [False, True])
+def test_files_are_coded_without_captions(summed):
+    prior = make(summed=summed)
     indices = indices_for(prior, 5)
     content = coding.encode(indices, 7, model="prior", prior=prior)
     assert torch.equal(torch.as_tensor(coding.decode(content, prior=prior)), indices)

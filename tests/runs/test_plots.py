@@ -247,6 +247,18 @@ def test_letters_without_a_glyph_are_named_once(tmp_path: Path, monkeypatch: pyt
         plots.save_samples(tmp_path / "a.png", images, names, title="\u65e5", caption="")
 
 
+def test_samples_stand_in_the_given_number_of_columns(tmp_path: Path, figures: list[Figure]) -> None:
+    names = ["purple cat face", "grinning face", "a", "b", "c", "d"]
+    plots.save_samples(tmp_path / "a.png", torch.rand(6, 3, 8, 8), names, title="", caption="", columns=3)
+    (figure,) = figures
+    (axes,) = figure.axes
+    places = [(text.get_text(), text.xy) for text in axes.texts]
+    assert [name for name, _ in places] == names  # none is shortened
+    assert len({x for _, (x, _) in places}) == 3
+    assert len({y for _, (_, y) in places}) == 2
+    check_texts(figure)
+
+
 def test_the_curves_of_a_short_run_are_seen_and_not_covered(tmp_path: Path, figures: list[Figure]) -> None:
     records = [
         {"step": 2, "split": "train", "loss": 5.0, "psnr_db": 4.3, "perplexity": 12.0},

@@ -33,7 +33,7 @@ CONTRASTIVE = ContrastiveConfig(
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Return a run of captioned images with a prior of text and a contrastive model."""
-    run, images = tiny_run(tmp_path_factory.mktemp("text"), count=30, grayscale=False)
+    run, images = tiny_run(tmp_path_factory.mktemp("text"), count=30, grayscale=False, test_fraction=0.25)
     colors, shapes = ("red", "green", "blue"), ("heart", "square", "circle", "star", "cat")
     with (images / "captions.jsonl").open("w") as file:
         for number, path in enumerate(sorted(images.glob("*.png"))):
@@ -230,3 +230,11 @@ def test_a_gumbel_dvae_and_its_files(tmp_path):
     assert main(["encode", str(images), str(coded), f"--run={run}", "--model=prior"]) == 0
     assert main(["decode", str(coded), str(again), f"--run={run}"]) == 0
     assert np.load(again).shape == (20, 4, 4)
+
+
+def test_samples_of_captions_are_judged_by_the_contrastive_model(trained, capsys):
+    assert main(["evaluate", str(trained), "--samples", "7", "--top-k", "3"]) == 0
+    assert "share whose caption is the nearest" in capsys.readouterr().out
+    record = json.loads((trained / "samples.json").read_text())
+    (trained / "samples.json").unlink()
+    assert set(record["measures"]["caption_retrieval"]) == {"samples", "decoded"}

@@ -137,13 +137,19 @@ class Prior(nn.Module):
 
     def loss(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the mean negative log-likelihood () of an index, in nats."""
-        logits = self(indices, labels)
-        return F.cross_entropy(logits.flatten(0, 1).float(), indices.flatten())
+        return self.losses(indices, labels)[1]
 
-    def losses(self, indices: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the loss to minimize and `loss`, both (); here they are the same."""
-        loss = self.loss(indices, labels)
-        return loss, loss
+    def losses(
+        self, indices: Tensor, labels: Tensor | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss to minimize and the mean negative log-likelihood of an index, both (), in nats.
+
+        Here they are the same. `seen` (B, *grid): indices that stand in the place of those before each, see
+        `fastvq.training.prior.corrupted`.
+        """
+        logits = self(indices if seen is None else seen, labels)
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), indices.flatten())
+        return nats, nats
 
     @torch.no_grad()
     def bits(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -29,6 +29,8 @@ class TextPrior(TransformerPrior):
         vocabulary: number of text indices. text_length: number of a caption's, at least 2.
         text_weight: share of the loss that is the text's.
         label_dropout: in training, the share of samples whose caption is left out, which guidance needs.
+        summed: give every place also the sum of a learned vector for each text index of the caption. Attention could
+            find the words by itself, but takes far longer to learn it.
         classes: 0: a caption takes the place of a class.
 
     Attributes:
@@ -60,6 +62,7 @@ class TextPrior(TransformerPrior):
         classes: int = 0,
         dropout: float = 0.1,
         label_dropout: float = 0.1,
+        summed: bool = False,
         vectors: Tensor | Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__(
@@ -86,18 +89,26 @@ class TextPrior(TransformerPrior):
         for embedding in (self.words, self.word_places):
             nn.init.normal_(embedding.weight, std=0.02)
         self.text_head = zero_head(dim, vocabulary)
+        self.summed: nn.Embedding | None = None
+        if summed:
+            # Fingerprints of priors cover their settings: those of earlier ones have no sum.
+            self.settings["summed"] = True
+            self.summed = nn.Embedding(vocabulary, dim)
+            nn.init.normal_(self.summed.weight, std=0.1)
 
     def forward(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
         return self._logits(indices, labels)[0]
 
-    def losses(self, indices: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, indices: Tensor, labels: Tensor | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the loss to minimize and the mean negative log-likelihood of an index, both (), in nats.
 
             loss = (1 - w) nats of an index + w nats of a text index,  w = text_weight
 
-        Padding, and samples without a caption, do not count as text.
+        Padding, and samples without a caption, do not count as text. `seen`: see `Prior.losses`.
         """
-        logits, text_logits, text = self._logits(indices, labels)
+        logits, text_logits, text = self._logits(indices if seen is None else seen, labels)
         nats = F.cross_entropy(logits.flatten(0, 1).float(), indices.flatten())
         follows = text[:, 1:].masked_fill((text[:, 1:] == PAD) | (text[:, 1:2] == END), -1)
         own = F.cross_entropy(text_logits.flatten(0, 1).float(), follows.flatten(), ignore_index=-1, reduction="sum")
@@ -107,12 +118,18 @@ class TextPrior(TransformerPrior):
         """Return logits (B, places, K) and (B, text_length - 1, vocabulary), and the captions that they follow from."""
         flat = self.flattened(indices)
         text = self.rows_to_learn(labels, len(flat), flat.device)
-        x = torch.cat([self.words(text) + self.word_places.weight, self.inputs(flat, self._no_labels(text))], 1)
+        places = self.inputs(flat, self._no_labels(text))
+        if self.summed is not None:
+            places = places + _sum_of_words(self.summed.weight, text)[:, None]
+        x = torch.cat([self.words(text) + self.word_places.weight, places], 1)
         hidden = self.hidden(x)
         return self.predict(hidden[:, self.prefix :]), self.text_head(hidden[:, : self.prefix - 1]), text
 
     def begin(self, arithmetic: Arithmetic, labels: Tensor) -> State:
         state = super().begin(arithmetic, self._no_labels(labels))
+        if self.summed is not None:
+            positions, own = state.begun
+            state.begun = positions, own + _sum_of_words(arithmetic.constant(self.summed.weight), labels)
         words, places = arithmetic.constant(self.words.weight)[labels], arithmetic.constant(self.word_places.weight)
         for place in range(self.prefix):
             self.advance(arithmetic, words[:, place] + places[place], state, place)
@@ -147,3 +164,8 @@ class TextPrior(TransformerPrior):
     def _no_labels(self, text: Tensor) -> Tensor:
         """Return the rows (B,) of the table of labels, which has the one of no label."""
         return torch.zeros(len(text), dtype=torch.int64, device=text.device)
+
+
+def _sum_of_words(vectors: Tensor, text: Tensor) -> Tensor:
+    """Return the sum (B, dim) of the vectors (vocabulary, dim) of captions (B, length), without special indices."""
+    return vectors[text].masked_fill((text <= END)[..., None], 0).sum(1)
