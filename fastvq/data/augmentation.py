@@ -1,8 +1,9 @@
-"""Random flips and crops as pure functions of seed and step; each rank gets its part of a batch's."""
+"""Random flips, crops and shifts as pure functions of seed and step; each rank gets its part of a batch's."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq.distributed import share, world_size
@@ -27,6 +28,12 @@ def crop_randomly(images: Tensor, step: int, *, height: int, width: int, seed: i
     own = share(count)
     places = zip(images, tops[own].tolist(), lefts[own].tolist(), strict=True)
     return torch.stack([image[:, top : top + height, left : left + width] for image, top, left in places])
+
+
+def shift_randomly(images: Tensor, step: int, *, most: int, seed: int, padding: str = "constant") -> Tensor:
+    """Return this rank's images (B, C, H, W) of a batch, each moved by up to `most` pixels; for padding see `F.pad`."""
+    padded = F.pad(images, [most] * 4, mode=padding)
+    return crop_randomly(padded, step, height=images.shape[2], width=images.shape[3], seed=seed)
 
 
 def crop_clips_randomly(clips: Tensor, step: int, *, length: int, seed: int) -> Tensor:

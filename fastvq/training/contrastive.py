@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq.data import Examples
-from fastvq.data.augmentation import crop_randomly, flip_randomly
+from fastvq.data.augmentation import flip_randomly, shift_randomly
 from fastvq.data.examples import to_device, to_float
 from fastvq.data.order import batch_rows
 from fastvq.errors import ConfigError
@@ -104,8 +103,7 @@ class ContrastiveTrainer(Loop[float]):
         originals, decoded = self._splits
         x = to_float(torch.where(coins, originals[rows], decoded[rows]))
         if config.shift:
-            padded = F.pad(x, [config.shift] * 4, mode="replicate")
-            x = crop_randomly(padded, self.step, height=x.shape[2], width=x.shape[3], seed=config.seed)
+            x = shift_randomly(x, self.step, most=config.shift, seed=config.seed, padding="replicate")
         if self._mirrored:
             x = flip_randomly(x, self.step, seed=config.seed)
         captions = self._captions[rows, torch.randint(self._captions.shape[1], (len(rows),))]

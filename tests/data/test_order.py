@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvq.data.augmentation import crop_randomly, flip_randomly
+from fastvq.data.augmentation import crop_randomly, flip_randomly, shift_randomly
 from fastvq.data.order import Batches, batch_rows
 
 
@@ -66,3 +66,15 @@ def test_crops_lie_anywhere_and_depend_on_seed_and_step_alone() -> None:
     assert torch.equal(crops[:, 1], images[0, 0, :8, :4] + (10 * tops + lefts)[:, None, None])
     places = torch.bincount(4 * tops + lefts, minlength=12)
     assert places.min() > 25  # 50 are expected in each of 3 x 4 places
+
+
+def test_shifts_go_in_all_directions_and_fill_what_they_uncover() -> None:
+    images = torch.zeros(500, 1, 5, 5)
+    images[:, :, 2, 2] = 1
+    shifted = shift_randomly(images, 2, most=1, seed=3)
+    assert torch.equal(shift_randomly(images, 2, most=1, seed=3), shifted)
+    places = shifted.flatten(1).argmax(1)
+    assert sorted(places.unique().tolist()) == [5 * row + column for row in (1, 2, 3) for column in (1, 2, 3)]
+    bright = torch.ones(500, 1, 5, 5)
+    assert shift_randomly(bright, 2, most=1, seed=3).mean() < 0.9
+    assert torch.equal(shift_randomly(bright, 2, most=1, seed=3, padding="replicate"), bright)

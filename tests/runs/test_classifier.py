@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastvq.data import Examples
+from fastvq.data import DATA_SETS, Examples
 from fastvq.runs import classifier
 from fastvq.runs.classifier import agreement, train_classifier
 
@@ -28,6 +28,12 @@ def test_the_judge_learns_classes_and_leaves_randomness_alone():
     assert agreement(judge, images / 255, 1 - labels) < 0.05
     with pytest.raises(ValueError, match="images: a classifier needs classes"):
         train_classifier(Examples("squares", images, images, ()), steps=1)
+
+
+def test_the_judge_knows_digits_that_it_has_not_seen():
+    digits = DATA_SETS["digits"].load()
+    judge = train_classifier(digits, mirrored=False)
+    assert agreement(judge, digits.test / 255, digits.test_labels) > 0.965
 
 
 def by_brightness(images):
