@@ -26,9 +26,9 @@ class GridsBottleneck(IndexGrids):
 
     The coarsest grid has u = 0; the decoder of the VQ-VAE gets m_L. The loss is the sum of those of the quantizers.
 
-    In training the finest q is left out of a share of the samples. Without this, and with convolutions of (f, u) and
-    (q, u) in place of difference and sum, the decoder soon learns to ignore the coarse codes, for at the start the
-    features of the finest grid say more.
+    Difference and sum take the place of the paper's convolutions of (f, u) and (q, u), which let the decoder ignore the
+    coarse codes. The straight-through estimator passes the gradient of m_L to f_L alone, so that u learns from the
+    losses of the finer quantizers: it predicts the features as well as the coarse codes allow.
 
     Args:
         dim: dimension D of the features and of the codes of every grid.
@@ -36,7 +36,8 @@ class GridsBottleneck(IndexGrids):
         grid: shape of the finest grid. Each coarser one has half as many positions along every axis.
         width, residual_width, groups: of the encoders and decoders between grids, see `Encoder`.
         encoder_blocks, decoder_blocks: number of their residual blocks.
-        coarse_share: in training, the share of samples that are decoded from the coarser grids alone.
+        coarse_share: in training, the share of samples whose finest q is left out, so that the coarser grids alone
+            give a picture as well; costs PSNR.
 
     Shapes: x (B, D, *grid) -> (codes (B, D, *grid), indices (B, T), loss ()), where T counts the indices of all grids.
 
@@ -58,7 +59,7 @@ class GridsBottleneck(IndexGrids):
         encoder_blocks: int = 2,
         decoder_blocks: int = 2,
         groups: int = 0,
-        coarse_share: float = 0.1,
+        coarse_share: float = 0.0,
     ) -> None:
         check_sizes(dim=dim)
         check_fractions(coarse_share=coarse_share)
