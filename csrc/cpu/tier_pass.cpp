@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "direct_pass.h"
+#include "repeats.h"
 
 namespace fastvq {
 namespace {
@@ -35,7 +36,8 @@ struct TierPass::Workspace {
         current(size * isa.lanes),
         found(MANY_CANDIDATES),
         filter(isa, x, e, metric),
-        definition(x, e, metric) {}
+        definition(x, e, metric),
+        repeats(x) {}
 
   GroupMinima minima(int64_t slot, int lanes) const {
     return {best.get() + slot * lanes, second.get() + slot * lanes, group.get() + slot * lanes,
@@ -54,6 +56,7 @@ struct TierPass::Workspace {
   std::vector<int64_t> found, candidates;
   DirectFilter filter;
   Definition definition;
+  Repeats repeats;
   int64_t spent = 0;  // on candidates and on deferred rows, in elements of a scan
 };
 
@@ -82,6 +85,12 @@ void TierPass::certify_block(int64_t count, Workspace& work) const {
 // Returns the index of an uncertified row; DEFERRED where that is allowed and cheaper.
 int64_t TierPass::decide(int64_t row, int64_t slot, Workspace& work, bool may_defer) const {
   if (!work.block.loaded[slot].finite || !frame_.any_finite) return -1;
+  const int64_t known = work.repeats.find(row);
+  return known >= 0 ? known : work.repeats.keep(row, resolve(row, slot, work, may_defer, known == DEFERRED));
+}
+
+// Decides a finite row. Where an equal one was deferred for its many candidates, it answers for those that follow.
+int64_t TierPass::resolve(int64_t row, int64_t slot, Workspace& work, bool may_defer, bool repeated) const {
   const double error = work.bounds[slot];
   if (may_defer && !(error < 0x1p29 * work.block.step)) return DEFERRED;
   work.candidates.clear();
@@ -94,7 +103,7 @@ int64_t TierPass::decide(int64_t row, int64_t slot, Workspace& work, bool may_de
     };
     Candidates found = find();
     if (found.count > MANY_CANDIDATES) {
-      if (may_defer) return DEFERRED;
+      if (may_defer && !repeated) return DEFERRED;
       work.found.resize(std::max<size_t>(work.found.size(), found.count));
       found = find();
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +15,10 @@ from torch import Tensor
 from fastvq.data.arrays import read_array
 from fastvq.errors import BenchError, DataError
 from fastvq.files import StrPath, whole
+
+if TYPE_CHECKING:
+    from fastvq.modalities import TrainConfig
+    from fastvq.models import VQVAE
 
 
 class Shape(NamedTuple):
@@ -52,6 +58,9 @@ DEFAULT_CODES = 1024
 LATENT_DIMS = (64, 256)
 """Dimensions of the latents for which a model is trained."""
 _LATENT_STEPS = 400
+AUDIO_DIM = 64
+"""Dimension of the vectors of the audio codec."""
+_AUDIO_STEPS = 100
 _SPREAD = 0.15
 _SQUARES = ((4, 0.87), (8, 0.97), (16, 0.995))
 """(directions, share of the squares in them) of `directed`, as measured on latents."""
@@ -93,18 +102,36 @@ def directed(shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def latents(shape: Shape) -> tuple[Tensor, Tensor]:
-    """Return latents of a VQ-VAE for the shipped Fashion-MNIST images, and codes learned from them by k-means.
+    """Return latents of a VQ-VAE for the shipped Fashion-MNIST images, and codes learned from them.
 
-    The model is trained for 400 steps with K=512 and D=64 or 256; its latents are cached on disk. For K up to 512 the
-    codes are those of k-means on 64 K latents; a larger K takes random latents as codes, since there are too few for
-    k-means.
+    The model is trained for 400 steps with K=512 and D=64 or 256.
 
     Raises:
         BenchError: no model has latents of D dimensions.
     """
     if shape.d not in LATENT_DIMS:
         raise BenchError(f"data: latents have D={' or '.join(map(str, LATENT_DIMS))}, got D={shape.d}")
-    vectors = _all_latents(shape.d)
+    name = f"fashion-mnist-latents-{shape.d}-{_LATENT_STEPS}"
+    return _drawn(shape, _cached(name, lambda: _train_latents(shape.d, _LATENT_STEPS)))
+
+
+def audio(shape: Shape, *, stage: int = 1) -> tuple[Tensor, Tensor]:
+    """Return what a residual stage of an audio codec quantizes, and codes learned from it.
+
+    The codec of `fastvq demo audio` is trained on the shipped music loops for 100 steps, with 8 stages of 256 codes.
+    Vectors of the first stage are the encoder's, those of the third what two stages leave of them.
+
+    Raises:
+        BenchError: D is not 64.
+    """
+    if shape.d != AUDIO_DIM:
+        raise BenchError(f"data: vectors of the audio codec have D={AUDIO_DIM}, got D={shape.d}")
+    stages = _cached(f"music-loops-stages-{_AUDIO_STEPS}", lambda: _train_audio(_AUDIO_STEPS))
+    return _drawn(shape, stages[stage - 1])
+
+
+def _drawn(shape: Shape, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return N of the vectors and K codes: of k-means up to K=512; else other vectors, too few for k-means."""
     g = torch.Generator().manual_seed(0)
     x = vectors[torch.randint(len(vectors), (shape.n,), generator=g)]
     if shape.k > 512:
@@ -124,6 +151,8 @@ DATA: dict[str, Callable[[Shape], tuple[Tensor, Tensor]]] = {
     "clustered": clustered,
     "directed": directed,
     "latents": latents,
+    "audio": audio,
+    "audio-stage-3": functools.partial(audio, stage=3),
 }
 
 
@@ -172,29 +201,55 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvq"
 
 
-def _all_latents(dim: int) -> Tensor:
-    path = cache_folder() / f"fashion-mnist-latents-{dim}-{_LATENT_STEPS}.pt"
+def _cached(name: str, train: Callable[[], Tensor]) -> Tensor:
+    """Return the vectors that `train` returns, read from a file in the cache after the first time."""
+    path = cache_folder() / f"{name}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
-    vectors = _train_latents(dim, _LATENT_STEPS)
+    vectors = train()
     with whole(path) as file:
         torch.save(vectors, file)
     return vectors
 
 
 def _train_latents(dim: int, steps: int) -> Tensor:
+    from fastvq.modalities import ImageConfig
+
+    model, images = _trained(ImageConfig(steps=steps, dim=dim, clip_norm=0.0))
+    return _encoded(model, images)
+
+
+def _train_audio(steps: int) -> Tensor:
+    """Return what the first three stages quantize, (3, N, D)."""
+    from fastvq.modalities import AudioConfig
+    from fastvq.quantizers import ResidualVQ
+
+    model, clips = _trained(AudioConfig(**{**AudioConfig.presets["codec"], "steps": steps}))
+    quantizer, vectors = model.bottleneck, _encoded(model, clips)
+    assert isinstance(quantizer, ResidualVQ)
+    with torch.no_grad():
+        codes = [quantizer(vectors[None], n_quantizers=stages)[0][0] for stages in (1, 2)]
+    return torch.stack([vectors, *(vectors - quantized for quantized in codes)])
+
+
+def _trained(config: TrainConfig) -> tuple[VQVAE, Tensor]:
+    """Return a model in eval, trained in a temporary folder, and the examples that it learned from."""
     import tempfile
 
-    from fastvq.data.examples import to_float
-    from fastvq.modalities import ImageConfig
     from fastvq.training import Trainer, load_examples
 
-    config = ImageConfig(steps=steps, dim=dim, clip_norm=0.0, evaluate_every=steps, checkpoint_every=steps)
+    config = dataclasses.replace(config, evaluate_every=config.steps, checkpoint_every=config.steps)
     examples = load_examples(config)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, examples, Path(folder) / "run")
         trainer.fit(progress=False)
-    model = trainer.model.eval()
+    return trainer.model.eval(), examples.train
+
+
+def _encoded(model: VQVAE, examples: Tensor) -> Tensor:
+    """Return the encoder's vectors of all examples, (N, D)."""
+    from fastvq.data.examples import to_float
+
     with torch.no_grad():
-        grids = [model.encoder(to_float(chunk)) for chunk in examples.train.split(500)]
-    return torch.cat([grid.flatten(2).transpose(1, 2).reshape(-1, dim) for grid in grids])
+        grids = [model.encoder(to_float(chunk)) for chunk in examples.split(500)]
+    return torch.cat([grid.flatten(2).transpose(1, 2).flatten(0, 1) for grid in grids])

@@ -128,10 +128,11 @@ def _searches(document: dict[str, Any]) -> str:
         "## Search\n",
         f"![Search: how many times faster than the fastest peer]({IMAGES}/bench_search.png)\n",
         "Gaussian data have no structure; clustered data lie around their codes; latents are those of a VQ-VAE\n"
-        "trained on Fashion-MNIST; directed data are rotated normal vectors with the spectrum of latents. `torch.mm\n"
-        "alone` is the bare product into a preallocated output, not a search. faiss SuperKMeans is one of the later\n"
-        "iterations of faiss's k-means: it begins with the nearest codes before all moved by a tenth of the distance\n"
-        "to them, and may miss the nearest.\n",
+        "trained on Fashion-MNIST; directed data are rotated normal vectors with the spectrum of latents. Audio are\n"
+        "the vectors that the first and the third residual stage of a small audio codec quantize. `torch.mm alone` is\n"
+        "the bare product into a preallocated output, not a search. faiss SuperKMeans is one of the later iterations\n"
+        "of faiss's k-means: it begins with the nearest codes before all moved by a tenth of the distance to them,\n"
+        "and may miss the nearest.\n",
     ]
     for title, records in (("", document["search"]), ("### Other shapes\n", document["other"])):
         if title:

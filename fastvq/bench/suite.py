@@ -69,13 +69,16 @@ def run_suite(*, command: str) -> dict[str, Any]:
 def kinds_of(shape: Shape) -> list[str]:
     """Return the kinds of data that the suite searches at a shape: latents where a model of this dimension is trained.
 
-    Vectors with the spectrum of latents stand beside those of the largest dimension.
+    Vectors with the spectrum of latents stand beside those of the largest dimension, and those of an audio codec's
+    residual stages beside latents among 1,024 codes.
     """
     kinds = ["gaussian", "clustered"]
     if shape.n > 64 and shape.d == max(LATENT_DIMS):
         kinds.append("directed")
     if shape.n > 64 and shape.d in LATENT_DIMS:
         kinds.append("latents")
+    if shape == _CENTER:
+        kinds += ["audio", "audio-stage-3"]
     return kinds
 
 

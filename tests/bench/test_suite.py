@@ -78,10 +78,11 @@ class TestOneShape:
             (["--dtype=int8"], "--dtype: must be one of float32, float16, bfloat16, got 'int8'"),
             (
                 ["--data=uniform"],
-                "gaussian, clustered, directed, latents or the path of an .npy file, got 'uniform'",
+                "gaussian, clustered, directed, latents, audio, audio-stage-3 or the path of an .npy file, got",
             ),
             (["--data=absent.npy"], "--data: absent.npy doesn't exist"),
             (["--data=latents"], "--data: latents have D=64 or 256, got D=8"),
+            (["--data=audio"], "--data: vectors of the audio codec have D=64, got D=8"),
             (["--device=gpu9"], "--device: 'gpu9' cannot be used here"),
             (["--device=meta"], "--device: 'meta' cannot be used here"),
             (["--json=there.txt"], "--json: must end in .json, got there.txt"),
@@ -300,6 +301,7 @@ class TestMeasuring:
             assert kinds[:2] == ["gaussian", "clustered"]
             assert ("latents" in kinds) == (shape.n > 64 and shape.d in (64, 256))
         assert "directed" in suite.kinds_of(Shape(16384, 8192, 256))
+        assert suite.kinds_of(Shape(16384, 1024, 64))[2:] == ["latents", "audio", "audio-stage-3"]
 
     def test_latents_are_trained_once(self, monkeypatch, tmp_path):
         calls = []
@@ -324,6 +326,14 @@ class TestMeasuring:
         assert len(vectors) > 49_000
         assert vectors.isfinite().all()
         assert vectors.std(0).min() > 0
+
+    def test_later_stages_get_what_earlier_ones_leave(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(data, "_AUDIO_STEPS", 2)
+        first, third = (data.audio(Shape(30_000, 600, 64), stage=stage)[0] for stage in (1, 3))
+        assert first.shape == third.shape == (30_000, 64)
+        assert third.isfinite().all()
+        assert 0 < third.square().sum() < first.square().sum()
 
     def test_step_beside_the_peer(self):
         record = training.measure_step(Shape(256, 32, 8), budget=0.0)

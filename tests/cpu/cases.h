@@ -23,7 +23,9 @@ struct Case {
   const char* name;
   double offset, scale;  // of everything
   double spread;         // of the rows around their codes; 0 puts them on midpoints of two codes
-  bool duplicates, poison;
+  bool duplicates;  // the second half of the codes: copies of the first half and, in between, a crowd about one code;
+                    // and rows in the crowd that come again and again, as silence does
+  bool poison;
 };
 
 inline constexpr Case CASES[] = {
@@ -33,16 +35,25 @@ inline constexpr Case CASES[] = {
     {"huge", 0, 1e18, 1, false, false},    {"poisoned", 0, 1, 1, true, true},
 };
 
+constexpr double CROWD = 1e-7;    // spread of the codes of a crowd, by the scale
+constexpr int64_t REPEATED = 16;  // every second row is equal to one of the first so many
+
 template <class T>
 void fill(const Case& c, int64_t n, int64_t k, int64_t d, std::vector<T>& x, std::vector<T>& codes) {
   for (auto& value : codes) value = static_cast<T>(c.offset + c.scale * normal());
   if (c.duplicates)
-    for (int64_t i = 0; i < (k / 2) * d; ++i) codes[(k - k / 2) * d + i] = codes[i];
+    for (int64_t i = 0; i < k / 2; ++i)
+      for (int64_t j = 0; j < d; ++j)
+        codes[(k - k / 2 + i) * d + j] =
+            i % 4 ? static_cast<T>(codes[j] + c.scale * CROWD * normal()) : codes[i * d + j];
   for (int64_t i = 0; i < n; ++i) {
     const T* a = codes.data() + (generator() % k) * d;
     const T* b = codes.data() + (generator() % k) * d;
     for (int64_t j = 0; j < d; ++j)
       x[i * d + j] = static_cast<T>(c.spread > 0 ? a[j] + c.scale * c.spread * normal() : (a[j] + b[j]) / 2);
+    if (!c.duplicates || i % 2) continue;
+    for (int64_t j = 0; j < d; ++j)
+      x[i * d + j] = i < REPEATED ? static_cast<T>(codes[j] + c.scale * CROWD * normal()) : x[i % REPEATED * d + j];
   }
   if (c.poison) {
     x[generator() % x.size()] = std::numeric_limits<T>::quiet_NaN();
