@@ -62,6 +62,8 @@ SOURCES = [
     "projection.cpp",
     "projected_pass.cpp",
     "direct_pass.cpp",
+    "int8_codes.cpp",
+    "int8_pass.cpp",
     "definition.cpp",
     "quantize.cpp",
     "residual_quantize.cpp",

@@ -21,10 +21,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TIERS = {
-    "portable": ["", "direct", "float32", "projected"],
-    "avx2": ["", "direct", "float32", "int16", "projected"],
-    "avx512": ["", "direct", "float32", "projected"],
-    "avx512_vnni": ["", "direct", "float32", "int16", "projected"],
+    "portable": ["", "direct", "float32", "int8", "projected"],
+    "avx2": ["", "direct", "float32", "int16", "int8", "projected"],
+    "avx512": ["", "direct", "float32", "int8", "projected"],
+    "avx512_vnni": ["", "direct", "float32", "int16", "int8", "projected"],
 }
 WORDS = {
     "portable": set(),

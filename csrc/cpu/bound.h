@@ -13,10 +13,12 @@ namespace fastvq {
 class Bound {
  public:
   Bound(const Frame& frame, const PackedTier& packed, int64_t dim)
-      : dim_(static_cast<double>(dim)), integer_(packed.integer()), half_(frame.half) {
+      : Bound(frame, packed.integer(), packed.code_error, dim) {}
+  Bound(const Frame& frame, bool integer, double code_error, int64_t dim)
+      : dim_(static_cast<double>(dim)), integer_(integer), half_(frame.half) {
     narrow_ = std::sqrt(dim_) * 0x1p-62;
     code_ = frame.norm;
-    code_error_ = packed.code_error * (1 + 1e-3) + 2 * U * (1 + 1e-6) * code_ + narrow_ * 0x1p-80;
+    code_error_ = code_error * (1 + 1e-3) + 2 * U * (1 + 1e-6) * code_ + narrow_ * 0x1p-80;
     const double roundings = (dim_ + 4) * U;
     gamma_ = roundings < 0.25 ? roundings / (1 - roundings) : std::numeric_limits<double>::infinity();
     underflow_ = dim_ * dim_ * 0x1p-118 + std::ldexp(dim_, std::max(2 * frame.exponent - 1074, -1074));

@@ -61,6 +61,16 @@ const PackedTier& CodeForms::float32(const Parallel& parallel) {
   return make(float32_, *isa_.float32, Copies::dropped, parallel);
 }
 
+const Int8Form* CodeForms::int8(const Parallel& parallel) {
+  const Frame& own = frame(parallel);
+  if (!own.usable || codes.dim > LARGEST_INTEGER_DIM) return nullptr;
+  const PackedTier& packed = isa_.int16 ? int16(parallel) : float32(parallel);
+  const std::lock_guard<std::mutex> lock(making_);
+  const ScratchPool::Exact exact(kept);
+  if (!int8_) int8_ = std::make_unique<const Int8Form>(isa_, codes, own, packed, parallel);
+  return int8_.get();
+}
+
 const PackedTier& CodeForms::ranked(const Parallel& parallel) {
   return make(ranked_, *isa_.float32, Copies::kept, parallel);
 }

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "frame.h"
+#include "int8_codes.h"
 #include "isa.h"
 #include "matrix.h"
 #include "packed.h"
@@ -43,6 +44,8 @@ class CodeForms {
   const PackedTier& float32(const Parallel& parallel);
   // For what ranks all codes: float32, with the copies of equal codes.
   const PackedTier& ranked(const Parallel& parallel);
+  // For a few rows at a time. Null where integers cannot stand for the codes.
+  const Int8Form* int8(const Parallel& parallel);
 
  private:
   const PackedTier& make(std::unique_ptr<const PackedTier>& form, const Tier& tier, Copies copies,
@@ -57,6 +60,7 @@ class CodeForms {
     std::unique_ptr<const Shortened> form;
   } without_copies_, with_copies_;
   std::unique_ptr<const PackedTier> int16_, float32_, ranked_;
+  std::unique_ptr<const Int8Form> int8_;
 };
 
 }  // namespace fastvq

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <mutex>
 
 #include "definition.h"
+#include "minima.h"
 
 namespace fastvq {
 namespace {
@@ -20,30 +20,10 @@ bool all_finite(const double* values, int64_t count) {
   return poison == 0.0;
 }
 
-// The candidates that all threads found for a row.
-struct Uncertified {
-  float limit = std::numeric_limits<float>::infinity();
-  bool overflow = false;
-  std::vector<int64_t> codes;
-  std::vector<float> lower_ends;
-};
-
-// The candidates of some rows among a part of the codes.
-struct Minima {
-  explicit Minima(int count) {
-    for (int r = 0; r < count; ++r)
-      rows[r] = {std::numeric_limits<float>::infinity(), 0, false, codes[r], lower_ends[r]};
-  }
-
-  DirectMinimum rows[DIRECT_ROWS];
-  int64_t codes[DIRECT_ROWS][DIRECT_CAPACITY];
-  float lower_ends[DIRECT_ROWS][DIRECT_CAPACITY];
-};
-
 // Whether products tell the nearest of the first codes from the others, for most of the first rows.
 bool tell_apart(const Isa& isa, const float* values, int64_t stride, const DirectCodes& codes, int64_t code_count) {
   Minima minima(PRODUCT_ROWS);
-  isa.direct(values, stride, PRODUCT_ROWS, codes, 0, std::min<int64_t>(isa.lanes, code_count), minima.rows);
+  isa.direct(values, stride, PRODUCT_ROWS, codes, 0, std::min<int64_t>(isa.lanes, code_count), minima.rows.get());
   int crowded = 0;
   for (int r = 0; r < PRODUCT_ROWS; ++r) {
     const DirectMinimum& own = minima.rows[r];
@@ -62,25 +42,16 @@ void search_rows(const Isa& isa, const Matrix& x, const Matrix& codes, Metric me
   bool finite[DIRECT_ROWS];
   for (int r = 0; r < count; ++r)
     finite[r] = isa.load(x.dtype, x.row(rows[r]), nullptr, 1.0, dim, values.data() + r * stride).finite;
-  std::vector<Uncertified> uncertified(count);
-  std::mutex merging;
   const DirectCodes direct_codes{codes.dtype, codes.data, dim, metric == Metric::dot, nullptr, products};
   if (products && !tell_apart(isa, values.data(), stride, direct_codes, codes.rows)) {
     undecided.insert(undecided.end(), rows, rows + count);
     return;
   }
-  parallel(codes.rows, std::max<int64_t>(isa.lanes, GRAIN / (dim * count)), [&](int64_t begin, int64_t end) {
-    Minima minima(count);
-    isa.direct(values.data(), stride, count, direct_codes, begin, end, minima.rows);
-    const std::lock_guard<std::mutex> lock(merging);
-    for (int r = 0; r < count; ++r) {
-      const DirectMinimum& own = minima.rows[r];
-      uncertified[r].limit = std::min(uncertified[r].limit, own.limit);
-      uncertified[r].overflow |= own.overflow;
-      uncertified[r].codes.insert(uncertified[r].codes.end(), own.codes, own.codes + own.count);
-      uncertified[r].lower_ends.insert(uncertified[r].lower_ends.end(), own.lower_ends, own.lower_ends + own.count);
-    }
-  });
+  const int64_t grain = std::max<int64_t>(isa.lanes, GRAIN / (dim * count));
+  const std::vector<Uncertified> uncertified =
+      scan_in_parts(count, codes.rows, grain, parallel, [&](int64_t begin, int64_t end, DirectMinimum* minima) {
+        isa.direct(values.data(), stride, count, direct_codes, begin, end, minima);
+      });
   Definition definition(x, codes, metric);
   std::vector<double> code(dim);
   for (int r = 0; r < count; ++r) {
@@ -98,9 +69,7 @@ void search_rows(const Isa& isa, const Matrix& x, const Matrix& codes, Metric me
     if (uncertified[r].overflow) {
       for (int64_t k = 0; k < codes.rows; ++k) consider(k, false);
     } else {
-      for (size_t i = 0; i < uncertified[r].codes.size(); ++i)
-        if (uncertified[r].lower_ends[i] <= uncertified[r].limit)
-          consider(uncertified[r].codes[i], std::isfinite(uncertified[r].lower_ends[i]));
+      uncertified[r].each([&](int64_t k, float lower_end) { consider(k, std::isfinite(lower_end)); });
     }
     if (candidates.size() == 1)
       indices[rows[r]] = candidates[0];

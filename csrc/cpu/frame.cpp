@@ -167,6 +167,11 @@ Frame::Frame(const Isa& isa, const Matrix& codes, Metric metric, const Parallel&
   }
 }
 
+// For |f| >= 4 |y|,  |f|^2 / 2 - <y, f> >= |f|^2 / 4, and the definition rounds that by less than a millionth.
+bool Frame::far_codes_lose(double norm, double limit) const {
+  return far.empty() || (far_norm >= 4 * norm * (1 + 1e-6) && 0.25 * far_norm * far_norm * (1 - 1e-6) > limit);
+}
+
 Frame::Frame(const Frame& base, const std::vector<int64_t>& order, double norm, double largest)
     : metric(base.metric),
       finite(order.size()),

@@ -20,6 +20,8 @@ struct Frame {
 
   // A code that the scan reads: finite, and not far from the others.
   bool scanned(int64_t k) const { return near[k] != 0; }
+  // Whether no far code can be the nearest of a row of at most this norm, of which some code scores `limit` at most.
+  bool far_codes_lose(double norm, double limit) const;
   const float* shift() const { return center.empty() ? nullptr : center.data(); }
 
   const Metric metric;

@@ -3,6 +3,7 @@
 
 #include "direct.h"
 #include "estimator.h"
+#include "int8.h"
 #include "rows.h"
 #include "scan.h"
 #include "softmax.h"
@@ -66,6 +67,7 @@ const Isa& FASTVQ_NAME(FASTVQ_ISA, _isa)() {
       /*perturb=*/perturb,
       /*soft=*/&SOFT,
       /*direct=*/direct,
+      /*int8=*/int8,
   };
   return self;
 }

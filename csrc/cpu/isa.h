@@ -112,6 +112,23 @@ struct Perturbation {
   float squares, error, unit;
 };
 
+// Codes in int8, each with a step of its own: f' = step * integers. A vector unit of `lanes` lanes sees vectors of as
+// many codes; a unit is a pair of elements, and the last codes of the last vector are zeros.
+struct Int8Codes {
+  const int8_t* units;     // [vectors, units, lanes, 2]
+  const float* steps;      // [vectors, lanes]
+  const float* errors;     // [vectors, lanes], upper bounds of |f - f'|
+  const float* halves;     // [vectors, lanes], |f|^2 / 2, zero for metric "dot"
+  const int64_t* numbers;  // [codes], the code at a position
+  int64_t unit_count, count;
+};
+
+// A row beside them: y' = step * integers, with the integers negated in pairs of int16. The error of a score is at most
+// reach * |f - f'| + extra.
+struct Int8Row {
+  float step, reach, extra;
+};
+
 enum class SoftMetric { distance, l2, dot };
 
 // Parameters of u = dL/dp for the logits of a row, from upstream gradients; see soft_assign.h.
@@ -193,6 +210,9 @@ struct Isa {
   // lanes, row r at rows + r * row_stride.
   void (*direct)(const float* rows, int64_t row_stride, int count, const DirectCodes& codes, int64_t begin, int64_t end,
                  DirectMinimum* minima);
+  // Rows against the vectors [begin, end) of int8 codes; row r is at units + r * unit_count.
+  void (*int8)(const uint32_t* units, const Int8Row* rows, int64_t count, const Int8Codes& codes, int64_t begin,
+               int64_t end, DirectMinimum* minima);
 };
 
 const Isa& portable_isa();

@@ -15,6 +15,9 @@ namespace fastvq {
 // loses the tie, so that a search for the nearest code needs none; whatever ranks or weighs all codes counts them.
 enum class Copies { dropped, kept };
 
+// The measured rounding errors of a longer row of integers are less precise than the bound assumes.
+constexpr int64_t LARGEST_INTEGER_DIM = 4096;
+
 class PackedTier {
  public:
   PackedTier(const Isa& isa, const Tier& tier, const Matrix& codes, const Frame& frame, Copies copies,

@@ -228,12 +228,6 @@ void ProjectedPass::search_tile(int64_t first, int64_t count, Workspace& work) c
   lower_limits(work.begin, work.end, first, count, work);
 }
 
-// For |f| >= 4 |y|,  |f|^2 / 2 - <y, f> >= |f|^2 / 4, and the definition rounds that by less than a millionth.
-bool ProjectedPass::far_codes_lose(double norm, double limit) const {
-  return frame_.far.empty() ||
-         (frame_.far_norm >= 4 * norm * (1 + 1e-6) && 0.25 * frame_.far_norm * frame_.far_norm * (1 - 1e-6) > limit);
-}
-
 // Removes candidates that are further away than another one, whatever was rounded. Returns how many are left.
 int64_t ProjectedPass::drop_distant(int64_t place, int64_t count, Workspace& work) const {
   double limit = INF;
@@ -274,7 +268,7 @@ bool ProjectedPass::decide(int64_t row, int64_t slot, Workspace& work, int64_t* 
 
 // Returns the nearest of the codes that were found, or of the far ones.
 int64_t ProjectedPass::nearest(int64_t row, int64_t place, int64_t count, double limit, Workspace& work) const {
-  const bool alone = far_codes_lose(work.norms[place], limit);
+  const bool alone = frame_.far_codes_lose(work.norms[place], limit);
   if (count == 1 && alone) return projection_.order()[work.found[0]];
   work.candidates.clear();
   const int64_t kept = frame_.metric == Metric::l2 ? drop_distant(place, count, work) : count;
@@ -291,7 +285,7 @@ int64_t ProjectedPass::nearest(int64_t row, int64_t place, int64_t count, double
 // Writes the k nearest of the codes that were found and of the far ones: by their distances where the ends of these do
 // not overlap, else by the definition.
 void ProjectedPass::rank(int64_t row, int64_t place, int64_t count, double limit, Workspace& work, int64_t* out) const {
-  const bool alone = far_codes_lose(work.norms[place], limit);
+  const bool alone = frame_.far_codes_lose(work.norms[place], limit);
   int64_t kept = count;
   bool apart = alone && frame_.metric == Metric::l2;
   if (frame_.metric == Metric::l2) {

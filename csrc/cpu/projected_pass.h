@@ -47,7 +47,6 @@ class ProjectedPass {
   bool decide(int64_t row, int64_t slot, Workspace& work, int64_t* out) const;
   int64_t nearest(int64_t row, int64_t place, int64_t count, double limit, Workspace& work) const;
   void rank(int64_t row, int64_t place, int64_t count, double limit, Workspace& work, int64_t* out) const;
-  bool far_codes_lose(double norm, double limit) const;
 
   const Isa& isa_;
   const Frame& frame_;

@@ -152,7 +152,7 @@ void residual_search(const Isa& isa, Precision precision, const Matrix& x, const
                      int64_t* indices, const Parallel& parallel) {
   const auto count = static_cast<int64_t>(stages.size());
   const bool automatic = precision == Precision::automatic, forced = precision == Precision::projected;
-  if (precision == Precision::direct || (automatic && x.rows * x.dim <= FEW_ELEMENTS)) {
+  if (precision == Precision::direct || precision == Precision::int8 || (automatic && x.rows * x.dim <= FEW_ELEMENTS)) {
     stage_by_stage(isa, precision, x, stages, indices, count, parallel);
     return;
   }

@@ -46,12 +46,11 @@ struct Int16 {
     return (IntVec)_mm512_dpwssd_epi32((__m512i)t, _mm512_set1_epi32(static_cast<int>(x)), (__m512i)e);
 #elif defined(__AVX2__) && !defined(__AVX512F__)
     return t + (IntVec)_mm256_madd_epi16(_mm256_set1_epi32(static_cast<int>(x)), (__m256i)e);
+#elif defined(__SSE2__) && !defined(__AVX512F__)
+    return t + (IntVec)_mm_madd_epi16(_mm_set1_epi32(static_cast<int>(x)), (__m128i)e);
 #else
-    typedef int16_t Pairs __attribute__((vector_size(LANES * 4)));
-    const Pairs products = (Pairs)(UnitVec{} + x);
-    Scores sums = t;
-    for (int i = 0; i < 2 * LANES; ++i) sums[i / 2] += static_cast<int32_t>(products[i]) * ((Pairs)e)[i];
-    return sums;
+    const auto low = static_cast<int16_t>(x), high = static_cast<int16_t>(x >> 16);
+    return t + ((IntVec)(e << 16) >> 16) * low + ((IntVec)e >> 16) * high;
 #endif
   }
   static Scores halves(FloatVec halves, float step) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "direct_pass.h"
+#include "int8_pass.h"
 #include "projected_pass.h"
 #include "tier_pass.h"
 
@@ -45,6 +46,7 @@ bool takes_int16(const Isa& isa, Precision precision, CodeForms& forms, const Pa
 
 void prepare(const Isa& isa, Precision precision, CodeForms& forms, const Parallel& parallel) {
   takes_int16(isa, precision, forms, parallel) ? forms.int16(parallel) : forms.float32(parallel);
+  if (precision == Precision::automatic || precision == Precision::int8) forms.int8(parallel);
 }
 
 const CodeForms::Shortened* shortened_for(Precision precision, int64_t rows, CodeForms& forms, Copies copies,
@@ -80,6 +82,13 @@ void search(const Isa& isa, Precision precision, const Matrix& x, CodeForms& for
   const Frame& frame = forms.frame(parallel);
   if (const auto* shortened = shortened_for(precision, x.rows, forms, Copies::dropped, parallel))
     if (passed(run_shortened(isa, frame, *shortened, x, codes, indices, parallel))) return;
+  const int64_t elements = codes.rows * codes.dim, least = MANY_ELEMENTS * (isa.int16 ? 1 : WITHOUT_PAIRS);
+  const bool reading_limits = forms.kept && !list && x.rows * least <= elements;
+  if (precision == Precision::int8 || (automatic && reading_limits)) {
+    const Int8Form* form = forms.int8(parallel);
+    const bool used = form && (!automatic || form->pays());
+    if (used && passed(int8_pass(isa, frame, *form, x, codes, indices, parallel))) return;
+  }
   if (takes_int16(isa, precision, forms, parallel))
     if (passed(run_tier(isa, forms.int16(parallel), frame, x, codes, list, count, true, indices, parallel))) return;
   run_tier(isa, forms.float32(parallel), frame, x, codes, list, count, false, indices, parallel);
@@ -124,10 +133,11 @@ Precision active_precision() {
     if (name.empty()) return Precision::automatic;
     if (name == "direct") return Precision::direct;
     if (name == "float32") return Precision::float32;
+    if (name == "int8") return Precision::int8;
     if (name == "projected") return Precision::projected;
     if (name != "int16")
       throw std::runtime_error("FASTVQ_TIER=" + name +
-                               ": unknown; direct, float32, int16 or projected may stand there");
+                               ": unknown; direct, float32, int16, int8 or projected may stand there");
     if (!active_isa().int16)
       throw std::runtime_error("FASTVQ_TIER=int16: the instruction set " + std::string(active_isa().name) +
                                " has no int16 tier");

@@ -3,7 +3,7 @@
 //
 // Words of csrc/cpu:
 //   definition       the score in float64 that defines the nearest code; ties go to the lowest index
-//   tier             one precision of the cheap scores: int16 or float32 (isa.h, struct Tier)
+//   tier             one precision of the cheap scores: int16 or float32 (isa.h, struct Tier), or int8 (int8_pass.h)
 //   frame            the shift and the power of two that rows and codes are transformed by before they are scored
 //   step             the size of one unit of an integer tier's scores; 1 for float32
 //   bound, slack     the largest error of a row's scores; twice that, in steps
@@ -30,17 +30,22 @@ namespace fastvq {
 
 // The scores that a search begins with. The definition decides for every row that remains uncertified.
 enum class Precision {
-  automatic,  // direct for a handful of rows, else int16 where the instruction set has it, then float32
+  automatic,  // direct for a handful of rows, int8 where forms are kept, else int16 where the instruction set has it,
+              // then float32
   direct,     // float32 distances to the unpacked codes
   float32,
   int16,
+  int8,       // codes in int8, rows in int16
   projected,  // int16, or float32 without it, of codes and rows in their leading directions
 };
 
 // Packing the codes costs about as much as searching this number of rows without it, by differences and by products.
 constexpr int64_t FEW_ROWS = 16, FEW_PRODUCTS = 32;
-// The measured rounding errors of a longer row of integers are less precise than the bound assumes.
-constexpr int64_t LARGEST_INTEGER_DIM = 4096;
+// From so many elements of codes for each row, it takes less time to read int8 codes, where they are kept, than to
+// compare less with an exact distance after int16 ones.
+constexpr int64_t MANY_ELEMENTS = 1 << 14;
+// That number is this many times as large without an instruction that multiplies and adds pairs of int16.
+constexpr int64_t WITHOUT_PAIRS = 4;
 
 // Writes the index of each row of x. Forms of the codes that are kept serve any number of rows.
 void search(const Isa& isa, Precision precision, const Matrix& x, CodeForms& forms, int64_t* indices,

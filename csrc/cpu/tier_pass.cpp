@@ -65,12 +65,6 @@ int64_t TierPass::block_rows(const Isa& isa, int64_t units) {
          isa.tile_rows;
 }
 
-// For |f| >= 4 |y|,  |f|^2 / 2 - <y, f> >= |f|^2 / 4, and the definition rounds that by less than a millionth.
-bool TierPass::far_codes_lose(double norm, double limit) const {
-  return frame_.far.empty() ||
-         (frame_.far_norm >= 4 * norm * (1 + 1e-6) && 0.25 * frame_.far_norm * frame_.far_norm * (1 - 1e-6) > limit);
-}
-
 // Computes the bounds of all rows of a block and the indices of the certified rows; -1 for the others.
 void TierPass::certify_block(int64_t count, Workspace& work) const {
   const double per_step = 2.0 * (1 + 1e-6) / work.block.step;
@@ -108,7 +102,8 @@ int64_t TierPass::resolve(int64_t row, int64_t slot, Workspace& work, bool may_d
       found = find();
     }
     work.candidates.assign(work.found.begin(), work.found.begin() + found.count);
-    if (found.count == 0 || !far_codes_lose(work.block.norms[slot], work.smallest[slot] * work.block.step + 2 * error))
+    if (found.count == 0 ||
+        !frame_.far_codes_lose(work.block.norms[slot], work.smallest[slot] * work.block.step + 2 * error))
       work.candidates.insert(work.candidates.end(), frame_.far.begin(), frame_.far.end());
   } else {
     for (int64_t k = 0; k < codes_.rows; ++k)
@@ -138,7 +133,7 @@ void TierPass::run(const RowRange& rows, int64_t* indices, std::vector<int64_t>*
       const int64_t row = rows[first + i];
       const bool certified =
           work.indices[i] >= 0 && work.block.loaded[i].finite && work.bounds[i] < INF &&
-          far_codes_lose(work.block.norms[i], work.smallest[i] * work.block.step + 2 * work.bounds[i]);
+          frame_.far_codes_lose(work.block.norms[i], work.smallest[i] * work.block.step + 2 * work.bounds[i]);
       const int64_t index = certified ? work.indices[i] : decide(row, i, work, deferred != nullptr);
       if (index == DEFERRED) {
         deferred->push_back(row);

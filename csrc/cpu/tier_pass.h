@@ -31,7 +31,6 @@ class TierPass {
   void certify_block(int64_t count, Workspace& work) const;
   int64_t decide(int64_t row, int64_t slot, Workspace& work, bool may_defer) const;
   int64_t resolve(int64_t row, int64_t slot, Workspace& work, bool may_defer, bool repeated) const;
-  bool far_codes_lose(double norm, double limit) const;
 
   const Isa& isa_;
   const Frame& frame_;

@@ -23,7 +23,7 @@ VARIABLES = {
     "FASTVQ_BACKEND": Variable(("native", "triton", "torch", "reference"), "serve every op by this backend"),
     "FASTVQ_ISA": Variable(("portable", "avx2", "avx512", "avx512_vnni"), "instruction set of the native CPU kernels"),
     "FASTVQ_TIER": Variable(
-        ("direct", "float32", "int16", "projected"), "precision that a native CPU search begins with"
+        ("direct", "float32", "int16", "int8", "projected"), "precision that a native CPU search begins with"
     ),
     "FASTVQ_AUTOTUNE": Variable(("0", "1"), "1 times launch configurations of Triton kernels and keeps the fastest"),
     "FASTVQ_CUDA_PATH": Variable(

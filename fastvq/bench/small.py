@@ -41,16 +41,15 @@ _Call = Callable[[], Any]
 
 @functools.cache
 def codebooks_of(stack: Stack) -> Tensor:
-    """Return codebooks (Q, K, D), each the means of one k-means iteration on the residuals of Gaussian vectors."""
+    """Return codebooks (Q, K, D) of Gaussian codes, as long as those of the best quantizers of Gaussian vectors.
+
+    The best quantizer leaves the share K^(-2 / D) of the squares to the next stage, by the rate-distortion function.
+    Stages that learn from a small sample would hold many copies of a few codes, which no search reads.
+    """
     g = torch.Generator().manual_seed(0)
-    residual = torch.randn(_POOL * stack.k, stack.d, generator=g)
-    codebooks = []
-    for _ in range(stack.stages):
-        centers = residual[torch.randperm(len(residual), generator=g)[: stack.k]]
-        counts, sums = fastvq.accumulate(residual, fastvq.search(residual, centers), stack.k)
-        codebooks.append(sums / counts.clamp_min(1)[:, None])
-        residual = residual - codebooks[-1][fastvq.search(residual, codebooks[-1])]
-    return torch.stack(codebooks)
+    left = stack.k ** (-2 / stack.d)
+    scales = ((1 - left) * left ** torch.arange(stack.stages)).sqrt()
+    return torch.randn(stack.stages, stack.k, stack.d, generator=g) * scales[:, None, None]
 
 
 def rows_of(stack: Stack, rows: int) -> Tensor:

@@ -42,7 +42,7 @@ def test_a_wrong_value_is_one_line_of_a_command():
     code = "import sys, fastvq_command; sys.argv = ['fastvq', 'info']; sys.exit(fastvq_command.main())"
     run = python(code, FASTVQ_TIER="junk")
     assert run.returncode == 2
-    assert run.stderr == "fastvq: FASTVQ_TIER: must be one of direct, float32, int16, projected, got 'junk'\n"
+    assert run.stderr == "fastvq: FASTVQ_TIER: must be one of direct, float32, int16, int8, projected, got 'junk'\n"
 
 
 def test_it_is_read_once_and_an_unknown_name_is_a_warning():

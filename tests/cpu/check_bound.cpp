@@ -8,6 +8,8 @@
 
 #include "bound.h"
 #include "cases.h"
+#include "int8_codes.h"
+#include "int8_pass.h"
 #include "isa.h"
 #include "packed.h"
 #include "projection.h"
@@ -132,6 +134,59 @@ void check_products(const Isa& isa, const cases::Case& c, Metric metric, int64_t
   }
 }
 
+// Scores of single int8 codes: what the definition gives lies between their ends.
+void check_int8(const Isa& isa, const cases::Case& c, Metric metric, int64_t n, int64_t k, int64_t d, Tally& tally) {
+  std::vector<float> x(n * d), codes(k * d);
+  cases::fill(c, n, k, d, x, codes);
+  const Matrix matrix{DType::f32, codes.data(), k, d};
+  const Frame frame(isa, matrix, metric, serially);
+  if (!frame.usable) return;
+  const PackedTier packed(isa, *isa.float32, matrix, frame, fastvq::Copies::dropped, serially);
+  const fastvq::Int8Form form(isa, matrix, frame, packed, serially);
+  const fastvq::Int8Codes all = form.codes();
+  const fastvq::Int8Rows rows(isa, frame, form, {DType::f32, x.data(), n, d});
+  const long double scale = std::ldexp(1.0L, frame.exponent);
+  std::vector<int8_t> units(all.unit_count * isa.lanes * 2);
+  std::vector<float> steps(isa.lanes), errors(isa.lanes), halves(isa.lanes);
+  for (int64_t i = 0; i < rows.count(); ++i) {
+    const float* row = &x[rows.numbers()[i] * d];
+    long double own = 0.0L, smallest = 0.0L;
+    for (int64_t j = 0; j < d; ++j) {
+      const long double y = (row[j] - (frame.shift() ? frame.shift()[j] : 0.0L)) * scale;
+      own += y * y / 2;
+    }
+    double lowest = 0.0;
+    int64_t nearest = -1, chosen = -1;
+    for (int64_t position = 0; position < all.count; ++position) {
+      const int64_t vector = position / isa.lanes, lane = position % isa.lanes;
+      for (int64_t unit = 0; unit < all.unit_count; ++unit)
+        std::copy_n(all.units + ((vector * all.unit_count + unit) * isa.lanes + lane) * 2, 2,
+                    &units[unit * isa.lanes * 2]);
+      steps[0] = all.steps[position], errors[0] = all.errors[position], halves[0] = all.halves[position];
+      const int64_t e = all.numbers[position];
+      const fastvq::Int8Codes one{units.data(), steps.data(), errors.data(), halves.data(), &e, all.unit_count, 1};
+      int64_t found[fastvq::DIRECT_CAPACITY];
+      float lower_ends[fastvq::DIRECT_CAPACITY];
+      fastvq::DirectMinimum minimum{INFINITY, 0, false, found, lower_ends};
+      isa.int8(rows.units(i), rows.scanned() + i, 1, one, 0, 1, &minimum);
+      const double low = lower_ends[0], high = minimum.limit;
+      double defined = 0.0;
+      for (int64_t j = 0; j < d; ++j) {
+        const double mine = row[j], code = codes[e * d + j];
+        defined += metric == Metric::l2 ? (mine - code) * (mine - code) : -mine * code;
+      }
+      const long double score = metric == Metric::l2 ? defined * scale * scale / 2 - own : defined * scale * scale;
+      const double error = static_cast<double>(std::fabs(score - (low + high) / 2)), width = (high - low) / 2;
+      tally.broken += minimum.count != 1 || !(low <= score) || !(score <= high);
+      tally.largest_share = std::max(tally.largest_share, error / width);
+      if (nearest < 0 || score < smallest) nearest = e, smallest = score;
+      if (chosen < 0 || low + high < lowest) chosen = e, lowest = low + high;
+    }
+    ++tally.rows;
+    tally.wrong_without += chosen != nearest;
+  }
+}
+
 // Leaves most of each vector in three directions, none of them an axis.
 void flatten(std::vector<float>& values, int64_t d, double rest) {
   std::vector<double> mirror(d);
@@ -238,6 +293,16 @@ int main() {
       for (const auto& [n, k, d] : SHAPES)
         for (Metric metric : {Metric::l2, Metric::dot}) check_products(*isa, c, metric, n, k, d, tally);
     std::printf("%s, products: %d rows, %d beyond the bound, at most %.3f of it reached, %d wrong codes without it\n",
+                isa->name, static_cast<int>(tally.rows), static_cast<int>(tally.broken), tally.largest_share,
+                static_cast<int>(tally.wrong_without));
+    broken += tally.broken + (tally.rows == 0) + (tally.wrong_without == 0);
+  }
+  for (const Isa* isa : cases::instruction_sets()) {
+    Tally tally;
+    for (const cases::Case& c : cases::CASES)
+      for (const auto& [n, k, d] : SHAPES)
+        for (Metric metric : {Metric::l2, Metric::dot}) check_int8(*isa, c, metric, n, k, d, tally);
+    std::printf("%s, int8: %d rows, %d beyond the bound, at most %.3f of it reached, %d wrong codes without it\n",
                 isa->name, static_cast<int>(tally.rows), static_cast<int>(tally.broken), tally.largest_share,
                 static_cast<int>(tally.wrong_without));
     broken += tally.broken + (tally.rows == 0) + (tally.wrong_without == 0);

@@ -63,6 +63,8 @@ const char* name_of(Precision precision) {
       return "float32";
     case Precision::int16:
       return "int16";
+    case Precision::int8:
+      return "int8";
     default:
       return "projected";
   }
@@ -141,7 +143,8 @@ int64_t check_search(const Isa& isa, Precision precision, const Problem<T>& p) {
   for (int64_t i = 0; i < p.n; ++i) wrong += indices[i] != p.nearest[i];
 
   fastvq::CodeForms kept(isa, p.all_codes(), p.metric, fastvq::Lifetime::kept);
-  for (const int64_t count : {std::min<int64_t>(1, p.n), p.n}) {  // the second finds forms that the first has made
+  for (const int64_t most : {1, 7, 1000}) {  // the later ones find forms that the first has made
+    const int64_t count = std::min<int64_t>(most, p.n);
     std::vector<int64_t> again(count, -7);
     fastvq::search(isa, precision, p.rows(count), kept, again.data(), in_pieces);
     for (int64_t i = 0; i < count; ++i) wrong += again[i] != indices[i];
@@ -178,8 +181,8 @@ int64_t check_learning(const Isa& isa, const Problem<T>& p) {
 
 template <class T>
 void check_all(const Problem<T>& problem, int64_t& wrong, int64_t& checked) {
-  constexpr Precision PRECISIONS[] = {Precision::automatic, Precision::direct, Precision::float32, Precision::int16,
-                                      Precision::projected};
+  constexpr Precision PRECISIONS[] = {Precision::automatic, Precision::direct, Precision::float32,
+                                      Precision::int16,     Precision::int8,   Precision::projected};
   for (const Isa* isa : cases::instruction_sets()) {
     wrong += check_learning(*isa, problem);
     for (Precision precision : PRECISIONS) {

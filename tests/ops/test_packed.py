@@ -36,6 +36,27 @@ def test_has_the_indices_of_its_tensor(data, metric):
         assert torch.equal(found, fastvq.topk_search(x[rows], codes, 5, metric=metric))
 
 
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+@pytest.mark.parametrize("data", sorted(ADVERSARIAL))
+def test_a_few_rows_among_many_codes(data, metric):
+    """Here the scan of int8 codes begins: for K x D large enough beside N."""
+    x, codes = ADVERSARIAL[data](9, 1200, 129, generator())
+    packed = PackedCodebook(codes, metric=metric)
+    expected = fastvq.search(x, codes, metric=metric)
+    for rows in range(1, 10):
+        assert torch.equal(fastvq.search(x[:rows], packed, metric=metric), expected[:rows])
+
+
+def test_codes_that_int8_cannot_tell_apart():
+    """Rows that int8 leaves to other arithmetic, until it is given up, and after that."""
+    g = generator()
+    codes = torch.randn(8, 64, generator=g).repeat_interleave(100, 0) + 1e-4 * torch.randn(800, 64, generator=g)
+    x = codes[::97] + 1e-5 * torch.randn(9, 64, generator=g)
+    packed, expected = PackedCodebook(codes), fastvq.search(x, codes)
+    for _ in range(3):
+        assert torch.equal(torch.cat([fastvq.search(row, packed) for row in x.split(1)]), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_strides_and_heads(dtype):
     g = generator()
