@@ -57,7 +57,7 @@ DEMO_PRIOR = PriorConfig(
     checkpoint_every=650,
 )
 DEMO_CONTRASTIVE = ContrastiveConfig(steps=300, evaluate_every=150, checkpoint_every=150)
-SAMPLING: dict[str, Any] = {"guidance": 3.0, "top_p": 0.9}
+SAMPLING: dict[str, Any] = {"guidance": 2.0, "top_p": 0.9}
 DRAWN = 8
 """Samples that are drawn for each caption; the ranking chooses among them."""
 JUDGED = 100
