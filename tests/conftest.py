@@ -112,6 +112,14 @@ def _defaults():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _coarse_pictures():
+    """Draw pictures with few dots: of a training of some steps, most of the time goes to their pixels."""
+    from fastvq.runs import plots
+
+    plots._DPI = 40
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Yield the name of each backend in turn. A backend that cannot serve fails the test, unless it was not built."""

@@ -273,6 +273,7 @@ int64_t check_choice(const Isa& isa) {
 
 int main() {
   constexpr int64_t SHAPES[][3] = {{40, 2, 7}, {40, 3, 64}, {30, 50, 33}, {20, 300, 96}, {20, 20, 1}, {10, 9, 700}};
+  constexpr double RESTS[] = {0.0, 1e-6, 0.05, 1.0};
   int64_t broken = 0;
   for (const Isa* isa : cases::instruction_sets()) {
     for (const Tier* tier : {isa->float32, isa->int16}) {
@@ -310,10 +311,15 @@ int main() {
   for (const Isa* isa : cases::instruction_sets()) {
     if (!isa->supported()) continue;
     Tally tally;
-    for (const cases::Case& c : cases::CASES)
+    int64_t turn = 0;
+    for (const cases::Case& c : cases::CASES) {
       for (const auto& [n, k, d] : SHAPES)
-        for (double rest : {0.0, 1e-6, 0.05, 1.0})
-          for (Metric metric : {Metric::l2, Metric::dot}) check_projection(*isa, c, metric, n, k, d, rest, tally);
+        for (int64_t i = 0; i < 4; ++i) {
+          if (d > 500 && i != turn % 4) continue;  // the longest vectors take most of the time, so the rests take turns
+          for (Metric metric : {Metric::l2, Metric::dot}) check_projection(*isa, c, metric, n, k, d, RESTS[i], tally);
+        }
+      ++turn;
+    }
     std::printf(
         "%s, short vectors: %d rows, %d beyond the bound, at most %.3f of it reached, %d beyond a bound of zero\n",
         isa->name, static_cast<int>(tally.rows), static_cast<int>(tally.broken), tally.largest_share,

@@ -187,6 +187,8 @@ void check_all(const Problem<T>& problem, int64_t& wrong, int64_t& checked) {
     wrong += check_learning(*isa, problem);
     for (Precision precision : PRECISIONS) {
       if (precision == Precision::int16 && !isa->int16) continue;  // it would be float32 once more
+      // Directions of 513 dimensions take most of the time and the code of 33 and 96; check_bound has some of 700.
+      if (precision == Precision::projected && problem.d > 500) continue;
       wrong += check_search(*isa, precision, problem), ++checked;
     }
   }
@@ -236,12 +238,14 @@ int main() {
         wrong += check_copies(*isa, *tier, 300, d) + check_copies(*isa, *tier, 7, d);
         checked += 2;
       }
+  // float64 differs in how vectors are read: each case and each shape takes it with both metrics in turn.
+  int64_t turn = 0;
   for (const Case& c : CASES)
-    for (const auto& [n, k, d] : SHAPES)
-      for (Metric metric : {Metric::l2, Metric::dot}) {
+    for (const auto& [n, k, d] : SHAPES) {
+      for (Metric metric : {Metric::l2, Metric::dot})
         check_all(Problem<float>(c, DType::f32, metric, n, k, d), wrong, checked);
-        check_all(Problem<double>(c, DType::f64, metric, n, k, d), wrong, checked);
-      }
+      check_all(Problem<double>(c, DType::f64, turn++ % 2 ? Metric::dot : Metric::l2, n, k, d), wrong, checked);
+    }
   std::printf("%d cases, %d wrong\n", static_cast<int>(checked), static_cast<int>(wrong));
   return wrong != 0;
 }

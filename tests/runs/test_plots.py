@@ -18,6 +18,14 @@ from fastvq.data import Examples
 from fastvq.runs import plots
 from fastvq.runs.pictures import shown_rows
 
+DPI = 130
+"""Of a picture as it is saved; tests/conftest.py lowers it for the others."""
+
+
+@pytest.fixture(autouse=True)
+def _fine_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "_DPI", DPI)
+
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
@@ -168,7 +176,7 @@ def test_similar_codes_get_similar_colors() -> None:
 
 def drawn_texts(figure: Figure) -> list[tuple[str, Any]]:
     """Return each text of a figure with its box in pixels, as drawn."""
-    figure.set_dpi(130)  # as it is saved
+    figure.set_dpi(DPI)
     figure.canvas.draw()
     found = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible() and artist.get_text())
     # Ticks outside the axes have labels too, which are not drawn.
@@ -291,7 +299,7 @@ def test_indices_are_written_where_they_can_be_read(
     assert bool(numbers) == shown
     if shown:
         assert numbers[0].get_fontsize() >= 5
-        figure.set_dpi(130)  # as it is saved
+        figure.set_dpi(DPI)
         figure.canvas.draw()
         first, second = (text.get_window_extent() for text in numbers[:2])
         assert first.x1 <= second.x0
@@ -358,7 +366,7 @@ def test_wide_pictures_have_wide_and_low_panels(tmp_path):
     inches = {}
     for name in "abc":
         with Image.open(tmp_path / f"{name}.png") as file:
-            inches[name] = tuple(side / plots._DPI for side in file.size)
+            inches[name] = tuple(side / DPI for side in file.size)
     assert inches["a"][0] == pytest.approx(3 * 3.2 + 0.6, abs=0.1)  # in three columns instead of eight
     assert inches["b"][1] < 0.4 * inches["b"][0]
     assert inches["c"][0] == pytest.approx(5 * 2.0 + 0.2, abs=0.1)
