@@ -26,7 +26,7 @@ FLAGS += ["-Wno-unknown-pragmas", "-DFASTVQ_EMULATED"]
 VARIANTS = {
     "plain": ["-O1"],
     "fused": ["-O2", "-ffp-contract=fast"],
-    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DBOOST_USE_ASAN"],
+    "address": ["-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DBOOST_USE_ASAN"],
     "thread": ["-O1", "-g1", "-fsanitize=thread", "-DFASTVQ_DIGIT_BITS=2"],
 }
 ORDERS = ("forward", "reverse", "shuffled")
