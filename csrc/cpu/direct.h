@@ -134,6 +134,13 @@ inline void lay_out(const T* codes, int64_t dim, int live, int64_t begin, int64_
   }
 }
 
+// Asks for `width` elements of each of LANES codes: the processor doesn't foresee short pieces of many rows.
+template <class T>
+inline void prefetch_piece(const T* codes, int64_t dim, int live, int64_t width) {
+  for (int l = 0; l < live; ++l)
+    for (int64_t j = 0; j < width; j += static_cast<int64_t>(64 / sizeof(T))) __builtin_prefetch(codes + l * dim + j);
+}
+
 // sums[r] += <x_r, e> for the columns of LANES codes.
 template <int ROWS>
 inline void add_products(const float* rows, int64_t row_stride, const float* columns, int64_t count, FloatVec* sums) {
@@ -170,10 +177,16 @@ void direct_products(const float* rows, int64_t row_stride, int count, const T* 
   }
   for (int64_t first = begin; first < end; first += LANES) {
     const int live = end - first < LANES ? static_cast<int>(end - first) : LANES;
-    FloatVec sums[DIRECT_ROWS] = {}, squares{};
+    const int following = end - first - live < LANES ? static_cast<int>(end - first - live) : LANES;
+    FloatVec sums[DIRECT_ROWS], squares{};
+    for (int r = 0; r < count; ++r) sums[r] = FloatVec{};
     for (int64_t j = 0; j < dim; j += PIECE) {
-      const int64_t width = dim - j < PIECE ? dim - j : PIECE;
+      const int64_t width = dim - j < PIECE ? dim - j : PIECE, rest = dim - j - width;
       lay_out(data + first * dim, dim, live, j, width, columns);
+      if (rest > 0)
+        prefetch_piece(data + first * dim + j + width, dim, live, rest < PIECE ? rest : PIECE);
+      else
+        prefetch_piece(data + (first + live) * dim, dim, following, dim < PIECE ? dim : PIECE);
       for (int64_t i = 0; i < width; ++i) {
         const FloatVec e = load<FloatVec>(columns + i * LANES);
         squares += e * e;

@@ -87,7 +87,7 @@ struct DirectMinimum {
   int64_t* codes;
   float* lower_ends;
 };
-constexpr int DIRECT_ROWS = 16;
+constexpr int DIRECT_ROWS = 128;
 constexpr int64_t DIRECT_CAPACITY = 64;
 constexpr int64_t PRODUCTS_DIM = 4096;  // most dimensions of scores by products
 

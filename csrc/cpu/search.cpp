@@ -73,7 +73,8 @@ void search(const Isa& isa, Precision precision, const Matrix& x, CodeForms& for
       direct_pass(isa, x, codes, forms.metric, DirectScores::differences, left, indices, parallel);
     return direct || count == 0;
   };
-  const bool few = automatic && !forms.kept && x.rows <= (x.dim <= PRODUCTS_DIM ? FEW_PRODUCTS : FEW_ROWS);
+  const int64_t products = codes.rows * codes.dim < LARGE_CODEBOOK ? FEW_PRODUCTS : MORE_PRODUCTS;
+  const bool few = automatic && !forms.kept && x.rows <= (x.dim <= PRODUCTS_DIM ? products : FEW_ROWS);
   if ((few || precision == Precision::direct) && direct_serves(x, codes)) {
     std::vector<int64_t> all(x.rows);
     std::iota(all.begin(), all.end(), 0);

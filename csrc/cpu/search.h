@@ -41,6 +41,8 @@ enum class Precision {
 
 // Packing the codes costs about as much as searching this number of rows without it, by differences and by products.
 constexpr int64_t FEW_ROWS = 16, FEW_PRODUCTS = 32;
+// Packed forms of this number of elements leave the cache again before they are read, so that products serve more rows.
+constexpr int64_t LARGE_CODEBOOK = 1 << 19, MORE_PRODUCTS = 80;
 // From so many elements of codes for each row, it takes less time to read int8 codes, where they are kept, than to
 // compare less with an exact distance after int16 ones.
 constexpr int64_t MANY_ELEMENTS = 1 << 14;

@@ -782,8 +782,7 @@ class ResidualVQ(Projected, ResidualStack):
         found = self._beam_search(projected, flat_mask, self.eval_beam_size, active, 0.0)
         if found is None:
             found = self._greedy_search(projected, flat_mask, active)
-        held = [stage._codebook.codes[0] for stage in self._stages[start : start + found.shape[-1]]]
-        check_some_code("codebooks", found[0], held)
+        check_some_code("codebooks", found[0], self._codes_of(self._stages[start : start + found.shape[-1]]))
         if isinstance(active.number, Tensor):
             found = active.fill_indices(found)
         if dropped := self.num_quantizers - found.shape[-1]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
 
 import fastvq
-from fastvq.backends import reference, select
+from fastvq.backends import native, reference, select
 from fastvq.backends.torch.search import TILE_CODES
 
 from .. import cases
@@ -96,6 +96,15 @@ def test_few_rows(data, backend):
         x, codebook = (t.float() for t in ADVERSARIAL[data](n, 300, 20, generator()))
         for metric in METRICS:
             assert not mismatch(x, codebook, backend, metric), f"{n}, {metric}"
+
+
+@pytest.mark.skipif(not native.build_record()["built"], reason="no native library was built")
+def test_more_rows_among_large_codebooks():
+    """Here products of the native backend serve up to 80 rows, as packed codes would not stay in a cache."""
+    x, codebook = (t.float() for t in ADVERSARIAL["exact_midpoints"](81, 2048, 256, generator()))
+    expected = reference.search(x, codebook)
+    for n in (33, 80, 81):
+        assert not mismatch(x[:n], codebook, "native", expected=expected[:n]), n
 
 
 def test_every_remainder_of_the_dimension(backend):
