@@ -352,7 +352,7 @@ def _write_page(folder: Path, metrics: dict[str, Any]) -> Path:
         f" ranks the {metrics['drawn']} samples of a caption; another one, trained from another seed, judges: how often"
         f" is the caption of a picture the nearest among {metrics['candidates']['test']} held-out ones, or"
         f" {metrics['candidates']['train']} learned ones, and how often among the nearest five? By chance the former is"
-        f" {chance:.0%}. The figures of real images are what the judge can tell at all.",
+        f" {chance:.0%}. The figures of real images say how far the judge can be trusted.",
         TextTable(["captions and pictures", "nearest", "among five"], rows),
     ]
     made = (
