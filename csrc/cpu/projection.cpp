@@ -23,10 +23,8 @@ constexpr double REST = 0.006, REST_OF_FEW = 0.016;
 constexpr int ROUNDS = 4;  // of the iteration that finds them
 // Elements of a codebook that need not be scanned, at least: what a row costs beside the scan.
 constexpr int64_t WORTHWHILE = 16384;
-// Rows times codes that repay the search for directions: for each product of two dimensions, or for each dimension,
-// whichever is less. Shortening the codes, which grows with the dimension alone, costs about as much as a thousand
-// rows.
-constexpr int64_t REPAID = 400, REPAID_LONG = 32768;
+// Rows times codes that repay the search for directions: for each product of two dimensions, and for any dimension.
+constexpr int64_t REPAID = 400, REPAID_LONG = 1 << 21;
 
 float product(const float* a, const float* b, int64_t count) {
   float sums[8] = {};
@@ -69,7 +67,7 @@ Projection::Projection(const Frame& frame, const Matrix& codes) : base_(frame), 
 std::unique_ptr<const Projection> Projection::make(const Isa& isa, const Frame& frame, const Matrix& codes,
                                                    int64_t rows, bool forced, const Parallel& parallel) {
   if (!frame.usable || !(frame.norm > 0.0) || codes.dim > LONGEST) return nullptr;
-  const int64_t repaid = std::min(REPAID * codes.dim * codes.dim, REPAID_LONG * codes.dim);
+  const int64_t repaid = std::min(REPAID * codes.dim * codes.dim, REPAID_LONG);
   if (!forced && (codes.dim < SHORTEST || rows * codes.rows < repaid)) return nullptr;
   std::unique_ptr<Projection> made(new Projection(frame, codes));
   if (!made->choose_directions(isa, codes, forced, parallel)) return nullptr;
