@@ -40,7 +40,7 @@ def batch(*shape, seed=0):
 
 # One process imports both, and each measurement is a fork of its own.
 PEAKS = """
-import os, re, sys, torch, fastvq, vector_quantize_pytorch
+import os, re, sys, torch, fastvq.quantizers, vector_quantize_pytorch
 
 def status(field):
     return int(re.search(field + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1000

@@ -19,10 +19,10 @@ LIMIT_MB = 40
 if not Path("/proc/self/clear_refs").exists():
     pytest.skip("needs Linux's /proc/self/clear_refs to restart the peak", allow_module_level=True)
 
-# One process imports torch, and measures each request in a fork of its own.
+# One process imports torch and the layers, which takes seconds, and measures each request in a fork of its own.
 SERVER = """
 import json, os, re, sys
-import torch, fastvq
+import torch, fastvq.quantizers
 
 n, d = map(int, sys.argv[1:3])
 
