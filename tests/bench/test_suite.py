@@ -33,6 +33,14 @@ def always_zero(x, codebook):
     return lambda: torch.zeros(len(x), dtype=torch.int64)
 
 
+@pytest.fixture(autouse=True)
+def _short_turns(monkeypatch):
+    """Shorten the turns: the tests are about what is measured, not about how long it takes."""
+    monkeypatch.setattr(measure, "_TURN_SECONDS", 1e-4)
+    monkeypatch.setattr(measure, "_SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "SQUARE", 256)
+
+
 @pytest.fixture
 def few_contestants(monkeypatch):
     few = entrants("fastvq torch", "addmm + argmin", PRODUCT)
