@@ -44,7 +44,7 @@ from fastvq.files import write_whole
 from .assembly import TARGETS, Record, is_scan, measure_amd, measure_sass, occupancy
 
 COUNTS = Path(__file__).with_name("counts.json")
-NO_KERNELS = {"aot", "assembly", "certify", "launch", "numbers", "rotation", "scan", "signatures"}
+NO_KERNELS = {"aot", "assembly", "certify", "copies", "launch", "numbers", "rotation", "scan", "signatures"}
 """Modules without a kernel of their own: device functions, and the parameters of launches."""
 OWN_OPTIONS = ("hot", "matrix", "exact", "arch")
 TOLERANCE = 0.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numbers import UNIT, is_finite
+from .numbers import UNIT
 
 
 @triton.jit
@@ -25,29 +25,28 @@ def possible_error(value, size_of_terms, dim, L2: tl.constexpr):
 
 
 @triton.jit
-def distances_to(x, at, codebook, k, there, dim, L2: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return (float32 score of each row with its code k, the largest error, whether that code is finite)."""
+def distances_to(x, at, codebook, norms, k, there, dim, L2: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return (float32 score of each row with its code k, the largest error, whether that code can be the nearest)."""
     step: tl.constexpr = 16
+    there = there & (tl.load(norms + k, there, other=-1.0) >= 0)
     value = tl.zeros([BLOCK_N], tl.float32)
     terms = tl.zeros([BLOCK_N], tl.float32)
-    non_finite = tl.zeros([BLOCK_N], tl.int32)
     for d0 in range(0, dim, step):
         d = d0 + tl.arange(0, step)
         mask = there[:, None] & (d < dim)[None, :]
         rows = tl.load(x + at[:, None] + d[None, :], mask, other=0.0).to(tl.float32)
         codes = tl.load(codebook + k[:, None] * dim + d[None, :], mask, other=0.0).to(tl.float32)
-        non_finite += tl.sum((is_finite(codes) == 0).to(tl.int32), 1)
         if L2:
             value += tl.sum((rows - codes) * (rows - codes), 1)
         else:
             value -= tl.sum(rows * codes, 1)
             terms += tl.sum(tl.abs(rows * codes), 1)
-    return value, possible_error(value, terms, dim, L2), there & (non_finite == 0)
+    return value, possible_error(value, terms, dim, L2), there
 
 
 @triton.jit
 def certify(
-    best, second, index, bound, far_floor, there, rows, at, x, codebook, size, dim, usable, out, work, count,
+    best, second, index, bound, far_floor, there, rows, at, x, codebook, norms, size, dim, usable, out, work, count,
     PAIRED: tl.constexpr, L2: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write the index of each certified or excluded row, and append the uncertified ones to `work`.
@@ -61,9 +60,11 @@ def certify(
     if PAIRED:
         index = 2 * index
         # The best of an uncertified row may be padding.
-        first, error, first_there = distances_to(x, at, codebook, index, there & (index < size), dim, L2, BLOCK_N)
+        first, error, first_there = distances_to(
+            x, at, codebook, norms, index, there & (index < size), dim, L2, BLOCK_N
+        )
         other, other_error, other_there = distances_to(
-            x, at, codebook, index + 1, there & (index + 1 < size), dim, L2, BLOCK_N
+            x, at, codebook, norms, index + 1, there & (index + 1 < size), dim, L2, BLOCK_N
         )
         takes_first = first_there & ((other_there == 0) | (first + error < other - other_error))
         takes_other = other_there & ((first_there == 0) | (other + other_error < first - error))

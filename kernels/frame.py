@@ -1,7 +1,7 @@
 """The codebook as the matrix units see it: centered, scaled, split into float16 parts and packed into tiles.
 
-Four launches and no wait: column sums; norms; one program that decides on center, scale and far codes; packing. The
-terms are those of docs/exactness.md.
+Four launches and no wait: column sums and a table of the codes; norms, and which codes are copies; one program that
+decides on center, scale and far codes; packing. The terms are those of docs/exactness.md.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .copies import enter, equal_earlier, hash_of, slots_for
 from .numbers import LOW_SCALE, exponent_of, is_finite, power_of_two, split, to_float16
 from .signatures import ONES, Case, case
 
@@ -26,6 +27,9 @@ is one of float16's subnormals."""
 LONGEST = tl.constexpr(1.01 * 2.0**7)
 """Longer than that is only a code that float32 can't scale down as far, or one that overflowed."""
 
+LOWEST, LOWEST_WIDE = tl.constexpr(-126), tl.constexpr(-490)
+"""The smallest exponents of the scale of a row, in float32 and float64."""
+
 # Scalars of a head, float64, written by `_decide`.
 USABLE, CENTERED, THRESHOLD, EXPONENT, FAR_NORM = (tl.constexpr(i) for i in range(5))
 SCALARS = tl.constexpr(8)
@@ -34,7 +38,7 @@ LENGTH, HIGH, LOW, HIGH_REST, LOW_REST, HALF, FOLD_REST = (tl.constexpr(i) for i
 MAXIMA = tl.constexpr(8)
 
 NONE = tl.constexpr(-1.0)
-"""The norm of a code that isn't finite."""
+"""The norm of a code that is never the nearest: it isn't finite, or equals an earlier one."""
 TAME = tl.constexpr(1e150)
 """Beyond this length the definition itself may overflow, and no bound is promised."""
 
@@ -51,13 +55,19 @@ FOLD_SHRINK = tl.constexpr(0.125)
 
 
 @triton.jit
-def _sums(codebook, sums, size, dim, part_codes, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Sum the columns over one part of the codes.
+def _sums(
+    codebook, sums, hashes, table, size, dim, part_codes, slots,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sum the columns over one part of the codes, and enter these in the table of copies.
 
-    A non-finite code contributes its finite elements: any center is right, and a good one is near the mean.
+    A non-finite code contributes its finite elements, and a copy all of its own: any center is right, and a good one is
+    near the mean.
     """
     part, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     codebook += head * size * dim
+    hashes += head * size
+    table += head * slots
     sums += (head * tl.num_programs(0) + part) * dim
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     end = tl.minimum((part + 1) * part_codes, size)
@@ -70,13 +80,34 @@ def _sums(codebook, sums, size, dim, part_codes, WIDE: tl.constexpr, ROWS: tl.co
             codes = tl.load(codebook + k.to(tl.int64)[:, None] * dim + d[None, :], there, other=0.0).to(dtype)
             total += tl.sum(tl.where(is_finite(codes), codes, 0.0), 0)
         tl.store(sums + d, total, d < dim)
+    # A hash takes all columns of a code. Its elements come from the cache.
+    for first in range(part * part_codes, end, ROWS):
+        k = first + tl.arange(0, ROWS)
+        code_hash = tl.zeros([ROWS], tl.uint64)
+        non_finite = tl.zeros([ROWS], tl.int32)
+        for d0 in range(0, dim, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            there = (k < end)[:, None] & (d < dim)[None, :]
+            codes = tl.load(codebook + k.to(tl.int64)[:, None] * dim + d[None, :], there, other=0.0).to(tl.float64)
+            non_finite += tl.sum((is_finite(codes) == 0).to(tl.int32), 1)
+            code_hash += hash_of(codes, d)
+        tl.store(hashes + k, code_hash.to(tl.int64, bitcast=True), k < end)
+        enter(table, code_hash, k, size, slots, (k < end) & (non_finite == 0))
 
 
 @triton.jit
-def _norms(codebook, sums, center, norms, size, dim, part_codes, parts, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Norms of the codes, as they are and about the mean; NONE for a code that isn't finite. Part 0 writes the mean."""
+def _norms(
+    codebook, sums, hashes, table, center, norms, size, dim, part_codes, parts, slots,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Norms of the codes, as they are and about the mean; NONE for a non-finite code or a copy.
+
+    Part 0 writes the mean.
+    """
     part, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     codebook += head * size * dim
+    hashes += head * size
+    table += head * slots
     sums += head * parts * dim
     norms += head * 2 * size
     end = tl.minimum((part + 1) * part_codes, size)
@@ -99,9 +130,13 @@ def _norms(codebook, sums, center, norms, size, dim, part_codes, parts, ROWS: tl
             non_finite += tl.sum((is_finite(codes) == 0).to(tl.int32), 1)
             raw += tl.sum(codes * codes, 1)
             centered += tl.sum(moved * moved, 1)
-        tl.store(norms + k, tl.where(non_finite == 0, tl.sqrt(raw), NONE), k < end)
+        finite = (k < end) & (non_finite == 0)
+        code_hash = tl.load(hashes + k, k < end, other=0).to(tl.uint64, bitcast=True)
+        copies = equal_earlier(table, code_hash, codebook, k, size, dim, slots, finite, ROWS, BLOCK_D)
+        usable = finite & (copies == 0)
+        tl.store(norms + k, tl.where(usable, tl.sqrt(raw), NONE), k < end)
         centered = tl.where(centered < float("inf"), tl.sqrt(centered), float("inf"))
-        tl.store(norms + size + k, tl.where(non_finite == 0, centered, NONE), k < end)
+        tl.store(norms + size + k, tl.where(usable, centered, NONE), k < end)
 
 
 @triton.jit
@@ -135,7 +170,7 @@ def _threshold(norms, size, L2: tl.constexpr, BLOCK: tl.constexpr):
         reach_near = tl.maximum(reach_near, tl.where(far, 0.0, norm))
         reach = tl.maximum(reach, norm)
         nearest_far = tl.minimum(nearest_far, tl.where(far, norm, float("inf")))
-    few = tl.sum(beyond) <= (size // FAR_SHARE if L2 else -1)
+    few = tl.sum(beyond) <= (tl.sum(usable) // FAR_SHARE if L2 else -1)
     nearest_far = tl.where(few, tl.min(nearest_far), float("inf"))
     return (
         tl.where(few, limit, float("inf")),
@@ -154,19 +189,21 @@ def _decide(norms, scalars, center, size, dim, L2: tl.constexpr, WIDE: tl.conste
     limit, reach, nearest_far, usable = _threshold(norms, size, L2, BLOCK)
     if L2:
         about_mean = _threshold(norms + size, size, L2, BLOCK)
-        pays = about_mean[1] < 0.5 * reach
+        pays = (about_mean[1] < 0.5 * reach) & (usable > 1)
         limit = tl.where(pays, about_mean[0], limit)
         reach = tl.where(pays, about_mean[1], reach)
         nearest_far = tl.where(pays, about_mean[2], nearest_far)
-        tl.store(scalars + CENTERED, tl.where(pays, 1.0, 0.0))
     else:
         pays = size < 0
+    tl.store(scalars + CENTERED, tl.where(pays, 1.0, 0.0))
     for d0 in range(0, dim, BLOCK):
         d = d0 + tl.arange(0, BLOCK)
         mean = tl.load(center + head * dim + d, d < dim, other=0.0)
         tl.store(center + head * dim + d, tl.where(pays, mean, 0.0), d < dim)
     largest: tl.constexpr = 1000 if WIDE else 126
     exponent = tl.minimum(tl.maximum(TARGET - exponent_of(reach), -largest), largest)
+    # A code without others to tell it from wins at any scale, and at the smallest no row is too long for it.
+    exponent = tl.where(usable > 1, exponent, LOWEST_WIDE if WIDE else LOWEST)
     tl.store(scalars + USABLE, usable.to(tl.float64))
     tl.store(scalars + THRESHOLD, limit)
     tl.store(scalars + EXPONENT, exponent.to(tl.float64))
@@ -264,6 +301,7 @@ class Frame:
 
     center: Tensor  # [H, D] float32, or float64 beside float64 data; zero where centering doesn't pay
     scalars: Tensor  # [H, SCALARS] float64
+    norms: Tensor  # [H, 2, K] float64, as they are and about the mean; NONE of a code that is never the nearest
     maxima: Tensor  # [H, MAXIMA] float32, as int32
     high: Tensor  # [H, padded, columns] float16
     low: Tensor  # [H, padded, columns] float16
@@ -299,28 +337,37 @@ def prepare(codebook: Tensor, *, metric: str, wide: bool, block_codes: int) -> F
     part_codes = max(rows, triton.cdiv(triton.cdiv(size, PARTS), rows) * rows)
     parts = triton.cdiv(size, part_codes)
 
+    slots = slots_for(size)
     dtype = torch.float64 if wide else torch.float32
     sums = codebook.new_empty(heads, parts, dim, dtype=dtype)
+    hashes = codebook.new_empty(heads, size, dtype=torch.int64)
+    # One launch fills both.
+    maxima, table = codebook.new_zeros(heads * (MAXIMA.value + slots), dtype=torch.int32).split(
+        (heads * MAXIMA.value, heads * slots)
+    )
     frame = Frame(
         center=codebook.new_empty(heads, dim, dtype=dtype),
-        scalars=codebook.new_zeros(heads, SCALARS.value, dtype=torch.float64),
-        maxima=codebook.new_zeros(heads, MAXIMA.value, dtype=torch.int32),
+        scalars=codebook.new_empty(heads, SCALARS.value, dtype=torch.float64),
+        norms=codebook.new_empty(heads, 2, size, dtype=torch.float64),
+        maxima=maxima.view(heads, MAXIMA.value),
         high=codebook.new_empty(heads, padded, columns, dtype=torch.float16),
         low=codebook.new_empty(heads, padded, columns, dtype=torch.float16),
         half=codebook.new_empty(heads, padded, dtype=torch.float32),
         folded=codebook.new_empty(heads, padded if beside else 0, 16, dtype=torch.float16),
         beside=beside,
     )
-    norms = codebook.new_empty(heads, 2, size, dtype=torch.float64)
     l2 = metric == "l2"
-    _sums[(parts, heads)](codebook, sums, size, dim, part_codes, WIDE=wide, ROWS=rows, BLOCK_D=block_d)
-    _norms[(parts, heads)](
-        codebook, sums, frame.center, norms, size, dim, part_codes, parts, ROWS=rows, BLOCK_D=block_d
+    _sums[(parts, heads)](
+        codebook, sums, hashes, table, size, dim, part_codes, slots, WIDE=wide, ROWS=rows, BLOCK_D=block_d
     )
-    _decide[(heads,)](norms, frame.scalars, frame.center, size, dim, L2=l2, WIDE=wide, BLOCK=1024)
+    _norms[(parts, heads)](
+        codebook, sums, hashes, table, frame.center, frame.norms, size, dim, part_codes, parts, slots,
+        ROWS=rows, BLOCK_D=block_d,
+    )  # fmt: skip
+    _decide[(heads,)](frame.norms, frame.scalars, frame.center, size, dim, L2=l2, WIDE=wide, BLOCK=1024)
     _pack[(triton.cdiv(padded, packed_rows), heads)](
-        codebook, frame.center, norms, frame.scalars, frame.high, frame.low, frame.half, frame.folded, frame.maxima,
-        size, dim, padded, L2=l2, WIDE=wide, BESIDE=beside, ROWS=packed_rows, BLOCK_D=block_d,
+        codebook, frame.center, frame.norms, frame.scalars, frame.high, frame.low, frame.half, frame.folded,
+        frame.maxima, size, dim, padded, L2=l2, WIDE=wide, BESIDE=beside, ROWS=packed_rows, BLOCK_D=block_d,
         CHUNKS=columns // block_d,
     )  # fmt: skip
     return frame

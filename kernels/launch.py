@@ -72,7 +72,10 @@ SCANS["sm_100"] = SCANS["sm_80"] | {
     (3, 1 << 30): Scan(64, 64, 64, 8, 2, False),
 }
 # 99 KiB of shared memory: GeForce and the like, of Ampere, Ada and Blackwell.
-SCANS["sm_86"] = SCANS["sm_80"] | {(1, 256): Scan(128, 128, 64, 8, 3, True)}
+SCANS["sm_86"] = SCANS["sm_80"] | {
+    (1, 16): Scan(128, 128, 16, 4, 2, True),
+    (1, 256): Scan(128, 128, 64, 8, 3, True),
+}
 # 64 KiB of shared memory.
 SCANS["gfx942"] = SCANS["sm_80"] | {
     (1, 16): Scan(128, 128, 16, 8, 3, True),

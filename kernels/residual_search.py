@@ -33,7 +33,7 @@ DEFINE_K, DEFINE_D = 32, 16
 
 @triton.jit
 def _residual_search(
-    residual, codebook, center, scalars, maxima, high, low, half, folded, row_high, row_low, out,
+    residual, codebook, center, scalars, norms, maxima, high, low, half, folded, row_high, row_low, out,
     n, size, dim, root, padded, stages,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
     DEFINE_K: tl.constexpr, DEFINE_D: tl.constexpr,
@@ -74,7 +74,7 @@ def _residual_search(
             for i in range(BLOCK_N):
                 if tl.sum(tl.where(local == i, uncertified, 0)) > 0:
                     row = residual + (tl.program_id(0).to(tl.int64) * BLOCK_N + i) * dim
-                    found = nearest(row, codebook, size, dim, True, False, DEFINE_K, DEFINE_D)
+                    found = nearest(row, codebook, norms, size, dim, True, False, DEFINE_K, DEFINE_D)
                     code = tl.where(local == i, found, code)
         tl.store(out + rows * stages + stage, code, there)
         # Nothing reads the residual of this stage any more.
@@ -91,6 +91,7 @@ def _residual_search(
         codebook += long * size * dim
         center += dim
         scalars += SCALARS
+        norms += 2 * size
         maxima += MAXIMA
         high += long * padded * columns
         low += long * padded * columns
@@ -127,10 +128,10 @@ def _search_stack(x: Tensor, codebooks: Tensor) -> Tensor:
         frame = prepare(codes, metric="l2", wide=False, block_codes=config.block_k)
         scratch = x.new_empty(2, n, columns, dtype=torch.float16)
         _residual_search[(triton.cdiv(n, config.block_n),)](
-            residual, codes, frame.center, frame.scalars, frame.maxima, frame.high, frame.low, frame.half, frame.folded,
-            *scratch, indices, n, size, dim, launch.root_of(dim), frame.half.shape[1], stages, BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k, BLOCK_D=block_d, CHUNKS=columns // block_d, STAGES=config.num_stages,
-            DEFINE_K=DEFINE_K, DEFINE_D=DEFINE_D, num_warps=WARPS, enable_fp_fusion=False,
+            residual, codes, frame.center, frame.scalars, frame.norms, frame.maxima, frame.high, frame.low, frame.half,
+            frame.folded, *scratch, indices, n, size, dim, launch.root_of(dim), frame.half.shape[1], stages,
+            BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_D=block_d, CHUNKS=columns // block_d,
+            STAGES=config.num_stages, DEFINE_K=DEFINE_K, DEFINE_D=DEFINE_D, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return indices
 

@@ -17,6 +17,8 @@ from .frame import (
     LONGEST,
     LOW,
     LOW_REST,
+    LOWEST,
+    LOWEST_WIDE,
     MAXIMA,
     SCALARS,
     TARGET,
@@ -33,7 +35,7 @@ def row_scale(largest, root, scalars, dtype: tl.constexpr):
     2^root >= sqrt(D).
     """
     exponent = tl.load(scalars + EXPONENT).to(tl.int32)
-    lowest: tl.constexpr = -490 if dtype == tl.float64 else -126
+    lowest: tl.constexpr = LOWEST_WIDE if dtype == tl.float64 else LOWEST
     down = tl.minimum(exponent, TARGET - root - exponent_of(largest))
     clamped = tl.maximum(down, lowest)
     # Below -490 the row is so long that the definition may overflow, and below -126 it isn't brought down as it should.

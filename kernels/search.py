@@ -35,8 +35,8 @@ SCRATCH = 2**28
 
 @triton.jit
 def _scan(
-    x, row_high, row_low, measured, codebook, listed, listed_count, center, scalars, maxima, high, low, half, folded,
-    out, work, count, partial, partial_index, n, size, dim, root, padded, tiles_a_split,
+    x, row_high, row_low, measured, codebook, listed, listed_count, center, scalars, norms, maxima, high, low, half,
+    folded, out, work, count, partial, partial_index, n, size, dim, root, padded, tiles_a_split,
     LISTED: tl.constexpr, TERMS: tl.constexpr, BESIDE: tl.constexpr, L2: tl.constexpr, WIDE: tl.constexpr,
     SPLIT: tl.constexpr, PREPARED: tl.constexpr, PAIRED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
@@ -95,14 +95,15 @@ def _scan(
     else:
         usable = tl.load(scalars + USABLE).to(tl.int32) + tl.zeros([BLOCK_N], tl.int32)
         certify(
-            best, second, index, bound, far_floor, there, rows, at, x, codebook + head * size * dim, size, dim, usable,
-            out + head * n, work + head * n, count + head, PAIRED, L2, BLOCK_N,
+            best, second, index, bound, far_floor, there, rows, at, x, codebook + head * size * dim,
+            norms + head * 2 * size, size, dim, usable, out + head * n, work + head * n, count + head,
+            PAIRED, L2, BLOCK_N,
         )  # fmt: skip
 
 
 @triton.jit
 def _merge(
-    x, codebook, listed, listed_count, scalars, partial, partial_index, measured, out, work, count,
+    x, codebook, listed, listed_count, scalars, norms, partial, partial_index, measured, out, work, count,
     n, size, dim, splits,
     LISTED: tl.constexpr, L2: tl.constexpr, PAIRED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +128,7 @@ def _merge(
     usable = tl.load(scalars + head * SCALARS + USABLE).to(tl.int32) + tl.zeros([BLOCK_N], tl.int32)
     certify(
         best, second, index, bound, far_floor, there, rows, (head * n + rows) * dim, x, codebook + head * size * dim,
-        size, dim, usable, out + head * n, work + head * n, count + head, PAIRED, L2, BLOCK_N,
+        norms + head * 2 * size, size, dim, usable, out + head * n, work + head * n, count + head, PAIRED, L2, BLOCK_N,
     )  # fmt: skip
 
 
@@ -181,8 +182,8 @@ def _search(x: Tensor, codebook: Tensor, out: Tensor, metric: str) -> None:
     _tier(x, codebook, frame, out, open_rows, left, 3, second, l2, wide)
     define = launch.DEFINE
     _define[(min(n, define.programs), heads)](
-        x, codebook, *left, out, n, size, dim, L2=l2, WIDE=wide, BLOCK_K=define.block_k, BLOCK_D=define.block_d,
-        num_warps=define.num_warps, enable_fp_fusion=False,
+        x, codebook, frame.norms, *left, out, n, size, dim, L2=l2, WIDE=wide, BLOCK_K=define.block_k,
+        BLOCK_D=define.block_d, num_warps=define.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -244,16 +245,16 @@ def _tier(
     partial = x.new_empty(heads, splits, 2, split_n, dtype=torch.float32)
     partial_index = x.new_empty(heads, splits, split_n, dtype=torch.int32)
     _scan[(blocks, splits, heads)](
-        x, row_high, row_low, measured, codebook, rows, row_count, frame.center, frame.scalars, frame.maxima,
-        frame.high, frame.low, frame.half, frame.folded, out, *work, partial, partial_index, n, size, dim, root, padded,
-        triton.cdiv(tiles, splits), **options, BESIDE=frame.beside, L2=l2, SPLIT=splits > 1, PREPARED=prepared,
-        PAIRED=paired, BLOCK_N=tier.block_n, BLOCK_K=tier.block_k, BLOCK_D=tier.block_d, CHUNKS=columns // tier.block_d,
-        STAGES=tier.num_stages, num_warps=tier.num_warps,
+        x, row_high, row_low, measured, codebook, rows, row_count, frame.center, frame.scalars, frame.norms,
+        frame.maxima, frame.high, frame.low, frame.half, frame.folded, out, *work, partial, partial_index, n, size, dim,
+        root, padded, triton.cdiv(tiles, splits), **options, BESIDE=frame.beside, L2=l2, SPLIT=splits > 1,
+        PREPARED=prepared, PAIRED=paired, BLOCK_N=tier.block_n, BLOCK_K=tier.block_k, BLOCK_D=tier.block_d,
+        CHUNKS=columns // tier.block_d, STAGES=tier.num_stages, num_warps=tier.num_warps,
     )  # fmt: skip
     if splits > 1:
         _merge[(triton.cdiv(n, 128), heads)](
-            x, codebook, rows, row_count, frame.scalars, partial, partial_index, measured, out, *work, n, size, dim,
-            splits, LISTED=listed is not None, L2=l2, PAIRED=paired, BLOCK_N=128, num_warps=4,
+            x, codebook, rows, row_count, frame.scalars, frame.norms, partial, partial_index, measured, out, *work,
+            n, size, dim, splits, LISTED=listed is not None, L2=l2, PAIRED=paired, BLOCK_N=128, num_warps=4,
         )  # fmt: skip
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-INTEGERS = ("n", "size", "dim", "root", "padded", "splits", "parts", "part_codes", "tiles_a_split", "stages")
+INTEGERS = ("n", "size", "dim", "root", "padded", "splits", "parts", "part_codes", "tiles_a_split", "stages", "slots")
 POINTERS = {
-    "scalars": "fp64", "norms": "fp64", "maxima": "i32", "high": "fp16", "low": "fp16", "folded": "fp16",
+    "scalars": "fp64", "norms": "fp64", "hashes": "i64", "table": "i32", "maxima": "i32", "high": "fp16",
+    "low": "fp16", "folded": "fp16",
     "row_high": "fp16", "row_low": "fp16", "half": "fp32", "measured": "fp32", "partial": "fp32",
     "partial_index": "i32", "residual": "fp32",
     "listed": "i32", "listed_count": "i32", "work": "i32", "count": "i32", "out": "i64",

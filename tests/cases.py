@@ -348,6 +348,65 @@ def only_non_finite_codes(n, k, d, g):
     return x, codes
 
 
+def zero_codes(n, k, d, g):
+    return torch.randn(n, d, generator=g), torch.zeros(k, d)
+
+
+def copies_in_random_order(n, k, d, g):
+    distinct = torch.randn(5, d, generator=g)
+    return around(distinct, n, 0.1, g), distinct[torch.randint(5, (k,), generator=g)]
+
+
+def few_codes_among_zeros(n, k, d, g):
+    codes = torch.zeros(k, d)
+    codes[torch.randperm(k, generator=g)[:5]] = torch.randn(5, d, generator=g)[:k]
+    return around(codes.unique(dim=0), n, 0.1, g), codes
+
+
+def copies_of_a_far_code(n, k, d, g):
+    """Return copies of a long code that would be too many to be left out of a scan, and rows near the others."""
+    codes = torch.randn(k, d, generator=g)
+    far, near = torch.randperm(k, generator=g).tensor_split([k // 8])
+    codes[far] = 1e4
+    return around(codes[near], n, 0.1, g), codes
+
+
+def copies_of_non_finite_codes(n, k, d, g):
+    x, codes = copies_in_random_order(n, k, d, g)
+    codes[::4, 0], codes[1::4, d // 2] = torch.nan, torch.inf
+    return x, codes
+
+
+def copies_but_for_one_bit(n, k, d, g):
+    """Return codes of which half differ from a copy in the last bit of an element, and the codes as rows."""
+    codes = torch.randn(4, d, generator=g)[torch.randint(4, (k,), generator=g)]
+    bits = codes.view(torch.int32)
+    bits[torch.arange(0, k, 2), torch.randint(d, ((k + 1) // 2,), generator=g)] ^= 1
+    return around(codes, n, 0.0, g), codes
+
+
+COPIES: dict[str, Data] = {
+    data.__name__: data
+    for data in (
+        zero_codes,
+        copies_in_random_order,
+        copies_of_a_far_code,
+        few_codes_among_zeros,
+        copies_but_for_one_bit,
+        copies_of_non_finite_codes,
+    )
+}
+"""As ADVERSARIAL, for the search of the kernels, which leaves out codes that equal an earlier one."""
+
+
+def first_copies(codebook: Tensor) -> Tensor:
+    """Return the codes without those that equal an earlier one as numbers."""
+    seen: dict[tuple[float, ...], int] = {}
+    for k, code in enumerate(codebook.tolist()):
+        seen.setdefault(tuple(code), k)
+    return codebook[list(seen.values())]
+
+
 FLOAT64_ONLY: dict[str, Data] = {
     "float64_overflow": lambda n, k, d, g: tuple(t.double() * 1e200 for t in gaussian(n, k, d, g)),
     "float64_overflow_non_finite_codes": lambda n, k, d, g: tuple(

@@ -17,19 +17,22 @@ struct Codes {
   int64_t size;
   int dim;
   Metric metric;
-  bool aligned;  // see load_four
-  bool wide;     // float64 among the arguments: float32 scores say nothing
+  bool aligned;                     // see load_four
+  bool wide;                        // float64 among the arguments: float32 scores say nothing
+  const double* lengths = nullptr;  // of a frame, if there is one: negative where a code is never the nearest
 
   __device__ Codes head(int64_t which) const {
     Codes codes = *this;
     codes.first += which * size * dim;
+    if (lengths) codes.lengths += 2 * which * size;
     return codes;
   }
+  __device__ bool left_out(int64_t code) const { return lengths && lengths[code] < 0.0; }
 };
 
 inline Codes codes_of(Values values, int64_t size, int dim, Metric metric, Values x) {
-  return {
-      values, 0, size, dim, metric, comes_in_fours(values, dim), x.dtype == DType::f64 || values.dtype == DType::f64};
+  const bool wide = x.dtype == DType::f64 || values.dtype == DType::f64;
+  return {values, 0, size, dim, metric, comes_in_fours(values, dim), wide};
 }
 
 // Lanes that share a code, four columns each at a time.
@@ -44,13 +47,13 @@ __host__ __device__ inline int stride_of(int dim) {
   return (dim + 3) / 4 * 4;
 }
 
-// Where a score lies. A code that isn't finite is nowhere; where float32 overflowed, it may be anywhere.
+// Where a score lies. A code that isn't finite, or a copy, is nowhere; where float32 overflowed, it may be anywhere.
 struct Range {
   float low, high;
 };
 
-__device__ inline Range range_of(const Codes& codes, float value, float terms, bool non_finite) {
-  if (non_finite) return {INFINITY, INFINITY};
+__device__ inline Range range_of(const Codes& codes, float value, float terms, bool left_out) {
+  if (left_out) return {INFINITY, INFINITY};
   const float size = codes.metric == Metric::l2 ? value : terms;
   const float dim = static_cast<float>(codes.dim);
   const float error = (dim + 8.0f) * 1.01f * UNIT * size + dim * 0x1p-125f;
@@ -76,13 +79,22 @@ __device__ __forceinline__ void score(const Codes& codes, int64_t code, bool the
                                       int width, Range (&ranges)[R]) {
   const int stride = stride_of(codes.dim), part = threadIdx.x % width;
   float value[R] = {}, terms[R] = {};
-  bool non_finite = !there;
+  there = there && !codes.left_out(code);
+  // A code that equals the one before it is never the nearest: a frame knows that, and of all copies.
+  const bool compared = there && !codes.lengths && code > 0;
+  bool non_finite = !there, differs = !compared;
   if (there) {
     for (int j = 4 * part; j < codes.dim; j += 4 * width) {
       float e[4];
       load_four(codes.values, codes.first + code * codes.dim + j, codes.dim - j, codes.aligned, e);
 #pragma unroll
       for (int i = 0; i < 4; ++i) non_finite |= !is_finite(e[i]);
+      if (compared) {
+        float before[4];
+        load_four(codes.values, codes.first + (code - 1) * codes.dim + j, codes.dim - j, codes.aligned, before);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) differs |= e[i] != before[i];
+      }
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if (r >= count) continue;
@@ -93,13 +105,14 @@ __device__ __forceinline__ void score(const Codes& codes, int64_t code, bool the
       }
     }
   }
-  non_finite = combine_lanes(static_cast<int>(non_finite), Maximum{}, width) != 0;
+  const int flags = combine_lanes(2 * non_finite + differs, Either{}, width);
+  const bool left_out = flags >= 2 || flags == 0;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     if (r >= count) continue;
     value[r] = combine_lanes(value[r], Sum{}, width);
     if (codes.metric == Metric::dot) terms[r] = combine_lanes(terms[r], Sum{}, width);
-    ranges[r] = range_of(codes, value[r], terms[r], non_finite);
+    ranges[r] = range_of(codes, value[r], terms[r], left_out);
   }
 }
 
@@ -157,7 +170,7 @@ __device__ inline void for_candidates(const Codes& codes, int64_t begin, int64_t
   for (int64_t first = begin; first < end; first += groups) {
     Range range[1];
     score(codes, first + group, first + group < end, row, 1, width, range);
-    // A low of infinity is a code that isn't finite, or none.
+    // A low of infinity is a code that isn't finite, a copy, or none.
     if (lane % width == 0 && range[0].low <= limit && range[0].low < INFINITY) visit(first + group);
   }
 }
@@ -239,6 +252,7 @@ __device__ inline int64_t nearest_in_thread(const Codes& codes, int64_t begin, i
                                             Values x, int64_t row_at) {
   const int64_t end = min(begin + count, codes.size);
   const auto range_at = [&](int64_t code) {
+    if (codes.left_out(code)) return Range{INFINITY, INFINITY};
     float value = 0.0f, terms = 0.0f;
     bool non_finite = false;
 #pragma unroll

@@ -15,7 +15,7 @@ constexpr int SHORT_COLUMNS = 32;  // a thread holds at most
 // The uncertified rows of a tier.
 struct Rest {
   int* rows;   // [heads, n]
-  int* count;  // [heads], zero before
+  int* count;  // [heads], one of the frame's
   int64_t* out;
 
   __device__ void add(int64_t head, int64_t n, int64_t row) const {

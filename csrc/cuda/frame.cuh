@@ -1,23 +1,25 @@
 // The codebook as a scan sees it: centered, scaled by a power of two, and measured. docs/exactness.md says what for.
 //
-//   frame_norms    a center, and each code's length, as it is and about the center
+//   frame_enter    a center, and the codes into the table of copies
+//   frame_norms    each code's length, as it is and about the center; which codes are copies
 //   frame_decide   one block: whether to center, the scale, and which codes are far from the others
 //   pack_pairs     float32 codes, two by two, for CUDA cores
 //   pack_parts     two float16 parts of each code, for matrix units
 #pragma once
 
-#include "direct.cuh"
+#include "copies.cuh"
 
 namespace fastvq::cuda {
 
 constexpr int FRAME_THREADS = 128, FRAME_WARPS = FRAME_THREADS / WARP;
-constexpr int64_t FRAME_BLOCKS = 256;  // of frame_norms, at most
+constexpr int64_t FRAME_BLOCKS = 256;  // of frame_enter and frame_norms, at most
 constexpr int64_t SAMPLE = 64;         // codes, about, whose mean is the center: any center is right
 constexpr double FAR = 8.0;            // times the geometric mean of the lengths, and a code is far from the others
 constexpr int64_t FAR_SHARE = 64;      // at most one code in this number is far
 constexpr int TARGET = 7;              // the longest code is scaled to [2^6, 2^7): half its square fits float16
 constexpr float LONGEST = 1.01f * 0x1p7f;
-constexpr double NOT_FINITE = -1.0;  // in place of a length
+constexpr double LEFT_OUT = -1.0;  // in place of the length of a code that isn't finite, or equals an earlier one
+constexpr int MOST_SCANS = 2;
 
 constexpr int TILE = 64;  // codes that come to shared memory together; packed codebooks are whole tiles
 constexpr float SMALLEST_NORMAL = 0x1p-14f;  // of float16: below that parts are made zero, as some units would
@@ -26,7 +28,7 @@ constexpr float LOW_SCALE = 2048.0f;         // the low part is kept this much l
 struct Decision {
   double threshold;  // of the lengths of codes that are scanned
   double far_norm;   // the shortest of the others, scaled; infinity without any
-  int usable;        // finite codes
+  int usable;        // finite codes that equal no earlier one
   int centered;
   int exponent;
 };
@@ -38,13 +40,15 @@ struct Maxima {
 
 struct Frame {
   Codes codes;
-  float* center;       // [heads, dim]
-  double* lengths;     // [heads, 2, size]: as they are, about the center
-  Decision* decision;  // [heads]
-  Maxima* maxima;      // [heads]
-  float* halves;       // [heads, padded]: minus half the square; minus infinity where a code isn't scanned
-  float* pairs;        // [heads, padded / 2, columns, 2]
-  uint16_t* parts;     // [heads, 2, padded, columns]: high parts, low parts
+  Copies copies;
+  float* center;            // [heads, dim]
+  double* lengths;          // [heads, 2, size]: as they are, about the center
+  Decision* decision;       // [heads]
+  Maxima* maxima;           // [heads]
+  float* halves;            // [heads, padded]: minus half the square; minus infinity where a code isn't scanned
+  float* pairs;             // [heads, padded / 2, columns, 2]
+  uint16_t* parts;          // [heads, 2, padded, columns]: high parts, low parts
+  int* counts[MOST_SCANS];  // [heads]: of the rows that each scan leaves uncertified; zero, or null without that scan
   int64_t padded;
   int columns;
 
@@ -54,7 +58,7 @@ struct Frame {
     const float moved = chosen.centered ? value - center[head * codes.dim + column] : value;
     return moved * power_of_two(chosen.exponent);
   }
-  // A code that is scanned: finite, and not far from the others.
+  // A code that is scanned: finite, no copy, and not far from the others.
   __device__ bool near(int64_t head, int64_t code) const {
     if (code >= codes.size) return false;
     const Decision& chosen = decision[head];
@@ -86,10 +90,28 @@ __device__ inline Parts split(float value) {
   return parts;
 }
 
-static __global__ void __launch_bounds__(FRAME_THREADS) frame_norms(Frame frame) {
-  float* center = reinterpret_cast<float*>(shared_memory());
+// Calls visit(code) for the codes of each warp, which has one at a time.
+template <class Visit>
+__device__ inline void for_codes(const Codes& codes, const Visit& visit) {
+  for (int64_t k = blockIdx.x * FRAME_WARPS + threadIdx.x / WARP; k < codes.size; k += gridDim.x * FRAME_WARPS)
+    visit(k);
+}
+
+static __global__ void __launch_bounds__(FRAME_THREADS) frame_enter(Frame frame) {
   const Codes codes = frame.codes.head(blockIdx.y);
-  const int dim = codes.dim;
+  const int dim = codes.dim, lane = threadIdx.x % WARP;
+  for_codes(codes, [&](int64_t k) {
+    uint64_t hash = 0;
+    int non_finite = 0;
+    for (int j = lane; j < dim; j += WARP) {
+      const float value = load(codes.values, codes.first + k * dim + j);
+      non_finite |= !is_finite(value);
+      hash += hash_of(value, j);
+    }
+    hash = combine_lanes(hash, Sum{});
+    if (combine_lanes(non_finite, Maximum{}) == 0) enter(frame.copies, blockIdx.y, codes, k, hash);
+  });
+  if (blockIdx.x > 0) return;
   const int64_t step = max(int64_t{1}, codes.size / SAMPLE);
   for (int j = threadIdx.x; j < dim; j += FRAME_THREADS) {
     double sum = 0.0;
@@ -100,13 +122,16 @@ static __global__ void __launch_bounds__(FRAME_THREADS) frame_norms(Frame frame)
       sum += value;
       ++count;
     }
-    center[j] = count > 0 ? static_cast<float>(sum / count) : 0.0f;
-    if (blockIdx.x == 0) frame.center[blockIdx.y * static_cast<int64_t>(dim) + j] = center[j];
+    frame.center[blockIdx.y * static_cast<int64_t>(dim) + j] = count > 0 ? static_cast<float>(sum / count) : 0.0f;
   }
-  __syncthreads();
-  const int lane = threadIdx.x % WARP;
+}
+
+static __global__ void __launch_bounds__(FRAME_THREADS) frame_norms(Frame frame) {
+  const Codes codes = frame.codes.head(blockIdx.y);
+  const int dim = codes.dim, lane = threadIdx.x % WARP;
+  const float* center = frame.center + blockIdx.y * static_cast<int64_t>(dim);
   double* lengths = frame.lengths + 2 * blockIdx.y * codes.size;
-  for (int64_t k = blockIdx.x * FRAME_WARPS + threadIdx.x / WARP; k < codes.size; k += gridDim.x * FRAME_WARPS) {
+  for_codes(codes, [&](int64_t k) {
     double raw = 0.0, centered = 0.0;
     int non_finite = 0;
     for (int j = lane; j < dim; j += WARP) {
@@ -115,14 +140,15 @@ static __global__ void __launch_bounds__(FRAME_THREADS) frame_norms(Frame frame)
       raw += value * value;
       centered += moved * moved;
     }
-    non_finite = combine_lanes(non_finite, Maximum{});
     raw = combine_lanes(raw, Sum{});
     centered = combine_lanes(centered, Sum{});
+    const bool left_out =
+        combine_lanes(non_finite, Maximum{}) != 0 || equals_earlier(frame.copies, blockIdx.y, codes, k);
     if (lane == 0) {
-      lengths[k] = non_finite ? NOT_FINITE : sqrt(raw);
-      lengths[codes.size + k] = non_finite ? NOT_FINITE : sqrt(centered);
+      lengths[k] = left_out ? LEFT_OUT : sqrt(raw);
+      lengths[codes.size + k] = left_out ? LEFT_OUT : sqrt(centered);
     }
-  }
+  });
 }
 
 struct Reach {
@@ -162,7 +188,7 @@ __device__ inline Reach reach_of(const double* lengths, int64_t size, Metric met
   longest = combine_block(longest, Maximum{}, scratch);
   longest_near = combine_block(longest_near, Maximum{}, scratch);
   nearest_far = combine_block(nearest_far, Minimum{}, scratch);
-  const bool few = metric == Metric::l2 && beyond <= size / FAR_SHARE;
+  const bool few = metric == Metric::l2 && beyond <= usable / FAR_SHARE;
   if (few) return {limit, longest_near, nearest_far, usable};
   return {INFINITY, longest, INFINITY, usable};
 }
@@ -175,14 +201,17 @@ static __global__ void __launch_bounds__(FRAME_THREADS) frame_decide(Frame frame
   bool pays = false;
   if (frame.codes.metric == Metric::l2) {
     const Reach centered = reach_of(lengths + size, size, Metric::l2, scratch);
-    pays = centered.longest < 0.5 * reach.longest;
+    pays = centered.longest < 0.5 * reach.longest && reach.usable > 1;
     if (pays) reach = centered;
   }
   if (threadIdx.x > 0) return;
-  const int exponent = min(max(TARGET - exponent_of(reach.longest), -126), 126);
+  // A code without others to tell it from wins at any scale, and at the smallest no row is too long for it.
+  const int exponent = reach.usable > 1 ? min(max(TARGET - exponent_of(reach.longest), -126), 126) : -126;
   frame.decision[blockIdx.x] = {reach.threshold, reach.nearest_far * power_of_two_wide(exponent), reach.usable,
                                 static_cast<int>(pays), exponent};
   frame.maxima[blockIdx.x] = {};
+  for (int* count : frame.counts)
+    if (count) count[blockIdx.x] = 0;
 }
 
 // A thread has a code.
@@ -248,9 +277,10 @@ static __global__ void __launch_bounds__(FRAME_THREADS) pack_parts(Frame frame) 
   lift(&maxima.half, half);
 }
 
-// The codebook made ready for a scan of vectors of `columns` padded columns, in float32 pairs or in float16 parts.
+// The codebook made ready for `scans` scans of vectors of `columns` padded columns, in float32 pairs or in float16
+// parts.
 template <class Take>
-Frame prepare(const Codes& codes, int heads, int columns, bool in_pairs, Stream stream, const Take& take) {
+Frame prepare(const Codes& codes, int heads, int columns, bool in_pairs, int scans, Stream stream, const Take& take) {
   Frame frame{};
   frame.codes = codes;
   frame.columns = columns;
@@ -258,13 +288,21 @@ Frame prepare(const Codes& codes, int heads, int columns, bool in_pairs, Stream 
   const int64_t elements = heads * frame.padded * columns;
   frame.center = static_cast<float*>(take(sizeof(float) * heads * codes.dim));
   frame.lengths = static_cast<double*>(take(sizeof(double) * heads * 2 * codes.size));
+  frame.codes.lengths = frame.lengths;
   frame.decision = static_cast<Decision*>(take(sizeof(Decision) * heads));
   frame.maxima = static_cast<Maxima*>(take(sizeof(Maxima) * heads));
   frame.halves = static_cast<float*>(take(sizeof(float) * heads * frame.padded));
+  for (int scan = 0; scan < scans; ++scan) frame.counts[scan] = static_cast<int*>(take(sizeof(int) * heads));
+  frame.copies.slots = min(SLOTS_EACH * codes.size, MOST_SLOTS);
+  const size_t table_bytes = sizeof(int) * heads * frame.copies.slots;
+  frame.copies.table = static_cast<int*>(take(table_bytes));
+  frame.copies.hashes = static_cast<uint64_t*>(take(sizeof(uint64_t) * heads * codes.size));
+  fill_zero(frame.copies.table, table_bytes, stream);
   const unsigned many = static_cast<unsigned>(heads);
   const auto blocks = [&](int64_t items, int each) { return static_cast<unsigned>(ceil_div(items, each)); };
-  launch(frame_norms, dim3(static_cast<unsigned>(min(FRAME_BLOCKS, ceil_div(codes.size, FRAME_WARPS))), many),
-         FRAME_THREADS, static_cast<int>(sizeof(float)) * codes.dim, stream, frame);
+  const dim3 all_codes(static_cast<unsigned>(min(FRAME_BLOCKS, ceil_div(codes.size, FRAME_WARPS))), many);
+  launch(frame_enter, all_codes, FRAME_THREADS, 0, stream, frame);
+  launch(frame_norms, all_codes, FRAME_THREADS, 0, stream, frame);
   launch(frame_decide, dim3(many), FRAME_THREADS, FRAME_WARPS * static_cast<int>(sizeof(double)), stream, frame);
   if (in_pairs) {
     frame.pairs = static_cast<float*>(take(sizeof(float) * elements));

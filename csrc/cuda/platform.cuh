@@ -153,6 +153,11 @@ __device__ inline float2 multiply_add(float2 a, float2 b, float2 c) {
 #endif
 }
 
+// A number that other blocks may be raising: what it was at some time.
+__device__ inline int peek(const int* at) {
+  return *static_cast<const volatile int*>(at);
+}
+
 // Waits for all blocks of a grid that launch_together started. `arrived` was zero before the launch; it counts on.
 __device__ inline void grid_barrier(unsigned* arrived) {
   __syncthreads();

@@ -124,7 +124,7 @@ struct Search {
     else if (path == Path::matrix || path == Path::three_products)
       on_matrix_units(path == Path::matrix);
     else
-      by_definition({nullptr, nullptr});
+      by_definition(codes, {nullptr, nullptr});
   }
 
  private:
@@ -146,19 +146,11 @@ struct Search {
     search_few(rows, heads, machine, stream, take);
   }
 
-  void by_definition(List list) const {
+  // `searched` are the codes, or those of a frame, which knows some that are never the nearest.
+  void by_definition(const Codes& searched, List list) const {
     const int64_t most = static_cast<int64_t>(DEFINE_BLOCKS_EACH) * machine.processors;
     launch(define, dim3(static_cast<unsigned>(min(n, most)), static_cast<unsigned>(heads)), FEW_THREADS,
-           define_shared(codes.dim), stream, codes, x, list, n, out);
-  }
-
-  Rest empty_list() const {
-    Rest rest{};
-    rest.rows = static_cast<int*>(take(sizeof(int) * heads * n));
-    rest.count = static_cast<int*>(take(sizeof(int) * heads));
-    rest.out = out;
-    fill_zero(rest.count, sizeof(int) * heads, stream);
-    return rest;
+           define_shared(codes.dim), stream, searched, x, list, n, out);
   }
 
   // Among how many blocks the codes are shared out, where rows alone leave processors idle.
@@ -183,7 +175,8 @@ struct Search {
     scan.tiles = static_cast<int>(ceil_div(tiles, splits));
     scan.best = static_cast<float*>(take(sizeof(float) * 2 * heads * splits * across * n));
     scan.group = static_cast<int*>(take(sizeof(int) * heads * splits * across * n));
-    const Rest rest = empty_list();
+    // A scan of a list is the second.
+    const Rest rest{static_cast<int*>(take(sizeof(int) * heads * n)), scan.frame.counts[scan.list.rows ? 1 : 0], out};
     const unsigned many = static_cast<unsigned>(heads);
     launch(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits), many), MATRIX_THREADS, shared,
            stream, scan, tiles);
@@ -207,15 +200,21 @@ struct Search {
   }
 
   template <int COLUMNS>
-  List scan_pairs() const {
+  void scan_pairs() const {
     static_assert(CORES_THREADS == MATRIX_THREADS);
-    const Frame frame = prepare(codes, heads, COLUMNS, true, stream, take);
-    return run_scan(scan_cores<COLUMNS>, cores_shared<COLUMNS>(), scan_of(frame, Tier::cores, {nullptr, nullptr}),
-                    CORES_THREADS * ROWS_EACH<COLUMNS>, CORES_TILE, CORES_GROUP, 1);
+    const Frame frame = prepare(codes, heads, COLUMNS, true, 1, stream, take);
+    const Scan scan = scan_of(frame, Tier::cores, {nullptr, nullptr});
+    by_definition(frame.codes, run_scan(scan_cores<COLUMNS>, cores_shared<COLUMNS>(), scan,
+                                        CORES_THREADS * ROWS_EACH<COLUMNS>, CORES_TILE, CORES_GROUP, 1));
   }
 
   void on_cores() const {
-    by_definition(codes.dim <= 4 ? scan_pairs<4>() : codes.dim <= 8 ? scan_pairs<8>() : scan_pairs<16>());
+    if (codes.dim <= 4)
+      scan_pairs<4>();
+    else if (codes.dim <= 8)
+      scan_pairs<8>();
+    else
+      scan_pairs<16>();
   }
 
   template <int PARTS, int BLOCKS, int CHUNK, int WHERE, int ACROSS>
@@ -243,14 +242,14 @@ struct Search {
   }
 
   void on_matrix_units(bool both) const {
-    const Frame frame = prepare(codes, heads, padded_columns(codes.dim), false, stream, take);
+    const Frame frame = prepare(codes, heads, padded_columns(codes.dim), false, both ? 2 : 1, stream, take);
     List list{nullptr, nullptr};
     if (both)
       list = frame.columns == 16   ? scan_parts<1, 4, 16, IN_REGISTERS, 1>(frame, list)
              : frame.columns == 32 ? scan_parts<1, 4, 32, IN_REGISTERS, 1>(frame, list)
                                    : scan_chunks<1, 4, 2>(frame, list);
     list = frame.columns == 16 ? scan_parts<2, 2, 16, IN_REGISTERS, 1>(frame, list) : scan_chunks<2, 1, 1>(frame, list);
-    by_definition(list);
+    by_definition(frame.codes, list);
   }
 };
 

@@ -81,6 +81,11 @@ struct Minimum {
   }
 };
 
+// Bits of either number.
+struct Either {
+  __device__ int operator()(int a, int b) const { return a | b; }
+};
+
 struct Sum {
   template <class T>
   __device__ T operator()(T a, T b) const {

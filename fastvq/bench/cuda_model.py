@@ -24,6 +24,8 @@ PASSES = 2
 """Passes over the candidate codes: the least distance, then the codes that may have it."""
 SCANNED = 12
 """Bytes that a scan leaves per row: two scores and a group."""
+COPIES = 8 + 4 * 16
+"""Bytes per code by which copies are found: a hash, and slots of a table."""
 CORES_COLUMNS = 16
 """Largest number of columns of the scan on CUDA cores."""
 SHORT_COLUMNS, FINISH_THREADS = 32, 128
@@ -116,11 +118,12 @@ def way_named(
         parts[f"{scan['group']} codes a row certified, {of_rows}"] = finish_terms(
             device, scan, shape, share * shape.n, element
         )
-    # Norms and packing read the codebook; packed codes are written, with two lengths and half a square of each.
+    # Hashes, norms and packing read the codebook; packed codes are written, with two lengths and half a square of each.
     packed = 4 * packed_columns(scans[0], shape.d)
-    packing = shape.k * (2 * shape.d * element + packed + 20) / device.memory
-    # Norms, decision, packing; a fill, a scan and its end for each tier, packing of rows that stream; the definition.
-    launches = 3 + 3 * len(tiers) + sum(scan.get("where") == "streamed" for scan in scans) + 1
+    packing = shape.k * (3 * shape.d * element + packed + 20 + COPIES) / device.memory
+    # A fill, hashes, norms, decision, packing; a scan and its end for each tier, packing of rows that stream; the
+    # definition.
+    launches = 5 + 2 * len(tiers) + sum(scan.get("where") == "streamed" for scan in scans) + 1
     return Way(parts, packing, launches, scans)
 
 

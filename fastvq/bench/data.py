@@ -80,6 +80,12 @@ def clustered(shape: Shape) -> tuple[Tensor, Tensor]:
     return codes[owner] + _SPREAD * torch.randn(shape.n, shape.d, generator=g), codes
 
 
+def copies(shape: Shape) -> tuple[Tensor, Tensor]:
+    """Return `clustered` vectors of an eighth of the codes, and some eight copies of each code in random order."""
+    x, distinct = clustered(shape._replace(k=max(1, shape.k // 8)))
+    return x, distinct[torch.randint(len(distinct), (shape.k,), generator=torch.Generator().manual_seed(1))]
+
+
 def directed(shape: Shape) -> tuple[Tensor, Tensor]:
     """Return rotated normal vectors and codes that lie near few directions, as the latents of trained encoders do.
 
@@ -149,6 +155,7 @@ def _drawn(shape: Shape, vectors: Tensor) -> tuple[Tensor, Tensor]:
 DATA: dict[str, Callable[[Shape], tuple[Tensor, Tensor]]] = {
     "gaussian": gaussian,
     "clustered": clustered,
+    "copies": copies,
     "directed": directed,
     "latents": latents,
     "audio": audio,

@@ -25,12 +25,21 @@ def nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
     if not usable.any():
         return x.new_full((len(x),), -1, dtype=torch.int64)
     codes = codebook.double().masked_fill(~usable[:, None], 0)
+    usable &= _are_first(codes, usable)
     halves = codes.square().sum(1) / 2
     first = (halves if metric == "l2" else torch.zeros_like(halves)).masked_fill(~usable, torch.inf)
     rows = max(1, CHUNK_ELEMENTS[x.device.type] // len(codes))
     values = x.double().masked_fill(~included[:, None], 0)
     found = [_nearest_of(part, codes, first, 2 * halves.max(), metric) for part in values.split(rows)]
     return torch.cat(found).masked_fill(~included, -1)
+
+
+def _are_first(codes: Tensor, usable: Tensor) -> Tensor:
+    """Return the mask of the codes without an equal usable code before them, which would win the tie."""
+    distinct, group = codes.unique(dim=0, return_inverse=True)
+    number = torch.arange(len(codes), device=codes.device).masked_fill(~usable, len(codes))
+    lowest = number.new_full((len(distinct),), len(codes)).scatter_reduce_(0, group, number, "amin")
+    return number == lowest[group]
 
 
 def _nearest_of(x: Tensor, codes: Tensor, first: Tensor, largest: Tensor, metric: str) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from fastvq.errors import BenchError
 
 from . import cuda_model
-from .cuda_model import load_counts_of, load_cuda_counts
+from .cuda_model import COPIES, load_counts_of, load_cuda_counts
 from .data import Shape
 from .devices import DEVICES, LAUNCH_SECONDS, Device, Terms, device_named
 from .peers import TRITON
@@ -152,8 +152,9 @@ def predict(
     if not 0 <= uncertified_share <= 1:
         raise BenchError(f"uncertified_share: must be from 0 to 1, got {uncertified_share}")
     first, second = (scan_for(counts, device.target, shape.d, products) for products in (1, 3))
-    # Sums, norms and packing read the codebook; both parts, half the squares and two norms are written.
-    packing = shape.k * (3 * shape.d * element + 4 * _columns(second) + 20) / device.memory
+    # Sums, norms and packing read the codebook; both parts, half the squares, two norms, a hash and the slots of the
+    # table of copies are written.
+    packing = shape.k * (3 * shape.d * element + 4 * _columns(second) + 20 + COPIES) / device.memory
     launches = 4 + 1 + FILLS + sum(_launches(record) for record in (first, second))
     rest = packing + launches * LAUNCH_SECONDS
     parts: dict[str, Terms] = {}

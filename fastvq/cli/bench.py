@@ -22,8 +22,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32)")
     parser.add_argument(
         "--data",
-        help="gaussian, clustered, directed, latents, audio, audio-stage-3, or FILE.npy with vectors (N, D) or (..., D)"
-        " (default: clustered)",
+        help="gaussian, clustered, copies, directed, latents, audio, audio-stage-3, or FILE.npy with vectors (N, D) or "
+        "(..., D) (default: clustered)",
     )
     parser.add_argument("--device", help="torch device (default: cpu)")
     parser.add_argument("--threads", type=int, help="threads of every contestant (default: torch's)")

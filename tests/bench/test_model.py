@@ -140,7 +140,7 @@ class TestSearch:
         first, again = parts["1 product, all rows"], parts["3 products, 0.02 of the rows"]
         # Two scans with rows prepared for each, one split; four of packing, one definition, three fills.
         assert predicted["launches"] == 2 + 3 + 4 + 1 + 3
-        assert predicted["packing"] == pytest.approx(1024 * (3 * 256 * 4 + 4 * 256 + 20) / 3.35e12)
+        assert predicted["packing"] == pytest.approx(1024 * (3 * 256 * 4 + 4 * 256 + 20 + 72) / 3.35e12)
         total = predicted["totals"]["search, 0.02 of the rows uncertified"]["overlapped"]
         passes = sum(max(part[name] for name in model.Terms._fields) for part in (first, again))
         assert total == pytest.approx(passes + predicted["packing"] + 13 * model.LAUNCH_SECONDS)

@@ -86,7 +86,7 @@ class TestOneShape:
             (["--dtype=int8"], "--dtype: must be one of float32, float16, bfloat16, got 'int8'"),
             (
                 ["--data=uniform"],
-                "gaussian, clustered, directed, latents, audio, audio-stage-3 or the path of an .npy file, got",
+                "gaussian, clustered, copies, directed, latents, audio, audio-stage-3 or the path of an .npy file, got",
             ),
             (["--data=absent.npy"], "--data: absent.npy doesn't exist"),
             (["--data=latents"], "--data: latents have D=64 or 256, got D=8"),

@@ -4,9 +4,12 @@
 //     emulate ORDER [SEED] [PROCESSORS] [UNIT] [SHARED]
 //
 // ORDER is forward, reverse, shuffled or threads; UNIT rounding, a100 or h100; SHARED a block's bytes of shared memory.
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <list>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -110,17 +113,25 @@ void run_search() {
   const Values codebook = read_values(memory, heads * size * dim);
   const Codes codes = codes_of(codebook, size, static_cast<int>(dim), metric, x);
   auto* out = static_cast<int64_t*>(memory(heads * n * sizeof(int64_t)));
-  // The only blocks of one int for each head are the numbers of uncertified rows of the scans.
+  // The only blocks of one int for each head are the numbers of uncertified rows of the scans; a search of few rows
+  // takes one block, for the ranges of the scores of its slices.
   std::vector<const int*> counts;
+  std::vector<const Range*> ranges;
+  size_t slices = 0;
   const auto take = [&](size_t bytes) {
     void* const block = memory(bytes);
     if (bytes == sizeof(int) * heads) counts.push_back(static_cast<const int*>(block));
+    ranges.push_back(static_cast<const Range*>(block));
+    slices = bytes / sizeof(Range);
     return block;
   };
   Search<decltype(take)>{x, codes, n, static_cast<int>(heads), out, machine_of(0), nullptr, take}.run(path);
   write(out, heads * n * sizeof(int64_t));
   int64_t uncertified[2] = {-1, -1};
-  for (size_t i = 0; i < counts.size() && i < 2; ++i) uncertified[i] = counts[i][0];
+  for (size_t i = 0; i < counts.size() && i < 2; ++i)
+    uncertified[i] = std::accumulate(counts[i], counts[i] + heads, int64_t{0});
+  if (ranges.size() == 1)
+    uncertified[0] = std::count_if(ranges[0], ranges[0] + slices, [](Range range) { return range.low < INFINITY; });
   write(uncertified, sizeof(uncertified));
 }
 
@@ -178,7 +189,8 @@ void run_needs() {
   say("finish_short<16>", FINISH_THREADS, 0);
   say("finish_short<32>", FINISH_THREADS, 0);
   say("finish_long", FINISH_THREADS, finish_shared(columns));
-  say("frame_norms", FRAME_THREADS, 4 * columns);
+  say("frame_enter", FRAME_THREADS, 0);
+  say("frame_norms", FRAME_THREADS, 0);
   say("frame_decide", FRAME_THREADS, FRAME_WARPS * 8);
   say("pack_pairs", FRAME_THREADS, 0);
   say("pack_parts", FRAME_THREADS, 0);

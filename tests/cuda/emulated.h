@@ -235,6 +235,10 @@ T atomicAdd(T* at, T value) {
   return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 }
 
+inline int peek(const int* at) {
+  return __atomic_load_n(at, __ATOMIC_RELAXED);
+}
+
 inline int atomicMax(int* at, int value) {
   int seen = __atomic_load_n(at, __ATOMIC_RELAXED);
   while (seen < value && !__atomic_compare_exchange_n(at, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {

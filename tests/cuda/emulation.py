@@ -182,9 +182,10 @@ def min_distance(distances: Tensor, x: Tensor, codes: Tensor) -> Call:
 
 
 def search(x: Tensor, codebook: Tensor, metric: str = "l2", path: str = "automatic") -> Call:
-    """Return the indices, and the uncertified rows of the first head after each of two scans, -1 without one.
+    """Return the indices, and the number of uncertified rows after each of two scans, -1 without one.
 
-    `path` names the kernels that the search is forced through; "three_products" is "matrix" without its first scan.
+    Where nothing is packed for few rows, the first number is that of the slices that hold a code, for all rows. `path`
+    names the kernels that the search is forced through; "three_products" is "matrix" without its first scan.
     """
     heads = x.shape[0] if x.dim() == 3 else 1
     call = Call("sear").integers(heads, x.shape[-2], *codebook.shape[-2:], int(metric == "dot")).text(path)

@@ -234,6 +234,22 @@ MUTANTS = (
         "finish.cuh", "scale.tame && kind.moved_finite &&", "scale.tame && (MUTANT || kind.moved_finite) &&",
     ),
     Mutant(
+        "codes that share a slot count as copies", search("matrix", "codes_themselves", 20, 75, 33),
+        "copies.cuh", "if (first >= code) return false;", "if (first >= code || MUTANT) return first < code;",
+    ),
+    Mutant(
+        "a code counts as its own copy", search("cores", "codes_themselves", 60, 30, 3),
+        "copies.cuh", "first >= code", "first >= code + MUTANT",
+    ),
+    Mutant(
+        "copies are looked for by a warp's first columns", search("matrix", "codes_one_ulp_apart", 40, 60, 70),
+        "copies.cuh", "j < codes.dim; j += WARP", "j < (MUTANT ? WARP : codes.dim); j += WARP",
+    ),
+    Mutant(
+        "a code that equals the one before it in some columns is left out", search("few", "lattice", 60, 60, 3),
+        "direct.cuh", "differs |= e[i] != before[i];", "differs |= (!MUTANT || i == 0) && e[i] != before[i];",
+    ),
+    Mutant(
         "streamed rows are those of the first head", two_heads,
         "scan_matrix.cuh", "scan.packed.rows + (PARTS * head * scan.packed.count + first_row + line)",
         "scan.packed.rows + (PARTS * (MUTANT ? 0 : head) * scan.packed.count + first_row + line)",
@@ -251,6 +267,9 @@ MUTANTS = (
 )  # fmt: skip
 
 
+SLOTS = "MOST_SLOTS = int64_t{1} << 28"
+
+
 @functools.cache
 def mutated() -> Path:
     """Return a copy of the kernels that can make each of the mistakes."""
@@ -263,6 +282,11 @@ def mutated() -> Path:
         assert source.count(mutant.right) == 1, f"{mutant.file} no longer holds once: {mutant.right!r}"
         choice = mutant.mistaken.replace("MUTANT", f"(::emulator::mutant == {number})")
         path.write_text(source.replace(mutant.right, choice))
+    # Few slots, so that codes meet in them.
+    path = copy / "copies.cuh"
+    source = path.read_text()
+    assert source.count(SLOTS) == 1, f"copies.cuh no longer holds once: {SLOTS!r}"
+    path.write_text(source.replace(SLOTS, "MOST_SLOTS = 5"))
     return copy
 
 

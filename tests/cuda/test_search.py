@@ -10,7 +10,7 @@ import torch
 
 from fastvq.backends import reference
 
-from ..cases import ADVERSARIAL, DTYPES, FLOAT64_ONLY, METRICS, generator
+from ..cases import ADVERSARIAL, COPIES, DTYPES, FLOAT64_ONLY, METRICS, first_copies, generator
 from . import emulation
 from .emulation import ORDERS, run
 
@@ -182,6 +182,39 @@ def test_the_scans_certify_most_rows(data, path, dim, first, second):
         assert 0 <= shares[1] <= second
 
 
+@pytest.mark.parametrize(("path", "dim"), [("cores", 3), ("matrix", 20), ("matrix", 130), ("three_products", 33)])
+def test_copies_cost_no_certificate(path, dim):
+    """No more rows stay uncertified than among the distinct codes, and those are few."""
+    for number, (name, data) in enumerate(COPIES.items()):
+        metric = METRICS[number % 2]
+        heads = [data(24, 200, dim, generator(seed)) for seed in range(2)]
+        x, codebook = (torch.stack(t) for t in zip(*heads, strict=True))
+        alone = [emulation.search(rows, first_copies(codes), metric, path) for rows, codes in heads]
+        (found, counts), *fewest = run([emulation.search(x, codebook, metric, path), *alone])
+        assert torch.equal(found, reference.search(x, codebook, metric=metric)), (name, metric)
+        if name == "copies_but_for_one_bit":  # too close for a scan, unless they are few and so of one group
+            continue
+        fewest = torch.stack([each for _, each in fewest])
+        assert torch.equal(counts.clamp_min(0), fewest.clamp_min(0).sum(0)), (name, metric, counts, fewest)
+        assert counts.max() == 0, (name, metric, counts)
+
+
+@pytest.mark.parametrize("dim", [3, 6, 33, 130])
+def test_copies_beside_each_other_and_few_rows(dim):
+    """Nothing is packed, and of a run of equal codes all but the first are left out."""
+    distinct = torch.randn(3, dim, generator=generator())
+    x = distinct.repeat(3, 1)
+    runs_of = [torch.zeros(90, dim), distinct.repeat_interleave(30, 0), torch.cat([distinct, torch.zeros(87, dim)])]
+    answers = run(emulation.search(x, codes, path="few") for codes in runs_of)
+    for codes, (found, slices), runs in zip(runs_of, answers, (1, 3, 4), strict=True):
+        assert torch.equal(found, reference.search(x, codes))
+        assert slices[0] <= runs * len(x)
+    given = [data(9, 90, dim, generator()) for data in COPIES.values()]
+    answers = run(emulation.search(*case, path="few") for case in given)
+    for case, (found, _) in zip(given, answers, strict=True):
+        assert torch.equal(found, reference.search(*case))
+
+
 def test_where_one_product_says_too_little():
     """Why vectors of up to 4 dimensions are scanned in float32 (CORES_DIM in search.cuh)."""
     shares = {dim: uncertified_shares("gaussian", (64, 16384, dim), "matrix")[0] for dim in (4, 5, 16)}
@@ -204,6 +237,8 @@ def stacks():
     yield x.half(), codebooks.bfloat16()
     yield x.double(), codebooks[:, :4]
     yield x, codebooks.double()
+    for n in (5, 140):
+        yield torch.randn(n, 6, generator=g), torch.stack([torch.zeros(40, 6), codebooks[0, :1].repeat(40, 1)])
 
 
 def test_a_path_that_cannot_be():

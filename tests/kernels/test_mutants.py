@@ -33,7 +33,7 @@ MUTANTS = {
         "tl.max(tl.where(answered & (best == smallest), best_code, -1))",
     ),
     "ties of a lane take the later code": (
-        "all_codes_equal",
+        "opposite_codes",
         "define.py",
         "(score < best)",
         "(score <= best)",
@@ -49,6 +49,24 @@ MUTANTS = {
         "frame.py",
         "near = (norm >= 0) &",
         "near = (norm >= -1) &",
+    ),
+    "codes that share a slot count as copies": (
+        "gaussian",
+        "copies.py",
+        "possible = possible & (different == 0)",
+        "possible = possible & (different == different)",
+    ),
+    "copies may differ in an element": (
+        "codes_one_ulp_apart",
+        "copies.py",
+        "possible & (different == 0)",
+        "possible & (different <= 1)",
+    ),
+    "a code counts as its own copy": (
+        "gaussian",
+        "copies.py",
+        "chosen & (first < k)",
+        "chosen & (first <= k)",
     ),
     "the bound forgets what float16 leaves": (
         "rounded_midpoints",
@@ -116,12 +134,14 @@ def load(directory):
     package = importlib.util.module_from_spec(spec)
     sys.modules[name] = package
     spec.loader.exec_module(package)
+    # Few slots, so that codes meet in them, and copies come through to where ties are resolved.
+    importlib.import_module(f"{name}.frame").slots_for = lambda size: 5
     return importlib.import_module(f"{name}.search")
 
 
 def wrong(search, data, device):
     """Return whether an index of the mutant differs from the specification's."""
-    for shape in [(60, 75, 33), (24, 130, 8)]:
+    for shape in [(60, 75, 33), (24, 128, 8)]:
         x, codebook = ADVERSARIAL[data](*shape, generator())
         # A mutant may read past the end: there is something there.
         codebook = torch.cat([codebook, codebook / 2])[: len(codebook)]

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from fastvq.backends import reference
+from fastvq.kernels import residual_search as kernels
 from fastvq.kernels.residual_search import residual_search
 
-from ..cases import ADVERSARIAL, DTYPES, generator
+from ..cases import ADVERSARIAL, COPIES, DTYPES, generator
 from . import models
 
 
@@ -43,6 +44,15 @@ def test_a_stage_without_a_finite_code_takes_nothing_off(device):
     actual = residual_search(x.to(device), codebooks.to(device)).cpu()
     assert bool((actual[:, 1] == -1).all())
     assert torch.equal(actual[:, [0, 2]], reference.residual_search(x, codebooks[[0, 2]]))
+
+
+@models.needs_interpreter
+def test_copies_leave_no_row_to_the_definition(monkeypatch):
+    names = ("copies_in_random_order", "zero_codes", "few_codes_among_zeros")
+    (x, _), *_ = drawn = [COPIES[data](9, 70, 6, generator()) for data in names]
+    codebooks = torch.stack([codebook for _, codebook in drawn])
+    monkeypatch.setattr(kernels, "nearest", None)
+    assert torch.equal(residual_search(x, codebooks), reference.residual_search(x, codebooks))
 
 
 def test_rows_and_layouts(device):

@@ -9,10 +9,10 @@ import torch
 from triton.runtime import interpreter
 
 from fastvq.backends import reference
-from fastvq.kernels import launch
+from fastvq.kernels import frame, launch
 from fastvq.kernels import search as kernels
 
-from ..cases import ADVERSARIAL, DTYPES, FLOAT64_ONLY, METRICS, generator, layouts
+from ..cases import ADVERSARIAL, COPIES, DTYPES, FLOAT64_ONLY, METRICS, first_copies, generator, layouts
 from . import models
 
 # One tile and less; several tiles of codes, with a rest; more codes than a tile of columns, and padding to fold into.
@@ -194,12 +194,13 @@ def test_every_tier_by_itself(data, skipped, device, monkeypatch):
     assert not mismatch(*ADVERSARIAL[data](12, 75, 17, generator()), device, metric)
 
 
-def uncertified_shares(x, codebook, device, monkeypatch):
+def uncertified_shares(x, codebook, device, monkeypatch, metric="l2"):
     """Return the shares of rows that the first and the second scan leave uncertified."""
     counts = []
     work_list = kernels._work_list
-    monkeypatch.setattr(kernels, "_work_list", lambda x: counts.append(work_list(x)) or counts[-1])
-    assert not mismatch(x, codebook, device)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_work_list", lambda x: counts.append(work_list(x)) or counts[-1])
+        assert not mismatch(x, codebook, device, metric)
     return [int(count.sum()) / len(x) for _, count in counts]
 
 
@@ -226,6 +227,38 @@ def test_one_far_code_costs_no_certificate(device, monkeypatch):
 def test_an_offset_costs_no_certificate(device, monkeypatch):
     x, codebook = ADVERSARIAL["clustered"](300, 128, 16, generator())
     assert uncertified_shares(x + 10, codebook + 10, device, monkeypatch)[0] < 0.02
+
+
+@pytest.mark.parametrize("data", COPIES)
+def test_copies_cost_no_certificate(data, device, monkeypatch):
+    """Test that no more rows stay uncertified than among the distinct codes, and that those are few."""
+    metric = METRICS[list(COPIES).index(data) % 2]
+    x, codebook = COPIES[data](16, 150, 20, generator())
+    shares = uncertified_shares(x, codebook, device, monkeypatch, metric)
+    assert shares == uncertified_shares(x, first_copies(codebook), device, monkeypatch, metric)
+    if data != "copies_but_for_one_bit":
+        assert shares == [0, 0]
+
+
+def test_copies_of_several_heads_and_splits(device, monkeypatch):
+    monkeypatch.setattr(launch, "splits", lambda device, blocks, tiles: min(3, tiles))
+    heads = [COPIES[data](9, 100, 6, generator()) for data in ("zero_codes", "few_codes_among_zeros")]
+    x, codebook = (torch.stack(tensors) for tensors in zip(*heads, strict=True))
+    assert uncertified_shares(x, codebook, device, monkeypatch) == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_copies_of_other_dtypes(dtype, device, monkeypatch):
+    for data in ("copies_in_random_order", "zero_codes"):
+        x, codebook = (t.to(dtype) for t in COPIES[data](9, 40, 5, generator()))
+        assert uncertified_shares(x, codebook, device, monkeypatch) == [0, 0]
+
+
+def test_codes_that_share_their_slots_are_no_copies(device, monkeypatch):
+    """Test a table of one slot, in which all codes meet."""
+    monkeypatch.setattr(frame, "slots_for", lambda size: 1)
+    assert not mismatch(*ADVERSARIAL["codes_themselves"](24, 75, 3, generator()), device)
+    assert uncertified_shares(*COPIES["zero_codes"](9, 40, 3, generator()), device, monkeypatch) == [0, 0]
 
 
 UNIT_DATA = ("gaussian", "rounded_midpoints", "offset", "equidistant_codes", "mixed_magnitudes", "nearly_equal_norms")

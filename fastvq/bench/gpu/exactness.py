@@ -21,7 +21,7 @@ from fastvq.bench.exact import nearest
 from .step import Context
 
 HALF = (torch.float16, torch.bfloat16)
-_KINDS = ("clustered", "gaussian")
+_KINDS = ("clustered", "gaussian", "copies")
 Search = Callable[..., Tensor]
 
 
@@ -58,10 +58,11 @@ def load_cases(root: Path) -> ModuleType:
 
 def _adversarial(context: Context, backend: str) -> None:
     cases, device = load_cases(context.root), context.device
-    names = context.sizes.data or tuple(cases.ADVERSARIAL)
+    data = cases.ADVERSARIAL | cases.COPIES
+    names = context.sizes.data or tuple(data)
 
     def vectors(name: str, shape: Shape) -> tuple[Tensor, Tensor]:
-        x, codebook = cases.ADVERSARIAL[name](*shape, cases.generator())
+        x, codebook = data[name](*shape, cases.generator())
         return x.to(device), codebook.to(device)
 
     def searches(name: str, *dtypes: torch.dtype) -> Iterator[tuple[Search, Search, Tensor, Tensor]]:
@@ -80,7 +81,7 @@ def _adversarial(context: Context, backend: str) -> None:
 
     shape = context.sizes.adversarial[0]
     context.case(
-        partial(_same_reference, context, [cases.ADVERSARIAL[name](*shape, cases.generator()) for name in names]),
+        partial(_same_reference, context, [data[name](*shape, cases.generator()) for name in names]),
         what="the definition on this device as on the CPU",
     )
     for name in names:

@@ -54,6 +54,7 @@ def measure(context: Context) -> None:
         (residual_times, "residual_search", "clustered"),
         (accumulate_times, "accumulate", "clustered"),
         (ema_times, "ema_update_", "clustered"),
+        (search_times, "search", "copies"),
         (search_times, "search", "gaussian"),
     ):
         cases += [(timed, what, shape, kind) for shape in context.sizes.timed]

@@ -132,8 +132,9 @@ def test_a_wrong_index_is_counted_and_named(context, monkeypatch):
 def test_times(context):
     times.measure(context)
     records = no_errors(context)
-    whats = ["search", "training step", "residual_search", "accumulate", "ema_update_", "search", times.ITERATION]
-    assert [r["what"] for r in records] == whats
+    whats = ["search", "training step", "residual_search", "accumulate", "ema_update_", "search", "search"]
+    assert [r["what"] for r in records] == [*whats, times.ITERATION]
+    assert [r["data"] for r in records if r["what"] == "search"] == ["clustered", "copies", "gaussian"]
     for record in records:
         ran = [c for c in record["contestants"] if "seconds" in c]
         assert {c["wrong"] for c in ran if "wrong" in c} == {0}
