@@ -24,7 +24,7 @@ from fastvq.data.examples import to_float
 from fastvq.errors import FastvqError
 from fastvq.modalities import ImageConfig
 from fastvq.modalities.image import psnr_db
-from fastvq.models import VQVAE, Prior, discretized_logistic, elbo_bits_per_dimension
+from fastvq.models import VQVAE, GridsBottleneck, Prior, discretized_logistic, elbo_bits_per_dimension
 from fastvq.runs.plots import save_grid
 from fastvq.runs.train_prior import train_prior
 from fastvq.training import PriorConfig, Trainer, load_examples
@@ -50,8 +50,10 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "two": {},
 }
 """Settings by which the networks differ. The wide one has as many parameters as that of two grids."""
+ONE_GRID = PriorConfig(dim=64, depth=6, batch_size=32)
 PRIORS = {
-    "one": PriorConfig(dim=64, depth=6, batch_size=32),
+    "one": ONE_GRID,
+    "one-wide": ONE_GRID,
     "two": PriorConfig(kind="hierarchical", dim=64, depth=3, batch_size=32),
 }
 
@@ -63,11 +65,13 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--codes", type=int, default=64, help="codes of each of the two grids")
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--prior-steps", type=int, default=400)
+    parser.add_argument("--prior-steps", type=int, default=400, help="0: no priors, and no picture")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, default=Path("runs/vqvae2"))
     options = parser.parse_args()
     data = options.data if options.data in DATA_SETS else str(Path(options.data).resolve())
-    config = dataclasses.replace(TWO, data=data, image_size=options.image_size, steps=options.steps)
+    changed = {"data": data, "image_size": options.image_size, "steps": options.steps, "seed": options.seed}
+    config = dataclasses.replace(TWO, **changed)
     # The coarse grid has a quarter of the indices of the fine one: alone it needs 5/4 of the bits for an index.
     codes = {"one": round(options.codes**1.25), "one-wide": round(options.codes**1.25), "two": options.codes}
 
@@ -80,12 +84,15 @@ def main() -> None:
         model, examples = trained(dataclasses.replace(config, codebook_size=codes[name], **settings), folder)
         images = examples.test if held_out is None else held_out
         print(f"{name}: {described(model, codes[name], images)}")
-        if name in PRIORS:
+        if name == "two":
+            print(f"two: coarse codes leave {left_by_coarse(model, images):.1%} of the variance of the fine features")
+        if options.prior_steps:
             prior = learned(folder, dataclasses.replace(PRIORS[name], steps=options.prior_steps))
             labels = examples.test_labels if prior.classes and held_out is None else None
             print(f"{name}: {bits_described(prior, model, examples.train[:FITTED], images, labels)}")
-    picture_mistakes(options.run / "mistakes.png", prior, model, examples)
-    print(f"picture: {options.run / 'mistakes.png'}")
+            if name == "two":
+                picture_mistakes(options.run / "mistakes.png", prior, model, examples)
+                print(f"picture: {options.run / 'mistakes.png'}")
 
 
 def trained(config: ImageConfig, folder: Path) -> tuple[VQVAE, Examples]:
@@ -114,6 +121,21 @@ def described(model: VQVAE, codes: int, images: Tensor) -> str:
         f"{count} indices of {codes} codes, {count * math.log2(codes):.0f} bits an image; {weights:,} parameters;"
         f" {psnr_db(error):.2f} dB"
     )
+
+
+@torch.no_grad()
+def left_by_coarse(model: VQVAE, images: Tensor) -> float:
+    """Return the share of the variance of the fine features that their prediction from the coarse codes leaves."""
+    grids = model.bottleneck
+    assert isinstance(grids, GridsBottleneck)
+    features, left = [], []
+    for part in images.split(100):
+        x = to_float(part)
+        coarse = grids.adapters[0].codes(grids.split(model.encode(x))[0], 2)
+        features.append(model.encoder(x))
+        left.append(features[-1] - grids.decoders[0](coarse))
+    variance = torch.cat(features).var((0, 2, 3), correction=0).mean()
+    return float(torch.cat(left).square().mean() / variance)
 
 
 def bits_described(prior: Prior, model: VQVAE, fitted: Tensor, images: Tensor, labels: Tensor | None) -> str:
