@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import fastvq
 from fastvq import models
 from fastvq.data import load_fashion_mnist
-from fastvq.runs import plots
+from fastvq.runs import figures
 
 DIM = 16
 BATCH = 64
@@ -131,10 +131,10 @@ def draw(name: str, curves: Curves, path: Path) -> None:
         f"Reconstruction loss over the variance of the images, mean of {SMOOTHED} steps, of a small autoencoder on"
         f" Fashion-MNIST. Both layers start from the same state and see the same batches. {verdict(curves)}"
     )
-    figure, axes = plots.figure_with(7, 4.2, f"{name}: training with fastvq and vector_quantize_pytorch", caption)
+    figure, axes = figures.figure_with(7, 4.2, f"{name}: training with fastvq and vector_quantize_pytorch", caption)
     for label, losses, style, width, color in (
-        ("fastvq", curves.fastvq, "-", 3.0, plots.SERIES[0]),
-        ("vector_quantize_pytorch", curves.peer, "--", 1.4, plots.SERIES[1]),
+        ("fastvq", curves.fastvq, "-", 3.0, figures.SERIES[0]),
+        ("vector_quantize_pytorch", curves.peer, "--", 1.4, figures.SERIES[1]),
     ):
         values = smoothed(losses)
         axes.plot(range(len(losses) - len(values), len(losses)), values, style, lw=width, color=color, label=label)
@@ -143,7 +143,7 @@ def draw(name: str, curves: Curves, path: Path) -> None:
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, loc="upper right")
-    plots.save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 def verdict(curves: Curves) -> str:

@@ -115,9 +115,9 @@ def _defaults():
 @pytest.fixture(scope="session", autouse=True)
 def _coarse_pictures():
     """Draw pictures with few dots: of a training of some steps, most of the time goes to their pixels."""
-    from fastvq.runs import plots
+    from fastvq.runs import figures
 
-    plots._DPI = 40
+    figures.DPI = 40
 
 
 @pytest.fixture(params=BACKENDS)

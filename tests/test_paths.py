@@ -19,7 +19,7 @@ from fastvq.data.arrays import read_array
 from fastvq.data.image_format import ImageFormat
 from fastvq.data.image_io import read_image, write_image
 from fastvq.modalities import ImageConfig
-from fastvq.runs import plots
+from fastvq.runs import figures
 from fastvq.runs.decode import decode_array, decode_examples
 from fastvq.runs.encode import encode_array, encode_files, encode_held_out
 from fastvq.runs.load import load_model, load_prior, run_examples
@@ -106,7 +106,7 @@ def test_what_one_does_with_a_run(tmp_path: Path, kind: type[str | os.PathLike[s
     assert np.array_equal(read_array(at("drawn.npy")), coding.decode(coding.load(at("d.fvq"))).numpy())
     reconstruct_files(run, [at("images/0.png")], at("one.png"))
     reconstruct_held_out(run, at("held_out.png"))
-    assert all(plots.texts_of(at("one.png")))
+    assert all(figures.texts_of(at("one.png")))
     np.save(tmp_path / "vectors.npy", np.zeros((4, 2)))
     assert from_file(at("vectors.npy"), None, None, None)[0].shape == (4, 2)
     delete_prior(run)

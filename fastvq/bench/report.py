@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvq.files import StrPath, write_whole
-from fastvq.runs.plots import SERIES, figure_with, save_figure
+from fastvq.runs.figures import SERIES, figure_with, save_figure
 
 from .peers import NATIVE, PRODUCT, TRITON
 from .suite import SCALING

@@ -19,7 +19,7 @@ from fastvq.data.examples import describe, to_float
 from fastvq.errors import counted
 from fastvq.files import StrPath, write_whole
 from fastvq.modalities import AudioConfig, modality_of
-from fastvq.runs import plots
+from fastvq.runs import figures
 from fastvq.runs.encode import encode_held_out
 from fastvq.runs.load import load_model
 from fastvq.runs.page import Media, Part, Picture, Section, TextTable, write_page
@@ -153,10 +153,10 @@ def _doubled(most: int) -> list[int]:
 
 def _draw_rates(path: Path, rates: Rates, missing: list[str], silence_db: float) -> None:
     """Draw both measures over the bit rates of each codec."""
-    figure, panels = plots.figure_with(9.5, 3.8, "", "", columns=2)
+    figure, panels = figures.figure_with(9.5, 3.8, "", "", columns=2)
     codecs = list(dict.fromkeys(rate["codec"] for rate in rates))
     for axes, key, label in zip(panels, ("log_mel_db", "si_sdr_db"), ("log-mel distance", "SI-SDR"), strict=True):
-        for color, codec in zip(plots.SERIES, codecs, strict=False):
+        for color, codec in zip(figures.SERIES, codecs, strict=False):
             own = [rate for rate in rates if rate["codec"] == codec and rate[key] is not None]
             if own:
                 points = [rate["kbit_s"] for rate in own], [rate[key] for rate in own]
@@ -172,7 +172,7 @@ def _draw_rates(path: Path, rates: Rates, missing: list[str], silence_db: float)
         "Held-out clips at each bit rate: less log-mel distance is better, more SI-SDR is better. Codec2 makes phases"
         " up, so that its SI-SDR says nothing."
     )
-    plots.save_figure(figure, path, " ".join([caption, *(f"{text}." for text in missing)]), "Quality and bit rate")
+    figures.save_figure(figure, path, " ".join([caption, *(f"{text}." for text in missing)]), "Quality and bit rate")
 
 
 def _write_page(folder: Path, metrics: dict[str, Any]) -> Path:

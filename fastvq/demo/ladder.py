@@ -34,7 +34,7 @@ from fastvq.models import (
     discretized_logistic,
     elbo_bits_per_dimension,
 )
-from fastvq.runs import plots
+from fastvq.runs import figures, plots
 from fastvq.runs.page import Part, Picture, Section, TextTable, write_page
 from fastvq.runs.train_prior import train_prior
 from fastvq.training.build import load_examples
@@ -384,8 +384,8 @@ def _table(models: dict[str, VQVAE], examples: Examples, config: ImageConfig) ->
 
 
 def _draw_angles(path: Path, angles: dict[int, float]) -> None:
-    figure, axes = plots.figure_with(6.5, 3.2, "", "")
-    axes.loglog(list(angles), list(angles.values()), marker="o", color=plots.SERIES[0])
+    figure, axes = figures.figure_with(6.5, 3.2, "", "")
+    axes.loglog(list(angles), list(angles.values()), marker="o", color=figures.SERIES[0])
     axes.set_xlabel("number of data")
     axes.set_ylabel("largest principal angle (degrees)")
     axes.grid(alpha=0.3, which="both")
@@ -393,11 +393,11 @@ def _draw_angles(path: Path, angles: dict[int, float]) -> None:
         f"Data x = A z + v of {_DIMENSIONS} dimensions, {_LATENTS} of which carry the signal. The angle between the"
         " subspace of A and that of the principal components falls with the square root of the number of data."
     )
-    plots.save_figure(figure, path, caption, "PCA recovers the subspace of linear data")
+    figures.save_figure(figure, path, caption, "PCA recovers the subspace of linear data")
 
 
 def _draw_planes(path: Path, planes: dict[str, tuple[VQVAE, Tensor]], examples: Examples) -> None:
-    figure, panels = plots.figure_with(9.5, 4.6, "", "", columns=len(planes))
+    figure, panels = figures.figure_with(9.5, 4.6, "", "", columns=len(planes))
     labels = examples.test_labels
     classes = examples.class_names or ()
     for axes, (name, (_, latents)) in zip(panels, planes.items(), strict=True):
@@ -412,16 +412,16 @@ def _draw_planes(path: Path, planes: dict[str, tuple[VQVAE, Tensor]], examples: 
         "Two latents for each held-out image, colored by class. The KL term keeps those of the VAE near the standard"
         " normal distribution; nothing limits those of the autoencoder, whose axes have another scale."
     )
-    plots.save_figure(figure, path, caption, "Two-dimensional latents")
+    figures.save_figure(figure, path, caption, "Two-dimensional latents")
 
 
 def _draw_divergences(path: Path, divergence: Tensor) -> None:
-    figure, axes = plots.figure_with(6.5, 2.8, "", "")
-    axes.bar(range(1, len(divergence) + 1), (divergence / math.log(2)).tolist(), color=plots.SERIES[0])
+    figure, axes = figures.figure_with(6.5, 2.8, "", "")
+    axes.bar(range(1, len(divergence) + 1), (divergence / math.log(2)).tolist(), color=figures.SERIES[0])
     axes.set_xlabel("latent dimension, by its divergence")
     axes.set_ylabel("KL (bits per position)")
     caption = "Dimensions near zero are not used: their posterior is the prior, and the decoder ignores them."
-    plots.save_figure(figure, path, caption, "KL divergence of each latent dimension of the VAE")
+    figures.save_figure(figure, path, caption, "KL divergence of each latent dimension of the VAE")
 
 
 @torch.no_grad()

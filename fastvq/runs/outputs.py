@@ -14,7 +14,7 @@ from fastvq.files import StrPath, lock_of
 from fastvq.modalities import NAMES, Modality, TrainConfig, modality_of
 from fastvq.training.checkpoint import load_latest
 
-from . import plots
+from . import figures
 
 
 def is_folder(path: StrPath) -> bool:
@@ -47,7 +47,7 @@ def check_drawn(path: StrPath, modality: Modality | None = None) -> None:
     """
     modalities = map(modality_of, NAMES) if modality is None else [modality]
     played = {ending for one in modalities for ending in one.played}
-    check_ending(path, (*plots.FORMATS, *sorted(played - {*plots.FORMATS})))
+    check_ending(path, (*figures.FORMATS, *sorted(played - {*figures.FORMATS})))
 
 
 def check_no_other_files(folder: StrPath) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from fastvq.files import StrPath, write_whole
 
-from .plots import texts_of
+from .figures import texts_of
 
 PAGE = "index.html"
 """Name of the file in the folder of a run."""

@@ -102,7 +102,7 @@ def draw_reconstructions(
     """Draw signals (N, C, *size) above their reconstructions, each with its own measure.
 
     Args:
-        path: file to write; its ending is in `plots.FORMATS`, or among those that the modality plays.
+        path: file to write; its ending is in `figures.FORMATS`, or among those that the modality plays.
         model, config: the model and its settings.
         originals: the signals.
         names: their names.

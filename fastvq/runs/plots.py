@@ -1,47 +1,38 @@
-"""Figures of a VQ-VAE, each with a title, labels, and a caption that explains it.
+"""Pictures of a VQ-VAE, each with a title, labels, and a caption that explains it.
 
-All drawing with matplotlib is here; `pictures` and `sample_pictures` compute what is drawn.
-
-Figures are made without pyplot and so touch neither a display nor matplotlib's global state. Title and caption stand
-above and below a figure unless `captioned` is False, as on a web page that has them as text; they are also in the
-metadata of PNG, PDF and SVG files, where `texts_of` finds them.
+All drawing with matplotlib is here and in `figures`; `pictures` and `sample_pictures` compute what is drawn. Title and
+caption are left out where `captioned` is False, as on a web page that has them as text.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import re
-import textwrap
-import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvq.errors import ConfigError, counted
-from fastvq.extras import require
-from fastvq.files import StrPath, whole
+from fastvq.errors import counted
+from fastvq.files import StrPath
 
-_BLUE, _ORANGE, _GRAY = "#2166ac", "#d6604d", "#777777"
-SERIES = (_BLUE, _ORANGE, "#4d9221", _GRAY, "#762a83")
-"""Colors of lines and bars, one for each series."""
-FORMATS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
-"""Endings of the files that a figure can be written to."""
-_DPI = 130
-_LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
-"""Properties of texts that hold names of files and data sets, in which "$" and "\\" are ordinary characters."""
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_MISSING = re.compile(r"Glyph (\d+) .* missing from")
-_NAMED: set[str] = set()
-"""Letters without a glyph that a warning has named."""
-_POINTS = 72
-# Mean width of a letter of matplotlib's font, and width of a digit, in units of its size.
-_LETTER, _BOLD_LETTER, _DIGIT = 0.58, 0.7, 0.64
-_LINE = 1.35  # height of a line, in units of the font's size
-_TITLE_SIZE, _CAPTION_SIZE, _LABEL_SIZE = 12, 9, 8
+from .figures import (
+    BLUE,
+    CAPTION_SIZE,
+    DIGIT,
+    GRAY,
+    LABEL_SIZE,
+    LETTER,
+    LINE,
+    LITERAL,
+    ORANGE,
+    POINTS,
+    SERIES,
+    empty_figure,
+    label,
+    save_figure,
+)
+
 _SMALLEST_NUMBER = 5.0  # points, below which digits cannot be read
 _FEW_POINTS = 30
 _PAIR = ("original", "decoded")
@@ -51,103 +42,6 @@ _WIDE = 2
 """Width over height beyond which pictures, such as the frames of a clip, get wider panels."""
 _IN_LEGEND, _DRAWN_CODEBOOKS = 8, 4
 """Largest numbers of codebooks with a line in the legend, and with a grid in the picture of indices."""
-
-
-def check_format(path: StrPath) -> None:
-    """Raise a ConfigError unless a figure can be written to `path`: its ending decides the format."""
-    if Path(path).suffix.lower() not in FORMATS:
-        raise ConfigError(f"out must end in {', '.join(FORMATS)}, got {path}")
-
-
-def _figure(width: float, height: float, title: str, caption: str = "") -> Any:
-    """Return an empty figure with a wrapped title above and a wrapped caption below, of those that are given.
-
-    Width and height, in inches, are those of the panels with their labels; the texts add to the height.
-    """
-    title = _wrapped(title, width, _TITLE_SIZE * _BOLD_LETTER)
-    caption = _wrapped(caption, width, _CAPTION_SIZE * _LETTER)
-    lines = sum(
-        size * (text.count("\n") + 1) for size, text in ((_TITLE_SIZE, title), (_CAPTION_SIZE, caption)) if text
-    )
-    size = (width, height + 0.15 + lines * _LINE / _POINTS)
-    figure = require("matplotlib.figure").Figure(figsize=size, layout="constrained")
-    if title:
-        figure.suptitle(title, fontsize=_TITLE_SIZE, fontweight="bold", **_LITERAL)
-    if caption:
-        figure.supxlabel(caption, fontsize=_CAPTION_SIZE, color="#444444", **_LITERAL)
-    return figure
-
-
-def _wrapped(text: str, width: float, letter: float) -> str:
-    """Wrap a text to a width in inches; a letter takes `letter` points."""
-    return textwrap.fill(_printable(text), max(10, int((width - 0.3) * _POINTS / letter)))
-
-
-def _printable(text: str) -> str:
-    """Return a text without the surrogates that stand for bytes of a file's name which are not UTF-8."""
-    return text.encode(errors="replace").decode()
-
-
-def label(name: str, letters: int) -> str:
-    """Return a name in lines of at most `letters` letters: a path as its folder above its file.
-
-    A longer line keeps its beginning and its end. A replacement character stands for a line break or the like.
-    """
-    folder, _, file = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _printable(name)).rpartition("/")
-    return "\n".join(_elided(line, letters) for line in (folder, file) if line)
-
-
-def _elided(text: str, letters: int) -> str:
-    if len(text) <= letters:
-        return text
-    tail = (letters - 1) // 2
-    return f"{text[: letters - 1 - tail]}\N{HORIZONTAL ELLIPSIS}{text[-tail:] if tail else ''}"
-
-
-def figure_with(width: float, height: float, title: str, caption: str, *, columns: int = 1) -> tuple[Any, Any]:
-    """Return a figure in the common layout, and its axes or row of axes."""
-    figure = _figure(width, height, title, caption)
-    return figure, figure.subplots(1, columns)
-
-
-def save_figure(figure: Any, path: StrPath, caption: str = "", title: str = "") -> None:
-    """Write a figure in the format of the path's ending, with its texts as metadata; the file is replaced as a whole.
-
-    Raises:
-        ConfigError: an ending that is not in `FORMATS`.
-    """
-    check_format(path)
-    kind = Path(path).suffix.lower().lstrip(".")
-    names = {"png": "Description", "svg": "Description", "pdf": "Subject"}
-    texts = {names[kind]: _printable(caption), "Title": _printable(title)} if kind in names else {}
-    metadata = {name: text for name, text in texts.items() if text} or None
-    with whole(path) as file, _missing_letters_in_one_warning():
-        figure.savefig(file, dpi=_DPI, format=kind, metadata=metadata)
-
-
-@contextlib.contextmanager
-def _missing_letters_in_one_warning() -> Iterator[None]:
-    """Warn of letters without a glyph, of each once, in place of matplotlib's warning for each at every drawing."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    missing: set[str] = set()
-    for one in caught:
-        found = _MISSING.match(str(one.message))
-        if found:
-            missing.add(chr(int(found[1])))
-        else:
-            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-    if missing - _NAMED:
-        letters = "".join(sorted(missing - _NAMED))
-        _NAMED.update(missing)
-        warnings.warn(f"the font of pictures has no glyphs for {letters}: boxes stand for them", stacklevel=1)
-
-
-def texts_of(path: StrPath) -> tuple[str, str]:
-    """Return title and caption in the metadata of a PNG file, empty where there are none."""
-    with require("PIL.Image").open(path) as picture:
-        return picture.info.get("Title", ""), picture.info.get("Description", "")
 
 
 def _show(axes: Any, image: Tensor, **options: Any) -> None:
@@ -198,7 +92,7 @@ def save_reconstructions(
     """Draw pairs of original and reconstruction, each with a note.
 
     Args:
-        path: file to write, whose ending is in `FORMATS`.
+        path: file to write, whose ending is in `figures.FORMATS`.
         originals, restored: (N, C, H, W), float in [0, 1].
         names: one for each image; paths have their folder above their file.
         notes: a text below each pair, such as its PSNR.
@@ -210,20 +104,20 @@ def save_reconstructions(
     columns = min(max(1, 16 * height // width) if wide else 8, len(originals))
     rows = math.ceil(len(originals) / columns)
     panel = 3.2 if wide else 1.2 if columns > 4 else 1.7
-    labels = [label(name, int(panel * _POINTS / (_LABEL_SIZE * _LETTER)) - 1) for name in names]
+    labels = [label(name, int(panel * POINTS / (LABEL_SIZE * LETTER)) - 1) for name in names]
     lines = 1 + max(text.count("\n") for text in labels)
     gap = max(1, height // 28)
     pairs = [
         torch.cat([original, torch.ones_like(original[:, :gap]), output], dim=1)
         for original, output in zip(originals, restored, strict=True)
     ]
-    below = (lines + 2) * _LABEL_SIZE * _LINE / _POINTS / panel
+    below = (lines + 2) * LABEL_SIZE * LINE / POINTS / panel
     tall = panel * (pairs[0].shape[1] / width + below)
-    figure = _figure(max(6.0, panel * columns + 0.6), tall * rows, *((title, caption) if captioned else ("", "")))
+    figure = empty_figure(max(6.0, panel * columns + 0.6), tall * rows, *((title, caption) if captioned else ("", "")))
     axes = figure.subplots()
     table = [pairs[first : first + columns] for first in range(0, len(pairs), columns)]
     centers, tops = _show_table(axes, table, below)
-    style = {"ha": "center", "fontsize": _LABEL_SIZE, "linespacing": _LINE, **_LITERAL}
+    style = {"ha": "center", "fontsize": LABEL_SIZE, "linespacing": LINE, **LITERAL}
     for number, (text, note) in enumerate(zip(labels, notes, strict=True)):
         x, y = centers[number % columns], tops[number // columns]
         axes.annotate(text, (x, y), (0, 3), textcoords="offset points", va="bottom", **style)
@@ -246,7 +140,7 @@ def save_grid(
     """Draw rows of images, each row with its name at the left, each column with its name above.
 
     Args:
-        path: file to write, whose ending is in `FORMATS`.
+        path: file to write, whose ending is in `figures.FORMATS`.
         rows: (columns, C, H, W) each, float in [0, 1].
         row_names, column_names: one for each row and column; names of rows may be paths.
         title, caption: texts above and below the figure.
@@ -255,17 +149,17 @@ def save_grid(
     columns = len(column_names)
     labels = [label(name, 18) for name in row_names]
     letters = max(len(line) for text in labels for line in (text.split("\n") or [""]))
-    beside = 0.2 + letters * _CAPTION_SIZE * _LETTER / _POINTS
+    beside = 0.2 + letters * CAPTION_SIZE * LETTER / POINTS
     sides = rows[0].shape[2:]
     panel, ratio = (2.0, sides[0] / sides[1]) if sides[1] > _WIDE * sides[0] else (1.0, 1.0)
     height = (panel * ratio + 0.05) * len(rows) + 0.3
-    figure = _figure(panel * columns + beside, height, *((title, caption) if captioned else ("", "")))
+    figure = empty_figure(panel * columns + beside, height, *((title, caption) if captioned else ("", "")))
     axes = figure.subplots()
     centers, tops = _show_table(axes, [list(row) for row in rows])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
-    axes.set_xticks(centers, column_names, fontsize=9, **_LITERAL)
-    axes.set_yticks([top + sides[0] / 2 for top in tops], labels, fontsize=9, **_LITERAL)
+    axes.set_xticks(centers, column_names, fontsize=9, **LITERAL)
+    axes.set_yticks([top + sides[0] / 2 for top in tops], labels, fontsize=9, **LITERAL)
     save_figure(figure, path, caption, title)
 
 
@@ -275,7 +169,7 @@ def save_samples(
     """Draw images in rows, each with its name above if there are names.
 
     Args:
-        path: file to write, whose ending is in `FORMATS`.
+        path: file to write, whose ending is in `figures.FORMATS`.
         images: (N, C, H, W), float in [0, 1].
         names: one for each image, or none.
         title, caption: texts above and below the figure.
@@ -287,15 +181,15 @@ def save_samples(
         columns = min(max(1, math.ceil(math.sqrt(len(images) * height / width))), len(images))
         panel = max(0.9, 4.2 / columns)
     rows = math.ceil(len(images) / columns)
-    labels = [label(name, int(panel * _POINTS / (_LABEL_SIZE * _LETTER)) - 1) for name in names]
+    labels = [label(name, int(panel * POINTS / (LABEL_SIZE * LETTER)) - 1) for name in names]
     lines = max((text.count("\n") + 1 for text in labels), default=0)
-    below = (lines + 0.5) * _LABEL_SIZE * _LINE / _POINTS / panel if lines else 0.0
-    figure = _figure(panel * columns + 0.3, panel * (height / width + below + 1 / _GAP) * rows, title, caption)
+    below = (lines + 0.5) * LABEL_SIZE * LINE / POINTS / panel if lines else 0.0
+    figure = empty_figure(panel * columns + 0.3, panel * (height / width + below + 1 / _GAP) * rows, title, caption)
     axes = figure.subplots()
     centers, tops = _show_table(axes, [list(row) for row in images.split(columns)], below)
     for number, text in enumerate(labels):
         place = (centers[number % columns], tops[number // columns])
-        style = {"ha": "center", "va": "bottom", "fontsize": _LABEL_SIZE, "linespacing": _LINE, **_LITERAL}
+        style = {"ha": "center", "va": "bottom", "fontsize": LABEL_SIZE, "linespacing": LINE, **LITERAL}
         axes.annotate(text, place, (0, 3), textcoords="offset points", **style)
     save_figure(figure, path, caption, title)
 
@@ -320,7 +214,7 @@ def save_curves(
     """Draw loss, quality and perplexity over the steps; a measure without records is left out.
 
     Args:
-        path: file to write, whose ending is in `FORMATS`.
+        path: file to write, whose ending is in `figures.FORMATS`.
         records: the lines of metrics.jsonl, at least one; those of split "test" are drawn as dots.
         quality: the measure of reconstructions: its name in the records, and that on its axis.
         codebook_size: K, the highest possible perplexity; of several codebooks, the mean.
@@ -339,7 +233,7 @@ def save_curves(
     )
     if any(key == "perplexity" for _, key, _ in panels):
         caption += f" Perplexity is the number of codes in effective use, at most {codebook_size:g}."
-    figure = _figure(max(6.0, 3.7 * len(panels)), 3.6, *((title, caption) if captioned else ("", "")))
+    figure = empty_figure(max(6.0, 3.7 * len(panels)), 3.6, *((title, caption) if captioned else ("", "")))
     for axes, (name, key, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
         _draw_splits(axes, lines, noun)
         if key == "loss":
@@ -349,7 +243,7 @@ def save_curves(
             low, high = axes.get_ylim()
             axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
         if key == "perplexity":
-            axes.axhline(codebook_size, color=_GRAY, linestyle=":", label=f"uniform over {codebook_size:g}")
+            axes.axhline(codebook_size, color=GRAY, linestyle=":", label=f"uniform over {codebook_size:g}")
             axes.set_ylim(0, codebook_size * 1.08)
         axes.set_ylabel(name)
         _legend_above(axes, columns=2)
@@ -368,7 +262,7 @@ def save_bits(
     """Draw the bits per index of a prior over the steps of its training.
 
     Args:
-        path: file to write, whose ending is in `FORMATS`.
+        path: file to write, whose ending is in `figures.FORMATS`.
         records: the lines of metrics.jsonl; those of split "test" are drawn as dots.
         codebook_size: K, or K of each codebook; an index takes log2 K bits under the uniform distribution.
         title: text above the figure.
@@ -385,9 +279,9 @@ def save_bits(
         " that rise again mean overfitting. The line is measured during training, with dropout, which costs bits: at"
         " first the dots may lie below it."
     )
-    figure = _figure(8, 3.6, *((title, caption) if captioned else ("", "")))
+    figure = empty_figure(8, 3.6, *((title, caption) if captioned else ("", "")))
     axes = figure.subplots()
-    axes.axhline(uniform, color=_GRAY, linestyle=":", label=f"uniform over {over} codes: {uniform:.2f} bits")
+    axes.axhline(uniform, color=GRAY, linestyle=":", label=f"uniform over {over} codes: {uniform:.2f} bits")
     _draw_splits(axes, lines, noun)
     axes.set_ylabel("bits per index")
     _legend_above(axes, columns=3)
@@ -399,8 +293,8 @@ def _draw_splits(axes: Any, lines: dict[str, list[tuple[int, float]]], noun: str
     # A line of few points also shows the points: of one alone there would be nothing to see.
     dots = "o" if len(lines["train"]) < _FEW_POINTS else ""
     for split, line, marker, size, color, text in (
-        ("train", "-", dots, 2.5, _BLUE, "training batches"),
-        ("test", "", "o", 4.5, _ORANGE, f"held-out {noun}"),
+        ("train", "-", dots, 2.5, BLUE, "training batches"),
+        ("test", "", "o", 4.5, ORANGE, f"held-out {noun}"),
     ):
         if lines[split]:
             style = {"linestyle": line, "marker": marker, "markersize": size, "color": color}
@@ -423,7 +317,7 @@ def save_usage(
     """Draw the number of times that each code is chosen, most used first.
 
     Args:
-        path: file to write, whose ending is in `FORMATS`.
+        path: file to write, whose ending is in `figures.FORMATS`.
         counts: for each codebook, (K,) int64.
         perplexity: exp of the entropy of `counts`, averaged over codebooks.
         title: text above the figure.
@@ -439,14 +333,14 @@ def save_usage(
         f" has collapsed onto few codes. Here {unused} of {counted(codes, 'code')}"
         f" {'is' if unused == 1 else 'are'} unused; the {'' if one else 'mean '}perplexity is {perplexity:.0f}."
     )
-    figure = _figure(9, 3.4, *((title, caption) if captioned else ("", "")))
+    figure = empty_figure(9, 3.4, *((title, caption) if captioned else ("", "")))
     axes = figure.subplots()
     if one:
-        axes.bar(range(codes), ordered[0], width=1.0, color=_BLUE)
+        axes.bar(range(codes), ordered[0], width=1.0, color=BLUE)
         mean = sum(ordered[0]) / max(1, codes)
         # Small means have decimals: "0 times each" would contradict the bars.
         text = f"{mean:.0f}" if mean >= 10 else f"{mean:.2g}"
-        axes.axhline(mean, color=_ORANGE, linestyle=":", label=f"uniform usage: {text} times each")
+        axes.axhline(mean, color=ORANGE, linestyle=":", label=f"uniform usage: {text} times each")
     for number, own in enumerate(ordered if not one else (), start=1):
         style = {"color": SERIES[(number - 1) % len(SERIES)], "alpha": 1 - 0.6 * (number - 1) / len(ordered)}
         label = f"codebook {number}" if number <= _IN_LEGEND else None
@@ -488,7 +382,7 @@ def save_indices(
     The indices stand in their cells where these are large enough to read them. Of many codebooks, the first are drawn.
 
     Args:
-        path: file to write, whose ending is in `FORMATS`.
+        path: file to write, whose ending is in `figures.FORMATS`.
         originals, restored: (N, C, H, W), float in [0, 1].
         indices: for each codebook, (N, h, w) int64.
         codebooks: for each, (K, D), for the colors.
@@ -516,7 +410,7 @@ def save_indices(
     panel = 2.3
     columns = 2 + len(shown)
     ratio = min(1.0, max(height / width, originals.shape[2] / originals.shape[3]))
-    figure = _figure(
+    figure = empty_figure(
         columns * panel + 0.4, (panel * ratio + 0.1) * count + 0.25, *((title, caption) if captioned else ("", ""))
     )
     for row, panels in enumerate(figure.subplots(count, columns, squeeze=False)):
@@ -546,7 +440,7 @@ def save_sequences(
     The indices of a codebook are a row as wide as the picture above it, so that each stands below what it describes.
 
     Args:
-        path: file to write, whose ending is in `FORMATS`.
+        path: file to write, whose ending is in `figures.FORMATS`.
         originals, restored: (N, C, H, W), float in [0, 1], time along W.
         indices: for each codebook, (N, T) int64; codebooks may differ in T.
         codebooks: for each, (K, D), for the colors.
@@ -569,7 +463,7 @@ def save_sequences(
     count, height = len(originals), 1.3
     ratios = [height, max(0.25, min(height, 0.14 * len(indices))), height]
     texts = (title, caption) if captioned else ("", "")
-    figure = _figure(3.4 * count + 0.4, sum(ratios) + 0.5, *texts)
+    figure = empty_figure(3.4 * count + 0.4, sum(ratios) + 0.5, *texts)
     panels = figure.subplots(3, count, squeeze=False, height_ratios=ratios)
     for column in range(count):
         names = ("original", "indices", "decoded")
@@ -583,9 +477,9 @@ def save_sequences(
 def _show_indices(axes: Any, indices: Tensor, colors: Tensor, panel: float) -> None:
     """Draw indices (h, w) as colored cells in a panel of a width in inches, with the numbers where they can be read."""
     height, width = indices.shape
-    cell = panel * _POINTS / max(height, width)
+    cell = panel * POINTS / max(height, width)
     digits = len(str(len(colors) - 1))
-    size = min(8.0, 0.8 * cell, 0.85 * cell / (digits * _DIGIT))
+    size = min(8.0, 0.8 * cell, 0.85 * cell / (digits * DIGIT))
     axes.imshow(colors[indices.cpu()].numpy())
     axes.set_xticks([])
     axes.set_yticks([])

@@ -21,7 +21,7 @@ from fastvq.modalities import TrainConfig, modality_of
 from fastvq.modalities.settings import check_range
 from fastvq.models import VQVAE, Prior
 
-from . import plots
+from . import figures, plots
 from .contrast import check_text, load_contrastive, similarity
 from .load import conditions, label_number, load_model, load_prior_of, run_examples, text_row
 from .outputs import check_ending, check_outside_data, is_folder, write_numbered
@@ -54,7 +54,7 @@ def sample_run(
     Args:
         run: folder of a run with a prior.
         path: without it, samples, completions and neighbors are drawn for the page of the run, which is written again.
-            Else its ending decides what is written. One of `plots.FORMATS`: a picture of samples, of each class if
+            Else its ending decides what is written. One of `figures.FORMATS`: a picture of samples, of each class if
             there are classes, beside real ones; or, with a count, a label or a text, of that many samples. One that the
             modality plays, such as .gif for video: that many samples in motion. ".npy": the indices alone,
             (count, *grid) int64. None, or a slash at its end: a new folder of files, with a subfolder for each class
@@ -90,7 +90,7 @@ def sample_run(
     model, config = load_model(run)
     modality = modality_of(config.modality)
     one, many = modality.noun
-    check_ending(path, (*plots.FORMATS, *sorted(modality.played - {*plots.FORMATS}), ".npy"), folder=many)
+    check_ending(path, (*figures.FORMATS, *sorted(modality.played - {*figures.FORMATS}), ".npy"), folder=many)
     check_outside_data(path, run, data)
     folder, array = is_folder(path), Path(path).suffix.lower() == ".npy"
     some = any(value is not None for value in (count, label, text, rerank, begin))
@@ -111,7 +111,7 @@ def sample_run(
         picture(path, prior, model, config, examples, seed=seed, **settings)
         return [f"picture: {path}"]
     if complete:
-        raise ConfigError(f"complete: draws a picture, whose ending is {', '.join(plots.FORMATS)}, got {path}")
+        raise ConfigError(f"complete: draws a picture, whose ending is {', '.join(figures.FORMATS)}, got {path}")
     if folder:
         check_new(Path(path))
     prior = load_prior_of(run, model)

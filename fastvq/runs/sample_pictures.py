@@ -80,7 +80,7 @@ def picture_samples(
     A prior of text draws what held-out captions say, beside the examples that have them.
 
     Args:
-        path: file to write; its ending is in `plots.FORMATS`.
+        path: file to write; its ending is in `figures.FORMATS`.
         prior, model: the prior, and the model that decodes its indices.
         config: the settings of the model.
         examples: the data set of the run.

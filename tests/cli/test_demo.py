@@ -71,7 +71,7 @@ def test_demo_writes_pictures_metrics_a_page_and_a_table(
     assert 0 < bits["prior"] < 10
     assert metrics["coded_bytes"] == (run / "images.fvq").stat().st_size < metrics["pixel_bytes"] / 10
     for name in (*(f"{name}.png" for name in PICTURES), "prior/curves.png"):
-        assert (run / name).stat().st_size > 10_000
+        assert (run / name).stat().st_size > 3_000
     table = capsys.readouterr().out
     assert f"{metrics['psnr_db']:.2f} dB" in table
     assert "49 below 512, 441 bits" in table

@@ -12,7 +12,7 @@ import torch
 
 import fastvq
 from fastvq.cli.main import main
-from fastvq.runs import plots
+from fastvq.runs import figures, plots
 from fastvq.runs.train_prior import train_prior
 from fastvq.training import Trainer, load_examples
 from fastvq.training.checkpoint import load_latest
@@ -85,7 +85,7 @@ def test_runs_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_grid_of_samples(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", str(run), "--count=5", "--out", str(tmp_path / "grid.png")]) == 0
     assert capsys.readouterr().out == f"picture of 5 samples: {tmp_path / 'grid.png'}\n"
-    title, caption = plots.texts_of(tmp_path / "grid.png")
+    title, caption = figures.texts_of(tmp_path / "grid.png")
     assert title == "run: 5 samples"
     assert caption.startswith("Indices sampled")
 

@@ -12,7 +12,7 @@ import torch
 
 from fastvq.cli.main import main
 from fastvq.errors import CheckpointError
-from fastvq.runs import plots
+from fastvq.runs import figures, plots
 from fastvq.runs.evaluate import evaluate_run
 from fastvq.runs.page import Picture, Section, TextTable, write_page
 from fastvq.runs.run_page import write_run_page
@@ -100,7 +100,7 @@ def test_training_writes_the_page(finished: Path, tmp_path: Path, capsys: pytest
     page = (copy / "index.html").read_text()
     for name in ("reconstructions", "indices", "usage", "curves"):
         assert f'<img src="{name}.png"' in page
-        assert plots.texts_of(copy / f"{name}.png")[0]
+        assert figures.texts_of(copy / f"{name}.png")[0]
 
 
 def test_a_sample_for_the_page_takes_no_count(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastvq.data import Examples
 from fastvq.runs import plots
+from fastvq.runs.figures import label, texts_of
 from fastvq.runs.pictures import shown_rows
 
 DPI = 130
@@ -24,7 +25,7 @@ DPI = 130
 
 @pytest.fixture(autouse=True)
 def _fine_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "_DPI", DPI)
+    monkeypatch.setattr("fastvq.runs.figures.DPI", DPI)
 
 
 @pytest.fixture
@@ -241,11 +242,11 @@ def test_no_text_of_a_grid_is_cut_or_covered(tmp_path: Path, figures: list[Figur
     ],
 )
 def test_labels_keep_folder_beginning_and_end(name: str, shown: str) -> None:
-    assert plots.label(name, 15) == shown
+    assert label(name, 15) == shown
 
 
 def test_letters_without_a_glyph_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "_NAMED", set())
+    monkeypatch.setattr("fastvq.runs.figures._NAMED", set())
     images, names = torch.rand(2, 3, 8, 8), ["\u65e5\u672c.png", "\u65e5.png"]
     with pytest.warns(UserWarning, match="no glyphs for \u65e5\u672c: boxes") as found:
         plots.save_samples(tmp_path / "a.png", images, names, title="\u65e5", caption="")
@@ -309,7 +310,7 @@ def test_a_caption_is_metadata_where_it_is_not_drawn(tmp_path: Path, figures: li
     counts = torch.tensor([3, 0, 1])
     for captioned in (True, False):
         plots.save_usage(tmp_path / "a.png", [counts], perplexity=2.0, title="T", captioned=captioned)
-        title, caption = plots.texts_of(tmp_path / "a.png")
+        title, caption = texts_of(tmp_path / "a.png")
         assert title == "T"
         assert "1 of 3 codes is unused" in caption
     assert ["1 of 3 codes is unused" in texts(figure) for figure in figures] == [True, False]
@@ -338,7 +339,7 @@ def test_shown_images_are_of_each_class_or_folder_in_turn() -> None:
     labels = [n * 10 // 1000 for n in range(1000)]
     for images in (
         held_out(["x"] * 1000, labels),
-        held_out([f"{label}/{n}.png" for n, label in enumerate(labels)]),
+        held_out([f"{name}/{n}.png" for n, name in enumerate(labels)]),
     ):
         rows = shown_rows(images)
         assert [labels[row] for row in rows[:10]] == [*range(10)]
