@@ -24,21 +24,23 @@ _TINY, _SMALL = 1e-3, 1.0
 def write_report(document: dict[str, Any], folder: StrPath, readme: StrPath | None = None) -> list[Path]:
     """Write the document, its page and its plots to `folder`, and the figures into a README with markers.
 
-    Every file is written to a temporary name first. Returns the paths.
+    Every file is written to a temporary name first, and the document before what is made of it: a suite takes minutes,
+    and `render` makes the rest. Returns the paths.
     """
     folder, readme = Path(folder), None if readme is None else Path(readme)
     images = folder / IMAGES
+    write_whole(folder / DOCUMENT, json.dumps(document, indent=1) + "\n")
     plots = [
         plot_search(document, images / "bench_search.png"),
         plot_scaling(document, images / "bench_scaling.png"),
         plot_roofline(document, images / "bench_roofline.png"),
     ]
-    texts = {folder / DOCUMENT: json.dumps(document, indent=1) + "\n", folder / PAGE: page(document)}
+    texts = {folder / PAGE: page(document)}
     if readme is not None and readme.exists():
         texts[readme] = with_figures(readme.read_text(), document)
     for path, text in texts.items():
         write_whole(path, text)
-    return [*texts, *plots]
+    return [folder / DOCUMENT, *texts, *plots]
 
 
 def table(rows: list[list[str]], headers: list[str]) -> str:
@@ -132,7 +134,7 @@ def _searches(document: dict[str, Any]) -> str:
         "the vectors that the first and the third residual stage of a small audio codec quantize. `torch.mm alone` is\n"
         "the bare product into a preallocated output, not a search. faiss SuperKMeans is one of the later iterations\n"
         "of faiss's k-means: it begins with the nearest codes before all moved by a tenth of the distance to them,\n"
-        "and may miss the nearest.\n",
+        f"and may miss the nearest.{_again(document, 'audio')}\n",
     ]
     for title, records in (("", document["search"]), ("### Other shapes\n", document["other"])):
         if title:
@@ -161,6 +163,12 @@ Forward, backward and codebook update of `VectorQuantize` and `ResidualVQ`, with
 """
 
 
+def _again(document: dict[str, Any], part: str) -> str:
+    """Return when a part of the document was measured, where that was later than the rest."""
+    again = document.get("again", {}).get(part)
+    return f" Measured again on {again['date']}, at commit {again['commit']}." if again else ""
+
+
 def _small(document: dict[str, Any]) -> str:
     records = document.get("small", [])  # which documents of earlier versions lack
     parts, reasons = [], dict[str, None]()
@@ -181,7 +189,7 @@ Encoding and decoding of N vectors by Q residual stages of K codes: the op on a 
 packed before, and the layer in eval; beside a loop of `addmm` and `argmin` with squared norms that are computed once,
 `embedding_bag` on one table, and the quantizers of transformers with the same codebooks. "wrong" counts rows with an
 index, or an output, that the definition doesn't have; fastvq must have none. DAC searches for unit vectors, so that its
-indices are not compared.
+indices are not compared.{_again(document, "small")}
 
 {tables}
 {left_out}"""

@@ -19,7 +19,7 @@ from fastvq.extras import require
 from fastvq.files import StrPath, whole
 
 BLUE, ORANGE, GRAY = "#2166ac", "#d6604d", "#777777"
-SERIES = (BLUE, ORANGE, "#4d9221", GRAY, "#762a83")
+SERIES = (BLUE, ORANGE, "#4d9221", GRAY, "#762a83", "#8c6d31")
 """Colors of lines and bars, one for each series."""
 FORMATS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 """Endings of the files that a figure can be written to."""

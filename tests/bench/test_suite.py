@@ -398,6 +398,24 @@ class TestSuite:
             assert report.with_figures(text, document) == text
         assert "<!-- bench:" in (ROOT / "README.md").read_text()
 
+    def test_a_document_outlives_a_picture_that_fails(self, document, monkeypatch, tmp_path):
+        monkeypatch.setattr(report, "plot_search", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            report.write_report(document, tmp_path)
+        assert json.loads((tmp_path / report.DOCUMENT).read_text()) == document
+
+    def test_every_kind_of_data_has_a_color(self, document, tmp_path):
+        kinds = {kind for shape in data.SHAPES for kind in suite.kinds_of(shape)}
+        (record, *_) = document["search"]
+        path = report.plot_search(
+            {**document, "search": [record | {"data": kind} for kind in kinds]}, tmp_path / "a.png"
+        )
+        assert path.exists()
+
+    def test_a_part_that_was_measured_later_says_so(self, document):
+        later = document | {"again": {"small": {"date": "2030-01-01", "commit": "abc"}}}
+        assert report.page(later).count("Measured again on 2030-01-01, at commit abc.") == 1
+
     def test_docs_show_what_was_measured_on_a_gpu(self):
         source, target = (ROOT / "docs" / name for name in (gpu_report.SOURCE, gpu_report.TARGET))
         assert source.exists() == target.exists()
