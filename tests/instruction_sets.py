@@ -32,7 +32,7 @@ WORDS = {
     "avx512": {"avx512f"},
     "avx512_vnni": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"},
 }
-"""What /proc/cpuinfo says of a processor that has an instruction set."""
+"""Words in /proc/cpuinfo that an instruction set requires."""
 
 
 def missing(isa: str) -> str:
@@ -46,7 +46,7 @@ def missing(isa: str) -> str:
 
 
 class Outcomes:
-    """What a check finds on each setting that can be checked here."""
+    """Results of a check on each setting that can be checked here."""
 
     def __init__(self, check: str, settings: list[tuple[str, str]]) -> None:
         served = [f"{isa}:{tier}" for isa, tier in settings if not missing(isa)]

@@ -41,7 +41,7 @@ def overhead():
 
 @pytest.mark.parametrize(("name", "files", "calls"), [("VectorQuantize", 11, 45), ("ResidualVQ", 13, 70)])
 def test_a_training_step_is_short(name, files, calls):
-    """Where the kernels serve, each op adds one file and one call."""
+    """Each op that a kernel serves adds one file and one call."""
     bench = overhead()
     torch.manual_seed(0)
     counted = bench.count(bench.LAYERS[name]())

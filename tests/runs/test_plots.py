@@ -20,7 +20,7 @@ from fastvq.runs.figures import label, texts_of
 from fastvq.runs.pictures import shown_rows
 
 DPI = 130
-"""Of a picture as it is saved; tests/conftest.py lowers it for the others."""
+"""Resolution of a saved picture; tests/conftest.py lowers it in all other tests."""
 
 
 @pytest.fixture(autouse=True)
